@@ -1,0 +1,3 @@
+"""rtp-llm: an appliance that serves large language models tensor-parallel."""
+
+__version__ = "0.1.0"

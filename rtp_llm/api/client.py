@@ -1,0 +1,166 @@
+"""The API's connection to rank 0, and the ledger of accepted sequences.
+
+A sequence, once accepted, outlives the ranks: when the engine is lost, the ledger keeps prompt and tokens so far, and submits both
+to the next epoch. Sampling is a function of (seed, position), so the continuation is the one that would have been.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtp_llm.engine.request import Event, SamplingParams
+from rtp_llm.errors import engine_gone
+from rtp_llm.metrics import Metrics
+from rtp_llm.parallel.wire import HEADER, Kind, WireError, pack_json, parse_header
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What rank 0 says of itself when the connection opens."""
+
+    epoch: int
+    max_seq_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    family: str
+    dtype: str
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One accepted sequence."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    output: list[int] = field(default_factory=list)
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "prompt": self.prompt, "output": self.output, "params": self.params.to_json()}
+
+
+class EngineClient:
+    """Keeps one connection to the engine's socket open for as long as the process lives."""
+
+    def __init__(self, path: Path, metrics: Metrics, resume_timeout: float):
+        self._path, self._metrics, self._resume_timeout = path, metrics, resume_timeout
+        self._ledger: dict[str, _Entry] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._lost_at = time.monotonic()
+        self.info: EngineInfo | None = None  # of the present engine or of the last one; None before the first
+        self.stats: dict[str, Any] = {}
+
+    @property
+    def connected(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def num_open(self) -> int:
+        """Sequences accepted and not ended."""
+        return len(self._ledger)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._stay_connected(), name="engine")
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Event]:
+        """Events of one sequence up to its terminal one. Leaving the iterator early aborts the sequence.
+
+        An engine that does not come back in time ends it with an event whose finish is "error".
+        """
+        entry = _Entry(request_id, prompt, params)
+        self._ledger[request_id] = entry
+        self._send(Kind.SUBMIT, entry.to_json())
+        try:
+            while True:
+                event = await entry.events.get()
+                yield event
+                if event.finish:
+                    return
+        finally:
+            if self._ledger.pop(request_id, None):
+                self._send(Kind.ABORT, {"id": request_id})
+
+    def _send(self, kind: Kind, message: dict[str, Any]) -> None:
+        """While there is no engine nothing is sent: the ledger is submitted when there is one again."""
+        if self._writer:
+            self._writer.write(pack_json(kind, message))
+
+    async def _stay_connected(self) -> None:
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(self._path)
+                await self._read(reader)
+            except (OSError, ValueError) as error:
+                if self.connected:
+                    log.warning("lost the engine: %s; %d sequences wait for it", error, self.num_open)
+                    self._lost_at = time.monotonic()
+            finally:
+                self._hang_up()
+            self._expire()
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    def _hang_up(self) -> None:
+        if self._writer:
+            self._writer.close()
+        self._writer = None
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                length, kind = parse_header(await reader.readexactly(HEADER.size))
+                message = json.loads(await reader.readexactly(length))
+            except asyncio.IncompleteReadError:
+                raise WireError("the engine closed the connection") from None
+            if kind == Kind.READY:
+                self._welcome(EngineInfo(**message))
+            elif kind == Kind.EVENTS:
+                self._deliver(message)
+
+    def _welcome(self, info: EngineInfo) -> None:
+        self.info = info
+        self._metrics.new_epoch()
+        if self._ledger:
+            log.info("epoch %d: submitting %d accepted sequences again", info.epoch, self.num_open)
+            self._metrics.resumed.inc(self.num_open)
+        for entry in self._ledger.values():
+            self._send(Kind.SUBMIT, entry.to_json())
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        self.stats = message["stats"]
+        if self.info:
+            self._metrics.step(self.stats, self.info.block_size, self.info.num_blocks)
+        for data in message["events"]:
+            event = Event.from_json(data)
+            entry = self._ledger.get(event.request_id)
+            if entry is None:
+                continue  # aborted here while the event was on its way
+            entry.output += event.tokens
+            if event.finish:
+                del self._ledger[event.request_id]
+            entry.events.put_nowait(event)
+
+    def _expire(self) -> None:
+        """No request waits for ever for an engine that does not come back."""
+        if self._ledger and time.monotonic() - self._lost_at > self._resume_timeout:
+            log.error("no engine for %.0f s: ending %d sequences", self._resume_timeout, self.num_open)
+            for entry in self._ledger.values():
+                error = engine_gone(f"the engine did not come back within {self._resume_timeout:.0f} s")
+                entry.events.put_nowait(Event(entry.id, finish="error", error=error.message))
+            self._ledger.clear()

@@ -1,0 +1,111 @@
+"""What this part knows of itself and the gang: the one truth behind /health, /metrics and /worker_status."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from rtp_llm.api.client import EngineClient
+from rtp_llm.parallel.handover import Handover
+
+BOARD_STALE_SECONDS = 5.0  # the board is posted twice a second
+PHASES = ("rendezvous", "loading", "warmup", "serving")
+IDLE_LIMIT_SECONDS = 60.0  # a rank that got nowhere for so long is not healthy, whatever its heartbeat says
+
+
+@dataclass(frozen=True)
+class Health:
+    """`ready` is what /health says; `detail` is for people, `phase` and `progress` (0 … 1) for probes."""
+
+    ready: bool
+    phase: str
+    progress: float
+    detail: str
+
+
+class PartState:
+    """Reads the gang board that the part's first rank posts, and the processes of the part."""
+
+    def __init__(self, handover: Handover, client: EngineClient | None):
+        """`client`: the connection to rank 0 on part 0, None on the other parts."""
+        self.handover, self.client = handover, client
+        self.draining = False
+        self._processes: dict[int, psutil.Process] = {}
+
+    def board(self) -> dict[str, Any]:
+        """The gang's last known state, with `age`, seconds since it was posted; no ranks where it is stale or absent."""
+        path = self.handover.gang_board
+        try:
+            age = time.time() - path.stat().st_mtime
+            state: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {"epoch": 0, "ranks": {}, "message": "the ranks are starting", "age": 0.0}
+        if age > BOARD_STALE_SECONDS:
+            state |= {"ranks": {}, "message": f"the ranks of this part have been silent for {age:.0f} s"}
+        return state | {"age": age}
+
+    def health(self) -> Health:
+        """200 or 503, and why. Every rank of every part must be serving and have got somewhere lately."""
+        board = self.board()
+        ranks: Mapping[str, Mapping[str, Any]] = board["ranks"]
+        expected = self.handover.plan.world_size
+        if self.draining:
+            return Health(False, "draining", 1.0, "draining: no new requests")
+        if not ranks:
+            return Health(False, "rendezvous", 0.0, board.get("message") or "waiting for the ranks")
+        phase = min((p["phase"] for p in ranks.values()), key=PHASES.index)
+        if len(ranks) < expected:
+            missing = [r for r in range(expected) if str(r) not in ranks]
+            return Health(False, phase, 0.0, f"no heartbeat yet from ranks {missing}")
+        if phase != "serving":
+            progress = sum(p["progress"] if p["phase"] == phase else 1.0 for p in ranks.values()) / expected
+            return Health(False, phase, progress, f"{phase}: {progress:.0%}")
+        for rank, pulse in ranks.items():
+            if pulse["silent_s"] > self.handover.config.heartbeat_timeout:
+                return Health(False, "failed", 1.0, f"no heartbeat from rank {rank} for {pulse['silent_s']:.0f} s")
+            if pulse["idle_s"] > IDLE_LIMIT_SECONDS:
+                return Health(False, "failed", 1.0, f"rank {rank} got nowhere for {pulse['idle_s']:.0f} s")
+        if self.client is not None and not self.client.connected:
+            return Health(False, "warmup", 1.0, "the API is connecting to rank 0")
+        return Health(True, "serving", 1.0, "ok")
+
+    def for_metrics(self) -> dict[str, Any]:
+        """What metrics.GangCollector reads."""
+        health, board = self.health(), self.board()
+        shm = os.statvfs("/dev/shm")
+        seen = time.time() - board["age"]
+        return {
+            "part": self.handover.plan.part,
+            "ready": health.ready,
+            "state": health.phase,
+            "expected": self.handover.plan.world_size,
+            "ranks": {r: p | {"seen": seen - p["silent_s"]} for r, p in board["ranks"].items()},
+            "processes": self._process_numbers(board["ranks"]),
+            "shm": (shm.f_frsize * shm.f_blocks, shm.f_frsize * shm.f_bavail),
+        }
+
+    def _process_numbers(self, ranks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+        part = self.handover.plan.part
+        pids = {f"rank{r}": int(p["pid"]) for r, p in ranks.items() if p["part"] == part} | {"api": os.getpid()}
+        return {name: self._numbers(pid) for name, pid in pids.items()}
+
+    def _numbers(self, pid: int) -> dict[str, float]:
+        try:
+            process = self._processes.setdefault(pid, psutil.Process(pid))
+            with process.oneshot():
+                times = process.cpu_times()
+                return {
+                    "up": 1.0,
+                    "start_time": process.create_time(),
+                    "rss": float(process.memory_info().rss),
+                    "fds": float(process.num_fds()),
+                    "threads": float(process.num_threads()),
+                    "cpu": times.user + times.system,
+                }
+        except psutil.Error:
+            self._processes.pop(pid, None)
+            return {"up": 0.0}

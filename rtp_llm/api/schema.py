@@ -1,0 +1,197 @@
+"""The bodies that clients may send. Known fields are checked, unknown ones ignored, as OpenAI's own service does."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerateConfig(Body):
+    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py); the fields with an effect here, and those refused."""
+
+    max_new_tokens: int = Field(32000, ge=0, lt=2**31)
+    min_new_tokens: int = Field(0, ge=0, lt=2**31)
+    do_sample: bool = True
+    top_k: int = Field(0, lt=2**31)
+    top_p: Finite = Field(1.0, ge=0, le=1)
+    min_p: Finite = Field(0.0, ge=0, le=1)
+    temperature: Finite = Field(1.0, ge=0)
+    repetition_penalty: Finite = Field(1.0, gt=0)
+    presence_penalty: Finite = 0.0
+    frequency_penalty: Finite = 0.0
+    random_seed: Seed | None = None
+    num_beams: int = 1
+    num_return_sequences: int = Field(0, ge=0, le=128)
+    stop_words_str: list[Text] = Field(default_factory=list)
+    stop_words_list: list[list[TokenId]] = Field(default_factory=list)
+    print_stop_words: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    return_input_ids: bool = False
+    return_output_ids: bool = False
+    return_incremental: bool = False
+    is_streaming: bool = False
+    return_cum_log_probs: bool = False
+    return_softmax_probs: bool = False
+    timeout_ms: int = -1
+    aux_info: bool = True
+    # Known, and not served: a value other than the default is refused.
+    adapter_name: Any = None
+    bad_words_list: Any = None
+    calculate_loss: Any = 0
+    no_repeat_ngram_size: Any = None
+    return_all_probs: Any = 0
+    return_hidden_states: Any = False
+    return_all_hidden_states: Any = False
+    return_logits: Any = False
+    select_tokens_str: Any = None
+    select_tokens_id: Any = None
+    variable_num_beams: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
+
+
+NATIVE_REFUSED = (
+    *("adapter_name", "bad_words_list", "calculate_loss", "no_repeat_ngram_size", "return_all_probs"),
+    *("return_hidden_states", "return_all_hidden_states", "return_logits", "select_tokens_str", "select_tokens_id"),
+    *("variable_num_beams", "json_schema", "regex", "ebnf", "structural_tag"),
+)
+
+
+class Sampling(Body):
+    """What both OpenAI endpoints take; the second half are common extensions."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Text | list[Text] | None = None
+    seed: Seed | None = None
+    temperature: Finite | None = Field(None, ge=0, le=100)
+    top_p: Finite | None = Field(None, ge=0, le=1)
+    presence_penalty: Finite | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    user: str | None = None
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: Finite | None = Field(None, ge=0, le=1)
+    repetition_penalty: Finite | None = Field(None, gt=0)
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """One turn; fields beyond these reach the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function", "observation"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    extra_configs: GenerateConfig | None = None
+    aux_info: bool = False
+    debug_info: bool = False
+
+
+Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: Count | None = 16
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=128)
+    suffix: str | None = None
+
+
+class NativeRequest(BaseModel):
+    """POST /. Any field of generate_config may also stand at the top level, and wins there."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    prompt: str | list[str] | None = None
+    text: str | list[str] | None = None
+    prompt_batch: list[str] | None = None
+    messages: list[ChatMessage] | None = None
+    urls: list[Any] | None = None
+    images: list[Any] | None = None
+    generate_config: dict[str, Any] | None = None
+    generation_config: dict[str, Any] | None = None
+    yield_generator: bool = False
+    stream: bool = False
+
+
+class BatchInferRequest(BaseModel):
+    """POST /batch_infer."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    prompt_batch: list[str] = Field(min_length=1)
+    generate_config: dict[str, Any] | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+
+
+class EncodeRequest(Body):
+    """POST /tokenizer/encode."""
+
+    prompt: str
+    return_offsets_mapping: bool = False
+
+
+class LogLevelRequest(Body):
+    """POST /set_log_level."""
+
+    log_level: Literal["DEBUG", "INFO", "WARN", "WARNING", "ERROR"]

@@ -1,0 +1,123 @@
+"""Health, metrics and the status endpoints that upstream's routers and probes call."""
+
+import logging
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from rtp_llm import log as logs
+from rtp_llm.api.body import body_schema, json_body
+from rtp_llm.api.part_state import PartState
+from rtp_llm.api.schema import LogLevelRequest
+from rtp_llm.api.service import Service
+from rtp_llm.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+HEALTH_PATHS = ("/health", "/status", "/health_check", "/GraphService/cm2_status", "/SearchService/cm2_status")
+LIVENESS_PATHS = ("/liveness", "/frontend_health")
+_BOTH = ["GET", "POST"]
+
+
+def status_router(state: PartState, metrics: Metrics) -> APIRouter:
+    """What every part answers."""
+    router = APIRouter()
+
+    async def health() -> Response:
+        """`"ok"`, or 503 with the reason."""
+        now = state.health()
+        if now.ready:
+            return JSONResponse("ok")
+        body = {"detail": now.detail, "phase": now.phase, "progress": round(now.progress, 3)}
+        return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
+
+    async def liveness() -> Response:
+        """`"ok"` while this process answers; never depends on the ranks, so that no probe kills a loading server."""
+        return JSONResponse("ok")
+
+    async def scrape() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    for path in HEALTH_PATHS:
+        router.add_api_route(path, health, methods=_BOTH, operation_id=None, include_in_schema=path == "/health")
+    for path in LIVENESS_PATHS:
+        router.add_api_route(path, liveness, methods=_BOTH, include_in_schema=path == "/liveness")
+    router.add_api_route("/metrics", scrape, methods=["GET"])
+    return router
+
+
+def engine_router(service: Service, state: PartState) -> APIRouter:
+    """What part 0 answers about its engine."""
+    router = APIRouter()
+
+    async def home() -> dict[str, str]:
+        return {"status": "home"}
+
+    async def worker_status() -> dict[str, Any]:
+        return _worker_status(service, state)
+
+    async def cache_status() -> dict[str, Any]:
+        return _cache_status(service)
+
+    async def set_log_level(body: Annotated[LogLevelRequest, Depends(json_body(LogLevelRequest))]) -> dict[str, str]:
+        """Of the API process."""
+        logs.set_level(body.log_level)
+        return {"status": "ok"}
+
+    router.add_api_route("/", home, methods=["GET"])
+    for path in ("/worker_status", "/rtp_llm/worker_status"):
+        router.add_api_route(path, worker_status, methods=_BOTH, include_in_schema=path == "/worker_status")
+    for path in ("/cache_status", "/rtp_llm/cache_status"):
+        router.add_api_route(path, cache_status, methods=_BOTH, include_in_schema=path == "/cache_status")
+    router.add_api_route("/set_log_level", set_log_level, methods=["POST"], openapi_extra=body_schema(LogLevelRequest))
+    return router
+
+
+def _worker_status(service: Service, state: PartState) -> dict[str, Any]:
+    plan, config, stats = state.handover.plan, service.config, service.client.stats
+    engine = service.client.info
+    limit = config.concurrency_limit
+    return {
+        "role": "RoleType.PDFUSION",
+        "server_port": plan.start_port,
+        "http_port": plan.start_port,
+        "grpc_port": 0,
+        "alive": state.health().ready,
+        "tp_size": plan.tp_size,
+        "dp_size": 1,
+        "dp_rank": 0,
+        "precision": engine.dtype if engine else "",
+        "max_seq_len": engine.max_seq_len if engine else 0,
+        "running_task_info": [],
+        "finished_task_list": [],
+        "running_query_len": stats.get("running", 0),
+        "waiting_query_len": stats.get("waiting", 0),
+        "iterate_count": stats.get("steps", 0),
+        "step_latency_ms": stats.get("step_seconds", 0.0) * 1000,
+        "available_concurrency": max(0, limit - service.client.num_open),
+        "frontend_available_concurrency": max(0, limit - service.client.num_open),
+        "frontend_concurrency_limit": limit,
+        "status_version": stats.get("steps", 0),
+        **_cache_numbers(service),
+    }
+
+
+def _cache_status(service: Service) -> dict[str, Any]:
+    engine = service.client.info
+    return {
+        **_cache_numbers(service),
+        "block_size": engine.block_size if engine else 0,
+        "version": service.client.stats.get("steps", 0),
+        "dp_size": 1,
+        "frontend_available_concurrency": max(0, service.config.concurrency_limit - service.client.num_open),
+    }
+
+
+def _cache_numbers(service: Service) -> dict[str, int]:
+    """In tokens."""
+    engine = service.client.info
+    total = engine.num_blocks * engine.block_size if engine else 0
+    used = service.client.stats.get("kv_used", 0) * engine.block_size if engine else 0
+    return {"available_kv_cache": total - used, "total_kv_cache": total}

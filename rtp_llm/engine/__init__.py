@@ -1,0 +1,1 @@
+"""Requests, blocks, scheduler, step and the loop that drives them."""

@@ -1,0 +1,64 @@
+"""Attention in plain torch: runs anywhere, and is the oracle that every other backend is tested against."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rtp_llm.kernels.batch import Batch, LayerCache
+
+
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, batch: Batch, *, window: int, scale: float
+) -> Tensor:
+    """See `AttentionBackend`. Gathers the pages of each sequence and calls torch's scaled_dot_product_attention."""
+    cache.keys.flatten(0, 1).index_copy_(0, batch.slots, key)
+    cache.values.flatten(0, 1).index_copy_(0, batch.slots, value)
+    out = torch.empty_like(query)
+    decodes = batch.host.num_decodes
+    if decodes:
+        out[:decodes] = _decode(query[:decodes], cache, batch, decodes, window, scale)
+    for index in range(decodes, batch.host.num_sequences):
+        start, end = (int(n) for n in batch.host.query_starts[index : index + 2])
+        out[start:end] = _chunk(query[start:end], cache, batch, index, window, scale)
+    return out
+
+
+def _decode(query: Tensor, cache: LayerCache, batch: Batch, count: int, window: int, scale: float) -> Tensor:
+    """One query per sequence, all sequences at once, padded to the longest.
+
+    The query heads of a KV head stand in as its queries: ten times faster on CPU than enable_gqa, same result.
+    """
+    kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
+    width = -(-int(batch.host.context_lens[:count].max()) // block_size)
+    tables = batch.tables[:count, :width]
+    keys, values = (_gather(pages, tables) for pages in (cache.keys, cache.values))
+    place = torch.arange(width * block_size, device=query.device)
+    lengths = batch.context_lens[:count, None]
+    seen = place < lengths
+    if window:
+        seen &= place >= lengths - window
+    grouped = query.unflatten(1, (kv_heads, -1))
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None, :], scale=scale)
+    return out.flatten(1, 2)
+
+
+def _chunk(query: Tensor, cache: LayerCache, batch: Batch, index: int, window: int, scale: float) -> Tensor:
+    """Several consecutive queries of one sequence."""
+    block_size = cache.keys.shape[1]
+    length = int(batch.host.context_lens[index])
+    table = batch.tables[index : index + 1, : -(-length // block_size)]
+    keys, values = (_gather(pages, table)[:, :, :length] for pages in (cache.keys, cache.values))
+    place = torch.arange(length, device=query.device)
+    own = place[length - len(query) :, None]
+    seen = place <= own
+    if window:
+        seen &= place > own - window
+    out = scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def _gather(pages: Tensor, tables: Tensor) -> Tensor:
+    """[blocks, block_size, heads, dim] by [S, W] to [S, heads, W x block_size, dim]."""
+    return pages[tables].flatten(1, 2).transpose(1, 2)

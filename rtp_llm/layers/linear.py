@@ -1,0 +1,92 @@
+"""Linear layers cut over the tensor-parallel group (Shoeybi et al. 2019, arXiv 1909.08053): columns out, rows in, one all-reduce."""
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from rtp_llm.layers.parameter import Piece, sharded, whole
+from rtp_llm.parallel.group import Group
+from rtp_llm.parallel.sharding import HeadShare
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the output features cut: x [T, in] whole on all ranks, y [T, own out].
+
+    Several checkpoint tensors may be stacked: `columns` lists (tensor name, its full output size, pieces as (source, target)).
+    """
+
+    def __init__(
+        self, in_size: int, out_size: int, columns: list[tuple[str, int, list[tuple[range, range]]]], bias: bool
+    ):
+        super().__init__()
+        self.weight = sharded(
+            (out_size, in_size),
+            [Piece(f"{name}.weight", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
+            {f"{name}.weight": (full, in_size) for name, full, _ in columns},
+        )
+        self.bias = (
+            sharded(
+                (out_size,),
+                [Piece(f"{name}.bias", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
+                {f"{name}.bias": (full,) for name, full, _ in columns},
+            )
+            if bias
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the input features cut: x [T, own in], y [T, out] summed over ranks; the bias is added once, after the sum."""
+
+    def __init__(
+        self,
+        name: str,
+        full_in: int,
+        own_in: int,
+        out_size: int,
+        cuts: list[tuple[range, range]],
+        bias: bool,
+        group: Group,
+    ):
+        super().__init__()
+        self.group = group
+        self.weight = sharded(
+            (out_size, own_in),
+            [Piece(f"{name}.weight", 1, src, dst) for src, dst in cuts],
+            {f"{name}.weight": (out_size, full_in)},
+        )
+        self.bias = whole(f"{name}.bias", out_size) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.group.all_reduce(linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+def merged_columns(names: list[str], full: int, share: range) -> list[tuple[str, int, list[tuple[range, range]]]]:
+    """The same columns of several tensors, stacked: gate and up."""
+    width = len(share)
+    return [(name, full, [(share, range(i * width, (i + 1) * width))]) for i, name in enumerate(names)]
+
+
+def qkv_columns(
+    prefix: str, heads: HeadShare, head_dim: int, num_heads: int, num_kv_heads: int
+) -> list[tuple[str, int, list[tuple[range, range]]]]:
+    """Query heads (padded to whole groups), then key heads, then value heads, of one rank."""
+    query = [(_rows(head, head_dim), _rows(slot, head_dim)) for slot, head in heads.slots()]
+    columns = [(f"{prefix}.q_proj", num_heads * head_dim, query)]
+    for index, name in enumerate(("k_proj", "v_proj")):
+        base = heads.num_heads + index * len(heads.kv_heads)
+        cuts = [(_rows(kv, head_dim), _rows(base + i, head_dim)) for i, kv in enumerate(heads.kv_heads)]
+        columns.append((f"{prefix}.{name}", num_kv_heads * head_dim, cuts))
+    return columns
+
+
+def head_rows(heads: HeadShare, head_dim: int) -> list[tuple[range, range]]:
+    """Which input columns of the output projection belong to a rank's query heads."""
+    return [(_rows(head, head_dim), _rows(slot, head_dim)) for slot, head in heads.slots()]
+
+
+def _rows(head: int, head_dim: int) -> range:
+    return range(head * head_dim, (head + 1) * head_dim)

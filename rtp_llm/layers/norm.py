@@ -1,0 +1,25 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), with the residual addition that precedes it in a decoder."""
+
+import torch
+from torch import Tensor, nn
+
+from rtp_llm.layers.parameter import whole
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 and returned in x's dtype."""
+
+    def __init__(self, name: str, size: int, eps: float):
+        super().__init__()
+        self.weight = whole(f"{name}.weight", size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        total = x if residual is None else x + residual
+        return self(total), total

@@ -1,0 +1,152 @@
+"""Chooses tokens from logits on rank 0. Randomness is a function of (seed, position): whoever recomputes a position after a
+preemption, a restart or in another batch draws the same number.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rtp_llm.engine.request import Logprob, Request
+from rtp_llm.engine.sampling import Sampled, Sampling
+
+
+def sample(logits: Tensor, sampling: Sampling) -> tuple[list[Sampled], list[Logprob]]:
+    """logits [R, vocab] float32. Returns a token per request, and a record per prompt row."""
+    prompt_records = _prompt_logprobs(logits, sampling)
+    if not sampling.requests:
+        return [], prompt_records
+    raw = logits[sampling.rows] if len(sampling.rows) != len(logits) else logits
+    tokens = _choose(_edit(raw, sampling.requests), sampling.requests)
+    records = _logprobs(raw, tokens, sampling.requests)
+    return [Sampled(t, r) for t, r in zip(tokens, records, strict=True)], prompt_records
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), the same for the same (seed, position) on every machine."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed & (2**64 - 1), position), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11) / float(1 << 53)
+
+
+# Editing logits
+
+
+def _edit(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Penalties, biases and the ban on ending too early; a copy where anything changes."""
+    if not any(r.params.changes_logits for r in requests):
+        return logits
+    edited = logits.clone()
+    for row, request in zip(edited, requests, strict=True):
+        if request.params.changes_logits:
+            _edit_row(row, request)
+    return edited
+
+
+def _edit_row(row: Tensor, request: Request) -> None:
+    params = request.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(request.tokens)), device=row.device)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and request.num_output:
+        tokens, counts = torch.tensor(request.output, device=row.device).unique(return_counts=True)
+        row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    for token, bias in params.logit_bias.items():
+        row[token] += bias
+    if request.num_output < params.min_tokens and params.stop_token_ids:
+        row[torch.tensor(params.stop_token_ids, device=row.device)] = -torch.inf
+
+
+# Choosing
+
+
+def _choose(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Three ways, told apart per request and never per batch, so that company changes no token."""
+    ways: dict[str, list[int]] = {"greedy": [], "plain": [], "cut": []}
+    for index, request in enumerate(requests):
+        params = request.params
+        cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        ways["greedy" if params.greedy else "cut" if cut else "plain"].append(index)
+    tokens = [0] * len(requests)
+    for name, way in (("greedy", _greedy), ("plain", _plain), ("cut", _cut)):
+        rows = ways[name]
+        if rows:
+            chosen = way(logits if len(rows) == len(logits) else logits[rows], [requests[i] for i in rows])
+            for index, token in zip(rows, chosen.tolist(), strict=True):
+                tokens[index] = token
+    return tokens
+
+
+def _greedy(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _plain(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    return _draw(_probabilities(logits, requests), requests)
+
+
+def _cut(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), then min-p (Nguyen et al. 2024, arXiv 2407.01082)."""
+    params = [r.params for r in requests]
+    probs, order = _probabilities(logits, requests).sort(-1, descending=True, stable=True)
+    place = torch.arange(probs.shape[-1], device=logits.device)
+    top_k = _column([p.top_k or probs.shape[-1] for p in params], logits)
+    probs = probs.masked_fill(place >= top_k, 0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    before = probs.cumsum(-1) - probs
+    top_p = _column([p.top_p for p in params], logits)
+    min_p = _column([p.min_p for p in params], logits)
+    keep = ((before < top_p) & (probs >= min_p * probs[:, :1])) | (place == 0)
+    picked = _draw(probs.masked_fill(~keep, 0), requests)
+    return order.gather(-1, picked[:, None])[:, 0]
+
+
+def _probabilities(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    temperature = _column([r.params.temperature for r in requests], logits)
+    return (logits / temperature).softmax(-1)
+
+
+def _draw(weights: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Inverse of the cumulative distribution at each request's own uniform number."""
+    numbers = _column([uniform(r.params.seed, r.num_tokens) for r in requests], weights).double()
+    cumulative = weights.double().cumsum(-1)
+    picked = (cumulative <= numbers * cumulative[:, -1:]).sum(-1)
+    return picked.clamp(max=weights.shape[-1] - 1)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float64)[:, None]
+
+
+# Logprobs: of the model's own logits, before any editing
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], requests: Sequence[Request]) -> list[Logprob | None]:
+    wanted = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+    records: list[Logprob | None] = [None] * len(requests)
+    if wanted:
+        tops = [requests[i].params.logprobs or 0 for i in wanted]
+        for index, record in zip(wanted, _records(logits[wanted], [tokens[i] for i in wanted], tops), strict=True):
+            records[index] = record
+    return records
+
+
+def _prompt_logprobs(logits: Tensor, sampling: Sampling) -> list[Logprob]:
+    if not sampling.prompt_rows:
+        return []
+    rows, tokens = (list(part) for part in zip(*sampling.prompt_rows, strict=True))
+    return _records(logits[rows], tokens, [sampling.prompt_top] * len(rows))
+
+
+def _records(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[Logprob]:
+    table = logits.log_softmax(-1)
+    chosen = table.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (table > chosen).sum(-1).tolist()
+    values, ids = table.topk(min(max(tops), table.shape[-1]), -1)
+    rows = zip(chosen[:, 0].tolist(), ranks, tops, ids.tolist(), values.tolist(), strict=True)
+    return [
+        (value, rank, list(zip(top_ids[:top], top_values[:top], strict=True)))
+        for value, rank, top, top_ids, top_values in rows
+    ]

@@ -1,0 +1,208 @@
+"""Every Prometheus metric, defined once. The API process owns the one registry of its part; ranks send plain numbers.
+
+Stems, labels and buckets follow vLLM's, so that its dashboards port by replacing `vllm:` with `rtp_llm_`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter, which nobody reads
+
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TTFT = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1),
+    *(2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+# vLLM's edges and finer ones below them: its first bucket, 10 ms, hides every fast GPU.
+ITL = (
+    *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
+ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+NUM_SEQUENCES = (1, 2, 5, 10, 20)
+
+
+def one_two_five(limit: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 … up to `limit`."""
+    edges = [m * 10**e for e in range(9) for m in (1, 2, 5)]
+    return [edge for edge in edges if edge <= limit] or [1]
+
+
+class Metrics:
+    """The metrics of one part. `model_name` labels all that concern serving."""
+
+    def __init__(self, model_name: str, max_seq_len: int):
+        self.registry = CollectorRegistry()
+        tokens = one_two_five(max_seq_len)
+        label = {"model_name": model_name}
+
+        def counter(name: str, text: str, *labels: str) -> Any:
+            made = Counter(f"rtp_llm_{name}", text, ["model_name", *labels], registry=self.registry)
+            return _bound(made, label, labels)
+
+        def gauge(name: str, text: str, *labels: str) -> Any:
+            made = Gauge(f"rtp_llm_{name}", text, ["model_name", *labels], registry=self.registry)
+            return _bound(made, label, labels)
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Any:
+            made = Histogram(f"rtp_llm_{name}", text, ["model_name"], buckets=tuple(buckets), registry=self.registry)
+            return made.labels(**label)
+
+        self.running = gauge("num_requests_running", "Sequences in the running batch")
+        self.waiting = gauge("num_requests_waiting", "Sequences that wait for a place in the batch")
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
+        self.kv_used_tokens = gauge("kv_cache_used_tokens", "Tokens that the KV blocks in use can hold")
+        self.kv_capacity_tokens = gauge("kv_cache_capacity_tokens", "Tokens that all KV blocks can hold")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted sequences")
+        self.prompt_tokens_cached = counter("prompt_tokens_cached", "Prompt tokens that came from the prefix cache")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated")
+        self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache")
+        self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache")
+        self.preemptions = counter("num_preemptions", "Sequences sent back to the queue for want of KV blocks")
+        self.success = counter("request_success", "Finished sequences", "finished_reason")
+        self.rejections = counter("admission_rejections", "Requests answered 429", "reason")
+        self.resumed = counter("requests_resumed", "Sequences continued after ranks were lost")
+        self.ttft = histogram("time_to_first_token_seconds", "From acceptance to the first token", TTFT)
+        self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sequence", ITL)
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean over a request, without the first token", ITL
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "From acceptance to the last token", LATENCY)
+        self.queue_time = histogram("request_queue_time_seconds", "In the queue", LATENCY)
+        self.prefill_time = histogram("request_prefill_time_seconds", "From the queue to the first token", LATENCY)
+        self.decode_time = histogram("request_decode_time_seconds", "From the first to the last token", LATENCY)
+        self.inference_time = histogram("request_inference_time_seconds", "From the queue to the last token", LATENCY)
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens per sequence", tokens)
+        self.request_generation_tokens = histogram("request_generation_tokens", "Tokens generated per sequence", tokens)
+        self.params_max_tokens = histogram("request_params_max_tokens", "max_tokens per request", tokens)
+        self.params_n = histogram("request_params_n", "Sequences per request", NUM_SEQUENCES)
+        self.iteration_tokens = histogram("iteration_tokens", "Tokens per step", ITERATION_TOKENS)
+        self.step_seconds = histogram("step_seconds", "Duration of a step", ITL)
+        self.info = gauge("model_info", "1; the labels say what is served", "family", "dtype", "tp_size")
+        self.cache_info = gauge(
+            "cache_config_info", "1; the labels say how", "block_size", "num_blocks", "prefix_cache"
+        )
+        self.build_info = gauge("build_info", "1; the label says which version", "version")
+        self.http_requests = Counter(
+            "rtp_llm_http_requests", "HTTP answers", ["method", "handler", "status"], registry=self.registry
+        )
+        self.http_seconds = Histogram(
+            "rtp_llm_http_request_duration_seconds", "HTTP requests", ["method", "handler"], registry=self.registry
+        )
+        self.http_active = Gauge("rtp_llm_http_requests_active", "HTTP requests being answered", registry=self.registry)
+        self._totals: dict[str, int] = {}
+
+    def step(self, stats: Mapping[str, Any], block_size: int, num_blocks: int) -> None:
+        """Takes the numbers that rank 0 sends with each frame. Its totals start anew with each epoch, ours go on."""
+        self.running.set(stats["running"])
+        self.waiting.set(stats["waiting"])
+        self.kv_usage.set(stats["kv_used"] / num_blocks)
+        self.kv_used_tokens.set(stats["kv_used"] * block_size)
+        self.kv_capacity_tokens.set(num_blocks * block_size)
+        for name, metric in (
+            ("preemptions", self.preemptions),
+            ("prefix_queries", self.prefix_queries),
+            ("prefix_hits", self.prefix_hits),
+        ):
+            metric.inc(max(0, stats[name] - self._totals.get(name, 0)))
+            self._totals[name] = stats[name]
+        if stats["step_tokens"]:
+            self.iteration_tokens.observe(stats["step_tokens"])
+            self.step_seconds.observe(stats["step_seconds"])
+
+    def new_epoch(self) -> None:
+        """Rank 0 counts from zero again."""
+        self._totals.clear()
+
+
+def _bound(metric: Any, label: dict[str, str], further: tuple[str, ...]) -> Any:
+    """The child for this model; metrics with further labels are completed where they are used."""
+    return _Partial(metric, label) if further else metric.labels(**label)
+
+
+class _Partial:
+    """A metric whose model name is settled: `.labels(reason=…)` gives the child."""
+
+    def __init__(self, metric: Any, label: dict[str, str]):
+        self._metric, self._label = metric, label
+
+    def labels(self, **labels: str) -> Any:
+        return self._metric.labels(**self._label, **labels)
+
+
+class GangCollector(Collector):
+    """Metrics read at scrape time from what the part knows of the gang and its processes.
+
+    `read` returns {"part", "ready", "state", "expected": ranks, "ranks": {rank: pulse}, "processes": {program: numbers},
+    "shm": (size, free)}.
+    """
+
+    STATES = ("rendezvous", "loading", "warmup", "serving", "failed")
+
+    def __init__(self, read: Callable[[], dict[str, Any]]):
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        state = self._read()
+        part = str(state["part"])
+        yield _gauge("ready", "1 while requests are served; the same truth as /health", [({}, float(state["ready"]))])
+        yield _gauge("live", "1: this process answers", [({}, 1.0)])
+        phases = [({"state": s}, float(s == state["state"])) for s in self.STATES]
+        yield _gauge("state", "1 on the current state", phases)
+        yield _gauge("gang_members_expected", "Ranks of all parts", [({}, float(state["expected"]))])
+        yield from _rank_metrics(state["ranks"], state["expected"])
+        yield from _process_metrics(state["processes"])
+        size, free = state["shm"]
+        yield _gauge("shm_size_bytes", "Size of /dev/shm", [({"part": part}, size)])
+        yield _gauge("shm_free_bytes", "Free bytes of /dev/shm", [({"part": part}, free)])
+
+
+Samples = list[tuple[dict[str, str], float]]
+
+
+def _gauge(name: str, text: str, samples: Samples) -> Metric:
+    family = GaugeMetricFamily(f"rtp_llm_{name}", text, labels=list(samples[0][0]) if samples else [])
+    for labels, value in samples:
+        family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _rank_metrics(ranks: Mapping[str, Mapping[str, Any]], expected: int) -> Iterable[Metric]:
+    def each(value: Callable[[Mapping[str, Any]], float]) -> Samples:
+        return [({"rank": rank, "part": str(pulse["part"])}, value(pulse)) for rank, pulse in sorted(ranks.items())]
+
+    up = [({"world_rank": str(r)}, float(str(r) in ranks)) for r in range(expected)]
+    yield _gauge("gang_member_up", "1 while the rank sends heartbeats", up)
+    yield _gauge("gang_heartbeat_age_seconds", "Since the rank's last heartbeat", each(lambda p: p["silent_s"]))
+    yield _gauge("rank_idle_seconds", "Since the rank's main thread last got anywhere", each(lambda p: p["idle_s"]))
+    yield _gauge("rank_steps", "Steps the rank has computed in this epoch", each(lambda p: p["steps"]))
+    yield _gauge(
+        "last_step_timestamp_seconds", "When the rank last got anywhere", each(lambda p: p["seen"] - p["idle_s"])
+    )
+    yield _gauge("weight_memory_bytes", "Weights read by the rank", each(lambda p: p["weight_bytes"]))
+    yield _gauge("kv_cache_memory_bytes", "KV cache of the rank", each(lambda p: p["kv_bytes"]))
+    startup = [
+        ({"rank": rank, "phase": phase}, seconds)
+        for rank, pulse in sorted(ranks.items())
+        for phase, seconds in pulse["startup_seconds"].items()
+    ]
+    yield _gauge("startup_seconds", "Duration of each phase of the start", startup)
+
+
+def _process_metrics(processes: Mapping[str, Mapping[str, float]]) -> Iterable[Metric]:
+    def each(key: str) -> Samples:
+        return [({"program": name}, numbers[key]) for name, numbers in sorted(processes.items()) if key in numbers]
+
+    yield _gauge("process_up", "1 while the process runs", each("up"))
+    yield _gauge("process_start_time_seconds", "When the process started", each("start_time"))
+    yield _gauge("process_resident_memory_bytes", "Resident memory", each("rss"))
+    yield _gauge("process_open_fds", "Open files", each("fds"))
+    yield _gauge("process_threads", "Threads", each("threads"))
+    cpu = CounterMetricFamily("rtp_llm_process_cpu_seconds", "CPU time", labels=["program"])
+    for labels, value in each("cpu"):
+        cpu.add_metric(list(labels.values()), value)
+    yield cpu

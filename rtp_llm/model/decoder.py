@@ -1,0 +1,119 @@
+"""The decoder that a ModelSpec describes: embedding, N blocks, norm, head."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from rtp_llm.kernels.batch import AttentionBackend, Batch, LayerCache
+from rtp_llm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, head_rows, merged_columns, qkv_columns
+from rtp_llm.layers.norm import RMSNorm
+from rtp_llm.layers.rope import Rope, rotate
+from rtp_llm.model.spec import ModelSpec
+from rtp_llm.parallel.group import Group
+from rtp_llm.parallel.sharding import head_share, mlp_share
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over this rank's heads."""
+
+    def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend):
+        super().__init__()
+        prefix, dim = f"model.layers.{layer}.self_attn", spec.head_dim
+        heads = head_share(spec.num_heads, spec.num_kv_heads, group.size, group.rank)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads.num_heads, len(heads.kv_heads), dim
+        self.backend, self.window, self.scale = backend, spec.window(layer), dim**-0.5
+        columns = qkv_columns(prefix, heads, dim, spec.num_heads, spec.num_kv_heads)
+        out_size = (self.num_heads + 2 * self.num_kv_heads) * dim
+        self.qkv_proj = ColumnParallelLinear(spec.hidden_size, out_size, columns, spec.qkv_bias)
+        self.o_proj = RowParallelLinear(
+            f"{prefix}.o_proj",
+            spec.num_heads * dim,
+            self.num_heads * dim,
+            spec.hidden_size,
+            head_rows(heads, dim),
+            spec.o_bias,
+            group,
+        )
+        self.q_norm = RMSNorm(f"{prefix}.q_norm", dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
+
+    def forward(self, x: Tensor, batch: Batch, cache: LayerCache, angles: tuple[Tensor, Tensor]) -> Tensor:
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        out = self.backend(q, k, v, cache, batch, window=self.window, scale=self.scale)
+        return self.o_proj(out.flatten(1))
+
+
+class Mlp(nn.Module):
+    """down(silu(gate(x)) * up(x)) over this rank's columns."""
+
+    def __init__(self, spec: ModelSpec, layer: int, group: Group):
+        super().__init__()
+        prefix, full = f"model.layers.{layer}.mlp", spec.intermediate_size
+        share = mlp_share(full, group.size, group.rank)
+        columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full, share)
+        self.gate_up_proj = ColumnParallelLinear(spec.hidden_size, 2 * len(share), columns, spec.mlp_bias)
+        self.down_proj = RowParallelLinear(
+            f"{prefix}.down_proj",
+            full,
+            len(share),
+            spec.hidden_size,
+            [(share, range(len(share)))],
+            spec.mlp_bias,
+            group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and beside the residual."""
+
+    def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend):
+        super().__init__()
+        prefix = f"model.layers.{layer}"
+        self.input_layernorm = RMSNorm(f"{prefix}.input_layernorm", spec.hidden_size, spec.norm_eps)
+        self.self_attn = Attention(spec, layer, group, backend)
+        self.post_attention_layernorm = RMSNorm(f"{prefix}.post_attention_layernorm", spec.hidden_size, spec.norm_eps)
+        self.mlp = Mlp(spec, layer, group)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cache: LayerCache, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, batch, cache, angles)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states; `logits` turns chosen rows into logits on rank 0."""
+
+    def __init__(self, spec: ModelSpec, group: Group, backend: AttentionBackend):
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, group)
+        self.layers = nn.ModuleList(Block(spec, i, group, backend) for i in range(spec.num_layers))
+        self.norm = RMSNorm("model.norm", spec.hidden_size, spec.norm_eps)
+        tied = self.embed_tokens.weight if spec.tie_embeddings else None
+        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied)
+        weight = self.norm.weight
+        self.rope = Rope(spec.rope, spec.head_dim, weight.device, weight.dtype)
+
+    def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """[T, hidden], after the last norm."""
+        angles = self.rope.angles(batch.positions, batch.rope_lens)
+        x, residual = self.embed_tokens(batch.ids), None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, batch, cache, angles)
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[R, hidden] to [R, vocab] float32 on rank 0, None on the other ranks."""
+        return self.lm_head(hidden)

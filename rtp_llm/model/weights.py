@@ -1,0 +1,153 @@
+"""Fills a decoder from safetensors: each parameter pulls its own rectangles, and no rank reads more than that."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from rtp_llm.errors import CheckpointError
+from rtp_llm.layers.parameter import Piece, ShardedParameter
+from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[float], None]  # share loaded, 0 … 1
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank read."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A piece translated to the checkpoint's own names."""
+
+    parameter: ShardedParameter
+    name: str
+    dim: int
+    source: range
+    target: range
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress) -> LoadReport:
+    """Raises CheckpointError naming every tensor that is missing or has another shape; nothing is read then."""
+    started = time.monotonic()
+    reads = _plan(model, spec)
+    _check(reads, model, checkpoint, spec)
+    total = sum(len(r.target) for r in reads) or 1
+    done, count = 0, 0
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+        for read in reads:
+            file = checkpoint.tensors[read.name].file
+            if file not in files:
+                files[file] = stack.enter_context(safe_open(file, framework="pt"))
+            count += _pull(read, files[file])
+            done += len(read.target)
+            progress(done / total)
+    return LoadReport(count, time.monotonic() - started)
+
+
+def _pull(read: _Read, file: Any) -> int:
+    """Copies one rectangle; returns the bytes read. safetensors maps the file, so only the slice's pages are touched."""
+    view = file.get_slice(read.name)
+    start, stop = read.source.start, read.source.stop
+    part = view[start:stop] if read.dim == 0 else view[:, start:stop]
+    target = slice(read.target.start, read.target.stop)
+    (read.parameter.data[target] if read.dim == 0 else read.parameter.data[:, target]).copy_(part)
+    return int(part.numel() * part.element_size())
+
+
+def _parameters(model: nn.Module) -> Iterator[ShardedParameter]:
+    for parameter in model.parameters():
+        assert isinstance(parameter, ShardedParameter)
+        yield parameter
+
+
+def _plan(model: nn.Module, spec: ModelSpec) -> list[_Read]:
+    translate = _internlm2 if spec.fused_qkv else _plain
+    return [
+        _Read(parameter, *translate(piece, spec), piece.target)
+        for parameter in _parameters(model)
+        for piece in parameter.pieces
+        if len(piece.source)
+    ]
+
+
+def _plain(piece: Piece, spec: ModelSpec) -> tuple[str, int, range]:
+    return piece.name, piece.dim, piece.source
+
+
+_INTERNLM2_NAMES = (
+    ("model.embed_tokens", "model.tok_embeddings"),
+    ("lm_head", "output"),
+    (".self_attn.o_proj", ".attention.wo"),
+    (".mlp.gate_proj", ".feed_forward.w1"),
+    (".mlp.up_proj", ".feed_forward.w3"),
+    (".mlp.down_proj", ".feed_forward.w2"),
+    (".input_layernorm", ".attention_norm"),
+    (".post_attention_layernorm", ".ffn_norm"),
+)
+
+
+def _internlm2(piece: Piece, spec: ModelSpec) -> tuple[str, int, range]:
+    """InternLM2 stores per KV head: its query heads, its key, its value, in one tensor `wqkv`."""
+    for index, name in enumerate((".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj")):
+        if name in piece.name:
+            head = piece.source.start // spec.head_dim
+            row = _wqkv_row(index, head, spec.num_heads // spec.num_kv_heads) * spec.head_dim
+            return piece.name.replace(name, ".attention.wqkv"), 0, range(row, row + len(piece.source))
+    name = piece.name
+    for ours, theirs in _INTERNLM2_NAMES:
+        name = name.replace(ours, theirs)
+    return name, piece.dim, piece.source
+
+
+def _wqkv_row(kind: int, head: int, group: int) -> int:
+    """Position of a query (0), key (1) or value (2) head in wqkv, in heads."""
+    if kind == 0:
+        return head // group * (group + 2) + head % group
+    return head * (group + 2) + group + kind - 1
+
+
+def _check(reads: list[_Read], model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    have = checkpoint.tensors
+    missing = sorted({r.name for r in reads} - have.keys())
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(f"{checkpoint.path}: tensors missing for a {spec.family} model: {shown}")
+    for read in reads:
+        if read.source.stop > have[read.name].shape[read.dim]:
+            raise CheckpointError(f"{checkpoint.path}: {read.name} has shape {have[read.name].shape}, too small")
+    if not spec.fused_qkv:
+        _check_shapes(model, checkpoint)
+    extra = [n for n in have.keys() - {r.name for r in reads} if not _expected_extra(n, spec)]
+    if extra:
+        log.warning("%d tensors of the checkpoint are not used by this rank, such as %s", len(extra), min(extra))
+
+
+def _check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
+    for parameter in _parameters(model):
+        for name, shape in parameter.full_shapes.items():
+            if checkpoint.tensors[name].shape != shape:
+                found = checkpoint.tensors[name].shape
+                raise CheckpointError(f"{checkpoint.path}: {name} has shape {found}, config.json says {shape}")
+
+
+def _expected_extra(name: str, spec: ModelSpec) -> bool:
+    """Tensors that are rightly left alone: tied heads, stored rope tables, layers cut off by HACK_LAYER_NUM."""
+    if name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight"):
+        return True
+    parts = name.split(".")
+    return len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= spec.num_layers

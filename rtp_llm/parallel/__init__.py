@@ -1,0 +1,1 @@
+"""Who is rank what, and how ranks talk to each other."""

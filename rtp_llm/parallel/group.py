@@ -1,0 +1,149 @@
+"""Collectives of the tensor-parallel group behind one small interface: nothing at TP=1, NCCL on GPUs, gloo on CPU."""
+
+import functools
+import ipaddress
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import ParamSpec, Protocol, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rtp_llm.errors import CommunicationError
+from rtp_llm.parallel.plan import TORCH_INIT, Plan
+
+P = ParamSpec("P")
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+
+class Group(Protocol):
+    """`size` ranks, this one is `rank`. Every call is made by all ranks in the same order, and fails after a deadline."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns its argument."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """Rank 0 gets the tensors of all ranks (equal shapes) in order of rank, the others None."""
+        ...
+
+    def min(self, value: int) -> int:
+        """The smallest of all ranks' values, on all ranks."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SingleRank:
+    """TP=1: there is nobody to talk to."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        return [tensor]
+
+    def min(self, value: int) -> int:
+        return value
+
+    def close(self) -> None:
+        pass
+
+
+def _fails_as_communication(collective: Callable[P, R]) -> Callable[P, R]:
+    """torch reports a lost peer as RuntimeError; here it is the end of the epoch, with its own exit code."""
+
+    @functools.wraps(collective)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise CommunicationError(f"collective {collective.__name__} failed: {error}") from error
+
+    return call
+
+
+class TorchGroup:
+    """torch.distributed over NCCL or gloo."""
+
+    def __init__(self, rank: int, size: int, device: torch.device):
+        self.rank, self.size, self.device = rank, size, device
+
+    @_fails_as_communication
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    @_fails_as_communication
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(tensor.contiguous(), parts, dst=0)
+        return parts
+
+    @_fails_as_communication
+    def min(self, value: int) -> int:
+        tensor = torch.tensor([value], device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor.item())
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def open_group(
+    plan: Plan, rank: int, epoch: int, host: str, address: str, timeout: float, device: torch.device
+) -> Group:
+    """Forms the group of an epoch. `host`: where part 0 is reached; `address`: this machine as the others see it.
+
+    `timeout` (seconds) bounds forming it and every collective; torch raises RuntimeError past it.
+    """
+    if plan.world_size == 1:
+        return SingleRank()
+    _choose_interface(address)
+    deadline = timedelta(seconds=timeout)
+    port = plan.leader_port(TORCH_INIT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"epoch{epoch}", store),
+            rank=rank,
+            world_size=plan.world_size,
+            timeout=deadline,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise CommunicationError(f"{backend} group at {host}:{port} could not be formed: {error}") from error
+    return TorchGroup(rank, plan.world_size, device)
+
+
+def _choose_interface(address: str) -> None:
+    """Both libraries would guess the interface from the host name, which /etc/hosts often maps to 127.0.1.1. The
+    operator's own choice stands."""
+    interface = interface_of(address)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface and variable not in os.environ:
+            os.environ[variable] = interface
+    log.info("collectives use interface %s (%s)", os.environ.get("GLOO_SOCKET_IFNAME", "?"), address)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that holds this address; None where none does."""
+    wanted = ipaddress.ip_address(address.split("%")[0])
+    if wanted.is_loopback:
+        return "lo"
+    for name, entries in psutil.net_if_addrs().items():
+        if any(e.address.split("%")[0] == str(wanted) for e in entries):
+            return name
+    return None

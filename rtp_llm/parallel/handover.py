@@ -1,0 +1,56 @@
+"""What start_server hands to every process of its part: the settings, the plan, and the fingerprint the gang compares."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rtp_llm.config import Config
+from rtp_llm.parallel.plan import Plan
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Lies as `part.json` in the run directory, beside the sockets `engine.sock` and `supervisor.sock` and the state files."""
+
+    run_dir: Path
+    config: Config
+    plan: Plan
+    fingerprint: dict[str, Any]
+    tty: bool
+
+    @property
+    def engine_socket(self) -> Path:
+        return self.run_dir / "engine.sock"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        return self.run_dir / "supervisor.sock"
+
+    @property
+    def gang_board(self) -> Path:
+        return self.run_dir / "gang.json"
+
+    @property
+    def exit_code_file(self) -> Path:
+        """Where the guard leaves the code that start_server ends with."""
+        return self.run_dir / "exit_code"
+
+    @property
+    def who(self) -> str:
+        return f"part{self.plan.part}"
+
+    def save(self) -> None:
+        data = {
+            "config": self.config.model_dump(),
+            "plan": asdict(self.plan),
+            "fingerprint": self.fingerprint,
+            "tty": self.tty,
+        }
+        (self.run_dir / "part.json").write_text(json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Handover":
+        data = json.loads((run_dir / "part.json").read_text())
+        config, plan = Config.model_validate(data["config"]), Plan.from_json(data["plan"])
+        return cls(run_dir, config, plan, data["fingerprint"], data["tty"])

@@ -1,0 +1,191 @@
+"""The hub on rank 0: calls the roll, compares fingerprints, numbers the epoch, and hears when a rank falls silent.
+
+A store that ranks poll could not push "part1 is missing" to those who wait, nor see a peer die between two polls: hence plain TCP
+connections, one per rank, whose EOF is the death notice.
+"""
+
+import json
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtp_llm.errors import ExitCode
+from rtp_llm.parallel.plan import Plan
+from rtp_llm.parallel.wire import FrameBuffer, Kind, WireError, pack_json
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.5
+DISAGREE_GRACE_SECONDS = 1.5  # how long a diff waits for further parts, so that all are in it
+LossHandler = Callable[[str, ExitCode], None]
+
+
+@dataclass
+class _Peer:
+    """One connection; `rank` is None until its hello."""
+
+    sock: socket.socket
+    address: str
+    buffer: FrameBuffer = field(default_factory=FrameBuffer)
+    rank: int | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    pulse: dict[str, Any] = field(default_factory=dict)
+    heard: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: for all ranks to come; without a heartbeat, and without progress, until a rank counts as lost."""
+
+    come: float
+    silence: float
+    progress: float
+
+
+class Hub:
+    """Serves one epoch of the gang on part 0's roll call port, in a thread of rank 0."""
+
+    def __init__(self, plan: Plan, epoch: int, listener: socket.socket, limits: Limits, on_lost: LossHandler):
+        self.plan, self.epoch, self.listener, self.limits = plan, epoch, listener, limits
+        self.on_lost = on_lost
+        self._peers: list[_Peer] = []
+        self._formed = False
+        self._refusal_at = 0.0
+        self._started = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ, None)
+        threading.Thread(target=self._serve, name="hub", daemon=True).start()
+
+    def _serve(self) -> None:
+        next_beat = 0.0
+        while True:
+            for key, _ in self._selector.select(timeout=BEAT_SECONDS / 2):
+                if key.data is None:
+                    self._accept()
+                else:
+                    self._read(key.data)
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + BEAT_SECONDS
+                self._beat()
+
+    def _accept(self) -> None:
+        sock, address = self.listener.accept()
+        sock.settimeout(5)  # frames to peers are small: a peer that takes none for seconds is lost
+        peer = _Peer(sock, f"{address[0]}:{address[1]}")
+        self._peers.append(peer)
+        self._selector.register(sock, selectors.EVENT_READ, peer)
+
+    def _read(self, peer: _Peer) -> None:
+        try:
+            data = peer.sock.recv(1 << 16)
+            if not data:
+                raise WireError("the connection closed")
+            for kind, payload in peer.buffer.feed(data):
+                self._take(peer, kind, json.loads(payload))
+        except (OSError, ValueError, KeyError) as error:
+            self._drop(peer, str(error))
+
+    def _take(self, peer: _Peer, kind: Kind, message: dict[str, Any]) -> None:
+        peer.heard = time.monotonic()
+        if kind == Kind.PULSE:
+            peer.pulse = message
+        elif kind == Kind.HELLO and not self._formed:
+            peer.rank, peer.fingerprint = int(message["rank"]), dict(message["fingerprint"])
+            self._judge()
+        else:
+            raise WireError(f"{kind.name} from {peer.address} out of turn")
+
+    def _judge(self) -> None:
+        """After each hello: refuse where ranks disagree, start the epoch where all are here."""
+        if self._disagreement():
+            self._refusal_at = self._refusal_at or time.monotonic() + DISAGREE_GRACE_SECONDS
+            return
+        if not self._missing():
+            self._formed = True
+            self._tell(Kind.WELCOME, {"epoch": self.epoch, "part0_address": self._own_address()})
+
+    def _own_address(self) -> str:
+        """Part 0's address as the other parts reach it, which behind NAT is not the one in the member list."""
+        others = (p for p in self._joined() if self.plan.part_of(p.rank or 0) != 0)
+        return str(next((p.sock.getsockname()[0] for p in others), "127.0.0.1"))
+
+    def _joined(self) -> list[_Peer]:
+        return [p for p in self._peers if p.rank is not None]
+
+    def _missing(self) -> list[int]:
+        here = {p.rank for p in self._peers}
+        return [r for r in range(self.plan.world_size) if r not in here]
+
+    def _missing_parts(self) -> str:
+        parts = sorted({self.plan.part_of(r) for r in self._missing()})
+        return ", ".join(self.plan.describe_part(p) for p in parts)
+
+    def _disagreement(self) -> str:
+        """The diff between parts, one line a key; empty where all agree so far."""
+        columns: dict[str, dict[str, Any]] = {}
+        claimed: dict[int, str] = {}
+        lines = []
+        for peer in sorted(self._joined(), key=lambda p: (p.rank or 0, p.address)):
+            rank = peer.rank or 0
+            if rank in claimed:
+                lines.append(f"rank {rank} is claimed twice, by {claimed[rank]} and {peer.address}: check WORLD_RANK")
+            claimed[rank] = peer.address
+            columns.setdefault(f"part{self.plan.part_of(rank)}", peer.fingerprint)
+        for key in sorted({key for fingerprint in columns.values() for key in fingerprint}):
+            values = {part: fingerprint.get(key) for part, fingerprint in columns.items()}
+            if len({json.dumps(v, sort_keys=True) for v in values.values()}) > 1:
+                lines.append(f"{key}: " + "  ".join(f"{part}={json.dumps(v)}" for part, v in values.items()))
+        return "\n".join(f"  {line}" for line in lines)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if self._formed:
+            self._tell(Kind.GANG, self._state(now))
+            self._watch(now)
+        elif self._refusal_at and now >= self._refusal_at:
+            self._tell(Kind.REFUSED, {"message": "the parts of the gang disagree:\n" + self._disagreement()})
+        elif now - self._started > self.limits.come:
+            self._tell(Kind.REFUSED, {"message": self._gave_up()})
+        else:
+            self._tell(Kind.WAITING, {"missing": self._missing_parts()})
+
+    def _gave_up(self) -> str:
+        return f"gave up after {self.limits.come / 60:g} minutes (GANG_TIMEOUT_MIN): missing {self._missing_parts()}"
+
+    def _state(self, now: float) -> dict[str, Any]:
+        ranks = {p.rank: p.pulse | {"silent_s": round(now - p.heard, 3)} for p in self._joined() if p.pulse}
+        return {"epoch": self.epoch, "ranks": ranks}
+
+    def _watch(self, now: float) -> None:
+        for peer in self._joined():
+            silent = now - peer.heard
+            idle = peer.pulse.get("idle_s", 0.0) if peer.pulse.get("phase") == "serving" else 0.0
+            if silent > self.limits.silence:
+                self.on_lost(f"no heartbeat from rank {peer.rank} ({peer.address}) for {silent:.0f} s", ExitCode.HANG)
+            elif idle > self.limits.progress:
+                self.on_lost(f"rank {peer.rank} ({peer.address}) made no progress for {idle:.0f} s", ExitCode.HANG)
+
+    def _tell(self, kind: Kind, message: dict[str, Any]) -> None:
+        data = pack_json(kind, message)
+        for peer in self._joined():
+            try:
+                peer.sock.sendall(data)
+            except OSError as error:
+                self._drop(peer, str(error))
+
+    def _drop(self, peer: _Peer, reason: str) -> None:
+        if peer not in self._peers:
+            return
+        self._peers.remove(peer)
+        self._selector.unregister(peer.sock)
+        peer.sock.close()
+        if peer.rank is None:
+            log.warning("roll call: dropped %s: %s", peer.address, reason)
+        elif self._formed:
+            self.on_lost(f"lost rank {peer.rank} ({peer.address}): {reason}", ExitCode.COMMUNICATION)

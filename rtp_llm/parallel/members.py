@@ -1,0 +1,147 @@
+"""The members of a gang, one per part, read from a distribute file, GANG_CONFIG_STRING or JSON_GANG_PARTS.
+
+Everything that can be wrong with such a list is found here, before anything heavy starts, and said with source, key and value.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtp_llm.config import Config
+from rtp_llm.errors import ConfigError
+
+_PART = re.compile(r"part(\d+)$")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One part: `index` N of `…_partN`, the address the others reach it by, and its HTTP port."""
+
+    index: int
+    name: str
+    ip: str
+    port: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    ip: str
+    port: int | None
+
+
+def read_members(config: Config) -> tuple[Member, ...]:
+    """The members in order of their number; empty where no list is configured.
+
+    Raises ConfigError naming the source, the key and what is allowed.
+    """
+    if config.distribute_config_file:
+        source = f"DISTRIBUTE_CONFIG_FILE {config.distribute_config_file}"
+        entries = _parse_json(_read(Path(config.distribute_config_file)), source)
+    elif config.gang_config_string:
+        source = "GANG_CONFIG_STRING"
+        entries = _parse_string(config.gang_config_string)
+    elif config.json_gang_parts:
+        source = "JSON_GANG_PARTS"
+        entries = _parse_json(config.json_gang_parts, source)
+    else:
+        return ()
+    if config.zone_name:
+        entries = [e for e in entries if e.name.split("_")[-2:-1] == [config.zone_name]]
+        source += f" (ZONE_NAME={config.zone_name})"
+    return _order(entries, source, config.start_port)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"DISTRIBUTE_CONFIG_FILE {path}: cannot be read: {reason}") from None
+
+
+def _parse_json(text: str, source: str) -> list[_Entry]:
+    try:
+        table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{source}: malformed JSON: nested too deeply") from None
+    if not isinstance(table, dict) or not table:
+        raise ConfigError(
+            f'{source}: must be a JSON object of members, {{"x_part0": {{"name": "x_part0", "ip": "…", "port": 10000}}, …}}'
+        )
+    return [_entry(key, value, source) for key, value in table.items()]
+
+
+def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ConfigError(f"{source}: duplicate key {key!r}: each member and each field may stand once")
+        seen[key] = value
+    return seen
+
+
+def _parse_string(text: str) -> list[_Entry]:
+    source = "GANG_CONFIG_STRING"
+    entries = []
+    for chunk in filter(None, (c.strip() for c in text.split(";"))):
+        fields: dict[str, Any] = {}
+        for pair in chunk.split(","):
+            key, colon, value = pair.strip().partition(":")
+            if not colon:
+                raise ConfigError(f"{source}: {pair!r} is not key:value; allowed: name:x_part0,ip:…,port:…;…")
+            if key in fields:
+                raise ConfigError(f"{source}: duplicate key {key!r} in {chunk!r}")
+            fields[key] = int(value) if key == "port" and value.isdecimal() else value
+        entries.append(_entry(str(fields.get("name", "")), fields, source))
+    if len({e.name for e in entries}) != len(entries):
+        raise ConfigError(f"{source}: a member's name stands twice; each part needs its own …_partN")
+    if not entries:
+        raise ConfigError(f"{source}: holds no member; allowed: name:x_part0,ip:…,port:…;name:x_part1,…")
+    return entries
+
+
+def _entry(key: str, value: Any, source: str) -> _Entry:
+    where = f"{source}: member {key!r}"
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: is {json.dumps(value)}; allowed: an object with name, ip and port")
+    unknown = sorted(value.keys() - {"name", "ip", "port"})
+    if unknown:
+        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; allowed: name, ip, port")
+    name = value.get("name", key)
+    if name != key:
+        raise ConfigError(f"{where}: its name is {name!r}; key and name must be the same")
+    ip = value.get("ip")
+    if not isinstance(ip, str) or not ip.strip() or re.search(r"[\s/]", ip):
+        raise ConfigError(f"{where}: ip is {json.dumps(ip)}; allowed: an address or host name as text")
+    port = value.get("port")
+    if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535):
+        raise ConfigError(f"{where}: port is {json.dumps(port)}; allowed: an integer from 1 to 65535 without quotes")
+    if not _PART.search(key):
+        raise ConfigError(f"{where}: the name must end in part<N>, as in 'x_part0'")
+    return _Entry(key, ip, port)
+
+
+def _order(entries: list[_Entry], source: str, start_port: int) -> tuple[Member, ...]:
+    """By number, so that part2 comes before part10. A missing port is part 0's (or START_PORT if that has none)."""
+    by_index: dict[int, _Entry] = {}
+    for entry in entries:
+        index = int(_PART.search(entry.name)[1])  # type: ignore[index]  # _entry has matched the same pattern
+        if index in by_index:
+            raise ConfigError(f"{source}: {by_index[index].name!r} and {entry.name!r} are both part {index}")
+        by_index[index] = entry
+    if 0 not in by_index:
+        raise ConfigError(f"{source}: no member ends in _part0; there must be exactly one, it serves the API")
+    gaps = [i for i in range(max(by_index)) if i not in by_index]
+    if gaps:
+        raise ConfigError(
+            f"{source}: part {gaps[0]} is missing; parts must be numbered 0 … {max(by_index)} without gaps"
+        )
+    default = by_index[0].port or start_port
+    return tuple(Member(i, e.name, e.ip, e.port or default) for i, e in sorted(by_index.items()))

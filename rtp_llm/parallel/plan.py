@@ -1,0 +1,200 @@
+"""The plan: which ranks this part runs, where every other part is, and which port serves what.
+
+Worked out once by start_server from configuration and member list; every other process is handed the result.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from rtp_llm.config import LOWEST_START_PORT, Config
+from rtp_llm.errors import ConfigError
+from rtp_llm.parallel.members import Member, read_members
+
+# Offsets below part 0's START_PORT, inside the block that upstream reserves there.
+ROLL_CALL, STEP, TORCH_INIT = 1, 2, 11
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One part's view of the gang. Ranks are numbered 0 … world_size-1 over all parts; rank = part x local_world_size + local."""
+
+    members: tuple[Member, ...]
+    part: int
+    tp_size: int
+    world_size: int
+    local_world_size: int
+    start_port: int
+    port_stride: int
+    device: str
+
+    @property
+    def first_rank(self) -> int:
+        return self.part * self.local_world_size
+
+    @property
+    def ranks(self) -> range:
+        """World ranks that run on this part."""
+        return range(self.first_rank, self.first_rank + self.local_world_size)
+
+    @property
+    def num_parts(self) -> int:
+        return self.world_size // self.local_world_size
+
+    @property
+    def leader(self) -> Member:
+        return self.members[0]
+
+    @property
+    def spans_parts(self) -> bool:
+        return self.num_parts > 1
+
+    def part_of(self, rank: int) -> int:
+        return rank // self.local_world_size
+
+    def describe_part(self, part: int) -> str:
+        """`part1 (10.0.0.2:20000, ranks 2-3)`; the address is left out where only part 0's is known."""
+        first = part * self.local_world_size
+        last = first + self.local_world_size - 1
+        ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
+        known = next((m for m in self.members if m.index == part), None)
+        return f"part{part} ({known.ip}:{known.port}, {ranks})" if known else f"part{part} ({ranks})"
+
+    def leader_port(self, offset: int) -> int:
+        """Port on part 0 that lies `offset` below its START_PORT: ROLL_CALL, STEP or TORCH_INIT."""
+        return self.leader.port - offset
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same on every part."""
+        shared = asdict(self)
+        for own in ("part", "start_port", "members"):
+            del shared[own]
+        return shared | {"members": [f"{m.name} {m.ip}:{m.port}" for m in self.members]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
+        return cls(**{**data, "members": tuple(Member(**m) for m in data["members"])})
+
+
+def make_plan(config: Config, gpus: int) -> Plan:
+    """Checks everything that several settings say together. `gpus`: GPUs visible on this machine.
+
+    Raises ConfigError naming the settings, their values and what would fit.
+    """
+    device = config.rtp_device or ("cuda" if gpus else "cpu")
+    world, tp = _sizes(config)
+    members = read_members(config)
+    local = _local_world_size(config, world, gpus if device == "cuda" else 0, len(members))
+    if device == "cuda" and local > gpus:
+        raise ConfigError(f"LOCAL_WORLD_SIZE={local}: this machine shows {gpus} GPUs; allowed: at most {gpus}")
+    part = _part(config, world, local, tp)
+    parts = world // local
+    members = members or _implied_members(config, parts)
+    if len(members) != parts and not config.leader_address:
+        raise ConfigError(
+            f"the member list has {len(members)} members, but WORLD_SIZE={world} / LOCAL_WORLD_SIZE={local} is {parts};"
+            f" allowed: {parts} members, _part0 to _part{parts - 1}"
+        )
+    plan = Plan(members, part, tp, world, local, config.start_port, config.worker_info_port_num, device)
+    _check_ports(plan)
+    return plan
+
+
+def _sizes(config: Config) -> tuple[int, int]:
+    world, tp, dp = config.world_size, config.tp_size, config.dp_size
+    if dp != 1:
+        raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not served yet; allowed: 1")
+    tp = tp or (world // dp if world else 1)
+    world = world or tp * dp
+    if world != tp * dp:
+        raise ConfigError(
+            f"WORLD_SIZE={world} is not TP_SIZE={tp} x DP_SIZE={dp} = {tp * dp};"
+            f" set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}"
+        )
+    return world, tp
+
+
+def _local_world_size(config: Config, world: int, gpus: int, members: int) -> int:
+    """LOCAL_WORLD_SIZE; unset it is min(GPUs, WORLD_SIZE), on a CPU-only machine WORLD_SIZE."""
+    local = config.local_world_size or (min(gpus, world) if gpus else world)
+    if local > world or world % local:
+        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {fits}")
+    if not config.local_world_size and members > 1 and world // local != members:
+        raise ConfigError(
+            f"the member list has {members} members, but LOCAL_WORLD_SIZE is unset and would be {local};"
+            f" set LOCAL_WORLD_SIZE={max(1, world // members)}"
+        )
+    return local
+
+
+def _part(config: Config, world: int, local: int, tp: int) -> int:
+    rank = config.world_rank
+    if rank is None and config.world_index is not None:
+        rank = config.world_index * local
+    elif rank is not None and config.world_index is not None and rank != config.world_index * local:
+        raise ConfigError(f"WORLD_RANK={rank} and WORLD_INDEX={config.world_index} disagree: set one of them")
+    if rank is None:
+        rank = config.tp_rank or 0
+    if rank >= world or rank % local:
+        fits = ", ".join(str(r) for r in range(0, world, local))
+        raise ConfigError(
+            f"WORLD_RANK={rank}: must be the part's number x LOCAL_WORLD_SIZE={local}, below WORLD_SIZE={world};"
+            f" allowed: {fits}"
+        )
+    if config.tp_rank is not None and config.tp_rank != rank % tp:
+        raise ConfigError(f"TP_RANK={config.tp_rank}: WORLD_RANK={rank} means TP_RANK={rank % tp}; leave TP_RANK unset")
+    return rank // local
+
+
+def _implied_members(config: Config, parts: int) -> tuple[Member, ...]:
+    if config.leader_address:
+        return (Member(0, "leader_part0", config.leader_address, config.start_port),)
+    if parts > 1:
+        raise ConfigError(
+            f"WORLD_SIZE / LOCAL_WORLD_SIZE is {parts} parts, but no member list is given;"
+            " set DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING, JSON_GANG_PARTS or LEADER_ADDRESS"
+        )
+    return (Member(0, "local_part0", "127.0.0.1", config.start_port),)
+
+
+def _check_ports(plan: Plan) -> None:
+    for member in plan.members:
+        if member.index == plan.part and member.port != plan.start_port:
+            raise ConfigError(
+                f"START_PORT={plan.start_port}, but member {member.name!r} of this part (WORLD_RANK={plan.first_rank})"
+                f" has port {member.port}; make them the same"
+            )
+        top = member.port + plan.port_stride * plan.local_world_size - 1
+        if member.port < (LOWEST_START_PORT if member.index == 0 else 1024) or top > 65535:
+            raise ConfigError(
+                f"member {member.name!r}: port {member.port} needs the ports {_blocks(plan, member)};"
+                f" all must lie between 1024 and 65535"
+            )
+    for one, other in combinations(plan.members, 2):
+        if one.ip != other.ip:
+            continue
+        if one.port == other.port:
+            raise ConfigError(
+                f"members {one.name!r} and {other.name!r} are both {one.ip}:{one.port}; give each its own"
+            )
+        if _overlap(plan, one, other):
+            raise ConfigError(
+                f"members {one.name!r} and {other.name!r} share {one.ip} and their port blocks overlap:"
+                f" {_blocks(plan, one)} and {_blocks(plan, other)}; move one START_PORT further away"
+            )
+
+
+def _block(plan: Plan, member: Member) -> range:
+    below = TORCH_INIT if member.index == 0 else 0
+    return range(member.port - below, member.port + plan.port_stride * plan.local_world_size)
+
+
+def _blocks(plan: Plan, member: Member) -> str:
+    block = _block(plan, member)
+    return f"{block.start}-{block.stop - 1}"
+
+
+def _overlap(plan: Plan, one: Member, other: Member) -> bool:
+    a, b = _block(plan, one), _block(plan, other)
+    return a.start < b.stop and b.start < a.stop

@@ -1,0 +1,93 @@
+"""How many KV blocks fit, from measured memory, with the arithmetic in the log so that nobody has to guess."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from rtp_llm.config import Config
+from rtp_llm.errors import ConfigError
+from rtp_llm.model.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """What one rank can hold."""
+
+    num_blocks: int
+    bytes_per_block: int
+
+
+def plan_kv(
+    config: Config,
+    spec: ModelSpec,
+    *,
+    local_kv_heads: int,
+    block_size: int,
+    max_seq_len: int,
+    itemsize: int,
+    device: torch.device,
+    sharers: int,
+) -> KVPlan:
+    """This rank's own count; the gang then takes the smallest. `sharers`: ranks that share this machine's memory.
+
+    Raises ConfigError where not even one block fits.
+    """
+    per_block = 2 * spec.num_layers * block_size * local_kv_heads * spec.head_dim * itemsize
+    if config.test_block_num:
+        return KVPlan(config.test_block_num, per_block)
+    if config.kv_cache_mem_mb > 0:
+        budget, how = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
+    else:
+        budget, how = _measured(config, device, sharers)
+    # More than every sequence at full length is never used.
+    useful = config.concurrency_limit * -(-max_seq_len // block_size)
+    blocks = min(budget // per_block, useful)
+    log.info(
+        "KV cache: %s; 2 x %d layers x %d tokens x %d heads x %d x %d B = %.1f KiB per block; %d fit, at most %d are useful",
+        how,
+        spec.num_layers,
+        block_size,
+        local_kv_heads,
+        spec.head_dim,
+        itemsize,
+        per_block / 1024,
+        budget // per_block,
+        useful,
+    )
+    if blocks < 1:
+        raise ConfigError(
+            f"no memory for a KV cache: {how} is less than one block of {per_block / MIB:.1f} MiB;"
+            " lower RESERVER_RUNTIME_MEM_MB, raise TP_SIZE, or free memory"
+        )
+    return KVPlan(int(blocks), per_block)
+
+
+def _measured(config: Config, device: torch.device, sharers: int) -> tuple[int, str]:
+    reserve = config.reserver_runtime_mem_mb * MIB
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the warm-up's peak took beyond the weights comes back to the allocator, but a step needs it again.
+        spare = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+        budget = free - spare - reserve
+        return max(0, budget), f"{free / MIB:.0f} MiB free - {spare / MIB:.0f} peak - {reserve / MIB:.0f} reserved"
+    available = min(psutil.virtual_memory().available, _cgroup_room())
+    budget = max(0, available // sharers - reserve) // 2
+    how = f"(({available / MIB:.0f} MiB available) / {sharers} ranks - {reserve / MIB:.0f} reserved) / 2"
+    return budget, how + f" = {budget / MIB:.0f} MiB"
+
+
+def _cgroup_room() -> int:
+    """Bytes left below the cgroup v2 memory limit; unlimited where there is none."""
+    limit, current = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    try:
+        text = limit.read_text().strip()
+        return 1 << 62 if text == "max" else max(0, int(text) - int(current.read_text()))
+    except OSError:
+        return 1 << 62

@@ -1,0 +1,186 @@
+"""`python3 -m rtp_llm.start_server`: the front process of one part.
+
+Checks everything that can be checked without a GPU, writes the plan down, runs supervisord, forwards signals to it, and ends with the
+code that says why: supervisord alone would always end with 0.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from rtp_llm import __version__
+from rtp_llm import log as logs
+from rtp_llm.config import Config, load
+from rtp_llm.errors import CheckpointError, ConfigError, ExitCode, FatalError
+from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.parallel.devices import visible_gpus
+from rtp_llm.parallel.handover import Handover
+from rtp_llm.parallel.lifeline import die_with_parent
+from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, make_plan
+from rtp_llm.supervise.supervisord import supervisord_config
+
+log = logging.getLogger("rtp_llm.start_server")
+
+
+def main() -> int:
+    """Runs the part to its end and returns its exit code."""
+    logs.setup("start_server")
+    try:
+        loaded = load(sys.argv[1:], os.environ)
+        logs.set_level(loaded.config.log_level)
+        for note in loaded.notes:
+            log.info("%s", note)
+        for warning in loaded.warnings:
+            log.warning("%s", warning)
+        plan = make_plan(loaded.config, visible_gpus())
+        fingerprint = _fingerprint(loaded.config, plan)
+        _check_ports_free(plan)
+        with _run_dir(loaded.config) as run_dir:
+            handover = Handover(run_dir, loaded.config, plan, fingerprint, sys.stdout.isatty())
+            return _supervise(handover)
+    except FatalError as error:
+        log.critical("%s", error)
+        return error.exit_code
+
+
+def _fingerprint(config: Config, plan: Plan) -> dict[str, Any]:
+    """Opens the checkpoint by its headers, checks that plan and model fit, and says what all parts must have in common."""
+    checkpoint = Checkpoint.open(config)
+    spec = checkpoint.spec(config)
+    spec.check_tp(plan.tp_size)
+    tokenizer = Path(config.tokenizer_path or config.checkpoint_path)
+    if plan.part == 0 and not tokenizer.is_dir():
+        raise ConfigError(f"TOKENIZER_PATH={tokenizer}: is no folder; allowed: a folder with tokenizer.json")
+    if plan.part == 0 and not any((tokenizer / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{tokenizer}: no tokenizer.json")
+    shared = ("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "warm_up", "test_block_num")
+    return {
+        "version": __version__,
+        **{f"plan.{key}": value for key, value in plan.fingerprint().items()},
+        "model.checkpoint": checkpoint.digest,
+        "model.dtype": spec.dtype,
+        "model.layers": spec.num_layers,
+        "model.overrides": config.json_model_override_args,
+        **{f"config.{name.upper()}": getattr(config, name) for name in shared},
+    }
+
+
+def _check_ports_free(plan: Plan) -> None:
+    """Raises ConfigError naming the port, what it is for, and who has it."""
+    wanted = {plan.start_port: "HTTP (START_PORT)"}
+    if plan.part == 0:
+        wanted[plan.start_port - ROLL_CALL] = "roll call (START_PORT - 1)"
+        if plan.world_size > 1:
+            wanted[plan.start_port - STEP] = "steps (START_PORT - 2)"
+            wanted[plan.start_port - TORCH_INIT] = "torch.distributed (START_PORT - 11)"
+    for port, purpose in wanted.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError as error:
+                taken = f"in use{_holder(port)}" if error.errno == errno.EADDRINUSE else error.strerror
+                raise ConfigError(
+                    f"port {port}, wanted for {purpose}: {taken}; free it or choose another START_PORT"
+                ) from None
+
+
+def _holder(port: int) -> str:
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return ""
+    pid = next((c.pid for c in connections if c.laddr and c.laddr.port == port and c.status == "LISTEN"), None)
+    if pid is None:
+        return ""
+    try:
+        return f" by pid {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
+    except psutil.Error:
+        return f" by pid {pid}"
+
+
+@contextmanager
+def _run_dir(config: Config) -> Iterator[Path]:
+    """RTP_RUN_DIR, or a temporary folder that goes with the part. Unix socket paths end at 107 bytes."""
+    if not config.rtp_run_dir:
+        path = Path(tempfile.mkdtemp(prefix="rtp-llm-"))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+        return
+    path = Path(config.rtp_run_dir).absolute()
+    if len(str(path)) > 80:
+        raise ConfigError(f"RTP_RUN_DIR={path}: too long for unix sockets; allowed: up to 80 characters")
+    path.mkdir(parents=True, exist_ok=True)
+    for stale in ("exit_code", "gang.json", "epoch", "engine.sock", "supervisor.sock"):
+        (path / stale).unlink(missing_ok=True)
+    yield path
+
+
+def _supervise(handover: Handover) -> int:
+    handover.save()
+    conf = handover.run_dir / "supervisord.conf"
+    conf.write_text(supervisord_config(handover))
+    plan = handover.plan
+    log.info(
+        "%s: ranks %d-%d of %d on %s, HTTP on port %d, state in %s",
+        handover.who,
+        plan.ranks.start,
+        plan.ranks.stop - 1,
+        plan.world_size,
+        plan.device,
+        plan.start_port,
+        handover.run_dir,
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
+        preexec_fn=die_with_parent,
+    )
+    stopper = _Stopper(child)
+    code = child.wait()
+    if handover.exit_code_file.exists():
+        return int(handover.exit_code_file.read_text())
+    if stopper.asked and code == 0:
+        return ExitCode.OK
+    log.critical(
+        "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(handover.run_dir / "supervisord.log")
+    )
+    return ExitCode.RANK_CRASHED
+
+
+def _tail(path: Path, lines: int = 10) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(none)"
+
+
+class _Stopper:
+    """Passes SIGTERM, SIGINT and SIGHUP on as supervisord's orderly stop; a third one ends everything at once."""
+
+    def __init__(self, child: "subprocess.Popen[bytes]"):
+        self.child, self.asked = child, 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
+        if self.asked == 1:
+            log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
+        self.child.send_signal(signal.SIGTERM if self.asked < 3 else signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""`python -m rtp_llm.supervise.guard RUN_DIR`: supervisord's event listener, which decides what a lost process means.
+
+A rank lost means all ranks of the part start again: one cannot be restarted into a live communicator. A budget bounds that; a code
+that a restart cannot mend ends the part at once. stdout belongs to supervisord's protocol, so this process logs to stderr.
+"""
+
+import logging
+import sys
+import time
+import xmlrpc.client
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from supervisor import childutils
+from supervisor.xmlrpc import SupervisorTransport
+
+from rtp_llm import log as logs
+from rtp_llm.errors import ExitCode
+from rtp_llm.parallel.handover import Handover
+from rtp_llm.parallel.lifeline import die_with_parent, run_to_exit
+
+log = logging.getLogger(__name__)
+
+WINDOW_SECONDS = 600.0
+SETTLE_SECONDS = 2.0  # for the other ranks to notice and leave by themselves, with codes that tell more
+DOWN = {"EXITED", "FATAL", "BACKOFF"}
+
+
+@dataclass
+class Budget:
+    """At most `limit` restarts in ten minutes, with pauses of 0.5, 1, 2, 4 … seconds between them."""
+
+    limit: int
+    _times: deque[float] = field(default_factory=deque)
+
+    def take(self, now: float) -> float | None:
+        """Seconds to pause before the restart that is now due; None where the budget is spent."""
+        while self._times and now - self._times[0] > WINDOW_SECONDS:
+            self._times.popleft()
+        if len(self._times) >= self.limit:
+            return None
+        self._times.append(now)
+        return float(min(60.0, 0.5 * 2 ** (len(self._times) - 1)))
+
+
+def verdict(codes: list[int]) -> ExitCode:
+    """The one code for an incident in which processes ended with these (-1: by a signal).
+
+    A code that no restart mends wins, then a crash, then a hang; that peers lost their connection is only the echo.
+    """
+    known = {ExitCode(c) for c in codes if c in ExitCode.__members__.values()}
+    final = sorted(c for c in known if c.is_final)
+    if final:
+        return final[0]
+    echoes = {ExitCode.COMMUNICATION, ExitCode.HANG}
+    if any(c not in echoes for c in codes):
+        return ExitCode.RANK_CRASHED
+    return ExitCode.HANG if ExitCode.HANG in known else ExitCode.COMMUNICATION
+
+
+class Guard:
+    """Acts on supervisord through its RPC interface."""
+
+    def __init__(self, handover: Handover, rpc: Any):
+        self.handover, self.rpc = handover, rpc
+        limit = handover.config.restart_limit
+        self._ranks, self._api = Budget(limit), Budget(max(limit, 1))
+
+    def handle(self) -> None:
+        """Looks at the processes rather than at the event: several events may tell of one incident."""
+        if self.rpc.supervisor.getState()["statename"] != "RUNNING":
+            return
+        if self._down("ranks"):
+            self._restart("ranks", self._ranks, settle=SETTLE_SECONDS)
+        elif self._down("service"):
+            self._restart("service", self._api, settle=0)
+
+    def _down(self, group: str) -> list[dict[str, Any]]:
+        infos: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
+        return [i for i in infos if i["group"] == group and i["statename"] in DOWN]
+
+    def _restart(self, group: str, budget: Budget, settle: float) -> None:
+        time.sleep(settle)
+        down = self._down(group)
+        what = ", ".join(f"{i['name']} ({_describe(i['exitstatus'])})" for i in down)
+        code = verdict([i["exitstatus"] for i in down])
+        if code.is_final:
+            self._give_up(f"{what}: no restart can mend that", code)
+            return
+        pause = budget.take(time.monotonic())
+        if pause is None:
+            self._give_up(f"{what}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
+            return
+        log.error("lost %s; starting all of group %s again in %.1f s", what, group, pause)
+        self.rpc.supervisor.stopProcessGroup(group, True)
+        time.sleep(pause)
+        self.rpc.supervisor.startProcessGroup(group, False)
+
+    def _give_up(self, reason: str, code: ExitCode) -> None:
+        log.critical("%s; the part ends with exit code %d", reason, code)
+        self.handover.exit_code_file.write_text(str(int(code)))
+        self.rpc.supervisor.shutdown()
+
+
+def _describe(exit_status: int) -> str:
+    if exit_status < 0:
+        return "killed by a signal"
+    try:
+        return f"exit code {exit_status}, {ExitCode(exit_status).name.lower()}"
+    except ValueError:
+        return f"exit code {exit_status}"
+
+
+def connect(handover: Handover) -> Any:
+    """supervisord's RPC interface, over its unix socket."""
+    transport = SupervisorTransport(None, None, f"unix://{handover.supervisor_socket}")
+    return xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
+
+
+def main(run_dir: Path) -> None:
+    handover = Handover.load(run_dir)
+    logs.setup(f"{handover.who} guard", handover.config.log_level, sys.stderr)
+    guard = Guard(handover, connect(handover))
+    while True:
+        childutils.listener.wait(sys.stdin, sys.stdout)
+        guard.handle()
+        childutils.listener.ok(sys.stdout)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    run_to_exit(partial(main, Path(sys.argv[1])))

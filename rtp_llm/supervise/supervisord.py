@@ -1,0 +1,84 @@
+"""supervisord's configuration for one part, generated from the plan.
+
+Two groups: supervisord stops groups one after another, the highest priority number first, and the members of a group together.
+So `api` ends its open streams while the ranks still compute, then all `ranks` go at once.
+"""
+
+import configparser
+import io
+import sys
+
+from rtp_llm.parallel.handover import Handover
+
+RANK_STOP_SECONDS = 5
+DRAIN_MARGIN_SECONDS = 5  # what uvicorn may need beyond its own limit
+
+
+def drain_seconds(shutdown_timeout: int) -> int:
+    """SHUTDOWN_TIMEOUT in seconds; -1, upstream's "no bound", is ten minutes: nothing here waits for ever."""
+    return 600 if shutdown_timeout < 0 else shutdown_timeout
+
+
+def supervisord_config(handover: Handover) -> str:
+    """The text of supervisord.conf."""
+    run_dir, socket = handover.run_dir, handover.supervisor_socket
+    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {run_dir} {r}" for r in handover.plan.ranks}
+    stop = drain_seconds(handover.config.shutdown_timeout) + DRAIN_MARGIN_SECONDS
+    sections: dict[str, dict[str, object]] = {
+        "supervisord": {
+            "nodaemon": "true",
+            "logfile": run_dir / "supervisord.log",
+            "silent": "true",  # its own lines are of interest only where it fails: see start_server
+            "loglevel": "info",
+            "pidfile": run_dir / "supervisord.pid",
+            "childlogdir": run_dir,
+            "identifier": handover.who,
+        },
+        "unix_http_server": {"file": socket, "chmod": "0700"},
+        "rpcinterface:supervisor": {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        },
+        "group:ranks": {"programs": ",".join(ranks), "priority": 100},
+        "group:service": {"programs": "api", "priority": 900},
+        "program:api": _program(f"-m rtp_llm.api.main {run_dir}", stop),
+        "eventlistener:guard": {
+            **_program(f"-m rtp_llm.supervise.guard {run_dir}", 2),
+            "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL",
+            "buffer_size": 1000,
+            "autorestart": "true",
+            "redirect_stderr": "false",
+            "stderr_logfile": "/dev/fd/2",
+            "stderr_logfile_maxbytes": 0,
+        },
+    }
+    del sections["eventlistener:guard"]["stdout_logfile"], sections["eventlistener:guard"]["stdout_logfile_maxbytes"]
+    sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in ranks.items()}
+    return _render(sections)
+
+
+def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
+    """The guard decides about restarts, so supervisord makes none: it would respawn for ever and without a pause."""
+    return {
+        "command": f"{sys.executable} {arguments}",
+        "autostart": "true",
+        "autorestart": "false",
+        "startsecs": 0,
+        "startretries": 0,
+        "exitcodes": 0,
+        "stopasgroup": "true",
+        "killasgroup": "true",
+        "stopwaitsecs": stop_seconds,
+        "redirect_stderr": "true",
+        "stdout_logfile": "/dev/fd/1",
+        "stdout_logfile_maxbytes": 0,
+    }
+
+
+def _render(sections: dict[str, dict[str, object]]) -> str:
+    parser = configparser.RawConfigParser()
+    for name, options in sections.items():
+        # supervisord expands %(…)s in values, so a % in a path must be doubled.
+        parser[name] = {key: str(value).replace("%", "%%") for key, value in options.items()}
+    text = io.StringIO()
+    parser.write(text)
+    return text.getvalue()

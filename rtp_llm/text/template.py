@@ -1,0 +1,324 @@
+"""Chat messages to prompt text, through the checkpoint's Jinja template.
+
+Templates are written for Hugging Face's documented environment, so this file offers the same one: the sandbox, the
+whitespace rules, the functions, and messages shaped as templates expect them rather than as OpenAI clients send them.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rtp_llm.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class TemplateError(ValueError):
+    """Messages that cannot be rendered, or a template that cannot be used; one sentence for the client or operator."""
+
+
+class ChatTemplate:
+    """The templates one server renders with: the usual one, and one for requests with tools where there is one."""
+
+    def __init__(self, name: str, source: str | None, tool_source: str | None, variables: Mapping[str, str]):
+        """`variables` are the named special tokens. Raises TemplateError on a template with a syntax error."""
+        self.name = name
+        self._plain = None if source is None else _Compiled(name, source)
+        self._with_tools = self._plain if tool_source is None else _Compiled(name, tool_source)
+        self._variables = dict(variables)
+
+    @classmethod
+    def choose(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        forced: str | None,
+        default_key: str = "default",
+        tool_key: str = "tool_use",
+        model_type: str = "",
+    ) -> "ChatTemplate":
+        """`forced` (a built-in name or a path) > the checkpoint's own > a built-in one by `model_type` > none.
+
+        Raises TemplateError where `forced` names nothing, and on a syntax error; having none is an error at `render`.
+        """
+        if forced:
+            return cls(*_forced(forced), None, tokenizer.special_tokens)
+        own, tool_use = tokenizer.templates.get(default_key), tokenizer.templates.get(tool_key)
+        if own is not None:
+            return cls(f"the checkpoint's {default_key!r}", own, tool_use, tokenizer.special_tokens)
+        built_in = _by_model_type(model_type, tokenizer)
+        name = f"built-in {built_in!r}" if built_in else "none"
+        return cls(name, _BUILT_IN.get(built_in or ""), tool_use, tokenizer.special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt's text; encode it with add_special_tokens=False, for a template writes its own bos.
+
+        `kwargs` are further template variables (a request's chat_template_kwargs). Raises TemplateError.
+        """
+        template = self._with_tools if tools else self._plain
+        if template is None:
+            raise TemplateError(
+                "this checkpoint has no chat template: set MODEL_TEMPLATE_TYPE to one of "
+                f"{', '.join(_BUILT_IN)} or to the path of a .jinja file, or send a ready prompt to /v1/completions"
+            )
+        variables = {
+            **self._variables,
+            "documents": None,
+            **kwargs,
+            "messages": [template.shaped(message) for message in messages],
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return template.render(variables)
+
+
+class _Compiled:
+    """One template, and what its source shows of the message shape it was written for."""
+
+    def __init__(self, name: str, source: str):
+        try:
+            tree = _ENVIRONMENT.parse(source)
+            self._template = _ENVIRONMENT.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"the chat template ({name}) has an error in line {error.lineno}: {error.message}; "
+                "MODEL_TEMPLATE_TYPE can name another one"
+            ) from error
+        self._takes_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
+        asks_for_text = any(test.name == "string" for test in tree.find_all(nodes.Test))
+        self._needs_parts = self._takes_parts and not asks_for_text
+        self._takes_null = _ASKS_FOR_NULL.search(source) is not None
+        self._joins_arguments = _JOINS_ARGUMENTS.search(source) is not None
+
+    def shaped(self, message: Message) -> dict[str, Any]:
+        """A message as this template expects it. Keys that are null go: templates ask whether a key is there."""
+        if not isinstance(message, Mapping):  # the native endpoints pass on what the client sent
+            raise TemplateError(f"a message must be an object with a role and content, not {type(message).__name__}")
+        shaped = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            texts = [_text_of(part) for part in content]
+            shaped["content"] = list(content) if self._takes_parts else "".join(texts)
+        elif isinstance(content, str) and self._needs_parts:
+            shaped["content"] = [{"type": "text", "text": content}]
+        elif content is None:
+            shaped["content"] = None if self._takes_null else ""
+        if isinstance(shaped.get("tool_calls"), list) and not self._joins_arguments:
+            shaped["tool_calls"] = [_with_parsed_arguments(call) for call in shaped["tool_calls"]]
+        return shaped
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        try:
+            return self._template.render(variables)
+        except _Refusal as error:
+            raise TemplateError(f"the chat template does not accept these messages: {error}") from error
+        except Exception as error:  # a template is a program: it can raise whatever its operators and filters raise
+            raise TemplateError(f"the chat template failed on these messages: {error}") from error
+
+
+# `content is none`, in any spelling: then the null content of an assistant turn that only calls tools stays null.
+_ASKS_FOR_NULL = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b", re.IGNORECASE)
+# Templates that put a call's arguments into a string as they are, where all others expect the object.
+_JOINS_ARGUMENTS = re.compile(r"\barguments['\"]?\]?\s*[+~]")
+
+
+def _is_content(node: nodes.Node) -> bool:
+    """True where a loop runs over a message's content (through any filters), so that content may be a list of parts."""
+    while isinstance(node, nodes.Filter) and node.node is not None:
+        node = node.node
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return getattr(node, "attr", getattr(node, "name", None)) == "content"
+
+
+def _text_of(part: object) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        raise TemplateError(f"a content part of type {kind!r} cannot be served here: this model reads text parts only")
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if not isinstance(text, str):
+        raise TemplateError('a content part of type "text" needs its "text" as a string')
+    return text
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """OpenAI's clients send a call's arguments as JSON text; templates write them with `tojson` or loop over them."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        parsed = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call  # what a model once wrote need not be JSON: the template gets it as it was
+    return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
+
+
+class _Refusal(jinja2.TemplateError):
+    """A template's own raise_exception."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks assistant text for training; here it only has to render its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it an instance variable, so it cannot be a ClassVar
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _raise_exception(message: str) -> None:
+    raise _Refusal(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML, which no model has been trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+def _forced(forced: str) -> tuple[str, str]:
+    """Name and source of the template that MODEL_TEMPLATE_TYPE asks for."""
+    name = _ALIASES.get(forced, forced)
+    if name in _BUILT_IN:
+        return f"built-in {name!r}", _BUILT_IN[name]
+    try:
+        return forced, Path(forced).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(
+            f"MODEL_TEMPLATE_TYPE={forced} is neither a built-in template ({', '.join([*_BUILT_IN, *_ALIASES])}) "
+            f"nor a readable file: {error}"
+        ) from error
+
+
+def _by_model_type(model_type: str, tokenizer: Tokenizer) -> str | None:
+    name = model_type.lower().replace("-", "_")
+    if name == "llama":  # the architecture is called so for every generation; the control tokens tell them apart
+        return "llama2" if tokenizer.token_id("<|start_header_id|>") is None else "llama3"
+    return next((built_in for prefix, built_in in _MODEL_TYPES.items() if name.startswith(prefix)), None)
+
+
+_ALIASES = {"default": "chatml", "qwen": "chatml"}
+_MODEL_TYPES = {
+    "qwen": "chatml",
+    "llama_2": "llama2",
+    "llama2": "llama2",
+    "llama_3": "llama3",
+    "llama3": "llama3",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+    "internlm2": "internlm2",
+}
+
+# With Hermes-style tools, as Qwen's chat models are trained on.
+_CHATML = """\
+{%- set led = messages and messages[0].role == 'system' %}
+{%- if tools %}
+{{- '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if led else '') ~ '# Tools\n\n' }}
+{{- 'You may call one or more functions to assist with the user query.\n\n' }}
+{{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
+{%- for tool in tools %}{{ '\n' ~ tool | tojson }}{% endfor %}
+{{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within ' }}
+{{- '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": ' }}
+{{- '<args-json-object>}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages[1 if led and tools else 0:] %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' else '' }}
+{{- '\n<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}
+{{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' else '' }}
+{%- else %}
+{{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- ('\n' if message.content or not loop.first else '') ~ '<tool_call>\n{"name": "' ~ call.function.name }}
+{{- '", "arguments": ' ~ (call.function.arguments | tojson) ~ '}\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt else '' }}"""
+
+_INTERNLM2 = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt else '' }}"""
+
+_LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\n\n' ~ (message.content | trim) ~ '<|eot_id|>' }}
+{%- endfor %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}"""
+
+# Llama 2 and Mistral know only user and assistant, in turns; the system text goes into the first turn.
+_TURNS = """\
+{%- set led = messages and messages[0].role == 'system' %}
+{%- for message in messages[1 if led else 0:] %}
+{%- if message.role != ('user' if loop.index0 is even else 'assistant') %}
+{{- raise_exception('after at most one system message the roles must alternate user, assistant, user, …') }}
+{%- endif %}
+"""
+
+_LLAMA2 = """\
+{%- if message.role == 'user' %}
+{{- bos_token ~ '[INST] ' }}
+{{- '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' if led and loop.first else '' }}
+{{- (message.content | trim) ~ ' [/INST]' }}
+{%- else %}{{ ' ' ~ (message.content | trim) ~ ' ' ~ eos_token }}
+{%- endif %}
+{%- endfor %}"""
+
+_MISTRAL = """\
+{%- if message.role == 'user' %}
+{{- bos_token if loop.first else '' }}
+{{- '[INST] ' ~ (messages[0].content ~ '\n\n' if led and loop.first else '') ~ message.content ~ ' [/INST]' }}
+{%- else %}{{ ' ' ~ (message.content | trim) ~ eos_token }}
+{%- endif %}
+{%- endfor %}"""
+
+_BUILT_IN = {
+    "chatml": _CHATML,
+    "llama2": _TURNS + _LLAMA2,
+    "llama3": _LLAMA3,
+    "mistral": _TURNS + _MISTRAL,
+    "internlm2": _INTERNLM2,
+}

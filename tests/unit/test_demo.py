@@ -1,0 +1,167 @@
+"""The demo checkpoint: the same bytes everywhere, usable by the field's own tools, never in the way of a real one."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rtp_llm import demo
+from rtp_llm.errors import ConfigError, ExitCode
+
+TEXT = 'Shared memory, 1234 GPUs: "naïve" 数据 🚀\n\tdef step(): pass'
+
+# Written down, so that a library that gives other bytes than the last one did is noticed here and not in a gang.
+DIGESTS = {
+    "model.safetensors": "2cf2f4d2b482cee79248d73a41f3387579a2d4d10b57e69715d9a2d9f67d3f8b",
+    "tokenizer.json": "0f23e49ca7a0299e4924391472e1ccdcbd6cb3b38b83f66a6c178606b5599040",
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "rtp_llm.demo", *arguments]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    demo.write(folder)
+    return folder
+
+
+def test_the_bytes_are_the_known_ones(checkpoint: Path) -> None:
+    written = contents(checkpoint)
+    assert {name: hashlib.sha256(written[name]).hexdigest() for name in DIGESTS} == DIGESTS
+    assert sorted(written) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1"}, {"PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": "7"}],
+    ids=["one thread", "many threads"],
+)
+def test_another_process_writes_the_same_bytes(checkpoint: Path, tmp_path: Path, variables: Mapping[str, str]) -> None:
+    done = run(str(tmp_path / "again"), **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert contents(tmp_path / "again") == contents(checkpoint)
+
+
+def test_the_seed_changes_the_weights_and_nothing_else_that_counts(checkpoint: Path, tmp_path: Path) -> None:
+    demo.write(tmp_path / "other", seed=1)
+    first, second = contents(checkpoint), contents(tmp_path / "other")
+    assert {name for name in first if first[name] != second[name]} == {"config.json", "model.safetensors"}
+
+
+def test_writing_it_needs_no_torch(tmp_path: Path) -> None:
+    program = (
+        f"import sys; from rtp_llm import demo; demo.main([{str(tmp_path / 'x')!r}]); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Any:  # transformers' own types do not know what it returns here
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    loaded, report = from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(report.values()), report  # nothing missing, left over, or of another shape
+    return loaded
+
+
+def test_transformers_generates_with_it(checkpoint: Path, model: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompt = tokenizer("A GPU answers the second question well.", return_tensors="pt")
+    first, second = (model.generate(**prompt, max_new_tokens=16, min_new_tokens=16) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape[1] == prompt["input_ids"].shape[1] + 16
+    assert len(set(first[0, -16:].tolist())) > 4  # not one word for ever
+
+
+@torch.inference_mode()
+def test_the_first_token_still_matters_at_the_end(model: Any) -> None:
+    """Else tests that compare answers with and without a cache would compare nothing."""
+    prompts = torch.randint(3, demo.VOCAB, (32, 64), generator=torch.Generator().manual_seed(0))
+    changed = prompts.clone()
+    changed[:, 0] = 3 + (prompts[:, 0] - 2) % (demo.VOCAB - 3)
+    answers, others = (model(batch).logits[:, -1].argmax(-1) for batch in (prompts, changed))
+    assert (answers != others).float().mean() > 0.3
+
+
+def test_transformers_and_tokenizers_agree_on_the_tokenizer(checkpoint: Path) -> None:
+    ours, theirs = Tokenizer.from_file(str(checkpoint / "tokenizer.json")), AutoTokenizer.from_pretrained(checkpoint)
+    assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).ids
+    assert theirs.decode(ours.encode(TEXT).ids) == ours.decode(ours.encode(TEXT).ids) == TEXT
+    assert len(theirs) == ours.get_vocab_size() == demo.VOCAB
+
+
+def test_special_tokens_are_those_that_the_configs_name(checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == config["eos_token_id"]
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.pad_token_id == config["bos_token_id"]
+
+
+def test_the_chat_template_is_chatml(checkpoint: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 2
+
+
+def test_a_demo_and_an_empty_folder_are_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    demo.write(folder, seed=1)
+    demo.write(folder)
+    assert contents(folder) == contents(checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"], ids=["other files", "another checkpoint"])
+def test_anything_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"model_type": "qwen3"}')
+    done = run(str(tmp_path))
+    assert done.returncode == ExitCode.BAD_CONFIG
+    assert done.stderr.splitlines() == [
+        f"demo: {tmp_path} exists and is not a demo checkpoint: remove it or name another folder"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not a demo checkpoint"):
+        demo.write(tmp_path / "file")
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    assert demo.main([str(tmp_path / "demo")]) == ExitCode.BAD_CONFIG
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_seed_is_one_line(tmp_path: Path) -> None:
+    done = run(str(tmp_path / "demo"), "--seed=-1")
+    assert done.returncode == ExitCode.BAD_CONFIG
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,293 @@
+"""The tokenizer against transformers' AutoTokenizer on the same folder, and what it says of broken folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from rtp_llm.errors import CheckpointError
+from rtp_llm.text.tokenizer import Tokenizer
+
+SENTENCES = [
+    "",
+    " ",
+    "the cat",
+    "  two  spaces ",
+    "the\n\n\tcat's 123 hats",
+    "naïve café — 中文 🙂👩‍👩‍👧",
+    "e\u0301 decomposed",
+    "<s>the</s> <|im_start|>user\nthe<|im_end|>",
+    "a<tool_call>b</tool_call>",
+    "<0x41> literal",
+    "word [PAD] <extra>",
+]
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def declare(folder: Path, token: str) -> None:
+    """Adds a special token that only tokenizer_config.json knows."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write(folder, "tokenizer_config.json", {**config, "extra_special_tokens": [token]})
+
+
+def qwen_like(folder: Path) -> Path:
+    """Byte-level BPE, NFC, Qwen's way of cutting words; one token that only tokenizer_config.json knows."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "c"), ("Ġc", "a"), ("Ġca", "t"), ("Ã", "©"), ("ä", "\u00b8")]
+    vocab = {token: n for n, token in enumerate([*characters, *(a + b for a, b in merges)])}
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.normalizer = normalizers.NFC()
+    words = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    backend.add_tokens([AddedToken(t, special=False) for t in ("<tool_call>", "</tool_call>")])
+    backend.enable_truncation(3)  # left in some checkpoints by training; must not cut prompts
+    backend.save(str(folder / "tokenizer.json"))
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    added = {
+        n: {**flags, "content": t.content, "special": t.special} for n, t in backend.get_added_tokens_decoder().items()
+    }
+    added[len(vocab) + 5] = {**flags, "content": "<extra>", "special": False, "lstrip": True}
+    config: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "unk_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": {"__type": "AddedToken", "content": "[PAD]", "special": True},
+        "added_tokens_decoder": added,
+    }
+    write(folder, "tokenizer_config.json", config)
+    write(folder, "config.json", {"model_type": "qwen2", "eos_token_id": 7})
+    write(folder, "generation_config.json", {"eos_token_id": [len(vocab) + 2, len(vocab)]})
+    return folder
+
+
+def llama_like(folder: Path, *, bos: bool = True, legacy: bool = False) -> Path:
+    """Sentencepiece-style BPE with byte fallback; `bos` lies in the post-processor, where Llama has it."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{value:02X}>": value + 3 for value in range(256)}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "c"), ("▁c", "a"), ("▁ca", "t"), ("▁", "▁")]
+    for token in [*"▁abcdefghijklmnopqrstuvwxyz0123456789.,'[]<>|_é中", *(a + b for a, b in merges)]:
+        vocab.setdefault(token, len(vocab))
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    single = "<s> $A" if bos else "$A"
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1)] if bos else [])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    # What the config claims of bos is the opposite of what the post-processor does: the latter decides.
+    kind = "PreTrainedTokenizerFast" if legacy else "LlamaTokenizer"
+    write(folder, "tokenizer_config.json", {"tokenizer_class": kind, "add_bos_token": not bos})
+    write(folder, "special_tokens_map.json", names)
+    write(folder, "config.json", {"model_type": "llama"})
+    return folder
+
+
+FAMILIES = {
+    "qwen": qwen_like,
+    "llama": llama_like,
+    "llama-no-bos": lambda folder: llama_like(folder, bos=False),
+    "llama-legacy": lambda folder: llama_like(folder, legacy=True),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+    return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.load(qwen_like(tmp_path))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.load(llama_like(tmp_path))
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("text", SENTENCES)
+def test_ids_and_text_are_those_of_transformers(
+    pair: tuple[Tokenizer, Any], text: str, add_special_tokens: bool
+) -> None:
+    ours, theirs = pair
+    ids = ours.encode(text, add_special_tokens)
+    assert ids == theirs.encode(text, add_special_tokens=add_special_tokens)
+    for skip in (True, False):
+        assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_text_and_any_ids_agree_with_transformers(pair: tuple[Tokenizer, Any], data: st.DataObject) -> None:
+    ours, theirs = pair
+    text = data.draw(st.text())
+    assert ours.encode(text) == theirs.encode(text)
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size + 3), max_size=20))
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_sizes_and_special_ids_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    assert ours.vocab_size == len(theirs)
+    assert ours.bos_id == theirs.bos_token_id
+    assert theirs.eos_token_id in ours.eos_ids
+    assert set(theirs.all_special_ids) <= ours.special_ids
+    assert ours.special_tokens == theirs.special_tokens_map
+
+
+def test_eos_is_the_union_of_what_the_three_files_say(qwen: Tokenizer) -> None:
+    end_of_text, im_end = qwen.token_id("<|endoftext|>"), qwen.token_id("<|im_end|>")
+    assert qwen.eos_ids == {7, end_of_text, im_end}
+
+
+def test_bos_follows_the_post_processor(tmp_path: Path) -> None:
+    assert Tokenizer.load(llama_like(tmp_path, bos=True)).encode("the")[0] == 1
+    assert Tokenizer.load(llama_like(tmp_path, bos=False)).encode("the")[0] != 1
+
+
+def test_offsets_are_characters_and_tokens_are_text(qwen: Tokenizer, llama: Tokenizer) -> None:
+    text = "the cat é"
+    ids, tokens, offsets = qwen.encode_with_offsets(text)
+    assert ids == qwen.encode(text)
+    assert tokens == ["the", " cat", " ", "é"]
+    assert [text[start:end] for start, end in offsets] == tokens
+    assert llama.encode_with_offsets(text)[1] == ["<s>", " the", " cat", " ", "é"]
+    assert llama.encode_with_offsets(text, add_special_tokens=False)[1][0] == " the"
+
+
+def test_bytes_of_byte_level_tokens(qwen: Tokenizer) -> None:
+    ids = qwen.encode("the 中🙂<|im_end|>")
+    assert b"".join(map(qwen.token_bytes, ids)) == "the 中🙂<|im_end|>".encode()
+    part = qwen.token_id("ä\u00b8")
+    assert part is not None
+    assert (qwen.token_bytes(part), qwen.token_text(part)) == (b"\xe4\xb8", "\ufffd")
+    every_byte = [qwen.token_bytes(token_id) for token_id in range(256)]
+    assert sorted(every_byte) == [bytes([value]) for value in range(256)]
+
+
+def test_bytes_of_sentencepiece_tokens(llama: Tokenizer) -> None:
+    assert llama.token_bytes(3 + 0xE4) == b"\xe4"
+    assert llama.token_bytes(1) == b"<s>"
+    assert llama.token_bytes(llama.token_id("▁the") or 0) == b" the"
+    assert llama.token_bytes(llama.token_id("中") or 0) == "中".encode()
+    assert len(llama.byte_ids) == 256
+    assert not llama.byte_level
+
+
+def test_added_tokens_stand_for_their_own_text(tmp_path: Path) -> None:
+    """é is a letter of the byte alphabet (for the byte 0xE9), which the library's own decoder falls for."""
+    qwen_like(tmp_path)
+    declare(tmp_path, "<é>")
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("a<é>")
+    assert len(ids) == 2
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<é>"
+
+
+def test_a_special_token_keeps_the_sign_that_elsewhere_means_a_space(tmp_path: Path) -> None:
+    llama_like(tmp_path)
+    declare(tmp_path, "<end▁of▁turn>")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.token_text(tokenizer.token_id("<end▁of▁turn>") or 0) == "<end▁of▁turn>"
+
+
+def test_ids_outside_the_vocabulary_have_no_text(qwen: Tokenizer, llama: Tokenizer) -> None:
+    for tokenizer in (qwen, llama):
+        assert tokenizer.token_bytes(tokenizer.vocab_size + 10) == b""
+        assert tokenizer.decode([tokenizer.vocab_size + 10]) == ""
+
+
+def test_text_that_utf8_cannot_hold_is_a_value_error(qwen: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        qwen.encode("half of a pair: \ud83d")
+
+
+def test_templates_from_every_place_and_files_go_first(tmp_path: Path) -> None:
+    qwen_like(tmp_path)
+    assert Tokenizer.load(tmp_path).templates == {}
+    write(tmp_path, "tokenizer_config.json", {"chat_template": "plain"})
+    assert Tokenizer.load(tmp_path).templates == {"default": "plain"}
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    write(tmp_path, "tokenizer_config.json", {"chat_template": named})
+    assert Tokenizer.load(tmp_path).templates == {"default": "D", "tool_use": "T"}
+    (tmp_path / "chat_template.jinja").write_text("file")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert Tokenizer.load(tmp_path).templates == {"default": "file", "tool_use": "T", "rag": "R"}
+
+
+def test_a_missing_folder_says_which_variable(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.*TOKENIZER_PATH"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model.*AutoTokenizer.*save_pretrained"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1", "not valid JSON.*LFS"),
+        ("tokenizer.json", b'{"model": ', "not valid JSON"),
+        ("tokenizer.json", b"[]", "JSON list, not an object"),
+        ("tokenizer.json", b'{"model": {"type": "BPE"}}', "not a usable tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "not UTF-8"),
+        ("tokenizer_config.json", b"{", "not valid JSON"),
+        ("tokenizer_config.json", b'{"chat_template": [{"template": "x"}]}', "chat_template must be"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template must be"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "tokens in no known form"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {}}}', "tokens in no known form"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": 3}', "tokens in no known form"),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
+        ("config.json", b'{"eos_token_id": [1, null]}', "eos_token_id"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    qwen_like(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}.*{said}"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()  # a mode bit would not stop root
+    with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer\.json: Is a directory"):
+        Tokenizer.load(tmp_path)
+
+
+def test_text_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, rtp_llm.text.detokenizer, rtp_llm.text.stop, rtp_llm.text.template\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
