@@ -1,7 +1,8 @@
 """The one table of settings: name, type, default and meaning of every variable stand here and nowhere else.
 
-`Config` is that table: field `tp_size` is the variable TP_SIZE and the flag --tp_size. A flag beats the environment, the environment
-beats the default. What upstream rtp-llm knows and we do not use stands in `upstream_variables.json` and is accepted with a log line.
+`Config` is that table: field `tp_size` is the variable TP_SIZE and the flag --tp_size. A flag beats the environment,
+the environment beats the default. What upstream rtp-llm knows and we do not use stands in `upstream_variables.json`
+and is accepted with a log line.
 """
 
 import argparse

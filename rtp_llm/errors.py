@@ -70,8 +70,8 @@ class CommunicationError(FatalError):
 class RequestError(Exception):
     """A request that ends in an error answer.
 
-    `status` is the HTTP status, `code`/`name` upstream's `error_code` (reference: alibaba/rtp-llm, config/exceptions.py),
-    `param` the field at fault where there is one.
+    `status` is the HTTP status, `code`/`name` upstream's `error_code` (reference: alibaba/rtp-llm,
+    config/exceptions.py), `param` the field at fault where there is one.
     """
 
     def __init__(self, status: int, code: int, name: str, message: str, *, param: str | None = None):

@@ -137,8 +137,8 @@ class _Partial:
 class GangCollector(Collector):
     """Metrics read at scrape time from what the part knows of the gang and its processes.
 
-    `read` returns {"part", "ready", "state", "expected": ranks, "ranks": {rank: pulse}, "processes": {program: numbers},
-    "shm": (size, free)}.
+    `read` returns {"part", "ready", "state", "expected": ranks, "ranks": {rank: pulse}, "processes": {program:
+    numbers}, "shm": (size, free)}.
     """
 
     STATES = ("rendezvous", "loading", "warmup", "serving", "failed")

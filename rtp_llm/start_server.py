@@ -1,7 +1,7 @@
 """`python3 -m rtp_llm.start_server`: the front process of one part.
 
-Checks everything that can be checked without a GPU, writes the plan down, runs supervisord, forwards signals to it, and ends with the
-code that says why: supervisord alone would always end with 0.
+Checks everything that can be checked without a GPU, writes the plan down, runs supervisord, forwards signals to it,
+and ends with the code that says why: supervisord alone would always end with 0.
 """
 
 import errno
@@ -57,7 +57,9 @@ def main() -> int:
 
 
 def _fingerprint(config: Config, plan: Plan) -> dict[str, Any]:
-    """Opens the checkpoint by its headers, checks that plan and model fit, and says what all parts must have in common."""
+    """Opens the checkpoint by its headers, checks that plan and model fit, and says what all parts must have in
+    common.
+    """
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(plan.tp_size)

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rtp_llm import __version__
@@ -28,7 +29,7 @@ from rtp_llm.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-BODIES = [
+BODIES: list[type[BaseModel]] = [
     schema.ChatRequest,
     schema.CompletionRequest,
     schema.NativeRequest,
@@ -110,7 +111,7 @@ def _describe_bodies(app: FastAPI) -> None:
         if app.openapi_schema is None:
             described = get_openapi(title=app.title, version=app.version, routes=app.routes)
             components = described.setdefault("components", {}).setdefault("schemas", {})
-            components.update(component_schemas(list(BODIES)))
+            components.update(component_schemas(BODIES))
             app.openapi_schema = described
         return app.openapi_schema
 

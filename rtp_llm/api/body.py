@@ -1,4 +1,6 @@
-"""Request bodies: read whatever the content type says (`curl -d` sends a form's), checked by a schema, refused with a sentence."""
+"""Request bodies: read whatever the content type says (`curl -d` sends a form's), checked by a schema, refused with
+a sentence.
+"""
 
 import json
 from collections.abc import Awaitable, Callable

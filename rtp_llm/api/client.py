@@ -1,7 +1,8 @@
 """The API's connection to rank 0, and the ledger of accepted sequences.
 
-A sequence, once accepted, outlives the ranks: when the engine is lost, the ledger keeps prompt and tokens so far, and submits both
-to the next epoch. Sampling is a function of (seed, position), so the continuation is the one that would have been.
+A sequence, once accepted, outlives the ranks: when the engine is lost, the ledger keeps prompt and tokens so far, and
+submits both to the next epoch. Sampling is a function of (seed, position), so the continuation is the one that would
+have been.
 """
 
 import asyncio

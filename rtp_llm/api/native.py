@@ -249,8 +249,8 @@ class Native:
             answers[index].add(chunk)
 
     async def _stream(self, reply: Reply, openai_framing: bool) -> AsyncIterator[str]:
-        """Whole response objects, one an event. Upstream's framing has no space after `data:` and ends with `[done]`; with a
-        top-level `stream` it has the space and no end."""
+        """Whole response objects, one an event. Upstream's framing has no space after `data:` and ends with
+        `[done]`; with a top-level `stream` it has the space and no end."""
         prefix = "data: " if openai_framing else "data:"
         answers = reply.flat
         try:

@@ -71,9 +71,8 @@ class Job:
 def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
     router = APIRouter()
     endpoints = OpenAI(service, stop_words)
-    chat = {"openapi_extra": body_schema(ChatRequest), "responses": CHAT_RESPONSES}
-    router.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], **chat)
-    router.add_api_route("/chat/completions", endpoints.chat, methods=["POST"], **chat)
+    for path in ("/v1/chat/completions", "/chat/completions"):
+        router.add_api_route(path, endpoints.chat, methods=["POST"], openapi_extra=body_schema(ChatRequest))
     router.add_api_route(
         "/v1/completions", endpoints.completions, methods=["POST"], openapi_extra=body_schema(CompletionRequest)
     )
@@ -81,11 +80,6 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
     for path in ("/chat/render", "/v1/chat/render"):
         router.add_api_route(path, endpoints.render, methods=["POST"], openapi_extra=body_schema(ChatRequest))
     return router
-
-
-CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "a chat.completion, or with stream=true server-sent chat.completion.chunk events"}
-}
 
 
 class OpenAI:
@@ -221,10 +215,10 @@ class OpenAI:
         else:
             prompts = []
             if isinstance(given[0], int):
-                prompts = [[int(t) for t in given]]  # type: ignore[arg-type]  # a list of token ids, by the schema
+                prompts = [[int(t) for t in given]]
             else:
                 for one in given:
-                    prompts.append(await self.service.encode(one) if isinstance(one, str) else list(one))  # type: ignore[arg-type]
+                    prompts.append(await self.service.encode(one) if isinstance(one, str) else list(one))
         for prompt in prompts:
             self.service.check_prompt(prompt)
         return prompts

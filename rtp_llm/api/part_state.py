@@ -37,7 +37,9 @@ class PartState:
         self._processes: dict[int, psutil.Process] = {}
 
     def board(self) -> dict[str, Any]:
-        """The gang's last known state, with `age`, seconds since it was posted; no ranks where it is stale or absent."""
+        """The gang's last known state, with `age`, seconds since it was posted; no ranks where it is stale or
+        absent.
+        """
         path = self.handover.gang_board
         try:
             age = time.time() - path.stat().st_mtime

@@ -21,7 +21,9 @@ class StreamOptions(Body):
 
 
 class GenerateConfig(Body):
-    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py); the fields with an effect here, and those refused."""
+    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py); the fields with an effect here, and
+    those refused.
+    """
 
     max_new_tokens: int = Field(32000, ge=0, lt=2**31)
     min_new_tokens: int = Field(0, ge=0, lt=2**31)

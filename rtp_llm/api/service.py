@@ -128,7 +128,9 @@ class Service:
     # A request
 
     async def generate(self, prompt: list[int], params: SamplingParams, text: TextParams) -> AsyncGenerator[Chunk]:
-        """Chunks of one sequence. Raises RequestError 503 or 504 where it cannot be finished; leaving early aborts it."""
+        """Chunks of one sequence. Raises RequestError 503 or 504 where it cannot be finished; leaving early aborts
+        it.
+        """
         watch = _Stopwatch(self.metrics, len(prompt), params)
         detokenizer = Detokenizer(self.tokenizer, text.skip_special_tokens, prompt)
         checker = StopChecker(text.stop, text.include_stop)

@@ -24,7 +24,9 @@ def sse(events: AsyncIterator[str]) -> StreamingResponse:
 
 
 async def merge(sequences: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
-    """Chunks of all sequences as they come, each with its sequence's number. Leaving early, or one failing, ends all."""
+    """Chunks of all sequences as they come, each with its sequence's number. Leaving early, or one failing, ends
+    all.
+    """
     if len(sequences) == 1:
         async for chunk in sequences[0]:
             yield 0, chunk

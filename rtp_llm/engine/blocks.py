@@ -1,7 +1,7 @@
 """KV blocks: who holds which, which hold a known prefix, and which may be taken next.
 
-A full block is known by a hash chained over everything before it, so equal hash means equal prefix. Freed blocks keep their content
-and go to the end of the free list; the longest unused is taken first. All operations are O(1) per block.
+A full block is known by a hash chained over everything before it, so equal hash means equal prefix. Freed blocks keep
+their content and go to the end of the free list; the longest unused is taken first. All operations are O(1) per block.
 """
 
 from array import array
@@ -11,7 +11,9 @@ from hashlib import blake2b
 
 
 def hash_block(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
-    """16 bytes that identify `tokens` (one full block) behind the prefix that `parent` identifies (b"" at the start)."""
+    """16 bytes that identify `tokens` (one full block) behind the prefix that `parent` identifies (b"" at the
+    start).
+    """
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=16, salt=salt).digest()
 
 
@@ -73,7 +75,9 @@ class BlockPool:
             self._hash[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up one reference each. The tail goes first to the free list: a prefix's head is worth keeping longer."""
+        """Gives up one reference each. The tail goes first to the free list: a prefix's head is worth keeping
+        longer.
+        """
         for block in reversed(blocks):
             self._refs[block] -= 1
             if not self._refs[block]:

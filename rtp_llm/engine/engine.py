@@ -1,4 +1,5 @@
-"""The engine of rank 0: requests in, events out, one step at a time. Knows the scheduler and the runner, but no sockets.
+"""The engine of rank 0: requests in, events out, one step at a time. Knows the scheduler and the runner, but no
+sockets.
 
 The same object serves the loop (which feeds it from a socket) and the tests (which call it).
 """
@@ -37,7 +38,9 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def add(self, request: Request) -> Event | None:
-        """Queues a request. Returns its terminal event where there is nothing left to compute (a resumed request that was done)."""
+        """Queues a request. Returns its terminal event where there is nothing left to compute (a resumed request
+        that was done).
+        """
         reason = request.finish_reason(self.max_seq_len)
         if reason or request.num_tokens >= self.max_seq_len:
             return Event(request.id, finish=reason or "length")

@@ -45,7 +45,9 @@ class Leader:
     """Rank 0's loop: between two steps it takes what the API sent, and never waits while there is work."""
 
     def __init__(self, engine: Engine, intake: Intake, followers: Followers, pulse: Pulse, cache_salt_above: int):
-        """`cache_salt_above`: prompts longer than this are computed differently by their length (dynamic rope); 0: none are."""
+        """`cache_salt_above`: prompts longer than this are computed differently by their length (dynamic rope); 0:
+        none are.
+        """
         self.engine, self.intake, self.followers, self.pulse = engine, intake, followers, pulse
         self.cache_salt_above = cache_salt_above
         self._owners: dict[str, Connection] = {}

@@ -1,4 +1,6 @@
-"""A request inside the engine, what it asks of the sampler, and the events it produces. Plain Python; tokens only, no text."""
+"""A request inside the engine, what it asks of the sampler, and the events it produces. Plain Python; tokens only,
+no text.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -75,7 +77,9 @@ class Event:
 
 
 class Request:
-    """State of one sequence on rank 0. `num_computed` must catch up with `num_tokens`; that is all the scheduler knows."""
+    """State of one sequence on rank 0. `num_computed` must catch up with `num_tokens`; that is all the scheduler
+    knows.
+    """
 
     __slots__ = (
         "arrived",

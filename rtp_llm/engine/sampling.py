@@ -19,7 +19,8 @@ class Sampled:
 class Sampling:
     """What rank 0 wants from the logits of a step; indices count the step's `rows`.
 
-    `requests[i]` gets its next token from logits row `rows[i]`; `prompt_rows` are (row, token) whose logprob is wanted, for `top` likeliest.
+    `requests[i]` gets its next token from logits row `rows[i]`; `prompt_rows` are (row, token) whose logprob is
+    wanted, for `top` likeliest.
     """
 
     rows: list[int]

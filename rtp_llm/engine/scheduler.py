@@ -1,7 +1,8 @@
 """Decides what the next step computes: one token budget, running requests first, no prefill and decode phases.
 
-Each request has `num_computed` tokens that must catch up with `num_tokens`; a decode is the case where one is missing, a prompt the
-case where many are, a chunk of a prompt the case where the budget ends first. Pure Python over ints; knows neither torch nor sockets.
+Each request has `num_computed` tokens that must catch up with `num_tokens`; a decode is the case where one is missing,
+a prompt the case where many are, a chunk of a prompt the case where the budget ends first. Pure Python over ints;
+knows neither torch nor sockets.
 """
 
 import time
@@ -117,7 +118,9 @@ class Scheduler:
         return slices
 
     def _make_room(self, request: Request, count: int) -> bool:
-        """Blocks for `count` more tokens, by preempting the youngest requests where needed. False: it preempted itself."""
+        """Blocks for `count` more tokens, by preempting the youngest requests where needed. False: it preempted
+        itself.
+        """
         need = self.blocks.blocks_for(request.num_computed + count) - len(request.block_ids)
         while need > self.blocks.num_free:
             victim = self.running.pop()
@@ -128,7 +131,9 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Gives its blocks away; it will recompute prompt and output later, from the prefix cache where that still holds."""
+        """Gives its blocks away; it will recompute prompt and output later, from the prefix cache where that still
+        holds.
+        """
         self._release(request)
         request.num_computed = 0
         request.prompt_logprobs.clear()

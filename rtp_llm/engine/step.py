@@ -15,9 +15,10 @@ Ints = NDArray[np.int32]
 class Step:
     """T tokens of S sequences, decodes first. All arrays int32.
 
-    ids[T], positions[T], slots[T] (block x block_size + offset, where keys and values go); query_starts[S+1] (each sequence's tokens
-    are query_starts[i]:query_starts[i+1]); context_lens[S] (tokens it will have in the cache after this step); prompt_lens[S];
-    tables[S, W] (its blocks, padded with 0); rows[R] (tokens whose logits are wanted); num_decodes: sequences with one token each.
+    ids[T], positions[T], slots[T] (block x block_size + offset, where keys and values go); query_starts[S+1] (each
+    sequence's tokens are query_starts[i]:query_starts[i+1]); context_lens[S] (tokens it will have in the cache after
+    this step); prompt_lens[S]; tables[S, W] (its blocks, padded with 0); rows[R] (tokens whose logits are wanted);
+    num_decodes: sequences with one token each.
     """
 
     epoch: int
@@ -95,7 +96,9 @@ def decodes_first(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def wanted_rows(piece: Slice) -> Ints:
-    """Offsets within the slice whose logits are wanted: the last token's where it completes, all for prompt logprobs."""
+    """Offsets within the slice whose logits are wanted: the last token's where it completes, all for prompt
+    logprobs.
+    """
     if piece.request.wants_prompt_logprobs:
         return np.arange(piece.count, dtype=np.int32)
     return np.arange(piece.count - 1, piece.count if piece.completes else piece.count - 1, dtype=np.int32)

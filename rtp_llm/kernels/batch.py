@@ -11,7 +11,9 @@ from rtp_llm.engine.step import Step
 
 @dataclass(frozen=True)
 class Batch:
-    """`engine.step.Step` on the device. T tokens of S sequences, decodes first; `host` keeps the numbers that shape the launch."""
+    """`engine.step.Step` on the device. T tokens of S sequences, decodes first; `host` keeps the numbers that shape
+    the launch.
+    """
 
     ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -59,7 +61,7 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Writes key and value [T, kv_heads, head_dim] to the batch's slots, then attends.
 
-        query [T, heads, head_dim]; head j uses KV head j // (heads / kv_heads); `window` > 0 limits each query to that many newest
-        keys, its own included. Returns [T, heads, head_dim].
+        query [T, heads, head_dim]; head j uses KV head j // (heads / kv_heads); `window` > 0 limits each query to that
+        many newest keys, its own included. Returns [T, heads, head_dim].
         """
         ...

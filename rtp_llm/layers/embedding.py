@@ -1,4 +1,6 @@
-"""Vocabulary cut over the tensor-parallel group: the embedding sums its shares, the head gathers its logits on rank 0."""
+"""Vocabulary cut over the tensor-parallel group: the embedding sums its shares, the head gathers its logits on rank
+0.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,6 @@
-"""Linear layers cut over the tensor-parallel group (Shoeybi et al. 2019, arXiv 1909.08053): columns out, rows in, one all-reduce."""
+"""Linear layers cut over the tensor-parallel group (Shoeybi et al. 2019, arXiv 1909.08053): columns out, rows in,
+one all-reduce.
+"""
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -11,7 +13,8 @@ from rtp_llm.parallel.sharding import HeadShare
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with the output features cut: x [T, in] whole on all ranks, y [T, own out].
 
-    Several checkpoint tensors may be stacked: `columns` lists (tensor name, its full output size, pieces as (source, target)).
+    Several checkpoint tensors may be stacked: `columns` lists (tensor name, its full output size, pieces as (source,
+    target)).
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x Wᵀ + b with the input features cut: x [T, own in], y [T, out] summed over ranks; the bias is added once, after the sum."""
+    """y = x Wᵀ + b with the input features cut: x [T, own in], y [T, out] summed over ranks; the bias is added once,
+    after the sum.
+    """
 
     def __init__(
         self,

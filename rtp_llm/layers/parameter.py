@@ -9,7 +9,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows (`dim` 0) or columns (`dim` 1) `source` of checkpoint tensor `name`, which go to `target` of the parameter."""
+    """Rows (`dim` 0) or columns (`dim` 1) `source` of checkpoint tensor `name`, which go to `target` of the
+    parameter.
+    """
 
     name: str
     dim: int

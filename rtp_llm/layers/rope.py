@@ -1,7 +1,7 @@
 """Rotary position embedding and its scalings, as cosines and sines that all layers of a step share.
 
-Formulas: linear (Chen et al. 2023, arXiv 2306.15595), dynamic NTK (as Hugging Face transformers defines it), yarn (Peng et al. 2023,
-arXiv 2309.00071), llama3 (Llama 3.1's frequency bands).
+Formulas: linear (Chen et al. 2023, arXiv 2306.15595), dynamic NTK (as Hugging Face transformers defines it), yarn
+(Peng et al. 2023, arXiv 2309.00071), llama3 (Llama 3.1's frequency bands).
 """
 
 import math
@@ -23,8 +23,9 @@ class Rope:
     def angles(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, 1, head_dim / 2] in the model's dtype.
 
-        `rope_lens` [T]: the length dynamic scaling goes by. A prompt's tokens go by the prompt's length and each later token by
-        its own position, which is what transformers' cache holds too; so neither chunks nor batches change a token.
+        `rope_lens` [T]: the length dynamic scaling goes by. A prompt's tokens go by the prompt's length and each later
+        token by its own position, which is what transformers' cache holds too; so neither chunks nor batches change a
+        token.
         """
         frequencies = self._dynamic(rope_lens) if self.spec.kind == "dynamic" else self.frequencies
         angle = positions[:, None].float() * frequencies

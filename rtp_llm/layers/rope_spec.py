@@ -1,15 +1,21 @@
-"""What a checkpoint says about its rotary embedding. Apart from layers.rope so that reading a config.json needs no torch."""
+"""What a checkpoint says about its rotary embedding. Apart from layers.rope so that reading a config.json needs no
+torch.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding (Su et al. 2021, arXiv 2104.09864) and its scaling; `original_max` is the length trained without it."""
+    """Rotary embedding (Su et al. 2021, arXiv 2104.09864) and its scaling; `original_max` is the length trained
+    without it.
+    """
 
     theta: float
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     original_max: int = 0
     low_freq_factor: float = 1.0  # llama3

@@ -1,5 +1,5 @@
-"""Chooses tokens from logits on rank 0. Randomness is a function of (seed, position): whoever recomputes a position after a
-preemption, a restart or in another batch draws the same number.
+"""Chooses tokens from logits on rank 0. Randomness is a function of (seed, position): whoever recomputes a position
+after a preemption, a restart or in another batch draws the same number.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ def _plain(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 def _cut(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), then min-p (Nguyen et al. 2024, arXiv 2407.01082)."""
     params = [r.params for r in requests]
-    probs, order = _probabilities(logits, requests).sort(-1, descending=True, stable=True)
+    probs, order = _probabilities(logits, requests).sort(dim=-1, descending=True, stable=True)
     place = torch.arange(probs.shape[-1], device=logits.device)
     top_k = _column([p.top_k or probs.shape[-1] for p in params], logits)
     probs = probs.masked_fill(place >= top_k, 0)

@@ -1,4 +1,5 @@
-"""A checkpoint folder, read from headers only: which tensors it has, where their bytes lie, and whether the files are whole.
+"""A checkpoint folder, read from headers only: which tensors it has, where their bytes lie, and whether the files
+are whole.
 
 Imports no torch, so that start_server can refuse a bad checkpoint within a second and the doctor can share the checks.
 """

@@ -101,6 +101,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, group)
         self.layers = nn.ModuleList(Block(spec, i, group, backend) for i in range(spec.num_layers))
         self.norm = RMSNorm("model.norm", spec.hidden_size, spec.norm_eps)
+        self.local_kv_heads = len(head_share(spec.num_heads, spec.num_kv_heads, group.size, group.rank).kv_heads)
         tied = self.embed_tokens.weight if spec.tie_embeddings else None
         self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied)
         weight = self.norm.weight

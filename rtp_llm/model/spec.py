@@ -5,10 +5,10 @@ Families differ by flags here, not by copied files. To add one: a function in FA
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from rtp_llm.errors import CheckpointError, ConfigError
-from rtp_llm.layers.rope_spec import RopeSpec
+from rtp_llm.layers.rope_spec import RopeKind, RopeSpec
 
 DType = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, DType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -103,7 +103,8 @@ ARCHITECTURES = {
 
 
 def spec_from_config(config: Json, *, model_type: str = "", act_type: str = "", num_layers: int = 0) -> ModelSpec:
-    """Reads a Hugging Face config.json of either generation (`rope_theta`/`rope_scaling`/`torch_dtype`, `rope_parameters`/`dtype`).
+    """Reads a Hugging Face config.json of either generation (`rope_theta`/`rope_scaling`/`torch_dtype`,
+    `rope_parameters`/`dtype`).
 
     `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override where set.
     Raises CheckpointError naming the key, ConfigError for a MODEL_TYPE that is not known or does not fit.
@@ -210,28 +211,31 @@ def _scaling(config: Json) -> Json:
 
 def _rope(config: Json, positions: int) -> RopeSpec:
     raw = _scaling(config)
-    kind = raw.get("rope_type") or raw.get("type") or "default"
-    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise CheckpointError(f"config.json: rope type {kind!r}; supported: default, linear, dynamic, llama3, yarn")
-    if kind == "llama3" or kind == "yarn":
-        original = raw.get("original_max_position_embeddings") or positions
-    else:
-        original = positions
-    spec = RopeSpec(
-        float(raw.get("rope_theta") or config.get("rope_theta") or 10000.0), kind, original_max=int(original)
-    )
-    known = {k: v for k, v in raw.items() if k in RopeSpec.__dataclass_fields__ and k != "kind" and v is not None}
-    factor = known.pop("factor", None)
-    if kind != "default" and factor is None:
+    kind = _rope_kind(raw)
+    original = raw.get("original_max_position_embeddings") if kind in ("llama3", "yarn") else None
+    theta = float(raw.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind != "default" and raw.get("factor") is None:
         raise KeyError(f"factor of rope type {kind}")
-    return replace(spec, factor=float(factor or 1.0), **known)
+    known = {k: v for k, v in raw.items() if k in _ROPE_FIELDS and v is not None}
+    return RopeSpec(theta, kind, original_max=int(original or positions), **known)
+
+
+_ROPE_FIELDS = set(RopeSpec.__dataclass_fields__) - {"theta", "kind", "original_max"}
+
+
+def _rope_kind(raw: Json) -> RopeKind:
+    kind = raw.get("rope_type") or raw.get("type") or "default"
+    for known in get_args(RopeKind):
+        if kind == known:
+            return cast(RopeKind, known)
+    raise CheckpointError(f"config.json: rope type {kind!r}; supported: {', '.join(get_args(RopeKind))}")
 
 
 def _max_positions(config: Json, positions: int) -> int:
     """Longest sequence the checkpoint is meant for, in tokens. linear and dynamic scaling stretch the trained length
     by their factor; yarn and llama3 checkpoints state the stretched length themselves."""
     raw = _scaling(config)
-    kind = raw.get("rope_type") or raw.get("type") or "default"
+    kind = _rope_kind(raw)
     original = raw.get("original_max_position_embeddings")
     if kind in ("linear", "dynamic") or (kind == "yarn" and original == positions):
         return int(positions * float(raw.get("factor", 1.0)))

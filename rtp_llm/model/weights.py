@@ -60,7 +60,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, prog
 
 
 def _pull(read: _Read, file: Any) -> int:
-    """Copies one rectangle; returns the bytes read. safetensors maps the file, so only the slice's pages are touched."""
+    """Copies one rectangle; returns the bytes read. safetensors maps the file, so only the slice's pages are
+    touched.
+    """
     view = file.get_slice(read.name)
     start, stop = read.source.start, read.source.stop
     part = view[start:stop] if read.dim == 0 else view[:, start:stop]

@@ -1,7 +1,7 @@
 """A rank's membership in the gang: the roll call before anything heavy starts, the heartbeat after it.
 
-A gang lives in numbered epochs. When any rank is lost the epoch is over for all: everyone leaves with a code that says why, and
-the supervisors of all parts start the next one.
+A gang lives in numbered epochs. When any rank is lost the epoch is over for all: everyone leaves with a code that says
+why, and the supervisors of all parts start the next one.
 """
 
 import json
@@ -139,7 +139,9 @@ class Gang:
 
 
 class Board:
-    """`gang.json` in the run directory: what the local API process knows of the gang. Its age tells whether it still holds."""
+    """`gang.json` in the run directory: what the local API process knows of the gang. Its age tells whether it still
+    holds.
+    """
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "gang.json"

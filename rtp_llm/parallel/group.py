@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class Group(Protocol):
-    """`size` ranks, this one is `rank`. Every call is made by all ranks in the same order, and fails after a deadline."""
+    """`size` ranks, this one is `rank`. Every call is made by all ranks in the same order, and fails after a
+    deadline.
+    """
 
     rank: int
     size: int
@@ -143,6 +145,7 @@ def interface_of(address: str) -> str | None:
     wanted = ipaddress.ip_address(address.split("%")[0])
     if wanted.is_loopback:
         return "lo"
+    name: str
     for name, entries in psutil.net_if_addrs().items():
         if any(e.address.split("%")[0] == str(wanted) for e in entries):
             return name

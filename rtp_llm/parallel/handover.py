@@ -1,4 +1,6 @@
-"""What start_server hands to every process of its part: the settings, the plan, and the fingerprint the gang compares."""
+"""What start_server hands to every process of its part: the settings, the plan, and the fingerprint the gang
+compares.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,7 +13,9 @@ from rtp_llm.parallel.plan import Plan
 
 @dataclass(frozen=True)
 class Handover:
-    """Lies as `part.json` in the run directory, beside the sockets `engine.sock` and `supervisor.sock` and the state files."""
+    """Lies as `part.json` in the run directory, beside the sockets `engine.sock` and `supervisor.sock` and the state
+    files.
+    """
 
     run_dir: Path
     config: Config

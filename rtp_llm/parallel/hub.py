@@ -1,7 +1,7 @@
 """The hub on rank 0: calls the roll, compares fingerprints, numbers the epoch, and hears when a rank falls silent.
 
-A store that ranks poll could not push "part1 is missing" to those who wait, nor see a peer die between two polls: hence plain TCP
-connections, one per rank, whose EOF is the death notice.
+A store that ranks poll could not push "part1 is missing" to those who wait, nor see a peer die between two polls:
+hence plain TCP connections, one per rank, whose EOF is the death notice.
 """
 
 import json

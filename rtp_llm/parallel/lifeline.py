@@ -23,7 +23,9 @@ def die_with_parent() -> None:
 
 
 def run_to_exit(main: Callable[[], None]) -> NoReturn:
-    """Runs a process's main and ends it with its code. Leaves by _exit: a thread or a collective that hangs cannot hold it."""
+    """Runs a process's main and ends it with its code. Leaves by _exit: a thread or a collective that hangs cannot
+    hold it.
+    """
     faulthandler.enable()
     threading.excepthook = _thread_failed
     code: int = ExitCode.OK

@@ -1,6 +1,7 @@
 """The members of a gang, one per part, read from a distribute file, GANG_CONFIG_STRING or JSON_GANG_PARTS.
 
-Everything that can be wrong with such a list is found here, before anything heavy starts, and said with source, key and value.
+Everything that can be wrong with such a list is found here, before anything heavy starts, and said with source, key
+and value.
 """
 
 import json
@@ -73,7 +74,7 @@ def _parse_json(text: str, source: str) -> list[_Entry]:
         raise ConfigError(f"{source}: malformed JSON: nested too deeply") from None
     if not isinstance(table, dict) or not table:
         raise ConfigError(
-            f'{source}: must be a JSON object of members, {{"x_part0": {{"name": "x_part0", "ip": "…", "port": 10000}}, …}}'
+            f'{source}: must be a JSON object of members: {{"x_part0": {{"name": "x_part0", "ip": "…", "port": …}}, …}}'
         )
     return [_entry(key, value, source) for key, value in table.items()]
 

@@ -17,7 +17,9 @@ ROLL_CALL, STEP, TORCH_INIT = 1, 2, 11
 
 @dataclass(frozen=True)
 class Plan:
-    """One part's view of the gang. Ranks are numbered 0 … world_size-1 over all parts; rank = part x local_world_size + local."""
+    """One part's view of the gang. Ranks are numbered 0 … world_size-1 over all parts; rank = part x
+    local_world_size + local.
+    """
 
     members: tuple[Member, ...]
     part: int

@@ -1,7 +1,7 @@
 """How one rank's share of a model is cut: which heads, which MLP columns, which vocabulary rows. Plain Python.
 
-Any TP size up to the number of query heads works. Where KV heads are fewer than ranks they are replicated; where query heads do
-not divide, some ranks compute a head of zeros less or more.
+Any TP size up to the number of query heads works. Where KV heads are fewer than ranks they are replicated; where query
+heads do not divide, some ranks compute a head of zeros less or more.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ def even_split(total: int, parts: int, index: int) -> range:
 
 
 def head_share(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadShare:
-    """Cuts so that a KV head's group stays on as few ranks as can be: first whole chunks of KV heads (as many as divide both
-    the KV heads and the ranks), then each chunk's query heads evenly over the chunk's ranks."""
+    """Cuts so that a KV head's group stays on as few ranks as can be: first whole chunks of KV heads (as many as
+    divide both the KV heads and the ranks), then each chunk's query heads evenly over the chunk's ranks."""
     group = num_heads // num_kv_heads
     chunks = gcd(num_kv_heads, tp_size)
     ranks = tp_size // chunks

@@ -45,7 +45,7 @@ def pack_json(kind: Kind, message: Any) -> bytes:
     return pack(kind, json.dumps(message, separators=(",", ":")).encode())
 
 
-def parse_header(header: bytes) -> tuple[int, Kind]:
+def parse_header(header: bytes | bytearray) -> tuple[int, Kind]:
     """(payload length, kind). Raises WireError where the bytes are not from one of us."""
     length, kind = HEADER.unpack(header)
     if length > MAX_PAYLOAD or kind not in Kind.__members__.values():

@@ -50,7 +50,7 @@ def plan_kv(
     useful = config.concurrency_limit * -(-max_seq_len // block_size)
     blocks = min(budget // per_block, useful)
     log.info(
-        "KV cache: %s; 2 x %d layers x %d tokens x %d heads x %d x %d B = %.1f KiB per block; %d fit, at most %d are useful",
+        "KV cache: %s; 2 x %d layers x %d tokens x %d heads x %d x %d B = %.1f KiB a block; %d fit, %d are useful",
         how,
         spec.num_layers,
         block_size,

@@ -1,4 +1,6 @@
-"""One rank's device work, the same code on all ranks: load, size the KV cache, and compute the steps that rank 0 decides."""
+"""One rank's device work, the same code on all ranks: load, size the KV cache, and compute the steps that rank 0
+decides.
+"""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +31,9 @@ DEFAULT_BLOCK_SIZE = 16  # tokens
 
 
 class Runner:
-    """Model, KV cache and group of one rank. Use `load`, then `allocate`, then `run` on rank 0 and `follow` on the others."""
+    """Model, KV cache and group of one rank. Use `load`, then `allocate`, then `run` on rank 0 and `follow` on the
+    others.
+    """
 
     def __init__(self, config: Config, spec: ModelSpec, group: Group, device: torch.device, max_seq_len: int):
         self.config, self.spec, self.group, self.device, self.max_seq_len = config, spec, group, device, max_seq_len
@@ -79,11 +83,10 @@ class Runner:
         self.max_seq_len = min(self.max_seq_len, tokens)
 
     def _plan_kv(self, sharers: int) -> KVPlan:
-        attention = self.model.layers[0].self_attn
         return plan_kv(
             self.config,
             self.spec,
-            local_kv_heads=attention.num_kv_heads,
+            local_kv_heads=self.model.local_kv_heads,
             block_size=self.block_size,
             max_seq_len=self.max_seq_len,
             itemsize=self.dtype.itemsize,
@@ -92,8 +95,7 @@ class Runner:
         )
 
     def _allocate(self, num_blocks: int) -> None:
-        attention = self.model.layers[0].self_attn
-        shape = (num_blocks, self.block_size, attention.num_kv_heads, self.spec.head_dim)
+        shape = (num_blocks, self.block_size, self.model.local_kv_heads, self.spec.head_dim)
         self.caches = [
             LayerCache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
             for _ in range(self.spec.num_layers)

@@ -1,7 +1,8 @@
 """`python -m rtp_llm.supervise.guard RUN_DIR`: supervisord's event listener, which decides what a lost process means.
 
-A rank lost means all ranks of the part start again: one cannot be restarted into a live communicator. A budget bounds that; a code
-that a restart cannot mend ends the part at once. stdout belongs to supervisord's protocol, so this process logs to stderr.
+A rank lost means all ranks of the part start again: one cannot be restarted into a live communicator. A budget bounds
+that; a code that a restart cannot mend ends the part at once. stdout belongs to supervisord's protocol, so this
+process logs to stderr.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """supervisord's configuration for one part, generated from the plan.
 
-Two groups: supervisord stops groups one after another, the highest priority number first, and the members of a group together.
-So `api` ends its open streams while the ranks still compute, then all `ranks` go at once.
+Two groups: supervisord stops groups one after another, the highest priority number first, and the members of a group
+together. So `api` ends its open streams while the ranks still compute, then all `ranks` go at once.
 """
 
 import configparser
