@@ -5,6 +5,7 @@ and ends with the code that says why: supervisord alone would always end with 0.
 """
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -34,9 +35,12 @@ from rtp_llm.supervise.supervisord import supervisord_config
 
 log = logging.getLogger("rtp_llm.start_server")
 
+SHM = Path("/dev/shm")
+
 
 def main() -> int:
     """Runs the part to its end and returns its exit code."""
+    _append_to_stdout()
     logs.setup("start_server")
     try:
         loaded = load(sys.argv[1:], os.environ)
@@ -54,6 +58,13 @@ def main() -> int:
     except FatalError as error:
         log.critical("%s", error)
         return error.exit_code
+
+
+def _append_to_stdout() -> None:
+    """Where stdout is a file, supervisord opens it again for every program: without O_APPEND they would overwrite each
+    other's lines."""
+    fd = sys.stdout.fileno()
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
 
 
 def _fingerprint(config: Config, plan: Plan) -> dict[str, Any]:
@@ -123,6 +134,7 @@ def _run_dir(config: Config) -> Iterator[Path]:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+            _sweep_shared_memory(path.name)
         return
     path = Path(config.rtp_run_dir).absolute()
     if len(str(path)) > 80:
@@ -130,7 +142,16 @@ def _run_dir(config: Config) -> Iterator[Path]:
     path.mkdir(parents=True, exist_ok=True)
     for stale in ("exit_code", "gang.json", "epoch", "engine.sock", "supervisor.sock"):
         (path / stale).unlink(missing_ok=True)
-    yield path
+    try:
+        yield path
+    finally:
+        _sweep_shared_memory(path.name)
+
+
+def _sweep_shared_memory(prefix: str) -> None:
+    """What ranks leave in /dev/shm that were killed in the instant between making a segment and unlinking it."""
+    for stale in SHM.glob(f"{prefix}-*"):
+        stale.unlink(missing_ok=True)
 
 
 def _supervise(handover: Handover) -> int:

@@ -29,7 +29,16 @@ def serve_rank(handover: Handover, gang: Gang) -> None:
     config, plan, rank = handover.config, handover.plan, gang.pulse.rank
     device = _device(handover, rank)
     torch.set_num_threads(config.rtp_threads or max(1, (os.cpu_count() or 1) // plan.local_world_size))
-    group = open_group(plan, rank, gang.epoch, leader_host(plan), gang.address, config.dist_comm_timeout, device)
+    group = open_group(
+        plan,
+        rank,
+        gang.epoch,
+        host=leader_host(plan),
+        address=gang.address,
+        timeout=config.dist_comm_timeout,
+        device=device,
+        shm_prefix=f"{handover.run_dir.name}-",
+    )
     runner = _load(handover, gang, group, device)
     gang.pulse.enter("serving")
     if rank == 0:

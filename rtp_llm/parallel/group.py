@@ -1,11 +1,16 @@
-"""Collectives of the tensor-parallel group behind one small interface: nothing at TP=1, NCCL on GPUs, gloo on CPU."""
+"""Collectives of the tensor-parallel group behind one small interface.
+
+Nothing at TP=1, NCCL on GPUs; on CPU gloo forms the group, and ranks of one machine then reduce through shared memory.
+"""
 
 import functools
 import ipaddress
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 import psutil
@@ -15,6 +20,7 @@ from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
 from rtp_llm.parallel.plan import TORCH_INIT, Plan
+from rtp_llm.parallel.shared_memory import SharedMemory, create_segment, usable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,32 +108,79 @@ class TorchGroup:
         dist.destroy_process_group()
 
 
+class LocalGroup(TorchGroup):
+    """Ranks of one machine on CPU: gloo has formed the group, the steps go through shared memory."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, memory: SharedMemory):
+        super().__init__(rank, size, device)
+        self._memory = memory
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self._memory.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        return self._memory.gather(tensor)
+
+
 def open_group(
-    plan: Plan, rank: int, epoch: int, host: str, address: str, timeout: float, device: torch.device
+    plan: Plan,
+    rank: int,
+    epoch: int,
+    *,
+    host: str,
+    address: str,
+    timeout: float,
+    device: torch.device,
+    shm_prefix: str = "",
 ) -> Group:
     """Forms the group of an epoch. `host`: where part 0 is reached; `address`: this machine as the others see it.
 
-    `timeout` (seconds) bounds forming it and every collective; torch raises RuntimeError past it.
+    `timeout` (seconds) bounds forming it and every collective. `shm_prefix`: how files in /dev/shm may be named; empty
+    keeps gloo for everything. Raises CommunicationError.
     """
     if plan.world_size == 1:
         return SingleRank()
     _choose_interface(address)
-    deadline = timedelta(seconds=timeout)
-    port = plan.leader_port(TORCH_INIT)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"epoch{epoch}", store),
-            rank=rank,
-            world_size=plan.world_size,
-            timeout=deadline,
-            device_id=device if device.type == "cuda" else None,
-        )
+        store = _init(plan, rank, epoch, host, timeout, backend, device)
+        if shm_prefix and backend == "gloo" and not plan.spans_parts and usable():
+            return LocalGroup(rank, plan.world_size, device, _share_memory(store, plan, rank, timeout, shm_prefix))
     except RuntimeError as error:
+        port = plan.leader_port(TORCH_INIT)
         raise CommunicationError(f"{backend} group at {host}:{port} could not be formed: {error}") from error
     return TorchGroup(rank, plan.world_size, device)
+
+
+def _init(
+    plan: Plan, rank: int, epoch: int, host: str, timeout: float, backend: str, device: torch.device
+) -> dist.Store:
+    """torch.distributed's own rendezvous on part 0; every epoch has its own keys."""
+    deadline = timedelta(seconds=timeout)
+    port = plan.leader_port(TORCH_INIT)
+    tcp = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline)
+    store = dist.PrefixStore(f"epoch{epoch}", tcp)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=plan.world_size,
+        timeout=deadline,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return store
+
+
+def _share_memory(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> SharedMemory:
+    """All ranks open the segment, then its name goes: whatever dies later, nothing stays behind in /dev/shm."""
+    if rank == 0:
+        store.set("segment", str(create_segment(prefix, secrets.token_hex(4), plan.world_size)))
+    path = Path(store.get("segment").decode())
+    memory = SharedMemory(path, rank, plan.world_size, timeout)
+    dist.barrier()
+    if rank == 0:
+        path.unlink()
+    return memory
 
 
 def _choose_interface(address: str) -> None:
