@@ -94,6 +94,11 @@ class Config(BaseModel):
     rtp_device: Literal["", "cpu", "cuda"] = Field("", description="cpu or cuda; default: cuda where a GPU is visible")
     rtp_threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = cores / local ranks")
 
+    @property
+    def drain_seconds(self) -> int:
+        """SHUTDOWN_TIMEOUT in seconds; -1, upstream's "no bound", is ten minutes: nothing here waits for ever."""
+        return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
+
 
 @dataclass(frozen=True)
 class UpstreamVariable:

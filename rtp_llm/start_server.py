@@ -27,8 +27,9 @@ from rtp_llm import log as logs
 from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, ExitCode, FatalError
 from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.devices import visible_gpus
-from rtp_llm.parallel.handover import Handover
+from rtp_llm.parallel.handover import Handover, ModelCard
 from rtp_llm.parallel.lifeline import die_with_parent
 from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, make_plan
 from rtp_llm.supervise.supervisord import supervisord_config
@@ -50,10 +51,17 @@ def main() -> int:
         for warning in loaded.warnings:
             log.warning("%s", warning)
         plan = make_plan(loaded.config, visible_gpus())
-        fingerprint = _fingerprint(loaded.config, plan)
+        checkpoint, spec = _check_model(loaded.config, plan)
         _check_ports_free(plan)
         with _run_dir(loaded.config) as run_dir:
-            handover = Handover(run_dir, loaded.config, plan, fingerprint, sys.stdout.isatty())
+            handover = Handover(
+                run_dir=run_dir,
+                config=loaded.config,
+                plan=plan,
+                model=ModelCard(_model_name(loaded.config), spec.family, spec.dtype, spec.max_positions),
+                fingerprint=_fingerprint(loaded.config, plan, checkpoint, spec),
+                tty=sys.stdout.isatty(),
+            )
             return _supervise(handover)
     except FatalError as error:
         log.critical("%s", error)
@@ -67,10 +75,8 @@ def _append_to_stdout() -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
 
 
-def _fingerprint(config: Config, plan: Plan) -> dict[str, Any]:
-    """Opens the checkpoint by its headers, checks that plan and model fit, and says what all parts must have in
-    common.
-    """
+def _check_model(config: Config, plan: Plan) -> tuple[Checkpoint, ModelSpec]:
+    """Opens the checkpoint by its headers, and checks that plan, model and tokenizer fit together."""
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(plan.tp_size)
@@ -79,6 +85,15 @@ def _fingerprint(config: Config, plan: Plan) -> dict[str, Any]:
         raise ConfigError(f"TOKENIZER_PATH={tokenizer}: is no folder; allowed: a folder with tokenizer.json")
     if plan.part == 0 and not any((tokenizer / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{tokenizer}: no tokenizer.json")
+    return checkpoint, spec
+
+
+def _model_name(config: Config) -> str:
+    return config.served_model_name or Path(config.checkpoint_path).resolve().name
+
+
+def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
+    """What all parts must have in common, by name, so that a difference can be told in one line."""
     shared = ("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "warm_up", "test_block_num")
     return {
         "version": __version__,

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -60,6 +61,7 @@ def create_app(config: Config, state: PartState, metrics: Metrics, service: Serv
         app.include_router(native_router(service, stop_words))
     _answer_errors(app, config)
     _describe_bodies(app)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])  # as upstream
     app.add_middleware(BodyLimit, limit=int(config.max_body_mb * 2**20))
     app.add_middleware(Observe, metrics=metrics, access_log=not config.disable_access_log)
     return app

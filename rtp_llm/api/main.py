@@ -16,32 +16,28 @@ from rtp_llm.api.service import Service
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.metrics import GangCollector, Metrics
-from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.parallel.handover import Handover
 from rtp_llm.parallel.lifeline import die_with_parent, run_to_exit
-from rtp_llm.supervise.supervisord import drain_seconds
 from rtp_llm.text.template import ChatTemplate, TemplateError
 from rtp_llm.text.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rtp_llm.api")
 
 
 def main(run_dir: Path) -> None:
     handover = Handover.load(run_dir)
     config, plan = handover.config, handover.plan
     logs.setup(f"{handover.who} api", config.log_level)
-    checkpoint = Checkpoint.open(config)
-    spec = checkpoint.spec(config)
-    name = config.served_model_name or checkpoint.path.resolve().name
-    metrics = Metrics(name, config.max_seq_len or spec.max_positions)
+    model = handover.model
+    metrics = Metrics(model.name, config.max_seq_len or model.max_positions)
     metrics.build_info.labels(version=__version__).set(1)
-    metrics.info.labels(family=spec.family, dtype=spec.dtype, tp_size=str(plan.tp_size)).set(1)
+    metrics.info.labels(family=model.family, dtype=model.dtype, tp_size=str(plan.tp_size)).set(1)
     client, service = None, None
     if plan.part == 0:
         client = EngineClient(handover.engine_socket, metrics, config.resume_timeout)
         tokenizer = Tokenizer.load(Path(config.tokenizer_path or config.checkpoint_path))
-        template = _template(config, tokenizer, spec.family)
-        service = Service(config, name, tokenizer, template, metrics, client)
+        template = _template(config, tokenizer, model.family)
+        service = Service(config, model.name, tokenizer, template, metrics, client)
     state = PartState(handover, client)
     metrics.registry.register(GangCollector(state.for_metrics))
     app = create_app(config, state, metrics, service)
@@ -54,10 +50,10 @@ def main(run_dir: Path) -> None:
             log_level="warning",
             access_log=False,
             timeout_keep_alive=config.timeout_keep_alive,
-            timeout_graceful_shutdown=drain_seconds(config.shutdown_timeout),
+            timeout_graceful_shutdown=config.drain_seconds,
         )
     )
-    log.info("HTTP on port %d%s", plan.start_port, f", model {name}" if service else "")
+    log.info("HTTP on port %d%s", plan.start_port, f", model {model.name}" if service else "")
     server.run()
 
 

@@ -12,7 +12,7 @@ import psutil
 from rtp_llm.api.client import EngineClient
 from rtp_llm.parallel.handover import Handover
 
-BOARD_STALE_SECONDS = 5.0  # the board is posted twice a second
+BOARD_STALE_SECONDS = 3.0  # the board is posted twice a second
 PHASES = ("rendezvous", "loading", "warmup", "serving")
 IDLE_LIMIT_SECONDS = 60.0  # a rank that got nowhere for so long is not healthy, whatever its heartbeat says
 

@@ -12,6 +12,16 @@ from rtp_llm.parallel.plan import Plan
 
 
 @dataclass(frozen=True)
+class ModelCard:
+    """What the API process tells of the model before the engine can."""
+
+    name: str
+    family: str
+    dtype: str
+    max_positions: int  # tokens
+
+
+@dataclass(frozen=True)
 class Handover:
     """Lies as `part.json` in the run directory, beside the sockets `engine.sock` and `supervisor.sock` and the state
     files.
@@ -20,6 +30,7 @@ class Handover:
     run_dir: Path
     config: Config
     plan: Plan
+    model: ModelCard
     fingerprint: dict[str, Any]
     tty: bool
 
@@ -48,6 +59,7 @@ class Handover:
         data = {
             "config": self.config.model_dump(),
             "plan": asdict(self.plan),
+            "model": asdict(self.model),
             "fingerprint": self.fingerprint,
             "tty": self.tty,
         }
@@ -57,4 +69,4 @@ class Handover:
     def load(cls, run_dir: Path) -> "Handover":
         data = json.loads((run_dir / "part.json").read_text())
         config, plan = Config.model_validate(data["config"]), Plan.from_json(data["plan"])
-        return cls(run_dir, config, plan, data["fingerprint"], data["tty"])
+        return cls(run_dir, config, plan, ModelCard(**data["model"]), data["fingerprint"], data["tty"])

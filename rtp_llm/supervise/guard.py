@@ -23,7 +23,7 @@ from rtp_llm.errors import ExitCode
 from rtp_llm.parallel.handover import Handover
 from rtp_llm.parallel.lifeline import die_with_parent, run_to_exit
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rtp_llm.guard")
 
 WINDOW_SECONDS = 600.0
 SETTLE_SECONDS = 2.0  # for the other ranks to notice and leave by themselves, with codes that tell more

@@ -14,16 +14,11 @@ RANK_STOP_SECONDS = 5
 DRAIN_MARGIN_SECONDS = 5  # what uvicorn may need beyond its own limit
 
 
-def drain_seconds(shutdown_timeout: int) -> int:
-    """SHUTDOWN_TIMEOUT in seconds; -1, upstream's "no bound", is ten minutes: nothing here waits for ever."""
-    return 600 if shutdown_timeout < 0 else shutdown_timeout
-
-
 def supervisord_config(handover: Handover) -> str:
     """The text of supervisord.conf."""
     run_dir, socket = handover.run_dir, handover.supervisor_socket
     ranks = {f"rank{r}": f"-m rtp_llm.engine.main {run_dir} {r}" for r in handover.plan.ranks}
-    stop = drain_seconds(handover.config.shutdown_timeout) + DRAIN_MARGIN_SECONDS
+    stop = handover.config.drain_seconds + DRAIN_MARGIN_SECONDS
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
             "nodaemon": "true",
