@@ -89,7 +89,7 @@ def _check_model(config: Config, plan: Plan) -> tuple[Checkpoint, ModelSpec]:
 
 
 def _model_name(config: Config) -> str:
-    return config.served_model_name or Path(config.checkpoint_path).resolve().name
+    return config.served_model_name or Path(config.checkpoint_path).resolve().name.lstrip(".")
 
 
 def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:

@@ -33,7 +33,6 @@ class PartState:
     def __init__(self, handover: Handover, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
         self.handover, self.client = handover, client
-        self.draining = False
         self._processes: dict[int, psutil.Process] = {}
 
     def board(self) -> dict[str, Any]:
@@ -55,8 +54,6 @@ class PartState:
         board = self.board()
         ranks: Mapping[str, Mapping[str, Any]] = board["ranks"]
         expected = self.handover.plan.world_size
-        if self.draining:
-            return Health(False, "draining", 1.0, "draining: no new requests")
         if not ranks:
             return Health(False, "rendezvous", 0.0, board.get("message") or "waiting for the ranks")
         phase = min((p["phase"] for p in ranks.values()), key=PHASES.index)

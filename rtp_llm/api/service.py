@@ -70,7 +70,6 @@ class Service:
         self.config, self.name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
         self.created = int(time.time())
-        self.draining = False
 
     # Before a request is accepted
 

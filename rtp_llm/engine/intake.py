@@ -36,6 +36,7 @@ class Intake:
 
     def __init__(self, path: Path, ready: dict[str, Any]):
         self._ready = ready
+        self.connections: set[Connection] = set()
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -67,6 +68,7 @@ class Intake:
         sock.setblocking(False)
         connection = Connection(sock)
         self._selector.register(sock, selectors.EVENT_READ, connection)
+        self.connections.add(connection)
         self.send(connection, Kind.READY, self._ready)
 
     def _read(self, connection: Connection) -> list[Message]:
@@ -82,6 +84,7 @@ class Intake:
             log.info("api connection ended: %s", error)
             self._selector.unregister(connection.sock)
             connection.sock.close()
+            self.connections.discard(connection)
             return [Message(connection, None, {})]
 
     def _flush(self, connection: Connection) -> None:
@@ -93,6 +96,5 @@ class Intake:
             pass
         except OSError:
             connection.outgoing.clear()  # the next read sees the end and reports it
-        if connection.sock.fileno() >= 0:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
-            self._selector.modify(connection.sock, wanted, connection)
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
+        self._selector.modify(connection.sock, wanted, connection)

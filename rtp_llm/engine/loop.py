@@ -51,8 +51,6 @@ class Leader:
         self.engine, self.intake, self.followers, self.pulse = engine, intake, followers, pulse
         self.cache_salt_above = cache_salt_above
         self._owners: dict[str, Connection] = {}
-        self._clients: set[Connection] = set()
-        self._step_seconds = 0.0
 
     def run(self) -> None:
         next_tick = 0.0
@@ -71,12 +69,10 @@ class Leader:
 
     def _take(self, message: Message) -> None:
         if message.kind == Kind.SUBMIT:
-            self._clients.add(message.connection)
             self._submit(message.connection, message.body)
         elif message.kind == Kind.ABORT:
             self._abort(str(message.body["id"]))
         elif message.kind is None:
-            self._clients.discard(message.connection)
             for request_id in [r for r, owner in self._owners.items() if owner is message.connection]:
                 self._abort(request_id)
         else:
@@ -90,29 +86,23 @@ class Leader:
         self._owners[request.id] = connection
         ended = self.engine.add(request)
         if ended:
-            self._send([ended])
+            self._emit([ended], 0.0)
 
     def _abort(self, request_id: str) -> None:
         if self.engine.abort(request_id):
             self._owners.pop(request_id, None)
 
-    def _emit(self, events: list[Event], seconds: float) -> None:
-        self._step_seconds = seconds
-        if not self._send(events):
-            # Nobody is owed an event, but the API still wants the numbers.
-            for connection in self._clients:
-                self.intake.send(connection, Kind.EVENTS, {"events": [], "stats": self._stats()})
-
-    def _send(self, events: list[Event]) -> bool:
-        shares: dict[Connection, list[Any]] = {}
+    def _emit(self, events: list[Event], step_seconds: float) -> None:
+        """One frame to every client: its own events, and the numbers of the step (0 seconds: there was none)."""
+        shares: dict[Connection, list[Any]] = {connection: [] for connection in self.intake.connections}
         for event in events:
             owner = self._owners.pop(event.request_id) if event.finish else self._owners[event.request_id]
-            shares.setdefault(owner, []).append(event.to_json())
+            shares[owner].append(event.to_json())
+        stats = self._stats(step_seconds)
         for connection, share in shares.items():
-            self.intake.send(connection, Kind.EVENTS, {"events": share, "stats": self._stats()})
-        return bool(shares)
+            self.intake.send(connection, Kind.EVENTS, {"events": share, "stats": stats})
 
-    def _stats(self) -> dict[str, Any]:
+    def _stats(self, step_seconds: float) -> dict[str, Any]:
         scheduler = self.engine.scheduler
         counters = scheduler.counters
         return {
@@ -123,8 +113,8 @@ class Leader:
             "prefix_queries": counters.prefix_queries,
             "prefix_hits": counters.prefix_hits,
             "steps": self.engine.num_steps,
-            "step_tokens": self.engine.last_step_tokens if self._step_seconds else 0,
-            "step_seconds": self._step_seconds,
+            "step_tokens": self.engine.last_step_tokens if step_seconds else 0,
+            "step_seconds": step_seconds,
         }
 
 

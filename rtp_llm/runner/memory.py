@@ -77,8 +77,10 @@ def _measured(config: Config, device: torch.device, sharers: int) -> tuple[int, 
         spare = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
         budget = free - spare - reserve
         return max(0, budget), f"{free / MIB:.0f} MiB free - {spare / MIB:.0f} peak - {reserve / MIB:.0f} reserved"
+    # A small machine cannot spare what a GPU can.
     available = min(psutil.virtual_memory().available, _cgroup_room())
-    budget = max(0, available // sharers - reserve) // 2
+    reserve = min(reserve, available // sharers // 4)
+    budget = (available // sharers - reserve) // 2
     how = f"(({available / MIB:.0f} MiB available) / {sharers} ranks - {reserve / MIB:.0f} reserved) / 2"
     return budget, how + f" = {budget / MIB:.0f} MiB"
 
