@@ -28,10 +28,10 @@ from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, ExitCode, FatalError
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.parallel.devices import visible_gpus
+from rtp_llm.parallel.devices import local_addresses, visible_gpus
 from rtp_llm.parallel.handover import Handover, ModelCard
 from rtp_llm.parallel.lifeline import die_with_parent
-from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, make_plan
+from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, check_address, make_plan
 from rtp_llm.supervise.supervisord import supervisord_config
 
 log = logging.getLogger("rtp_llm.start_server")
@@ -51,6 +51,9 @@ def main() -> int:
         for warning in loaded.warnings:
             log.warning("%s", warning)
         plan = make_plan(loaded.config, visible_gpus())
+        nat = check_address(plan, local_addresses())
+        if nat:
+            log.warning("%s", nat)
         checkpoint, spec = _check_model(loaded.config, plan)
         _check_ports_free(plan)
         with _run_dir(loaded.config) as run_dir:

@@ -1,7 +1,8 @@
-"""Which accelerators this process may use, found out without creating a CUDA context."""
+"""What this machine has: GPUs, found out without creating a CUDA context, and network addresses."""
 
 import os
 
+import psutil
 import pynvml
 
 
@@ -29,3 +30,19 @@ def _narrow(count: int, visible: str | None) -> int:
             break
         found += 1
     return found
+
+
+def local_addresses() -> set[str]:
+    """Every address of every interface, without scope: `10.0.0.2`, `fe80::1`."""
+    return {entry.address.split("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the interface that holds this address; None where none does."""
+    wanted = address.split("%")[0]
+    if wanted.startswith("127."):  # all of 127.0.0.0/8 is loopback, whether listed or not
+        return "lo"
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == wanted for entry in entries):
+            return str(name)
+    return None

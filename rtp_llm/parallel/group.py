@@ -4,7 +4,6 @@ Nothing at TP=1, NCCL on GPUs; on CPU gloo forms the group, and ranks of one mac
 """
 
 import functools
-import ipaddress
 import logging
 import os
 import secrets
@@ -13,12 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
+from rtp_llm.parallel.devices import interface_of
 from rtp_llm.parallel.plan import TORCH_INIT, Plan
 from rtp_llm.parallel.shared_memory import SharedMemory, create_segment, usable
 
@@ -191,15 +190,3 @@ def _choose_interface(address: str) -> None:
         if interface and variable not in os.environ:
             os.environ[variable] = interface
     log.info("collectives use interface %s (%s)", os.environ.get("GLOO_SOCKET_IFNAME", "?"), address)
-
-
-def interface_of(address: str) -> str | None:
-    """Name of the network interface that holds this address; None where none does."""
-    wanted = ipaddress.ip_address(address.split("%")[0])
-    if wanted.is_loopback:
-        return "lo"
-    name: str
-    for name, entries in psutil.net_if_addrs().items():
-        if any(e.address.split("%")[0] == str(wanted) for e in entries):
-            return name
-    return None

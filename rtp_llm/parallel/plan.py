@@ -71,7 +71,9 @@ class Plan:
         shared = asdict(self)
         for own in ("part", "start_port", "members"):
             del shared[own]
-        return shared | {"members": [f"{m.name} {m.ip}:{m.port}" for m in self.members]}
+        # With LEADER_ADDRESS alone each part may spell the leader in its own way.
+        listed = self.members if len(self.members) == self.num_parts else ()
+        return shared | {"members": [f"{m.name} {m.ip}:{m.port}" for m in listed]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Plan":
@@ -100,6 +102,23 @@ def make_plan(config: Config, gpus: int) -> Plan:
     plan = Plan(members, part, tp, world, local, config.start_port, config.worker_info_port_num, device)
     _check_ports(plan)
     return plan
+
+
+def check_address(plan: Plan, own: set[str]) -> str | None:
+    """A warning where this part's member has an address that the machine does not (`own`), as behind NAT.
+
+    Raises ConfigError where another member has one of them instead: then WORLD_RANK is that of another machine.
+    """
+    member = next((m for m in plan.members if m.index == plan.part), None)
+    if member is None or member.ip in own or not member.ip.replace(".", "").isdigit():
+        return None
+    mine = next((m for m in plan.members if m.ip in own), None)
+    if mine:
+        raise ConfigError(
+            f"WORLD_RANK={plan.first_rank} means member {member.name!r} at {member.ip}, but this machine has"
+            f" {mine.ip}, which is member {mine.name!r}; set WORLD_RANK={mine.index * plan.local_world_size}"
+        )
+    return f"member {member.name!r} is this part, but no interface here has {member.ip}; fine behind NAT only"
 
 
 def _sizes(config: Config) -> tuple[int, int]:
