@@ -24,7 +24,7 @@ LOWEST_START_PORT = 1024 + 11  # part 0 also uses the eleven ports below its STA
 class Config(BaseModel):
     """Settings of one part, as given; what follows from several of them together is worked out in `parallel.plan`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Who is who
     tp_size: int | None = Field(None, ge=1, description="tensor-parallel ranks; default WORLD_SIZE / DP_SIZE")
@@ -231,7 +231,7 @@ def _near_misses(given: Mapping[str, str], known: set[str] | frozenset[str]) -> 
     for name in sorted(given.keys() - known):
         if len(name) < 5 or name != name.upper():
             continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.87)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if close:
             found.append(f"{name} is not a variable of this server: did you mean {close[0]}?")
     return found

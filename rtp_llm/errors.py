@@ -4,6 +4,7 @@ Failure is a value here: a process ends with one of `ExitCode`, a request with o
 """
 
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -77,6 +78,17 @@ class RequestError(Exception):
     def __init__(self, status: int, code: int, name: str, message: str, *, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.name, self.message, self.param = status, code, name, message, param
+
+    def body(self) -> dict[str, Any]:
+        """Upstream's three fields, and OpenAI's object, which its clients show to their users."""
+        kinds = {429: "rate_limit_error"} | dict.fromkeys(range(400, 429), "invalid_request_error")
+        kind = kinds.get(self.status, "server_error")
+        return {
+            "error_code": self.code,
+            "error_code_str": f"{self.code}_{self.name}",
+            "message": self.message,
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.name.lower()},
+        }
 
 
 def invalid_format(message: str, param: str | None = None) -> RequestError:

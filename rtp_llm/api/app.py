@@ -12,13 +12,14 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from rtp_llm import __version__
 from rtp_llm.api import schema
 from rtp_llm.api.body import component_schemas
 from rtp_llm.api.middleware import BodyLimit, Observe
 from rtp_llm.api.native import native_router
-from rtp_llm.api.openai import error_body, openai_router
+from rtp_llm.api.openai import openai_router
 from rtp_llm.api.params import StopWords
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
@@ -73,7 +74,7 @@ def _answer_errors(app: FastAPI, config: Config) -> None:
     def answer(error: RequestError) -> JSONResponse:
         status = 500 if config.legacy_http_status else error.status
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error_body(error), status_code=status, headers=headers)
+        return JSONResponse(error.body(), status_code=status, headers=headers)
 
     async def request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
@@ -102,7 +103,8 @@ def _answer_errors(app: FastAPI, config: Config) -> None:
     app.add_exception_handler(RequestError, request_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(Disconnected, disconnected)
+    for gone in (Disconnected, ClientDisconnect):
+        app.add_exception_handler(gone, disconnected)
     app.add_exception_handler(Exception, unexpected)
 
 

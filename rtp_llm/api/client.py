@@ -65,6 +65,7 @@ class EngineClient:
 
     @property
     def connected(self) -> bool:
+        """Whether the engine has said that it is ready; only then may anything be sent to it."""
         return self._writer is not None
 
     @property
@@ -105,24 +106,22 @@ class EngineClient:
 
     async def _stay_connected(self) -> None:
         while True:
+            writer: asyncio.StreamWriter | None = None
             try:
-                reader, self._writer = await asyncio.open_unix_connection(self._path)
-                await self._read(reader)
+                reader, writer = await asyncio.open_unix_connection(self._path)
+                await self._read(reader, writer)
             except (OSError, ValueError) as error:
                 if self.connected:
                     log.warning("lost the engine: %s; %d sequences wait for it", error, self.num_open)
                     self._lost_at = time.monotonic()
             finally:
-                self._hang_up()
+                self._writer = None
+                if writer:
+                    writer.close()
             self._expire()
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    def _hang_up(self) -> None:
-        if self._writer:
-            self._writer.close()
-        self._writer = None
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             try:
                 length, kind = parse_header(await reader.readexactly(HEADER.size))
@@ -130,11 +129,15 @@ class EngineClient:
             except asyncio.IncompleteReadError:
                 raise WireError("the engine closed the connection") from None
             if kind == Kind.READY:
-                self._welcome(EngineInfo(**message))
+                self._welcome(EngineInfo(**message), writer)
             elif kind == Kind.EVENTS:
                 self._deliver(message)
 
-    def _welcome(self, info: EngineInfo) -> None:
+    def _welcome(self, info: EngineInfo, writer: asyncio.StreamWriter) -> None:
+        # Not earlier: what came in since the connection opened is in the ledger, and would be submitted twice.
+        self._writer = writer
+        if self.info is None:
+            log.info("the engine is ready: requests are served")
         self.info = info
         self._metrics.new_epoch()
         if self._ledger:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from rtp_llm.api.body import body_schema, check, json_body
-from rtp_llm.api.openai import error_body, render_chat
+from rtp_llm.api.openai import render_chat
 from rtp_llm.api.params import StopWords, native_sampling, sampling_params, text_params
 from rtp_llm.api.schema import (
     BatchInferRequest,
@@ -258,7 +258,7 @@ class Native:
                 answers[index].add(chunk)
                 yield f"{prefix}{dumps(reply.to_json())}\r\n\r\n"
         except RequestError as error:
-            yield f"{prefix}{dumps(error_body(error))}\r\n\r\n"
+            yield f"{prefix}{dumps(error.body())}\r\n\r\n"
         if not openai_framing:
             yield "data:[done]\r\n\r\n"
 

@@ -23,6 +23,13 @@ _NATIVE_NAMES = {
     **{n: n for n in ("repetition_penalty", "presence_penalty", "frequency_penalty")},
 }
 
+# Which fields of a chat request each native field sets.
+_OVERLAID: dict[str, tuple[str, ...]] = {
+    **{ours: (theirs,) for ours, theirs in _NATIVE_NAMES.items()},
+    "do_sample": ("temperature",),
+    "stop_words_list": ("stop", "stop_token_ids"),
+}
+
 
 @dataclass(frozen=True)
 class StopWords:
@@ -113,21 +120,13 @@ def native_sampling(config: GenerateConfig, tokenizer: Tokenizer) -> Sampling:
     return Sampling.model_construct(**values)
 
 
-def overlay(body: Sampling, config: GenerateConfig | None) -> Sampling:
+def overlay(body: Sampling, config: GenerateConfig | None, tokenizer: Tokenizer) -> Sampling:
     """A chat request with its `extra_configs` laid over it: only what the client has set there."""
     if config is None:
         return body
-    translated = native_sampling(config, _NoTokenizer)  # type: ignore[arg-type]  # id sequences are refused below
-    if config.stop_words_list:
-        raise unsupported("extra_configs.stop_words_list is not supported: use stop or stop_token_ids", "extra_configs")
-    given = {_NATIVE_NAMES[n] for n in config.model_fields_set if n in _NATIVE_NAMES}
-    if "do_sample" in config.model_fields_set:
-        given.add("temperature")
+    translated = native_sampling(config, tokenizer)
+    given = {name for ours in config.model_fields_set for name in _OVERLAID.get(ours, ())}
     return body.model_copy(update={name: getattr(translated, name) for name in given})
-
-
-class _NoTokenizer:
-    pass
 
 
 def _or(value: float | None, default: float) -> float:
