@@ -1,10 +1,10 @@
 """One request to an OpenAI endpoint while it is answered: its choices, and what they have produced so far."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtp_llm.api.service import Chunk, Service, TextParams
+from rtp_llm.api.service import Admission, Chunk, Service, TextParams
 from rtp_llm.api.stream import merge
 from rtp_llm.engine.request import SamplingParams
 
@@ -37,9 +37,10 @@ class Job:
     sequences: list[Choice]
     text: TextParams
     prompts: list[list[int]]
+    admission: Admission
 
-    def start(self, service: Service) -> AsyncIterator[tuple[int, Chunk]]:
-        return merge([service.generate(s.prompt, s.params, self.text) for s in self.sequences])
+    def start(self, service: Service) -> AsyncGenerator[tuple[int, Chunk]]:
+        return merge([service.generate(s.prompt, s.params, self.text, self.admission) for s in self.sequences])
 
     def usage(self) -> dict[str, Any]:
         prompt = sum(len(p) for p in self.prompts)

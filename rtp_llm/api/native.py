@@ -6,7 +6,8 @@ All take any content type: upstream's README posts with a bare `curl -d`.
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ from rtp_llm.api.schema import (
     NativeRequest,
     TokenizeRequest,
 )
-from rtp_llm.api.service import Chunk, Service, TextParams
-from rtp_llm.api.stream import dumps, merge, sse, unless_disconnected
+from rtp_llm.api.service import Admission, Chunk, Service, TextParams
+from rtp_llm.api.stream import EventStream, dumps, merge, unless_disconnected
 from rtp_llm.engine.request import SamplingParams
 from rtp_llm.errors import RequestError, empty_prompt, invalid_format, long_prompt, unsupported
 
@@ -110,13 +111,14 @@ class Reply:
     answers: list[list[Answer]]
     text: TextParams
     batch: bool
+    admission: Admission
 
     @property
     def flat(self) -> list[Answer]:
         return [a for group in self.answers for a in group]
 
-    def start(self, service: Service) -> AsyncIterator[tuple[int, Chunk]]:
-        return merge([service.generate(a.prompt, a.params, self.text) for a in self.flat])
+    def start(self, service: Service) -> AsyncGenerator[tuple[int, Chunk]]:
+        return merge([service.generate(a.prompt, a.params, self.text, self.admission) for a in self.flat])
 
     def to_json(self) -> dict[str, Any]:
         bodies = [_single(group) for group in self.answers]
@@ -165,8 +167,9 @@ class Native:
         prompts, batch = await self._prompts(body)
         reply = self._reply(prompts, config, batch)
         if streaming:
-            return sse(self._stream(reply, openai_framing=body.stream and not body.yield_generator))
-        await unless_disconnected(request, self._collect(reply))
+            framing = body.stream and not body.yield_generator
+            return EventStream(self._stream(reply, openai_framing=framing), reply.admission)
+        await unless_disconnected(request, self._collect(reply), reply.admission)
         return JSONResponse(reply.to_json())
 
     async def batch_infer(
@@ -175,7 +178,7 @@ class Native:
         config = _generate_config(NativeRequest.model_validate(body.model_dump()))
         prompts = [await self._encode(text, config) for text in body.prompt_batch]
         reply = self._reply(prompts, config, batch=True)
-        await unless_disconnected(request, self._collect(reply))
+        await unless_disconnected(request, self._collect(reply), reply.admission)
         return JSONResponse(reply.to_json())
 
     async def tokenize(self, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]) -> dict[str, Any]:
@@ -223,8 +226,6 @@ class Native:
     def _reply(self, prompts: list[list[int]], config: GenerateConfig, batch: bool) -> Reply:
         body = native_sampling(config, self.service.tokenizer)
         copies = body.n or 1
-        self.service.check_admission(copies * len(prompts))
-        self.service.metrics.params_n.observe(copies)
         wants_probs = config.return_cum_log_probs or config.return_softmax_probs
         groups = []
         for prompt in prompts:
@@ -241,22 +242,27 @@ class Native:
             )
             aux = self.service.config.aux_string
             groups.append([Answer(prompt, replace(params, seed=params.seed + i), config, aux) for i in range(copies)])
-        return Reply(groups, text_params(body, self.stop_words, config.timeout_ms), batch)
+        text = text_params(body, self.stop_words, config.timeout_ms)
+        admission = self.service.admit(copies * len(prompts))
+        self.service.metrics.params_n.observe(copies)
+        return Reply(groups, text, batch, admission)
 
     async def _collect(self, reply: Reply) -> None:
         answers = reply.flat
-        async for index, chunk in reply.start(self.service):
-            answers[index].add(chunk)
+        async with aclosing(reply.start(self.service)) as chunks:
+            async for index, chunk in chunks:
+                answers[index].add(chunk)
 
-    async def _stream(self, reply: Reply, openai_framing: bool) -> AsyncIterator[str]:
+    async def _stream(self, reply: Reply, openai_framing: bool) -> AsyncGenerator[str]:
         """Whole response objects, one an event. Upstream's framing has no space after `data:` and ends with
         `[done]`; with a top-level `stream` it has the space and no end."""
         prefix = "data: " if openai_framing else "data:"
         answers = reply.flat
         try:
-            async for index, chunk in reply.start(self.service):
-                answers[index].add(chunk)
-                yield f"{prefix}{dumps(reply.to_json())}\r\n\r\n"
+            async with aclosing(reply.start(self.service)) as chunks:
+                async for index, chunk in chunks:
+                    answers[index].add(chunk)
+                    yield f"{prefix}{dumps(reply.to_json())}\r\n\r\n"
         except RequestError as error:
             yield f"{prefix}{dumps(error.body())}\r\n\r\n"
         if not openai_framing:

@@ -1,7 +1,8 @@
 """The OpenAI endpoints: /v1/chat/completions, /v1/completions, /v1/models (platform.openai.com/docs/api-reference)."""
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rtp_llm.api.job import Choice, Job
 from rtp_llm.api.params import StopWords, overlay, sampling_params, text_params
 from rtp_llm.api.schema import ChatMessage, ChatRequest, CompletionRequest, Sampling
 from rtp_llm.api.service import Service
-from rtp_llm.api.stream import dumps, sse, unless_disconnected
+from rtp_llm.api.stream import EventStream, dumps, unless_disconnected
 from rtp_llm.engine.request import SamplingParams
 from rtp_llm.errors import RequestError, empty_prompt, invalid_params, unsupported
 
@@ -62,8 +63,9 @@ class OpenAI:
         job = await self._chat_job(body)
         made = Envelope(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.name)
         if body.stream:
-            return sse(self._stream(ChatFrames(self.service.tokenizer, bool(body.logprobs)), made, job, body))
-        await unless_disconnected(request, _collect(job, self.service))
+            frames = ChatFrames(self.service.tokenizer, bool(body.logprobs))
+            return EventStream(self._stream(frames, made, job, body), job.admission)
+        await unless_disconnected(request, _collect(job, self.service), job.admission)
         choices = [self._chat_choice(i, s, bool(body.logprobs)) for i, s in enumerate(job.sequences)]
         return JSONResponse(made.full(choices, job.usage()))
 
@@ -71,6 +73,7 @@ class OpenAI:
         """What the model would be given, for debugging (upstream's DebugInfo)."""
         prompt = self._render(body)
         job = await self._chat_job(body)
+        job.admission.release()
         return {
             "input_prompt": prompt,
             "input_ids": job.prompts[0],
@@ -132,8 +135,8 @@ class OpenAI:
             self.service.tokenizer, body.logprobs is not None, bool(body.echo), body.max_tokens == 0
         )
         if body.stream:
-            return sse(self._stream(frames, made, job, body))
-        await unless_disconnected(request, _collect(job, self.service))
+            return EventStream(self._stream(frames, made, job, body), job.admission)
+        await unless_disconnected(request, _collect(job, self.service), job.admission)
         choices = [frames.full(i, s) for i, s in enumerate(job.sequences)]
         return JSONResponse(made.full(choices, job.usage()))
 
@@ -181,18 +184,19 @@ class OpenAI:
 
     def _job(self, body: Sampling, prompts: list[list[int]], params: list[SamplingParams], timeout_ms: int = 0) -> Job:
         n = body.n or 1
-        self.service.check_admission(n * len(prompts))
-        self.service.metrics.params_n.observe(n)
         sequences = [
             Choice(prompt, replace(one, seed=one.seed + i))
             for prompt, one in zip(prompts, params, strict=True)
             for i in range(n)
         ]
-        return Job(sequences, text_params(body, self.stop_words, timeout_ms), prompts)
+        text = text_params(body, self.stop_words, timeout_ms)
+        admission = self.service.admit(len(sequences))
+        self.service.metrics.params_n.observe(n)
+        return Job(sequences, text, prompts, admission)
 
     async def _stream(
         self, frames: ChatFrames | CompletionFrames, made: Envelope, job: Job, body: Sampling
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         options = body.stream_options
         usage = bool(options and options.include_usage)
         each = usage and bool(options and options.continuous_usage_stats)
@@ -200,11 +204,12 @@ class OpenAI:
             for index, sequence in enumerate(job.sequences):
                 for choice in frames.first(index, sequence):
                     yield made.event([choice], job.usage() if each else None, usage)
-            async for index, chunk in job.start(self.service):
-                sequence = job.sequences[index]
-                sequence.chunks.append(chunk)
-                for choice in frames.next(index, sequence, chunk):
-                    yield made.event([choice], job.usage() if each else None, usage)
+            async with aclosing(job.start(self.service)) as chunks:
+                async for index, chunk in chunks:
+                    sequence = job.sequences[index]
+                    sequence.chunks.append(chunk)
+                    for choice in frames.next(index, sequence, chunk):
+                        yield made.event([choice], job.usage() if each else None, usage)
             if usage:
                 yield made.event([], job.usage(), usage)
         except RequestError as error:
@@ -228,5 +233,6 @@ def render_chat(
 
 
 async def _collect(job: Job, service: Service) -> None:
-    async for index, chunk in job.start(service):
-        job.sequences[index].chunks.append(chunk)
+    async with aclosing(job.start(service)) as chunks:
+        async for index, chunk in chunks:
+            job.sequences[index].chunks.append(chunk)

@@ -55,6 +55,26 @@ class Chunk:
     queue_ms: float = 0.0
 
 
+class Admission:
+    """Places that were promised to the sequences of one request. A sequence that starts takes its own; `release`
+    gives back those that never did.
+    """
+
+    def __init__(self, service: "Service", places: int):
+        self._service, self._places = service, places
+        service.promised += places
+
+    def take(self) -> None:
+        self._give_back(1)
+
+    def release(self) -> None:
+        self._give_back(self._places)
+
+    def _give_back(self, places: int) -> None:
+        self._places -= places
+        self._service.promised -= places
+
+
 class Service:
     """One served model."""
 
@@ -70,6 +90,7 @@ class Service:
         self.config, self.name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
         self.created = int(time.time())
+        self.promised = 0  # places of admitted sequences that have not started: they are in no ledger yet
 
     # Before a request is accepted
 
@@ -80,15 +101,16 @@ class Service:
             raise engine_gone("the model is still loading: see /health")
         return self.client.info
 
-    def check_admission(self, sequences: int) -> None:
-        """Raises RequestError 429 where batch and queue are full."""
-        room = self.config.concurrency_limit + self.config.queue_limit - self.client.num_open
-        if sequences > room:
+    def admit(self, sequences: int) -> Admission:
+        """A place for each sequence. Raises RequestError 429 where batch and queue are full."""
+        taken = self.client.num_open + self.promised
+        if sequences > self.config.concurrency_limit + self.config.queue_limit - taken:
             self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()
             raise overloaded(
-                f"{self.client.num_open} sequences are open, {sequences} more do not fit: CONCURRENCY_LIMIT="
+                f"{taken} sequences are open, {sequences} more do not fit: CONCURRENCY_LIMIT="
                 f"{self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}; try again later"
             )
+        return Admission(self, sequences)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises RequestError 400 for text that is not Unicode."""
@@ -126,10 +148,13 @@ class Service:
 
     # A request
 
-    async def generate(self, prompt: list[int], params: SamplingParams, text: TextParams) -> AsyncGenerator[Chunk]:
+    async def generate(
+        self, prompt: list[int], params: SamplingParams, text: TextParams, admission: Admission
+    ) -> AsyncGenerator[Chunk]:
         """Chunks of one sequence. Raises RequestError 503 or 504 where it cannot be finished; leaving early aborts
         it.
         """
+        admission.take()  # nothing is awaited between here and its entry in the ledger
         watch = _Stopwatch(self.metrics, len(prompt), params)
         detokenizer = Detokenizer(self.tokenizer, text.skip_special_tokens, prompt)
         checker = StopChecker(text.stop, text.include_stop)

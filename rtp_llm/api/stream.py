@@ -2,13 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from rtp_llm.api.service import Chunk
+from rtp_llm.api.service import Admission, Chunk
 
 T = TypeVar("T")
 
@@ -17,23 +19,36 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def sse(events: AsyncIterator[str]) -> StreamingResponse:
-    """`events` are complete frames, separators included. No proxy may buffer them."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+class EventStream(StreamingResponse):
+    """`events` are complete frames, separators included. However the response ends, they end with it, and what they
+    did not take of `admission` is free again.
+    """
+
+    def __init__(self, events: AsyncGenerator[str], admission: Admission):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may buffer them
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events, self._admission = events, admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._admission.release()
 
 
-async def merge(sequences: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
+async def merge(sequences: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
     """Chunks of all sequences as they come, each with its sequence's number. Leaving early, or one failing, ends
     all.
     """
     if len(sequences) == 1:
-        async for chunk in sequences[0]:
-            yield 0, chunk
+        async with aclosing(sequences[0]) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
         return
     queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, chunks: AsyncIterator[Chunk]) -> None:
+    async def pump(index: int, chunks: AsyncGenerator[Chunk]) -> None:
         try:
             async for chunk in chunks:
                 queue.put_nowait((index, chunk))
@@ -58,8 +73,10 @@ class Disconnected(Exception):
     """The client has gone; nobody reads the answer."""
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up first. Raises Disconnected then."""
+async def unless_disconnected(request: Request, work: Awaitable[T], admission: Admission) -> T:
+    """The result of `work`, which is cancelled when the client hangs up first. Raises Disconnected then. What it did
+    not take of `admission` is free again afterwards.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_hangs_up(request))
     try:
@@ -71,6 +88,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         for pending in (task, gone):
             pending.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+        admission.release()
 
 
 async def _hangs_up(request: Request) -> None:

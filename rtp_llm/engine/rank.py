@@ -73,6 +73,7 @@ def _load(handover: Handover, gang: Gang, group: Group, device: torch.device) ->
     report = runner.load(checkpoint, progress)
     pulse.weight_bytes = report.bytes
     pulse.enter("warmup")
+    gang.wait_until_loaded()
     runner.allocate(plan.local_world_size if device.type == "cpu" else 1)
     pulse.kv_bytes = runner.kv_bytes
     return runner

@@ -34,6 +34,7 @@ class Gang:
         self.plan, self.pulse, self.config = plan, pulse, config
         self.epoch = 0
         self.address = ""  # this machine as the other parts see it; known once joined
+        self._ranks: dict[str, dict[str, Any]] = {}  # the newest pulses of all ranks, from the hub
         self._on_lost = on_lost
         self._board = Board(run_dir) if pulse.rank == plan.first_rank else None
         self._hub: Hub | None = None
@@ -61,6 +62,13 @@ class Gang:
         log.info("epoch %d: all %d ranks are here and agree", self.epoch, self.plan.world_size)
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._listen, name="gang", daemon=True).start()
+
+    def wait_until_loaded(self) -> None:
+        """Returns when every rank has its weights. Disks differ by minutes, and a collective would give up waiting;
+        here a rank that stops making progress is the hub's to notice."""
+        while sum(p["phase"] not in ("rendezvous", "loading") for p in self._ranks.values()) < self.plan.world_size:
+            self.pulse.touch()
+            time.sleep(0.05)
 
     def _open_hub(self) -> Hub:
         config = self.config
@@ -128,8 +136,12 @@ class Gang:
             except OSError as error:
                 self._lost(f"lost part 0: {error}", ExitCode.COMMUNICATION)
                 return
-            if kind == Kind.GANG and self._board:
-                self._board.post(json.loads(payload) | {"message": ""})
+            if kind != Kind.GANG:
+                continue
+            state = json.loads(payload)
+            self._ranks = state["ranks"]
+            if self._board:
+                self._board.post(state | {"message": ""})
 
     def _lost(self, message: str, code: ExitCode) -> None:
         # Rank 0's own hub has the better reason and reports it itself; give it the first word.

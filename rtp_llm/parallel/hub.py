@@ -165,7 +165,7 @@ class Hub:
     def _watch(self, now: float) -> None:
         for peer in self._joined():
             silent = now - peer.heard
-            idle = peer.pulse.get("idle_s", 0.0) if peer.pulse.get("phase") == "serving" else 0.0
+            idle = peer.pulse.get("idle_s", 0.0)
             if silent > self.limits.silence:
                 self.on_lost(f"no heartbeat from rank {peer.rank} ({peer.address}) for {silent:.0f} s", ExitCode.HANG)
             elif idle > self.limits.progress:

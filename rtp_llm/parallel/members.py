@@ -13,7 +13,7 @@ from typing import Any
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 
-_PART = re.compile(r"part(\d+)$")
+_PART = re.compile(r"part([0-9]{1,6})\Z")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def _parse_json(text: str, source: str) -> list[_Entry]:
         raise ConfigError(
             f"{source}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from None
-    except RecursionError:
-        raise ConfigError(f"{source}: malformed JSON: nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+        raise ConfigError(f"{source}: malformed JSON: {error}") from None
     if not isinstance(table, dict) or not table:
         raise ConfigError(
             f'{source}: must be a JSON object of members: {{"x_part0": {{"name": "x_part0", "ip": "…", "port": …}}, …}}'
@@ -99,7 +99,7 @@ def _parse_string(text: str) -> list[_Entry]:
                 raise ConfigError(f"{source}: {pair!r} is not key:value; allowed: name:x_part0,ip:…,port:…;…")
             if key in fields:
                 raise ConfigError(f"{source}: duplicate key {key!r} in {chunk!r}")
-            fields[key] = int(value) if key == "port" and value.isdecimal() else value
+            fields[key] = int(value) if key == "port" and re.fullmatch("[0-9]{1,9}", value) else value
         entries.append(_entry(str(fields.get("name", "")), fields, source))
     if len({e.name for e in entries}) != len(entries):
         raise ConfigError(f"{source}: a member's name stands twice; each part needs its own …_partN")
