@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from rtp_llm.errors import ConfigError
 
+MOST_RANKS = 4096  # a typing slip beyond that would only be found by waiting
 LOWEST_START_PORT = 1024 + 11  # part 0 also uses the eleven ports below its START_PORT
 
 
@@ -27,11 +28,18 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Who is who
-    tp_size: int | None = Field(None, ge=1, description="tensor-parallel ranks; default WORLD_SIZE / DP_SIZE")
-    dp_size: int = Field(1, ge=1, description="data-parallel groups; WORLD_SIZE = TP_SIZE x DP_SIZE")
-    world_size: int | None = Field(None, ge=1, description="ranks of all parts together; default TP_SIZE x DP_SIZE")
+    tp_size: int | None = Field(
+        None, ge=1, le=MOST_RANKS, description="tensor-parallel ranks; default WORLD_SIZE / DP_SIZE"
+    )
+    dp_size: int = Field(1, ge=1, le=MOST_RANKS, description="data-parallel groups; WORLD_SIZE = TP_SIZE x DP_SIZE")
+    world_size: int | None = Field(
+        None, ge=1, le=MOST_RANKS, description="ranks of all parts together; default TP_SIZE x DP_SIZE"
+    )
     local_world_size: int | None = Field(
-        None, ge=1, description="ranks of this part; default min(GPUs, WORLD_SIZE), without GPUs WORLD_SIZE"
+        None,
+        ge=1,
+        le=MOST_RANKS,
+        description="ranks of this part; default min(GPUs, WORLD_SIZE), without GPUs WORLD_SIZE",
     )
     world_rank: int | None = Field(None, ge=0, description="first rank of this part: part number x LOCAL_WORLD_SIZE")
     world_index: int | None = Field(None, ge=0, description="part number, in place of WORLD_RANK")

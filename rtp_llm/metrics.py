@@ -65,6 +65,7 @@ class Metrics:
         self.preemptions = counter("num_preemptions", "Sequences sent back to the queue for want of KV blocks")
         self.success = counter("request_success", "Finished sequences", "finished_reason")
         self.rejections = counter("admission_rejections", "Requests answered 429", "reason")
+        self.corrupted = counter("corrupted_requests", "Sequences ended because the model's logits were not numbers")
         self.resumed = counter("requests_resumed", "Sequences continued after ranks were lost")
         self.ttft = histogram("time_to_first_token_seconds", "From acceptance to the first token", TTFT)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sequence", ITL)
@@ -156,6 +157,8 @@ class GangCollector(Collector):
         yield _gauge("gang_members_expected", "Ranks of all parts", [({}, float(state["expected"]))])
         yield from _rank_metrics(state["ranks"], state["expected"])
         yield from _process_metrics(state["processes"])
+        yield from _guard_metrics(state["guard"])
+        yield from _cgroup_metrics(state["cgroup"], part)
         size, free = state["shm"]
         yield _gauge("shm_size_bytes", "Size of /dev/shm", [({"part": part}, size)])
         yield _gauge("shm_free_bytes", "Free bytes of /dev/shm", [({"part": part}, free)])
@@ -166,6 +169,13 @@ Samples = list[tuple[dict[str, str], float]]
 
 def _gauge(name: str, text: str, samples: Samples) -> Metric:
     family = GaugeMetricFamily(f"rtp_llm_{name}", text, labels=list(samples[0][0]) if samples else [])
+    for labels, value in samples:
+        family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _counter(name: str, text: str, samples: Samples) -> Metric:
+    family = CounterMetricFamily(f"rtp_llm_{name}", text, labels=list(samples[0][0]) if samples else [])
     for labels, value in samples:
         family.add_metric(list(labels.values()), value)
     return family
@@ -193,6 +203,22 @@ def _rank_metrics(ranks: Mapping[str, Mapping[str, Any]], expected: int) -> Iter
     yield _gauge("startup_seconds", "Duration of each phase of the start", startup)
 
 
+def _guard_metrics(guard: Mapping[str, Mapping[str, int]]) -> Iterable[Metric]:
+    restarts: Samples = []
+    for key, count in sorted(guard["restarts"].items()):
+        program, reason = key.split(" ")
+        restarts.append(({"program": program, "reason": reason}, float(count)))
+    yield _counter("process_restarts", "Restarts by the guard, by what the process had ended with", restarts)
+    exits = [({"program": program}, float(code)) for program, code in sorted(guard["last_exit"].items())]
+    yield _gauge("process_last_exit_code", "What the process last ended with; -1: a signal", exits)
+
+
+def _cgroup_metrics(numbers: Mapping[str, float], part: str) -> Iterable[Metric]:
+    for name, value in numbers.items():
+        make = _counter if name == "oom_kills" else _gauge
+        yield make(f"cgroup_{name}", "The container's cgroup, as the kernel counts it", [({"part": part}, value)])
+
+
 def _process_metrics(processes: Mapping[str, Mapping[str, float]]) -> Iterable[Metric]:
     def each(key: str) -> Samples:
         return [({"program": name}, numbers[key]) for name, numbers in sorted(processes.items()) if key in numbers]
@@ -202,7 +228,4 @@ def _process_metrics(processes: Mapping[str, Mapping[str, float]]) -> Iterable[M
     yield _gauge("process_resident_memory_bytes", "Resident memory", each("rss"))
     yield _gauge("process_open_fds", "Open files", each("fds"))
     yield _gauge("process_threads", "Threads", each("threads"))
-    cpu = CounterMetricFamily("rtp_llm_process_cpu_seconds", "CPU time", labels=["program"])
-    for labels, value in each("cpu"):
-        cpu.add_metric(list(labels.values()), value)
-    yield cpu
+    yield _counter("process_cpu_seconds", "CPU time", each("cpu"))

@@ -158,7 +158,7 @@ def _run_dir(config: Config) -> Iterator[Path]:
     if len(str(path)) > 80:
         raise ConfigError(f"RTP_RUN_DIR={path}: too long for unix sockets; allowed: up to 80 characters")
     path.mkdir(parents=True, exist_ok=True)
-    for stale in ("exit_code", "gang.json", "epoch", "engine.sock", "supervisor.sock"):
+    for stale in ("exit_code", "gang.json", "guard.json", "epoch", "engine.sock", "supervisor.sock"):
         (path / stale).unlink(missing_ok=True)
     try:
         yield path

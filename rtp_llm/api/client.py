@@ -156,6 +156,8 @@ class EngineClient:
             if entry is None:
                 continue  # aborted here while the event was on its way
             entry.output += event.tokens
+            if event.finish == "error":
+                self._metrics.corrupted.inc()
             if event.finish:
                 del self._ledger[event.request_id]
             entry.events.put_nowait(event)

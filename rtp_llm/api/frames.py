@@ -134,7 +134,7 @@ class _LogprobTable:
         text = self.tokenizer.token_text(token)
         self.tokens.append(text)
         self.values.append(max(record[0], FLOOR) if record else None)
-        tops = [(token, record[0]), *((int(t), v) for t, v in record[2])] if record else []
+        tops = [*((int(t), v) for t, v in reversed(record[2])), (token, record[0])] if record else []
         self.tops.append({self.tokenizer.token_text(t): max(v, FLOOR) for t, v in tops} if record else None)
         self.offsets.append(self.offset)
         self.offset += len(text)

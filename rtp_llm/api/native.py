@@ -3,6 +3,7 @@
 All take any content type: upstream's README posts with a bare `curl -d`.
 """
 
+import asyncio
 import itertools
 import math
 import time
@@ -35,6 +36,10 @@ _ALIASES = {
 }
 
 
+# Lists by nature: everywhere else a list has one value per prompt of a batch.
+_LISTS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_str", "select_tokens_id"}
+
+
 @dataclass
 class Answer:
     """One sequence of one prompt, as far as it has come."""
@@ -46,6 +51,7 @@ class Answer:
     started: float = field(default_factory=time.monotonic)
     first_token_ms: float = 0.0
     chunks: list[Chunk] = field(default_factory=list)
+    num_shown: int = 0  # chunks whose text the client has
 
     def add(self, chunk: Chunk) -> None:
         if not self.chunks:
@@ -56,10 +62,11 @@ class Answer:
     def finished(self) -> bool:
         return bool(self.chunks and self.chunks[-1].finish)
 
-    @property
-    def text(self) -> str:
-        """Cumulative, or with return_incremental only what the newest chunk brought."""
-        return "".join(c.text for c in (self.chunks[-1:] if self.config.return_incremental else self.chunks))
+    def show(self) -> str:
+        """The text so far, or with return_incremental what has come since the last call."""
+        start = self.num_shown if self.config.return_incremental else 0
+        self.num_shown = len(self.chunks)
+        return "".join(c.text for c in self.chunks[start:])
 
     @property
     def tokens(self) -> list[int]:
@@ -129,7 +136,7 @@ def _single(group: Sequence[Answer]) -> dict[str, Any]:
     first = group[0]
     several = first.config.num_return_sequences > 0
     body = {
-        "response": [a.text for a in group] if several else first.text,
+        "response": [a.show() for a in group] if several else first.show(),
         "finished": all(a.finished for a in group),
         **first.extras(),
     }
@@ -161,14 +168,14 @@ class Native:
         self, request: Request, body: Annotated[NativeRequest, Depends(json_body(NativeRequest))]
     ) -> Response:
         config = _generate_config(body)
-        streaming = body.yield_generator or body.stream or config.is_streaming
+        yields = body.yield_generator or config.yield_generator
+        streaming = yields or body.stream or config.is_streaming
         if config.return_incremental and not streaming:
             raise invalid_format("return_incremental needs yield_generator or stream", "return_incremental")
         prompts, batch = await self._prompts(body)
         reply = self._reply(prompts, config, batch)
         if streaming:
-            framing = body.stream and not body.yield_generator
-            return EventStream(self._stream(reply, openai_framing=framing), reply.admission)
+            return EventStream(self._stream(reply, openai_framing=body.stream and not yields), reply.admission)
         await unless_disconnected(request, self._collect(reply), reply.admission)
         return JSONResponse(reply.to_json())
 
@@ -191,7 +198,7 @@ class Native:
 
     async def encode(self, body: Annotated[EncodeRequest, Depends(json_body(EncodeRequest))]) -> dict[str, Any]:
         await self.service.encode(body.prompt)
-        ids, tokens, offsets = self.service.tokenizer.encode_with_offsets(body.prompt)
+        ids, tokens, offsets = await asyncio.to_thread(self.service.tokenizer.encode_with_offsets, body.prompt)
         answer = {"token_ids": ids, "tokens": tokens, "error": ""}
         return answer | ({"offset_mapping": offsets} if body.return_offsets_mapping else {})
 
@@ -278,7 +285,7 @@ def _generate_config(body: NativeRequest) -> GenerateConfig:
     for name, value in itertools.chain(nested.items(), top.items()):
         name = _ALIASES.get(name, name)
         # Upstream takes a list where a batch shares the value; the first stands for all.
-        scalar = not isinstance(value, list) or name in ("stop_words_str", "stop_words_list")
+        scalar = not isinstance(value, list) or name in _LISTS
         if name in fields and value is not None:
             merged[name] = value if scalar or not value else value[0]
     return check(GenerateConfig, merged)

@@ -103,6 +103,8 @@ class OpenAI:
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if extra and "max_new_tokens" in extra.model_fields_set:
             limit = extra.max_new_tokens
+        if limit == 0:
+            raise invalid_params("max_tokens is 0: nothing would be generated; allowed: 1 or more", "max_tokens")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         merged = overlay(body, extra, self.service.tokenizer)
         params = sampling_params(

@@ -13,6 +13,9 @@ from rtp_llm.engine.request import SamplingParams
 from rtp_llm.errors import ConfigError, invalid_params, unsupported
 from rtp_llm.text.tokenizer import Tokenizer
 
+MAX_ID_DIGITS = 10  # of a token id; int() refuses to read thousands
+LEAST_TEMPERATURE = 1e-5  # below, logits divided by it leave the range of numbers: the likeliest token is meant
+
 _NATIVE_NAMES = {
     "min_new_tokens": "min_tokens",
     "random_seed": "seed",
@@ -68,11 +71,12 @@ def sampling_params(
 ) -> SamplingParams:
     """`max_tokens` None: all the room there is; `temperature`: the endpoint's default. Raises RequestError 400."""
     room = service.room(prompt)
+    wanted = _or(body.temperature, temperature)
     limit = min(max(1, max_tokens), room) if max_tokens is not None else room
     ends = frozenset() if body.ignore_eos else stop_words.token_ids
     params = SamplingParams(
         max_tokens=limit,
-        temperature=_or(body.temperature, temperature),
+        temperature=wanted if wanted >= LEAST_TEMPERATURE else 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=_or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),
@@ -134,9 +138,9 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
-    if not all(key.isdecimal() for key in bias):
-        wrong = next(key for key in bias if not key.isdecimal())
-        raise invalid_params(f"logit_bias: key {wrong!r} is no token id", "logit_bias")
+    wrong = next((key for key in bias if not key.isdecimal() or len(key) > MAX_ID_DIGITS), None)
+    if wrong is not None:
+        raise invalid_params(f"logit_bias: key {wrong[:40]!r} is no token id", "logit_bias")
     table = {int(key): value for key, value in bias.items()}
     _check_ids(table, vocab_size, "logit_bias")
     return table

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -84,8 +85,16 @@ class PartState:
             "expected": self.handover.plan.world_size,
             "ranks": {r: p | {"seen": seen - p["silent_s"]} for r, p in board["ranks"].items()},
             "processes": self._process_numbers(board["ranks"]),
+            "guard": self._guard(),
+            "cgroup": cgroup_numbers(),
             "shm": (shm.f_frsize * shm.f_blocks, shm.f_frsize * shm.f_bavail),
         }
+
+    def _guard(self) -> dict[str, dict[str, int]]:
+        """What the guard has recorded: restarts by "program reason", last exit codes by program."""
+        path = self.handover.guard_record
+        record: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+        return {"restarts": record.get("restarts", {}), "last_exit": record.get("last_exit", {})}
 
     def _process_numbers(self, ranks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         part = self.handover.plan.part
@@ -108,3 +117,26 @@ class PartState:
         except psutil.Error:
             self._processes.pop(pid, None)
             return {"up": 0.0}
+
+
+def cgroup_numbers(root: Path = Path("/sys/fs/cgroup")) -> dict[str, float]:
+    """This container's own limits and usage (cgroup v2), those that can be read: a limit of "max" is left out."""
+    found: dict[str, float] = {}
+    for name, file in (
+        ("memory_usage_bytes", "memory.current"),
+        ("memory_limit_bytes", "memory.max"),
+        ("pids_current", "pids.current"),
+        ("pids_max", "pids.max"),
+    ):
+        text = _read(root / file).strip()
+        if text.isdigit():
+            found[name] = float(text)
+    events = dict(line.split() for line in _read(root / "memory.events").splitlines())
+    return found | ({"oom_kills": float(events["oom_kill"])} if "oom_kill" in events else {})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

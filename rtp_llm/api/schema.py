@@ -46,10 +46,11 @@ class GenerateConfig(Body):
     return_input_ids: bool = False
     return_output_ids: bool = False
     return_incremental: bool = False
+    yield_generator: bool = False
     is_streaming: bool = False
     return_cum_log_probs: bool = False
     return_softmax_probs: bool = False
-    timeout_ms: int = -1
+    timeout_ms: int = Field(-1, lt=2**31)
     aux_info: bool = True
     # Known, and not served: a value other than the default is refused.
     adapter_name: Any = None

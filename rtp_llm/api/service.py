@@ -124,7 +124,7 @@ class Service:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
-    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], /, **options: Any) -> str:
         """Raises RequestError 400 with the template's own complaint."""
         try:
             return self.template.render(messages, **options)

@@ -68,6 +68,9 @@ class Engine:
         return [self._take(request, result) for request, result in zip(sampling.requests, sampled, strict=True)]
 
     def _take(self, request: Request, result: Sampled) -> Event:
+        if result.token is None:
+            self.scheduler.finish(request)
+            return Event(request.id, finish="error", error="the model's logits are not numbers (NaN)")
         event = Event(request.id, tokens=[result.token], cached_tokens=request.cached_tokens, queue_ms=request.queue_ms)
         if result.logprob is not None:
             event.logprobs = [result.logprob]

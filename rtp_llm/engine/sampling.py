@@ -9,9 +9,9 @@ from rtp_llm.engine.scheduler import Slice
 
 @dataclass(frozen=True)
 class Sampled:
-    """One chosen token, with its logprob record where one was asked for."""
+    """One chosen token, with its logprob record where one was asked for; None where the logits were not numbers."""
 
-    token: int
+    token: int | None
     logprob: Logprob | None = None
 
 

@@ -21,7 +21,10 @@ def sample(logits: Tensor, sampling: Sampling) -> tuple[list[Sampled], list[Logp
     raw = logits[sampling.rows] if len(sampling.rows) != len(logits) else logits
     tokens = _choose(_edit(raw, sampling.requests), sampling.requests)
     records = _logprobs(raw, tokens, sampling.requests)
-    return [Sampled(t, r) for t, r in zip(tokens, records, strict=True)], prompt_records
+    corrupted = raw.isnan().any(-1).tolist()
+    return [
+        Sampled(None if bad else token, record) for token, record, bad in zip(tokens, records, corrupted, strict=True)
+    ], prompt_records
 
 
 def uniform(seed: int, position: int) -> float:

@@ -47,6 +47,10 @@ class Handover:
         return self.run_dir / "gang.json"
 
     @property
+    def guard_record(self) -> Path:
+        return self.run_dir / "guard.json"
+
+    @property
     def exit_code_file(self) -> Path:
         """Where the guard leaves the code that start_server ends with."""
         return self.run_dir / "exit_code"

@@ -93,12 +93,12 @@ def make_plan(config: Config, gpus: int) -> Plan:
         raise ConfigError(f"LOCAL_WORLD_SIZE={local}: this machine shows {gpus} GPUs; allowed: at most {gpus}")
     part = _part(config, world, local, tp)
     parts = world // local
-    members = members or _implied_members(config, parts)
-    if len(members) != parts and not config.leader_address:
+    if members and len(members) != parts:
         raise ConfigError(
             f"the member list has {len(members)} members, but WORLD_SIZE={world} / LOCAL_WORLD_SIZE={local} is {parts};"
             f" allowed: {parts} members, _part0 to _part{parts - 1}"
         )
+    members = members or _implied_members(config, parts)
     plan = Plan(members, part, tp, world, local, config.start_port, config.worker_info_port_num, device)
     _check_ports(plan)
     return plan

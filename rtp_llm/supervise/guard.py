@@ -5,6 +5,7 @@ that; a code that a restart cannot mend ends the part at once. stdout belongs to
 process logs to stderr.
 """
 
+import json
 import logging
 import sys
 import time
@@ -62,11 +63,37 @@ def verdict(codes: list[int]) -> ExitCode:
     return ExitCode.HANG if ExitCode.HANG in known else ExitCode.COMMUNICATION
 
 
+@dataclass
+class Record:
+    """`guard.json` in the run directory: restarts and last exit codes, for the metrics; kept when the guard
+    restarts.
+    """
+
+    path: Path
+    restarts: dict[str, int] = field(default_factory=dict)  # by "program reason"
+    last_exit: dict[str, int] = field(default_factory=dict)  # by program; -1: a signal
+
+    @classmethod
+    def open(cls, path: Path) -> "Record":
+        return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
+
+    def add(self, processes: list[dict[str, Any]]) -> None:
+        for process in processes:
+            name, status = str(process["name"]), int(process["exitstatus"])
+            reason = f"{name} {_reason(status)}"
+            self.restarts[reason] = self.restarts.get(reason, 0) + 1
+            self.last_exit[name] = status
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
+        scratch.replace(self.path)
+
+
 class Guard:
     """Acts on supervisord through its RPC interface."""
 
     def __init__(self, handover: Handover, rpc: Any):
         self.handover, self.rpc = handover, rpc
+        self._record = Record.open(handover.guard_record)
         limit = handover.config.restart_limit
         self._ranks, self._api = Budget(limit), Budget(max(limit, 1))
 
@@ -95,6 +122,7 @@ class Guard:
         if pause is None:
             self._give_up(f"{what}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
             return
+        self._record.add(down)
         log.error("lost %s; starting all of group %s again in %.1f s", what, group, pause)
         self.rpc.supervisor.stopProcessGroup(group, True)
         time.sleep(pause)
@@ -107,12 +135,14 @@ class Guard:
 
 
 def _describe(exit_status: int) -> str:
+    return "killed by a signal" if exit_status < 0 else f"exit code {exit_status}, {_reason(exit_status)}"
+
+
+def _reason(exit_status: int) -> str:
+    """The class of an exit code, for people and for a metric's label."""
     if exit_status < 0:
-        return "killed by a signal"
-    try:
-        return f"exit code {exit_status}, {ExitCode(exit_status).name.lower()}"
-    except ValueError:
-        return f"exit code {exit_status}"
+        return "signal"
+    return ExitCode(exit_status).name.lower() if exit_status in ExitCode.__members__.values() else "other"
 
 
 def connect(handover: Handover) -> Any:
