@@ -30,7 +30,7 @@ from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.devices import local_addresses, visible_gpus
 from rtp_llm.parallel.handover import Handover, ModelCard
-from rtp_llm.parallel.lifeline import die_with_parent
+from rtp_llm.parallel.lifeline import die_with_parent, stopping_file
 from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, check_address, make_plan
 from rtp_llm.supervise.supervisord import supervisord_config
 
@@ -43,6 +43,7 @@ def main() -> int:
     """Runs the part to its end and returns its exit code."""
     _append_to_stdout()
     logs.setup("start_server")
+    stopper = _Stopper()
     try:
         loaded = load(sys.argv[1:], os.environ)
         logs.set_level(loaded.config.log_level)
@@ -65,7 +66,7 @@ def main() -> int:
                 fingerprint=_fingerprint(loaded.config, plan, checkpoint, spec),
                 tty=sys.stdout.isatty(),
             )
-            return _supervise(handover)
+            return _supervise(handover, stopper)
     except FatalError as error:
         log.critical("%s", error)
         return error.exit_code
@@ -147,7 +148,8 @@ def _holder(port: int) -> str:
 def _run_dir(config: Config) -> Iterator[Path]:
     """RTP_RUN_DIR, or a temporary folder that goes with the part. Unix socket paths end at 107 bytes."""
     if not config.rtp_run_dir:
-        path = Path(tempfile.mkdtemp(prefix="rtp-llm-"))
+        parent = tempfile.gettempdir()
+        path = Path(tempfile.mkdtemp(prefix="rtp-llm-", dir=parent if len(parent) <= 60 else "/tmp"))
         try:
             yield path
         finally:
@@ -158,7 +160,7 @@ def _run_dir(config: Config) -> Iterator[Path]:
     if len(str(path)) > 80:
         raise ConfigError(f"RTP_RUN_DIR={path}: too long for unix sockets; allowed: up to 80 characters")
     path.mkdir(parents=True, exist_ok=True)
-    for stale in ("exit_code", "gang.json", "guard.json", "epoch", "engine.sock", "supervisor.sock"):
+    for stale in ("exit_code", "gang.json", "guard.json", "epoch", "stopping", "engine.sock", "supervisor.sock"):
         (path / stale).unlink(missing_ok=True)
     try:
         yield path
@@ -172,7 +174,7 @@ def _sweep_shared_memory(prefix: str) -> None:
         stale.unlink(missing_ok=True)
 
 
-def _supervise(handover: Handover) -> int:
+def _supervise(handover: Handover, stopper: "_Stopper") -> int:
     handover.save()
     conf = handover.run_dir / "supervisord.conf"
     conf.write_text(supervisord_config(handover))
@@ -192,11 +194,11 @@ def _supervise(handover: Handover) -> int:
         start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
         preexec_fn=die_with_parent,
     )
-    stopper = _Stopper(child)
+    stopper.watch(child, handover.run_dir)
     code = child.wait()
     if handover.exit_code_file.exists():
         return int(handover.exit_code_file.read_text())
-    if stopper.asked and code == 0:
+    if stopper.asked and code <= 0:  # below 0: it had not set up its signals yet, or was asked for the third time
         return ExitCode.OK
     log.critical(
         "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(handover.run_dir / "supervisord.log")
@@ -211,16 +213,26 @@ def _tail(path: Path, lines: int = 10) -> str:
 class _Stopper:
     """Passes SIGTERM, SIGINT and SIGHUP on as supervisord's orderly stop; a third one ends everything at once."""
 
-    def __init__(self, child: "subprocess.Popen[bytes]"):
-        self.child, self.asked = child, 0
+    def __init__(self) -> None:
+        """From now on; until there is something to `watch` they end this process, with 0 as well."""
+        self.asked = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._run_dir = Path()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._stop)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
+
+    def watch(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:
+        self._child, self._run_dir = child, run_dir
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
+        if self._child is None:
+            sys.exit(ExitCode.OK)
         if self.asked == 1:
             log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
-        self.child.send_signal(signal.SIGTERM if self.asked < 3 else signal.SIGKILL)
+            stopping_file(self._run_dir).touch()
+        self._child.send_signal(signal.SIGTERM if self.asked < 3 else signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,22 @@ BODIES: list[type[BaseModel]] = [
     schema.LogLevelRequest,
 ]
 
+ERROR_SCHEMA = {
+    "title": "Error",
+    "type": "object",
+    "required": ["error_code", "error_code_str", "message", "error"],
+    "properties": {
+        "error_code": {"type": "integer"},
+        "error_code_str": {"type": "string"},
+        "message": {"type": "string"},
+        "error": {"type": "object", "required": ["message", "type", "param", "code"]},
+    },
+}
+ERROR_RESPONSE = {
+    "description": "What was wrong, in one sentence; `error` is OpenAI's object",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+
 
 def create_app(config: Config, state: PartState, metrics: Metrics, service: Service | None) -> FastAPI:
     """`service`: the model on part 0; None on other parts, which answer health and metrics only."""
@@ -109,13 +125,17 @@ def _answer_errors(app: FastAPI, config: Config) -> None:
 
 
 def _describe_bodies(app: FastAPI) -> None:
-    """Adds the schemas of the bodies that `json_body` reads, which FastAPI does not see by itself."""
+    """Adds the schemas of the bodies that `json_body` reads and of errors, which FastAPI does not see by itself."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             described = get_openapi(title=app.title, version=app.version, routes=app.routes)
             components = described.setdefault("components", {}).setdefault("schemas", {})
             components.update(component_schemas(BODIES))
+            components["Error"] = ERROR_SCHEMA
+            for operation in (o for path in described["paths"].values() for o in path.values()):
+                if "requestBody" in operation:
+                    operation["responses"]["default"] = ERROR_RESPONSE
             app.openapi_schema = described
         return app.openapi_schema
 

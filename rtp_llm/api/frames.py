@@ -1,11 +1,13 @@
 """The JSON of OpenAI's answers: whole objects and stream chunks, with their logprobs in both endpoints' shapes."""
 
+import codecs
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtp_llm.api.job import Choice
+from rtp_llm.api.job import Choice, Job
 from rtp_llm.api.service import Chunk
 from rtp_llm.api.stream import dumps
 from rtp_llm.engine.request import Logprob
@@ -58,14 +60,18 @@ class ChatFrames:
 
 
 class CompletionFrames:
-    """The choices of a completion, whole or as a stream. `prompt_only`: echo with max_tokens=0."""
+    """The choices of a completion, whole or as a stream."""
 
-    def __init__(self, tokenizer: Tokenizer, logprobs: bool, echo: bool, prompt_only: bool):
-        self.tokenizer, self.logprobs, self.echo, self.prompt_only = tokenizer, logprobs, echo, prompt_only
-        self._offsets: dict[int, int] = {}
+    def __init__(self, tokenizer: Tokenizer, job: Job, logprobs: bool, echo: bool):
+        self.tokenizer, self.logprobs, self.echo, self.prompt_only = tokenizer, logprobs, echo, job.prompt_only
+        self.skip_special_tokens = job.text.skip_special_tokens
+        self._places: defaultdict[int, _Place] = defaultdict(self._start)
+
+    def _start(self) -> "_Place":
+        return _Place(self.tokenizer.special_ids if self.skip_special_tokens else frozenset())
 
     def full(self, index: int, sequence: Choice) -> dict[str, Any]:
-        table = _LogprobTable(self.tokenizer)
+        table = _LogprobTable(self.tokenizer, self._start())
         text = ""
         if self.echo:
             text = self._prompt_text(sequence)
@@ -84,21 +90,20 @@ class CompletionFrames:
         return [self._choice(index, self._prompt_text(sequence), None, None)]
 
     def next(self, index: int, sequence: Choice, chunk: Chunk) -> list[dict[str, Any]]:
-        table = _LogprobTable(self.tokenizer, self._offsets.get(index, 0))
+        table = _LogprobTable(self.tokenizer, self._places[index])
         text, tokens = ("", 0) if self.prompt_only else (chunk.text, len(chunk.tokens))
         if self.echo and self.logprobs and len(sequence.chunks) == 1:
             text = self._prompt_text(sequence) + text
             table.add_prompt(sequence)
         if tokens:
             table.add(chunk.tokens, chunk.logprobs)
-        self._offsets[index] = table.offset
         finish = "length" if self.prompt_only and chunk.finish else chunk.finish
         if not text and not finish and not (self.logprobs and table.tokens):
             return []
         return [self._choice(index, text, table if self.logprobs else None, finish)]
 
     def _prompt_text(self, sequence: Choice) -> str:
-        return self.tokenizer.decode(sequence.prompt, skip_special_tokens=True)
+        return self.tokenizer.decode(sequence.prompt, self.skip_special_tokens)
 
     def _choice(self, index: int, text: str, table: "_LogprobTable | None", finish: str | None) -> dict[str, Any]:
         return {
@@ -109,12 +114,25 @@ class CompletionFrames:
         }
 
 
+class _Place:
+    """How many characters of a text its tokens so far make; one that spans tokens counts where it is complete."""
+
+    def __init__(self, hidden: frozenset[int]):
+        self.characters = 0
+        self._hidden = hidden
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def move(self, token: int, spelled: bytes) -> None:
+        if token not in self._hidden:
+            self.characters += len(self._utf8.decode(spelled))
+
+
 @dataclass
 class _LogprobTable:
-    """Completions' parallel lists; `offset` counts characters of the tokens so far."""
+    """Completions' parallel lists; `place` is where in the text the next token begins."""
 
     tokenizer: Tokenizer
-    offset: int = 0
+    place: _Place
     tokens: list[str] = field(default_factory=list)
     values: list[float | None] = field(default_factory=list)
     tops: list[dict[str, float] | None] = field(default_factory=list)
@@ -134,10 +152,16 @@ class _LogprobTable:
         text = self.tokenizer.token_text(token)
         self.tokens.append(text)
         self.values.append(max(record[0], FLOOR) if record else None)
-        tops = [*((int(t), v) for t, v in reversed(record[2])), (token, record[0])] if record else []
-        self.tops.append({self.tokenizer.token_text(t): max(v, FLOOR) for t, v in tops} if record else None)
-        self.offsets.append(self.offset)
-        self.offset += len(text)
+        self.tops.append(self._likeliest(token, record) if record else None)
+        self.offsets.append(self.place.characters)
+        self.place.move(token, self.tokenizer.token_bytes(token))
+
+    def _likeliest(self, token: int, record: Logprob) -> dict[str, float]:
+        """By text, which several tokens may share (all parts of characters do): the first one then keeps its place."""
+        found: dict[str, float] = {}
+        for other, value in ((token, record[0]), *record[2]):
+            found.setdefault(self.tokenizer.token_text(int(other)), max(value, FLOOR))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -38,13 +38,14 @@ class Job:
     text: TextParams
     prompts: list[list[int]]
     admission: Admission
+    prompt_only: bool = False  # echo with max_tokens=0: the token that is computed is not the client's
 
     def start(self, service: Service) -> AsyncGenerator[tuple[int, Chunk]]:
         return merge([service.generate(s.prompt, s.params, self.text, self.admission) for s in self.sequences])
 
     def usage(self) -> dict[str, Any]:
         prompt = sum(len(p) for p in self.prompts)
-        completion = sum(s.num_tokens for s in self.sequences)
+        completion = 0 if self.prompt_only else sum(s.num_tokens for s in self.sequences)
         per_prompt = max(1, len(self.sequences) // len(self.prompts))
         cached = sum(c.cached_tokens for s in self.sequences[::per_prompt] for c in s.chunks[:1])
         return {

@@ -17,7 +17,7 @@ from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.metrics import GangCollector, Metrics
 from rtp_llm.parallel.handover import Handover
-from rtp_llm.parallel.lifeline import die_with_parent, run_to_exit
+from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
 from rtp_llm.text.template import ChatTemplate, TemplateError
 from rtp_llm.text.tokenizer import Tokenizer
 
@@ -71,5 +71,5 @@ def _template(config: Config, tokenizer: Tokenizer, family: str) -> ChatTemplate
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    live_below_supervisord(Path(sys.argv[1]))
     run_to_exit(partial(main, Path(sys.argv[1])))

@@ -133,9 +133,7 @@ class OpenAI:
     ) -> Response:
         job = await self._completion_job(body)
         made = Envelope(f"cmpl-{secrets.token_hex(12)}", "text_completion", self.service.name)
-        frames = CompletionFrames(
-            self.service.tokenizer, body.logprobs is not None, bool(body.echo), body.max_tokens == 0
-        )
+        frames = CompletionFrames(self.service.tokenizer, job, body.logprobs is not None, bool(body.echo))
         if body.stream:
             return EventStream(self._stream(frames, made, job, body), job.admission)
         await unless_disconnected(request, _collect(job, self.service), job.admission)
@@ -163,7 +161,9 @@ class OpenAI:
             )
             for prompt in prompts
         ]
-        return self._job(body, prompts, params)
+        job = self._job(body, prompts, params)
+        job.prompt_only = body.max_tokens == 0
+        return job
 
     async def _prompts(self, body: CompletionRequest) -> list[list[int]]:
         given = body.prompt

@@ -130,6 +130,8 @@ def overlay(body: Sampling, config: GenerateConfig | None, tokenizer: Tokenizer)
         return body
     translated = native_sampling(config, tokenizer)
     given = {name for ours in config.model_fields_set for name in _OVERLAID.get(ours, ())}
+    if config.do_sample and "temperature" not in config.model_fields_set:
+        given.discard("temperature")  # sampling is what a chat request does by itself, at its own temperature
     return body.model_copy(update={name: getattr(translated, name) for name in given})
 
 

@@ -1,5 +1,6 @@
 """Health, metrics and the status endpoints that upstream's routers and probes call."""
 
+import itertools
 import logging
 from typing import Annotated, Any
 
@@ -40,10 +41,11 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
     async def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    for path in HEALTH_PATHS:
-        router.add_api_route(path, health, methods=_BOTH, operation_id=None, include_in_schema=path == "/health")
-    for path in LIVENESS_PATHS:
-        router.add_api_route(path, liveness, methods=_BOTH, include_in_schema=path == "/liveness")
+    for method in _BOTH:  # one by one: an operation's id in the OpenAPI document must be its own
+        for path in HEALTH_PATHS:
+            router.add_api_route(path, health, methods=[method], include_in_schema=path == "/health")
+        for path in LIVENESS_PATHS:
+            router.add_api_route(path, liveness, methods=[method], include_in_schema=path == "/liveness")
     router.add_api_route("/metrics", scrape, methods=["GET"])
     return router
 
@@ -67,10 +69,9 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
         return {"status": "ok"}
 
     router.add_api_route("/", home, methods=["GET"])
-    for path in ("/worker_status", "/rtp_llm/worker_status"):
-        router.add_api_route(path, worker_status, methods=_BOTH, include_in_schema=path == "/worker_status")
-    for path in ("/cache_status", "/rtp_llm/cache_status"):
-        router.add_api_route(path, cache_status, methods=_BOTH, include_in_schema=path == "/cache_status")
+    for method, prefix in itertools.product(_BOTH, ("", "/rtp_llm")):
+        router.add_api_route(f"{prefix}/worker_status", worker_status, methods=[method], include_in_schema=not prefix)
+        router.add_api_route(f"{prefix}/cache_status", cache_status, methods=[method], include_in_schema=not prefix)
     router.add_api_route("/set_log_level", set_log_level, methods=["POST"], openapi_extra=body_schema(LogLevelRequest))
     return router
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rtp_llm import log
 from rtp_llm.parallel.gang import Gang, leave
 from rtp_llm.parallel.handover import Handover
-from rtp_llm.parallel.lifeline import die_with_parent, run_to_exit
+from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
 from rtp_llm.parallel.pulse import Pulse
 
 
@@ -24,6 +24,6 @@ def main(run_dir: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    live_below_supervisord(Path(sys.argv[1]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # until the rank knows its share of the cores
     run_to_exit(partial(main, Path(sys.argv[1]), int(sys.argv[2])))

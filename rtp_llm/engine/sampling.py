@@ -19,30 +19,29 @@ class Sampled:
 class Sampling:
     """What rank 0 wants from the logits of a step; indices count the step's `rows`.
 
-    `requests[i]` gets its next token from logits row `rows[i]`; `prompt_rows` are (row, token) whose logprob is
-    wanted, for `top` likeliest.
+    `requests[i]` gets its next token from logits row `rows[i]`; `prompt_rows` are (row, token, number of likeliest)
+    whose logprobs are wanted.
     """
 
     rows: list[int]
     requests: list[Request]
-    prompt_rows: list[tuple[int, int]]
-    prompt_top: int = 0
+    prompt_rows: list[tuple[int, int, int]]
 
 
 def plan_sampling(slices: Sequence[Slice]) -> Sampling:
     """Which logits rows of the step become tokens, and which give prompt logprobs; mirrors `step.wanted_rows`."""
     plan = Sampling([], [], [])
-    row, top = 0, 0
+    row = 0
     for piece in slices:
         request = piece.request
         if request.wants_prompt_logprobs:
-            top = max(top, request.params.logprobs or 0)
+            top = request.params.logprobs or 0
             targets = request.tokens[piece.start + 1 : piece.start + piece.count + 1]
-            plan.prompt_rows.extend((row + i, token) for i, token in enumerate(targets))
+            plan.prompt_rows.extend((row + i, token, top) for i, token in enumerate(targets))
             row += piece.count
         elif piece.completes:
             row += 1
         if piece.completes:
             plan.rows.append(row - 1)
             plan.requests.append(request)
-    return Sampling(plan.rows, plan.requests, plan.prompt_rows, top)
+    return plan

@@ -4,8 +4,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
+from rtp_llm.kernels.linear import linear
+from rtp_llm.layers.linear import PackedWeight
 from rtp_llm.layers.parameter import Piece, ShardedParameter, sharded
 from rtp_llm.parallel.group import Group
 from rtp_llm.parallel.sharding import padded_vocab, vocab_share
@@ -37,7 +39,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.all_reduce(rows.masked_fill(foreign[:, None], 0))
 
 
-class ParallelLMHead(nn.Module):
+class ParallelLMHead(PackedWeight):
     """Hidden states [R, hidden] to logits [R, vocab] in float32 on rank 0, None on the others."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: ShardedParameter | None):
@@ -46,7 +48,7 @@ class ParallelLMHead(nn.Module):
         self.weight = tied if tied is not None else vocab_parameter("lm_head.weight", vocab_size, hidden_size, group)
 
     def forward(self, hidden: Tensor) -> Tensor | None:
-        parts = self.group.gather(linear(hidden, self.weight))
+        parts = self.group.gather(linear(hidden, self.weight, packed=self.packed))
         if parts is None:
             return None
         return torch.cat(parts, dim=-1)[:, : self.vocab_size].float()

@@ -2,15 +2,32 @@
 one all-reduce.
 """
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from rtp_llm.layers.parameter import Piece, sharded, whole
+from rtp_llm.kernels.linear import linear, pack
+from rtp_llm.layers.parameter import Piece, ShardedParameter, sharded, whole
 from rtp_llm.parallel.group import Group
 from rtp_llm.parallel.sharding import HeadShare
 
 
-class ColumnParallelLinear(nn.Module):
+class PackedWeight(nn.Module):
+    """A weight [out, in] that may be laid out for the processor once it is loaded."""
+
+    weight: ShardedParameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: Tensor | None = None
+
+    def pack(self, *, shared: bool = False) -> None:
+        """Call after loading. The plain weight goes, unless it is `shared` with another layer."""
+        self.packed = pack(self.weight)
+        if self.packed is not None and not shared:
+            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
+
+
+class ColumnParallelLinear(PackedWeight):
     """y = x Wᵀ + b with the output features cut: x [T, in] whole on all ranks, y [T, own out].
 
     Several checkpoint tensors may be stacked: `columns` lists (tensor name, its full output size, pieces as (source,
@@ -37,10 +54,10 @@ class ColumnParallelLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.packed)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(PackedWeight):
     """y = x Wᵀ + b with the input features cut: x [T, own in], y [T, out] summed over ranks; the bias is added once,
     after the sum.
     """
@@ -65,7 +82,7 @@ class RowParallelLinear(nn.Module):
         self.bias = whole(f"{name}.bias", out_size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.group.all_reduce(linear(x, self.weight))
+        y = self.group.all_reduce(linear(x, self.weight, packed=self.packed))
         return y if self.bias is None else y + self.bias
 
 

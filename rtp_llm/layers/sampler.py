@@ -139,8 +139,8 @@ def _logprobs(logits: Tensor, tokens: Sequence[int], requests: Sequence[Request]
 def _prompt_logprobs(logits: Tensor, sampling: Sampling) -> list[Logprob]:
     if not sampling.prompt_rows:
         return []
-    rows, tokens = (list(part) for part in zip(*sampling.prompt_rows, strict=True))
-    return _records(logits[rows], tokens, [sampling.prompt_top] * len(rows))
+    rows, tokens, tops = (list(part) for part in zip(*sampling.prompt_rows, strict=True))
+    return _records(logits[rows], tokens, tops)
 
 
 def _records(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[Logprob]:

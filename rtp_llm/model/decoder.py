@@ -7,7 +7,14 @@ from torch.nn.functional import silu
 
 from rtp_llm.kernels.batch import AttentionBackend, Batch, LayerCache
 from rtp_llm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, head_rows, merged_columns, qkv_columns
+from rtp_llm.layers.linear import (
+    ColumnParallelLinear,
+    PackedWeight,
+    RowParallelLinear,
+    head_rows,
+    merged_columns,
+    qkv_columns,
+)
 from rtp_llm.layers.norm import RMSNorm
 from rtp_llm.layers.rope import Rope, rotate
 from rtp_llm.model.spec import ModelSpec
@@ -114,6 +121,12 @@ class Decoder(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, batch, cache, angles)
         return self.norm.add(x, residual)[0]
+
+    def pack(self) -> None:
+        """After loading: lays the weights out for this processor, one layer at a time."""
+        for module in self.modules():
+            if isinstance(module, PackedWeight):
+                module.pack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[R, hidden] to [R, vocab] float32 on rank 0, None on the other ranks."""

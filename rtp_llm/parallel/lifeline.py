@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rtp_llm.errors import ExitCode, FatalError
@@ -20,6 +21,23 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 def die_with_parent() -> None:
     """The kernel kills this process when its parent ends, however it ends: no orphan keeps a port or a GPU."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def live_below_supervisord(run_dir: Path) -> None:
+    """A process of the part dies with supervisord, and does not begin where the part is ending already.
+
+    Both can happen while Python starts: the kernel is then asked too late, and a SIGTERM between fork and exec is lost.
+    """
+    die_with_parent()
+    pid_file = run_dir / "supervisord.pid"
+    orphaned = not run_dir.exists() or (pid_file.exists() and int(pid_file.read_text()) != os.getppid())
+    if orphaned or stopping_file(run_dir).exists():
+        os._exit(ExitCode.OK)
+
+
+def stopping_file(run_dir: Path) -> Path:
+    """There from the moment on that start_server was asked to stop."""
+    return run_dir / "stopping"
 
 
 def run_to_exit(main: Callable[[], None]) -> NoReturn:

@@ -57,6 +57,7 @@ class Runner:
     def load(self, checkpoint: Checkpoint, progress: Callable[[float], None]) -> LoadReport:
         """Reads this rank's weights. Raises CheckpointError."""
         report = load_weights(self.model, checkpoint, self.spec, progress)
+        self.model.pack()
         rate = report.bytes / max(report.seconds, 1e-6) / 1e6
         log.info("read %.1f MB of weights in %.2f s (%.0f MB/s)", report.bytes / 1e6, report.seconds, rate)
         return report

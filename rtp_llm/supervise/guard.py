@@ -22,7 +22,7 @@ from supervisor.xmlrpc import SupervisorTransport
 from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
 from rtp_llm.parallel.handover import Handover
-from rtp_llm.parallel.lifeline import die_with_parent, run_to_exit
+from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
 
 log = logging.getLogger("rtp_llm.guard")
 
@@ -162,5 +162,5 @@ def main(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    live_below_supervisord(Path(sys.argv[1]))
     run_to_exit(partial(main, Path(sys.argv[1])))

@@ -6,6 +6,7 @@ together. So `api` ends its open streams while the ranks still compute, then all
 
 import configparser
 import io
+import shlex
 import sys
 
 from rtp_llm.parallel.handover import Handover
@@ -17,7 +18,8 @@ DRAIN_MARGIN_SECONDS = 5  # what uvicorn may need beyond its own limit
 def supervisord_config(handover: Handover) -> str:
     """The text of supervisord.conf."""
     run_dir, socket = handover.run_dir, handover.supervisor_socket
-    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {run_dir} {r}" for r in handover.plan.ranks}
+    word = shlex.quote(str(run_dir))
+    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {word} {r}" for r in handover.plan.ranks}
     stop = handover.config.drain_seconds + DRAIN_MARGIN_SECONDS
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
@@ -35,9 +37,9 @@ def supervisord_config(handover: Handover) -> str:
         },
         "group:ranks": {"programs": ",".join(ranks), "priority": 100},
         "group:service": {"programs": "api", "priority": 900},
-        "program:api": _program(f"-m rtp_llm.api.main {run_dir}", stop),
+        "program:api": _program(f"-m rtp_llm.api.main {word}", stop),
         "eventlistener:guard": {
-            **_program(f"-m rtp_llm.supervise.guard {run_dir}", 2),
+            **_program(f"-m rtp_llm.supervise.guard {word}", 2),
             "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL",
             "buffer_size": 1000,
             "autorestart": "true",
@@ -54,7 +56,7 @@ def supervisord_config(handover: Handover) -> str:
 def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
     """The guard decides about restarts, so supervisord makes none: it would respawn for ever and without a pause."""
     return {
-        "command": f"{sys.executable} {arguments}",
+        "command": f"{shlex.quote(sys.executable)} {arguments}",
         "autostart": "true",
         "autorestart": "false",
         "startsecs": 0,
