@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, prog
     """Raises CheckpointError naming every tensor that is missing or has another shape; nothing is read then."""
     started = time.monotonic()
     reads = _plan(model, spec)
-    _check(reads, model, checkpoint, spec)
+    _check(model, checkpoint, spec)
     total = sum(len(r.target) for r in reads) or 1
     done, count = 0, 0
     with ExitStack() as stack:
@@ -94,6 +94,9 @@ def _plain(piece: Piece, spec: ModelSpec) -> tuple[str, int, range]:
 _INTERNLM2_NAMES = (
     ("model.embed_tokens", "model.tok_embeddings"),
     ("lm_head", "output"),
+    (".self_attn.q_proj", ".attention.wqkv"),
+    (".self_attn.k_proj", ".attention.wqkv"),
+    (".self_attn.v_proj", ".attention.wqkv"),
     (".self_attn.o_proj", ".attention.wo"),
     (".mlp.gate_proj", ".feed_forward.w1"),
     (".mlp.up_proj", ".feed_forward.w3"),
@@ -105,15 +108,19 @@ _INTERNLM2_NAMES = (
 
 def _internlm2(piece: Piece, spec: ModelSpec) -> tuple[str, int, range]:
     """InternLM2 stores per KV head: its query heads, its key, its value, in one tensor `wqkv`."""
-    for index, name in enumerate((".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj")):
-        if name in piece.name:
+    name = _internlm2_name(piece.name)
+    for kind, part in enumerate((".q_proj", ".k_proj", ".v_proj")):
+        if part in piece.name:
             head = piece.source.start // spec.head_dim
-            row = _wqkv_row(index, head, spec.num_heads // spec.num_kv_heads) * spec.head_dim
-            return piece.name.replace(name, ".attention.wqkv"), 0, range(row, row + len(piece.source))
-    name = piece.name
+            row = _wqkv_row(kind, head, spec.num_heads // spec.num_kv_heads) * spec.head_dim
+            return name, 0, range(row, row + len(piece.source))
+    return name, piece.dim, piece.source
+
+
+def _internlm2_name(name: str) -> str:
     for ours, theirs in _INTERNLM2_NAMES:
         name = name.replace(ours, theirs)
-    return name, piece.dim, piece.source
+    return name
 
 
 def _wqkv_row(kind: int, head: int, group: int) -> int:
@@ -123,28 +130,29 @@ def _wqkv_row(kind: int, head: int, group: int) -> int:
     return head * (group + 2) + group + kind - 1
 
 
-def _check(reads: list[_Read], model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    have = checkpoint.tensors
-    missing = sorted({r.name for r in reads} - have.keys())
+def _check(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    have, wanted = checkpoint.tensors, _shapes(model, spec)
+    missing = sorted(wanted.keys() - have.keys())
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(f"{checkpoint.path}: tensors missing for a {spec.family} model: {shown}")
-    for read in reads:
-        if read.source.stop > have[read.name].shape[read.dim]:
-            raise CheckpointError(f"{checkpoint.path}: {read.name} has shape {have[read.name].shape}, too small")
-    if not spec.fused_qkv:
-        _check_shapes(model, checkpoint)
-    extra = [n for n in have.keys() - {r.name for r in reads} if not _expected_extra(n, spec)]
+    for name, shape in wanted.items():
+        if have[name].shape != shape:
+            raise CheckpointError(f"{checkpoint.path}: {name} has shape {have[name].shape}, config.json says {shape}")
+    extra = [n for n in have.keys() - wanted.keys() if not _expected_extra(n, spec)]
     if extra:
-        log.warning("%d tensors of the checkpoint are not used by this rank, such as %s", len(extra), min(extra))
+        log.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(extra), min(extra))
 
 
-def _check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """What the checkpoint must hold, in its own names; those that are one tensor there add up their rows."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for parameter in _parameters(model):
         for name, shape in parameter.full_shapes.items():
-            if checkpoint.tensors[name].shape != shape:
-                found = checkpoint.tensors[name].shape
-                raise CheckpointError(f"{checkpoint.path}: {name} has shape {found}, config.json says {shape}")
+            name = _internlm2_name(name) if spec.fused_qkv else name
+            rows = shapes[name][0] if "wqkv" in name and name in shapes else 0
+            shapes[name] = (rows + shape[0], *shape[1:])
+    return shapes
 
 
 def _expected_extra(name: str, spec: ModelSpec) -> bool:
