@@ -47,10 +47,13 @@ def check(model: type[Model], data: dict[str, Any]) -> Model:
         raise invalid_format(f"{path}: {first['msg']}" if path else first["msg"], param=path) from None
 
 
-def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` for a route whose body `json_body` reads."""
+def body_schema(model: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+    """`openapi_extra` for a route whose body `json_body` reads; `streams`: it can answer with events."""
     schema = {"$ref": REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    if streams:
+        extra["responses"] = {"200": {"content": {"text/event-stream": {}}}}
+    return extra
 
 
 def component_schemas(models: list[type[BaseModel]]) -> dict[str, Any]:

@@ -154,7 +154,8 @@ def native_router(service: Service, stop_words: StopWords) -> APIRouter:
         ("/tokenize", endpoints.tokenize, TokenizeRequest),
         ("/tokenizer/encode", endpoints.encode, EncodeRequest),
     ):
-        router.add_api_route(path, endpoint, methods=["POST"], openapi_extra=body_schema(model))
+        extra = body_schema(model, streams=model is NativeRequest)
+        router.add_api_route(path, endpoint, methods=["POST"], openapi_extra=extra)
     return router
 
 
@@ -182,7 +183,7 @@ class Native:
     async def batch_infer(
         self, request: Request, body: Annotated[BatchInferRequest, Depends(json_body(BatchInferRequest))]
     ) -> Response:
-        config = _generate_config(NativeRequest.model_validate(body.model_dump()))
+        config = _generate_config(check(NativeRequest, body.model_dump()))
         prompts = [await self._encode(text, config) for text in body.prompt_batch]
         reply = self._reply(prompts, config, batch=True)
         await unless_disconnected(request, self._collect(reply), reply.admission)

@@ -27,10 +27,10 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
     router = APIRouter()
     endpoints = OpenAI(service, stop_words)
     for path in ("/v1/chat/completions", "/chat/completions"):
-        router.add_api_route(path, endpoints.chat, methods=["POST"], openapi_extra=body_schema(ChatRequest))
-    router.add_api_route(
-        "/v1/completions", endpoints.completions, methods=["POST"], openapi_extra=body_schema(CompletionRequest)
-    )
+        extra = body_schema(ChatRequest, streams=True)
+        router.add_api_route(path, endpoints.chat, methods=["POST"], openapi_extra=extra)
+    extra = body_schema(CompletionRequest, streams=True)
+    router.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], openapi_extra=extra)
     router.add_api_route("/v1/models", endpoints.models, methods=["GET"])
     for path in ("/chat/render", "/v1/chat/render"):
         router.add_api_route(path, endpoints.render, methods=["POST"], openapi_extra=body_schema(ChatRequest))

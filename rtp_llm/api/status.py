@@ -5,7 +5,7 @@ import logging
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from rtp_llm import log as logs
@@ -46,7 +46,7 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
             router.add_api_route(path, health, methods=[method], include_in_schema=path == "/health")
         for path in LIVENESS_PATHS:
             router.add_api_route(path, liveness, methods=[method], include_in_schema=path == "/liveness")
-    router.add_api_route("/metrics", scrape, methods=["GET"])
+    router.add_api_route("/metrics", scrape, methods=["GET"], response_class=PlainTextResponse)
     return router
 
 

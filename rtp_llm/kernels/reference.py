@@ -38,7 +38,12 @@ def _decode(query: Tensor, cache: LayerCache, batch: Batch, count: int, window: 
     if window:
         seen &= place >= lengths - window
     grouped = query.unflatten(1, (kv_heads, -1))
-    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None, :], scale=scale)
+    mask = seen[:, None, None, :]
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    if out.sum().isnan():  # any of them: much cheaper than looking at each
+        # A masked NaN is still one (0 x NaN), and unseen slots hold what other requests have left there.
+        keys, values = (pages.masked_fill(~seen[:, None, :, None], 0) for pages in (keys, values))
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
 
 

@@ -237,6 +237,6 @@ def _max_positions(config: Json, positions: int) -> int:
     raw = _scaling(config)
     kind = _rope_kind(raw)
     original = raw.get("original_max_position_embeddings")
-    if kind in ("linear", "dynamic") or (kind == "yarn" and original == positions):
+    if kind in ("linear", "dynamic") or (kind == "yarn" and original in (None, positions)):
         return int(positions * float(raw.get("factor", 1.0)))
     return positions

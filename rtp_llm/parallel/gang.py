@@ -54,6 +54,10 @@ class Gang:
                 break
             except (WireError, ConnectionError, TimeoutError) as error:
                 # Part 0 went away before the roll was complete: it will come back, so call again.
+                if self._sock:
+                    self._sock.close()
+                if time.monotonic() > deadline:
+                    raise self._gave_up(f"roll call interrupted: {error}") from None
                 self._report(f"roll call interrupted: {error}")
                 time.sleep(CONNECT_RETRY_SECONDS)
         self.epoch = int(welcome["epoch"])
@@ -86,12 +90,15 @@ class Gang:
             except OSError as error:
                 reason = error.strerror or str(error) or type(error).__name__
             if time.monotonic() > deadline:
-                raise GangError(
-                    f"gave up after {self.config.gang_timeout_min:g} minutes (GANG_TIMEOUT_MIN):"
-                    f" missing {self.plan.describe_part(0)}: {host}:{port}: {reason}"
-                )
+                raise self._gave_up(f"{host}:{port}: {reason}")
             self._report(f"waiting for {self.plan.describe_part(0)}: roll call at {host}:{port}: {reason}")
             time.sleep(CONNECT_RETRY_SECONDS)
+
+    def _gave_up(self, reason: str) -> GangError:
+        return GangError(
+            f"gave up after {self.config.gang_timeout_min:g} minutes (GANG_TIMEOUT_MIN):"
+            f" missing {self.plan.describe_part(0)}: {reason}"
+        )
 
     def _wait_welcome(self, sock: socket.socket) -> dict[str, Any]:
         sock.settimeout(max(self.config.heartbeat_timeout, 5))
@@ -195,22 +202,30 @@ def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float
         listener.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             sock, _ = listener.accept()
-            sock.settimeout(CONNECT_TIMEOUT_SECONDS)
-            kind, payload = receive(sock)
         except TimeoutError:
             missing = [r for r in range(1, plan.world_size) if r not in peers]
             raise CommunicationError(f"ranks {missing} did not connect for steps within {timeout:.0f} s") from None
-        except WireError as error:
-            log.warning("step port: dropped a connection: %s", error)
-            continue
-        message = json.loads(payload) if kind == Kind.JOIN else {}
-        if message.get("epoch") != epoch:
-            log.warning("step port: dropped a connection from another epoch: %s", message)
+        rank = _introduced(sock, epoch)
+        if rank is None:
             sock.close()
             continue
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peers[int(message["rank"])] = sock
+        peers[rank] = sock
     return peers
+
+
+def _introduced(sock: socket.socket, epoch: int) -> int | None:
+    """The rank that a new step connection belongs to; None for a stranger and for a rank of another epoch."""
+    sock.settimeout(CONNECT_TIMEOUT_SECONDS)
+    try:
+        kind, payload = receive(sock)
+        message = json.loads(payload) if kind == Kind.JOIN else {}
+        if message["epoch"] == epoch:
+            return int(message["rank"])
+        log.warning("step port: dropped a connection from another epoch: %s", message)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("step port: dropped a connection: %s", error)
+    return None
 
 
 def retry_connect(dial: Callable[[], socket.socket], timeout: float) -> socket.socket:

@@ -75,7 +75,10 @@ class Hub:
                 self._beat()
 
     def _accept(self) -> None:
-        sock, address = self.listener.accept()
+        try:
+            sock, address = self.listener.accept()
+        except OSError:
+            return  # it has gone again
         sock.settimeout(5)  # frames to peers are small: a peer that takes none for seconds is lost
         peer = _Peer(sock, f"{address[0]}:{address[1]}")
         self._peers.append(peer)
@@ -88,13 +91,13 @@ class Hub:
                 raise WireError("the connection closed")
             for kind, payload in peer.buffer.feed(data):
                 self._take(peer, kind, json.loads(payload))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self._drop(peer, str(error))
 
     def _take(self, peer: _Peer, kind: Kind, message: dict[str, Any]) -> None:
         peer.heard = time.monotonic()
         if kind == Kind.PULSE:
-            peer.pulse = message
+            peer.pulse = dict(message)
         elif kind == Kind.HELLO and not self._formed:
             peer.rank, peer.fingerprint = int(message["rank"]), dict(message["fingerprint"])
             self._judge()
@@ -173,7 +176,8 @@ class Hub:
 
     def _tell(self, kind: Kind, message: dict[str, Any]) -> None:
         data = pack_json(kind, message)
-        for peer in self._joined():
+        # Rank 0 last: it may leave at once on what it hears, and this thread with it.
+        for peer in sorted(self._joined(), key=lambda p: p.rank == 0):
             try:
                 peer.sock.sendall(data)
             except OSError as error:

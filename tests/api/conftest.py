@@ -1,0 +1,62 @@
+"""What the tests of the API share: two real servers for the whole session, and the API alone before a fake engine."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rtp_llm import demo
+from tests.api.byte_model import ByteModel
+from tests.api.fake_engine import Script
+from tests.api.servers import Server, running
+from tests.api.stack import Stack
+
+Stacks = Callable[..., Stack]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api") / "demo"
+    demo.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model with the usual settings."""
+    with running(checkpoint, tmp_path_factory.mktemp("server") / "output") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model with room for one sequence, one that waits, and short ones: also what the fuzzers may hurt."""
+    output = tmp_path_factory.mktemp("small") / "output"
+    limits = {"CONCURRENCY_LIMIT": "1", "QUEUE_LIMIT": "1", "MAX_SEQ_LEN": "256", "SERVED_MODEL_NAME": "small"}
+    with running(checkpoint, output, DISABLE_ACCESS_LOG="1", **limits) as started:
+        yield started
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> ByteModel:
+    return ByteModel(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture
+def stacks(byte_model: ByteModel) -> Iterator[Stacks]:
+    """Starts the API before a fake engine: `stacks(script, concurrency_limit=1)`."""
+    with ExitStack() as started:
+
+        def start(script: Script | None = None, **settings: Any) -> Stack:
+            return started.enter_context(Stack(byte_model, script, **settings))
+
+        yield start

@@ -1,0 +1,121 @@
+"""A real server for the tests: `rtp_llm.start_server` as its users start it, on ports that nobody else has.
+
+What it writes goes to a file, so that a failing test can show it and the end of the session can look for tracebacks:
+none may appear, whatever the tests have sent.
+"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+import rtp_llm
+
+REPOSITORY = Path(rtp_llm.__file__).parents[1]
+PORTS = range(31000, 39000)
+BELOW, ABOVE = 11, 9  # a part uses START_PORT-11 … START_PORT+9
+START_SECONDS, STOP_SECONDS = 120.0, 60.0
+POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Server:
+    """One running server."""
+
+    url: str
+    checkpoint: Path
+    output: Path
+
+    def client(self, timeout: float = 60.0) -> httpx.Client:
+        """Talks to this server only: no proxy that the environment may name."""
+        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+
+
+@contextmanager
+def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[Server]:
+    """A server that serves `checkpoint`. `settings` are its environment variables."""
+    port = free_start_port()
+    with output.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rtp_llm.start_server"],
+            cwd=REPOSITORY,
+            env=_environment(checkpoint, port, settings),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+    server = Server(f"http://127.0.0.1:{port}", checkpoint, output)
+    try:
+        _wait_until_healthy(server, process)
+        yield server
+    finally:
+        code = _stop(process)
+    written = output.read_text(errors="replace")
+    assert code == 0, f"the server ended with {code}:\n{written[-4000:]}"
+    assert "Traceback" not in written, written[written.index("Traceback") - 500 :][:4000]
+
+
+def free_start_port() -> int:
+    """A START_PORT whose whole block is free now."""
+    for _ in range(200):
+        port = random.randrange(PORTS.start + BELOW, PORTS.stop - ABOVE)
+        if all(_is_free(p) for p in range(port - BELOW, port + ABOVE + 1)):
+            return port
+    raise AssertionError(f"no free block of ports in {PORTS}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
+
+
+def _environment(checkpoint: Path, port: int, settings: dict[str, str]) -> dict[str, str]:
+    own = {
+        "CHECKPOINT_PATH": str(checkpoint),
+        "START_PORT": str(port),
+        "TP_SIZE": "1",
+        "WORLD_SIZE": "1",
+        "RTP_DEVICE": "cpu",
+        "RTP_THREADS": "1",
+        "WARM_UP": "0",
+        "RESTART_LIMIT": "0",  # a rank that a request has killed must not come back unnoticed
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**os.environ, **own, **settings}
+
+
+def _wait_until_healthy(server: Server, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_SECONDS
+    with server.client(timeout=5.0) as client:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(POLL)
+    raise AssertionError(f"the server did not come up:\n{server.output.read_text(errors='replace')[-4000:]}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> int:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its children end with it
+        return process.wait()

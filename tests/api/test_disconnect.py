@@ -1,0 +1,154 @@
+"""A client that hangs up: its sequences are aborted, whatever they were waiting for, and their room is free again."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from rtp_llm.engine.request import Event
+from tests.api.byte_model import ByteModel
+from tests.api.conftest import Stacks
+from tests.api.fake_engine import Said, Submission
+from tests.api.line import Line
+from tests.api.servers import Server
+from tests.api.sse import frames
+from tests.api.stack import Stack
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+STREAMS: list[tuple[str, dict[str, Any], int]] = [
+    ("/v1/chat/completions", {**CHAT, "stream": True}, 1),
+    ("/v1/chat/completions", {**CHAT, "stream": True, "n": 3}, 3),
+    ("/v1/completions", {"prompt": "Hi", "stream": True}, 1),
+    ("/v1/completions", {"prompt": ["Hi", "Ho"], "stream": True}, 2),
+    ("/", {"prompt": "Hi", "yield_generator": True}, 1),
+    ("/", {"prompt_batch": ["Hi", "Ho"], "stream": True}, 2),
+]
+WHOLES: list[tuple[str, dict[str, Any], int]] = [
+    ("/v1/chat/completions", CHAT, 1),
+    ("/v1/chat/completions", {**CHAT, "n": 3}, 3),
+    ("/v1/completions", {"prompt": "Hi"}, 1),
+    ("/", {"prompt": "Hi"}, 1),
+    ("/batch_infer", {"prompt_batch": ["Hi", "Ho"]}, 2),
+]
+
+
+def assert_all_aborted(stack: Stack, taken: list[Submission]) -> None:
+    assert {stack.engine.take_abort() for _ in taken} == {s.id for s in taken}
+    aborted = {"finished_reason": "abort", "model_name": "fake"}
+    stack.until(lambda: stack.metric("rtp_llm_request_success_total", **aborted) == len(taken))
+    stack.until(lambda: stack.metric("rtp_llm_http_requests_active") == 0)
+    limit = stack.handover.config.concurrency_limit
+    assert stack.get("/worker_status").json()["available_concurrency"] == limit
+
+
+@pytest.mark.parametrize(("path", "body", "count"), STREAMS)
+@pytest.mark.parametrize("after_text", [True, False], ids=["after text", "before text"])
+def test_a_stream_is_cut(path: str, body: dict[str, Any], count: int, after_text: bool, stacks: Stacks) -> None:
+    """Before text: nothing would ever be written to this client that could fail, so the server must be listening."""
+    stack = stacks()
+    with stack.open_stream(path, body) as response:
+        taken = [stack.engine.take() for _ in range(count)]
+        if after_text:
+            stack.engine.emit(*(Event(s.id, tokens=stack.model.tokens("some text")) for s in taken))
+            stream = frames(response.iter_raw())
+            while b"some text" not in next(stream):
+                pass
+    assert_all_aborted(stack, taken)
+
+
+@pytest.mark.parametrize(("path", "body", "count"), WHOLES)
+def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
+    stack = stacks()
+    with Line(stack.url).send(path, json.dumps(body).encode()):
+        taken = [stack.engine.take() for _ in range(count)]
+        stack.engine.emit(Event(taken[0].id, tokens=stack.model.tokens("some text")))
+    assert_all_aborted(stack, taken)
+
+
+def test_a_client_that_does_not_read_is_cut(stacks: Stacks) -> None:
+    """The server waits for room in the socket's buffer then, and not for the engine."""
+    stack = stacks()
+    with Line(stack.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
+        taken = stack.engine.take()
+        for _ in range(400):  # each event repeats the text so far: some 40 MB
+            stack.engine.emit(Event(taken.id, tokens=stack.model.tokens("x" * 500)))
+    assert_all_aborted(stack, [taken])
+
+
+def test_one_of_two_is_cut(stacks: Stacks) -> None:
+    stack = stacks()
+    with stack.open_stream(*STREAMS[0][:2]) as kept:
+        first = stack.engine.take()
+        with stack.open_stream(*STREAMS[0][:2]):
+            second = stack.engine.take()
+        assert stack.engine.take_abort() == second.id
+        stack.engine.say(first, Said(stack.model.tokens("whole"), "length"))
+        assert b"whole" in kept.read()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/", "/tokenize", "/set_log_level"])
+def test_a_body_is_cut(path: str, stacks: Stacks) -> None:
+    """Nobody is left to answer, and nothing is wrong with the server: no error in its log, no 500 in its metrics."""
+    stack = stacks()
+    Line(stack.url).send(path, b'{"prompt": "half', declared=1000).cut()
+    labels = {"method": "POST", "handler": path}
+    stack.until(lambda: stack.metric("rtp_llm_http_request_duration_seconds_count", **labels) == 1)
+    assert stack.metric("rtp_llm_http_requests_total", status="500", **labels) == 0
+
+
+def test_a_matched_stop_string_ends_the_sequence_in_the_engine(stacks: Stacks, byte_model: ByteModel) -> None:
+    """The engine knows no text: without an abort it would go on for nobody."""
+    stack = stacks(lambda submission: [Said(byte_model.tokens("one END two"))])
+    answer = stack.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
+    assert answer.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
+    assert stack.engine.take_abort() == stack.engine.take().id
+    stopped = {"finished_reason": "stop", "model_name": "fake"}
+    assert stack.metric("rtp_llm_request_success_total", **stopped) == 1
+
+
+# The real engine
+
+
+@pytest.fixture
+def idle(http: httpx.Client) -> Callable[[], None]:
+    """Waits until nothing runs and no KV block is in use."""
+
+    def wait() -> None:
+        numbers: dict[str, float] = {}
+        for _ in range(300):
+            lines = [line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
+            numbers = {name.split("{")[0]: float(value) for name, value in lines}
+            busy = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_cache_used_tokens")
+            if not any(numbers[f"rtp_llm_{name}"] for name in busy):
+                return
+            time.sleep(0.05)
+        raise AssertionError(numbers)
+
+    return wait
+
+
+def tokens_generated(http: httpx.Client) -> float:
+    text = http.get("/metrics").text
+    return float(
+        next(line for line in text.splitlines() if line.startswith("rtp_llm_generation_tokens_total")).split()[1]
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_the_engine_stops_and_frees_its_blocks(
+    stream: bool, server: Server, http: httpx.Client, idle: Callable[[], None]
+) -> None:
+    idle()
+    before = tokens_generated(http)
+    body = {**CHAT, "max_tokens": 1900, "ignore_eos": True, "stream": stream, "n": 8}
+    with Line(server.url).send("/v1/chat/completions", json.dumps(body).encode()):
+        for _ in range(200):
+            if tokens_generated(http) - before > 8 * 20:
+                break
+            time.sleep(0.02)
+    idle()
+    assert 8 * 20 < tokens_generated(http) - before < 8 * 1900
+    assert http.get("/worker_status").json()["available_concurrency"] == 32

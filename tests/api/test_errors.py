@@ -1,0 +1,309 @@
+"""What a client is told when its request cannot be served: a status, upstream's error_code, and one sentence."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.byte_model import ByteModel
+from tests.api.conftest import Stacks
+from tests.api.fake_engine import Said
+from tests.api.line import Line
+from tests.api.stack import Stack
+
+CHAT, COMPLETION, NATIVE, BATCH = "/v1/chat/completions", "/v1/completions", "/", "/batch_infer"
+POSTS = (
+    *(CHAT, "/chat/completions", COMPLETION, "/chat/render", "/v1/chat/render"),
+    *(NATIVE, BATCH, "/tokenize", "/tokenizer/encode", "/set_log_level"),
+)
+HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def stack(byte_model: ByteModel) -> Iterator[Stack]:
+    with Stack(byte_model, lambda submission: [Said([], "length")], max_body_mb=0.25) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack) -> Iterator[httpx.Client]:
+    with stack.client() as opened:
+        yield opened
+
+
+def assert_error(answer: httpx.Response, status: int, code: int, *words: str) -> dict[str, Any]:
+    """Both shapes of the error are there, say the same, and are for people."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body: dict[str, Any] = answer.json()
+    assert body["error_code"] == code
+    assert body["error_code_str"].startswith(f"{code}_")
+    assert body["error_code_str"].split("_", 1)[1].isupper()
+    assert body["error"]["message"] == body["message"]
+    assert body["error"]["code"] == body["error_code_str"].split("_", 1)[1].lower()
+    assert body["error"]["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
+    for word in words:
+        assert word in body["message"], body["message"]
+    for word in ("Traceback", 'File "', "pydantic", "rtp_llm.", "Exception", "object at 0x"):
+        assert word not in body["message"]
+    assert 0 < len(body["message"]) < 500
+    return body
+
+
+# (path, body, code, words of the message); the status is 400
+REFUSED: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
+    # No prompt, or an empty one
+    (CHAT, {}, 507, ("messages",)),
+    (CHAT, {"messages": []}, 507, ("messages",)),
+    (COMPLETION, {}, 507, ("prompt",)),
+    (COMPLETION, {"prompt": ""}, 510, ("empty",)),
+    (COMPLETION, {"prompt": []}, 510, ("empty",)),
+    (COMPLETION, {"prompt": [""]}, 510, ("empty",)),
+    (COMPLETION, {"prompt": ["a", ""]}, 510, ("empty",)),
+    (COMPLETION, {"prompt": [[]]}, 510, ("empty",)),
+    (NATIVE, {}, 509, ("prompt",)),
+    (NATIVE, {"prompt": None, "text": None}, 509, ("prompt",)),
+    (NATIVE, {"messages": []}, 509, ("prompt",)),
+    (NATIVE, {"prompt": ""}, 510, ("empty",)),
+    (NATIVE, {"text": []}, 510, ("empty",)),
+    (NATIVE, {"prompt_batch": []}, 510, ("empty",)),
+    (NATIVE, {"prompt_batch": ["a", ""]}, 510, ("empty",)),
+    (BATCH, {}, 507, ("prompt_batch",)),
+    (BATCH, {"prompt_batch": []}, 507, ("prompt_batch",)),
+    ("/tokenize", {}, 509, ("prompt",)),
+    ("/tokenizer/encode", {}, 507, ("prompt",)),
+    # Too long a prompt
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 3000}]}, 511, ("2047", "MAX_SEQ_LEN")),
+    (COMPLETION, {"prompt": "x" * 2048}, 511, ("2048", "2047")),
+    (COMPLETION, {"prompt": [1] * 2048}, 511, ("2048", "2047")),
+    (NATIVE, {"prompt": "x" * 50_000}, 511, ("50000",)),
+    (BATCH, {"prompt_batch": ["a", "x" * 3000]}, 511, ("3000",)),
+    # No room for an answer
+    (CHAT, {"messages": HI, "max_tokens": 0}, 605, ("max_tokens",)),
+    (CHAT, {"messages": HI, "max_completion_tokens": 0}, 605, ("max_tokens",)),
+    (COMPLETION, {"prompt": "a", "max_tokens": 0}, 605, ("max_tokens", "echo")),
+    (NATIVE, {"prompt": "a", "max_new_tokens": 0}, 511, ("max_new_tokens",)),
+    (CHAT, {"messages": HI, "min_tokens": 5, "max_tokens": 3}, 605, ("min_tokens",)),
+    (NATIVE, {"prompt": "a", "min_new_tokens": 5, "max_new_tokens": 3}, 605, ("min_tokens",)),
+    # Known fields, wrong values
+    (CHAT, {"messages": HI, "temperature": -1}, 507, ("temperature", "0")),
+    (CHAT, {"messages": HI, "temperature": "hot"}, 507, ("temperature",)),
+    (CHAT, {"messages": HI, "top_p": 1.5}, 507, ("top_p",)),
+    (CHAT, {"messages": HI, "n": 0}, 507, ("n",)),
+    (CHAT, {"messages": HI, "n": 1.5}, 507, ("n",)),
+    (CHAT, {"messages": HI, "max_tokens": -1}, 507, ("max_tokens",)),
+    (CHAT, {"messages": HI, "max_tokens": 2**40}, 507, ("max_tokens",)),
+    (CHAT, {"messages": HI, "top_logprobs": 21, "logprobs": True}, 507, ("top_logprobs",)),
+    (CHAT, {"messages": HI, "logprobs": 5}, 507, ("logprobs",)),
+    (CHAT, {"messages": HI, "stop": ""}, 507, ("stop",)),
+    (CHAT, {"messages": HI, "stop": ["a", ""]}, 507, ("stop",)),
+    (CHAT, {"messages": HI, "stop": 5}, 507, ("stop",)),
+    (CHAT, {"messages": HI, "seed": 2**64}, 507, ("seed",)),
+    (CHAT, {"messages": HI, "presence_penalty": 3}, 507, ("presence_penalty",)),
+    (CHAT, {"messages": HI, "logit_bias": {"a": 1}}, 605, ("logit_bias", "'a'")),
+    (CHAT, {"messages": HI, "logit_bias": {"-1": 1}}, 605, ("logit_bias",)),
+    (CHAT, {"messages": HI, "logit_bias": {"258": 1}}, 605, ("logit_bias", "258")),
+    (CHAT, {"messages": HI, "logit_bias": {"9" * 5000: 1}}, 605, ("logit_bias",)),
+    (CHAT, {"messages": HI, "logit_bias": {"1": 101}}, 507, ("logit_bias",)),
+    (CHAT, {"messages": HI, "stop_token_ids": [258]}, 605, ("stop_token_ids", "258")),
+    (CHAT, {"messages": HI, "stop_token_ids": [-1]}, 507, ("stop_token_ids",)),
+    (CHAT, {"messages": "Hi"}, 507, ("messages",)),
+    (CHAT, {"messages": [{"role": "nobody", "content": "a"}]}, 507, ("role",)),
+    (CHAT, {"messages": [{"content": "a"}]}, 507, ("role",)),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, 507, ("content",)),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 605, ("image_url",)),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 605, ("text",)),
+    (CHAT, {"messages": HI, "chat_template_kwargs": {"messages": []}}, 605, ("chat_template_kwargs", "messages")),
+    (CHAT, {"messages": HI, "chat_template_kwargs": {"tools": []}}, 605, ("chat_template_kwargs", "tools")),
+    (CHAT, {"messages": HI, "extra_configs": {"top_k": "many"}}, 507, ("extra_configs", "top_k")),
+    (CHAT, {"messages": HI, "stream_options": 5, "stream": True}, 507, ("stream_options",)),
+    (COMPLETION, {"prompt": {"a": 1}}, 507, ("prompt",)),
+    (COMPLETION, {"prompt": [-1]}, 507, ("prompt",)),
+    (COMPLETION, {"prompt": [258]}, 605, ("258", "vocabulary")),
+    (COMPLETION, {"prompt": [[5], [258]]}, 605, ("258", "vocabulary")),
+    (COMPLETION, {"prompt": ["a", [5]]}, 507, ("prompt",)),
+    (COMPLETION, {"prompt": "a", "logprobs": 21}, 507, ("logprobs",)),
+    (NATIVE, {"prompt": 5}, 507, ("prompt",)),
+    (NATIVE, {"prompt_batch": "a"}, 507, ("prompt_batch",)),
+    (NATIVE, {"prompt": "a", "generate_config": []}, 507, ("generate_config",)),
+    (NATIVE, {"prompt": "a", "generate_config": {"top_k": "many"}}, 507, ("top_k",)),
+    (NATIVE, {"prompt": "a", "top_p": 2}, 507, ("top_p",)),
+    (NATIVE, {"prompt": "a", "timeout_ms": 10**400}, 507, ("timeout_ms",)),
+    (NATIVE, {"prompt": "a", "return_incremental": True}, 507, ("return_incremental",)),
+    (NATIVE, {"prompt": "a", "stop_words_list": [[300]]}, 605, ("300",)),
+    ("/tokenize", {"prompt": 5}, 507, ("prompt",)),
+    ("/tokenizer/encode", {"prompt": ["a"]}, 507, ("prompt",)),
+    ("/set_log_level", {"log_level": "LOUD"}, 507, ("log_level", "DEBUG")),
+    ("/set_log_level", {}, 507, ("log_level",)),
+    # Known features that are not served: said, and not ignored
+    (COMPLETION, {"prompt": "a", "suffix": "b"}, 515, ("suffix",)),
+    (COMPLETION, {"prompt": "a", "best_of": 2}, 515, ("best_of",)),
+    (NATIVE, {"prompt": "a", "num_beams": 2}, 515, ("num_beams", "beam search")),
+    (NATIVE, {"prompt": "a", "urls": ["http://x"]}, 515, ("urls",)),
+    (NATIVE, {"prompt": "a", "return_hidden_states": True}, 515, ("return_hidden_states",)),
+    (NATIVE, {"prompt": "a", "output_logits": True}, 515, ("return_logits",)),
+    (NATIVE, {"prompt": "a", "adapter_name": "lora"}, 515, ("adapter_name",)),
+    (NATIVE, {"prompt": "a", "select_tokens_id": [0]}, 515, ("select_tokens_id",)),
+    (NATIVE, {"prompt": "a", "bad_words_list": [[0]]}, 515, ("bad_words_list",)),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "code", "words"), REFUSED, ids=lambda value: str(value)[:60])
+def test_a_request_that_cannot_be_served(
+    path: str, body: dict[str, Any], code: int, words: tuple[str, ...], client: httpx.Client
+) -> None:
+    assert_error(client.post(path, json=body), 400, code, *words)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, NATIVE])
+def test_a_stream_is_refused_with_a_status_too(path: str, client: httpx.Client) -> None:
+    """As long as nothing has been sent an error is an answer, not an event."""
+    body = {"messages": [{"role": "user", "content": "x" * 3000}], "prompt": "x" * 3000, "stream": True}
+    assert_error(client.post(path, json=body), 400, 511)
+
+
+# Bodies that are no JSON object
+
+RAW: list[tuple[bytes, tuple[str, ...]]] = [
+    (b"", ("empty",)),
+    (b"  \n", ("empty",)),
+    (b"{", ("malformed", "column")),
+    (b'{"prompt": "a"', ("malformed",)),
+    (b"{'prompt': 'a'}", ("malformed",)),
+    (b"[1, 2]", ("array",)),
+    (b"5", ("number",)),
+    (b"true", ("boolean",)),
+    (b"null", ("null",)),
+    (b'"not json"', ("malformed",)),
+    (b'"[1]"', ("array",)),
+    (b"\xff\xff\xff", ("UTF-8",)),
+    (b'{"prompt": NaN}', ("NaN",)),
+    (b'{"prompt": -Infinity}', ("Infinity",)),
+    (b'{"prompt": ' + b"9" * 5000 + b"}", ("malformed",)),
+    (b"[" * 50_000, ("nested",)),
+    (b'{"a":' * 20_000, ("nested",)),
+]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_is_no_object(path: str, client: httpx.Client) -> None:
+    for raw, words in RAW:
+        assert_error(client.post(path, content=raw), 400, 507, *words)
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_is_too_large(path: str, client: httpx.Client, stack: Stack) -> None:
+    """Whether it says so or not, and without waiting for all of it."""
+    large = b'{"prompt": "' + b"x" * 300_000 + b'"}'
+    assert_error(client.post(path, content=large), 413, 507, "0.25 MiB", "MAX_BODY_MB")
+    in_chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
+    assert_error(client.post(path, content=in_chunks), 413, 507, "0.25 MiB")
+    with Line(stack.url).send(path, b"{", declared=10**12) as line:
+        assert line.status() == 413
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff"], ids=["high", "low"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "?"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}]}]}),
+        (CHAT, {"messages": HI, "stop": "?"}),
+        (CHAT, {"messages": HI, "logit_bias": {"?": 1}}),
+        (CHAT, {"messages": [{"role": "?", "content": "a"}]}),
+        (COMPLETION, {"prompt": "?"}),
+        (COMPLETION, {"prompt": ["a", "?"]}),
+        (NATIVE, {"prompt": "?"}),
+        (NATIVE, {"prompt_batch": ["?"]}),
+        (NATIVE, {"messages": [{"role": "user", "content": "?"}]}),
+        (BATCH, {"prompt_batch": ["?"]}),
+        ("/chat/render", {"messages": [{"role": "user", "content": "?"}]}),
+        ("/tokenize", {"prompt": "?"}),
+        ("/tokenizer/encode", {"prompt": "?"}),
+        ("/set_log_level", {"log_level": "?"}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_half_a_surrogate_pair(path: str, body: dict[str, Any], text: str, client: httpx.Client) -> None:
+    """JSON can say it, UTF-8 cannot: neither tokenizer nor answer may stumble over it."""
+    raw = json.dumps(body).replace("?", json.dumps(text)[1:-1])
+    answer = client.post(path, content=raw.encode())
+    assert_error(answer, 400, answer.json()["error_code"])
+    assert answer.json()["error_code"] in (507, 605)
+
+
+def test_template_variables_of_any_name(client: httpx.Client) -> None:
+    """They are the template's, even where they are called like our own parameters."""
+    kwargs = {"self": 1, "options": 2, "template": 3, "kwargs": 4, "name": 5}
+    assert client.post(CHAT, json={"messages": HI, "chat_template_kwargs": kwargs}).status_code == 200
+
+
+def test_deep_extra_fields(client: httpx.Client) -> None:
+    """Unknown fields may hold anything, as deep as JSON is read at all."""
+    for depth in (200, 300, 900):
+        deep = json.loads("[" * depth + "]" * depth)
+        assert client.post(CHAT, json={"messages": [{"role": "user", "content": "a", "x": deep}]}).status_code == 200
+        assert client.post(BATCH, json={"prompt_batch": ["a"], "x": deep}).status_code == 200
+        assert client.post(NATIVE, json={"prompt": "a", "x": deep}).status_code == 200
+
+
+# Paths and methods
+
+
+def test_unknown_paths_and_methods(client: httpx.Client) -> None:
+    assert_error(client.get("/nothing"), 404, 507, "/nothing")
+    assert_error(client.post("/v1/nothing/%ff%00"), 404, 507)
+    answer = client.put(CHAT, json={})
+    assert_error(answer, 405, 507, "PUT")
+    assert answer.headers["allow"] == "POST"
+
+
+# Statuses as upstream has them
+
+
+def test_legacy_status(stacks: Stacks, byte_model: ByteModel) -> None:
+    """500 for every error, with the body that it has otherwise."""
+    stack = stacks(legacy_http_status=True, concurrency_limit=1, queue_limit=0)
+    with stack.client() as client:
+        for path, body, code, words in REFUSED[::9]:
+            assert_error(client.post(path, json=body), 500, code, *words)
+        assert_error(client.post(CHAT, content=b"{"), 500, 507)
+        assert_error(client.get("/nothing"), 500, 507)
+        assert_error(client.put(CHAT), 500, 507)
+        overloaded = client.post(CHAT, json={"messages": HI, "n": 2})
+        assert_error(overloaded, 500, 409)
+        stack.engine.script = lambda submission: [Said([], "error", error="the engine fell over")]
+        failed = client.post(CHAT, json={"messages": HI})
+        assert_error(failed, 500, 606, "the engine fell over")
+        stack.engine.script = lambda submission: [Said(byte_model.tokens("a"), "length")]
+        assert client.post(CHAT, json={"messages": HI}).status_code == 200
+
+
+# Deadlines
+
+
+def test_a_deadline_ends_the_request(stacks: Stacks, byte_model: ByteModel) -> None:
+    """And aborts it in the engine; the client gets the status, or the event where the stream has begun."""
+    stack = stacks(lambda submission: [Said(byte_model.tokens("some"))])
+    with stack.client() as client:
+        assert_error(client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50}), 504, 603, "0.05 s")
+        assert stack.engine.take_abort() == stack.engine.take().id
+        body = {"messages": HI, "extra_configs": {"timeout_ms": 50}}
+        assert_error(client.post(CHAT, json=body), 504, 603)
+        assert stack.engine.take_abort() == stack.engine.take().id
+        stream = client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50, "yield_generator": True})
+        assert stream.status_code == 200
+        events = stream.text.split("\r\n\r\n")
+        assert json.loads(events[0].removeprefix("data:"))["response"] == "some"
+        assert json.loads(events[1].removeprefix("data:"))["error_code"] == 603
+        assert events[2:] == ["data:[done]", ""]
+        assert stack.engine.take_abort() == stack.engine.take().id
+
+
+def test_the_servers_own_deadline(stacks: Stacks) -> None:
+    stack = stacks(lambda submission: [], max_rpc_timeout_ms=50)
+    with stack.client() as client:
+        assert_error(client.post(COMPLETION, json={"prompt": "a"}), 504, 603)
+        assert_error(client.post(COMPLETION, json={"prompt": ["a", "b"], "n": 2}), 504, 603)

@@ -1,0 +1,209 @@
+"""The exact bytes of both APIs' streams, so that no change to them goes unnoticed.
+
+A fake engine says known tokens, so nothing here depends on a model, a CPU or a tokenizer's training. Ids and times
+are masked. After a change that is meant, write the files anew and read their difference:
+
+    REGENERATE_GOLDEN=1 python -m pytest tests/api/test_golden.py && git diff tests/api/golden
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtp_llm.engine.request import Event, FinishReason, Logprob
+from tests.api.byte_model import ByteModel
+from tests.api.conftest import Stacks
+from tests.api.fake_engine import Said, Submission
+from tests.api.sse import frames
+from tests.api.stack import Stack
+
+FOLDER = Path(__file__).parent / "golden"
+MASKS = (
+    (rb'"id":"(chatcmpl|cmpl)-[0-9a-f]{24}"', rb'"id":"\1-MASKED"'),
+    (rb'"created":\d{10}\b', rb'"created":0'),
+    (rb'"(cost_time|first_token_cost_time)":\d+(\.\d+)?(e-\d+)?', rb'"\1":0.0'),
+)
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "seed": 1}
+COMPLETION: dict[str, Any] = {"prompt": "Once", "stream": True, "seed": 1}
+NATIVE: dict[str, Any] = {"prompt": "Once", "generate_config": {"random_seed": 1}}
+USAGE = {"stream_options": {"include_usage": True}}
+
+
+def masked(raw: bytes) -> bytes:
+    for pattern, mask in MASKS:
+        raw = re.sub(pattern, mask, raw)
+    return raw
+
+
+def compare(name: str, raw: bytes) -> None:
+    """With the file of that name, which is written where that is asked for."""
+    path = FOLDER / f"{name}.sse"
+    if os.environ.get("REGENERATE_GOLDEN"):
+        path.write_bytes(masked(raw))
+    assert path.exists(), f"no {path}: see this file's first lines"
+    assert masked(raw) == path.read_bytes()
+
+
+def spoken(model: ByteModel, *pieces: str | bytes, finish: FinishReason | None = "stop", **last: Any) -> list[Said]:
+    """An event per piece of text, and one that ends it: with "stop" by the end-of-sequence token."""
+    said = [Said(model.tokens(piece)) for piece in pieces]
+    if finish == "stop":
+        return [*said, Said([model.end], finish, **last)]
+    return [*said[:-1], Said(said[-1].tokens, finish, **last)]
+
+
+def with_logprobs(model: ByteModel, text: str, top: int) -> list[Said]:
+    """A token an event, each half as likely as the last; the other ones offered are "a" and "b"."""
+    others = [(model.tokens(letter)[0], -3.5) for letter in "ab"]
+
+    def record(place: int, token: int) -> Logprob:
+        value = -0.5 * (place + 1)
+        return (value, 0, [(token, value), *others][:top])
+
+    said = [Said([token], None, [record(i, token)]) for i, token in enumerate(model.tokens(text))]
+    return [*said, Said([model.end], "stop", [record(9, model.end)])]
+
+
+SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[Said]]]] = {
+    "chat": ("/v1/chat/completions", CHAT, lambda m: spoken(m, "Hello", " wor", "ld")),
+    "chat-usage": (
+        "/v1/chat/completions",
+        {**CHAT, **USAGE},
+        lambda m: spoken(m, b"na\xc3", b"\xafve \xf0\x9f", b"\x9a", b"\x80", finish="length"),
+    ),
+    "chat-logprobs": (
+        "/v1/chat/completions",
+        {**CHAT, "logprobs": True, "top_logprobs": 2},
+        lambda m: with_logprobs(m, "né", 2),
+    ),
+    "chat-stop-string": (
+        "/chat/completions",
+        {**CHAT, **USAGE, "stop": ["END", "never"]},
+        lambda m: spoken(m, "one EN", "ough E", "N", "D two", " three"),
+    ),
+    "chat-error": (
+        "/v1/chat/completions",
+        CHAT,
+        lambda m: [Said(m.tokens("Hel")), Said([], "error", error="the engine fell over")],
+    ),
+    "completion": ("/v1/completions", COMPLETION, lambda m: spoken(m, " upon", " a", " time", finish="length")),
+    "completion-echo-logprobs": (
+        "/v1/completions",
+        {**COMPLETION, **USAGE, "echo": True, "logprobs": 1},
+        lambda m: _first_with_prompt(with_logprobs(m, " é", 1), m),
+    ),
+    "completion-echo-only": (
+        "/v1/completions",
+        {**COMPLETION, **USAGE, "echo": True, "max_tokens": 0},
+        lambda m: spoken(m, "x", finish="length"),
+    ),
+    "native-yield-generator": (
+        "/",
+        {**NATIVE, "yield_generator": True},
+        lambda m: spoken(m, "upon", " a", " time", finish="stop"),
+    ),
+    "native-stream": ("/", {**NATIVE, "stream": True}, lambda m: spoken(m, "upon", " a", finish="length")),
+    "native-incremental": (
+        "/",
+        {**NATIVE, "yield_generator": True, "return_incremental": True, "return_output_ids": True},
+        lambda m: spoken(m, "up", "on", finish="length"),
+    ),
+    "native-error": (
+        "/",
+        {**NATIVE, "yield_generator": True},
+        lambda m: [Said(m.tokens("up")), Said([], "error", error="the engine fell over")],
+    ),
+}
+
+
+def _first_with_prompt(said: list[Said], model: ByteModel) -> list[Said]:
+    """The first event also brings the logprobs of the prompt's second to last token."""
+    first = said[0]
+    records: list[Logprob] = [(-4.0 - i, 0, [(token, -1.0)]) for i, token in enumerate(model.tokens("nce"))]
+    return [Said(first.tokens, first.finish, first.logprobs, records), *said[1:]]
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_stream_of_one_sequence(name: str, stacks: Stacks, byte_model: ByteModel) -> None:
+    path, body, script = SCRIPTED[name]
+    compare(name, stacks(lambda submission: script(byte_model)).stream(path, body))
+
+
+# Several sequences: each event is sent when the last one has been read, so that their order is the test's.
+
+
+class Conversation:
+    """The frames of one stream, and the sequences behind it in the order in which they were submitted."""
+
+    def __init__(self, stack: Stack, stream: Iterator[bytes], count: int):
+        self.stack, self.stream = stack, stream
+        self.sequences: list[Submission] = []
+        self.count = count
+        self.read = b""
+
+    def hear(self, frames: int) -> None:
+        for _ in range(frames):
+            self.read += next(self.stream)
+
+    def tell(self, *events: tuple[int, Said], frames: int) -> None:
+        """One frame of the engine, and the frames that the client then reads."""
+        if not self.sequences:
+            self.sequences = [self.stack.engine.take() for _ in range(self.count)]
+        self.stack.engine.emit(*(said.event(self.sequences[i].id) for i, said in events))
+        self.hear(frames)
+
+
+def interleaved(talk: Conversation, model: ByteModel, *, ends_apart: int) -> None:
+    """Two sequences; `ends_apart`: frames that a last event makes."""
+
+    def said(text: str, finish: FinishReason | None = None) -> Said:
+        return Said(model.tokens(text), finish)
+
+    talk.tell((0, said("a1")), (1, said("b1")), frames=2)
+    talk.tell((1, said(" b2")), frames=1)
+    talk.tell((1, said(" b3", "length")), (0, said(" a2")), frames=ends_apart + 1)
+    talk.tell((0, Said([model.end], "stop")), frames=1)
+    talk.read += b"".join(talk.stream)
+
+
+INTERLEAVED: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "chat-n2": (
+        "/v1/chat/completions",
+        {**CHAT, "n": 2, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        2,
+        2,
+    ),
+    "completion-prompts": ("/v1/completions", {**COMPLETION, **USAGE, "prompt": ["One", "Two"]}, 0, 1),
+    "native-batch": ("/", {"prompt_batch": ["One", "Two"], "random_seed": 1, "yield_generator": True}, 0, 1),
+    "native-batch-incremental": (
+        "/",
+        {"prompt_batch": ["One", "Two"], "random_seed": 1, "yield_generator": True, "return_incremental": True},
+        0,
+        1,
+    ),
+    "native-return-sequences": (
+        "/",
+        {"prompt": "One", "random_seed": 1, "num_return_sequences": 2, "stream": True},
+        0,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_stream_of_two_sequences(name: str, stacks: Stacks, byte_model: ByteModel) -> None:
+    path, body, opening, ends_apart = INTERLEAVED[name]
+    stack = stacks()
+    with stack.open_stream(path, body) as response:
+        talk = Conversation(stack, frames(response.iter_raw()), 2)
+        talk.hear(opening)
+        interleaved(talk, byte_model, ends_apart=ends_apart)
+    compare(name, talk.read)
+
+
+def test_every_file_has_a_test() -> None:
+    assert {path.stem for path in FOLDER.glob("*.sse")} == SCRIPTED.keys() | INTERLEAVED.keys()

@@ -1,0 +1,214 @@
+"""/metrics: what Prometheus reads parses, moves with the requests, and is called what dashboards expect."""
+
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.api.byte_model import ByteModel
+from tests.api.fake_engine import Said
+from tests.api.servers import Server
+from tests.api.stack import Stack
+
+Families = dict[str, Metric]
+
+LATENCY = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
+TTFT = [
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1),
+    *(2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+]
+ITL = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
+TOKENS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
+STEPS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+# vLLM's edges by our name: ours may be finer, but each of these must be there, or its dashboards' quantiles break.
+BUCKETS: dict[str, list[float]] = {
+    "time_to_first_token_seconds": TTFT,
+    "inter_token_latency_seconds": ITL,
+    "request_time_per_output_token_seconds": ITL,
+    "e2e_request_latency_seconds": LATENCY,
+    "request_queue_time_seconds": LATENCY,
+    "request_prefill_time_seconds": LATENCY,
+    "request_decode_time_seconds": LATENCY,
+    "request_inference_time_seconds": LATENCY,
+    "request_prompt_tokens": TOKENS,
+    "request_generation_tokens": TOKENS,
+    "request_params_max_tokens": TOKENS,
+    "request_params_n": [1, 2, 5, 10, 20],
+    "iteration_tokens": STEPS,
+}
+COUNTERS = (
+    *("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"),
+    *("num_preemptions", "request_success", "admission_rejections", "requests_resumed", "http_requests"),
+)
+GAUGES = (
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "model_info", "build_info"),
+    *("ready", "live", "state", "gang_members_expected", "gang_member_up", "gang_heartbeat_age_seconds"),
+    *("weight_memory_bytes", "kv_cache_memory_bytes", "startup_seconds", "process_up", "shm_size_bytes"),
+    *("process_resident_memory_bytes", "http_requests_active"),
+)
+
+
+def families(text: str) -> Families:
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+@pytest.fixture
+def scraped(http: httpx.Client) -> Families:
+    """After at least one request."""
+    body = {"prompt": "The matrices", "max_tokens": 3, "ignore_eos": True}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return families(answer.text)
+
+
+def value(found: Families, family: str, suffix: str = "", **labels: str) -> float:
+    """The sum of a family's samples with these labels; 0 where there are none."""
+    name = f"rtp_llm_{family}{suffix}"
+    samples = [s for f in found.values() for s in f.samples if s.name == name]
+    return math.fsum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+def test_names_and_types(scraped: Families) -> None:
+    for name in COUNTERS:
+        assert scraped[f"rtp_llm_{name}"].type == "counter", name
+    for name in GAUGES:
+        assert scraped[f"rtp_llm_{name}"].type == "gauge", name
+    for name in BUCKETS:
+        assert scraped[f"rtp_llm_{name}"].type == "histogram", name
+    for name, family in scraped.items():
+        assert name.startswith("rtp_llm_"), name
+        assert family.documentation, name
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_buckets(name: str, scraped: Families) -> None:
+    samples = [s for s in scraped[f"rtp_llm_{name}"].samples if s.name.endswith("_bucket")]
+    edges = {float(s.labels["le"]) for s in samples}
+    assert edges >= {*BUCKETS[name], math.inf}
+
+
+def test_histograms_are_whole(scraped: Families) -> None:
+    """Cumulative counts that never fall, and end in the count."""
+    for name, family in scraped.items():
+        if family.type != "histogram":
+            continue
+        series: dict[str, list[float]] = {}
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k != "le"}
+            if sample.name.endswith(("_bucket", "_count")):
+                series.setdefault(str(labels), []).append(sample.value)
+        for values in series.values():
+            assert values == sorted(values), name
+            assert values[-1] == values[-2], name
+
+
+def test_serving_metrics_name_the_model(scraped: Families) -> None:
+    for name in (*BUCKETS, "num_requests_running", "generation_tokens", "kv_cache_usage_perc"):
+        assert {s.labels["model_name"] for s in scraped[f"rtp_llm_{name}"].samples} == {"demo"}, name
+    assert value(scraped, "model_info", model_name="demo", tp_size="1") == 1
+    assert value(scraped, "ready") == 1
+    assert value(scraped, "state") == value(scraped, "state", state="serving") == 1
+    assert value(scraped, "gang_members_expected") == value(scraped, "gang_member_up", world_rank="0") == 1
+    assert value(scraped, "process_up", program="api") == value(scraped, "process_up", program="rank0") == 1
+
+
+def test_counters_move_with_requests(server: Server, http: httpx.Client) -> None:
+    before = families(http.get("/metrics").text)
+    prompt = list(range(40, 100))
+    body = {"prompt": prompt, "max_tokens": 7, "ignore_eos": True, "n": 2}
+    usages = [http.post("/v1/completions", json=body).json()["usage"] for _ in range(2)]
+    assert http.post("/v1/completions", json={"prompt": ""}).status_code == 400
+    assert http.get("/v1/nothing").status_code == 404
+    after = families(http.get("/metrics").text)
+
+    def moved(family: str, suffix: str = "", **labels: str) -> float:
+        return value(after, family, suffix, **labels) - value(before, family, suffix, **labels)
+
+    assert moved("prompt_tokens", "_total") == 4 * 60
+    assert moved("generation_tokens", "_total") == 4 * 7
+    assert moved("request_success", "_total", finished_reason="length") == moved("request_success", "_total") == 4
+    assert moved("prefix_cache_queries", "_total") == 4 * 60
+    hits = moved("prefix_cache_hits", "_total")
+    assert moved("prompt_tokens_cached", "_total") == hits
+    # usage tells a prompt's tokens once, the counters those of each of its choices.
+    assert 0 < usages[1]["prompt_tokens_details"]["cached_tokens"] <= hits / 2
+    for histogram in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+        assert moved(histogram, "_count") == 4
+    assert moved("inter_token_latency_seconds", "_count") == 4 * 6
+    assert moved("request_generation_tokens", "_sum") == 4 * 7
+    assert moved("request_prompt_tokens", "_sum") == 4 * 60
+    assert moved("request_params_max_tokens", "_sum") == 4 * 7
+    assert (moved("request_params_n", "_count"), moved("request_params_n", "_sum")) == (2, 4)
+    assert moved("iteration_tokens", "_count") >= 2 * 7
+    assert moved("iteration_tokens", "_sum") + hits == 4 * (60 + 6)
+    assert moved("http_requests", "_total", handler="/v1/completions", method="POST", status="200") == 2
+    assert moved("http_requests", "_total", handler="/v1/completions", method="POST", status="400") == 1
+    assert moved("http_requests", "_total", handler="none", status="404") == 1  # no path that a client made up
+    assert moved("http_request_duration_seconds", "_count", handler="/v1/completions") == 3
+    assert value(after, "num_requests_running") == value(after, "num_requests_waiting") == 0
+
+
+@pytest.fixture(scope="module")
+def stack(byte_model: ByteModel) -> Iterator[Stack]:
+    with Stack(byte_model) as started:
+        yield started
+
+
+def test_gauges_follow_the_engine(stack: Stack, byte_model: ByteModel) -> None:
+    """Its totals start anew with each epoch; the counters go on."""
+    model = {"model_name": "fake"}
+
+    def emit(**stats: int) -> None:
+        stack.engine.emit(**stats)
+        stack.until(lambda: stack.metric("rtp_llm_num_requests_running", **model) == stats["running"])
+
+    emit(running=3, waiting=5, kv_used=16, preemptions=2, prefix_queries=100, prefix_hits=40)
+    assert stack.metric("rtp_llm_num_requests_waiting", **model) == 5
+    assert stack.metric("rtp_llm_kv_cache_usage_perc", **model) == 0.25
+    assert stack.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
+    assert stack.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
+    emit(running=4, preemptions=3, prefix_queries=110, prefix_hits=40)
+    stack.engine.die()
+    stack.new_engine(epoch=2)
+    stack.engine.wait_for_connection()
+    emit(running=1, preemptions=1, prefix_queries=7, prefix_hits=6)
+    assert stack.metric("rtp_llm_num_preemptions_total", **model) == 4
+    assert stack.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
+    assert stack.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
+    emit(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
+
+
+def test_how_requests_end(stack: Stack, byte_model: ByteModel) -> None:
+    """One reason each, whoever ends it."""
+
+    def ended() -> dict[str, float]:
+        reasons = ("stop", "length", "abort", "error")
+        name = "rtp_llm_request_success_total"
+        return {r: stack.metric(name, finished_reason=r, model_name="fake") for r in reasons}
+
+    before = ended()
+    for said in ([byte_model.end], "stop"), (byte_model.tokens("a"), "length"), ([], "error"):
+        stack.engine.script = lambda s, said=said: [Said(*said, error="x")]  # type: ignore[misc]
+        stack.post("/v1/completions", {"prompt": "a"})
+    stack.engine.script = None
+    with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+        for _ in range(4):
+            stack.engine.take()
+    stack.until(lambda: ended()["abort"] == before["abort"] + 1)
+    assert ended() == {reason: count + 1 for reason, count in before.items()}
+
+
+def test_promtool_finds_nothing(http: httpx.Client) -> None:
+    """Prometheus's own linter (Debian: the package `prometheus`)."""
+    promtool = shutil.which("promtool")
+    if not promtool:
+        pytest.skip("promtool is not on PATH")
+    text = http.get("/metrics").content
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")

@@ -1,0 +1,354 @@
+"""Upstream's own endpoints, in all the spellings that its clients use (alibaba/rtp-llm, request_extractor.py)."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.byte_model import ByteModel
+from tests.api.fake_engine import Said, Submission
+from tests.api.servers import Server
+from tests.api.sse import payloads
+from tests.api.stack import Stack
+
+# Every key of upstream's aux_info that has a meaning here, with its type.
+AUX_INFO = {
+    **dict.fromkeys(("cost_time", "first_token_cost_time", "wait_time"), float),
+    **dict.fromkeys(("iter_count", "prefix_len", "input_len", "output_len", "step_output_len"), int),
+    **dict.fromkeys(("reuse_len", "local_reuse_len", "remote_reuse_len", "memory_reuse_len"), int),
+    **dict.fromkeys(("cum_log_probs", "beam_responses", "softmax_probs"), list),
+    "pd_sep": bool,
+    "aux_string": str,
+}
+
+
+@pytest.fixture(scope="module")
+def stack(byte_model: ByteModel) -> Iterator[Stack]:
+    """Answers every prompt with itself in capitals, in two steps."""
+
+    def shout(submission: Submission) -> list[Said]:
+        text = byte_model.tokenizer.decode(submission.prompt, skip_special_tokens=True).upper()
+        tokens = byte_model.tokens(text)
+        return [Said(tokens[:1], cached_tokens=1), Said([*tokens[1:], byte_model.end], "stop")]
+
+    with Stack(byte_model, shout, aux_string="from here") as started:
+        yield started
+
+
+def answer(stack: Stack, body: Any, **headers: str) -> Any:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with stack.client() as client:
+        response = client.post("/", content=raw, headers={h.replace("_", "-"): v for h, v in headers.items()})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+# Where the prompt stands
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"prompt": "ab"}, "AB"),
+        ({"text": "ab"}, "AB"),
+        ({"prompt": "ab", "text": "cd"}, "AB"),
+        ({"prompt": ["ab", "cd"]}, "AB"),  # no batch: upstream answers the first
+        ({"text": ["ab"]}, "AB"),
+        ({"messages": [{"role": "user", "content": "ab"}]}, "USER:ABASSISTANT:"),
+        ({"prompt": "ab", "urls": [], "images": None}, "AB"),
+        ({"prompt": "ab", "source": "x", "private_request": True, "trace_id": "t", "chat_id": "c"}, "AB"),
+        ({"prompt": "ab", "generate_config": {"unknown": 1}, "also_unknown": {"a": []}}, "AB"),
+    ],
+)
+def test_prompts(body: dict[str, Any], expected: str, stack: Stack) -> None:
+    got = answer(stack, body)
+    assert got.keys() == {"response", "finished", "aux_info"}
+    assert (got["response"], got["finished"]) == (expected, True)
+
+
+@pytest.mark.parametrize("body", [{"prompt_batch": ["ab", "cd"]}, {"prompt_batch": ["ab", "cd"], "prompt": "x"}])
+def test_a_batch(body: dict[str, Any], stack: Stack) -> None:
+    got = answer(stack, body)
+    assert [one["response"] for one in got["response_batch"]] == ["AB", "CD"]
+    assert all(one["finished"] for one in got["response_batch"])
+
+
+def test_batch_infer(stack: Stack) -> None:
+    body = {"prompt_batch": ["ab", "cd"], "generate_config": {"return_output_ids": True}, "return_input_ids": True}
+    got = stack.post("/batch_infer", body).json()["response_batch"]
+    assert [one["response"] for one in got] == ["AB", "CD"]
+    assert got[1]["input_ids"] == [stack.model.tokens("cd")]
+    assert got[1]["output_ids"] == [[*stack.model.tokens("CD"), stack.model.end]]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "application/x-www-form-urlencoded",
+        "text/plain",
+        "multipart/form-data; boundary=x",
+        "application/octet-stream",
+        "nonsense",
+        "application/json; charset=latin-1",
+    ],
+)
+def test_any_content_type(content_type: str, stack: Stack) -> None:
+    """Upstream's README posts with a bare `curl -d`, which says it sends a form."""
+    assert answer(stack, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
+
+
+def test_no_content_type(stack: Stack) -> None:
+    assert answer(stack, b'{"prompt": "ab"}')["response"] == "AB"
+
+
+def test_a_json_string_that_holds_the_object(stack: Stack) -> None:
+    assert answer(stack, json.dumps(json.dumps({"prompt": "\u00e9"})).encode())["response"] == "\u00c9"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_unicode_encodings(encoding: str, stack: Stack) -> None:
+    assert answer(stack, json.dumps({"prompt": "é🚀"}, ensure_ascii=False).encode(encoding))["response"] == "É🚀"
+
+
+# Where the settings stand
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"generate_config": {"max_new_tokens": 3, "top_k": 5}},
+        {"generation_config": {"max_new_tokens": 3, "top_k": 5}},
+        {"max_new_tokens": 3, "top_k": 5},
+        {"generate_config": {"max_new_tokens": 9, "top_k": 9}, "max_new_tokens": 3, "top_k": 5},
+        {"generate_config": {"gen_length": 3}, "top_k": [5, 6]},
+        {"gen_length": 3, "generate_config": {"top_k": 5, "max_new_tokens": 9}},
+        {"max_new_tokens": [3], "generate_config": {"top_k": 5, "top_p": None}},
+    ],
+    ids=str,
+)
+def test_settings(body: dict[str, Any], stack: Stack) -> None:
+    """Nested under either name or at the top, which wins; upstream's second names; lists for a batch."""
+    while stack.engine.num_unread:
+        stack.engine.take()
+    answer(stack, {"prompt": "ab", **body})
+    params = stack.engine.take().params
+    assert (params["max_tokens"], params["top_k"]) == (3, 5)
+
+
+def test_all_settings_reach_the_engine(stack: Stack) -> None:
+    config = {
+        "max_new_tokens": 7,
+        "min_new_tokens": 2,
+        "top_k": 4,
+        "top_p": 0.5,
+        "temperature": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "random_seed": 99,
+        "stop_words_list": [[5], [66, 67]],
+        "return_cum_log_probs": True,
+    }
+    while stack.engine.num_unread:
+        stack.engine.take()
+    answer(stack, {"prompt": "ab", "generate_config": config})
+    expected = {
+        "max_tokens": 7,
+        "min_tokens": 2,
+        "top_k": 4,
+        "top_p": 0.5,
+        "temperature": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "seed": 99,
+        "stop_token_ids": [5, stack.model.end],
+        "logprobs": 0,
+    }
+    assert stack.engine.take().params.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"do_sample": False, "temperature": 0.9}, {"temperature": 0.0}),
+        ({"top_p": 0}, {"top_p": 1.0}),  # upstream: no limit
+        ({"top_k": -3}, {"top_k": 0}),
+        ({"ignore_eos": True}, {"stop_token_ids": []}),
+        ({"max_new_tokens": 10**9}, {"max_tokens": 2046}),
+    ],
+)
+def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], stack: Stack) -> None:
+    while stack.engine.num_unread:
+        stack.engine.take()
+    answer(stack, {"prompt": "ab", "generate_config": config})
+    assert stack.engine.take().params.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"stop_words_str": ["CD"]}, "AB"),
+        ({"stop_words_str": ["CD"], "print_stop_words": True}, "ABCD"),
+        ({"stop_words_list": "tokens of CD"}, "AB"),
+    ],
+)
+def test_stop_words(config: dict[str, Any], expected: str, stack: Stack) -> None:
+    if isinstance(config.get("stop_words_list"), str):
+        config = {"stop_words_list": [stack.model.tokens("CD")]}
+    assert answer(stack, {"prompt": "abcde", "generate_config": config})["response"] == expected
+
+
+# What comes back
+
+
+def test_aux_info(stack: Stack) -> None:
+    aux = answer(stack, {"prompt": "abc"})["aux_info"]
+    assert {key: type(value) for key, value in aux.items()} == AUX_INFO
+    assert (aux["input_len"], aux["output_len"], aux["iter_count"], aux["step_output_len"]) == (3, 4, 2, 3)
+    assert (aux["reuse_len"], aux["prefix_len"], aux["wait_time"]) == (1, 1, 1.0)
+    assert aux["aux_string"] == "from here"
+    assert 0 < aux["first_token_cost_time"] <= aux["cost_time"]
+    assert "aux_info" not in answer(stack, {"prompt": "abc", "aux_info": False})
+
+
+def test_several_sequences(stack: Stack) -> None:
+    got = answer(stack, {"prompt": "ab", "num_return_sequences": 2, "return_output_ids": True})
+    assert got["response"] == ["AB", "AB"]
+    assert [aux["output_len"] for aux in got["aux_info"]] == [3, 3]
+    one = answer(stack, {"prompt": "ab", "num_return_sequences": 1})
+    assert (one["response"], len(one["aux_info"])) == (["AB"], 1)
+    batch = answer(stack, {"prompt_batch": ["ab", "cd"], "num_return_sequences": 2})
+    assert [b["response"] for b in batch["response_batch"]] == [["AB", "AB"], ["CD", "CD"]]
+
+
+# Streams
+
+
+def stream(stack: Stack, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
+    raw = stack.stream("/", {"prompt": "abc", **body})
+    return raw, payloads(raw)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"yield_generator": True},
+        {"generate_config": {"yield_generator": True}},
+        {"generate_config": {"is_streaming": True}},
+        {"yield_generator": True, "stream": True},
+    ],
+    ids=str,
+)
+def test_upstreams_framing(body: dict[str, Any], stack: Stack) -> None:
+    """No space after `data:`, CRLF, cumulative text, and an end marker."""
+    raw, events = stream(stack, body)
+    assert [e if e == "[done]" else e["response"] for e in events] == ["A", "ABC", "[done]"]
+    assert [e["finished"] for e in events[:-1]] == [False, True]
+    assert raw.startswith(b'data:{"response"')
+    assert raw.endswith(b"\r\n\r\ndata:[done]\r\n\r\n")
+    assert raw.count(b"\r\n\r\n") == raw.count(b"\n") / 2 == 3
+
+
+def test_the_other_framing(stack: Stack) -> None:
+    """Top-level `stream`: a space, and no end marker."""
+    raw, events = stream(stack, {"stream": True})
+    assert [e["response"] for e in events] == ["A", "ABC"]
+    assert raw.startswith(b'data: {"response"')
+    assert raw.endswith(b"}\r\n\r\n")
+
+
+@pytest.mark.parametrize("body", [{"yield_generator": True}, {"stream": True}], ids=str)
+def test_increments(body: dict[str, Any], stack: Stack) -> None:
+    _, events = stream(stack, {**body, "return_incremental": True})
+    assert [e["response"] for e in events if e != "[done]"] == ["A", "BC"]
+
+
+def test_increments_of_a_batch_join_to_the_texts(stack: Stack) -> None:
+    """Whatever the order in which the sequences come: what has been sent is not sent again."""
+    body = {"prompt_batch": ["abc", "xyz", "123"], "yield_generator": True, "return_incremental": True}
+    events = payloads(stack.stream("/", body))[:-1]
+    joined = ["".join(texts) for texts in zip(*([o["response"] for o in e["response_batch"]] for e in events))]
+    assert joined == ["ABC", "XYZ", "123"]
+    assert [o["finished"] for o in events[-1]["response_batch"]] == [True, True, True]
+
+
+# The tokenizer's endpoints
+
+
+@pytest.mark.parametrize("text", ["abc", "é🚀", " ", "a\n\tb", "<|end|>", ""])
+def test_tokenize(text: str, stack: Stack) -> None:
+    ids = stack.model.tokenizer.encode(text)
+    assert stack.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
+    encoded = stack.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
+    assert (encoded["token_ids"], encoded["error"]) == (ids, "")
+    assert len(encoded["tokens"]) == len(encoded["offset_mapping"]) == len(ids)
+    assert "offset_mapping" not in stack.post("/tokenizer/encode", {"prompt": text}).json()
+
+
+def test_tokenize_a_chat(stack: Stack) -> None:
+    """As the chat endpoint will: the two must count alike."""
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = stack.post("/tokenize", {"messages": messages}).json()["token_ids"]
+    assert stack.post("/v1/chat/completions", {"messages": messages}).json()["usage"]["prompt_tokens"] == len(ids)
+    rendered = stack.post("/chat/render", {"messages": messages}).json()
+    assert rendered["input_ids"] == ids
+    assert stack.model.tokenizer.decode(ids, skip_special_tokens=False) == rendered["input_prompt"]
+
+
+@pytest.mark.parametrize("path", ["/chat/render", "/v1/chat/render"])
+def test_render(path: str, stack: Stack) -> None:
+    """Upstream's DebugInfo, with what would be asked of the engine; nothing is."""
+    while stack.engine.num_unread:
+        stack.engine.take()
+    body = {"messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}], "stop": "X"}
+    got = stack.post(path, {**body, "top_k": 3, "max_tokens": 4}).json()
+    assert got["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi<|turn|>assistant:"
+    assert (got["max_seq_len"], got["eos_token_id"], got["input_urls"]) == (2048, stack.model.end, [])
+    assert (got["stop_words_list"], got["stop_word_ids_list"]) == (["X"], [[stack.model.end]])
+    assert (got["generate_config"]["top_k"], got["generate_config"]["max_tokens"]) == (3, 4)
+    assert got["renderer_info"]["class_name"]
+    plain = stack.post(path, {**body, "add_generation_prompt": False}).json()
+    assert plain["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi"
+    assert stack.engine.num_unread == 0
+    for _ in range(400):  # more often than there are places
+        assert stack.post(path, body).status_code == 200
+
+
+# With the real engine behind
+
+
+def test_the_readmes_request(server: Server, http: httpx.Client) -> None:
+    """`curl -XPOST http://localhost:8088 -d '{"prompt": …}'`, word for word but for the length."""
+    config = {"max_new_tokens": 12, "top_k": 1, "ignore_eos": True}
+    body = {"prompt": "hello, what is your name", "generate_config": config}
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    first = http.post("/", content=json.dumps(body).encode(), headers=form).json()
+    assert first["finished"]
+    assert first["aux_info"]["output_len"] == 12
+    events = payloads(http.post("/", json={**body, "yield_generator": True}).content)
+    assert events[-1] == "[done]"
+    assert events[-2]["response"] == first["response"]
+    texts = [event["response"] for event in events[:-1]]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+
+
+def test_probabilities_agree(http: httpx.Client) -> None:
+    config = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "ignore_eos": True,
+        "return_cum_log_probs": True,
+        "return_softmax_probs": True,
+        "return_output_ids": True,
+    }
+    native = http.post("/", json={"prompt": "Attention looks", "generate_config": config}).json()
+    body = {"prompt": "Attention looks", "max_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    assert native["response"] == choice["text"]
+    values = choice["logprobs"]["token_logprobs"]
+    assert native["aux_info"]["cum_log_probs"] == pytest.approx([sum(values)], abs=1e-3)
+    assert len(native["aux_info"]["softmax_probs"]) == len(native["output_ids"][0]) == 6

@@ -1,0 +1,368 @@
+"""The real `openai` client, with the real engine behind the API.
+
+What the model says is made known by `logit_bias`: +100 on a token leaves no other a chance. Where the text does not
+matter, answers are compared with each other.
+"""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+from openai.types.completion import Completion
+
+from rtp_llm.text.tokenizer import Tokenizer
+from tests.api.byte_model import ByteModel
+from tests.api.conftest import Stacks
+from tests.api.fake_engine import Said
+from tests.api.servers import Server
+
+HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who decides what happens next?"}]
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with make_client(server.url) as made:
+        yield made
+
+
+def make_client(url: str) -> openai.OpenAI:
+    transport = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, http_client=transport)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server: Server) -> Tokenizer:
+    return Tokenizer.load(server.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def the(tokenizer: Tokenizer) -> int:
+    """One token for " the"."""
+    [token] = tokenizer.encode(" the")
+    return token
+
+
+def chat(client: openai.OpenAI, **options: Any) -> ChatCompletion:
+    made = client.chat.completions.create(**{"model": "demo", "messages": HI, "max_tokens": 12, **options})
+    assert isinstance(made, ChatCompletion)
+    return made
+
+
+def complete(client: openai.OpenAI, **options: Any) -> Completion:
+    made = client.completions.create(**{"model": "demo", "prompt": "The matrices", "max_tokens": 12, **options})
+    assert isinstance(made, Completion)
+    return made
+
+
+# Chat
+
+
+def test_a_chat(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    answer = chat(client, extra_body={"ignore_eos": True})
+    assert answer.id.startswith("chatcmpl-")
+    assert (answer.object, answer.model) == ("chat.completion", "demo")
+    [choice] = answer.choices
+    assert (choice.index, choice.finish_reason, choice.message.role) == (0, "length", "assistant")
+    assert choice.message.content
+    assert answer.usage
+    rendered = f"<|im_start|>user\n{HI[0]['content']}<|im_end|>\n<|im_start|>assistant\n"  # type: ignore[typeddict-item]
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(rendered, add_special_tokens=False))
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+    assert chat(client).id != answer.id
+
+
+def test_both_paths(http: httpx.Client) -> None:
+    body = {"messages": HI, "max_tokens": 8, "temperature": 0}
+    texts = [
+        http.post(path, json=body).json()["choices"][0]["message"]["content"]
+        for path in ("/v1/chat/completions", "/chat/completions")
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "seed": 5}], ids=["greedy", "sampled"])
+def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any], client: openai.OpenAI) -> None:
+    options = {**options, "max_tokens": 40, "n": 2, "logprobs": True, "top_logprobs": 2}
+    whole = chat(client, **options)
+    chunks = list(
+        client.chat.completions.create(
+            model="demo", messages=HI, stream=True, stream_options={"include_usage": True}, **options
+        )
+    )
+    assert {c.id for c in chunks} == {chunks[0].id}
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(c.usage is None for c in chunks[:-1])
+    for choice in whole.choices:
+        mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert (mine[0].delta.role, mine[0].delta.content) == ("assistant", "")
+        assert [c.delta.role for c in mine[1:]] == [None] * (len(mine) - 1)
+        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+        assert [c.finish_reason for c in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].finish_reason == choice.finish_reason
+        logprobs = [entry for c in mine if c.logprobs for entry in c.logprobs.content or []]
+        assert choice.logprobs
+        assert logprobs == choice.logprobs.content
+
+
+def test_end_of_sequence_stops(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    for end in tokenizer.eos_ids:
+        answer = chat(client, logit_bias={str(end): 100}, logprobs=True)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].message.content == ""
+        assert answer.usage
+        assert answer.usage.completion_tokens == 1
+    going_on = chat(client, logit_bias={str(end): 100}, extra_body={"ignore_eos": True})
+    assert (going_on.choices[0].finish_reason, going_on.choices[0].message.content) == ("length", "")
+    at_least = chat(client, logit_bias={str(end): 100}, extra_body={"min_tokens": 5})
+    assert at_least.usage
+    assert at_least.usage.completion_tokens == 6
+    assert at_least.choices[0].message.content
+
+
+def test_limits_and_stop_strings(client: openai.OpenAI, the: int) -> None:
+    bias = {str(the): 100}
+    assert chat(client, logit_bias=bias, max_tokens=3).choices[0].message.content == " the the the"
+    assert chat(client, logit_bias=bias, max_completion_tokens=2).choices[0].message.content == " the the"
+    for stop, text in (("he the", " t"), (["nothing", " the the the"], ""), (["x", "e"], " th")):
+        answer = chat(client, logit_bias=bias, stop=stop)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text, "stop")
+    by_id = chat(client, logit_bias=bias, extra_body={"stop_token_ids": [the]})
+    assert (by_id.choices[0].message.content, by_id.choices[0].finish_reason) == ("", "stop")
+    never = chat(client, logit_bias=bias, max_tokens=3, stop=["the  the"])
+    assert (never.choices[0].message.content, never.choices[0].finish_reason) == (" the the the", "length")
+
+
+def test_seeds(client: openai.OpenAI) -> None:
+    """The same seed says the same, alone or beside others; another one, or none, says something else."""
+    options = {"temperature": 1.0, "max_tokens": 24}
+    first = [c.message.content for c in chat(client, seed=7, n=4, **options).choices]
+    assert len(set(first)) == 4
+    assert [c.message.content for c in chat(client, seed=7, n=4, **options).choices] == first
+    alone = [chat(client, seed=7 + i, **options).choices[0].message.content for i in range(4)]
+    assert alone == first
+    assert len({chat(client, **options).choices[0].message.content for _ in range(3)}) == 3
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = chat(client, temperature=0, logprobs=True, top_logprobs=5, extra_body={"ignore_eos": True})
+    logprobs = answer.choices[0].logprobs
+    assert logprobs
+    assert logprobs.content
+    assert len(logprobs.content) == 12
+    for entry in logprobs.content:
+        values = [top.logprob for top in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert len(values) == 5
+        assert sum(math.exp(value) for value in values) <= 1 + 1e-6
+        assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, values[0])  # greedy
+        assert bytes(entry.bytes or []).decode(errors="replace") == entry.token
+    spelled = b"".join(bytes(entry.bytes or []) for entry in logprobs.content)
+    assert answer.choices[0].message.content
+    assert spelled.decode(errors="replace").startswith(answer.choices[0].message.content.rstrip("\ufffd"))
+    assert chat(client).choices[0].logprobs is None
+
+
+def test_messages_of_all_shapes(client: openai.OpenAI) -> None:
+    """Parts are joined, and what templates do not know does no harm."""
+    plain = chat(client, temperature=0)
+    parts: list[Any] = [{"type": "text", "text": "Who decides "}, {"type": "text", "text": "what happens next?"}]
+    assert chat(client, temperature=0, messages=[{"role": "user", "content": parts}]).usage == plain.usage
+    named = [{"role": "user", "name": "me", "content": HI[0]["content"]}]  # type: ignore[typeddict-item]
+    assert chat(client, temperature=0, messages=named, user="x").usage == plain.usage
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+    ]
+    assert chat(client, messages=turns).choices[0].message.role == "assistant"
+
+
+# Completions
+
+
+def test_prompts_of_all_kinds(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    texts = ["The matrices", "Only rank 0"]
+    ids = [tokenizer.encode(text) for text in texts]
+    options = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    alone = [complete(client, prompt=text, **options).choices[0].text for text in texts]
+    assert complete(client, prompt=ids[0], **options).choices[0].text == alone[0]
+    for prompt in (texts, ids):
+        answer = complete(client, prompt=prompt, **options)
+        assert [c.text for c in answer.choices] == alone
+        assert [c.index for c in answer.choices] == [0, 1]
+        assert answer.usage
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+        assert answer.usage.completion_tokens == 24
+    one = complete(client, prompt=[texts[1]], **options)
+    assert (one.choices[0].text, one.object, one.choices[0].finish_reason) == (alone[1], "text_completion", "length")
+    assert one.id.startswith("cmpl-")
+
+
+def test_choices_come_prompt_by_prompt(client: openai.OpenAI) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 16}
+    both = complete(client, prompt=["The matrices", "Only rank 0"], n=2, **options)
+    each = [complete(client, prompt=p, n=2, **options) for p in ("The matrices", "Only rank 0")]
+    assert [c.text for c in both.choices] == [c.text for answer in each for c in answer.choices]
+    assert [c.index for c in both.choices] == [0, 1, 2, 3]
+
+
+def test_echo_and_logprobs(client: openai.OpenAI, tokenizer: Tokenizer, the: int) -> None:
+    prompt = "The matrices"
+    ids = tokenizer.encode(prompt)
+    answer = complete(client, echo=True, logprobs=3, logit_bias={str(the): 100}, max_tokens=2)
+    choice = answer.choices[0]
+    assert choice.text == "The matrices the the"
+    table = choice.logprobs
+    assert table
+    assert table.tokens
+    assert table.token_logprobs
+    assert table.top_logprobs
+    assert table.tokens == [*(tokenizer.token_text(i) for i in ids), " the", " the"]
+    assert table.token_logprobs[0] is None
+    assert table.top_logprobs[0] is None
+    assert all(value <= 0 for value in table.token_logprobs[1:])
+    assert table.text_offset == [len("".join(table.tokens[:i])) for i in range(len(table.tokens))]
+    for token, value, tops in list(zip(table.tokens, table.token_logprobs, table.top_logprobs, strict=True))[1:]:
+        assert tops[token] == value
+        assert 3 <= len(tops) <= 4
+    only_echo = complete(client, echo=True, max_tokens=3, logit_bias={str(the): 100}).choices[0]
+    assert (only_echo.text, only_echo.logprobs) == ("The matrices the the the", None)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_echo_without_an_answer(stream: bool, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """How likelihoods are measured: the prompt's own logprobs and nothing generated, nor paid for."""
+    options: dict[str, Any] = {"echo": True, "max_tokens": 0, "logprobs": 1}
+    ids = tokenizer.encode("The matrices")
+    full = complete(client, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
+    assert full
+    if stream:
+        chunks = list(
+            client.completions.create(
+                model="demo", prompt="The matrices", stream=True, stream_options={"include_usage": True}, **options
+            )
+        )
+        [choice] = [c for chunk in chunks for c in chunk.choices]
+        usage = chunks[-1].usage
+    else:
+        answer = complete(client, **options)
+        [choice], usage = answer.choices, answer.usage
+    assert (choice.text, choice.finish_reason) == ("The matrices", "length")
+    assert choice.logprobs
+    assert choice.logprobs.token_logprobs == (full.token_logprobs or [])[: len(ids)]
+    assert usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), 0)
+
+
+def test_a_streamed_completion(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 30, "echo": True, "logprobs": 2}
+    whole = complete(client, prompt=["The matrices", "Only"], **options)
+    stream = client.completions.create(model="demo", prompt=["The matrices", "Only"], stream=True, **options)
+    chunks = list(stream)
+    for choice in whole.choices:
+        mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert "".join(c.text for c in mine) == choice.text
+        assert mine[-1].finish_reason == choice.finish_reason
+        assert choice.logprobs
+        for key, values in choice.logprobs.model_dump().items():
+            assert [v for c in mine if c.logprobs for v in getattr(c.logprobs, key)] == values
+
+
+# Errors as exceptions
+
+
+def test_bad_requests(client: openai.OpenAI) -> None:
+    refused: list[dict[str, Any]] = [
+        {"messages": []},
+        {"temperature": -1},
+        {"messages": [{"role": "user", "content": "x " * 5000}]},
+        {"logit_bias": {"99999": 1}},
+        {"extra_body": {"top_k": "many"}},
+        {"max_tokens": 0},
+    ]
+    for options in refused:
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, **options)
+        body = caught.value.body
+        assert isinstance(body, dict)
+        assert caught.value.type == "invalid_request_error"
+        assert caught.value.code == body["code"]
+        assert body["message"] in str(caught.value)
+        with pytest.raises(openai.BadRequestError):
+            chat(client, **options, stream=True)
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        complete(client, suffix="x")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nothing/of/this/name")
+
+
+def test_errors_of_the_server(stacks: Stacks, byte_model: ByteModel) -> None:
+    stack = stacks(lambda s: [Said(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
+    with make_client(stack.url) as client:
+        with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
+            chat(client, n=2)
+        stack.engine.script = lambda s: [
+            Said(byte_model.tokens("so far")),
+            Said([], "error", error="the engine fell over"),
+        ]
+        with pytest.raises(openai.InternalServerError, match="the engine fell over"):
+            chat(client)
+        stream = client.chat.completions.create(model="demo", messages=HI, stream=True)
+        next(stream)
+        assert next(stream).choices[0].delta.content == "so far"
+        with pytest.raises(openai.APIError, match="the engine fell over"):
+            next(stream)
+
+
+# The rest of the client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+
+
+def test_leaving_a_stream_early(client: openai.OpenAI, http: httpx.Client) -> None:
+    stream = client.chat.completions.create(model="demo", messages=HI, stream=True, max_tokens=1500)
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    assert chat(client, max_tokens=2).usage
+
+
+def test_many_at_once(server: Server) -> None:
+    """Each gets its own answer, the same that it gets alone."""
+
+    async def ask_all() -> tuple[list[str], list[str]]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=60,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+        ) as client:
+            together = await asyncio.gather(*(_ask(client, i) for i in range(24)))
+            return list(together), [await _ask(client, i) for i in range(24)]
+
+    together, alone = asyncio.run(ask_all())
+    assert together == alone
+    assert len(set(alone)) == 24
+
+
+async def _ask(client: openai.AsyncOpenAI, number: int) -> str:
+    """Every second one as a stream."""
+    options: dict[str, Any] = {"model": "demo", "max_tokens": 16 + number, "seed": number, "temperature": 0.8}
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": f"Number {number}"}]
+    if number % 2:
+        answer = await client.chat.completions.create(messages=messages, **options)
+        return str(answer.choices[0].message.content)
+    stream = await client.chat.completions.create(messages=messages, stream=True, **options)
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])

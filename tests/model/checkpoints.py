@@ -1,0 +1,221 @@
+"""Small random checkpoints, written by transformers, one for each way in which the supported models differ.
+
+transformers initialises biases to zero and norms to one, under which a forgotten bias or norm goes unnoticed; here
+every parameter is random, and large enough that logits are far from flat and greedy output does not run in circles.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+TRAINED = 32  # tokens; the length that scaled ropes were "trained" with, shorter than the longest prompts
+Json = dict[str, Any]
+FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+# Nothing divides evenly: 211 rows of vocabulary, 11 x 16 MLP columns, 6 query heads on 2 KV heads.
+SIZES: Json = {
+    "vocab_size": 211,
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "dtype": "float32",
+    "attn_implementation": "eager",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: a family, what its config says beyond SIZES, and what happens to the saved files."""
+
+    name: str
+    family: str
+    config: Json = field(default_factory=dict)
+    rewrite: tuple[Callable[[Path], None], ...] = ()
+    shard_size: str = "1GB"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def make_model(case: Case, seed: int) -> PreTrainedModel:
+    """The model in memory: the oracle runs this one, and never sees the rewritten files."""
+    config_class, model_class = FAMILIES[case.family]
+    # A copy: transformers completes `rope_parameters` in place.
+    model = model_class(config_class(**json.loads(json.dumps(SIZES | case.config)))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_random(name, parameter, generator))
+    return model
+
+
+def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(like.shape, generator=generator)
+    if name.endswith("norm.weight"):
+        return 1 + 0.3 * noise
+    if name.endswith("bias"):
+        return 0.3 * noise
+    # The embedding too: where it is tied it is the head as well, and a larger one would only repeat its input.
+    gain = 2.0 if any(part in name for part in ("embed_tokens", "lm_head", "q_proj")) else 1.5
+    return gain / math.sqrt(like.shape[1]) * noise
+
+
+def save(model: PreTrainedModel, case: Case, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size=case.shard_size)
+    for rewrite in case.rewrite:
+        rewrite(folder)
+
+
+def edit_config(folder: Path, edit: Callable[[Json], Json]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+
+
+def older_config(folder: Path) -> None:
+    """config.json as transformers 4 wrote it, and as most checkpoints on the hub still have it."""
+    edit_config(folder, _older)
+
+
+def _older(config: Json) -> Json:
+    rope = config.pop("rope_parameters")
+    config["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)  # older still: max_window_layers alone
+    return config
+
+
+_INTERNLM2_NAMES = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def as_internlm2(folder: Path) -> None:
+    """A llama checkpoint in InternLM2's names and fused layout. transformers has no InternLM2, but the mathematics is
+    llama's, so the llama it was made from is the oracle.
+    """
+    older_config(folder)
+    config = json.loads((folder / "config.json").read_text())
+    bias = {"bias": config.pop("attention_bias")}
+    names = {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
+    (folder / "config.json").write_text(json.dumps(config | names | bias))
+    tensors = load_file(folder / "model.safetensors")
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    fused = {}
+    for name, tensor in tensors.items():
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            fused[name.replace("self_attn.q_proj", "attention.wqkv")] = _fuse(*parts, heads // kv_heads, kv_heads)
+        else:
+            fused[_internlm2_name(name)] = tensor
+    save_file(fused, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _fuse(query: Tensor, key: Tensor, value: Tensor, group: int, kv_heads: int) -> Tensor:
+    """Per KV head: its query heads, its key, its value."""
+    dim = len(key) // kv_heads
+    rows = []
+    for head in range(kv_heads):
+        first = head * group * dim
+        rows += [query[first : first + group * dim], *(t[head * dim : (head + 1) * dim] for t in (key, value))]
+    return torch.cat(rows)
+
+
+def _internlm2_name(name: str) -> str:
+    for llama, internlm2 in _INTERNLM2_NAMES.items():
+        name = name.replace(llama, internlm2)
+    return name
+
+
+def _rope(kind: str, **values: Any) -> Json:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | values}
+
+
+_YARN: Json = {"factor": 8.0, "original_max_position_embeddings": TRAINED, "beta_fast": 8.0, "beta_slow": 0.5}
+_LLAMA3: Json = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": TRAINED,
+}
+_DYNAMIC = _rope("dynamic", factor=2.0) | {"max_position_embeddings": TRAINED}
+_BIAS: Json = {"attention_bias": True, "mlp_bias": True}
+
+CASES = [
+    Case("llama", "llama"),
+    Case("llama-biases", "llama", _BIAS, shard_size="200KB"),
+    Case("llama-mha-older", "llama", _rope("default", rope_theta=5e5) | {"num_key_value_heads": 6}, (older_config,)),
+    Case("llama-mqa-one-layer", "llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
+    Case("llama-tied", "llama", {"tie_word_embeddings": True}),
+    Case("llama-tied-older-sharded", "llama", {"tie_word_embeddings": True}, (older_config,), "100KB"),
+    Case("rope-linear", "llama", _rope("linear", factor=4.0)),
+    Case("rope-linear-older", "llama", _rope("linear", factor=2.5), (older_config,)),
+    Case("rope-dynamic", "llama", _DYNAMIC),
+    Case("rope-dynamic-older", "llama", _DYNAMIC, (older_config,)),
+    Case("rope-llama3", "llama", _rope("llama3", **_LLAMA3)),
+    Case("rope-llama3-older", "llama", _rope("llama3", **_LLAMA3), (older_config,)),
+    Case("rope-yarn", "llama", _rope("yarn", **_YARN)),
+    Case("rope-yarn-older", "llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64), (older_config,)),
+    Case("rope-yarn-attention-factor", "llama", _rope("yarn", **_YARN, attention_factor=0.7)),
+    Case("rope-yarn-mscale", "llama", _rope("yarn", **_YARN, mscale=2.0, mscale_all_dim=0.5)),
+    Case("rope-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False)),
+    Case("mistral-window", "mistral", {"sliding_window": 20}),
+    Case("mistral-head-dim", "mistral", {"sliding_window": None, "head_dim": 24}),
+    Case("mistral-window-older", "mistral", {"sliding_window": 7, "head_dim": 8}, (older_config,)),
+    Case(
+        "qwen2-14-heads",
+        "qwen2",
+        {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 112, "vocab_size": 509},
+    ),
+    Case(
+        "qwen2-window",
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    Case(
+        "qwen2-window-older",
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2, "num_hidden_layers": 3},
+        (older_config,),
+    ),
+    Case("qwen3", "qwen3", {"head_dim": 32}),
+    Case("qwen3-bias-older", "qwen3", {"head_dim": 20, "attention_bias": True}, (older_config,)),
+    Case("internlm2", "llama", {}, (as_internlm2,)),
+    Case("internlm2-dynamic-bias", "llama", _DYNAMIC | {"attention_bias": True}, (as_internlm2,)),
+]

@@ -1,0 +1,120 @@
+"""Drives the product's runner and engine as rank 0 does, and keeps the logits that each token was chosen from.
+
+The logits are taken where the runner hands them to the sampler: the one place that all of them pass.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rtp_llm.config import Config
+from rtp_llm.engine.blocks import BlockPool
+from rtp_llm.engine.engine import Engine, Publish
+from rtp_llm.engine.request import FinishReason, Logprob, Request, SamplingParams
+from rtp_llm.engine.sampling import Sampled, Sampling
+from rtp_llm.engine.scheduler import Limits, Scheduler
+from rtp_llm.layers.sampler import sample
+from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.weights import LoadReport
+from rtp_llm.parallel.group import Group, SingleRank
+from rtp_llm.runner.runner import Runner
+
+MAX_SEQ_LEN = 256
+MOST_STEPS = 5000  # far more than any test needs: an engine that gets nowhere must not hang
+Settings = Mapping[str, Any]
+# Small enough that prompts are cut in chunks beside decodes, large enough to hold every test's requests.
+DEFAULTS: Settings = {"max_batch_tokens_size": 48, "test_block_num": 64, "warm_up": False}
+
+
+@dataclass
+class Outcome:
+    """What became of one request. `logits`: those that each token of `tokens` was chosen from."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+
+
+Outcomes = dict[str, Outcome]
+
+
+def load(path: Path, settings: Settings, group: Group) -> tuple[Runner, LoadReport]:
+    """One rank, ready to compute; all ranks of the group call it."""
+    config = Config(checkpoint_path=str(path), **{**DEFAULTS, **settings})
+    checkpoint = Checkpoint.open(config)
+    spec = checkpoint.spec(config)
+    spec.check_tp(group.size)
+    runner = Runner(config, spec, group, torch.device("cpu"), MAX_SEQ_LEN)
+    report = runner.load(checkpoint, lambda share: None)
+    runner.allocate(group.size)
+    return runner, report
+
+
+def engine_of(runner: Runner, publish: Publish) -> Engine:
+    config = runner.config
+    blocks = BlockPool(runner.num_blocks, runner.block_size, config.reuse_cache)
+    limits = Limits(runner.max_tokens, config.max_batch_size or config.concurrency_limit, config.max_context_batch_size)
+    return Engine(Scheduler(blocks, limits), runner, runner.max_seq_len, epoch=1, publish=publish)
+
+
+def alone(path: Path, **settings: Any) -> Engine:
+    """An engine at TP 1 in this process."""
+    return engine_of(load(path, settings, SingleRank())[0], lambda step: None)
+
+
+def greedy(prompt: Sequence[int], count: int, id: str = "0", **params: Any) -> Request:
+    return Request(id, list(prompt), SamplingParams(max_tokens=count, **{"temperature": 0.0, **params}))
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> Outcomes:
+    """Adds all requests at once and steps until all have ended."""
+    outcomes: Outcomes = {r.id: Outcome() for r in requests}
+    with watching() as logits:
+        for request in requests:
+            assert engine.add(request) is None, "there is nothing left to compute"
+        finish(engine, outcomes)
+    for id, outcome in outcomes.items():
+        outcome.logits = logits[id]
+    return outcomes
+
+
+def finish(engine: Engine, outcomes: Outcomes) -> None:
+    for _ in range(MOST_STEPS):
+        if not engine.has_work:
+            return
+        step(engine, outcomes)
+    raise AssertionError(f"requests are unfinished after {MOST_STEPS} steps")
+
+
+def step(engine: Engine, outcomes: Outcomes) -> None:
+    for event in engine.step():
+        outcome = outcomes[event.request_id]
+        outcome.tokens += event.tokens
+        outcome.logprobs += event.logprobs
+        outcome.prompt_logprobs += event.prompt_logprobs
+        outcome.finish, outcome.cached_tokens = event.finish, event.cached_tokens
+
+
+@contextmanager
+def watching() -> Iterator[dict[str, list[NDArray[np.float32]]]]:
+    seen: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+
+    def watched(logits: Tensor, sampling: Sampling) -> tuple[list[Sampled], list[Logprob]]:
+        for row, request in zip(sampling.rows, sampling.requests, strict=True):
+            seen[request.id].append(logits[row].numpy().copy())
+        return sample(logits, sampling)
+
+    with mock.patch("rtp_llm.runner.runner.sample", watched):
+        yield seen

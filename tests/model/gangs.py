@@ -1,0 +1,164 @@
+"""Sets of rank processes, as the tests see them: started once per TP size, given jobs, and never waited for in vain."""
+
+import json
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtp_llm.engine.request import Request
+from rtp_llm.parallel.plan import STEP, TORCH_INIT
+from rtp_llm.parallel.wire import Kind, WireError, pack_json, receive
+from tests.model.drive import Outcome, Outcomes
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS, JOB_SECONDS = 120, 120
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a gang says about a job: outcomes of all requests, and one reply per rank."""
+
+    outcomes: Outcomes
+    replies: list[dict[str, Any]]
+
+
+class Gang:
+    """`size` processes that form one tensor-parallel group. Close it: that ends them."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory(prefix="gang")
+        self._controls: list[socket.socket] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        port = free_start_port()
+        try:
+            for rank in range(size):
+                self._start(rank, port)
+            self._collect(START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, rank: int, port: int) -> None:
+        ours, theirs = socket.socketpair()
+        self._controls.append(ours)
+        command = [sys.executable, "-m", "tests.model.rank", *map(str, (self.size, rank, port, theirs.fileno()))]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with theirs, self._log(rank).open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[theirs.fileno()],
+                )
+            )
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"rank{rank}.log"
+
+    def run(
+        self, checkpoint: Path, waves: Sequence[Sequence[Request]], collectives: str = "gloo", **settings: Any
+    ) -> Report:
+        """Loads the checkpoint on all ranks and serves the waves one after the other."""
+        out = Path(self._folder.name) / "out.npz"
+        job = {
+            "checkpoint": str(checkpoint),
+            "settings": settings,
+            "waves": [[_entry(r) for r in wave] for wave in waves],
+            "out": str(out),
+            "collectives": collectives,
+        }
+        for control in self._controls:
+            control.sendall(pack_json(Kind.SUBMIT, job))
+        replies = self._collect(JOB_SECONDS)
+        return Report(_read(out, replies[0].pop("outcomes")), replies)
+
+    def _collect(self, seconds: float) -> list[dict[str, Any]]:
+        """One reply of every rank. Raises AssertionError with the ranks' output where one dies or time is up."""
+        deadline = time.monotonic() + seconds
+        replies: dict[int, dict[str, Any]] = {}
+        while len(replies) < self.size:
+            waiting = [c for i, c in enumerate(self._controls) if i not in replies]
+            ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"ranks {sorted(set(range(self.size)) - replies.keys())} gave no answer in {seconds:.0f} s")
+            for control in ready:
+                rank = self._controls.index(control)
+                replies[rank] = self._reply(rank, max(0.1, deadline - time.monotonic()))
+        return [replies[rank] for rank in range(self.size)]
+
+    def _reply(self, rank: int, seconds: float) -> dict[str, Any]:
+        control = self._controls[rank]
+        control.settimeout(seconds)
+        try:
+            message: dict[str, Any] = json.loads(receive(control)[1])
+        except (WireError, TimeoutError, ConnectionError) as error:
+            self._fail(f"rank {rank} died: {error}")
+        return message
+
+    def _fail(self, message: str) -> None:
+        self._end_processes()
+        tails = [
+            f"--- rank {r}\n{self._log(r).read_text(errors='replace')[-3000:]}" for r in range(len(self._processes))
+        ]
+        raise AssertionError("\n".join([f"TP {self.size}: {message}", *tails]))
+
+    def _end_processes(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def close(self) -> None:
+        for control in self._controls:
+            control.close()  # an idle rank ends by itself now, which lets it close its own sockets
+        deadline = time.monotonic() + 10
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self._end_processes()
+        self._folder.cleanup()
+
+
+def free_start_port() -> int:
+    """A START_PORT whose ports for steps and torch.distributed are free at this moment."""
+    for _ in range(100):
+        port = random.randrange(20000, 60000)
+        if all(_is_free(port - offset) for offset in (STEP, TORCH_INIT)):
+            return port
+    raise AssertionError("no free port found")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _entry(request: Request) -> dict[str, Any]:
+    prompt = request.tokens[: request.num_prompt]
+    return {"id": request.id, "prompt": prompt, "params": request.params.to_json(), "output": request.output}
+
+
+def _read(path: Path, told: dict[str, Any]) -> Outcomes:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {id: Outcome(**{**fields, "logits": list(arrays[id])}) for id, fields in told.items()}

@@ -1,0 +1,304 @@
+"""config.json to ModelSpec: both generations say the same, and what cannot be served is refused by key and value."""
+
+import json
+from typing import Any
+
+import pytest
+
+from rtp_llm.errors import CheckpointError, ConfigError
+from rtp_llm.model.spec import ALIASES, ARCHITECTURES, FAMILIES, ModelSpec, spec_from_config
+
+Json = dict[str, Any]
+# As transformers 4 wrote them, which is what most checkpoints on the hub hold.
+LLAMA: Json = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+QWEN2: Json = LLAMA | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "hidden_size": 896,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 24,
+}
+LLAMA3_ROPE: Json = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read(config: Json, **arguments: Any) -> ModelSpec:
+    before = json.dumps(config)
+    spec = spec_from_config(config, **arguments)
+    assert json.dumps(config) == before, "the caller's config was changed"
+    return spec
+
+
+def refuse(config: Json, error: type[Exception] = CheckpointError, **arguments: Any) -> str:
+    with pytest.raises(error) as caught:
+        spec_from_config(config, **arguments)
+    return str(caught.value)
+
+
+def without(config: Json, *keys: str) -> Json:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def test_llama() -> None:
+    spec = read(LLAMA)
+    assert (spec.family, spec.vocab_size, spec.hidden_size, spec.num_layers) == ("llama", 128256, 4096, 32)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size) == (32, 8, 128, 14336)
+    assert (spec.norm_eps, spec.max_positions, spec.dtype) == (1e-5, 8192, "bf16")
+    assert (spec.rope.kind, spec.rope.theta) == ("default", 500000.0)
+    assert not any((spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.tie_embeddings, spec.fused_qkv))
+    assert [spec.window(layer) for layer in range(32)] == [0] * 32
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        (LLAMA | {"attention_bias": True}, {"qkv_bias", "o_bias"}),
+        (LLAMA | {"mlp_bias": True}, {"mlp_bias"}),
+        (LLAMA | {"tie_word_embeddings": True}, {"tie_embeddings"}),
+        (LLAMA | {"architectures": ["MistralForCausalLM"]}, set()),
+        (QWEN2, {"qkv_bias"}),
+        (QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, {"qk_norm"}),
+        (QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, {"qk_norm", "qkv_bias", "o_bias"}),
+        (LLAMA | {"architectures": ["InternLM2ForCausalLM"], "bias": False}, {"fused_qkv"}),
+        (LLAMA | {"architectures": ["InternLM2ForCausalLM"], "bias": True}, {"fused_qkv", "qkv_bias", "o_bias"}),
+    ],
+)
+def test_families_are_flags(config: Json, flags: set[str]) -> None:
+    spec = read(config)
+    names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_embeddings", "fused_qkv")
+    assert {name for name in names if getattr(spec, name)} == flags
+
+
+def test_every_architecture_has_its_family() -> None:
+    for architecture, family in ARCHITECTURES.items():
+        assert read(LLAMA | {"architectures": [architecture]}).family == family
+    assert set(ARCHITECTURES.values()) == set(FAMILIES)
+    assert set(ALIASES.values()) <= set(FAMILIES)
+
+
+def newer(config: Json) -> Json:
+    """As transformers 5 writes it."""
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
+    rope = {"rope_theta": config["rope_theta"], "rope_type": kind} | scaling
+    rest = without(config, "rope_theta", "rope_scaling", "torch_dtype")
+    return rest | {"rope_parameters": rope, "dtype": config["torch_dtype"]}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3"} | LLAMA3_ROPE,
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+        {
+            "type": "yarn",
+            "factor": 4,
+            "original_max_position_embeddings": 2048,
+            "attention_factor": 0.5,
+            "beta_slow": 2,
+        },
+        {"type": "yarn", "factor": 40, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "truncate": False},
+    ],
+)
+def test_both_generations_say_the_same(scaling: Json | None) -> None:
+    older = LLAMA | {"rope_scaling": scaling}
+    assert read(older) == read(newer(older))
+    for key, value in (scaling or {}).items():
+        if key in ("factor", "attention_factor", "beta_slow", "beta_fast", "mscale", "mscale_all_dim", "truncate"):
+            assert getattr(read(older).rope, key) == value
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 8192),
+        ({"type": "linear", "factor": 4.0}, 32768),
+        ({"type": "dynamic", "factor": 2.0}, 16384),
+        ({"rope_type": "llama3"} | LLAMA3_ROPE, 8192),  # the checkpoint says the stretched length itself
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),  # as above
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 32768),  # Qwen's: it does not
+        ({"type": "yarn", "factor": 4.0}, 32768),  # what is not said is max_position_embeddings
+    ],
+)
+def test_longest_sequence(scaling: Json | None, length: int) -> None:
+    assert read(LLAMA | {"rope_scaling": scaling}).max_positions == length
+
+
+def test_trained_length_of_the_rope() -> None:
+    def original(scaling: Json) -> int:
+        return read(LLAMA | {"rope_scaling": scaling}).rope.original_max
+
+    assert original({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}) == 2048
+    assert original({"type": "yarn", "factor": 4.0}) == 8192
+    # Dynamic scaling goes by max_position_embeddings alone, whatever else stands there: as in transformers.
+    assert original({"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}) == 8192
+
+
+@pytest.mark.parametrize("key", sorted(LLAMA.keys() - {"model_type", "hidden_act", "tie_word_embeddings"}))
+def test_missing_key(key: str) -> None:
+    config = without(LLAMA, key)
+    defaults = {"rope_theta": 10000.0, "num_key_value_heads": 32, "torch_dtype": "bf16"}
+    if key == "rope_theta":
+        assert read(config).rope.theta == defaults[key]
+    elif key == "num_key_value_heads":
+        assert read(config).num_kv_heads == defaults[key]
+    elif key == "torch_dtype":
+        assert read(config).dtype == defaults[key]
+    else:
+        assert key in refuse(config)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -1, "32", 1.5, None, True, [32]])
+def test_size_that_is_none(key: str, value: object) -> None:
+    message = refuse(LLAMA | {key: value})
+    assert key in message
+    assert "an integer of 1 or more" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"num_key_value_heads": 5}, ["num_attention_heads=32", "num_key_value_heads=5"]),
+        ({"num_key_value_heads": "x"}, ["config.json"]),
+        ({"rms_norm_eps": "small"}, ["config.json"]),
+        ({"rms_norm_eps": None}, ["config.json"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
+        ({"torch_dtype": "int8"}, ["int8", "float32, bfloat16, float16"]),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["longrope", "yarn"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor", "linear"]),
+        ({"rope_scaling": {"type": "linear", "factor": "much"}}, ["config.json"]),
+        ({"rope_scaling": [1, 2]}, ["config.json"]),
+        ({"rope_scaling": "yarn"}, ["config.json"]),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ["quantization_config", "'gptq'", "not supported"],
+        ),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"architectures": []}, ["architectures", "LlamaForCausalLM"]),
+        ({"architectures": None}, ["architectures", "LlamaForCausalLM"]),
+    ],
+)
+def test_refused(change: Json, parts: list[str]) -> None:
+    message = refuse(LLAMA | change)
+    assert message.startswith("config.json: ")
+    assert [part for part in parts if part not in message] == []
+
+
+# MODEL_TYPE
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_aliases(alias: str) -> None:
+    family = ALIASES[alias]
+    architecture = next(a for a, f in ARCHITECTURES.items() if f == family)
+    config = QWEN2 | {"architectures": [architecture]}
+    assert read(config, model_type=alias) == read(config, model_type=family) == read(config)
+
+
+def test_model_type_stands_in_for_a_missing_architecture() -> None:
+    assert read(without(LLAMA, "architectures"), model_type="llama") == read(LLAMA)
+    assert read(LLAMA | {"architectures": ["MyOwnLlama"]}, model_type="llama") == read(LLAMA)
+    # Mistral's mathematics is llama's with a window: checkpoints call themselves the one or the other.
+    assert read(LLAMA, model_type="mistral").family == "mistral"
+
+
+def test_model_type_that_does_not_fit() -> None:
+    message = refuse(LLAMA, ConfigError, model_type="qwen_2")
+    assert "MODEL_TYPE='qwen_2'" in message
+    assert "LlamaForCausalLM" in message
+    assert "leave MODEL_TYPE unset" in message
+
+
+def test_unknown_model_type() -> None:
+    message = refuse(LLAMA, ConfigError, model_type="gpt_5")
+    assert "MODEL_TYPE='gpt_5'" in message
+    assert all(name in message for name in (*FAMILIES, *ALIASES))
+
+
+# ACT_TYPE, HACK_LAYER_NUM
+
+
+@pytest.mark.parametrize("act_type", ["fp32", "bf16", "fp16"])
+def test_act_type_beats_the_checkpoint(act_type: str) -> None:
+    assert read(LLAMA, act_type=act_type).dtype == act_type
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("torch.float16", "fp16")],
+)
+def test_dtype_of_the_checkpoint(name: str, dtype: str) -> None:
+    assert read(LLAMA | {"torch_dtype": name}).dtype == dtype
+    assert read(without(LLAMA, "torch_dtype") | {"dtype": name}).dtype == dtype
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(0, 32), (1, 1), (31, 31), (32, 32), (99, 32)])
+def test_number_of_layers(asked: int, layers: int) -> None:
+    assert read(LLAMA, num_layers=asked).num_layers == layers
+
+
+# Windows and heads
+
+WINDOW: Json = {"sliding_window": 128, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (LLAMA | WINDOW, [0, 0, 0, 0]),  # llama has none, whatever stands there
+        (LLAMA | WINDOW | {"architectures": ["MistralForCausalLM"]}, [128] * 4),
+        (LLAMA | WINDOW | {"architectures": ["MistralForCausalLM"], "sliding_window": None}, [0] * 4),
+        (QWEN2 | WINDOW, [0] * 4),
+        (QWEN2 | WINDOW | {"use_sliding_window": True, "max_window_layers": 2}, [0, 0, 128, 128]),
+        (QWEN2 | WINDOW | {"use_sliding_window": True, "max_window_layers": 0}, [128] * 4),
+        (QWEN2 | WINDOW | {"use_sliding_window": True, "max_window_layers": 4}, [0] * 4),
+        (
+            QWEN2 | WINDOW | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            [128, 0, 128, 0],
+        ),
+    ],
+)
+def test_windows(config: Json, windows: list[int]) -> None:
+    spec = read(config)
+    assert [spec.window(layer) for layer in range(4)] == windows
+
+
+def test_head_dim() -> None:
+    assert read(QWEN2).head_dim == 64
+    assert read(QWEN2 | {"head_dim": 128}).head_dim == 128
+    assert read(QWEN2 | {"head_dim": None}).head_dim == 64
+
+
+def test_tp_sizes_that_fit() -> None:
+    spec = read(QWEN2)
+    assert spec.fitting_tp_sizes() == range(1, 15)
+    spec.check_tp(14)
+    with pytest.raises(ConfigError, match="TP_SIZE=15: the model has 14 query heads; allowed: 1 to 14"):
+        spec.check_tp(15)

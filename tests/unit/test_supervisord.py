@@ -1,0 +1,95 @@
+"""The generated supervisord.conf, read back by the parsers that will read it: configparser and supervisord's own."""
+
+import configparser
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervisor.options import ServerOptions
+
+from rtp_llm.config import Config
+from rtp_llm.parallel.handover import Handover, ModelCard
+from rtp_llm.parallel.plan import make_plan
+from rtp_llm.supervise.supervisord import DRAIN_MARGIN_SECONDS, supervisord_config
+
+PARTS = '{"x_part0": {"ip": "a", "port": 10000}, "x_part1": {"ip": "b", "port": 10000}}'
+
+
+def handover(run_dir: Path, **settings: Any) -> Handover:
+    config = Config.model_validate({"tp_size": 2, **settings})
+    return Handover(run_dir, config, make_plan(config, 0), ModelCard("m", "qwen3", "fp32", 1024), {}, False)
+
+
+def parsed(run_dir: Path, **settings: Any) -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser()
+    parser.read_string(supervisord_config(handover(run_dir, **settings)))
+    return parser
+
+
+def as_supervisord_reads_it(run_dir: Path) -> ServerOptions:
+    """Raises ValueError where supervisord would refuse it."""
+    run_dir.mkdir(exist_ok=True)
+    conf = run_dir / "supervisord.conf"
+    conf.write_text(supervisord_config(handover(run_dir)))
+    options = ServerOptions()
+    options.realize(["-c", str(conf)])
+    return options
+
+
+def test_one_program_per_rank_of_this_part() -> None:
+    conf = parsed(Path("/run/x"), tp_size=4, local_world_size=2, world_rank=2, json_gang_parts=PARTS)
+    assert conf["group:ranks"]["programs"] == "rank2,rank3"
+    assert conf["program:rank3"]["command"].endswith(" -m rtp_llm.engine.main /run/x 3")
+    assert conf["supervisord"]["identifier"] == "part1"
+    assert "program:rank0" not in conf
+
+
+def test_the_api_stops_before_the_ranks() -> None:
+    """supervisord stops the group with the highest priority number first."""
+    conf = parsed(Path("/run/x"))
+    assert int(conf["group:service"]["priority"]) > int(conf["group:ranks"]["priority"])
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(30, 30), (0, 0), (-1, 600)])
+def test_the_api_has_the_time_that_streams_were_promised(timeout: int, seconds: int) -> None:
+    conf = parsed(Path("/run/x"), shutdown_timeout=timeout)
+    assert int(conf["program:api"]["stopwaitsecs"]) == seconds + DRAIN_MARGIN_SECONDS
+
+
+def test_only_the_guard_decides_about_restarts() -> None:
+    conf = parsed(Path("/run/x"))
+    restarts = {name: conf[name]["autorestart"] for name in conf.sections() if "autorestart" in conf[name]}
+    assert restarts == {
+        "program:api": "false",
+        "program:rank0": "false",
+        "program:rank1": "false",
+        "eventlistener:guard": "true",
+    }
+
+
+def test_the_guards_stdout_belongs_to_the_protocol() -> None:
+    conf = parsed(Path("/run/x"))["eventlistener:guard"]
+    assert conf["redirect_stderr"] == "false"
+    assert "stdout_logfile" not in conf
+
+
+@pytest.mark.parametrize("name", ["plain", "100%", "50%(x)s", "%(here)s"])
+def test_supervisord_understands_it_whatever_the_folder_is_called(tmp_path: Path, name: str) -> None:
+    run_dir = tmp_path / name
+    options = as_supervisord_reads_it(run_dir)
+    groups = {group.name: group for group in options.process_group_configs}
+    assert set(groups) == {"ranks", "service", "guard"}
+    for group, ending in (("ranks", ["rtp_llm.engine.main", str(run_dir), "0"]), ("service", [str(run_dir)])):
+        assert shlex.split(groups[group].process_configs[0].command)[-len(ending) :] == ending
+    assert groups["ranks"].process_configs[0].stdout_logfile == "/dev/fd/1"
+    assert options.logfile == str(run_dir / "supervisord.log")
+
+
+@pytest.mark.parametrize("name", ["with space", "quo'te", "$HOME"])
+def test_the_folder_stays_one_word_of_the_command(tmp_path: Path, name: str) -> None:
+    run_dir = tmp_path / name
+    options = as_supervisord_reads_it(run_dir)
+    for group in options.process_group_configs:
+        for program in group.process_configs:
+            assert str(run_dir) in shlex.split(program.command)
