@@ -123,6 +123,11 @@ def timed_out(message: str) -> RequestError:
     return RequestError(504, 603, "GENERATE_TIMEOUT", message)
 
 
+def execution_failed(message: str) -> RequestError:
+    """500: the model failed on this request; sending it again would not help."""
+    return RequestError(500, 606, "EXECUTION_EXCEPTION", message)
+
+
 def engine_gone(message: str) -> RequestError:
     """503: the ranks did not come back in time, or never came up."""
     return RequestError(503, 606, "EXECUTION_EXCEPTION", message)

@@ -84,9 +84,6 @@ class Metrics:
         self.iteration_tokens = histogram("iteration_tokens", "Tokens per step", ITERATION_TOKENS)
         self.step_seconds = histogram("step_seconds", "Duration of a step", ITL)
         self.info = gauge("model_info", "1; the labels say what is served", "family", "dtype", "tp_size")
-        self.cache_info = gauge(
-            "cache_config_info", "1; the labels say how", "block_size", "num_blocks", "prefix_cache"
-        )
         self.build_info = gauge("build_info", "1; the label says which version", "version")
         self.http_requests = Counter(
             "rtp_llm_http_requests", "HTTP answers", ["method", "handler", "status"], registry=self.registry
@@ -103,7 +100,6 @@ class Metrics:
         self.waiting.set(stats["waiting"])
         self.kv_usage.set(stats["kv_used"] / num_blocks)
         self.kv_used_tokens.set(stats["kv_used"] * block_size)
-        self.kv_capacity_tokens.set(num_blocks * block_size)
         for name, metric in (
             ("preemptions", self.preemptions),
             ("prefix_queries", self.prefix_queries),
@@ -115,9 +111,15 @@ class Metrics:
             self.iteration_tokens.observe(stats["step_tokens"])
             self.step_seconds.observe(stats["step_seconds"])
 
-    def new_epoch(self) -> None:
-        """Rank 0 counts from zero again."""
+    def new_epoch(self, block_size: int, num_blocks: int) -> None:
+        """Rank 0 counts from zero again, perhaps with another cache."""
         self._totals.clear()
+        self.kv_capacity_tokens.set(block_size * num_blocks)
+
+    def no_engine(self) -> None:
+        """Nothing runs while there is no engine."""
+        for gauge in (self.running, self.waiting, self.kv_usage, self.kv_used_tokens):
+            gauge.set(0)
 
 
 def _bound(metric: Any, label: dict[str, str], further: tuple[str, ...]) -> Any:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rtp_llm.engine.request import Event, SamplingParams
-from rtp_llm.errors import engine_gone
+from rtp_llm.errors import RequestError, engine_gone, execution_failed
 from rtp_llm.metrics import Metrics
 from rtp_llm.parallel.wire import HEADER, Kind, WireError, pack_json, parse_header
 
 log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.2
+MAX_LOSSES = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class _Entry:
     prompt: list[int]
     params: SamplingParams
     output: list[int] = field(default_factory=list)
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event | RequestError] = field(default_factory=asyncio.Queue)
+    losses: int = 0  # engines lost since it was accepted
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "prompt": self.prompt, "output": self.output, "params": self.params.to_json()}
@@ -60,6 +62,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
         self._lost_at = time.monotonic()
+        self._draining = False
         self.info: EngineInfo | None = None  # of the present engine or of the last one; None before the first
         self.stats: dict[str, Any] = {}
 
@@ -84,14 +87,16 @@ class EngineClient:
     async def generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncGenerator[Event]:
         """Events of one sequence up to its terminal one. Leaving the iterator early aborts the sequence.
 
-        An engine that does not come back in time ends it with an event whose finish is "error".
+        Raises RequestError 503 where the engine does not come back in time, 500 where the sequence itself fails.
         """
         entry = _Entry(request_id, prompt, params)
         self._ledger[request_id] = entry
-        self._send(Kind.SUBMIT, entry.to_json())
         try:
+            self._send(Kind.SUBMIT, entry.to_json())
             while True:
                 event = await entry.events.get()
+                if isinstance(event, RequestError):
+                    raise event
                 yield event
                 if event.finish:
                     return
@@ -101,7 +106,7 @@ class EngineClient:
 
     def _send(self, kind: Kind, message: dict[str, Any]) -> None:
         """While there is no engine nothing is sent: the ledger is submitted when there is one again."""
-        if self._writer:
+        if self._writer and not self._writer.is_closing():
             self._writer.write(pack_json(kind, message))
 
     async def _stay_connected(self) -> None:
@@ -110,10 +115,12 @@ class EngineClient:
             try:
                 reader, writer = await asyncio.open_unix_connection(self._path)
                 await self._read(reader, writer)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 if self.connected:
-                    log.warning("lost the engine: %s; %d sequences wait for it", error, self.num_open)
-                    self._lost_at = time.monotonic()
+                    self._lose(error)
+            except Exception:  # whatever it is: without this task no request would ever end
+                log.exception("the engine's frames could not be read")
+                self._lose("unreadable frames")
             finally:
                 self._writer = None
                 if writer:
@@ -138,11 +145,12 @@ class EngineClient:
         self._writer = writer
         if self.info is None:
             log.info("the engine is ready: requests are served")
+        if self.info is None or self.info.epoch != info.epoch:
+            self._metrics.new_epoch(info.block_size, info.num_blocks)
         self.info = info
-        self._metrics.new_epoch()
         if self._ledger:
             log.info("epoch %d: submitting %d accepted sequences again", info.epoch, self.num_open)
-            self._metrics.resumed.inc(self.num_open)
+            self._metrics.resumed.inc(sum(1 for entry in self._ledger.values() if entry.losses))
         for entry in self._ledger.values():
             self._send(Kind.SUBMIT, entry.to_json())
 
@@ -158,15 +166,46 @@ class EngineClient:
             entry.output += event.tokens
             if event.finish == "error":
                 self._metrics.corrupted.inc()
+                self._end(entry, execution_failed(event.error))
+                continue
             if event.finish:
                 del self._ledger[event.request_id]
             entry.events.put_nowait(event)
+
+    def _lose(self, why: object) -> None:
+        """The engine is gone. A sequence that has seen too many go may be what kills them: it is not submitted
+        again.
+        """
+        log.warning("lost the engine: %s; %d sequences wait for it", why, self.num_open)
+        self._lost_at = time.monotonic()
+        self.stats = {}
+        self._metrics.no_engine()
+        for entry in list(self._ledger.values()):
+            entry.losses += 1
+            if entry.losses >= MAX_LOSSES:
+                self._end(entry, engine_gone(f"the engine was lost {entry.losses} times while it held this request"))
+        if self._draining:
+            self.end_all("the server is stopping")
+
+    def drain(self, seconds: float) -> None:
+        """The server stops: open sequences may end for so long, and are ended with an error after that."""
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(max(0.0, seconds), self.end_all, "the server is stopping")
+        if not self.connected:
+            self.end_all("the server is stopping")
+
+    def end_all(self, why: str) -> None:
+        for entry in list(self._ledger.values()):
+            self._end(entry, engine_gone(why))
+
+    def _end(self, entry: _Entry, error: RequestError) -> None:
+        if self._ledger.pop(entry.id, None):
+            self._send(Kind.ABORT, {"id": entry.id})
+        entry.events.put_nowait(error)
 
     def _expire(self) -> None:
         """No request waits for ever for an engine that does not come back."""
         if self._ledger and time.monotonic() - self._lost_at > self._resume_timeout:
             log.error("no engine for %.0f s: ending %d sequences", self._resume_timeout, self.num_open)
-            for entry in self._ledger.values():
-                error = engine_gone(f"the engine did not come back within {self._resume_timeout:.0f} s")
-                entry.events.put_nowait(Event(entry.id, finish="error", error=error.message))
-            self._ledger.clear()
+            self.end_all(f"the engine did not come back within {self._resume_timeout:.0f} s")

@@ -1,9 +1,12 @@
 """`python -m rtp_llm.api.main RUN_DIR`: the API process of one part."""
 
+import asyncio
 import logging
+import socket
 import sys
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -23,6 +26,8 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger("rtp_llm.api")
 
+LAST_WORD_SECONDS = 1.0
+
 
 def main(run_dir: Path) -> None:
     handover = Handover.load(run_dir)
@@ -41,7 +46,8 @@ def main(run_dir: Path) -> None:
     state = PartState(handover, client)
     metrics.registry.register(GangCollector(state.for_metrics))
     app = create_app(config, state, metrics, service)
-    server = uvicorn.Server(
+    server = Server(
+        client,
         uvicorn.Config(
             app,
             host="0.0.0.0",
@@ -51,10 +57,29 @@ def main(run_dir: Path) -> None:
             access_log=False,
             timeout_keep_alive=config.timeout_keep_alive,
             timeout_graceful_shutdown=config.drain_seconds,
-        )
+        ),
     )
     log.info("HTTP on port %d%s", plan.start_port, f", model {model.name}" if service else "")
     server.run()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose open streams get a terminal event before its deadline cuts them off."""
+
+    def __init__(self, client: EngineClient | None, config: uvicorn.Config):
+        super().__init__(config)
+        self._client = client
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._client and self._loop:
+            seconds = (self.config.timeout_graceful_shutdown or 0) - LAST_WORD_SECONDS
+            self._loop.call_soon_threadsafe(self._client.drain, seconds)
 
 
 def _template(config: Config, tokenizer: Tokenizer, family: str) -> ChatTemplate:

@@ -184,6 +184,7 @@ class Native:
         self, request: Request, body: Annotated[BatchInferRequest, Depends(json_body(BatchInferRequest))]
     ) -> Response:
         config = _generate_config(check(NativeRequest, body.model_dump()))
+        self.service.check_room(len(body.prompt_batch))
         prompts = [await self._encode(text, config) for text in body.prompt_batch]
         reply = self._reply(prompts, config, batch=True)
         await unless_disconnected(request, self._collect(reply), reply.admission)
@@ -211,6 +212,7 @@ class Native:
         if body.prompt_batch is not None:
             if not body.prompt_batch:
                 raise empty_prompt("prompt_batch is empty: send at least one prompt")
+            self.service.check_room(len(body.prompt_batch))
             return [await self._encode(text, config) for text in body.prompt_batch], True
         text = body.prompt if body.prompt is not None else body.text
         if text is None and body.messages:

@@ -173,6 +173,7 @@ class OpenAI:
             raise empty_prompt("prompt is an empty list: send a text, texts, token ids or lists of token ids")
         else:
             prompts = []
+            self.service.check_room(1 if isinstance(given[0], int) else len(given) * (body.n or 1))
             if isinstance(given[0], int):
                 prompts = [[int(t) for t in given]]
             else:

@@ -46,6 +46,8 @@ class StopWords:
         """From STOP_WORDS_STR, STOP_WORDS_LIST and FORCE_STOP_WORDS. Raises ConfigError on bad JSON."""
         strings = _json_list("STOP_WORDS_STR", config.stop_words_str, str)
         sequences = _json_list("STOP_WORDS_LIST", config.stop_words_list, list)
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for s in sequences for i in s):
+            raise ConfigError(f"STOP_WORDS_LIST={config.stop_words_list!r}: allowed: lists of token ids, 0 or more")
         ids, texts = split_stop_ids(sequences, tokenizer)
         own = frozenset() if config.force_stop_words else tokenizer.eos_ids
         return cls(own | ids, (*strings, *texts))

@@ -99,7 +99,8 @@ class PartState:
     def _process_numbers(self, ranks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         part = self.handover.plan.part
         pids = {f"rank{r}": int(p["pid"]) for r, p in ranks.items() if p["part"] == part} | {"api": os.getpid()}
-        return {name: self._numbers(pid) for name, pid in pids.items()}
+        gone: dict[str, dict[str, float]] = {f"rank{r}": {"up": 0.0} for r in self.handover.plan.ranks}
+        return gone | {name: self._numbers(pid) for name, pid in pids.items()}
 
     def _numbers(self, pid: int) -> dict[str, float]:
         try:

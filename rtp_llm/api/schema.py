@@ -9,6 +9,8 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
+MAX_STOPS = 64  # each is looked for at every token
+MAX_BIASES = 4096
 
 
 class Body(BaseModel):
@@ -32,14 +34,14 @@ class GenerateConfig(Body):
     top_p: Finite = Field(1.0, ge=0, le=1)
     min_p: Finite = Field(0.0, ge=0, le=1)
     temperature: Finite = Field(1.0, ge=0)
-    repetition_penalty: Finite = Field(1.0, gt=0)
-    presence_penalty: Finite = 0.0
-    frequency_penalty: Finite = 0.0
+    repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
+    presence_penalty: Finite = Field(0.0, ge=-100, le=100)
+    frequency_penalty: Finite = Field(0.0, ge=-100, le=100)
     random_seed: Seed | None = None
     num_beams: int = 1
     num_return_sequences: int = Field(0, ge=0, le=128)
-    stop_words_str: list[Text] = Field(default_factory=list)
-    stop_words_list: list[list[TokenId]] = Field(default_factory=list)
+    stop_words_str: list[Text] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop_words_list: list[list[TokenId]] = Field(default_factory=list, max_length=MAX_STOPS)
     print_stop_words: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -84,17 +86,17 @@ class Sampling(Body):
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     seed: Seed | None = None
     temperature: Finite | None = Field(None, ge=0, le=100)
     top_p: Finite | None = Field(None, ge=0, le=1)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
     user: str | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: Finite | None = Field(None, ge=0, le=1)
-    repetition_penalty: Finite | None = Field(None, gt=0)
+    repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None

@@ -103,6 +103,11 @@ class Service:
 
     def admit(self, sequences: int) -> Admission:
         """A place for each sequence. Raises RequestError 429 where batch and queue are full."""
+        self.check_room(sequences)
+        return Admission(self, sequences)
+
+    def check_room(self, sequences: int) -> None:
+        """As `admit`, without taking the places: called before the work of encoding what could only be refused."""
         taken = self.client.num_open + self.promised
         if sequences > self.config.concurrency_limit + self.config.queue_limit - taken:
             self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()
@@ -110,7 +115,6 @@ class Service:
                 f"{taken} sequences are open, {sequences} more do not fit: CONCURRENCY_LIMIT="
                 f"{self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}; try again later"
             )
-        return Admission(self, sequences)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises RequestError 400 for text that is not Unicode."""
@@ -194,8 +198,6 @@ class Service:
         text: TextParams,
         produced: int,
     ) -> Chunk:
-        if event.finish == "error":
-            raise engine_gone(event.error)
         shown = event.tokens
         if event.finish == "stop" and not text.include_stop:
             shown = shown[:-1]  # the stop token itself

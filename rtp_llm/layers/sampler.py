@@ -56,8 +56,9 @@ def _edit_row(row: Tensor, request: Request) -> None:
     if (params.presence_penalty or params.frequency_penalty) and request.num_output:
         tokens, counts = torch.tensor(request.output, device=row.device).unique(return_counts=True)
         row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
-    for token, bias in params.logit_bias.items():
-        row[token] += bias
+    if params.logit_bias:
+        biases = torch.tensor(list(params.logit_bias.values()), device=row.device, dtype=row.dtype)
+        row[torch.tensor(list(params.logit_bias), device=row.device)] += biases
     if request.num_output < params.min_tokens and params.stop_token_ids:
         row[torch.tensor(params.stop_token_ids, device=row.device)] = -torch.inf
 

@@ -19,7 +19,7 @@ from rtp_llm.errors import CommunicationError, ExitCode, GangError
 from rtp_llm.parallel.hub import BEAT_SECONDS, Hub, Limits, LossHandler
 from rtp_llm.parallel.plan import ROLL_CALL, Plan
 from rtp_llm.parallel.pulse import Pulse
-from rtp_llm.parallel.wire import Kind, WireError, connect, listen, pack_json, receive
+from rtp_llm.parallel.wire import Kind, connect, listen, pack_json, receive
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Gang:
                 self._sock.sendall(pack_json(Kind.HELLO, {"rank": self.pulse.rank, "fingerprint": fingerprint}))
                 welcome = self._wait_welcome(self._sock)
                 break
-            except (WireError, ConnectionError, TimeoutError) as error:
+            except OSError as error:
                 # Part 0 went away before the roll was complete: it will come back, so call again.
                 if self._sock:
                     self._sock.close()
@@ -168,8 +168,11 @@ class Board:
 
     def post(self, state: dict[str, Any]) -> None:
         scratch = self._path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(state))
-        os.replace(scratch, self._path)
+        try:
+            scratch.write_text(json.dumps(state))
+            os.replace(scratch, self._path)
+        except OSError as error:  # a full disk: /health will say that this is stale, and the ranks compute on
+            log.error("%s: not written: %s", self._path, error.strerror)
 
     def next_epoch(self) -> int:
         """The number of the epoch that rank 0 now opens; counted over restarts of its process."""

@@ -4,6 +4,7 @@ A store that ranks poll could not push "part1 is missing" to those who wait, nor
 hence plain TCP connections, one per rank, whose EOF is the death notice.
 """
 
+import errno
 import json
 import logging
 import selectors
@@ -21,6 +22,8 @@ from rtp_llm.parallel.wire import FrameBuffer, Kind, WireError, pack_json
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
+HELLO_SECONDS = 5.0  # for a connection to say which rank it is
+MAX_MESSAGE = 1 << 20  # bytes; a pulse has some hundred
 DISAGREE_GRACE_SECONDS = 1.5  # how long a diff waits for further parts, so that all are in it
 LossHandler = Callable[[str, ExitCode], None]
 
@@ -31,7 +34,7 @@ class _Peer:
 
     sock: socket.socket
     address: str
-    buffer: FrameBuffer = field(default_factory=FrameBuffer)
+    buffer: FrameBuffer = field(default_factory=lambda: FrameBuffer(MAX_MESSAGE))
     rank: int | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     pulse: dict[str, Any] = field(default_factory=dict)
@@ -77,9 +80,13 @@ class Hub:
     def _accept(self) -> None:
         try:
             sock, address = self.listener.accept()
-        except OSError:
-            return  # it has gone again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(BEAT_SECONDS / 5)  # it stays readable, and must not keep this thread spinning
+            return  # it has gone again, or waits for its turn
         sock.settimeout(5)  # frames to peers are small: a peer that takes none for seconds is lost
+        # A machine that dies sends no goodbye: what it does not acknowledge for so long is an error on the socket.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.limits.silence * 1000))
         peer = _Peer(sock, f"{address[0]}:{address[1]}")
         self._peers.append(peer)
         self._selector.register(sock, selectors.EVENT_READ, peer)
@@ -91,8 +98,8 @@ class Hub:
                 raise WireError("the connection closed")
             for kind, payload in peer.buffer.feed(data):
                 self._take(peer, kind, json.loads(payload))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._drop(peer, str(error))
+        except Exception as error:  # anybody can connect here, and send anything
+            self._drop(peer, str(error) or type(error).__name__)
 
     def _take(self, peer: _Peer, kind: Kind, message: dict[str, Any]) -> None:
         peer.heard = time.monotonic()
@@ -148,10 +155,12 @@ class Hub:
 
     def _beat(self) -> None:
         now = time.monotonic()
+        for stranger in [p for p in self._peers if p.rank is None and now - p.heard > HELLO_SECONDS]:
+            self._drop(stranger, "did not say which rank it is")
         if self._formed:
             self._tell(Kind.GANG, self._state(now))
             self._watch(now)
-        elif self._refusal_at and now >= self._refusal_at:
+        elif self._refusal_at and now >= self._refusal_at and self._disagreement():
             self._tell(Kind.REFUSED, {"message": "the parts of the gang disagree:\n" + self._disagreement()})
         elif now - self._started > self.limits.come:
             self._tell(Kind.REFUSED, {"message": self._gave_up()})

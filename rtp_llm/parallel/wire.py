@@ -73,13 +73,16 @@ def _exactly(sock: socket.socket, count: int) -> bytearray:
 class FrameBuffer:
     """Collects bytes of one connection and gives out the frames that are complete."""
 
-    def __init__(self) -> None:
-        self._data = bytearray()
+    def __init__(self, limit: int = MAX_PAYLOAD) -> None:
+        """`limit`: largest payload in bytes; a longer one is no frame of ours here."""
+        self._data, self._limit = bytearray(), limit
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         self._data += data
         while len(self._data) >= HEADER.size:
             length, kind = parse_header(bytes(self._data[: HEADER.size]))
+            if length > self._limit:
+                raise WireError(f"a frame of {length} bytes where at most {self._limit} are taken")
             end = HEADER.size + length
             if len(self._data) < end:
                 return

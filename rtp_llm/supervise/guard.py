@@ -29,6 +29,7 @@ log = logging.getLogger("rtp_llm.guard")
 WINDOW_SECONDS = 600.0
 SETTLE_SECONDS = 2.0  # for the other ranks to notice and leave by themselves, with codes that tell more
 DOWN = {"EXITED", "FATAL", "BACKOFF"}
+SILENCE_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT: the other ranks have the first word
 
 
 @dataclass
@@ -84,8 +85,11 @@ class Record:
             self.restarts[reason] = self.restarts.get(reason, 0) + 1
             self.last_exit[name] = status
         scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
-        scratch.replace(self.path)
+        try:
+            scratch.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
+            scratch.replace(self.path)
+        except OSError as error:  # a full disk must not keep ranks from being restarted
+            log.error("%s: not written: %s", self.path, error.strerror)
 
 
 class Guard:
@@ -96,15 +100,47 @@ class Guard:
         self._record = Record.open(handover.guard_record)
         limit = handover.config.restart_limit
         self._ranks, self._api = Budget(limit), Budget(max(limit, 1))
+        # Where all that happened here is that peers of another part were lost, the fault is theirs, and their budget
+        # ends
+        # it; this one is only there so that nothing goes on for ever.
+        self._echoes = Budget(limit * 5)
+        self._frozen = ""  # the rank that this guard has ended
 
     def handle(self) -> None:
         """Looks at the processes rather than at the event: several events may tell of one incident."""
-        if self.rpc.supervisor.getState()["statename"] != "RUNNING":
+        if not self._running():
             return
         if self._down("ranks"):
             self._restart("ranks", self._ranks, settle=SETTLE_SECONDS)
         elif self._down("service"):
             self._restart("service", self._api, settle=0)
+        else:
+            self._end_frozen()
+
+    def _end_frozen(self) -> None:
+        """Ends the part's first rank where it had a heartbeat and lost it. The other ranks notice too and leave, but
+        where they are all on other parts, nobody but the guard can end it.
+        """
+        name = f"rank{self.handover.plan.first_rank}"
+        info = next((i for i in self.rpc.supervisor.getAllProcessInfo() if i["name"] == name), None)
+        silent = self._silence(info["start"]) if info else 0.0
+        if silent > self.handover.config.heartbeat_timeout + SILENCE_MARGIN_SECONDS:
+            log.error("no heartbeat from %s for %.0f s: it is ended (exit code %d)", name, silent, ExitCode.HANG)
+            self._frozen = name
+            self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
+
+    def _silence(self, started: float) -> float:
+        """Seconds since the first rank posted what it hears of the gang; 0 where it has not since it `started`."""
+        board = self.handover.gang_board
+        try:
+            posted, ranks = board.stat().st_mtime, json.loads(board.read_text())["ranks"]
+        except FileNotFoundError:
+            return 0.0
+        return time.time() - posted if ranks and posted > started else 0.0
+
+    def _running(self) -> bool:
+        """False from the moment on that supervisord was asked to stop."""
+        return bool(self.rpc.supervisor.getState()["statename"] == "RUNNING")
 
     def _down(self, group: str) -> list[dict[str, Any]]:
         infos: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
@@ -114,24 +150,34 @@ class Guard:
         time.sleep(settle)
         down = self._down(group)
         what = ", ".join(f"{i['name']} ({_describe(i['exitstatus'])})" for i in down)
-        code = verdict([i["exitstatus"] for i in down])
+        code = verdict([ExitCode.HANG if i["name"] == self._frozen else i["exitstatus"] for i in down])
+        self._frozen = ""
         if code.is_final:
             self._give_up(f"{what}: no restart can mend that", code)
             return
+        if code == ExitCode.COMMUNICATION and self.handover.plan.spans_parts:
+            budget = self._echoes
         pause = budget.take(time.monotonic())
         if pause is None:
             self._give_up(f"{what}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
+            return
+        if not self._running():
             return
         self._record.add(down)
         log.error("lost %s; starting all of group %s again in %.1f s", what, group, pause)
         self.rpc.supervisor.stopProcessGroup(group, True)
         time.sleep(pause)
-        self.rpc.supervisor.startProcessGroup(group, False)
+        if self._running():
+            self.rpc.supervisor.startProcessGroup(group, False)
 
     def _give_up(self, reason: str, code: ExitCode) -> None:
+        if not self._running():
+            return  # it was asked to stop in the meantime, and ends with 0
         log.critical("%s; the part ends with exit code %d", reason, code)
-        self.handover.exit_code_file.write_text(str(int(code)))
-        self.rpc.supervisor.shutdown()
+        try:
+            self.handover.exit_code_file.write_text(str(int(code)))
+        finally:
+            self.rpc.supervisor.shutdown()
 
 
 def _describe(exit_status: int) -> str:

@@ -40,7 +40,7 @@ def supervisord_config(handover: Handover) -> str:
         "program:api": _program(f"-m rtp_llm.api.main {word}", stop),
         "eventlistener:guard": {
             **_program(f"-m rtp_llm.supervise.guard {word}", 2),
-            "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL",
+            "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL,TICK_5",
             "buffer_size": 1000,
             "autorestart": "true",
             "redirect_stderr": "false",
