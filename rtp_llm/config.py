@@ -52,7 +52,7 @@ class Config(BaseModel):
     gang_timeout_min: float = Field(30, gt=0, description="minutes to wait for missing parts at start")
     gang_sleep_time: float = Field(10, gt=0, description="seconds between two lines that say who is missing, at most")
     dist_comm_timeout: float = Field(300, gt=0, description="seconds until a collective that makes no progress fails")
-    heartbeat_timeout: float = Field(20, gt=0, description="seconds without a heartbeat until a rank counts as lost")
+    heartbeat_timeout: float = Field(20, ge=2, description="seconds without a heartbeat until a rank counts as lost")
 
     # The service
     start_port: int = Field(10000, ge=LOWEST_START_PORT, le=65000, description="HTTP port of this part")
@@ -87,7 +87,7 @@ class Config(BaseModel):
     # Memory and batches
     reuse_cache: bool = Field(True, description="prefix cache")
     seq_size_per_block: int = Field(0, ge=0, le=1024, description="tokens per KV block; 0 = 16")
-    kv_cache_mem_mb: int = Field(-1, ge=-1, description="MiB of KV cache per rank; -1 = measured")
+    kv_cache_mem_mb: int = Field(-1, ge=-1, description="MiB of KV cache per rank; -1 or 0 = measured")
     test_block_num: int = Field(0, ge=0, description="exact number of KV blocks; 0 = measured")
     reserver_runtime_mem_mb: int = Field(1024, ge=0, description="MiB per rank left free beside the KV cache")
     max_batch_size: int = Field(0, ge=0, description="sequences per step; 0 = CONCURRENCY_LIMIT")
@@ -101,6 +101,11 @@ class Config(BaseModel):
     rtp_run_dir: str = Field("", description="folder for sockets and state; default: a fresh temporary one")
     rtp_device: Literal["", "cpu", "cuda"] = Field("", description="cpu or cuda; default: cuda where a GPU is visible")
     rtp_threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = cores / local ranks")
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that one step may hold."""
+        return self.max_batch_size or self.concurrency_limit
 
     @property
     def drain_seconds(self) -> int:

@@ -68,6 +68,12 @@ class CommunicationError(FatalError):
     exit_code = ExitCode.COMMUNICATION
 
 
+class GpuError(FatalError):
+    """The device failed; another start on it is not worth a try."""
+
+    exit_code = ExitCode.GPU_FAULT
+
+
 class RequestError(Exception):
     """A request that ends in an error answer.
 

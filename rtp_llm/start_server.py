@@ -154,23 +154,22 @@ def _run_dir(config: Config) -> Iterator[Path]:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
-            _sweep_shared_memory(path.name)
         return
     path = Path(config.rtp_run_dir).absolute()
     if len(str(path)) > 80:
         raise ConfigError(f"RTP_RUN_DIR={path}: too long for unix sockets; allowed: up to 80 characters")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"RTP_RUN_DIR={path}: cannot be made: {error.strerror}") from None
     for stale in ("exit_code", "gang.json", "guard.json", "epoch", "stopping", "engine.sock", "supervisor.sock"):
         (path / stale).unlink(missing_ok=True)
-    try:
-        yield path
-    finally:
-        _sweep_shared_memory(path.name)
+    yield path
 
 
 def _sweep_shared_memory(prefix: str) -> None:
     """What ranks leave in /dev/shm that were killed in the instant between making a segment and unlinking it."""
-    for stale in SHM.glob(f"{prefix}-*"):
+    for stale in SHM.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
 
 
@@ -196,6 +195,7 @@ def _supervise(handover: Handover, stopper: "_Stopper") -> int:
     )
     stopper.watch(child, handover.run_dir)
     code = child.wait()
+    _sweep_shared_memory(handover.shm_prefix)
     if handover.exit_code_file.exists():
         return int(handover.exit_code_file.read_text())
     if stopper.asked and code <= 0:  # below 0: it had not set up its signals yet, or was asked for the third time

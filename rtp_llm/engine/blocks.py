@@ -74,6 +74,11 @@ class BlockPool:
             self._by_hash[key] = block
             self._hash[block] = key
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What these blocks hold serves nobody who does not hold them already."""
+        for block in blocks:
+            self._forget(block)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Gives up one reference each. The tail goes first to the free list: a prefix's head is worth keeping
         longer.

@@ -69,7 +69,7 @@ class Engine:
 
     def _take(self, request: Request, result: Sampled) -> Event:
         if result.token is None:
-            self.scheduler.finish(request)
+            self.scheduler.discard(request)
             return Event(request.id, finish="error", error="the model's logits are not numbers (NaN)")
         event = Event(request.id, tokens=[result.token], cached_tokens=request.cached_tokens, queue_ms=request.queue_ms)
         if result.logprob is not None:

@@ -125,6 +125,8 @@ def follow(runner: Runner, sock: socket.socket, pulse: Pulse, epoch: int) -> Non
             kind, payload = receive(sock)
         except OSError as error:
             raise CommunicationError(f"lost rank 0: {error}") from error
+        if pulse.phase != "serving":  # rank 0 has all connections and serves
+            pulse.enter("serving")
         if kind == Kind.STEP:
             step = Step.from_bytes(payload)
             if step.epoch != epoch:

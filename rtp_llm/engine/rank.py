@@ -1,7 +1,6 @@
 """From a seat in the gang to a serving rank: group, weights, KV cache, loop."""
 
 import logging
-import os
 import socket
 from typing import Any
 
@@ -12,7 +11,9 @@ from rtp_llm.engine.engine import Engine
 from rtp_llm.engine.intake import Intake
 from rtp_llm.engine.loop import Followers, Leader, follow
 from rtp_llm.engine.scheduler import Limits, Scheduler
+from rtp_llm.errors import ConfigError, GpuError
 from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.parallel.devices import usable_cores
 from rtp_llm.parallel.gang import Gang, accept_ranks, leader_host, retry_connect
 from rtp_llm.parallel.group import Group, open_group
 from rtp_llm.parallel.handover import Handover
@@ -26,9 +27,16 @@ log = logging.getLogger(__name__)
 
 def serve_rank(handover: Handover, gang: Gang) -> None:
     """Runs until the process is ended, or a peer is lost. Raises FatalError with the reason."""
+    try:
+        _serve(handover, gang)
+    except torch.AcceleratorError as error:
+        raise GpuError(f"the GPU failed: {error}") from error
+
+
+def _serve(handover: Handover, gang: Gang) -> None:
     config, plan, rank = handover.config, handover.plan, gang.pulse.rank
     device = _device(handover, rank)
-    torch.set_num_threads(config.rtp_threads or max(1, (os.cpu_count() or 1) // plan.local_world_size))
+    torch.set_num_threads(config.rtp_threads or max(1, usable_cores() // plan.local_world_size))
     group = open_group(
         plan,
         rank,
@@ -37,10 +45,9 @@ def serve_rank(handover: Handover, gang: Gang) -> None:
         address=gang.address,
         timeout=config.dist_comm_timeout,
         device=device,
-        shm_prefix=f"{handover.run_dir.name}-",
+        shm_prefix=handover.shm_prefix,
     )
     runner = _load(handover, gang, group, device)
-    gang.pulse.enter("serving")
     if rank == 0:
         _lead(handover, gang, runner)
     else:
@@ -52,6 +59,8 @@ def serve_rank(handover: Handover, gang: Gang) -> None:
 def _device(handover: Handover, rank: int) -> torch.device:
     if handover.plan.device != "cuda":
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"RTP_DEVICE=cuda: torch {torch.__version__} sees no GPU; install its CUDA build, or set cpu")
     device = torch.device("cuda", rank % handover.plan.local_world_size)
     torch.cuda.set_device(device)
     return device
@@ -88,10 +97,10 @@ def _lead(handover: Handover, gang: Gang, runner: Runner) -> None:
             peers = accept_ranks(listener, plan, gang.epoch, config.dist_comm_timeout)
     followers = Followers(peers, config.dist_comm_timeout)
     blocks = BlockPool(runner.num_blocks, runner.block_size, config.reuse_cache)
-    sequences = config.max_batch_size or config.concurrency_limit
-    scheduler = Scheduler(blocks, Limits(runner.max_tokens, sequences, config.max_context_batch_size))
+    scheduler = Scheduler(blocks, Limits(runner.max_tokens, config.max_sequences, config.max_context_batch_size))
     engine = Engine(scheduler, runner, runner.max_seq_len, gang.epoch, followers.publish)
     intake = Intake(handover.engine_socket, _ready(gang, runner))
+    gang.pulse.enter("serving")
     rope = runner.spec.rope
     log.info("serving: epoch %d, sequences of up to %d tokens", gang.epoch, runner.max_seq_len)
     Leader(engine, intake, followers, gang.pulse, rope.original_max if rope.kind == "dynamic" else 0).run()

@@ -69,7 +69,8 @@ class Event:
     error: str = ""
 
     def to_json(self) -> list[Any]:
-        return list(asdict(self).values())
+        # Not asdict: it copies every record of a long prompt's logprobs.
+        return [getattr(self, name) for name in self.__dataclass_fields__]
 
     @classmethod
     def from_json(cls, data: list[Any]) -> "Event":
@@ -90,7 +91,6 @@ class Request:
         "id",
         "num_computed",
         "num_prompt",
-        "num_resumed",
         "params",
         "prompt_logprobs",
         "queue_ms",
@@ -102,7 +102,6 @@ class Request:
         self.id, self.params = id, params
         self.tokens = prompt + (output or [])
         self.num_prompt = len(prompt)
-        self.num_resumed = len(output or [])
         self.num_computed = 0
         self.cached_tokens = 0
         self.block_ids: list[int] = []

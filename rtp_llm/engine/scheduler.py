@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from rtp_llm.engine.blocks import BlockPool, hash_block
 from rtp_llm.engine.request import Request
 
+PROMPT_LOGPROB_CHUNK = 256
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -89,6 +91,11 @@ class Scheduler:
             piece.request.num_computed = piece.start + piece.count
             self._publish(piece)
 
+    def discard(self, request: Request) -> None:
+        """Ends a request whose keys and values are not to be trusted: nobody may find them in the cache."""
+        self.blocks.forget(request.block_ids)
+        self.finish(request)
+
     def finish(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
@@ -108,7 +115,7 @@ class Scheduler:
             if missing == 1:
                 decodes -= 1
             # What is left of `decodes` comes later in the list and keeps its one token each.
-            count = 1 if missing == 1 else min(missing, chunk, budget - decodes)
+            count = 1 if missing == 1 else min(missing, chunk, budget - decodes, self._most(request))
             if count > 0:
                 if not self._make_room(request, count):
                     break  # it was the last one left to preempt
@@ -116,6 +123,12 @@ class Scheduler:
                 budget -= count
             index += 1
         return slices
+
+    def _most(self, request: Request) -> int:
+        """Tokens one step may compute for it: with prompt logprobs each costs a row of logits as wide as the
+        vocabulary.
+        """
+        return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.limits.tokens
 
     def _make_room(self, request: Request, count: int) -> bool:
         """Blocks for `count` more tokens, by preempting the youngest requests where needed. False: it preempted
@@ -147,11 +160,12 @@ class Scheduler:
         admitted: list[Slice] = []
         budget = self.limits.tokens - sum(s.count for s in slices)
         chunk = self.limits.chunk_beside_decode if any(s.completes for s in slices) else self.limits.tokens
-        while self.waiting and budget > 0 and self._may_admit(len(admitted)):
+        prompts = sum(1 for s in slices if s.count > 1)
+        while self.waiting and budget > 0 and self._may_admit(prompts + len(admitted)):
             request = self.waiting[0]
             hits = self._lookup(request)
             start = len(hits) * self.blocks.block_size
-            count = min(request.num_tokens - start, budget, chunk)
+            count = min(request.num_tokens - start, budget, chunk, self._most(request))
             need = self.blocks.blocks_for(start + count) - len(hits)
             if need + self.blocks.num_idle(hits) > self.blocks.num_free:
                 break  # first come, first served: nobody overtakes
@@ -161,8 +175,8 @@ class Scheduler:
             budget -= count
         return admitted
 
-    def _may_admit(self, admitted: int) -> bool:
-        if self.limits.prompts and admitted >= self.limits.prompts:
+    def _may_admit(self, prompts: int) -> bool:
+        if self.limits.prompts and prompts >= self.limits.prompts:
             return False
         return len(self.running) < self.limits.sequences
 

@@ -6,6 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rtp_llm.kernels.batch import Batch, LayerCache
 
+TILE = 256  # queries at once: with a mask torch may hold the scores of all of them, heads x queries x context
+
 
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, batch: Batch, *, window: int, scale: float
@@ -39,12 +41,18 @@ def _decode(query: Tensor, cache: LayerCache, batch: Batch, count: int, window: 
         seen &= place >= lengths - window
     grouped = query.unflatten(1, (kv_heads, -1))
     mask = seen[:, None, None, :]
+    if query.is_cuda:  # where asking afterwards, as below, would wait for the device
+        keys, values = _without_unseen(keys, seen), _without_unseen(values, seen)
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    if out.sum().isnan():  # any of them: much cheaper than looking at each
-        # A masked NaN is still one (0 x NaN), and unseen slots hold what other requests have left there.
-        keys, values = (pages.masked_fill(~seen[:, None, :, None], 0) for pages in (keys, values))
+    if not query.is_cuda and out.sum().isnan():  # any of them: much cheaper than looking at each
+        keys, values = _without_unseen(keys, seen), _without_unseen(values, seen)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
+
+
+def _without_unseen(pages: Tensor, seen: Tensor) -> Tensor:
+    """A masked NaN is still one (0 x NaN), and unseen slots hold what other requests have left there."""
+    return pages.masked_fill(~seen[:, None, :, None], 0)
 
 
 def _chunk(query: Tensor, cache: LayerCache, batch: Batch, index: int, window: int, scale: float) -> Tensor:
@@ -54,14 +62,19 @@ def _chunk(query: Tensor, cache: LayerCache, batch: Batch, index: int, window: i
     table = batch.tables[index : index + 1, : -(-length // block_size)]
     keys, values = (_gather(pages, table)[:, :, :length] for pages in (cache.keys, cache.values))
     place = torch.arange(length, device=query.device)
-    own = place[length - len(query) :, None]
-    seen = place <= own
-    if window:
-        seen &= place > own - window
-    out = scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+    tiles = []
+    first = length - len(query)
+    for tile in query.split(TILE):
+        own = place[first : first + len(tile), None]
+        first += len(tile)
+        seen = place <= own
+        if window:
+            seen &= place > own - window
+        out = scaled_dot_product_attention(
+            tile.transpose(0, 1)[None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+        )
+        tiles.append(out[0].transpose(0, 1))
+    return torch.cat(tiles)
 
 
 def _gather(pages: Tensor, tables: Tensor) -> Tensor:

@@ -134,8 +134,12 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
     except ValueError:
         raise CheckpointError(f"{file}: its header is damaged") from None
     digest.update(raw)
-    table.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    try:
+        table.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise CheckpointError(f"{file}: its header is damaged") from None
     if size < 8 + length + end:
         raise CheckpointError(f"{file}: cut off: {size} bytes, its header says {8 + length + end}; copy it again")
-    return {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}
+    return tensors

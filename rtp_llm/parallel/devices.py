@@ -1,6 +1,7 @@
 """What this machine has: GPUs, found out without creating a CUDA context, and network addresses."""
 
 import os
+from pathlib import Path
 
 import psutil
 import pynvml
@@ -46,3 +47,13 @@ def interface_of(address: str) -> str | None:
         if any(entry.address.split("%")[0] == wanted for entry in entries):
             return str(name)
     return None
+
+
+def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use: its affinity, and below that the container's CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except OSError:
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

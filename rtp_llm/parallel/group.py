@@ -20,6 +20,7 @@ from rtp_llm.errors import CommunicationError
 from rtp_llm.parallel.devices import interface_of
 from rtp_llm.parallel.plan import TORCH_INIT, Plan
 from rtp_llm.parallel.shared_memory import SharedMemory, create_segment, usable
+from rtp_llm.parallel.wire import listen
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +75,8 @@ def _fails_as_communication(collective: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return collective(*args, **kwargs)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # RuntimeErrors as well, but nobody was lost
         except RuntimeError as error:
             raise CommunicationError(f"collective {collective.__name__} failed: {error}") from error
 
@@ -145,7 +148,7 @@ def open_group(
         store = _init(plan, rank, epoch, host, timeout, backend, device)
         if shm_prefix and backend == "gloo" and not plan.spans_parts and usable():
             return LocalGroup(rank, plan.world_size, device, _share_memory(store, plan, rank, timeout, shm_prefix))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         port = plan.leader_port(TORCH_INIT)
         raise CommunicationError(f"{backend} group at {host}:{port} could not be formed: {error}") from error
     return TorchGroup(rank, plan.world_size, device)
@@ -157,7 +160,9 @@ def _init(
     """torch.distributed's own rendezvous on part 0; every epoch has its own keys."""
     deadline = timedelta(seconds=timeout)
     port = plan.leader_port(TORCH_INIT)
-    tcp = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline)
+    # The store would listen on all interfaces, for a single machine too: it gets a socket that does not.
+    listener = listen("0.0.0.0" if plan.spans_parts else "127.0.0.1", port).detach() if rank == 0 else None
+    tcp = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline, master_listen_fd=listener)
     store = dist.PrefixStore(f"epoch{epoch}", tcp)
     dist.init_process_group(
         backend,
@@ -186,7 +191,7 @@ def _choose_interface(address: str) -> None:
     """Both libraries would guess the interface from the host name, which /etc/hosts often maps to 127.0.1.1. The
     operator's own choice stands."""
     interface = interface_of(address)
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface and variable not in os.environ:
-            os.environ[variable] = interface
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" eth1 would match eth10 too
     log.info("collectives use interface %s (%s)", os.environ.get("GLOO_SOCKET_IFNAME", "?"), address)

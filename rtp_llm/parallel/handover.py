@@ -2,6 +2,7 @@
 compares.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ class Handover:
     def exit_code_file(self) -> Path:
         """Where the guard leaves the code that start_server ends with."""
         return self.run_dir / "exit_code"
+
+    @property
+    def shm_prefix(self) -> str:
+        """How this part's files in /dev/shm begin; nobody else's do."""
+        return f"rtp-llm-{hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:12]}-"
 
     @property
     def who(self) -> str:

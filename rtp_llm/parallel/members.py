@@ -121,6 +121,8 @@ def _entry(key: str, value: Any, source: str) -> _Entry:
     ip = value.get("ip")
     if not isinstance(ip, str) or not ip.strip() or re.search(r"[\s/]", ip):
         raise ConfigError(f"{where}: ip is {json.dumps(ip)}; allowed: an address or host name as text")
+    if ":" in ip:
+        raise ConfigError(f"{where}: ip is {ip!r}; IPv6 is not supported yet; allowed: an IPv4 address or a host name")
     port = value.get("port")
     if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535):
         raise ConfigError(f"{where}: port is {json.dumps(port)}; allowed: an integer from 1 to 65535 without quotes")

@@ -14,6 +14,7 @@ from rtp_llm.model.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def plan_kv(
     else:
         budget, how = _measured(config, device, sharers)
     # More than every sequence at full length is never used.
-    useful = config.concurrency_limit * -(-max_seq_len // block_size)
+    useful = config.max_sequences * -(-max_seq_len // block_size)
     blocks = min(budget // per_block, useful)
     log.info(
         "KV cache: %s; 2 x %d layers x %d tokens x %d heads x %d x %d B = %.1f KiB a block; %d fit, %d are useful",
@@ -73,10 +74,8 @@ def _measured(config: Config, device: torch.device, sharers: int) -> tuple[int, 
     reserve = config.reserver_runtime_mem_mb * MIB
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What the warm-up's peak took beyond the weights comes back to the allocator, but a step needs it again.
-        spare = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
-        budget = free - spare - reserve
-        return max(0, budget), f"{free / MIB:.0f} MiB free - {spare / MIB:.0f} peak - {reserve / MIB:.0f} reserved"
+        # The warm-up's peak is not free any more: the allocator keeps it for the steps to come.
+        return max(0, free - reserve), f"{free / MIB:.0f} MiB free after warm-up - {reserve / MIB:.0f} reserved"
     # A small machine cannot spare what a GPU can.
     available = min(psutil.virtual_memory().available, _cgroup_room())
     reserve = min(reserve, available // sharers // 4)
@@ -85,11 +84,18 @@ def _measured(config: Config, device: torch.device, sharers: int) -> tuple[int, 
     return budget, how + f" = {budget / MIB:.0f} MiB"
 
 
-def _cgroup_room() -> int:
-    """Bytes left below the cgroup v2 memory limit; unlimited where there is none."""
-    limit, current = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes left below the cgroup v2 memory limit; unlimited where there is none.
+
+    The page cache counts as usage, and reading a checkpoint fills it, but the kernel gives it up when asked for memory.
+    """
     try:
-        text = limit.read_text().strip()
-        return 1 << 62 if text == "max" else max(0, int(text) - int(current.read_text()))
+        text = (root / "memory.max").read_text().strip()
+        if text == "max":
+            return UNLIMITED
+        usage = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     except OSError:
-        return 1 << 62
+        return UNLIMITED
+    reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    return max(0, int(text) - usage + reclaimable)

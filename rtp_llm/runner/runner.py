@@ -110,7 +110,8 @@ class Runner:
         place = np.arange(tokens, dtype=np.int32)
         one = np.array([tokens], dtype=np.int32)
         tables = np.arange(blocks, dtype=np.int32)[None]
-        ids, rows, starts = np.zeros_like(place), one - 1, np.array([0, tokens], dtype=np.int32)
+        ids, starts = np.zeros_like(place), np.array([0, tokens], dtype=np.int32)
+        rows = place[-self.config.max_sequences :]
         self._compute(Step(0, 0, 0, ids, place, place, starts, one, one, tables, rows))
         self.caches = []
 

@@ -78,7 +78,9 @@ def test_prompt_logprobs(
 
 
 def test_chat(http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The template's own rendering, and the logprobs of a sampled answer: those of the model, before any temperature."""
+    """The template's own rendering, and the logprobs of a sampled answer: those of the model, before any
+    temperature.
+    """
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello 🚀"}]
     ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert http.post("/tokenize", json={"messages": messages}).json()["token_ids"] == ids

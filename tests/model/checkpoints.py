@@ -140,8 +140,9 @@ def as_internlm2(folder: Path) -> None:
         if "k_proj" in name or "v_proj" in name:
             continue
         if "q_proj" in name:
-            parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            fused[name.replace("self_attn.q_proj", "attention.wqkv")] = _fuse(*parts, heads // kv_heads, kv_heads)
+            key, value = (tensors[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))
+            wqkv = _fuse(tensor, key, value, heads // kv_heads, kv_heads)
+            fused[name.replace("self_attn.q_proj", "attention.wqkv")] = wqkv
         else:
             fused[_internlm2_name(name)] = tensor
     save_file(fused, folder / "model.safetensors", metadata={"format": "pt"})

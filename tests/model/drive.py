@@ -52,7 +52,7 @@ Outcomes = dict[str, Outcome]
 
 def load(path: Path, settings: Settings, group: Group) -> tuple[Runner, LoadReport]:
     """One rank, ready to compute; all ranks of the group call it."""
-    config = Config(checkpoint_path=str(path), **{**DEFAULTS, **settings})
+    config = Config.model_validate({"checkpoint_path": str(path), **DEFAULTS, **settings})
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(group.size)

@@ -22,7 +22,7 @@ from tests.model.oracle import NEW_TOKENS, PROMPT_LENGTHS, Oracle
 
 # Plain attention, a window shorter than the prompts, and a rope that goes by the length of the prompt.
 CASES = ["llama-biases", "mistral-window", "rope-dynamic"]
-NEVER_STOP: Settings = {"min_tokens": NEW_TOKENS, "stop_token_ids": tuple(range(30))}
+NEVER_STOP: dict[str, Any] = {"min_tokens": NEW_TOKENS, "stop_token_ids": tuple(range(30))}
 # One request per way of choosing: see `layers.sampler`. Penalties look at what a resumed request brings along.
 SAMPLED: Mapping[str, dict[str, Any]] = {
     "plain": {"temperature": 0.8},
@@ -199,8 +199,9 @@ def test_a_neighbour_whose_numbers_are_none(expected: Expected, place: str) -> N
     expected.check(drive.run(engine, mixed(oracle)))
 
 
-@pytest.mark.parametrize("gang", [2, 4], ids="tp{}".format, indirect=True)
-@pytest.mark.parametrize("name", ["mistral-window", "qwen2-14-heads"])
+@pytest.mark.parametrize(
+    ("gang", "name"), [(2, "mistral-window"), (4, "qwen2-14-heads")], ids=["tp2", "tp4"], indirect=["gang"]
+)
 def test_over_ranks(gang: Gang, oracles: Oracles, name: str) -> None:
     """The same with several ranks: chunks of 7, few blocks, and everything a second time from what is cached."""
     expected = expect(oracles(name))

@@ -1,5 +1,7 @@
 """Logprobs are transformers' log_softmax, of the prompt and of the output, however the prompt is cut."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -50,7 +52,7 @@ def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> Non
         for i, a in enumerate(oracle.answers)
     ]
     # Company that wants none, or others: nobody may get somebody else's.
-    company = [greedy(a.prompt[1:] + [3], 40, id=f"c{i}") for i, a in enumerate(oracle.answers)]
+    company = [greedy([*a.prompt[1:], 3], 40, id=f"c{i}") for i, a in enumerate(oracle.answers)]
     company[2] = greedy(oracle.answers[2].prompt, NEW_TOKENS, id="c2", logprobs=0, prompt_logprobs=True)
     outcomes = drive.run(engine, [r for pair in zip(company, requests, strict=True) for r in pair])
     for index, answer in enumerate(oracle.answers):
@@ -106,7 +108,13 @@ def test_as_many_as_there_are_tokens(oracle: Oracle) -> None:
 def test_they_are_of_the_models_own_logits(oracle: Oracle) -> None:
     """Not of what temperature, penalties and biases make of them."""
     answer = oracle.answers[3]
-    params = {"logprobs": TOP, "temperature": 3.0, "seed": 1, "logit_bias": {7: 50.0}, "repetition_penalty": 1.5}
+    params: dict[str, Any] = {
+        "logprobs": TOP,
+        "temperature": 3.0,
+        "seed": 1,
+        "logit_bias": {7: 50.0},
+        "repetition_penalty": 1.5,
+    }
     outcome = drive.run(drive.alone(oracle.path), [greedy(answer.prompt, 1, **params)])["0"]
     assert outcome.tokens == [7]
     check(outcome.logprobs, [7], answer.logits[:1], TOP)

@@ -62,7 +62,7 @@ def distribution(logits: Tensor, monkeypatch: pytest.MonkeyPatch, **params: Any)
 
 
 def processed(logits: Tensor, processors: Sequence[LogitsProcessor], seen: Sequence[int] = PROMPT) -> NDArray[Any]:
-    scores = LogitsProcessorList(processors)(torch.tensor([list(seen)]), logits[None].clone())
+    scores = LogitsProcessorList(processors)(torch.LongTensor([list(seen)]), logits[None].clone())
     probabilities: NDArray[Any] = scores[0].double().softmax(-1).numpy()
     return probabilities
 

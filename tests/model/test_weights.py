@@ -28,6 +28,10 @@ from tests.model.gangs import Gang
 from tests.model.oracle import answer
 
 
+def config_of(path: Path) -> Config:
+    return Config.model_validate({"checkpoint_path": str(path)})
+
+
 class OneOf:
     """A rank's seat without the others: loading needs none of them."""
 
@@ -200,7 +204,7 @@ def test_tensor_of_another_shape(copy: Callable[[str], Path], name: str, tensor:
 def test_nothing_is_read_where_something_is_wrong(copy: Callable[[str], Path]) -> None:
     path = copy("llama")
     edit_tensors(path, lambda tensors: tensors.pop("lm_head.weight"))
-    config = Config(checkpoint_path=str(path))
+    config = config_of(path)
     checkpoint = Checkpoint.open(config)
     runner = Runner(config, checkpoint.spec(config), SingleRank(), torch.device("cpu"), 64)
     steps: list[float] = []
@@ -295,18 +299,18 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "file", "is a file")):
         (tmp_path / "file").touch()
         with pytest.raises(ConfigError, match=reason):
-            Checkpoint.open(Config(checkpoint_path=str(path)))
+            Checkpoint.open(config_of(path))
     with pytest.raises(ConfigError, match="CHECKPOINT_PATH"):
-        Checkpoint.open(Config())
+        Checkpoint.open(Config.model_validate({}))
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        Checkpoint.open(Config(checkpoint_path=str(tmp_path)))
+        Checkpoint.open(config_of(tmp_path))
 
 
 def test_digest_tells_checkpoints_apart(copy: Callable[[str], Path], oracles: Oracles) -> None:
     """All parts of a gang must hold the same model; this is how they find out."""
 
     def digest(path: Path) -> str:
-        return Checkpoint.open(Config(checkpoint_path=str(path))).digest
+        return Checkpoint.open(config_of(path)).digest
 
     original, path = oracles("llama").path, copy("llama")
     assert digest(path) == digest(original)
@@ -345,10 +349,11 @@ def test_half_precision_over_ranks(gang: Gang, oracles: Oracles, act_type: str, 
 def test_half_precision_checkpoint_computed_in_full(dtype: torch.dtype, tmp_path: Path) -> None:
     """ACT_TYPE=fp32 on a checkpoint of half precision: the oracle has the rounded weights, and nothing else rounds."""
     case = next(c for c in CASES if c.name == "llama-biases")
-    model = make_model(case, 1).to(dtype)
+    model = make_model(case, 1)
+    torch.nn.Module.to(model, dtype)
     save(model, case, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    config = Config(checkpoint_path=str(tmp_path))
+    config = config_of(tmp_path)
     assert Checkpoint.open(config).spec(config).dtype == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     expected = answer(model.float(), list(range(1, 60)))
     outcome = drive.run(drive.alone(tmp_path, act_type="fp32"), [greedy(expected.prompt, 64)])["0"]
