@@ -190,6 +190,7 @@ def _supervise(handover: Handover, stopper: "_Stopper") -> int:
     )
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
+        **_outputs(),
         start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
         preexec_fn=die_with_parent,
     )
@@ -204,6 +205,17 @@ def _supervise(handover: Handover, stopper: "_Stopper") -> int:
         "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(handover.run_dir / "supervisord.log")
     )
     return ExitCode.RANK_CRASHED
+
+
+def _outputs() -> dict[str, Any]:
+    """supervisord opens its stdout anew for every program. A socket (systemd's journal) cannot be opened: then it
+    gets a pipe, and `cat` carries what comes through to where it belongs."""
+    try:
+        os.close(os.open("/dev/fd/1", os.O_WRONLY | os.O_APPEND))
+    except OSError:
+        carrier = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+        return {"stdout": carrier.stdin, "stderr": carrier.stdin}
+    return {}
 
 
 def _tail(path: Path, lines: int = 10) -> str:

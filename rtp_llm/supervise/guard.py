@@ -140,7 +140,10 @@ class Guard:
 
     def _running(self) -> bool:
         """False from the moment on that supervisord was asked to stop."""
-        return bool(self.rpc.supervisor.getState()["statename"] == "RUNNING")
+        try:
+            return bool(self.rpc.supervisor.getState()["statename"] == "RUNNING")
+        except xmlrpc.client.Fault:  # it no longer says anything: SHUTDOWN_STATE
+            return False
 
     def _down(self, group: str) -> list[dict[str, Any]]:
         infos: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()

@@ -179,9 +179,9 @@ def test_a_wrong_string_is_named(text: str, words: str) -> None:
     assert words in message
 
 
-def test_an_address_with_colons_fits_into_the_string() -> None:
-    (member,) = read_members(config(gang_config_string="name:x_part0,ip:fd00::7,port:10000"))
-    assert member.ip == "fd00::7"
+def test_an_ipv6_address_is_refused_and_not_misread() -> None:
+    message = refusal(gang_config_string="name:x_part0,ip:fd00::7,port:10000")
+    assert "ip is 'fd00::7'; IPv6 is not supported yet" in message
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
