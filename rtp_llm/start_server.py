@@ -236,6 +236,8 @@ class _Stopper:
 
     def watch(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:
         self._child, self._run_dir = child, run_dir
+        if self.asked:  # while it was forked: what a handler raises then is swallowed
+            self._pass_on(child)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
@@ -243,8 +245,11 @@ class _Stopper:
             sys.exit(ExitCode.OK)
         if self.asked == 1:
             log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
-            stopping_file(self._run_dir).touch()
-        self._child.send_signal(signal.SIGTERM if self.asked < 3 else signal.SIGKILL)
+        self._pass_on(self._child)
+
+    def _pass_on(self, child: "subprocess.Popen[bytes]") -> None:
+        stopping_file(self._run_dir).touch()
+        child.send_signal(signal.SIGTERM if self.asked < 3 else signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor import childutils
-from supervisor.xmlrpc import SupervisorTransport
+from supervisor.xmlrpc import Faults, SupervisorTransport
 
 from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
@@ -206,7 +206,11 @@ def main(run_dir: Path) -> None:
     guard = Guard(handover, connect(handover))
     while True:
         childutils.listener.wait(sys.stdin, sys.stdout)
-        guard.handle()
+        try:
+            guard.handle()
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != Faults.SHUTDOWN_STATE:
+                raise
         childutils.listener.ok(sys.stdout)
 
 

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -59,10 +59,10 @@ class Stack:
     def _make_server(self, config: Config) -> "_Server":
         client = EngineClient(self.handover.engine_socket, self.metrics, config.resume_timeout)
         template = ChatTemplate.choose(self.model.tokenizer, forced=config.model_template_type or None)
-        service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
+        self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
         state = PartState(self.handover, client)
         self.metrics.registry.register(GangCollector(state.for_metrics))
-        app = create_app(config, state, self.metrics, service)
+        app = create_app(config, state, self.metrics, self._service)
         return _Server(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_keep_alive=5)
         )
@@ -72,7 +72,8 @@ class Stack:
         self._thread.start()
         self.engine.wait_for_connection()
         self.until(lambda: self._server.started)
-        self.url = "http://127.0.0.1:{}".format(self._server.servers[0].sockets[0].getsockname()[1])
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
         if self.engine.greets:
             self.until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
         return self
@@ -80,6 +81,8 @@ class Stack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is None:  # whatever the test did, no place in the queue is lost
+            self.until(lambda: self._service.promised == 0 and self._service.client.num_open == 0)
         self._server.should_exit = True
         self._thread.join(PATIENCE)
         self.engine.die()
@@ -97,7 +100,7 @@ class Stack:
     # The client's side
 
     def client(self, timeout: float = PATIENCE) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
 
     def get(self, path: str) -> httpx.Response:
         with self.client() as client:
@@ -121,7 +124,7 @@ class Stack:
         """The value of one series; 0 where there is none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def until(self, condition: Any) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         """Waits until `condition()` is true."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
@@ -129,6 +132,11 @@ class Stack:
                 return
             time.sleep(0.01)
         raise AssertionError("what should have happened did not")
+
+    @property
+    def num_connections(self) -> int:
+        """Clients whose connection the server has accepted."""
+        return len(self._server.server_state.connections)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

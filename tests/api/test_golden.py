@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.engine.request import Event, FinishReason, Logprob
+from rtp_llm.engine.request import FinishReason, Logprob
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
 from tests.api.fake_engine import Said, Submission

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -271,7 +272,8 @@ def test_increments_of_a_batch_join_to_the_texts(stack: Stack) -> None:
     """Whatever the order in which the sequences come: what has been sent is not sent again."""
     body = {"prompt_batch": ["abc", "xyz", "123"], "yield_generator": True, "return_incremental": True}
     events = payloads(stack.stream("/", body))[:-1]
-    joined = ["".join(texts) for texts in zip(*([o["response"] for o in e["response_batch"]] for e in events))]
+    shown = [[one["response"] for one in event["response_batch"]] for event in events]
+    joined = ["".join(texts) for texts in zip(*shown, strict=True)]
     assert joined == ["ABC", "XYZ", "123"]
     assert [o["finished"] for o in events[-1]["response_batch"]] == [True, True, True]
 
@@ -333,7 +335,7 @@ def test_the_readmes_request(server: Server, http: httpx.Client) -> None:
     assert events[-1] == "[done]"
     assert events[-2]["response"] == first["response"]
     texts = [event["response"] for event in events[:-1]]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
 def test_probabilities_agree(http: httpx.Client) -> None:

@@ -21,6 +21,8 @@ from tests.api.conftest import Stacks
 from tests.api.fake_engine import Said
 from tests.api.servers import Server
 
+TOLERANCE = 1e-3  # another batch adds in another order
+
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who decides what happens next?"}]
 
 
@@ -109,7 +111,10 @@ def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any], clien
         assert mine[-1].finish_reason == choice.finish_reason
         logprobs = [entry for c in mine if c.logprobs for entry in c.logprobs.content or []]
         assert choice.logprobs
-        assert logprobs == choice.logprobs.content
+        assert choice.logprobs.content
+        assert [entry.bytes for entry in logprobs] == [entry.bytes for entry in choice.logprobs.content]
+        expected = [entry.logprob for entry in choice.logprobs.content]
+        assert [entry.logprob for entry in logprobs] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_end_of_sequence_stops(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
@@ -258,7 +263,10 @@ def test_echo_without_an_answer(stream: bool, client: openai.OpenAI, tokenizer: 
         [choice], usage = answer.choices, answer.usage
     assert (choice.text, choice.finish_reason) == ("The matrices", "length")
     assert choice.logprobs
-    assert choice.logprobs.token_logprobs == (full.token_logprobs or [])[: len(ids)]
+    assert choice.logprobs.token_logprobs
+    assert full.token_logprobs
+    assert choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(full.token_logprobs[1 : len(ids)], abs=TOLERANCE)
     assert usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), 0)
 
@@ -273,8 +281,13 @@ def test_a_streamed_completion(client: openai.OpenAI) -> None:
         assert "".join(c.text for c in mine) == choice.text
         assert mine[-1].finish_reason == choice.finish_reason
         assert choice.logprobs
-        for key, values in choice.logprobs.model_dump().items():
-            assert [v for c in mine if c.logprobs for v in getattr(c.logprobs, key)] == values
+        assert choice.logprobs.token_logprobs
+        for key in ("tokens", "text_offset"):
+            streamed = [v for c in mine if c.logprobs for v in getattr(c.logprobs, key)]
+            assert streamed == getattr(choice.logprobs, key)
+        values = [v for c in mine if c.logprobs for v in c.logprobs.token_logprobs or []]
+        assert values[0] is choice.logprobs.token_logprobs[0] is None
+        assert values[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=TOLERANCE)
 
 
 # Errors as exceptions

@@ -82,7 +82,8 @@ def test_chat(http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedT
     temperature.
     """
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello 🚀"}]
-    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    ids = rendered["input_ids"]
     assert http.post("/tokenize", json={"messages": messages}).json()["token_ids"] == ids
     body = {
         "messages": messages,

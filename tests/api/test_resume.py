@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rtp_llm.api.client import MAX_LOSSES
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
 from tests.api.fake_engine import Said, Submission
@@ -151,3 +152,21 @@ def test_before_the_first_engine_requests_are_refused(stacks: Stacks) -> None:
         assert "loading" in answer.json()["message"]
     assert stack.engine.num_unread == 0
     stack.engine.greet()
+
+
+def test_a_sequence_that_ends_every_engine_is_given_up(stacks: Stacks, byte_model: ByteModel) -> None:
+    """It may be what kills them. Others that came later go on."""
+    stack = stacks()
+    with ThreadPoolExecutor(2) as pool:
+        poison = pool.submit(stack.post, "/v1/completions", {"prompt": "poison"})
+        submission = stack.engine.take()
+        for epoch in range(2, 2 + MAX_LOSSES - 1):
+            assert begin_again(stack, epoch).id == submission.id
+        other = pool.submit(stack.post, "/v1/completions", {"prompt": "other"})
+        stack.engine.take()
+        last = begin_again(stack, 9)
+        assert byte_model.tokenizer.decode(last.prompt) == "other"
+        stack.engine.say(last, Said(byte_model.tokens("done"), "length"))
+        assert other.result().json()["choices"][0]["text"] == "done"
+        assert (poison.result().status_code, poison.result().json()["error_code"]) == (503, 606)
+        assert "times" in poison.result().json()["message"]

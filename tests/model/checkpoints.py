@@ -180,7 +180,8 @@ _BIAS: Json = {"attention_bias": True, "mlp_bias": True}
 
 CASES = [
     Case("llama", "llama"),
-    Case("llama-biases", "llama", _BIAS, shard_size="200KB"),
+    # At TP 3 a rank has two heads of one KV head and one of the next: the places of its heads have a gap.
+    Case("llama-biases", "llama", _BIAS | {"num_attention_heads": 8, "num_key_value_heads": 4}, shard_size="200KB"),
     Case("llama-mha-older", "llama", _rope("default", rope_theta=5e5) | {"num_key_value_heads": 6}, (older_config,)),
     Case("llama-mqa-one-layer", "llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
     Case("llama-tied", "llama", {"tie_word_embeddings": True}),

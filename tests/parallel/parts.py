@@ -7,6 +7,7 @@ that outlived its supervisor is found.
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -32,6 +33,11 @@ PORTS = range(21000, 29000)
 BELOW, STRIDE = 11, 9  # a part uses START_PORT-11 … START_PORT+9*ranks-1
 MARK = "MARK_OF_TEST"
 POLL = 0.05
+MODULES = {
+    "supervisord": " -m supervisor.supervisord ",
+    "guard": " -m rtp_llm.supervise.guard ",
+    "api": " -m rtp_llm.api.main ",
+}
 
 _handed_out: list[range] = []
 running: list["Part"] = []  # whose output is of interest when a test fails
@@ -150,15 +156,10 @@ class Part:
         if name == "start_server":
             return self._process.pid
         rank = name.removeprefix("rank")
-        ending = f"engine.main {self.run_dir} {rank}" if rank.isdigit() else ""
+        pattern = re.compile(rf" -m rtp_llm.engine.main \S+ {rank}$" if rank.isdigit() else MODULES[name])
 
         def look() -> int | None:
-            for pid, command in self.processes().items():
-                module = f"-m rtp_llm.supervise.{name} " if name == "guard" else f"-m rtp_llm.{name}.main "
-                module = "-m supervisor.supervisord " if name == "supervisord" else module
-                if command.endswith(ending) if ending else module in command:
-                    return pid
-            return None
+            return next((pid for pid, command in self.processes().items() if pattern.search(command)), None)
 
         return self.until(look, f"process {name}")
 

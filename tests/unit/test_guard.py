@@ -1,6 +1,8 @@
 """The guard's judgement: what a set of exit codes means, how often it restarts, and when it gives up."""
 
-from dataclasses import dataclass, field
+import os
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,15 @@ class Supervisor:
     def startProcessGroup(self, group: str, wait: bool) -> None:
         self.calls.append(f"start {group}")
 
+    def signalProcess(self, name: str, signal: str) -> None:
+        self.calls.append(f"{signal} {name}")
+
     def shutdown(self) -> None:
         self.calls.append("shutdown")
 
 
 def process(name: str, group: str, statename: str = "RUNNING", exitstatus: int = 0) -> dict[str, Any]:
-    return {"name": name, "group": group, "statename": statename, "exitstatus": exitstatus}
+    return {"name": name, "group": group, "statename": statename, "exitstatus": exitstatus, "start": 0}
 
 
 def guarding(tmp_path: Path, supervisor: Supervisor, limit: int = 3) -> Guard:
@@ -113,6 +118,27 @@ def test_while_all_run_nothing_is_done(tmp_path: Path) -> None:
     supervisor = Supervisor([process("rank0", "ranks"), process("api", "service")])
     guarding(tmp_path, supervisor).handle()
     assert supervisor.calls == []
+
+
+@pytest.mark.parametrize(("silent", "calls"), [(5, []), (500, ["KILL ranks:rank0"])])
+def test_a_first_rank_that_lost_its_heartbeat_is_ended(tmp_path: Path, silent: float, calls: list[str]) -> None:
+    supervisor = Supervisor([process("rank0", "ranks"), process("api", "service")])
+    board = tmp_path / "gang.json"
+    board.write_text('{"ranks": {"0": {}}}')
+    os.utime(board, (time.time() - silent,) * 2)
+    guarding(tmp_path, supervisor).handle()
+    assert supervisor.calls == calls
+
+
+def test_a_part_that_only_lost_its_peers_does_not_pay_for_them(tmp_path: Path) -> None:
+    supervisor = Supervisor([process("rank0", "ranks", "EXITED", ExitCode.COMMUNICATION)])
+    alone, together = guarding(tmp_path, supervisor, limit=1), guarding(tmp_path, supervisor, limit=1)
+    together.handover = replace(together.handover, plan=replace(together.handover.plan, local_world_size=1))
+    for guard_ in (alone, together):
+        supervisor.calls.clear()
+        for _ in range(3):
+            guard_.handle()
+        assert ("shutdown" in supervisor.calls) == (guard_ is alone)
 
 
 def test_one_rank_lost_restarts_all_ranks_and_not_the_api(tmp_path: Path, no_pauses: list[float]) -> None:

@@ -97,7 +97,7 @@ def test_the_zone_chooses_among_the_members() -> None:
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ('{"x_part0": {"ip": "a"},}', "line 1, column 25"),
+        ('{"x_part0": {"ip": "a"} "x_part1": 1}', "line 1, column 25"),
         ('{\n  "x_part0": {"ip": "a" "port": 1}\n}', "line 2, column 25"),
         ("", "line 1, column 1"),
         ('{"x_part0": {"ip": "a"}} {}', "line 1, column 26"),

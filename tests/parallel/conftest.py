@@ -1,0 +1,59 @@
+"""What the tests with real processes share: a checkpoint, what one rank alone says, the logs of a test that fails."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel import parts
+from tests.parallel.parts import REPOSITORY, Part, free_start_port
+
+PROMPT = {"prompt": "A large language model is", "max_tokens": 80, "ignore_eos": True}
+GREEDY = {**PROMPT, "temperature": 0}
+SEEDED = {**PROMPT, "temperature": 1.0, "seed": 7}
+BODIES: dict[str, dict[str, Any]] = {"greedy": GREEDY, "seeded": SEEDED}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Shows what the running parts have said where a test fails."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    if report.failed:
+        report.sections += [(f"part on port {part.port}", part.log) for part in parts.running]
+    return report  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo, as `make serve` would write it."""
+    path = tmp_path_factory.mktemp("demo") / "model"
+    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def settings(checkpoint: Path) -> dict[str, str]:
+    """What every part is told beside its place in the gang: the model, and to be quick about it."""
+    return {
+        "MODEL_TYPE": "qwen_3",
+        "CHECKPOINT_PATH": str(checkpoint),
+        "TOKENIZER_PATH": str(checkpoint),
+        "RTP_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "WARM_UP": "0",
+        "TEST_BLOCK_NUM": "64",
+        "HEARTBEAT_TIMEOUT": "3",
+        "RESTART_LIMIT": "10",
+    }
+
+
+@pytest.fixture(scope="session")
+def expected(settings: dict[str, str]) -> dict[str, str]:
+    """What one rank alone answers to each of BODIES: any number of ranks, and any accident, must leave it the same."""
+    port = free_start_port()
+    with Part({**settings, "START_PORT": str(port)}, port=port) as part:
+        part.wait_healthy()
+        return {name: part.complete(body) for name, body in BODIES.items()}

@@ -1,0 +1,76 @@
+"""How a part ends: asked to at any moment, robbed of a process that holds it together, or after one loss too many."""
+
+import signal
+from collections.abc import Mapping
+
+import pytest
+
+from tests.parallel.conftest import BODIES, GREEDY
+from tests.parallel.parts import Part, free_start_port
+from tests.parallel.stream import Stream
+
+STARTED, LOADING = "HTTP on port", "collectives use interface"
+LONG = {**GREEDY, "max_tokens": 900}
+
+
+def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
+    """A part told by flags, in both spellings, how many ranks it has."""
+    port = free_start_port(ranks)
+    flags = ["--start_port", str(port), f"--tp_size={ranks}", "--world_size", str(ranks), *args]
+    return Part(settings, flags, port=port, ranks=ranks)
+
+
+@pytest.mark.parametrize("moment", [STARTED, LOADING], ids=["starting", "loading"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_before_it_serves(settings: dict[str, str], moment: str, number: signal.Signals) -> None:
+    with start(settings) as part:
+        part.wait_log(moment)
+        part.stop(number)
+        assert part.wait_end(30) == 0, part.log
+        assert "Traceback" not in part.log
+
+
+def test_asked_to_stop_it_first_ends_its_streams(settings: dict[str, str], expected: dict[str, str]) -> None:
+    with start(settings).wait_healthy() as part:
+        stream = Stream(part, BODIES["greedy"]).flowing()
+        part.stop(signal.SIGTERM)
+        assert stream.text() == expected["greedy"]
+        assert part.wait_end(30) == 0, part.log
+        assert "Traceback" not in part.log
+
+
+def test_a_stream_longer_than_the_time_it_was_promised_is_cut(settings: dict[str, str]) -> None:
+    with start(settings, "--shutdown_timeout=1", ranks=1).wait_healthy() as part:
+        stream = Stream(part, LONG).flowing()
+        part.stop(signal.SIGINT)
+        assert part.wait_end(30) == 0, part.log
+        stream.wait()
+        assert stream.finish is None
+        assert "Traceback" not in part.log
+
+
+@pytest.mark.parametrize(("victim", "code"), [("supervisord", 70), ("start_server", -signal.SIGKILL)])
+@pytest.mark.parametrize("moment", ["starting", "serving"])
+def test_nothing_outlives_what_held_it_together(settings: dict[str, str], victim: str, code: int, moment: str) -> None:
+    part = start(settings, ranks=1 if moment == "serving" else 2)
+    try:
+        part.wait_healthy() if moment == "serving" else part.pid("rank0")
+        part.kill(victim)
+        assert part.wait_end() == code, part.log
+        part.assert_no_process_left()
+        if victim == "supervisord":
+            part.assert_nothing_left()
+    finally:
+        part.destroy()
+
+
+def test_the_budget_of_restarts(settings: dict[str, str], expected: dict[str, str]) -> None:
+    """The first loss, while loading, is made good; the second one ends the part."""
+    with start(settings, "--restart_limit=1") as part:
+        part.wait_log(LOADING, times=2)
+        part.kill("rank1")
+        part.wait_healthy(2)
+        assert part.complete(BODIES["greedy"]) == expected["greedy"]
+        part.kill("rank0")
+        assert part.wait_end() == 70, part.log
+        assert "the budget of 1 restarts in 10 minutes is spent; the part ends with exit code 70" in part.log

@@ -1,0 +1,67 @@
+"""One machine with two ranks: the documented launch, and what it survives. The tests share one server, in order."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.parallel.conftest import BODIES
+from tests.parallel.parts import Part, free_start_port
+from tests.parallel.stream import Stream
+
+
+@pytest.fixture(scope="module")
+def part(settings: dict[str, str]) -> Iterator[Part]:
+    """TP_SIZE=2 WORLD_SIZE=2 MODEL_TYPE=… CHECKPOINT_PATH=… TOKENIZER_PATH=… python3 -m rtp_llm.start_server"""
+    port = free_start_port(2)
+    env = {"TP_SIZE": "2", "WORLD_SIZE": "2", **settings, "START_PORT": str(port)}
+    with Part(env, port=port, ranks=2) as running:
+        yield running.wait_healthy()
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_two_ranks_say_what_one_says(part: Part, expected: dict[str, str], name: str) -> None:
+    assert part.complete(BODIES[name]) == expected[name]
+
+
+def test_it_answers_for_its_state(part: Part) -> None:
+    assert part.fetch("/health") == part.fetch("/liveness") == (200, '"ok"')
+    status, text = part.fetch("/metrics")
+    assert status == 200
+    assert 'rtp_llm_gang_member_up{world_rank="1"} 1.0' in text
+
+
+@pytest.mark.parametrize(("rank", "name"), [("rank1", "greedy"), ("rank0", "seeded")])
+def test_a_killed_rank_costs_the_client_a_pause(part: Part, expected: dict[str, str], rank: str, name: str) -> None:
+    epoch = part.epoch
+    stream = Stream(part, BODIES[name]).flowing()
+    part.kill(rank)
+    assert stream.text() == expected[name]
+    part.wait_healthy(epoch + 1)
+    assert f"{rank} (killed by a signal)" in part.log
+    assert part.complete(BODIES[name]) == expected[name]
+
+
+def test_a_frozen_rank_is_found_by_its_silence(part: Part, expected: dict[str, str]) -> None:
+    epoch = part.epoch
+    stream = Stream(part, BODIES["greedy"]).flowing()
+    part.kill("rank0", signal.SIGSTOP)
+    assert stream.text() == expected["greedy"]
+    part.wait_healthy(epoch + 1)
+    assert "leaving the epoch (exit code 72)" in part.log
+
+
+def test_a_killed_api_comes_back(part: Part, expected: dict[str, str]) -> None:
+    epoch, pid = part.epoch, part.pid("api")
+    part.kill("api")
+    part.until(lambda: part.pid("api") != pid, "a new API process")
+    part.wait_healthy()
+    assert part.epoch == epoch, "the ranks had to start again"
+    assert part.complete(BODIES["greedy"]) == expected["greedy"]
+
+
+def test_a_killed_guard_comes_back(part: Part) -> None:
+    pid = part.pid("guard")
+    part.kill("guard")
+    part.until(lambda: part.pid("guard") != pid, "a new guard")
+    assert part.fetch("/health") == (200, '"ok"')

@@ -1,0 +1,69 @@
+"""Two machines with one rank each, here two parts on one address with two ports as in the documentation's example: the
+documented launch, and what it survives. The tests share one gang, in order.
+"""
+
+import json
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.parallel.conftest import BODIES
+from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.stream import Stream
+
+
+@pytest.fixture(scope="module")
+def gang(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    """START_PORT=10000 DISTRIBUTE_CONFIG_FILE=… WORLD_RANK=0 TP_SIZE=2 WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 …
+    python3 -m rtp_llm.start_server, and the same with START_PORT=20000 WORLD_RANK=1
+    """
+    ports = [free_start_port(), free_start_port()]
+    file = tmp_path_factory.mktemp("gang") / "gang.json"
+    members = {f"x_part{n}": {"name": f"x_part{n}", "ip": "127.0.0.1", "port": port} for n, port in enumerate(ports)}
+    file.write_text(json.dumps(members))
+    common = {"DISTRIBUTE_CONFIG_FILE": str(file), "TP_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    parts = [
+        Part({**common, **settings, "START_PORT": str(port), "WORLD_RANK": str(rank)}, port=port)
+        for rank, port in enumerate(ports)
+    ]
+    with Gang(*parts) as running:
+        yield running.wait_healthy()
+
+
+def test_two_parts_say_what_one_says(gang: Gang, expected: dict[str, str]) -> None:
+    for name, body in BODIES.items():
+        assert gang.leader.complete(body) == expected[name]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_part_answers_for_its_state(gang: Gang, index: int) -> None:
+    part = gang.parts[index]
+    assert part.fetch("/health") == part.fetch("/liveness") == (200, '"ok"')
+    status, text = part.fetch("/metrics")
+    assert status == 200
+    assert 'rtp_llm_gang_member_up{world_rank="1"} 1.0' in text
+
+
+def test_only_part_0_serves_the_model(gang: Gang) -> None:
+    status, _ = gang.parts[1].fetch("/v1/completions", BODIES["greedy"])
+    assert status == 404
+
+
+def test_a_killed_rank_of_the_second_part_costs_the_client_a_pause(gang: Gang, expected: dict[str, str]) -> None:
+    epoch = gang.leader.epoch
+    stream = Stream(gang.leader, BODIES["seeded"]).flowing()
+    gang.parts[1].kill("rank1")
+    assert stream.text() == expected["seeded"]
+    gang.wait_healthy(epoch + 1)
+    assert gang.leader.complete(BODIES["greedy"]) == expected["greedy"]
+
+
+def test_a_frozen_rank_that_is_alone_on_its_part_is_ended_there(gang: Gang, expected: dict[str, str]) -> None:
+    epoch = gang.leader.epoch
+    stream = Stream(gang.leader, BODIES["greedy"]).flowing()
+    gang.parts[1].kill("rank1", signal.SIGSTOP)
+    assert stream.text() == expected["greedy"]
+    gang.wait_healthy(epoch + 1)
+    assert "no heartbeat from rank 1" in gang.leader.log
+    assert "no heartbeat from rank1 for" in gang.parts[1].log
