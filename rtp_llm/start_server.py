@@ -188,6 +188,7 @@ def _supervise(handover: Handover, stopper: "_Stopper") -> int:
         plan.start_port,
         handover.run_dir,
     )
+    stopper.hold()
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
         **_outputs(),
@@ -228,24 +229,30 @@ class _Stopper:
     def __init__(self) -> None:
         """From now on; until there is something to `watch` they end this process, with 0 as well."""
         self.asked = 0
+        self._held = False
         self._child: subprocess.Popen[bytes] | None = None
         self._run_dir = Path()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._stop)
 
+    def hold(self) -> None:
+        """Until there is something to watch, signals are only counted: what a handler raises in a fork is swallowed."""
+        self._held = True
+
     def watch(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:
         self._child, self._run_dir = child, run_dir
-        if self.asked:  # while it was forked: what a handler raises then is swallowed
+        if self.asked:
             self._pass_on(child)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
-        if self._child is None:
+        if self._child:
+            if self.asked == 1:
+                log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
+            self._pass_on(self._child)
+        elif not self._held:
             sys.exit(ExitCode.OK)
-        if self.asked == 1:
-            log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
-        self._pass_on(self._child)
 
     def _pass_on(self, child: "subprocess.Popen[bytes]") -> None:
         stopping_file(self._run_dir).touch()

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -11,6 +12,22 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 MAX_STOPS = 64  # each is looked for at every token
 MAX_BIASES = 4096
+MAX_ITEMS = 65536  # prompts of a batch, messages of a chat
+
+
+def _few_biases(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", f"at most {MAX_BIASES} token ids may have a bias")
+    return value
+
+
+# fail_fast, and the check before: a body has room for millions of wrong items, and an error for each takes a minute in
+# which nobody else is served.
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_ITEMS)]
+Ids = Annotated[list[TokenId], Field(fail_fast=True)]
+Stops = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)]
+Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)]
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)]
 
 
 class Body(BaseModel):
@@ -40,8 +57,8 @@ class GenerateConfig(Body):
     random_seed: Seed | None = None
     num_beams: int = 1
     num_return_sequences: int = Field(0, ge=0, le=128)
-    stop_words_str: list[Text] = Field(default_factory=list, max_length=MAX_STOPS)
-    stop_words_list: list[list[TokenId]] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop_words_str: Stops = Field(default_factory=list)
+    stop_words_list: list[Ids] = Field(default_factory=list, fail_fast=True, max_length=MAX_STOPS)
     print_stop_words: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -86,20 +103,20 @@ class Sampling(Body):
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Stops | None = None
     seed: Seed | None = None
     temperature: Finite | None = Field(None, ge=0, le=100)
     top_p: Finite | None = Field(None, ge=0, le=1)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Biases | None = None
     user: str | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: Finite | None = Field(None, ge=0, le=1)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Ids | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
@@ -117,19 +134,22 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function", "observation"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_ITEMS)] | None = None
     name: str | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     add_generation_prompt: bool = True
@@ -140,7 +160,7 @@ class ChatRequest(Sampling):
     debug_info: bool = False
 
 
-Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
+Prompt = str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 
 class CompletionRequest(Sampling):
@@ -159,10 +179,10 @@ class NativeRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    prompt: str | list[str] | None = None
-    text: str | list[str] | None = None
-    prompt_batch: list[str] | None = None
-    messages: list[ChatMessage] | None = None
+    prompt: str | Texts | None = None
+    text: str | Texts | None = None
+    prompt_batch: Texts | None = None
+    messages: Messages | None = None
     urls: list[Any] | None = None
     images: list[Any] | None = None
     generate_config: dict[str, Any] | None = None
@@ -176,7 +196,7 @@ class BatchInferRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    prompt_batch: list[str] = Field(min_length=1)
+    prompt_batch: Texts = Field(min_length=1)
     generate_config: dict[str, Any] | None = None
 
 
@@ -184,8 +204,8 @@ class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
 
 

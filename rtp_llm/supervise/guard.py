@@ -124,7 +124,7 @@ class Guard:
         name = f"rank{self.handover.plan.first_rank}"
         info = next((i for i in self.rpc.supervisor.getAllProcessInfo() if i["name"] == name), None)
         silent = self._silence(info["start"]) if info else 0.0
-        if silent > self.handover.config.heartbeat_timeout + SILENCE_MARGIN_SECONDS:
+        if silent > self.handover.config.heartbeat_timeout + SILENCE_MARGIN_SECONDS and self._can_write():
             log.error("no heartbeat from %s for %.0f s: it is ended (exit code %d)", name, silent, ExitCode.HANG)
             self._frozen = name
             self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
@@ -137,6 +137,14 @@ class Guard:
         except FileNotFoundError:
             return 0.0
         return time.time() - posted if ranks and posted > started else 0.0
+
+    def _can_write(self) -> bool:
+        """False on a full disk, where silence does not mean that a rank is frozen."""
+        try:
+            (self.handover.run_dir / "guard.probe").write_text("x")
+        except OSError:
+            return False
+        return True
 
     def _running(self) -> bool:
         """False from the moment on that supervisord was asked to stop."""

@@ -68,6 +68,19 @@ def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, stac
     assert_all_aborted(stack, taken)
 
 
+@pytest.mark.parametrize(("path", "body", "count"), [*STREAMS, *WHOLES])
+def test_a_client_that_is_gone_before_it_is_served(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
+    """Request and hang-up arrive in one instant: sequences that never start keep no places (the stack looks)."""
+    stack = stacks()
+    for _ in range(3):
+        with Line(stack.url) as line:
+            stack.until(lambda: stack.num_connections == 1)
+            with stack.frozen():
+                line.send(path, json.dumps(body).encode()).cut()
+        stack.until(lambda: stack.num_connections == 0)
+    assert stack.metric("rtp_llm_http_requests_total", method="POST", handler=path, status="500") == 0
+
+
 def test_a_client_that_does_not_read_is_cut(stacks: Stacks) -> None:
     """The server waits for room in the socket's buffer then, and not for the engine."""
     stack = stacks()

@@ -204,6 +204,45 @@ def test_a_body_that_is_too_large(path: str, client: httpx.Client, stack: Stack)
         assert line.status() == 413
 
 
+# (path, what stands before and behind the items, one item); the status is 400 or 429
+FLOODS: list[tuple[str, str, str, str]] = [
+    (COMPLETION, '{"prompt": [', "{}", "]}"),
+    (COMPLETION, '{"prompt": [', "[1]", "]}"),
+    (COMPLETION, '{"prompt": [[', '"a"', "]]}"),
+    (COMPLETION, '{"prompt": [', '"a"', "]}"),
+    (COMPLETION, '{"prompt": "a", "stop": [', '"b"', "]}"),
+    (COMPLETION, '{"prompt": "a", "stop_token_ids": [', '"b"', "]}"),
+    (CHAT, '{"messages": [', "{}", "]}"),
+    (CHAT, '{"messages": [', '{"role": "user", "content": "a"}', "]}"),
+    (CHAT, '{"messages": [{"role": "user", "content": [', "{}", "]}]}"),
+    (CHAT, '{"messages": [{"role": "user", "content": "a"}], "tools": [', "5", "]}"),
+    (NATIVE, '{"prompt": [', "{}", "]}"),
+    (NATIVE, '{"prompt_batch": [', '"a"', "]}"),
+    (NATIVE, '{"prompt": "a", "stop_words_list": [[', '"b"', "]]}"),
+    (BATCH, '{"prompt_batch": [', '"a"', "]}"),
+]
+
+
+@pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
+def test_a_body_full_of_items(path: str, before: str, item: str, behind: str, stacks: Stacks) -> None:
+    """As many as a body may hold are refused before each is looked at: meanwhile nobody else would be served."""
+    stack = stacks()
+    items = ", ".join([item] * min(1_000_000, 2**23 // len(item)))
+    with stack.client() as client:
+        answer = client.post(path, content=f"{before}{items}{behind}".encode())
+        assert_error(answer, answer.status_code, answer.json()["error_code"])
+    assert answer.status_code in (400, 429)
+    assert stack.engine.num_unread == 0
+
+
+def test_too_many_biases(stacks: Stacks) -> None:
+    for value in ('"x"', "1"):
+        biases = ", ".join(f'"{i}": {value}' for i in range(300_000))
+        with stacks().client() as client:
+            raw = f'{{"prompt": "a", "logit_bias": {{{biases}}}}}'
+            assert_error(client.post(COMPLETION, content=raw.encode()), 400, 507, "logit_bias", "4096")
+
+
 @pytest.mark.parametrize("text", ["\ud800", "a\udfff"], ids=["high", "low"])
 @pytest.mark.parametrize(
     ("path", "body"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -35,21 +35,22 @@ class Report:
 
 
 class Gang:
-    """`size` processes that form one tensor-parallel group. Close it: that ends them."""
+    """`size` processes that form one tensor-parallel group. Close it: that ends them.
+
+    After a failure the next job gets a new set, so that it says something about itself.
+    """
 
     def __init__(self, size: int):
         self.size = size
-        self._folder = tempfile.TemporaryDirectory(prefix="gang")
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._controls: list[socket.socket] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="gang")
+
+    def _open(self) -> None:
         port = free_start_port()
-        try:
-            for rank in range(size):
-                self._start(rank, port)
-            self._collect(START_SECONDS)
-        except BaseException:
-            self.close()
-            raise
+        for rank in range(self.size):
+            self._start(rank, port)
+        self._collect(START_SECONDS)
 
     def _start(self, rank: int, port: int) -> None:
         ours, theirs = socket.socketpair()
@@ -57,7 +58,7 @@ class Gang:
         command = [sys.executable, "-m", "tests.model.rank", *map(str, (self.size, rank, port, theirs.fileno()))]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with theirs, self._log(rank).open("wb") as log:
-            self._processes.append(
+            self.processes.append(
                 subprocess.Popen(
                     command,
                     cwd=ROOT,
@@ -76,6 +77,8 @@ class Gang:
         self, checkpoint: Path, waves: Sequence[Sequence[Request]], collectives: str = "gloo", **settings: Any
     ) -> Report:
         """Loads the checkpoint on all ranks and serves the waves one after the other."""
+        if not self.processes:
+            self._open()
         out = Path(self._folder.name) / "out.npz"
         job = {
             "checkpoint": str(checkpoint),
@@ -84,8 +87,11 @@ class Gang:
             "out": str(out),
             "collectives": collectives,
         }
-        for control in self._controls:
-            control.sendall(pack_json(Kind.SUBMIT, job))
+        for rank, control in enumerate(self._controls):
+            try:
+                control.sendall(pack_json(Kind.SUBMIT, job))
+            except OSError as error:
+                self._fail(f"rank {rank} died: {error}")
         replies = self._collect(JOB_SECONDS)
         return Report(_read(out, replies[0].pop("outcomes")), replies)
 
@@ -112,27 +118,25 @@ class Gang:
             self._fail(f"rank {rank} died: {error}")
         return message
 
-    def _fail(self, message: str) -> None:
-        self._end_processes()
-        tails = [
-            f"--- rank {r}\n{self._log(r).read_text(errors='replace')[-3000:]}" for r in range(len(self._processes))
-        ]
+    def _fail(self, message: str) -> NoReturn:
+        self._end(patience=0)
+        tails = [f"--- rank {r}\n{self._log(r).read_text(errors='replace')[-3000:]}" for r in range(self.size)]
         raise AssertionError("\n".join([f"TP {self.size}: {message}", *tails]))
 
-    def _end_processes(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-
-    def close(self) -> None:
+    def _end(self, patience: float) -> None:
+        """An idle rank ends by itself when its control socket does; after `patience` seconds it is killed."""
         for control in self._controls:
-            control.close()  # an idle rank ends by itself now, which lets it close its own sockets
-        deadline = time.monotonic() + 10
-        for process in self._processes:
+            control.close()
+        deadline = time.monotonic() + patience
+        for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-        self._end_processes()
+            process.kill()
+            process.wait()
+        self._controls, self.processes = [], []
+
+    def close(self) -> None:
+        self._end(patience=10)
         self._folder.cleanup()
 
 

@@ -179,11 +179,12 @@ def greedy_resumed(prompt: list[int], output: list[int], id: str) -> Request:
     return Request(id, list(prompt), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0), list(output))
 
 
+@pytest.mark.parametrize("reuse_cache", [True, False])
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_a_neighbour_whose_numbers_are_none(expected: Expected, place: str) -> None:
+def test_a_neighbour_whose_numbers_are_none(expected: Expected, place: str, reuse_cache: bool) -> None:
     """It ends with an error. Those beside it, and those that get its blocks later, do not notice."""
     oracle = expected.oracle
-    engine = drive.alone(oracle.path, test_block_num=40, reuse_cache=False)
+    engine = drive.alone(oracle.path, test_block_num=40, reuse_cache=reuse_cache)
     said = {t for a in oracle.answers for t in (*a.prompt, *a.tokens)}
     said |= {t for tokens in expected.sampled.values() for t in tokens}
     broken = next(token for token in range(oracle.answers[0].logits.shape[-1]) if token not in said)
@@ -193,10 +194,10 @@ def test_a_neighbour_whose_numbers_are_none(expected: Expected, place: str) -> N
     bad = [greedy([broken, *a.prompt], 8, id=f"bad {i}") for i, a in enumerate(oracle.answers)]
     good = mixed(oracle)
     requests = [r for pair in zip(bad, good, strict=False) for r in (pair if place == "first" else pair[::-1])]
-    outcomes = drive.run(engine, requests + good[len(bad) :])
+    outcomes = drive.run(engine, salted(oracle, requests + good[len(bad) :]))
     assert [outcomes[r.id].finish for r in bad] == ["error"] * len(bad)
     expected.check(outcomes)
-    expected.check(drive.run(engine, mixed(oracle)))
+    expected.check(drive.run(engine, salted(oracle, mixed(oracle))))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Logprobs are transformers' log_softmax, of the prompt and of the output, however the prompt is cut."""
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rtp_llm.engine.request import Logprob
+from rtp_llm.engine.request import Logprob, Request
 from tests.model import drive
 from tests.model.conftest import Oracles
 from tests.model.drive import Settings, greedy
@@ -64,6 +65,19 @@ def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> Non
     assert not outcomes["c1"].logprobs
 
 
+def test_a_step_computes_only_so_many_of_them(oracle: Oracle) -> None:
+    """Each costs a row of logits; these prompts are shorter than the bound, unless that is lowered."""
+    requests = [
+        greedy(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=i % 2 == 0) for i, a in enumerate(oracle.answers)
+    ]
+    with mock.patch("rtp_llm.engine.scheduler.PROMPT_LOGPROB_CHUNK", 5):
+        outcomes = drive.run(drive.alone(oracle.path), requests)
+    for index, answer in enumerate(oracle.answers):
+        if index % 2 == 0:
+            check_prompt(outcomes[str(index)].prompt_logprobs, answer, TOP)
+        check(outcomes[str(index)].logprobs, answer.tokens[:8], answer.logits[:8], TOP)
+
+
 def test_a_cached_prompt_still_has_them(oracle: Oracle) -> None:
     answer = oracle.answers[-1]
     engine = drive.alone(oracle.path)
@@ -96,6 +110,30 @@ def test_preempted_in_the_middle_of_the_prompt(oracle: Oracle, reuse_cache: bool
     check_prompt(outcomes["young"].prompt_logprobs, young, TOP)
     assert outcomes["old"].tokens == old.tokens
     assert outcomes["young"].tokens == young.tokens[:20]
+
+
+@pytest.mark.parametrize("reuse_cache", [True, False])
+def test_preempted_behind_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
+    """The prompt is computed again, but its logprobs have been reported already."""
+    answers = oracle.answers[-2:]
+    engine = drive.alone(oracle.path, reuse_cache=reuse_cache, seq_size_per_block=4, test_block_num=36)
+    outcomes = drive.run(
+        engine,
+        [greedy(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True) for i, a in enumerate(answers)],
+    )
+    assert engine.scheduler.counters.preemptions
+    for index, answer in enumerate(answers):
+        check_prompt(outcomes[str(index)].prompt_logprobs, answer, TOP)
+        check(outcomes[str(index)].logprobs, answer.tokens, answer.logits, TOP)
+
+
+def test_a_resumed_request_has_reported_its_prompt(oracle: Oracle) -> None:
+    answer = oracle.answers[-1]
+    request = greedy(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)
+    resumed = Request(request.id, list(answer.prompt), request.params, answer.tokens[:10])
+    outcome = drive.run(drive.alone(oracle.path), [resumed])["0"]
+    assert outcome.prompt_logprobs == []
+    check(outcome.logprobs, answer.tokens[10:], answer.logits[10:], TOP)
 
 
 def test_as_many_as_there_are_tokens(oracle: Oracle) -> None:

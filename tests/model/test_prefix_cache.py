@@ -80,15 +80,15 @@ def test_prompts_that_share_while_both_run(oracle: Oracle) -> None:
         same(outcomes[str(index)], without_cache(oracle, prompt))
 
 
-def test_a_first_token_that_differs_shares_nothing(oracle: Oracle) -> None:
-    """Equal blocks at equal places, but not an equal prefix: their keys and values are others."""
-    long = oracle.answers[-1].prompt
-    other = [(long[0] + 1) % 100, *long[1:]]
+def test_equal_blocks_behind_different_prefixes_are_different(oracle: Oracle) -> None:
+    """Their keys and values are others: a block is known by everything before it, not by its own tokens."""
+    long, other = oracle.answers[-1].prompt, oracle.answers[-2].prompt
     engine = drive.alone(oracle.path, seq_size_per_block=BLOCK)
-    drive.run(engine, [greedy(long, 2, id="first")])
-    found = drive.run(engine, [greedy(other, COUNT)])["0"]
-    assert found.cached_tokens == 0
-    same(found, without_cache(oracle, other))
+    drive.run(engine, [greedy(long, 2, id="first"), greedy(other[: BLOCK + 1], 2, id="second")])
+    prompt = other[:BLOCK] + long[BLOCK:]
+    found = drive.run(engine, [greedy(prompt, COUNT)])["0"]
+    assert found.cached_tokens == BLOCK
+    same(found, without_cache(oracle, prompt))
 
 
 class Done(Exception):

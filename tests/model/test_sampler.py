@@ -50,8 +50,9 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     return [token for token in tokens if token is not None]
 
 
-def random_logits(seed: int) -> Tensor:
-    return 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+def random_logits(seed: int, spread: float = 3) -> Tensor:
+    """Where it matters that no token is too unlikely to be seen: a `spread` of 1."""
+    return spread * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
 def distribution(logits: Tensor, monkeypatch: pytest.MonkeyPatch, **params: Any) -> NDArray[np.float64]:
@@ -161,7 +162,7 @@ def test_the_chi_square_would_notice() -> None:
 
 
 def test_repetition_penalty_counts_prompt_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = random_logits(5)
+    logits = random_logits(5, spread=1)
     found = distribution(logits, monkeypatch, output=OUTPUT, repetition_penalty=1.7)
     expected = processed(logits, [RepetitionPenaltyLogitsProcessor(1.7)], PROMPT + OUTPUT)
     assert np.abs(found - expected).max() <= RESOLUTION
@@ -170,7 +171,7 @@ def test_repetition_penalty_counts_prompt_and_output(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.9), (-0.7, 0.4)])
 def test_presence_and_frequency_penalties(presence: float, frequency: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenAI's formula, over the output alone: logit - count x frequency - (count > 0) x presence."""
-    logits = random_logits(6)
+    logits = random_logits(6, spread=1)
     counts = np.bincount(OUTPUT, minlength=VOCAB)
     edited = logits.double().numpy() - counts * frequency - (counts > 0) * presence
     expected = np.exp(edited - edited.max()) / np.exp(edited - edited.max()).sum()
@@ -185,7 +186,7 @@ def test_penalties_do_not_count_the_prompt() -> None:
 
 
 def test_logit_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = random_logits(7)
+    logits = random_logits(7, spread=1)
     biased = logits.clone()
     biased[2] += 4.5
     biased[30] -= 100
@@ -276,6 +277,8 @@ def test_uniform_differs_by_seed_and_by_position() -> None:
     assert abs(np.mean(list(numbers)) - 0.5) < 0.02
 
 
-def test_one_seed_draws_anew_at_each_position() -> None:
-    logits = torch.zeros(VOCAB)
-    assert len(set(draw(logits, [request(7, [1] * length) for length in range(40)]))) > 20
+def test_the_position_is_that_of_the_token() -> None:
+    """Prompt and output count alike: whoever sends both as a new prompt goes on with the same numbers."""
+    tokens = draw(torch.zeros(VOCAB), [request(7, [1] * length) for length in range(40)])
+    assert tokens == [int(uniform(7, len(PROMPT) + length) * VOCAB) for length in range(40)]
+    assert len(set(tokens)) > 20

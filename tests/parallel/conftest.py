@@ -12,9 +12,10 @@ from tests.parallel import parts
 from tests.parallel.parts import REPOSITORY, Part, free_start_port
 
 PROMPT = {"prompt": "A large language model is", "max_tokens": 80, "ignore_eos": True}
-GREEDY = {**PROMPT, "temperature": 0}
-SEEDED = {**PROMPT, "temperature": 1.0, "seed": 7}
-BODIES: dict[str, dict[str, Any]] = {"greedy": GREEDY, "seeded": SEEDED}
+GREEDY: dict[str, Any] = {**PROMPT, "temperature": 0}
+SEEDED: dict[str, Any] = {**PROMPT, "temperature": 1.0, "seed": 7}
+SHORT: dict[str, Any] = {**GREEDY, "max_tokens": 12}
+BODIES = {"greedy": GREEDY, "seeded": SEEDED, "short": SHORT}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,9 +52,14 @@ def settings(checkpoint: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def expected(settings: dict[str, str]) -> dict[str, str]:
-    """What one rank alone answers to each of BODIES: any number of ranks, and any accident, must leave it the same."""
+def alone(settings: dict[str, str]) -> Iterator[Part]:
+    """One rank without any others. A test may end it: all that the others want of it is `expected`."""
     port = free_start_port()
-    with Part({**settings, "START_PORT": str(port)}, port=port) as part:
-        part.wait_healthy()
-        return {name: part.complete(body) for name, body in BODIES.items()}
+    with Part({**settings, "START_PORT": str(port), "SHUTDOWN_TIMEOUT": "1"}, port=port) as part:
+        yield part.wait_healthy()
+
+
+@pytest.fixture(scope="session")
+def expected(alone: Part) -> dict[str, str]:
+    """What one rank alone answers to each of BODIES: any number of ranks, and any accident, must leave it the same."""
+    return {name: alone.complete(body) for name, body in BODIES.items()}

@@ -9,8 +9,7 @@ from tests.parallel.conftest import BODIES, GREEDY
 from tests.parallel.parts import Part, free_start_port
 from tests.parallel.stream import Stream
 
-STARTED, LOADING = "HTTP on port", "collectives use interface"
-LONG = {**GREEDY, "max_tokens": 900}
+LOADING = "collectives use interface"
 
 
 def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
@@ -20,8 +19,15 @@ def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
     return Part(settings, flags, port=port, ranks=ranks)
 
 
-@pytest.mark.parametrize("moment", [STARTED, LOADING], ids=["starting", "loading"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "HTTP on port"),  # start_server says it, and starts supervisord
+        (signal.SIGINT, "HTTP on port"),
+        (signal.SIGTERM, "are here and agree"),  # the ranks load torch
+        (signal.SIGINT, LOADING),
+    ],
+)
 def test_asked_to_stop_before_it_serves(settings: dict[str, str], moment: str, number: signal.Signals) -> None:
     with start(settings) as part:
         part.wait_log(moment)
@@ -30,31 +36,23 @@ def test_asked_to_stop_before_it_serves(settings: dict[str, str], moment: str, n
         assert "Traceback" not in part.log
 
 
-def test_asked_to_stop_it_first_ends_its_streams(settings: dict[str, str], expected: dict[str, str]) -> None:
-    with start(settings).wait_healthy() as part:
-        stream = Stream(part, BODIES["greedy"]).flowing()
-        part.stop(signal.SIGTERM)
-        assert stream.text() == expected["greedy"]
-        assert part.wait_end(30) == 0, part.log
-        assert "Traceback" not in part.log
-
-
-def test_a_stream_longer_than_the_time_it_was_promised_is_cut(settings: dict[str, str]) -> None:
-    with start(settings, "--shutdown_timeout=1", ranks=1).wait_healthy() as part:
-        stream = Stream(part, LONG).flowing()
-        part.stop(signal.SIGINT)
-        assert part.wait_end(30) == 0, part.log
-        stream.wait()
-        assert stream.finish is None
-        assert "Traceback" not in part.log
+@pytest.mark.usefixtures("expected")  # what the others want of it has been asked
+def test_a_stream_that_outlasts_the_time_it_is_given_is_cut(alone: Part) -> None:
+    stream = Stream(alone, {**GREEDY, "max_tokens": 900}).flowing()
+    alone.stop(signal.SIGINT)
+    stream.wait()
+    assert stream.finish is None
+    assert alone.wait_end(30) == 0, alone.log
+    assert "Traceback" not in alone.log
+    alone.assert_nothing_left()
 
 
 @pytest.mark.parametrize(("victim", "code"), [("supervisord", 70), ("start_server", -signal.SIGKILL)])
-@pytest.mark.parametrize("moment", ["starting", "serving"])
-def test_nothing_outlives_what_held_it_together(settings: dict[str, str], victim: str, code: int, moment: str) -> None:
-    part = start(settings, ranks=1 if moment == "serving" else 2)
+def test_nothing_outlives_what_held_it_together(settings: dict[str, str], victim: str, code: int) -> None:
+    """Least of all a process that was still starting, and could not yet ask the kernel to die with its parent."""
+    part = start(settings)
     try:
-        part.wait_healthy() if moment == "serving" else part.pid("rank0")
+        part.pid("rank0")
         part.kill(victim)
         assert part.wait_end() == code, part.log
         part.assert_no_process_left()

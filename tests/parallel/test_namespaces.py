@@ -71,10 +71,13 @@ def test_two_machines_on_a_network(
     ]
     with Gang(*parts) as gang:
         gang.wait_healthy()
-        assert gang.leader.complete(BODIES["greedy"]) == expected["greedy"]
+        assert gang.leader.complete(BODIES["short"]) == expected["short"]
         assert [part.fetch("/liveness")[0] for part in gang.parts] == [200, 200]
         assert "collectives use interface rtp0 (10.77.0.1)" in gang.parts[0].log
         assert "collectives use interface rtp1 (10.77.0.2)" in gang.parts[1].log
+        gang.parts[1].kill("supervisord")
+        assert gang.parts[1].wait_end() == 70
+        gang.parts[1].assert_nothing_left()
 
 
 def test_the_rank_of_another_machine_is_refused(namespaces: list[str], settings: dict[str, str]) -> None:

@@ -285,6 +285,42 @@ def test_a_refusal_is_handed_on_word_for_word(tmp_path: Path, opened: Open, dial
     gang._sock.close()  # in the product the process ends here
 
 
+@pytest.mark.parametrize(
+    ("hang_up", "loss"),
+    [
+        (True, ("lost part 0: the peer closed the connection", ExitCode.COMMUNICATION)),
+        (False, ("no word from rank 0 for 2 s", ExitCode.HANG)),
+    ],
+)
+def test_a_leader_that_goes_or_falls_silent_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_up: bool, loss: tuple[str, ExitCode]
+) -> None:
+    lost: list[tuple[str, ExitCode]] = []
+
+    def leave(message: str, code: ExitCode) -> None:
+        lost.append((message, code))
+        raise SystemExit  # in the product the process ends here; here the thread
+
+    monkeypatch.setattr(threading, "excepthook", lambda failure: None)
+    with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        plan = as_part_1(two_parts(), listener.getsockname()[1])
+        config = Config.model_validate({"heartbeat_timeout": 2})
+        gang = Gang(plan, Pulse(1, 1), config, tmp_path, leave)
+        joining = pool.submit(gang.join, FINGERPRINT)
+        with listener.accept()[0] as leader:
+            hear(leader, Kind.HELLO)
+            leader.sendall(pack_json(Kind.WELCOME, {"epoch": 3, "part0_address": "127.0.0.1"}))
+            joining.result()
+            assert gang.epoch == 3
+            if hang_up:
+                leader.shutdown(socket.SHUT_RDWR)
+            until(lambda: lost)
+        assert lost[0] == loss
+        assert gang._sock is not None
+        gang._sock.close()
+        until(lambda: not {"heartbeat", "gang"} & {thread.name for thread in threading.enumerate()})
+
+
 # The step port
 
 

@@ -32,8 +32,8 @@ def gang(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_two_parts_say_what_one_says(gang: Gang, expected: dict[str, str]) -> None:
-    for name, body in BODIES.items():
-        assert gang.leader.complete(body) == expected[name]
+    for name in ("greedy", "seeded"):
+        assert gang.leader.complete(BODIES[name]) == expected[name]
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -66,4 +66,14 @@ def test_a_frozen_rank_that_is_alone_on_its_part_is_ended_there(gang: Gang, expe
     assert stream.text() == expected["greedy"]
     gang.wait_healthy(epoch + 1)
     assert "no heartbeat from rank 1" in gang.leader.log
+    assert "leaving the epoch (exit code 72)" in gang.leader.log
     assert "no heartbeat from rank1 for" in gang.parts[1].log
+
+
+def test_both_asked_to_stop_leave_no_stream_hanging(gang: Gang) -> None:
+    stream = Stream(gang.leader, {**BODIES["greedy"], "max_tokens": 400}).flowing()
+    for part in gang.parts:
+        part.stop()
+    stream.wait()
+    assert [part.wait_end(40) for part in gang.parts] == [0, 0]
+    assert not any("Traceback" in part.log for part in gang.parts)

@@ -1,5 +1,6 @@
 """The guard's judgement: what a set of exit codes means, how often it restarts, and when it gives up."""
 
+import json
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,26 @@ def test_a_first_rank_that_lost_its_heartbeat_is_ended(tmp_path: Path, silent: f
     os.utime(board, (time.time() - silent,) * 2)
     guarding(tmp_path, supervisor).handle()
     assert supervisor.calls == calls
+
+
+def test_on_a_full_disk_silence_proves_nothing(tmp_path: Path) -> None:
+    supervisor = Supervisor([process("rank0", "ranks"), process("api", "service")])
+    board = tmp_path / "gang.json"
+    board.write_text('{"ranks": {"0": {}}}')
+    os.utime(board, (1, 1))
+    (tmp_path / "guard.probe").mkdir()  # for root, who may write anywhere
+    guarding(tmp_path, supervisor).handle()
+    assert supervisor.calls == []
+
+
+def test_restarts_are_counted_for_the_metrics_and_survive_the_guard(tmp_path: Path) -> None:
+    supervisor = Supervisor([process("rank0", "ranks", "EXITED", SIGNAL), process("rank1", "ranks", "EXITED", 71)])
+    for _ in range(2):
+        guarding(tmp_path, supervisor).handle()
+    assert json.loads((tmp_path / "guard.json").read_text()) == {
+        "restarts": {"rank0 signal": 2, "rank1 communication": 2},
+        "last_exit": {"rank0": SIGNAL, "rank1": 71},
+    }
 
 
 def test_a_part_that_only_lost_its_peers_does_not_pay_for_them(tmp_path: Path) -> None:

@@ -59,8 +59,11 @@ def test_a_frame_of_any_other_length_is_refused(pieces: list[Slice], data: st.Da
         Step.from_bytes(frame + bytes(data.draw(st.integers(1, 9))))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200))
+NUMBERS = st.lists(st.integers(-3, 5) | st.integers(-(2**31), 2**31 - 1), max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | NUMBERS.map(lambda numbers: np.array(numbers, np.int32).tobytes()))
 def test_noise_is_refused_or_happens_to_fit(noise: bytes) -> None:
     try:
         step = Step.from_bytes(noise)

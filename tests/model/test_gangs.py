@@ -1,0 +1,34 @@
+"""The rank processes of these tests: if one of them fails, the test fails with its words, and no process stays behind."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.model.conftest import Oracles
+from tests.model.drive import greedy
+from tests.model.gangs import Gang
+
+
+def has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    return process.poll() is not None
+
+
+def test_a_rank_that_fails_is_heard_and_replaced(oracles: Oracles, tmp_path: Path) -> None:
+    path = oracles("llama").path
+    gang = Gang(2)
+    try:
+        gang.run(path, [[greedy([1, 2, 3], 2)]])
+        first = list(gang.processes)
+        with pytest.raises(AssertionError, match=r"CHECKPOINT_PATH=.*nowhere: does not exist"):
+            gang.run(tmp_path / "nowhere", [[greedy([1], 1)]])
+        assert all(map(has_ended, first))
+        gang.run(path, [[greedy([1, 2, 3], 2)]])
+        second = list(gang.processes)
+        second[1].kill()
+        second[1].wait()
+        with pytest.raises(AssertionError, match="rank 1 died"):
+            gang.run(path, [[greedy([1, 2, 3], 2)]])
+        assert all(map(has_ended, second))
+    finally:
+        gang.close()
