@@ -178,6 +178,7 @@ RAW: list[tuple[bytes, tuple[str, ...]]] = [
     (b"null", ("null",)),
     (b'"not json"', ("malformed",)),
     (b'"[1]"', ("array",)),
+    (b'"\\ud800"', ("malformed",)),
     (b"\xff\xff\xff", ("UTF-8",)),
     (b'{"prompt": NaN}', ("NaN",)),
     (b'{"prompt": -Infinity}', ("Infinity",)),
