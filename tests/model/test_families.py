@@ -19,7 +19,6 @@ OTHER_FILES = [
     "rope-linear-older",
     "rope-dynamic-older",
     "rope-llama3-older",
-    "rope-yarn-older",
 ]
 # Each family and each kind of rope. Between ranks of one machine gloo only forms the group, and shared memory does the
 # sums, which is much faster; this is the way between machines.

@@ -116,6 +116,14 @@ def test_the_first_holder_of_a_hash_stays() -> None:
     assert pool.match([A]) == [first]
 
 
+def test_what_is_to_be_forgotten_is_found_by_nobody_and_still_held() -> None:
+    pool = BlockPool(3, SIZE)
+    blocks = filled(pool, [A, B])
+    pool.forget(blocks)
+    assert pool.match([A, B]) == []
+    assert pool.num_used == 2
+
+
 def test_without_caching_nothing_is_found() -> None:
     pool = BlockPool(2, SIZE, caching=False)
     pool.release(filled(pool, [A]))

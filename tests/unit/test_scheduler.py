@@ -143,6 +143,16 @@ def test_an_abort_frees_everything_whenever_it_comes(steps: int) -> None:
     assert made.remove("a") is None
 
 
+def test_what_a_discarded_request_computed_is_found_by_nobody() -> None:
+    made = scheduler(tokens=32)
+    made.add(request("a", list(range(9))))
+    step(made)
+    made.discard(made.running[0])
+    assert made.blocks.num_used == 0
+    made.add(request("b", list(range(9))))
+    assert step(made) == [("b", 0, 9)]
+
+
 def test_a_known_prefix_is_not_computed_again() -> None:
     made = scheduler(tokens=32)
     made.add(request("a", list(range(10))))
