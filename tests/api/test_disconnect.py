@@ -70,13 +70,17 @@ def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, stac
 
 @pytest.mark.parametrize(("path", "body", "count"), [*STREAMS, *WHOLES])
 def test_a_client_that_is_gone_before_it_is_served(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
-    """Request and hang-up arrive in one instant: sequences that never start keep no places (the stack looks)."""
+    """It leaves while its long prompt is encoded: sequences that never start keep no places (the stack looks)."""
     stack = stacks()
+    stack.engine.die()
+    stack.new_engine(max_seq_len=100_000)
+    stack.until(lambda: stack.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000)
+    raw = json.dumps(body).replace('"Hi"', f'"{"x" * 20_000}"').encode()
     for _ in range(3):
         with Line(stack.url) as line:
             stack.until(lambda: stack.num_connections == 1)
             with stack.frozen():
-                line.send(path, json.dumps(body).encode()).cut()
+                line.send(path, raw).cut()
         stack.until(lambda: stack.num_connections == 0)
     assert stack.metric("rtp_llm_http_requests_total", method="POST", handler=path, status="500") == 0
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from rtp_llm.api.schema import BatchInferRequest, ChatRequest, CompletionRequest, GenerateConfig, NativeRequest
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
 from tests.api.fake_engine import Said
@@ -224,6 +226,14 @@ FLOODS: list[tuple[str, str, str, str]] = [
 ]
 
 
+MODELS: dict[str, type[BaseModel]] = {
+    CHAT: ChatRequest,
+    COMPLETION: CompletionRequest,
+    NATIVE: NativeRequest,
+    BATCH: BatchInferRequest,
+}
+
+
 @pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
 def test_a_body_full_of_items(path: str, before: str, item: str, behind: str, stacks: Stacks) -> None:
     """As many as a body may hold are refused before each is looked at: meanwhile nobody else would be served."""
@@ -234,6 +244,20 @@ def test_a_body_full_of_items(path: str, before: str, item: str, behind: str, st
         assert_error(answer, answer.status_code, answer.json()["error_code"])
     assert answer.status_code in (400, 429)
     assert stack.engine.num_unread == 0
+
+
+@pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
+def test_the_first_wrong_item_ends_the_search(path: str, before: str, item: str, behind: str) -> None:
+    """An error for each of millions would take a minute; what is counted here does not depend on the machine."""
+    body = json.loads(f"{before}{', '.join([item] * 50_000)}{behind}")
+    count = 0
+    try:
+        model = MODELS[path].model_validate(body)
+        if isinstance(model, NativeRequest):
+            GenerateConfig.model_validate(model.model_extra)
+    except ValidationError as error:
+        count = error.error_count()
+    assert count <= 6  # a prompt has four shapes, and each says why it does not fit
 
 
 def test_too_many_biases(stacks: Stacks) -> None:

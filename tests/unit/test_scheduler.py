@@ -67,12 +67,12 @@ def test_the_size_of_a_chunk_beside_decodes_can_be_set() -> None:
 
 
 def test_a_decode_behind_a_prompt_keeps_its_token() -> None:
-    made = scheduler(tokens=4, sequences=3)
+    made = scheduler(tokens=4, sequences=3, chunk=4)
     made.add(request("a", 2))
     made.add(request("b", 10))
     assert step(made) == [("a", 0, 2), ("b", 0, 2)]
     made.running.reverse()
-    assert step(made) == [("b", 2, 2), ("a", 2, 1)]
+    assert step(made) == [("b", 2, 3), ("a", 2, 1)]
 
 
 def test_first_come_first_served_even_where_a_later_one_would_fit() -> None:
@@ -200,7 +200,7 @@ class Serving(RuleBasedStateMachine):
         sequences=st.integers(1, 4),
         tokens=st.integers(4, 12),
         prompts=st.integers(0, 2),
-        chunk=st.integers(0, 4),
+        chunk=st.integers(0, 12),
         caching=st.booleans(),
     )
     def start(self, blocks: int, sequences: int, tokens: int, prompts: int, chunk: int, caching: bool) -> None:
