@@ -1,14 +1,19 @@
 """The bounded queue: what fits is served, what does not is told so at once, and room that is free again is used."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect, Request
 
+from rtp_llm.api.service import Admission
+from rtp_llm.api.stream import Disconnected, EventStream, unless_disconnected
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
 from tests.api.fake_engine import Said, Submission
@@ -115,6 +120,31 @@ def _end(submission: Submission, model: ByteModel) -> list[Said]:
     if text == "silent":
         return []
     return [Said([], "error", error="as asked")] if text == "fail" else [Said(model.tokens("x"), "length")]
+
+
+def test_places_that_no_sequence_took_come_back() -> None:
+    """Where the answer ends before its sequences have begun: the first byte cannot be sent, or nobody waits for it."""
+    service: Any = SimpleNamespace(promised=0)
+
+    async def events() -> AsyncGenerator[str]:
+        yield "never asked for"
+
+    async def hang_up() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def fail(message: Any) -> None:
+        raise OSError("nobody is there")
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(EventStream(events(), Admission(service, 2))(scope, hang_up, fail))
+    assert service.promised == 0
+    with pytest.raises(Disconnected):
+        asyncio.run(unless_disconnected(Request(scope, hang_up), never(), Admission(service, 3)))
+    assert service.promised == 0
 
 
 def test_a_real_engine_runs_one_and_queues_one(small: Server) -> None:
