@@ -11,9 +11,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from rtp_llm.errors import ConfigError
@@ -102,6 +103,13 @@ class Config(BaseModel):
     rtp_device: Literal["", "cpu", "cuda"] = Field("", description="cpu or cuda; default: cuda where a GPU is visible")
     rtp_threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = cores / local ranks")
 
+    # The doctor
+    rtp_doctor: Literal["enforce", "warn", "off"] = Field(
+        "enforce", description="checks before the start: enforce refuses it on errors, warn only logs them"
+    )
+    gang_secret: SecretStr = Field(SecretStr(""), description="signs what the parts' doctors tell each other")
+    gang_secret_file: str = Field("", description="file that holds GANG_SECRET")
+
     @property
     def max_sequences(self) -> int:
         """Sequences that one step may hold."""
@@ -129,7 +137,13 @@ class Loaded:
 
     config: Config
     notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    near_misses: tuple[tuple[str, str], ...]  # (name as given, name that was likely meant)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(
+            f"{given} is not a variable of this server: did you mean {meant}?" for given, meant in self.near_misses
+        )
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
@@ -143,6 +157,18 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     # Names only: some of upstream's variables hold credentials.
     notes = ("accepted, and not used by this server: " + ", ".join(sorted(foreign)),) if foreign else ()
     return Loaded(config, notes, tuple(_near_misses(given, own | upstream.keys())))
+
+
+def secret(config: Config) -> bytes:
+    """GANG_SECRET, or what GANG_SECRET_FILE holds, without white space at its ends. Raises ConfigError."""
+    if not config.gang_secret_file:
+        return config.gang_secret.get_secret_value().strip().encode()
+    try:
+        return Path(config.gang_secret_file).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"GANG_SECRET_FILE={config.gang_secret_file}: cannot be read: {error.strerror}", check="M-14"
+        ) from None
 
 
 def upstream_variables() -> dict[str, UpstreamVariable]:
@@ -186,7 +212,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError in place of printing usage and exiting with 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}")
+        raise ConfigError(f"command line: {message}", check="M-14")
 
 
 def _flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) -> dict[str, str]:
@@ -200,7 +226,8 @@ def _flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) -> dic
     unknown = [u for u in unknown if u.startswith("-")] or unknown
     if unknown:
         names = [f"--{n}" for n in Config.model_fields] + [f"--{v.flag}" for v in upstream.values()]
-        raise ConfigError("\n".join(f"command line: unknown argument {u!r}{_suggest(u, names)}" for u in unknown))
+        lines = [f"command line: unknown argument {u!r}{_suggest(u, names)}" for u in unknown]
+        raise ConfigError("\n".join(lines), check="M-14")
     return {name.upper(): value for name, value in vars(found).items() if value is not None}
 
 
@@ -208,7 +235,9 @@ def _validate(values: dict[str, str]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(str(e["loc"][0]), values) for e in error.errors())) from None
+        names = [str(e["loc"][0]) for e in error.errors()]
+        text = "\n".join(_sentence(name, values) for name in names)
+        raise ConfigError(text, check="M-14", names=tuple(name.upper() for name in names)) from None
 
 
 def _sentence(name: str, values: Mapping[str, str]) -> str:
@@ -223,13 +252,13 @@ def _sentence(name: str, values: Mapping[str, str]) -> str:
 
 
 def _refuse(foreign: Mapping[str, str], upstream: Mapping[str, UpstreamVariable]) -> None:
-    bad = [
-        f"{name}={value!r}: {upstream[name].refuse}; allowed: {upstream[name].default or 'leave it unset'}"
+    bad = {
+        name: f"{name}={value!r}: {upstream[name].refuse}; allowed: {upstream[name].default or 'leave it unset'}"
         for name, value in sorted(foreign.items())
         if upstream[name].refuse and not _same(value, upstream[name].default)
-    ]
+    }
     if bad:
-        raise ConfigError("\n".join(bad))
+        raise ConfigError("\n".join(bad.values()), check="M-14", names=tuple(bad))
 
 
 def _same(value: str, default: str) -> bool:
@@ -238,15 +267,15 @@ def _same(value: str, default: str) -> bool:
     return value.lower() == default.lower() or (value.lower() in falsy and default.lower() in falsy)
 
 
-def _near_misses(given: Mapping[str, str], known: set[str] | frozenset[str]) -> list[str]:
-    """Warnings for variables that are one slip away from a known one: `TP_SZIE`, `CHECKPOINTPATH`."""
+def _near_misses(given: Mapping[str, str], known: set[str] | frozenset[str]) -> list[tuple[str, str]]:
+    """(given, meant) for variables that are one slip away from a known one: `TP_SZIE`, `CHECKPOINTPATH`."""
     found = []
     for name in sorted(given.keys() - known):
         if len(name) < 5 or name != name.upper():
             continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if close:
-            found.append(f"{name} is not a variable of this server: did you mean {close[0]}?")
+            found.append((name, close[0]))
     return found
 
 

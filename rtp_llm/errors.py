@@ -39,15 +39,29 @@ _FINAL = {
 
 
 class FatalError(Exception):
-    """An error that ends the process with a documented exit code and one readable message, no traceback."""
+    """An error that ends the process with a documented exit code and one readable message, no traceback.
+
+    `check`: the doctor's id of what is wrong, where it knows it; the doctor reports the same error under it.
+    """
 
     exit_code = ExitCode.RANK_CRASHED
 
+    def __init__(self, message: str, *, check: str = ""):
+        super().__init__(message)
+        self.check = check
+
 
 class ConfigError(FatalError):
-    """Input the operator must mend: names the file or variable, the key, the value and what is allowed."""
+    """Input the operator must mend: names the file or variable, the key, the value and what is allowed.
+
+    `names`: the variables at fault, where it is about single ones.
+    """
 
     exit_code = ExitCode.BAD_CONFIG
+
+    def __init__(self, message: str, *, check: str = "", names: tuple[str, ...] = ()):
+        super().__init__(message, check=check)
+        self.names = names
 
 
 class CheckpointError(FatalError):

@@ -51,7 +51,8 @@ class ModelSpec:
         """Raises ConfigError with the sizes that fit."""
         if tp_size not in self.fitting_tp_sizes():
             raise ConfigError(
-                f"TP_SIZE={tp_size}: the model has {self.num_heads} query heads; allowed: 1 to {self.num_heads}"
+                f"TP_SIZE={tp_size}: the model has {self.num_heads} query heads; allowed: 1 to {self.num_heads}",
+                check="M-01",
             )
 
 
@@ -130,11 +131,14 @@ def _family(config: Json, model_type: str) -> str:
         asked = ALIASES.get(model_type, model_type)
         if asked not in FAMILIES:
             known = ", ".join(sorted([*FAMILIES, *ALIASES]))
-            raise ConfigError(f"MODEL_TYPE={model_type!r}: not a model type this server knows; allowed: {known}")
+            raise ConfigError(
+                f"MODEL_TYPE={model_type!r}: not a model type this server knows; allowed: {known}", check="M-14"
+            )
         if found and found != asked and {found, asked} != {"llama", "mistral"}:
             raise ConfigError(
                 f"MODEL_TYPE={model_type!r}: config.json says architectures={architectures}, which is {found};"
-                f" allowed: {found}, or leave MODEL_TYPE unset"
+                f" allowed: {found}, or leave MODEL_TYPE unset",
+                check="M-14",
             )
         return asked
     if not found:

@@ -1,36 +1,63 @@
 """What this machine has: GPUs, found out without creating a CUDA context, and network addresses."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pynvml
 
 
+@dataclass(frozen=True)
+class Visible:
+    """Which GPUs CUDA would show, by NVML index, in CUDA's order; `problem` says why there are fewer than listed."""
+
+    indices: tuple[int, ...]
+    problem: str = ""
+
+
 def visible_gpus() -> int:
-    """Number of GPUs visible to CUDA: NVML's count, narrowed by CUDA_VISIBLE_DEVICES. 0 without a driver."""
+    """Number of GPUs visible to CUDA: NVML's, narrowed by CUDA_VISIBLE_DEVICES. 0 without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return 0
     try:
-        count = int(pynvml.nvmlDeviceGetCount())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    except pynvml.NVMLError:  # one of them has fallen off the bus; the doctor says which
+        return 0
     finally:
         pynvml.nvmlShutdown()
-    return _narrow(count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return len(narrow(uuids, os.environ.get("CUDA_VISIBLE_DEVICES")).indices)
 
 
-def _narrow(count: int, visible: str | None) -> int:
-    """CUDA takes the listed devices up to the first invalid entry (CUDA programming guide, environment variables)."""
+def narrow(uuids: Sequence[str], visible: str | None) -> Visible:
+    """Reads CUDA_VISIBLE_DEVICES as CUDA does: indices or beginnings of UUIDs, up to the first that is not valid
+    (CUDA programming guide, environment variables). A MIG instance counts as the GPU that nobody can index: -1.
+    """
     if visible is None:
-        return count
-    found = 0
-    for entry in visible.split(","):
-        name = entry.strip()
-        if not name or name.startswith("-") or (name.isdigit() and int(name) >= count):
-            break
-        found += 1
-    return found
+        return Visible(tuple(range(len(uuids))))
+    found: list[int] = []
+    for entry in (e.strip() for e in visible.split(",")):
+        index = _device_index(entry, uuids)
+        if index is None:
+            why = "is empty" if not entry else f"{entry!r} is no GPU of the {len(uuids)} here"
+            return Visible(tuple(found), f"{why}; CUDA ignores it and all after it")
+        if index in found and index >= 0:
+            return Visible((), f"{entry!r} names GPU {index} twice; CUDA then shows none at all")
+        found.append(index)
+    return Visible(tuple(found))
+
+
+def _device_index(entry: str, uuids: Sequence[str]) -> int | None:
+    if entry.isdigit():
+        return int(entry) if int(entry) < len(uuids) else None
+    if entry.startswith("MIG-"):
+        return -1
+    matches = [i for i, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def local_addresses() -> set[str]:

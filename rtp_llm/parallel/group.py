@@ -19,7 +19,8 @@ from torch import Tensor
 from rtp_llm.errors import CommunicationError
 from rtp_llm.parallel.devices import interface_of
 from rtp_llm.parallel.plan import TORCH_INIT, Plan
-from rtp_llm.parallel.shared_memory import SharedMemory, create_segment, usable
+from rtp_llm.parallel.segment import create_segment, usable
+from rtp_llm.parallel.shared_memory import SharedMemory
 from rtp_llm.parallel.wire import listen
 
 P = ParamSpec("P")
@@ -177,13 +178,18 @@ def _init(
 
 def _share_memory(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> SharedMemory:
     """All ranks open the segment, then its name goes: whatever dies later, nothing stays behind in /dev/shm."""
-    if rank == 0:
-        store.set("segment", str(create_segment(prefix, secrets.token_hex(4), plan.world_size)))
-    path = Path(store.get("segment").decode())
-    memory = SharedMemory(path, rank, plan.world_size, timeout)
-    dist.barrier()
-    if rank == 0:
+    if rank != 0:
+        memory = SharedMemory(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
+        dist.barrier()
+        return memory
+    path, lock = create_segment(prefix, secrets.token_hex(4), plan.world_size)
+    try:
+        store.set("segment", str(path))
+        memory = SharedMemory(path, rank, plan.world_size, timeout)
+        dist.barrier()
         path.unlink()
+    finally:
+        os.close(lock)
     return memory
 
 

@@ -52,6 +52,11 @@ class Handover:
         return self.run_dir / "guard.json"
 
     @property
+    def doctor_report(self) -> Path:
+        """What the doctor last found; see doctor/report.py for its form."""
+        return self.run_dir / "doctor.json"
+
+    @property
     def exit_code_file(self) -> Path:
         """Where the guard leaves the code that start_server ends with."""
         return self.run_dir / "exit_code"
@@ -67,7 +72,7 @@ class Handover:
 
     def save(self) -> None:
         data = {
-            "config": self.config.model_dump(),
+            "config": self.config.model_dump(exclude={"gang_secret"}),
             "plan": asdict(self.plan),
             "model": asdict(self.model),
             "fingerprint": self.fingerprint,

@@ -60,7 +60,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"DISTRIBUTE_CONFIG_FILE {path}: cannot be read: {reason}") from None
+        raise ConfigError(f"DISTRIBUTE_CONFIG_FILE {path}: cannot be read: {reason}", check="C-02") from None
 
 
 def _parse_json(text: str, source: str) -> list[_Entry]:
@@ -68,13 +68,15 @@ def _parse_json(text: str, source: str) -> list[_Entry]:
         table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{source}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{source}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}", check="C-02"
         ) from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
-        raise ConfigError(f"{source}: malformed JSON: {error}") from None
+        raise ConfigError(f"{source}: malformed JSON: {error}", check="C-02") from None
     if not isinstance(table, dict) or not table:
         raise ConfigError(
-            f'{source}: must be a JSON object of members: {{"x_part0": {{"name": "x_part0", "ip": "…", "port": …}}, …}}'
+            f"{source}: must be a JSON object of members:"
+            ' {"x_part0": {"name": "x_part0", "ip": "…", "port": …}, …}',
+            check="C-02",
         )
     return [_entry(key, value, source) for key, value in table.items()]
 
@@ -83,7 +85,9 @@ def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise ConfigError(f"{source}: duplicate key {key!r}: each member and each field may stand once")
+            raise ConfigError(
+                f"{source}: duplicate key {key!r}: each member and each field may stand once", check="C-02"
+            )
         seen[key] = value
     return seen
 
@@ -96,38 +100,44 @@ def _parse_string(text: str) -> list[_Entry]:
         for pair in chunk.split(","):
             key, colon, value = pair.strip().partition(":")
             if not colon:
-                raise ConfigError(f"{source}: {pair!r} is not key:value; allowed: name:x_part0,ip:…,port:…;…")
+                raise ConfigError(
+                    f"{source}: {pair!r} is not key:value; allowed: name:x_part0,ip:…,port:…;…", check="C-02"
+                )
             if key in fields:
-                raise ConfigError(f"{source}: duplicate key {key!r} in {chunk!r}")
+                raise ConfigError(f"{source}: duplicate key {key!r} in {chunk!r}", check="C-02")
             fields[key] = int(value) if key == "port" and re.fullmatch("[0-9]{1,9}", value) else value
         entries.append(_entry(str(fields.get("name", "")), fields, source))
     if len({e.name for e in entries}) != len(entries):
-        raise ConfigError(f"{source}: a member's name stands twice; each part needs its own …_partN")
+        raise ConfigError(f"{source}: a member's name stands twice; each part needs its own …_partN", check="C-02")
     if not entries:
-        raise ConfigError(f"{source}: holds no member; allowed: name:x_part0,ip:…,port:…;name:x_part1,…")
+        raise ConfigError(f"{source}: holds no member; allowed: name:x_part0,ip:…,port:…;name:x_part1,…", check="C-02")
     return entries
 
 
 def _entry(key: str, value: Any, source: str) -> _Entry:
     where = f"{source}: member {key!r}"
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: is {json.dumps(value)}; allowed: an object with name, ip and port")
+        raise ConfigError(f"{where}: is {json.dumps(value)}; allowed: an object with name, ip and port", check="C-02")
     unknown = sorted(value.keys() - {"name", "ip", "port"})
     if unknown:
-        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; allowed: name, ip, port")
+        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; allowed: name, ip, port", check="C-02")
     name = value.get("name", key)
     if name != key:
-        raise ConfigError(f"{where}: its name is {name!r}; key and name must be the same")
+        raise ConfigError(f"{where}: its name is {name!r}; key and name must be the same", check="C-02")
     ip = value.get("ip")
     if not isinstance(ip, str) or not ip.strip() or re.search(r"[\s/]", ip):
-        raise ConfigError(f"{where}: ip is {json.dumps(ip)}; allowed: an address or host name as text")
+        raise ConfigError(f"{where}: ip is {json.dumps(ip)}; allowed: an address or host name as text", check="C-02")
     if ":" in ip:
-        raise ConfigError(f"{where}: ip is {ip!r}; IPv6 is not supported yet; allowed: an IPv4 address or a host name")
+        raise ConfigError(
+            f"{where}: ip is {ip!r}; IPv6 is not supported yet; allowed: an IPv4 address or a host name", check="C-02"
+        )
     port = value.get("port")
     if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535):
-        raise ConfigError(f"{where}: port is {json.dumps(port)}; allowed: an integer from 1 to 65535 without quotes")
+        raise ConfigError(
+            f"{where}: port is {json.dumps(port)}; allowed: an integer from 1 to 65535 without quotes", check="C-02"
+        )
     if not _PART.search(key):
-        raise ConfigError(f"{where}: the name must end in part<N>, as in 'x_part0'")
+        raise ConfigError(f"{where}: the name must end in part<N>, as in 'x_part0'", check="C-02")
     return _Entry(key, ip, port)
 
 
@@ -137,14 +147,19 @@ def _order(entries: list[_Entry], source: str, start_port: int) -> tuple[Member,
     for entry in entries:
         index = int(_PART.search(entry.name)[1])  # type: ignore[index]  # _entry has matched the same pattern
         if index in by_index:
-            raise ConfigError(f"{source}: {by_index[index].name!r} and {entry.name!r} are both part {index}")
+            raise ConfigError(
+                f"{source}: {by_index[index].name!r} and {entry.name!r} are both part {index}", check="C-02"
+            )
         by_index[index] = entry
     if 0 not in by_index:
-        raise ConfigError(f"{source}: no member ends in _part0; there must be exactly one, it serves the API")
+        raise ConfigError(
+            f"{source}: no member ends in _part0; there must be exactly one, it serves the API", check="C-02"
+        )
     gaps = [i for i in range(max(by_index)) if i not in by_index]
     if gaps:
         raise ConfigError(
-            f"{source}: part {gaps[0]} is missing; parts must be numbered 0 … {max(by_index)} without gaps"
+            f"{source}: part {gaps[0]} is missing; parts must be numbered 0 … {max(by_index)} without gaps",
+            check="C-02",
         )
     default = by_index[0].port or start_port
     return tuple(Member(i, e.name, e.ip, e.port or default) for i, e in sorted(by_index.items()))

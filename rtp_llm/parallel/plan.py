@@ -13,6 +13,17 @@ from rtp_llm.parallel.members import Member, read_members
 
 # Offsets below part 0's START_PORT, inside the block that upstream reserves there.
 ROLL_CALL, STEP, TORCH_INIT = 1, 2, 11
+# Above each part's own.
+RESPONDER = 3
+
+
+@dataclass(frozen=True)
+class PlannedPort:
+    """A TCP port that a part listens on. `host`: "0.0.0.0", or loopback for what stays within the machine."""
+
+    port: int
+    purpose: str
+    host: str = "0.0.0.0"
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,31 @@ class Plan:
         """Port on part 0 that lies `offset` below its START_PORT: ROLL_CALL, STEP or TORCH_INIT."""
         return self.leader.port - offset
 
+    def ports(self, member: Member) -> list[PlannedPort]:
+        """All that this member's part listens on, HTTP first."""
+        host = "0.0.0.0" if self.spans_parts else "127.0.0.1"
+        ports = [PlannedPort(member.port, "HTTP (START_PORT)")]
+        if member.index == 0:
+            ports.append(PlannedPort(member.port - ROLL_CALL, f"roll call (START_PORT - {ROLL_CALL})", host))
+            if self.world_size > 1:
+                ports.append(PlannedPort(member.port - STEP, f"steps (START_PORT - {STEP})", host))
+                ports.append(
+                    PlannedPort(member.port - TORCH_INIT, f"torch.distributed (START_PORT - {TORCH_INIT})", host)
+                )
+        if self.spans_parts:
+            ports.append(PlannedPort(member.port + RESPONDER, f"doctor (START_PORT + {RESPONDER})"))
+        return ports
+
+    def own_ports(self) -> list[PlannedPort]:
+        """Those of this part; its entry may be missing where only the leader's address is known."""
+        own = next((m for m in self.members if m.index == self.part), None)
+        return self.ports(own or Member(self.part, f"part{self.part}", "", self.start_port))
+
+    def block(self, member: Member) -> range:
+        """All ports that are reserved for this member's part, used or not."""
+        below = TORCH_INIT if member.index == 0 else 0
+        return range(member.port - below, member.port + self.port_stride * self.local_world_size)
+
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same on every part."""
         shared = asdict(self)
@@ -90,13 +126,16 @@ def make_plan(config: Config, gpus: int) -> Plan:
     members = read_members(config)
     local = _local_world_size(config, world, gpus if device == "cuda" else 0, len(members))
     if device == "cuda" and local > gpus:
-        raise ConfigError(f"LOCAL_WORLD_SIZE={local}: this machine shows {gpus} GPUs; allowed: at most {gpus}")
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={local}: this machine shows {gpus} GPUs; allowed: at most {gpus}", check="M-02"
+        )
     part = _part(config, world, local, tp)
     parts = world // local
     if members and len(members) != parts:
         raise ConfigError(
             f"the member list has {len(members)} members, but WORLD_SIZE={world} / LOCAL_WORLD_SIZE={local} is {parts};"
-            f" allowed: {parts} members, _part0 to _part{parts - 1}"
+            f" allowed: {parts} members, _part0 to _part{parts - 1}",
+            check="C-01",
         )
     members = members or _implied_members(config, parts)
     plan = Plan(members, part, tp, world, local, config.start_port, config.worker_info_port_num, device)
@@ -116,7 +155,8 @@ def check_address(plan: Plan, own: set[str]) -> str | None:
     if mine:
         raise ConfigError(
             f"WORLD_RANK={plan.first_rank} means member {member.name!r} at {member.ip}, but this machine has"
-            f" {mine.ip}, which is member {mine.name!r}; set WORLD_RANK={mine.index * plan.local_world_size}"
+            f" {mine.ip}, which is member {mine.name!r}; set WORLD_RANK={mine.index * plan.local_world_size}",
+            check="C-01",
         )
     return f"member {member.name!r} is this part, but no interface here has {member.ip}; fine behind NAT only"
 
@@ -124,13 +164,14 @@ def check_address(plan: Plan, own: set[str]) -> str | None:
 def _sizes(config: Config) -> tuple[int, int]:
     world, tp, dp = config.world_size, config.tp_size, config.dp_size
     if dp != 1:
-        raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not served yet; allowed: 1")
+        raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not served yet; allowed: 1", check="C-01")
     tp = tp or (world // dp if world else 1)
     world = world or tp * dp
     if world != tp * dp:
         raise ConfigError(
             f"WORLD_SIZE={world} is not TP_SIZE={tp} x DP_SIZE={dp} = {tp * dp};"
-            f" set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}"
+            f" set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}",
+            check="C-01",
         )
     return world, tp
 
@@ -140,11 +181,14 @@ def _local_world_size(config: Config, world: int, gpus: int, members: int) -> in
     local = config.local_world_size or (min(gpus, world) if gpus else world)
     if local > world or world % local:
         fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ConfigError(f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {fits}")
+        raise ConfigError(
+            f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {fits}", check="C-01"
+        )
     if not config.local_world_size and members > 1 and world // local != members:
         raise ConfigError(
             f"the member list has {members} members, but LOCAL_WORLD_SIZE is unset and would be {local};"
-            f" set LOCAL_WORLD_SIZE={max(1, world // members)}"
+            f" set LOCAL_WORLD_SIZE={max(1, world // members)}",
+            check="C-01",
         )
     return local
 
@@ -154,17 +198,22 @@ def _part(config: Config, world: int, local: int, tp: int) -> int:
     if rank is None and config.world_index is not None:
         rank = config.world_index * local
     elif rank is not None and config.world_index is not None and rank != config.world_index * local:
-        raise ConfigError(f"WORLD_RANK={rank} and WORLD_INDEX={config.world_index} disagree: set one of them")
+        raise ConfigError(
+            f"WORLD_RANK={rank} and WORLD_INDEX={config.world_index} disagree: set one of them", check="C-01"
+        )
     if rank is None:
         rank = config.tp_rank or 0
     if rank >= world or rank % local:
         fits = ", ".join(str(r) for r in range(0, world, local))
         raise ConfigError(
             f"WORLD_RANK={rank}: must be the part's number x LOCAL_WORLD_SIZE={local}, below WORLD_SIZE={world};"
-            f" allowed: {fits}"
+            f" allowed: {fits}",
+            check="C-01",
         )
     if config.tp_rank is not None and config.tp_rank != rank % tp:
-        raise ConfigError(f"TP_RANK={config.tp_rank}: WORLD_RANK={rank} means TP_RANK={rank % tp}; leave TP_RANK unset")
+        raise ConfigError(
+            f"TP_RANK={config.tp_rank}: WORLD_RANK={rank} means TP_RANK={rank % tp}; leave TP_RANK unset", check="C-01"
+        )
     return rank // local
 
 
@@ -174,7 +223,8 @@ def _implied_members(config: Config, parts: int) -> tuple[Member, ...]:
     if parts > 1:
         raise ConfigError(
             f"WORLD_SIZE / LOCAL_WORLD_SIZE is {parts} parts, but no member list is given;"
-            " set DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING, JSON_GANG_PARTS or LEADER_ADDRESS"
+            " set DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING, JSON_GANG_PARTS or LEADER_ADDRESS",
+            check="C-01",
         )
     return (Member(0, "local_part0", "127.0.0.1", config.start_port),)
 
@@ -184,38 +234,36 @@ def _check_ports(plan: Plan) -> None:
         if member.index == plan.part and member.port != plan.start_port:
             raise ConfigError(
                 f"START_PORT={plan.start_port}, but member {member.name!r} of this part (WORLD_RANK={plan.first_rank})"
-                f" has port {member.port}; make them the same"
+                f" has port {member.port}; make them the same",
+                check="C-01",
             )
         top = member.port + plan.port_stride * plan.local_world_size - 1
         if member.port < (LOWEST_START_PORT if member.index == 0 else 1024) or top > 65535:
             raise ConfigError(
                 f"member {member.name!r}: port {member.port} needs the ports {_blocks(plan, member)};"
-                f" all must lie between 1024 and 65535"
+                f" all must lie between 1024 and 65535",
+                check="N-09",
             )
     for one, other in combinations(plan.members, 2):
         if one.ip != other.ip:
             continue
         if one.port == other.port:
             raise ConfigError(
-                f"members {one.name!r} and {other.name!r} are both {one.ip}:{one.port}; give each its own"
+                f"members {one.name!r} and {other.name!r} are both {one.ip}:{one.port}; give each its own", check="C-02"
             )
         if _overlap(plan, one, other):
             raise ConfigError(
                 f"members {one.name!r} and {other.name!r} share {one.ip} and their port blocks overlap:"
-                f" {_blocks(plan, one)} and {_blocks(plan, other)}; move one START_PORT further away"
+                f" {_blocks(plan, one)} and {_blocks(plan, other)}; move one START_PORT further away",
+                check="N-09",
             )
 
 
-def _block(plan: Plan, member: Member) -> range:
-    below = TORCH_INIT if member.index == 0 else 0
-    return range(member.port - below, member.port + plan.port_stride * plan.local_world_size)
-
-
 def _blocks(plan: Plan, member: Member) -> str:
-    block = _block(plan, member)
+    block = plan.block(member)
     return f"{block.start}-{block.stop - 1}"
 
 
 def _overlap(plan: Plan, one: Member, other: Member) -> bool:
-    a, b = _block(plan, one), _block(plan, other)
+    a, b = plan.block(one), plan.block(other)
     return a.start < b.stop and b.start < a.stop

@@ -4,12 +4,11 @@ dominate a step.
 Each rank owns a slot in two alternating buffers, and a counter. An operation is: write the own slot, raise the own
 counter, wait until all counters are as high, read all slots. A slot is written again two operations later, by when
 every rank has raised its counter for the operation between, so it has read the slot. x86 keeps stores in order;
-elsewhere `usable` says no and gloo does the work.
+elsewhere `segment.usable` says no and gloo does the work.
 """
 
 import mmap
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -18,43 +17,10 @@ import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
+from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES, segment_bytes
 
-DIRECTORY = Path("/dev/shm")
-SLOT_BYTES = 1 << 20
-COUNTER_BYTES = 64  # one cache line each, so that a spinning reader does not slow a writer
 SPINS, YIELDS = 200, 2000
 NAP_SECONDS = 50e-6
-
-
-def usable() -> bool:
-    """Whether this processor keeps the order of stores that the counters rely on."""
-    return platform.machine() in ("x86_64", "AMD64")
-
-
-def segment_bytes(size: int) -> int:
-    return size * (COUNTER_BYTES + 2 * SLOT_BYTES)
-
-
-def create_segment(prefix: str, name: str, size: int) -> Path:
-    """Makes the file in /dev/shm, all of its pages reserved: a full /dev/shm is an error here and not a bus error
-    later.
-
-    Removes what an earlier epoch that was killed may have left under the same prefix. Raises CommunicationError.
-    """
-    for stale in DIRECTORY.glob(f"{prefix}*"):
-        stale.unlink(missing_ok=True)
-    path = DIRECTORY / f"{prefix}{name}"
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, segment_bytes(size))
-        finally:
-            os.close(fd)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        need = segment_bytes(size) >> 20
-        raise CommunicationError(f"{path}: cannot reserve {need} MiB: {error.strerror}; enlarge /dev/shm") from None
-    return path
 
 
 class SharedMemory:

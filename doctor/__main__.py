@@ -1,0 +1,8 @@
+"""`python -m doctor`: the same as `rtp-llm-doctor`."""
+
+import sys
+
+from doctor.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

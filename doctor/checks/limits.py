@@ -1,0 +1,312 @@
+"""Limits of the process and its container: memory, processes, files, cores, capabilities, writable folders."""
+
+import errno
+import os
+import pwd
+import resource
+import threading
+from pathlib import Path
+
+from doctor.cgroup import UNLIMITED
+from doctor.check import Fix, Outcome, Status, check, error, ok, skip, unknown, warn
+from doctor.host import size_text
+from doctor.node import Node
+from rtp_llm.model.footprint import weight_bytes
+
+CATEGORY = "limits"
+INFINITY = resource.RLIM_INFINITY
+FILES_GOOD = 65536
+FILES_LEAST = 1024
+THREADS_PER_RANK = 64  # torch's and NCCL's own beside the computing ones; measured 20 to 50
+PROCESSES_BESIDE = 16
+CORES_PER_RANK = 2
+PROCESS_BYTES = 600 << 20  # of a rank without weights: torch's libraries, measured
+
+
+def rdma_wanted(node: Node) -> bool:
+    return bool(node.host.names("/sys/class/infiniband")) and node.nccl.value("NCCL_IB_DISABLE") != "1" and node.on_gpu
+
+
+@check(
+    "L-01",
+    CATEGORY,
+    "memory may be locked for RDMA",
+    symptoms=(
+        "NCCL WARN Call to ibv_reg_mr failed",
+        "ibv_reg_mr_iova2 failed with error Cannot allocate memory",
+        "ibv_create_cq() failed: Cannot allocate memory",
+    ),
+)
+def memlock(node: Node) -> Outcome:
+    """RDMA registers memory with the network card, which locks it; containers are allowed 8 MiB of that or less."""
+    soft, _ = node.host.rlimits.get("memlock", (0, 0))
+    text = "unlimited" if soft == INFINITY else size_text(soft)
+    if not rdma_wanted(node):
+        return ok(f"memlock {text}; no RDMA here")
+    if soft == INFINITY or node.host.capable("IPC_LOCK"):
+        return ok(f"memlock {text}")
+    fix = Fix(
+        host="ulimit -l unlimited",
+        docker="docker run --ulimit memlock=-1 --cap-add IPC_LOCK …",
+        compose="ulimits: {memlock: -1} and cap_add: [IPC_LOCK]",
+        kubernetes="securityContext: {capabilities: {add: [IPC_LOCK]}}, and memlock in the container runtime's unit",
+    )
+    return error(f"memlock is {text}, and RDMA cards are here", "unlimited", fix)
+
+
+@check(
+    "L-02",
+    CATEGORY,
+    "enough files may be open",
+    severity=Status.ERROR,
+    symptoms=("OSError: [Errno 24] Too many open files", "VFS: file-max limit … reached"),
+)
+def nofile(node: Node) -> Outcome:
+    """Every HTTP connection, rank and NCCL channel is a file. A large gang needs tens of thousands."""
+    if "nofile" not in node.host.rlimits:
+        return unknown("/proc/self/limits cannot be read")
+    soft, hard = node.host.rlimits["nofile"]
+    reach = soft if soft == INFINITY else max(soft, hard if hard != INFINITY else 1 << 20)
+    fix = Fix(
+        host="ulimit -n 1048576",
+        docker="docker run --ulimit nofile=1048576:1048576 …",
+        compose="ulimits: {nofile: {soft: 1048576, hard: 1048576}}",
+        kubernetes="raise LimitNOFILE in the container runtime's unit",
+    )
+    wanted = FILES_LEAST if not node.on_gpu else FILES_GOOD
+    if reach != INFINITY and reach < FILES_LEAST:
+        return error(f"{reach} open files at most", f"{wanted}", fix)
+    if reach != INFINITY and reach < wanted:
+        return warn(f"{reach} open files at most", f"{wanted}", fix)
+    return ok(f"{'unlimited' if soft == INFINITY else soft} open files")
+
+
+@check(
+    "L-03",
+    CATEGORY,
+    "enough processes and threads may be started",
+    symptoms=(
+        "RuntimeError: can't start new thread",
+        "pthread_create failed for thread … of …: Resource temporarily unavailable",
+        "std::system_error what(): Resource temporarily unavailable",
+    ),
+)
+def pids(node: Node) -> Outcome:
+    """The pids limit of the cgroup counts threads. Each rank starts some for computing, loading and communicating;
+    Kubernetes' podPidsLimit and Docker's --pids-limit are often a few hundred."""
+    wanted = node.local_ranks * (THREADS_PER_RANK + node.host.cores) + PROCESSES_BESIDE
+    room = node.host.cgroup.pids_room
+    soft, _ = node.host.rlimits.get("nproc", (INFINITY, INFINITY))
+    by = "the cgroup"
+    if soft != INFINITY and soft < room and node.host.uid != 0:
+        room, by = soft, "ulimit -u"
+    if room >= wanted:
+        return ok("no limit" if room >= UNLIMITED else f"room for {room} threads, some {wanted} are needed")
+    fix = Fix(
+        host=f"systemd-run -p TasksMax={4 * wanted} …, or ulimit -u {4 * wanted}",
+        docker="docker run --pids-limit=-1 …",
+        compose="pids_limit: -1",
+        kubernetes="raise podPidsLimit of the kubelet",
+    )
+    return error(f"{by} leaves room for {room} threads", f"some {wanted} for {node.local_ranks} ranks", fix)
+
+
+@check(
+    "L-04",
+    CATEGORY,
+    "threads may be started at all",
+    symptoms=("pthread_create failed for thread … of …: Operation not permitted",),
+)
+def seccomp(node: Node) -> Outcome:
+    """Docker before 20.10.10 denies the system call (clone3) by which a newer C library starts threads."""
+    try:
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        thread.join()
+    except RuntimeError:
+        filtered = node.host.status.get("Seccomp") == "2"
+        return error(
+            "a thread cannot be started" + (", under a seccomp filter" if filtered else ""),
+            "threads",
+            Fix(
+                host="lift the limit that forbids threads",
+                docker="upgrade Docker to 20.10.10 or newer; as proof: --security-opt seccomp=unconfined",
+                kubernetes="upgrade the container runtime and libseccomp",
+            ),
+        )
+    return ok("threads start")
+
+
+@check(
+    "L-05",
+    CATEGORY,
+    "the memory limit holds the weights, and nothing was killed for memory",
+    symptoms=(
+        "exit code 137",
+        "Killed",
+        "A process in the process pool was terminated abruptly",
+    ),
+)
+def memory(node: Node) -> Outcome:
+    """On CPU the weights lie in main memory; on GPUs they pass through it. The cgroup counts what this container was
+    killed for: a count above zero says that an earlier run of this container, or a neighbour in it, was."""
+    cgroup = node.host.cgroup
+    wanted = node.local_ranks * PROCESS_BYTES
+    if node.spec and node.plan and not node.on_gpu:
+        wanted += node.local_ranks * weight_bytes(node.spec, node.plan.tp_size)
+    limit = cgroup.memory_max
+    whole = -(-2 * wanted // (1 << 30))
+    fix = Fix(
+        host=f"raise the limit to {whole}G",
+        docker=f"docker run --memory={whole}g …",
+        compose=f"mem_limit: {whole}gb",
+        kubernetes=f"resources.limits.memory: {whole}Gi",
+    )
+    if limit is not None and limit < wanted:
+        return error(f"the memory limit is {size_text(limit)}", f"at least {size_text(wanted)}", fix)
+    if cgroup.oom_kills:
+        return warn(
+            f"{cgroup.oom_kills} processes of this container were killed for memory",
+            "none",
+            fix,
+            oom_kills=cgroup.oom_kills,
+        )
+    return ok("no memory limit" if limit is None or limit >= UNLIMITED else f"the limit is {size_text(limit)}")
+
+
+@check("L-06", CATEGORY, "there are cores enough for the ranks", severity=Status.WARN)
+def cores(node: Node) -> Outcome:
+    """Each rank keeps one core busy with starting work, and the API another. A quota below that shows as stalls of
+    100 ms whenever it is spent."""
+    cgroup, ranks = node.host.cgroup, node.local_ranks
+    usable = min(node.host.cores, cgroup.cpus or node.host.cores)
+    wanted = ranks * CORES_PER_RANK if node.on_gpu else ranks
+    spent = f"; the quota was spent {cgroup.throttled} times" if cgroup.throttled else ""
+    if usable < wanted:
+        return warn(
+            f"{usable:g} cores for {ranks} ranks{spent}",
+            f"{wanted}",
+            Fix(
+                host=f"taskset, or cpuset, with {wanted} cores",
+                docker=f"docker run --cpus={wanted} …",
+                compose=f"cpus: {wanted}",
+                kubernetes=f"resources: {{requests: {{cpu: {wanted}}}}} and no CPU limit",
+            ),
+        )
+    return ok(f"{usable:g} cores for {ranks} ranks{spent}")
+
+
+@check("L-07", CATEGORY, "the stack has a limit", severity=Status.WARN)
+def stack(node: Node) -> Outcome:
+    """With `ulimit -s unlimited` glibc gives threads a stack of only 2 MiB; NCCL before 2.28 overflows that in its
+    search for a topology."""
+    soft, _ = node.host.rlimits.get("stack", (0, 0))
+    version = node.nccl.version
+    if soft != INFINITY or not version or version >= (2, 28) or not node.on_gpu:
+        return ok("stack " + ("unlimited" if soft == INFINITY else size_text(soft)))
+    fix = Fix("ulimit -s 8192", docker="docker run --ulimit stack=8388608 …", compose="ulimits: {stack: 8388608}")
+    return warn(f"the stack is unlimited, NCCL {'.'.join(map(str, version))}", "8 MiB", fix)
+
+
+@check("L-08", CATEGORY, "unified memory is there", symptoms=("…nvidia-uvm…",), needs=("G-01",))
+def uvm(node: Node) -> Outcome:
+    """NCCL 2.23 and later, like CUDA itself, need the nvidia-uvm module and its device file."""
+    if not node.on_gpu or not node.gpus.all:
+        return skip("no GPU")
+    path = node.host.path("/dev/nvidia-uvm")
+    fix = Fix(
+        host="nvidia-modprobe -u -c=0",
+        docker="on the host: nvidia-modprobe -u -c=0, then recreate the container with --gpus all",
+        kubernetes="on the node: nvidia-modprobe -u -c=0 (the device plugin mounts /dev/nvidia-uvm)",
+    )
+    if not path.exists():
+        return error("/dev/nvidia-uvm is missing", "the device file", fix)
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError as problem:
+        return error(f"/dev/nvidia-uvm cannot be opened: {problem.strerror}", "readable and writable", fix)
+    return ok("/dev/nvidia-uvm can be opened")
+
+
+@check("L-09", CATEGORY, "stacks of hung processes could be taken", severity=Status.WARN)
+def ptrace(node: Node) -> Outcome:
+    """`rtp-llm-doctor attach` shows stacks with py-spy, which needs ptrace. For information only."""
+    scope = node.host.number("/proc/sys/kernel/yama/ptrace_scope") or 0
+    allowed = node.host.capable("SYS_PTRACE") or scope == 0
+    return ok("ptrace is allowed" if allowed else f"ptrace_scope={scope} without SYS_PTRACE: py-spy shows no stacks")
+
+
+@check(
+    "L-10",
+    CATEGORY,
+    "this user has a name",
+    symptoms=("KeyError: 'getpwuid(): uid not found: …'",),
+)
+def user(node: Node) -> Outcome:
+    """torch asks for the user's name when it is imported. An arbitrary uid, as OpenShift gives, has none, unless USER
+    says one."""
+    uid = node.host.uid
+    names = {"LOGNAME", "USER", "LNAME", "USERNAME"}
+    if any(node.host.environ.get(name) for name in names):
+        return ok(f"uid {uid} is called by USER")
+    if any(line.split(":")[2:3] == [str(uid)] for line in (node.host.read("/etc/passwd") or "").splitlines()):
+        return ok(f"uid {uid} has a name")
+    try:
+        pwd.getpwuid(uid)  # a directory service may know it
+        return ok(f"uid {uid} has a name")
+    except KeyError:
+        fix = Fix(
+            host="export USER=rtp",
+            docker="docker run -e USER=rtp -e HOME=/tmp …",
+            compose="environment: {USER: rtp, HOME: /tmp}",
+            kubernetes="env: [{name: USER, value: rtp}, {name: HOME, value: /tmp}]",
+        )
+        return error(f"uid {uid} has no name, and USER is not set", "a name", fix)
+
+
+@check(
+    "L-11",
+    CATEGORY,
+    "caches and temporary files can be written",
+    symptoms=(
+        "PermissionError: [Errno 13] Permission denied: '…/.cache",
+        "…: failed to map segment from shared object",
+    ),
+    severity=Status.ERROR,
+)
+def caches(node: Node) -> Outcome:
+    """Sockets and state lie in TMPDIR or RTP_RUN_DIR, kernels that Triton compiles in TRITON_CACHE_DIR or HOME; those
+    are loaded as libraries, which a file system mounted noexec forbids."""
+    environ = node.host.environ
+    temporary = node.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
+    fix = Fix(
+        host=f"make {temporary} writable, or set TMPDIR to a folder that is",
+        docker="docker run --tmpfs /tmp:exec …",
+        compose="tmpfs: [/tmp:exec]",
+        kubernetes="mount an emptyDir at /tmp",
+    )
+    closed = _closed(node, temporary)
+    if closed:
+        return error(f"{temporary} {closed}", "a writable folder", fix)
+    cache = environ.get("TRITON_CACHE_DIR") or environ.get("HOME", "/")
+    if not node.on_gpu:
+        return ok(f"{temporary} can be written")
+    closed = _closed(node, cache)
+    mount = node.host.mount(cache)
+    if not closed and mount and "noexec" in mount.options:
+        closed = "is mounted noexec"
+    if closed:
+        return warn(f"{cache} {closed}", "a folder for compiled kernels", f"TRITON_CACHE_DIR={temporary}/triton")
+    return ok(f"{temporary} and {cache} can be written")
+
+
+def _closed(node: Node, folder: str) -> str:
+    """Why a folder cannot be written; empty where it can, or could be made."""
+    path = node.host.path(folder)
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    mount = node.host.mount(str(Path(folder)))
+    if mount and mount.read_only:
+        return "is on a read-only file system"
+    if not existing.is_dir():
+        return f"is below {existing}, which is no folder"
+    return "" if os.access(existing, os.W_OK | os.X_OK) else os.strerror(errno.EACCES).lower()

@@ -1,0 +1,204 @@
+"""`rtp-llm-doctor`: the command line."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from doctor import checks  # noqa: F401  # registers them
+from doctor.attach import attach
+from doctor.bundle import write_bundle
+from doctor.check import REGISTRY, Check
+from doctor.examine import Examination, examine
+from doctor.explain import explain, manual, read_log
+from doctor.host import Host, size_text
+from doctor.orphans import remove_orphans
+from doctor.render import FORMATS, Style, table, write
+from doctor.report import Exit, Report
+from rtp_llm.errors import FatalError
+
+COMMANDS = ("node", "gang", "list", "explain", "explain-log", "attach", "schema", "manual")
+TIERS = range(4)
+
+
+class UsageError(Exception):
+    """The command line asks for something that does not exist."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code. What was asked for goes to stdout, everything else to stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        own, server = _split(words)
+        return _run(_parser().parse_args(own), server)
+    except UsageError as error:
+        print(f"rtp-llm-doctor: {error}", file=sys.stderr)
+        return Exit.CANNOT_RUN
+    except (OSError, FatalError) as error:
+        print(f"rtp-llm-doctor: cannot run: {error}", file=sys.stderr)
+        return Exit.CANNOT_RUN
+    except KeyboardInterrupt:
+        return Exit.CANNOT_RUN
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The doctor's own words, and after `--` the server's flags."""
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="rtp-llm-doctor",
+        description="Says what is wrong with this machine, this plan and this gang, and what to type. After `--`: the"
+        " server's flags. Exit codes: 0 ready, 1 an error, 2 could not run, 3 incomplete.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", default="node", choices=COMMANDS, help="what to do (default: node)")
+    parser.add_argument("argument", nargs="?", default="", help="id for explain, file or - for explain-log")
+    parser.add_argument("--tier", type=int, choices=TIERS, help="0 static, 1 uses GPUs and disk, 2 gang, 3 collective")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="form of the report")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what is well, too")
+    parser.add_argument("--only", default="", metavar="IDS", help="checks or categories to run, with commas between")
+    parser.add_argument("--ignore", default="", metavar="IDS", help="checks whose errors count as warnings")
+    parser.add_argument("--strict", action="store_true", help="warnings end with 1")
+    parser.add_argument("--wait", type=float, default=30.0, metavar="S", help="seconds to wait for other parts (30)")
+    parser.add_argument("--fix", choices=("shm",), help="shm: remove abandoned segments of this server, and no others")
+    parser.add_argument("--bundle", metavar="FILE", help="write report, settings and logs, secrets left out, to a .tgz")
+    parser.add_argument("--run-dir", default="", metavar="DIR", help="attach: the running part's RTP_RUN_DIR")
+    parser.add_argument("--save", metavar="FILE", help="also write the JSON report to a file")
+    return parser
+
+
+def _run(asked: argparse.Namespace, server: list[str]) -> int:
+    simple = {"list": _list, "explain": _explain, "attach": _attach, "schema": _schema, "manual": _manual}
+    if asked.argument and asked.command not in ("explain", "explain-log"):
+        raise UsageError(f"{asked.command} takes no argument {asked.argument!r}")
+    if asked.command in simple:
+        return simple[asked.command](asked)
+    if asked.command == "explain-log":
+        return _explain_log(asked, server)
+    if asked.fix:
+        _fix_shm()
+    return _report(asked, server, select(asked.only))
+
+
+def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | None) -> int:
+    tier = asked.tier if asked.tier is not None else (2 if asked.command == "gang" else 0)
+    wanted = Examination(
+        tier=max(tier, 2) if asked.command == "gang" else tier,
+        gang=asked.command == "gang" or tier == 2,
+        only=chosen,
+        ignore=tuple(_known(asked.ignore)),
+        strict=asked.strict,
+        wait=asked.wait,
+    )
+    report = examine(Host(), server, wanted, lambda text: print(text, file=sys.stderr, flush=True))
+    _show(asked, report)
+    if asked.save:
+        save(report, Path(asked.save))
+    if asked.bundle:
+        names = write_bundle(Path(asked.bundle), report, Host(), asked.run_dir)
+        print(f"{asked.bundle}: {', '.join(names)}; read it before you pass it on", file=sys.stderr)
+    return report.exit_code
+
+
+def _show(asked: argparse.Namespace, report: Report) -> None:
+    style = Style.of(sys.stdout)
+    write(
+        table(report, style, True)
+        if asked.output == "table" and asked.verbose
+        else FORMATS[asked.output](report, style)
+    )
+
+
+def save(report: Report, path: Path) -> None:
+    """Whole or not at all: the API process reads it at any time."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(report.to_json())
+    scratch.replace(path)
+
+
+def select(only: str) -> list[Check] | None:
+    """The checks that --only names, by id or category, with what they need; None for all."""
+    if not only:
+        return None
+    words = [word.strip() for word in only.split(",")]
+    chosen = [c for c in REGISTRY.values() if c.id in words or c.category in words]
+    unknown = set(words) - {c.id for c in chosen} - {c.category for c in chosen}
+    if unknown:
+        raise UsageError(f"no check or category {', '.join(sorted(unknown))}; `rtp-llm-doctor list` shows them")
+    return chosen
+
+
+def _known(text: str) -> list[str]:
+    ids = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [id for id in ids if id not in REGISTRY]
+    if unknown:
+        raise UsageError(f"no check {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
+    return ids
+
+
+def _list(asked: argparse.Namespace) -> int:
+    if asked.output == "json":
+        rows = [
+            {"id": c.id, "category": c.category, "tier": c.tier, "severity": c.severity, "title": c.title}
+            for c in REGISTRY.values()
+        ]
+        write(json.dumps(rows, indent=1) + "\n")
+    else:
+        write("".join(f"{c.id:<5} {c.tier}  {c.severity:<5}  {c.category:<14} {c.title}\n" for c in REGISTRY.values()))
+    return Exit.READY
+
+
+def _explain(asked: argparse.Namespace) -> int:
+    if asked.argument.upper() not in REGISTRY:
+        raise UsageError(f"explain: no check {asked.argument!r}; `rtp-llm-doctor list` shows them")
+    write(explain(REGISTRY[asked.argument.upper()]))
+    return Exit.READY
+
+
+def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
+    if not asked.argument:
+        raise UsageError("explain-log needs a file, or - for stdin")
+    text = sys.stdin.read() if asked.argument == "-" else Path(asked.argument).read_text(errors="replace")
+    hits = read_log(text)
+    if not hits:
+        write("nothing in this log is a symptom that the doctor knows; `rtp-llm-doctor` looks at the machine itself\n")
+        return Exit.READY
+    if asked.output == "table":
+        write(
+            "".join(f"line {hit.number}: {hit.line[:160]}\n  {hit.check.id} {hit.check.title}\n" for hit in hits) + "\n"
+        )
+    return _report(asked, server, [hit.check for hit in hits])
+
+
+def _attach(asked: argparse.Namespace) -> int:
+    return attach(asked.run_dir)
+
+
+def _schema(asked: argparse.Namespace) -> int:
+    write(json.dumps(Report.model_json_schema(), indent=1) + "\n")
+    return Exit.READY
+
+
+def _manual(asked: argparse.Namespace) -> int:
+    write(manual())
+    return Exit.READY
+
+
+def _fix_shm() -> None:
+    removed = remove_orphans(Host())
+    total = size_text(sum(orphan.bytes for orphan in removed))
+    names = "".join(f"\n  {orphan.name}" for orphan in removed)
+    print(f"--fix shm: removed {len(removed)} abandoned segments, {total}{names}", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""What a part tells the others about itself: comparable facts by dotted name, and what tells machines apart."""
+
+import json
+import os
+import platform
+import secrets
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from doctor.check import REGISTRY
+from doctor.gang.row import Row
+from doctor.host import public_environ
+from doctor.node import Node
+from rtp_llm import __version__
+from rtp_llm.parallel.plan import Plan
+
+ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
+# Different on every part, and rightly so.
+LOCAL = {
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_HOSTID",
+    "NCCL_RAS_ADDR",
+    "NCCL_DEBUG_FILE",
+    "NCCL_CONF_FILE",
+}
+SHARED_SETTINGS = (
+    *("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "max_batch_size", "max_context_batch_size"),
+    *(
+        "warm_up",
+        "test_block_num",
+        "kv_cache_mem_mb",
+        "hack_layer_num",
+        "json_model_override_args",
+        "concurrency_limit",
+    ),
+)
+PACKAGES = ("torch", "triton", "safetensors", "numpy")
+
+
+def facts(node: Node) -> dict[str, str]:
+    """By dotted name: plan, members, config, version, env, model, gpu, kernel."""
+    found = {"version.rtp-llm": __version__, "version.python": platform.python_version(), "doctor.checks": _checks()}
+    found |= {f"version.{name}": _version(name) for name in PACKAGES}
+    if node.plan:
+        plan = node.plan.fingerprint()
+        found["members"] = json.dumps(plan.pop("members"))
+        found |= {f"plan.{name}": str(value) for name, value in plan.items()}
+    found |= {f"config.{name.upper()}": str(getattr(node.config, name)) for name in SHARED_SETTINGS}
+    found |= {f"env.{n}": v for n, v in public_environ(node.host.environ, ENVIRONMENT).items() if n not in LOCAL}
+    found |= {
+        f"env.{n}": s.value for n, s in node.nccl.settings.items() if s.source != "environment" and n not in LOCAL
+    }
+    if node.checkpoint:
+        found["model.checkpoint"] = node.checkpoint.digest
+        found["model.dtype"] = node.spec.dtype if node.spec else ""
+    if node.on_gpu:
+        found |= {"gpu.driver": node.gpus.driver, "gpu.nccl": ".".join(map(str, node.nccl.version))}
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _checks() -> str:
+    return str(len(REGISTRY))
+
+
+def identity(node: Node) -> dict[str, Any]:
+    host = node.host
+    return {
+        "hostname": host.hostname,
+        "boot_id": (host.read("/proc/sys/kernel/random/boot_id") or "").strip(),
+        "nccl_hostid": node.nccl.value("NCCL_HOSTID"),
+        "shm_device": str(os.stat(host.path("/dev/shm")).st_dev) if host.exists("/dev/shm") else "",
+        "ipc": _namespace(node, "ipc"),
+        "gpus": [
+            {"uuid": gpu.uuid, "name": gpu.name, "total": gpu.memory_total, "capability": gpu.capability}
+            for gpu in (node.gpus.visible[: node.local_ranks] if node.on_gpu else [])
+        ],
+    }
+
+
+def _namespace(node: Node, kind: str) -> str:
+    try:
+        return str(node.host.path(f"/proc/self/ns/{kind}").readlink())
+    except OSError:
+        return ""
+
+
+def own_row(node: Node, plan: Plan, problems: dict[str, str], listening: bool) -> Row:
+    """This part's row before it has tried any way. Raises OSError where no peer has a route."""
+    member = next((m for m in plan.members if m.index == plan.part), None)
+    peers = node.peers
+    address = node.host.route_address(node.host.resolve(peers[0].ip)[0]) if peers else "127.0.0.1"
+    interface = node.host.interface_of(address)
+    low_high = (node.host.read("/proc/sys/net/ipv4/ip_local_port_range") or "32768 60999").split()
+    return Row(
+        part=plan.part,
+        name=member.name if member else f"part{plan.part}",
+        run=secrets.token_hex(8),
+        address=address,
+        interface=interface.name if interface else "",
+        mtu=interface.mtu if interface else 0,
+        facts=facts(node),
+        identity=identity(node),
+        planned_ports={port.port: port.purpose for port in plan.own_ports()},
+        random_ports=[],
+        port_range="-".join(low_high),
+        problems=problems,
+        listening=listening,
+    )

@@ -1,0 +1,62 @@
+"""One part's contribution to the gang's picture: who it is, what it holds, and how it found the way to the others."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Link:
+    """What one part found on its way to another. Speeds in bytes/s, times in seconds.
+
+    `ports`: outcome by port: open, refused, timeout, unreachable, reset, foreign. `blob`: what became of the large
+    transfers, empty where both went through.
+    """
+
+    ports: dict[int, str] = field(default_factory=dict)
+    answered: bool = False  # the responder talked to us
+    refusal: str = ""  # why the responder would not: version, secret
+    blob: str = ""
+    sent_speed: float = 0.0
+    received_speed: float = 0.0
+    rtt: float = 0.0
+    clock_offset: float = 0.0
+    clock_error: float = 0.0
+
+
+@dataclass
+class Row:
+    """`facts`: comparable values by dotted name; `identity`: what tells machines, namespaces and GPUs apart.
+
+    `random_ports`: chosen by the kernel, as NCCL's are; `done`: it has tried every way, `seen`: the parts whose done
+    rows it holds.
+    """
+
+    part: int
+    name: str
+    run: str  # a random id: a part that was started again is another one
+    address: str
+    interface: str
+    mtu: int
+    facts: dict[str, str]
+    identity: dict[str, Any]
+    planned_ports: dict[int, str]
+    random_ports: list[int]
+    port_range: str
+    problems: dict[str, str]  # what this part's own checks found: error by id
+    listening: bool  # whether stand-ins listen on the planned ports, or the real ones may not be there yet
+    done: bool = False
+    seen: list[int] = field(default_factory=list)
+    links: dict[int, Link] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Row":
+        """JSON has no integer keys. Raises TypeError, KeyError or ValueError on what is no row."""
+        links = {
+            int(part): Link(**{**link, "ports": {int(p): str(o) for p, o in link["ports"].items()}})
+            for part, link in data["links"].items()
+        }
+        ports = {int(port): str(purpose) for port, purpose in data["planned_ports"].items()}
+        return cls(**{**data, "links": links, "planned_ports": ports})

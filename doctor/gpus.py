@@ -1,0 +1,215 @@
+"""What NVML tells about this machine's GPUs, read once, without a CUDA context.
+
+A reading that a GPU or driver does not support is None: it is left out of judgement, never taken for good or bad.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import pynvml
+
+from rtp_llm.parallel.devices import Visible, narrow
+
+P2P_READ = 0  # pynvml's own constant for it is a tuple by mistake
+NVLINK_LINKS = 18  # of the newest boards; links beyond a board's own answer "not supported"
+
+# nvml.h, clocks event reasons. The newer library calls them "event reasons", the older ones "throttle reasons".
+SLOWDOWNS = {
+    0x08: "hardware slowdown",
+    0x20: "thermal slowdown (software)",
+    0x40: "thermal slowdown (hardware)",
+    0x80: "power brake",
+}
+APPLICATION_CLOCKS = 0x02
+
+
+@dataclass(frozen=True)
+class Process:
+    """`memory` in bytes. NVML gives host pids, which another pid namespace cannot resolve."""
+
+    pid: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. Memory in bytes, temperatures in degrees Celsius."""
+
+    index: int
+    uuid: str
+    name: str
+    bus: str  # PCI address, "0000:1b:00.0"
+    memory_total: int
+    memory_free: int
+    capability: tuple[int, int] | None = None
+    processes: tuple[Process, ...] = ()
+    compute_mode: int | None = None
+    mig: bool = False
+    ecc_uncorrected: int | None = None  # since the driver was loaded
+    remap_pending: bool = False
+    remap_failure: bool = False
+    retired_pending: bool = False
+    clock_reasons: int = 0  # bits of nvmlClocksEventReason*
+    temperature: int | None = None
+    slowdown_temperature: int | None = None
+    persistence: bool | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    pcie_replays: int | None = None
+    fabric_state: int | None = None  # nvml.h, NVML_GPU_FABRIC_STATE_*: 0 not supported, 3 completed
+    nvlinks: tuple[int, int] = (0, 0)  # (up, there at all)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two GPUs: nvmlGpuP2PStatus of reading (0 is OK), of NVLink, and nvmlGpuTopologyLevel between them."""
+
+    one: int
+    other: int
+    p2p: int | None
+    nvlink: int | None
+    topology: int | None
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """`failure`: NVML's code where it did not start, `broken`: (index, code) of GPUs that could not be opened."""
+
+    failure: int = 0
+    driver: str = ""
+    cuda: tuple[int, int] = (0, 0)  # the newest CUDA that this driver serves
+    all: tuple[Gpu, ...] = ()
+    broken: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    selection: Visible = field(default_factory=lambda: Visible(()))
+
+    @property
+    def visible(self) -> list[Gpu]:
+        """In CUDA's order; a MIG instance, which has no index of its own, stands as the first GPU with MIG on."""
+        by_index = {gpu.index: gpu for gpu in self.all}
+        sliced = next((gpu for gpu in self.all if gpu.mig), None)
+        chosen = [by_index.get(i) if i >= 0 else sliced for i in self.selection.indices]
+        return [gpu for gpu in chosen if gpu]
+
+
+def read_gpus(nvml: Any = None, visible: str | None = None) -> Gpus:
+    """`nvml`: pynvml, or what a test plays in its place; `visible`: CUDA_VISIBLE_DEVICES."""
+    nvml = nvml or pynvml
+    try:
+        nvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return Gpus(failure=int(error.value), selection=narrow((), visible))
+    try:
+        return _read(nvml, visible)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _read(nvml: Any, visible: str | None) -> Gpus:
+    count = int(nvml.nvmlDeviceGetCount())
+    found: list[Gpu] = []
+    handles: dict[int, Any] = {}
+    broken: list[tuple[int, int]] = []
+    for index in range(count):
+        try:
+            handles[index] = nvml.nvmlDeviceGetHandleByIndex(index)
+            found.append(_gpu(nvml, handles[index], index))
+        except pynvml.NVMLError as error:
+            broken.append((index, int(error.value)))
+    # A GPU that cannot be opened keeps its place in CUDA's numbering.
+    uuids = {gpu.index: gpu.uuid for gpu in found}
+    version = int(_ask(nvml.nvmlSystemGetCudaDriverVersion_v2) or 0)
+    whole = [gpu.index for gpu in found]
+    return Gpus(
+        driver=str(_ask(nvml.nvmlSystemGetDriverVersion) or ""),
+        cuda=(version // 1000, version % 1000 // 10),
+        all=tuple(found),
+        broken=tuple(broken),
+        pairs=tuple(_pair(nvml, handles, a, b) for a, b in combinations(whole, 2)),
+        selection=narrow([uuids.get(i, "") for i in range(count)], visible),
+    )
+
+
+def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
+    """Raises NVMLError where the GPU does not answer; what it merely does not support is None."""
+
+    def ask(name: str, *arguments: Any) -> Any:
+        return _ask(lambda: getattr(nvml, name)(handle, *arguments))
+
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    remapped = ask("nvmlDeviceGetRemappedRows") or (0, 0, 0, 0)  # corrected, uncorrected, pending, failed
+    mig = ask("nvmlDeviceGetMigMode")
+    persistence = ask("nvmlDeviceGetPersistenceMode")
+    processes = ask("nvmlDeviceGetComputeRunningProcesses") or []
+    return Gpu(
+        index=index,
+        uuid=str(nvml.nvmlDeviceGetUUID(handle)),
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        bus=_bus(nvml.nvmlDeviceGetPciInfo(handle).busId),
+        memory_total=int(memory.total),
+        memory_free=int(memory.free),
+        capability=ask("nvmlDeviceGetCudaComputeCapability"),
+        processes=tuple(Process(int(p.pid), int(p.usedGpuMemory or 0)) for p in processes),
+        compute_mode=ask("nvmlDeviceGetComputeMode"),
+        mig=bool(mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE),
+        ecc_uncorrected=ask(
+            "nvmlDeviceGetTotalEccErrors", pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        ),
+        remap_pending=bool(remapped[2]),
+        remap_failure=bool(remapped[3]),
+        retired_pending=bool(ask("nvmlDeviceGetRetiredPagesPendingStatus")),
+        clock_reasons=int(ask("nvmlDeviceGetCurrentClocksEventReasons") or 0),
+        temperature=ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+        slowdown_temperature=ask("nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
+        persistence=None if persistence is None else bool(persistence),
+        pcie_width=ask("nvmlDeviceGetCurrPcieLinkWidth"),
+        pcie_width_max=ask("nvmlDeviceGetMaxPcieLinkWidth"),
+        pcie_replays=ask("nvmlDeviceGetPcieReplayCounter"),
+        fabric_state=_fabric(nvml, handle),
+        nvlinks=_nvlinks(nvml, handle),
+    )
+
+
+def _ask(question: Callable[[], Any]) -> Any:
+    """The answer, or None where this GPU or driver has none. A GPU that is gone is another matter: NVMLError."""
+    try:
+        return question()
+    except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):
+        raise
+    except (pynvml.NVMLError, AttributeError):
+        return None
+
+
+def _bus(text: Any) -> str:
+    """NVML writes the domain with eight digits, /sys with four, and small."""
+    name = (text.decode() if isinstance(text, bytes) else str(text)).lower()
+    return name[4:] if len(name.split(":")[0]) == 8 else name
+
+
+def _fabric(nvml: Any, handle: Any) -> int | None:
+    info = pynvml.c_nvmlGpuFabricInfoV_t()
+    answered = _ask(lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, ctypes.byref(info)) or True)
+    return int(info.state) if answered else None
+
+
+def _nvlinks(nvml: Any, handle: Any) -> tuple[int, int]:
+    states = [_ask(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link)) for link in range(NVLINK_LINKS)]  # type: ignore[misc]
+    there = [state for state in states if state is not None]
+    return sum(map(bool, there)), len(there)
+
+
+def _pair(nvml: Any, handles: dict[int, Any], one: int, other: int) -> Pair:
+    def ask(name: str, *arguments: Any) -> int | None:
+        answer = _ask(lambda: getattr(nvml, name)(handles[one], handles[other], *arguments))
+        return None if answer is None else int(answer)
+
+    return Pair(
+        one,
+        other,
+        p2p=ask("nvmlDeviceGetP2PStatus", P2P_READ),
+        nvlink=ask("nvmlDeviceGetP2PStatus", pynvml.NVML_P2P_CAPS_INDEX_NVLINK),
+        topology=ask("nvmlDeviceGetTopologyCommonAncestor"),
+    )

@@ -1,0 +1,185 @@
+"""This part as the server would see it: settings, plan, checkpoint, read by the server's own code.
+
+Where a setting is wrong, the check that it belongs to says so, and the others go on with what was most likely meant:
+one typing slip must not hide a full /dev/shm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from doctor.gpus import Gpus, read_gpus
+from doctor.host import Host
+from doctor.nccl import Nccl
+from rtp_llm.config import Config, load
+from rtp_llm.errors import CheckpointError, ConfigError, FatalError
+from rtp_llm.model import checkpoint as checkpoints
+from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.spec import ModelSpec
+from rtp_llm.parallel.members import Member
+from rtp_llm.parallel.plan import Plan, check_address, make_plan
+
+if TYPE_CHECKING:
+    from doctor.gang.view import GangView
+
+# A slip in one of these gives this part another place, another size or another model, in silence.
+DECISIVE = {
+    *("TP_SIZE", "DP_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "WORLD_RANK", "WORLD_INDEX", "TP_RANK"),
+    *("DISTRIBUTE_CONFIG_FILE", "GANG_CONFIG_STRING", "JSON_GANG_PARTS", "LEADER_ADDRESS", "ZONE_NAME"),
+    *("START_PORT", "CHECKPOINT_PATH", "TOKENIZER_PATH", "MODEL_TYPE", "ACT_TYPE"),
+}
+ANY_GPUS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`config` holds what is valid, typing slips in decisive names undone; `faults` say what is not."""
+
+    config: Config
+    faults: tuple[ConfigError, ...]
+    near_misses: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`plan` is the likely one where `fault` says that there is none; None where nothing can be guessed."""
+
+    plan: Plan | None
+    fault: ConfigError | None = None
+    nat: str = ""  # why the plan's address is not one of ours
+
+
+@dataclass
+class Node:
+    """`tier`: how far the doctor was asked to go. `gang`: what the parts told each other, from tier 2 on."""
+
+    host: Host
+    argv: Sequence[str] = ()
+    tier: int = 0
+    gang: "GangView | None" = None
+    collective: dict[str, Any] | None = None
+    nvml: Any = field(default=None)  # pynvml, or what stands for it in a test
+    ports_are_ours: bool = False  # within a running part: what listens there is this part itself
+
+    @cached_property
+    def settings(self) -> Settings:
+        return read_settings(self.argv, dict(self.host.environ))
+
+    @property
+    def config(self) -> Config:
+        return self.settings.config
+
+    @cached_property
+    def gpus(self) -> Gpus:
+        return read_gpus(self.nvml, self.host.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    @cached_property
+    def planned(self) -> Planned:
+        return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.planned.plan
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this part is to run on GPUs, by what can be told."""
+        if self.plan:
+            return self.plan.device == "cuda"
+        return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
+
+    @property
+    def local_ranks(self) -> int:
+        config = self.config
+        return self.plan.local_world_size if self.plan else config.local_world_size or config.tp_size or 1
+
+    @property
+    def peers(self) -> list[Member]:
+        """The members of the other parts, those whose address is known."""
+        return [m for m in self.plan.members if m.index != self.plan.part] if self.plan else []
+
+    @cached_property
+    def nccl(self) -> Nccl:
+        return Nccl.read(self.host)
+
+    @cached_property
+    def checkpoint_path(self) -> Path | None:
+        return Path(self.config.checkpoint_path) if self.config.checkpoint_path else None
+
+    @cached_property
+    def checkpoint_faults(self) -> list[CheckpointError]:
+        path = self.checkpoint_path
+        return checkpoints.faults(path) if path and path.is_dir() else []
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        try:
+            return Checkpoint.open(self.config)
+        except FatalError:
+            return None
+
+    @cached_property
+    def _spec(self) -> tuple[ModelSpec | None, FatalError | None]:
+        try:
+            return (self.checkpoint.spec(self.config), None) if self.checkpoint else (None, None)
+        except FatalError as error:
+            return None, error
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        return self._spec[0]
+
+    @property
+    def spec_fault(self) -> FatalError | None:
+        return self._spec[1]
+
+
+def read_settings(argv: Sequence[str], environ: dict[str, str]) -> Settings:
+    """What can be read of flags and environment, and every reason why the rest cannot."""
+    faults: list[ConfigError] = []
+    corrected: set[str] = set()
+    misses: tuple[tuple[str, str], ...] = ()
+    while True:
+        try:
+            loaded = load(argv, environ)
+        except ConfigError as fault:
+            # What was only put there as the likely meaning of a slip is not the operator's fault.
+            faults += [] if fault.names and set(fault.names) <= corrected else [fault]
+            environ = {name: value for name, value in environ.items() if name not in fault.names}
+            # A flag, and not a variable, or still the same fault: no flag can be believed.
+            if not fault.names or any(f"--{name.lower()}" in " ".join(argv) for name in fault.names):
+                argv = ()
+            continue
+        misses = misses or loaded.near_misses
+        slips = {meant: given for given, meant in misses if meant in DECISIVE - corrected and meant not in environ}
+        if not slips:
+            return Settings(loaded.config, tuple(faults), misses)
+        environ = environ | {meant: environ[given] for meant, given in slips.items() if given in environ}
+        corrected |= slips.keys()
+
+
+def read_plan(config: Config, gpus: int, addresses: set[str]) -> Planned:
+    """The plan, or the fault that the server would end with and the plan that was likely meant."""
+    try:
+        plan = make_plan(config, gpus)
+        return Planned(plan, nat=check_address(plan, addresses) or "")
+    except ConfigError as fault:
+        return Planned(_likely_plan(config, gpus, addresses), fault)
+
+
+def _likely_plan(config: Config, gpus: int, addresses: set[str]) -> Plan | None:
+    """Another rank of this part, or more GPUs than there are: the first that leaves no contradiction."""
+    ranks = range(config.world_size or config.tp_size or 1)
+    free = {"world_index": None, "tp_rank": None}
+    candidates = [config, *(config.model_copy(update=free | {"world_rank": rank}) for rank in ranks)]
+    for shown in (gpus, ANY_GPUS):
+        for candidate in candidates:
+            try:
+                plan = make_plan(candidate, shown)
+                check_address(plan, addresses)
+            except ConfigError:
+                continue
+            return plan
+    return None

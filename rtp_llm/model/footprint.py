@@ -1,0 +1,26 @@
+"""How many bytes a model takes on one rank, from its spec alone. Imports no torch, so the doctor can say it first."""
+
+from rtp_llm.model.spec import ModelSpec
+from rtp_llm.parallel.sharding import head_share, mlp_share, padded_vocab
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
+    """Of the rank that holds most, as `layers` allocates them; norms and biases, some kilobytes, are left out."""
+    return max(_rank_weights(spec, tp_size, rank) for rank in range(tp_size)) * ITEM_BYTES[spec.dtype]
+
+
+def _rank_weights(spec: ModelSpec, tp_size: int, rank: int) -> int:
+    heads = head_share(spec.num_heads, spec.num_kv_heads, tp_size, rank)
+    hidden = spec.hidden_size
+    attention = hidden * spec.head_dim * 2 * (heads.num_heads + len(heads.kv_heads))  # q and o, k and v
+    mlp = 3 * hidden * len(mlp_share(spec.intermediate_size, tp_size, rank))
+    rows = padded_vocab(spec.vocab_size, tp_size) // tp_size
+    return spec.num_layers * (attention + mlp) + rows * hidden * (1 if spec.tie_embeddings else 2)
+
+
+def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:
+    """Of the rank that holds most KV heads: a key and a value in every layer."""
+    heads = max(len(head_share(spec.num_heads, spec.num_kv_heads, tp_size, rank).kv_heads) for rank in range(tp_size))
+    return 2 * spec.num_layers * heads * spec.head_dim * ITEM_BYTES[spec.dtype]

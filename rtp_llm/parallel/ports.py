@@ -1,0 +1,36 @@
+"""Whether the planned ports can be listened on, and who has those that cannot."""
+
+import errno
+import socket
+
+import psutil
+
+from rtp_llm.parallel.plan import PlannedPort
+
+
+def obstacle(planned: PlannedPort) -> str:
+    """Why this port cannot be listened on: "in use by pid 7 (nginx: master …)"; empty where it can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((planned.host, planned.port))
+            probe.listen()
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            return f"in use{_holder(planned.port)}" if taken else str(error.strerror)
+    return ""
+
+
+def _holder(port: int) -> str:
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return " by a process that only root can see"
+    pid = next((c.pid for c in connections if c.laddr and c.laddr.port == port and c.status == "LISTEN"), None)
+    if pid is None:
+        return " by a process that cannot be seen from here"
+    try:
+        command = " ".join(" ".join(psutil.Process(pid).cmdline()).split())
+        return f" by pid {pid} ({command[:80]})"
+    except psutil.Error:
+        return f" by pid {pid}"

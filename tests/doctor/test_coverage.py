@@ -1,0 +1,32 @@
+"""Every check has a fault that triggers it: a test marked with its id."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from doctor import checks  # noqa: F401  # registers them
+from doctor.check import REGISTRY
+
+
+def marked() -> set[str]:
+    """The ids in `@pytest.mark.fault(…)` and `pytest.param(…, marks=pytest.mark.fault(…))` of this folder."""
+    found: set[str] = set()
+    for file in Path(__file__).parent.glob("test_*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+                found |= {str(ast.literal_eval(argument)) for argument in node.args}
+    return found
+
+
+@pytest.mark.parametrize("id", REGISTRY)
+def test_every_check_has_a_fault(id: str) -> None:
+    # What is only told for information never finds anything, so there is no fault for it.
+    assert id in marked() | INFORMATION, f"no test is marked with fault({id!r})"
+
+
+INFORMATION = {"L-09", "G-18", "G-20", "N-17"}
+
+
+def test_marks_name_checks() -> None:
+    assert marked() <= REGISTRY.keys()
