@@ -35,6 +35,11 @@ def find_run_dirs() -> list[Path]:
     return sorted(found, key=lambda path: -found[path])
 
 
+def is_running(start_port: int) -> bool:
+    """Whether a part with this START_PORT runs here."""
+    return any(Handover.load(folder).plan.start_port == start_port for folder in find_run_dirs())
+
+
 def attach(run_dir: str) -> int:
     """Prints the state of a part; 1 where something of it is lost or stuck, 2 where there is none."""
     folders = [Path(run_dir)] if run_dir else find_run_dirs()

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fix", choices=("shm",), help="shm: remove abandoned segments of this server, and no others")
     parser.add_argument("--bundle", metavar="FILE", help="write report, settings and logs, secrets left out, to a .tgz")
     parser.add_argument("--run-dir", default="", metavar="DIR", help="attach: the running part's RTP_RUN_DIR")
+    parser.add_argument("--starting", action="store_true", help="a start follows: a part that runs here is in its way")
     parser.add_argument("--save", metavar="FILE", help="also write the JSON report to a file")
     return parser
 
@@ -102,6 +103,7 @@ def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | 
         ignore=tuple(_known(asked.ignore)),
         strict=asked.strict,
         wait=asked.wait,
+        starting=asked.starting,
     )
     report = examine(Host(), server, wanted, lambda text: print(text, file=sys.stderr, flush=True))
     _show(asked, report)

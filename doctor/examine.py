@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from doctor.attach import is_running
 from doctor.check import REGISTRY, Check, Status
 from doctor.collective import measure
 from doctor.gang.run import meet
@@ -19,7 +20,7 @@ GANG_AWARE = ("C-01", "C-02", "G-10", "G-11")
 
 @dataclass(frozen=True)
 class Examination:
-    """What was asked for. `wait`: seconds for other parts to come; `ports_are_ours`: within a running part."""
+    """What was asked for. `wait`: seconds for other parts to come; `starting`: a part that runs is in its way."""
 
     tier: int = 0
     gang: bool = False
@@ -27,13 +28,14 @@ class Examination:
     ignore: tuple[str, ...] = ()
     strict: bool = False
     wait: float = 30.0
-    ports_are_ours: bool = False
+    starting: bool = False
 
 
 def examine(host: Host, argv: Sequence[str], wanted: Examination, say: Callable[[str], None]) -> Report:
     """Runs it all. `say` takes progress for people."""
     started = time.time()
-    node = Node(host, argv, 1 if wanted.tier in (1, 3) else 0, ports_are_ours=wanted.ports_are_ours)
+    node = Node(host, argv, 1 if wanted.tier in (1, 3) else 0)
+    node.running = not wanted.starting and bool(node.plan) and is_running(node.config.start_port)
     checks = [c for c in (wanted.only or REGISTRY.values()) if c.tier <= wanted.tier and (c.tier != 2 or wanted.gang)]
     alone = run_checks([c for c in checks if c.tier < 2], node)
     findings = alone

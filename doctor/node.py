@@ -61,7 +61,7 @@ class Node:
     gang: "GangView | None" = None
     collective: dict[str, Any] | None = None
     nvml: Any = field(default=None)  # pynvml, or what stands for it in a test
-    ports_are_ours: bool = False  # within a running part: what listens there is this part itself
+    running: bool = False  # this part is running: what holds its ports and its memory is itself
 
     @cached_property
     def settings(self) -> Settings:

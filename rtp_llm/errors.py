@@ -76,6 +76,12 @@ class GangError(FatalError):
     exit_code = ExitCode.GANG_INCOMPLETE
 
 
+class DoctorError(FatalError):
+    """The doctor found what a start would fail or hang on."""
+
+    exit_code = ExitCode.DOCTOR
+
+
 class CommunicationError(FatalError):
     """A peer that had joined is gone, or spoke out of turn."""
 

@@ -164,6 +164,20 @@ class GangCollector(Collector):
         size, free = state["shm"]
         yield _gauge("shm_size_bytes", "Size of /dev/shm", [({"part": part}, size)])
         yield _gauge("shm_free_bytes", "Free bytes of /dev/shm", [({"part": part}, free)])
+        if state["doctor"]:
+            yield from doctor_metrics(state["doctor"], part)
+
+
+# How the doctor's findings are written as numbers.
+DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}
+
+
+def doctor_metrics(report: Mapping[str, Any], part: str) -> Iterable[Metric]:
+    """`report`: the doctor's, as its JSON form has it."""
+    statuses = [({"check": c["id"], "part": part}, float(DOCTOR_STATUS[c["status"]])) for c in report["checks"]]
+    yield _gauge("doctor_check_status", "0 ok, 1 warning, 2 error, 3 unknown or crashed, -1 skipped", statuses)
+    yield _gauge("doctor_last_run_timestamp_seconds", "When the doctor last ran", [({"part": part}, report["started"])])
+    yield _gauge("doctor_duration_seconds", "How long that took", [({"part": part}, report["duration_s"])])
 
 
 Samples = list[tuple[dict[str, str], float]]

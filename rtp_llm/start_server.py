@@ -4,13 +4,11 @@ Checks everything that can be checked without a GPU, writes the plan down, runs 
 and ends with the code that says why: supervisord alone would always end with 0.
 """
 
-import errno
 import fcntl
 import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,23 +18,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.config import Config, load
-from rtp_llm.errors import CheckpointError, ConfigError, ExitCode, FatalError
+from rtp_llm.errors import CheckpointError, ConfigError, DoctorError, ExitCode, FatalError
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.devices import local_addresses, visible_gpus
 from rtp_llm.parallel.handover import Handover, ModelCard
 from rtp_llm.parallel.lifeline import die_with_parent, stopping_file
-from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, check_address, make_plan
+from rtp_llm.parallel.plan import Plan, check_address, make_plan
+from rtp_llm.parallel.ports import obstacle
 from rtp_llm.supervise.supervisord import supervisord_config
 
 log = logging.getLogger("rtp_llm.start_server")
 
 SHM = Path("/dev/shm")
+DOCTOR_SECONDS = 60
 
 
 def main() -> int:
@@ -66,8 +64,13 @@ def main() -> int:
                 fingerprint=_fingerprint(loaded.config, plan, checkpoint, spec),
                 tty=sys.stdout.isatty(),
             )
+            found = _examine(loaded.config.rtp_doctor, handover.doctor_report)
+            if found == 1 and loaded.config.rtp_doctor == "enforce":
+                raise DoctorError("the doctor found errors; mend them, or start all the same with RTP_DOCTOR=warn")
             return _supervise(handover, stopper)
     except FatalError as error:
+        if not isinstance(error, DoctorError):  # what else is wrong, so that it need not be found one by one
+            _examine(os.environ.get("RTP_DOCTOR", ""))
         log.critical("%s", error)
         return error.exit_code
 
@@ -112,36 +115,36 @@ def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: Model
 
 def _check_ports_free(plan: Plan) -> None:
     """Raises ConfigError naming the port, what it is for, and who has it."""
-    wanted = {plan.start_port: "HTTP (START_PORT)"}
-    if plan.part == 0:
-        wanted[plan.start_port - ROLL_CALL] = "roll call (START_PORT - 1)"
-        if plan.world_size > 1:
-            wanted[plan.start_port - STEP] = "steps (START_PORT - 2)"
-            wanted[plan.start_port - TORCH_INIT] = "torch.distributed (START_PORT - 11)"
-    for port, purpose in wanted.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("0.0.0.0", port))
-            except OSError as error:
-                taken = f"in use{_holder(port)}" if error.errno == errno.EADDRINUSE else error.strerror
-                raise ConfigError(
-                    f"port {port}, wanted for {purpose}: {taken}; free it or choose another START_PORT"
-                ) from None
+    for planned in plan.own_ports():
+        why = obstacle(planned)
+        if why:
+            raise ConfigError(
+                f"port {planned.port}, wanted for {planned.purpose}: {why}; free it or choose another START_PORT",
+                check="N-08",
+            )
 
 
-def _holder(port: int) -> str:
+def _examine(mode: str, report: Path | None = None) -> int:
+    """Runs the doctor on this part, in a process of its own, and shows what it finds. Its exit code: 1 for errors.
+
+    `report`: where it leaves its findings for the API and for the part's own doctor.
+    """
+    if mode == "off":
+        return 0
+    save = ("--save", str(report)) if report else ()
+    command = [sys.executable, "-m", "doctor", "--starting", *save, "--", *sys.argv[1:]]
     try:
-        connections = psutil.net_connections("tcp")
-    except psutil.AccessDenied:
-        return ""
-    pid = next((c.pid for c in connections if c.laddr and c.laddr.port == port and c.status == "LISTEN"), None)
-    if pid is None:
-        return ""
-    try:
-        return f" by pid {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
-    except psutil.Error:
-        return f" by pid {pid}"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        log.warning("the doctor gave no answer within %d s; going on without it", DOCTOR_SECONDS)
+        return 0
+    if done.returncode == 2:
+        log.warning("the doctor could not run: %s", done.stderr.strip() or "no reason given")
+    elif done.returncode == 0 and " warning" not in done.stdout:
+        log.info("doctor: %s", done.stdout.strip().splitlines()[-1])
+    else:
+        log.warning("doctor:\n%s", done.stdout.rstrip())
+    return done.returncode
 
 
 @contextmanager
@@ -162,7 +165,16 @@ def _run_dir(config: Config) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"RTP_RUN_DIR={path}: cannot be made: {error.strerror}") from None
-    for stale in ("exit_code", "gang.json", "guard.json", "epoch", "stopping", "engine.sock", "supervisor.sock"):
+    for stale in (
+        "exit_code",
+        "doctor.json",
+        "gang.json",
+        "guard.json",
+        "epoch",
+        "stopping",
+        "engine.sock",
+        "supervisor.sock",
+    ):
         (path / stale).unlink(missing_ok=True)
     yield path
 
@@ -192,6 +204,7 @@ def _supervise(handover: Handover, stopper: "_Stopper") -> int:
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
         **_outputs(),
+        env=_environment(handover.config),
         start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
         preexec_fn=die_with_parent,
     )
@@ -206,6 +219,12 @@ def _supervise(handover: Handover, stopper: "_Stopper") -> int:
         "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(handover.run_dir / "supervisord.log")
     )
     return ExitCode.RANK_CRASHED
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Ours, with GANG_SECRET in it where a flag had given that: it is written to no file."""
+    secret = config.gang_secret.get_secret_value()
+    return {**os.environ, "GANG_SECRET": secret} if secret else dict(os.environ)
 
 
 def _outputs() -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "rtp_llm"
+DOCTOR = ROOT.parent / "doctor"
 EVERYBODY = {"rtp_llm", "config", "errors", "log", "metrics"}
 
 # Packages, and single modules that are stricter or freer than their package. A module may import its own package's
 # neighbours where the package is listed for itself, and whatever is listed here; nothing else of ours.
 PURE_ENGINE = {"engine.request", "engine.blocks", "engine.scheduler", "engine.step", "engine.sampling"}
-TORCH_FREE_MODEL = {"model.spec", "model.checkpoint"}
+TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint"}
 HANDED_OVER = {"parallel.handover", "parallel.lifeline", "parallel.wire"}
 ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
@@ -31,9 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     **{module: EVERYBODY | PURE_ENGINE for module in (*PURE_ENGINE, "engine.engine")},
     "model.spec": EVERYBODY | {"layers.rope_spec"},
     "model.checkpoint": EVERYBODY | {"model.spec"},
+    "model.footprint": EVERYBODY | {"model.spec", "parallel.sharding"},
     "api": EVERYBODY | {"api", "text", "engine.request"} | HANDED_OVER,
     "supervise": EVERYBODY | {"supervise"} | HANDED_OVER,
 }
+# What the doctor judges with: the server's own settings, plan and checkpoint code, and nothing that loads torch.
+FOR_THE_DOCTOR = EVERYBODY | {"parallel", *TORCH_FREE_MODEL}
 TORCH = {"torch", "triton", "safetensors", "safetensors.torch"}
 MAY_USE_TORCH = {
     *("kernels", "layers", "model", "runner"),
@@ -45,14 +49,14 @@ NO_SOCKETS = {"engine.blocks", "engine.scheduler", "engine.step", "engine.engine
 LATE = {("engine.main", "engine.rank")}
 
 
-def modules() -> list[str]:
-    names = (".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted(ROOT.rglob("*.py")))
+def modules(root: Path = ROOT) -> list[str]:
+    names = (".".join(p.relative_to(root).with_suffix("").parts) for p in sorted(root.rglob("*.py")))
     return [name for name in names if not name.endswith("__init__")]
 
 
-def imports(module: str) -> Iterator[tuple[str, bool]]:
+def imports(module: str, root: Path = ROOT) -> Iterator[tuple[str, bool]]:
     """(imported module, whether inside a function) of every import statement."""
-    tree = ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())
+    tree = ast.parse((root / Path(*module.split("."))).with_suffix(".py").read_text())
     inside = {
         id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
     }
@@ -84,6 +88,7 @@ def covered(name: str, allowed: set[str]) -> bool:
 def test_imports_only_what_the_architecture_allows(module: str) -> None:
     allowed = ALLOWED.get(module) or ALLOWED[module.split(".")[0]]
     for name, late in imports(module):
+        assert name.split(".")[0] != "doctor", f"{module} must not import the doctor"
         if not name.startswith("rtp_llm"):
             continue
         target = ours(name)
@@ -101,6 +106,16 @@ def test_torch_stays_where_the_device_work_is(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(NO_SOCKETS))
 def test_the_pure_engine_knows_no_sockets(module: str) -> None:
     assert not [name for name, _ in imports(module) if name.split(".")[0] in {"socket", "asyncio", "selectors"}]
+
+
+@pytest.mark.parametrize("module", modules(DOCTOR))
+def test_the_doctor_judges_with_the_servers_own_code_and_without_torch(module: str) -> None:
+    for name, late in imports(module, DOCTOR):
+        if late and module == "collective":  # one rank of tier 3, a process of its own
+            continue
+        assert name.split(".")[0] not in TORCH, f"doctor.{module} imports {name}"
+        assert name not in ("rtp_llm.parallel.group", "rtp_llm.parallel.shared_memory")
+        assert not name.startswith("rtp_llm") or covered(ours(name), FOR_THE_DOCTOR), f"doctor.{module} imports {name}"
 
 
 def test_every_package_has_its_arrows() -> None:

@@ -18,6 +18,7 @@ from rtp_llm.parallel.devices import narrow
 
 CATEGORY = "gpu"
 NO_GPU = "the ranks run on CPU"
+RUNNING = "this part is running, and holds it itself"
 OCCUPIED = 1 << 30  # beyond what a driver or a display keeps for itself
 MISSING_LIBRARY = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
@@ -323,8 +324,8 @@ def compute_mode(node: Node) -> Outcome:
     """In mode EXCLUSIVE_PROCESS a GPU takes a single process, so a rank and anything else (an exporter, an earlier run)
     exclude each other; in mode PROHIBITED it takes none."""
     used = _used(node)
-    if not used:
-        return skip(NO_GPU)
+    if not used or node.running:
+        return skip(RUNNING if used else NO_GPU)
     for gpu in used:
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_PROHIBITED:
             return error(f"{_label(gpu)} is in mode PROHIBITED", "DEFAULT", f"nvidia-smi -i {gpu.index} -c 0")
@@ -376,8 +377,8 @@ def occupied(node: Node) -> Outcome:
     """Another job, or a process of an earlier run that was orphaned, still holds memory. NVML gives the pids of the
     host; from a container they may not be found, which means that the owner is outside of it."""
     used = _used(node)
-    if not used:
-        return skip(NO_GPU)
+    if not used or node.running:
+        return skip(RUNNING if used else NO_GPU)
     for gpu in used:
         taken = gpu.memory_total - gpu.memory_free
         if taken <= OCCUPIED:

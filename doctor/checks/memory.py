@@ -162,6 +162,8 @@ def size(node: Node) -> Outcome:
     and on whether NCCL takes its host memory from the driver."""
     wanted = need(node)
     space = node.host.space(SHM)
+    if node.running:
+        return ok(f"{size_text(space.free)} of {size_text(space.size)} free; this part is running")
     default = ", Docker's default" if space.size == DOCKER_DEFAULT else ""
     actual = f"/dev/shm has {size_text(space.size)}{default}" + (
         f", {size_text(space.free)} of it free" if space.free < space.size else ""

@@ -223,8 +223,8 @@ def memory(node: Node) -> Outcome:
     """Weights per rank follow from the checkpoint and TP_SIZE; what is left of the free memory, less
     RESERVER_RUNTIME_MEM_MB, holds the KV cache, and so bounds the longest sequence."""
     spec, plan = node.spec, node.plan
-    if spec is None or plan is None:
-        return skip(NO_MODEL if spec is None else "there is no plan")
+    if spec is None or plan is None or node.running:
+        return skip(NO_MODEL if spec is None else "this part is running" if node.running else "there is no plan")
     free = _free_per_rank(node)
     if free is None:
         return unknown("the GPUs' free memory cannot be read")

@@ -41,8 +41,8 @@ def ports_free(node: Node) -> Outcome:
     """Another server, or an earlier one that has not ended yet, listens on a port that this part needs. All ports of
     the plan are tried, not only START_PORT."""
     planned = _own_ports(node)
-    if node.ports_are_ours:
-        return ok(f"{len(planned)} ports, used by this part itself")
+    if node.running:
+        return ok(f"{len(planned)} ports, used by this part, which is running")
     taken = [(port, why) for port, why in ((p, obstacle(p)) for p in planned) if why]
     if taken:
         text = "; ".join(f"port {port.port}, for {port.purpose}: {why}" for port, why in taken)
@@ -395,7 +395,7 @@ def ras(node: Node) -> Outcome:
     For information."""
     if not node.on_gpu or node.local_ranks < 2:
         return skip("no NCCL on this machine")
-    if node.nccl.value("NCCL_RAS_ENABLE") == "0" or "NCCL_RAS_ADDR" in node.nccl.settings or node.ports_are_ours:
+    if node.nccl.value("NCCL_RAS_ENABLE") == "0" or "NCCL_RAS_ADDR" in node.nccl.settings or node.running:
         return ok("configured")
     taken = obstacle(PlannedPort(RAS_PORT, "", "127.0.0.1"))
     return ok(

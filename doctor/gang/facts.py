@@ -92,11 +92,20 @@ def _namespace(node: Node, kind: str) -> str:
         return ""
 
 
+def _address(node: Node) -> str:
+    """Where the others reach this part: the address that the way to them begins with. Part 0 may know of nobody (its
+    address alone was given to them): then the one it was called by, else its first that is not loopback."""
+    if node.peers:
+        return node.host.route_address(node.host.resolve(node.peers[0].ip)[0])
+    called = node.host.resolve(node.plan.leader.ip) if node.plan else []
+    own = [a for i in node.host.interfaces for a in i.addresses if not a.startswith("127.")]
+    return next((a for a in [*called, *own] if a in node.host.addresses), "127.0.0.1")
+
+
 def own_row(node: Node, plan: Plan, problems: dict[str, str], listening: bool) -> Row:
     """This part's row before it has tried any way. Raises OSError where no peer has a route."""
     member = next((m for m in plan.members if m.index == plan.part), None)
-    peers = node.peers
-    address = node.host.route_address(node.host.resolve(peers[0].ip)[0]) if peers else "127.0.0.1"
+    address = _address(node)
     interface = node.host.interface_of(address)
     low_high = (node.host.read("/proc/sys/net/ipv4/ip_local_port_range") or "32768 60999").split()
     return Row(
@@ -104,6 +113,7 @@ def own_row(node: Node, plan: Plan, problems: dict[str, str], listening: bool) -
         name=member.name if member else f"part{plan.part}",
         run=secrets.token_hex(8),
         address=address,
+        start_port=plan.start_port,
         interface=interface.name if interface else "",
         mtu=interface.mtu if interface else 0,
         facts=facts(node),

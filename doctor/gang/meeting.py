@@ -41,10 +41,11 @@ REFUSALS = {
 
 
 class Meeting:
-    """One part's side. `secret` signs everything that is said."""
+    """One part's side. `secret` signs everything that is said. `observing`: a running part's own doctor has spoken for
+    it already, so this one looks and says nothing."""
 
-    def __init__(self, plan: Plan, row: Row, secret: bytes):
-        self.plan, self.row, self.secret = plan, row, secret
+    def __init__(self, plan: Plan, row: Row, secret: bytes, *, observing: bool = False):
+        self.plan, self.row, self.secret, self.observing = plan, row, secret, observing
         self.rows: dict[int, Row] = {plan.part: row}
         self.changed = asyncio.Event()
 
@@ -96,7 +97,7 @@ class Meeting:
         self.row.seen = sorted(part for part, row in self.rows.items() if row.done)
 
     def _all_rows(self) -> list[dict[str, Any]]:
-        return [row.to_json() for row in self.rows.values()]
+        return [] if self.observing else [row.to_json() for row in self.rows.values()]
 
     # Asking
 
@@ -135,10 +136,21 @@ class Meeting:
         else:
             link.ports = {port: await dial(member.ip, port)}
 
+    async def _visit_unlisted(self, part: int, deadline: float) -> None:
+        """Where only the leader's address was given, the others are known once they have spoken."""
+        while part not in self.rows and time.monotonic() < deadline:
+            await asyncio.sleep(PAUSE_SECONDS)
+        row = self.rows.get(part)
+        if row:
+            await self.visit(Member(part, row.name, row.address, row.start_port), deadline)
+
     async def _examine(self, member: Member, row: Row, link: Link) -> None:
         """Every port of theirs, then transfers and the clock, which need the responder."""
         ports = [*row.planned_ports, *row.random_ports]
-        outcomes = await asyncio.gather(*(dial(member.ip, port) for port in ports))
+        # A running part's own servers would wait for what a stranger has to say: there a connection is proof enough.
+        outcomes = await asyncio.gather(
+            *(dial(member.ip, port, greeted=row.listening or port in row.random_ports) for port in ports)
+        )
         link.ports = dict(zip(ports, outcomes, strict=True))
         if link.answered:
             await self._transfer(member, link)
@@ -202,10 +214,16 @@ class Meeting:
         (monotonic)."""
         say = asyncio.create_task(self._report_absent(members, report))
         try:
-            await asyncio.gather(*(self.visit(member, deadline) for member in members))
+            unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
+            await asyncio.gather(
+                *(self.visit(member, deadline) for member in members),
+                *(self._visit_unlisted(part, deadline) for part in sorted(unlisted)),
+            )
             # Done with those that came; one that never did leaves this row done as well.
             self.row.done = True
             self.learn([])
+            if self.observing:
+                return
             end = min(deadline, time.monotonic() + LINGER_SECONDS) if not self.complete() else deadline
             while not self.everybody_knows() and time.monotonic() < end:
                 await asyncio.gather(*(self._gossip(member) for member in members))
@@ -228,8 +246,9 @@ class Meeting:
                 report("waiting for the doctor of " + ", ".join(missing))
 
 
-async def dial(host: str, port: int) -> str:
-    """What becomes of a connection: open (a doctor greets), refused, timeout, unreachable, reset, foreign."""
+async def dial(host: str, port: int, *, greeted: bool = True) -> str:
+    """What becomes of a connection: open, refused, timeout, unreachable, reset; foreign where a doctor was to greet and
+    somebody else listens."""
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             reader, writer = await _connect(host, port)
@@ -237,6 +256,9 @@ async def dial(host: str, port: int) -> str:
         return "timeout"
     except OSError as error:
         return REFUSALS.get(error.errno or 0, "unreachable")
+    if not greeted:
+        await _close(writer)
+        return "open"
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             await Greeting.read(reader)

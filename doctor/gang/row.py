@@ -35,6 +35,7 @@ class Row:
     name: str
     run: str  # a random id: a part that was started again is another one
     address: str
+    start_port: int
     interface: str
     mtu: int
     facts: dict[str, str]

@@ -29,6 +29,11 @@ def meet(node: Node, plan: Plan, problems: dict[str, str], wait: float, report: 
 async def _meet(
     node: Node, plan: Plan, problems: dict[str, str], wait: float, report: Callable[[str], None]
 ) -> GangView:
+    if node.running:  # its own doctor answers for it
+        meeting = open_meeting(node, plan, problems, listening=False)
+        meeting.observing = True
+        await meeting.attend(mesh(node, plan), time.monotonic() + wait, report)
+        return GangView(dict(meeting.rows), plan)
     with _sockets(plan) as (responder, stand_ins):
         meeting = open_meeting(node, plan, problems, listening=True)
         async with listeners(meeting, responder, [*stand_ins, *meeting_sockets(meeting)]):

@@ -86,9 +86,16 @@ class PartState:
             "ranks": {r: p | {"seen": seen - p["silent_s"]} for r, p in board["ranks"].items()},
             "processes": self._process_numbers(board["ranks"]),
             "guard": self._guard(),
+            "doctor": self.doctor(),
             "cgroup": cgroup_numbers(),
             "shm": (shm.f_frsize * shm.f_blocks, shm.f_frsize * shm.f_bavail),
         }
+
+    def doctor(self) -> dict[str, Any] | None:
+        """The doctor's last report (its schema: docs/doctor-schema.json); None where it has not run."""
+        path = self.handover.doctor_report
+        report: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return report
 
     def _guard(self) -> dict[str, dict[str, int]]:
         """What the guard has recorded: restarts by "program reason", last exit codes by program."""

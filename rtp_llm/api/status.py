@@ -41,6 +41,14 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
     async def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def doctor() -> Response:
+        """What the doctor found when this part was started, and what the parts' doctors found together."""
+        report = state.doctor()
+        if report is None:
+            return JSONResponse({"detail": "the doctor has not run: RTP_DOCTOR=off"}, status_code=404)
+        return JSONResponse(report)
+
+    router.add_api_route("/doctor", doctor, methods=["GET"])
     for method in _BOTH:  # one by one: an operation's id in the OpenAPI document must be its own
         for path in HEALTH_PATHS:
             router.add_api_route(path, health, methods=[method], include_in_schema=path == "/health")

@@ -39,6 +39,7 @@ class _Peer:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     pulse: dict[str, Any] = field(default_factory=dict)
     heard: float = field(default_factory=time.monotonic)
+    silent: bool = True  # has not sent a byte yet
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Hub:
             data = peer.sock.recv(1 << 16)
             if not data:
                 raise WireError("the connection closed")
+            peer.silent = False
             for kind, payload in peer.buffer.feed(data):
                 self._take(peer, kind, json.loads(payload))
         except Exception as error:  # anybody can connect here, and send anything
@@ -199,6 +201,8 @@ class Hub:
         self._selector.unregister(peer.sock)
         peer.sock.close()
         if peer.rank is None:
-            log.warning("roll call: dropped %s: %s", peer.address, reason)
+            # A doctor that tries whether the port can be reached says nothing and goes.
+            level = logging.DEBUG if peer.silent else logging.WARNING
+            log.log(level, "roll call: dropped %s: %s", peer.address, reason)
         elif self._formed:
             self.on_lost(f"lost rank {peer.rank} ({peer.address}): {reason}", ExitCode.COMMUNICATION)

@@ -110,7 +110,9 @@ class Guard:
         """Looks at the processes rather than at the event: several events may tell of one incident."""
         if not self._running():
             return
-        if self._down("ranks"):
+        if any(i["exitstatus"] == ExitCode.DOCTOR for i in self._down("doctor")):
+            self._give_up("the doctor refuses", ExitCode.DOCTOR)
+        elif self._down("ranks"):
             self._restart("ranks", self._ranks, settle=SETTLE_SECONDS)
         elif self._down("service"):
             self._restart("service", self._api, settle=0)

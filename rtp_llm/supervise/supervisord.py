@@ -1,6 +1,6 @@
 """supervisord's configuration for one part, generated from the plan.
 
-Two groups: supervisord stops groups one after another, the highest priority number first, and the members of a group
+Groups, because supervisord stops them one after another, the highest priority number first, and the members of a group
 together. So `api` ends its open streams while the ranks still compute, then all `ranks` go at once.
 """
 
@@ -48,9 +48,17 @@ def supervisord_config(handover: Handover) -> str:
             "stderr_logfile_maxbytes": 0,
         },
     }
+    if runs_doctor(handover):
+        sections["group:doctor"] = {"programs": "checkup", "priority": 50}
+        sections["program:checkup"] = _program(f"-m doctor.service {word}", 2)
     del sections["eventlistener:guard"]["stdout_logfile"], sections["eventlistener:guard"]["stdout_logfile_maxbytes"]
     sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in ranks.items()}
     return _render(sections)
+
+
+def runs_doctor(handover: Handover) -> bool:
+    """Whether the part's doctor meets those of other parts: where there are others, and nobody has switched it off."""
+    return handover.plan.spans_parts and handover.config.rtp_doctor != "off"
 
 
 def _program(arguments: str, stop_seconds: int) -> dict[str, object]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
-from rtp_llm.parallel import shared_memory
-from rtp_llm.parallel.shared_memory import SLOT_BYTES, SharedMemory, create_segment, segment_bytes
+from rtp_llm.parallel.segment import DIRECTORY, SLOT_BYTES, abandoned, create_segment, segment_bytes
+from rtp_llm.parallel.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86's order of stores")
 
@@ -22,8 +22,9 @@ PREFIX = f"rtp-llm-test-{os.getpid()}-"
 
 @pytest.fixture
 def segment(request: pytest.FixtureRequest) -> Iterator[Path]:
-    path = create_segment(PREFIX, "a", request.param)
+    path, lock = create_segment(PREFIX, "a", request.param)
     yield path
+    os.close(lock)
     path.unlink(missing_ok=True)
 
 
@@ -82,11 +83,22 @@ def test_a_rank_that_does_not_come_is_named(segment: Path) -> None:
 
 
 def test_a_new_segment_sweeps_what_a_killed_epoch_left() -> None:
-    stale = create_segment(PREFIX, "stale", 2)
-    fresh = create_segment(PREFIX, "fresh", 2)
+    stale, stale_lock = create_segment(PREFIX, "stale", 2)
+    fresh, fresh_lock = create_segment(PREFIX, "fresh", 2)
     assert not stale.exists()
     assert fresh.stat().st_blocks * 512 >= fresh.stat().st_size == segment_bytes(2)
+    for lock in (stale_lock, fresh_lock):
+        os.close(lock)
     fresh.unlink()
+
+
+def test_a_segment_has_an_owner_while_its_maker_holds_the_lock() -> None:
+    path, lock = create_segment(PREFIX, "owned", 2)
+    assert not abandoned(path)
+    os.close(lock)
+    assert abandoned(path)
+    path.unlink()
+    assert not abandoned(path), "what is not there belongs to nobody, and needs no removal"
 
 
 def test_a_full_dev_shm_is_an_error_with_the_size_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,4 +108,4 @@ def test_a_full_dev_shm_is_an_error_with_the_size_and_leaves_nothing(monkeypatch
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CommunicationError, match="cannot reserve 4 MiB: No space left on device; enlarge /dev/shm"):
         create_segment(PREFIX, "b", 2)
-    assert not list(shared_memory.DIRECTORY.glob(f"{PREFIX}*"))
+    assert not list(DIRECTORY.glob(f"{PREFIX}*"))

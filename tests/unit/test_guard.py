@@ -208,3 +208,16 @@ def test_during_shutdown_it_lets_everything_end(tmp_path: Path) -> None:
     guarding(tmp_path, supervisor).handle()
     assert supervisor.calls == []
     assert not (tmp_path / "exit_code").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "calls"),
+    [(int(ExitCode.DOCTOR), ["shutdown"]), (int(ExitCode.RANK_CRASHED), [])],
+    ids=["it refuses", "it failed itself"],
+)
+def test_only_a_refusal_of_the_doctor_ends_the_part(tmp_path: Path, status: int, calls: list[str]) -> None:
+    supervisor = Supervisor([process("rank0", "ranks"), process("checkup", "doctor", "EXITED", status)])
+    guarding(tmp_path, supervisor).handle()
+    assert supervisor.calls == calls
+    code = tmp_path / "exit_code"
+    assert (code.read_text() if code.exists() else "") == ("75" if calls else "")

@@ -93,3 +93,16 @@ def test_the_folder_stays_one_word_of_the_command(tmp_path: Path, name: str) -> 
     for group in options.process_group_configs:
         for program in group.process_configs:
             assert str(run_dir) in shlex.split(program.command)
+
+
+@pytest.mark.parametrize(
+    ("settings", "runs"),
+    [
+        ({"local_world_size": 1, "json_gang_parts": PARTS}, True),
+        ({"local_world_size": 1, "json_gang_parts": PARTS, "rtp_doctor": "off"}, False),
+        ({}, False),
+    ],
+    ids=["two parts", "two parts without it", "one part"],
+)
+def test_the_doctor_stays_where_there_are_other_parts(tmp_path: Path, settings: dict[str, Any], runs: bool) -> None:
+    assert parsed(tmp_path, **settings).has_section("group:doctor") == runs
