@@ -90,7 +90,7 @@ def _earlier(path: Path) -> list[Finding]:
 
 def main(run_dir: Path) -> None:
     handover = Handover.load(run_dir)
-    logs.setup(f"{handover.who} doctor", handover.config.log_level)
+    logs.setup(f"{handover.who} doctor", handover.config.log_level, style=handover.config.log_format)
     node = Node(Host(environ=environment(handover.config)), running=True)
     asyncio.run(attend(handover, node))
 

@@ -98,6 +98,7 @@ class Config(BaseModel):
 
     # This process
     log_level: Literal["DEBUG", "INFO", "WARN", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or a JSON object a line")
     aux_string: str = Field("", description="returned as aux_info.aux_string")
     rtp_run_dir: str = Field("", description="folder for sockets and state; default: a fresh temporary one")
     rtp_device: Literal["", "cpu", "cuda"] = Field("", description="cpu or cuda; default: cuda where a GPU is visible")

@@ -44,7 +44,7 @@ def main() -> int:
     stopper = _Stopper()
     try:
         loaded = load(sys.argv[1:], os.environ)
-        logs.set_level(loaded.config.log_level)
+        logs.setup("start_server", loaded.config.log_level, style=loaded.config.log_format)
         for note in loaded.notes:
             log.info("%s", note)
         for warning in loaded.warnings:
@@ -151,7 +151,12 @@ def _examine(mode: str, report: Path | None = None) -> int:
 def _run_dir(config: Config) -> Iterator[Path]:
     """RTP_RUN_DIR, or a temporary folder that goes with the part. Unix socket paths end at 107 bytes."""
     if not config.rtp_run_dir:
-        parent = tempfile.gettempdir()
+        try:
+            parent = tempfile.gettempdir()
+        except FileNotFoundError:
+            raise ConfigError(
+                "no folder for temporary files can be written; mount a tmpfs at /tmp", check="L-11"
+            ) from None
         path = Path(tempfile.mkdtemp(prefix="rtp-llm-", dir=parent if len(parent) <= 60 else "/tmp"))
         try:
             yield path

@@ -32,7 +32,7 @@ LAST_WORD_SECONDS = 1.0
 def main(run_dir: Path) -> None:
     handover = Handover.load(run_dir)
     config, plan = handover.config, handover.plan
-    logs.setup(f"{handover.who} api", config.log_level)
+    logs.setup(f"{handover.who} api", config.log_level, style=config.log_format)
     model = handover.model
     metrics = Metrics(model.name, config.max_seq_len or model.max_positions)
     metrics.build_info.labels(version=__version__).set(1)

@@ -14,7 +14,7 @@ from rtp_llm.parallel.pulse import Pulse
 
 def main(run_dir: Path, rank: int) -> None:
     handover = Handover.load(run_dir)
-    log.setup(f"{handover.who} rank{rank}", handover.config.log_level)
+    log.setup(f"{handover.who} rank{rank}", handover.config.log_level, style=handover.config.log_format)
     gang = Gang(handover.plan, Pulse(rank, handover.plan.part), handover.config, run_dir, leave)
     gang.join(handover.fingerprint)
     # Only now torch: its import takes seconds, and a gang that disagrees must say so within a few.

@@ -212,7 +212,7 @@ def connect(handover: Handover) -> Any:
 
 def main(run_dir: Path) -> None:
     handover = Handover.load(run_dir)
-    logs.setup(f"{handover.who} guard", handover.config.log_level, sys.stderr)
+    logs.setup(f"{handover.who} guard", handover.config.log_level, sys.stderr, handover.config.log_format)
     guard = Guard(handover, connect(handover))
     while True:
         childutils.listener.wait(sys.stdin, sys.stdout)
