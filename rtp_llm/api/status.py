@@ -2,10 +2,11 @@
 
 import itertools
 import logging
+from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from rtp_llm import log as logs
@@ -61,9 +62,13 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
 def engine_router(service: Service, state: PartState) -> APIRouter:
     """What part 0 answers about its engine."""
     router = APIRouter()
+    page = files("rtp_llm").joinpath("api/console.html").read_text()
 
-    async def home() -> dict[str, str]:
-        return {"status": "home"}
+    async def home(request: Request) -> Response:
+        """A page to try the model for browsers, upstream's word for everybody else."""
+        if "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(page)
+        return JSONResponse({"status": "home"})
 
     async def worker_status() -> dict[str, Any]:
         return _worker_status(service, state)

@@ -189,3 +189,12 @@ def test_every_origin_may_ask(stack: Stack) -> None:
         assert client.options("/v1/chat/completions", headers=headers).headers["access-control-allow-origin"] == "*"
         assert client.get("/health", headers=headers).headers["access-control-allow-origin"] == "*"
         assert client.get("/nothing", headers=headers).headers["access-control-allow-origin"] == "*"
+
+
+def test_a_browser_gets_a_page_and_a_program_upstreams_word(stack: Stack) -> None:
+    with stack.client() as client:
+        assert client.get("/").json() == {"status": "home"}
+        page = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "/v1/chat/completions" in page.text
+    assert "//" not in page.text.replace("// Server-sent", ""), "nothing is loaded from elsewhere"
