@@ -19,7 +19,7 @@ Format = Literal["text", "json"]
 class JsonFormatter(logging.Formatter):
     """An object a line: time (UTC), level, who ("part0 rank1"), logger, message, and exception where there is one."""
 
-    converter = time.gmtime
+    converter = time.gmtime  # type: ignore[assignment]  # the documented way to log in UTC
 
     def __init__(self, who: str):
         super().__init__()

@@ -72,6 +72,11 @@ class EngineClient:
         return self._writer is not None
 
     @property
+    def draining(self) -> bool:
+        """Whether the server was asked to stop: what was accepted may end, and nothing new is."""
+        return self._draining
+
+    @property
     def num_open(self) -> int:
         """Sequences accepted and not ended."""
         return len(self._ledger)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,10 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger("rtp_llm.api")
 
-LAST_WORD_SECONDS = 1.0
+LAST_WORD_SECONDS = 1.0  # for what was ended early to be said to its client
+DRAIN_POLL_SECONDS = 0.05
+HEARSAY_SECONDS = 1.5  # until a request that just began has been heard of on other parts: two beats and the board
+GOODBYE_SECONDS = 3  # for answers that are being written when the drain is over
 
 
 def main(run_dir: Path) -> None:
@@ -47,7 +51,8 @@ def main(run_dir: Path) -> None:
     metrics.registry.register(GangCollector(state.for_metrics))
     app = create_app(config, state, metrics, service)
     server = Server(
-        client,
+        state,
+        service,
         uvicorn.Config(
             app,
             host="0.0.0.0",
@@ -56,7 +61,7 @@ def main(run_dir: Path) -> None:
             log_level="warning",
             access_log=False,
             timeout_keep_alive=config.timeout_keep_alive,
-            timeout_graceful_shutdown=config.drain_seconds,
+            timeout_graceful_shutdown=GOODBYE_SECONDS,
         ),
     )
     log.info("HTTP on port %d%s", plan.start_port, f", model {model.name}" if service else "")
@@ -64,22 +69,46 @@ def main(run_dir: Path) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose open streams get a terminal event before its deadline cuts them off."""
+    """uvicorn that drains: on SIGTERM it still answers, /health with 503, until what was accepted has ended.
 
-    def __init__(self, client: EngineClient | None, config: uvicorn.Config):
+    The parts that do not serve the model wait as well while rank 0 computes, since its streams need their ranks.
+    """
+
+    def __init__(self, state: PartState, service: Service | None, config: uvicorn.Config):
         super().__init__(config)
-        self._client = client
+        self._state, self._service = state, service
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        if self._client and self._loop:
-            seconds = (self.config.timeout_graceful_shutdown or 0) - LAST_WORD_SECONDS
-            self._loop.call_soon_threadsafe(self._client.drain, seconds)
+        if self._loop is None or self._state.draining:  # the second signal does not wait
+            super().handle_exit(sig, frame)
+            return
+        self._state.draining = True
+        self._loop.call_soon_threadsafe(self._start_drain, sig)
+
+    def _start_drain(self, sig: int) -> None:
+        self._drain = asyncio.create_task(self._end_when_idle(sig), name="drain")
+
+    async def _end_when_idle(self, sig: int) -> None:
+        seconds = max(0.0, self._state.handover.config.drain_seconds - LAST_WORD_SECONDS)
+        deadline = time.monotonic() + seconds
+        if self._service:
+            self._service.client.drain(seconds)
+        else:
+            await asyncio.sleep(min(seconds, HEARSAY_SECONDS))
+        while self._busy() and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        super().handle_exit(sig, None)
+
+    def _busy(self) -> bool:
+        if self._service:
+            return bool(self._service.client.num_open or self._service.promised)
+        return bool(self._state.open_requests)
 
 
 def _template(config: Config, tokenizer: Tokenizer, family: str) -> ChatTemplate:

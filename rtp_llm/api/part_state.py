@@ -34,6 +34,7 @@ class PartState:
     def __init__(self, handover: Handover, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
         self.handover, self.client = handover, client
+        self.draining = False  # asked to stop
         self._processes: dict[int, psutil.Process] = {}
 
     def board(self) -> dict[str, Any]:
@@ -52,6 +53,8 @@ class PartState:
 
     def health(self) -> Health:
         """200 or 503, and why. Every rank of every part must be serving and have got somewhere lately."""
+        if self.draining:
+            return Health(False, "draining", 1.0, "the server is stopping: open requests end, new ones are refused")
         board = self.board()
         ranks: Mapping[str, Mapping[str, Any]] = board["ranks"]
         expected = self.handover.plan.world_size
@@ -96,6 +99,12 @@ class PartState:
         path = self.handover.doctor_report
         report: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return report
+
+    @property
+    def open_requests(self) -> int:
+        """What the gang still computes, as rank 0 last said."""
+        pulse = self.board()["ranks"].get("0")
+        return int(pulse["open"]) if pulse else 0
 
     def _guard(self) -> dict[str, dict[str, int]]:
         """What the guard has recorded: restarts by "program reason", last exit codes by program."""

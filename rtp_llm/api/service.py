@@ -99,6 +99,8 @@ class Service:
         """Raises RequestError 503 until the ranks have loaded for the first time."""
         if self.client.info is None:
             raise engine_gone("the model is still loading: see /health")
+        if self.client.info is None:
+            raise engine_gone("the model is still loading: see /health")
         return self.client.info
 
     def admit(self, sequences: int) -> Admission:
@@ -108,6 +110,8 @@ class Service:
 
     def check_room(self, sequences: int) -> None:
         """As `admit`, without taking the places: called before the work of encoding what could only be refused."""
+        if self.client.draining:
+            raise engine_gone("the server is stopping: send this again, or elsewhere")
         taken = self.client.num_open + self.promised
         if sequences > self.config.concurrency_limit + self.config.queue_limit - taken:
             self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()

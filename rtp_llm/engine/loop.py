@@ -65,6 +65,7 @@ class Leader:
                 next_tick = now + TICK_SECONDS
                 self.followers.tick()
                 self._emit([], 0.0)
+            self.pulse.open = len(self._owners)
             self.pulse.touch()
 
     def _take(self, message: Message) -> None:

@@ -20,6 +20,7 @@ class Pulse:
     phase: Phase = "rendezvous"
     progress: float = 0.0  # of the phase, 0 … 1
     steps: int = 0
+    open: int = 0  # requests that rank 0 holds
     weight_bytes: int = 0
     kv_bytes: int = 0
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase

@@ -1,5 +1,6 @@
 """How a part ends: asked to at any moment, robbed of a process that holds it together, or after one loss too many."""
 
+import json
 import signal
 from collections.abc import Mapping
 
@@ -46,6 +47,23 @@ def test_a_stream_that_outlasts_the_time_it_is_given_is_cut(alone: Part) -> None
     assert alone.wait_end(30) == 0, alone.log
     assert "Traceback" not in alone.log
     alone.assert_nothing_left()
+
+
+def test_while_it_drains_it_says_so_and_takes_nothing_new(settings: dict[str, str]) -> None:
+    with start(settings) as part:
+        part.wait_healthy()
+        stream = Stream(part, {**GREEDY, "max_tokens": 900}).flowing()
+        part.kill("rank1", signal.SIGSTOP)  # the stream cannot end before the questions are asked
+        part.stop()
+        part.until(lambda: part.fetch("/health")[0] == 503, "503 from /health")
+        assert json.loads(part.fetch("/health")[1])["phase"] == "draining"
+        status, text = part.fetch("/v1/completions", BODIES["short"])
+        assert (status, "the server is stopping" in text) == (503, True)
+        assert part.fetch("/liveness") == (200, '"ok"')
+        part.kill("rank1", signal.SIGCONT)
+        assert stream.wait().finish == "length"
+        assert stream.done
+        assert part.wait_end() == 0
 
 
 @pytest.mark.parametrize(("victim", "code"), [("supervisord", 70), ("start_server", -signal.SIGKILL)])

@@ -70,10 +70,13 @@ def test_a_frozen_rank_that_is_alone_on_its_part_is_ended_there(gang: Gang, expe
     assert "no heartbeat from rank1 for" in gang.parts[1].log
 
 
-def test_both_asked_to_stop_leave_no_stream_hanging(gang: Gang) -> None:
-    stream = Stream(gang.leader, {**BODIES["greedy"], "max_tokens": 400}).flowing()
+def test_both_asked_to_stop_let_the_open_stream_end_whole(gang: Gang, expected: dict[str, str]) -> None:
+    """The second part's ranks stay as long as the first computes with them; new requests are refused meanwhile."""
+    stream = Stream(gang.leader, {**BODIES["greedy"], "max_tokens": 600}).flowing()
     for part in gang.parts:
         part.stop()
-    stream.wait()
+    assert stream.wait().finish == "length"
+    assert stream.done
+    assert stream.text().startswith(expected["greedy"])
     assert [part.wait_end(40) for part in gang.parts] == [0, 0]
     assert not any("Traceback" in part.log for part in gang.parts)
