@@ -127,8 +127,10 @@ class Container(Service):
 class Project(Service):
     """`docker compose up` of the repository's own file, under a name of its own; taken down with its volumes."""
 
-    def __init__(self, *profiles: str, env: Mapping[str, str] | None = None):
+    def __init__(self, *profiles: str, services: Sequence[str] = (), env: Mapping[str, str] | None = None):
+        """`services`: only these of the profiles, and what they depend on."""
         self.port = free_port()
+        self._services = services
         self.name = f"rtp-llm-{secrets.token_hex(4)}"
         limit = subprocess.run(["sh", "-c", "ulimit -Hn"], capture_output=True, text=True, check=True).stdout.strip()
         # An engine that runs within limits of its own cannot give more than it has.
@@ -147,7 +149,7 @@ class Project(Service):
 
     def __enter__(self) -> Self:
         try:
-            self.compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", "60")
+            self.compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", "60", *self._services)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
