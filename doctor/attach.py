@@ -1,10 +1,10 @@
 """`rtp-llm-doctor attach`: what a running part is doing. Reads its run directory and /proc; disturbs nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import psutil
 
 from doctor.host import Host, size_text
 from doctor.orphans import SHM, orphans
+from doctor.render import write
 from doctor.report import Exit
 from rtp_llm.parallel.handover import Handover
 from rtp_llm.parallel.plan import PlannedPort
@@ -30,7 +31,7 @@ def find_run_dirs() -> list[Path]:
         words = process.info["cmdline"] or []
         if "rtp_llm.api.main" in words:
             path = Path(words[words.index("rtp_llm.api.main") + 1])
-            if (path / "part.json").exists():
+            if os.access(path / "part.json", os.R_OK):  # another user's may not be looked into
                 found[path] = process.info["create_time"]
     return sorted(found, key=lambda path: -found[path])
 
@@ -44,12 +45,12 @@ def attach(run_dir: str) -> int:
     """Prints the state of a part; 1 where something of it is lost or stuck, 2 where there is none."""
     folders = [Path(run_dir)] if run_dir else find_run_dirs()
     if not folders or not (folders[0] / "part.json").exists():
-        where = run_dir or f"among the processes here, nor in {tempfile.gettempdir()}"
-        print(f"rtp-llm-doctor: no running part: {where}", file=sys.stderr)
+        where = f"in {run_dir}" if run_dir else "among the processes that can be seen here; --run-dir may name one"
+        print(f"rtp-llm-doctor: no running part {where}", file=sys.stderr)
         return Exit.CANNOT_RUN
     handover = Handover.load(folders[0])
     lines, healthy = describe(handover)
-    print("\n".join(lines))
+    write("\n".join(lines) + "\n")
     return Exit.READY if healthy else Exit.ERRORS
 
 
@@ -58,13 +59,16 @@ def describe(handover: Handover) -> tuple[list[str], bool]:
     plan = handover.plan
     board = _board(handover)
     lines = [f"{handover.who} of {plan.num_parts}, {plan.device}, state in {handover.run_dir}"]
-    ranks, rank_ok = _ranks(plan.world_size, board)
-    ports, ports_ok = _ports(plan.own_ports())
+    ranks, troubles = _ranks(plan.world_size, board)
+    ports, unheard = _ports(plan.own_ports())
+    troubles += unheard
     lines += ["", "ranks", *ranks, "", "ports", *ports, "", "shared memory", *_memory()]
-    stuck = [int(p["pid"]) for p in board["ranks"].values() if p["part"] == plan.part and p["idle_s"] > STUCK_SECONDS]
+    own = [pulse for pulse in board["ranks"].values() if pulse["part"] == plan.part]
+    stuck = [int(pulse["pid"]) for pulse in own if _idle(pulse) + board["age"] > STUCK_SECONDS]
     if stuck:
         lines += ["", "stacks of the ranks that got nowhere", *_stacks(stuck)]
-    return lines, rank_ok and ports_ok
+    lines += ["", f"not well: {'; '.join(troubles)}" if troubles else "well"]
+    return lines, not troubles
 
 
 def _board(handover: Handover) -> dict[str, Any]:
@@ -75,38 +79,50 @@ def _board(handover: Handover) -> dict[str, Any]:
     return state | {"age": max(0.0, time.time() - path.stat().st_mtime)}
 
 
-def _ranks(world: int, board: Mapping[str, Any]) -> tuple[list[str], bool]:
+def _ranks(world: int, board: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(lines, what is not well)."""
     stale = board["age"] > STALE_SECONDS
     lines = [f"  epoch {board['epoch']}, as of {board['age']:.1f} s ago" + (" (stale)" if stale else "")]
     if board.get("message"):
         lines.append(f"  {board['message']}")
-    well = not stale
+    troubles = [f"nothing was heard of the ranks for {board['age']:.1f} s"] if stale else []
     for number in range(world):
         pulse = board["ranks"].get(str(number))
         if pulse is None:
             lines.append(f"  rank {number}: no heartbeat")
-            well = False
+            troubles.append(f"rank {number} is not here")
             continue
+        silent = pulse["silent_s"] > STALE_SECONDS
         lines.append(
             f"  rank {number} (part{pulse['part']}, pid {pulse['pid']}): {pulse['phase']}, step {pulse['steps']},"
-            f" last progress {pulse['idle_s'] + board['age']:.1f} s ago, heartbeat {pulse['silent_s']:.1f} s ago"
+            f" last progress {_idle(pulse) + board['age']:.1f} s ago, heartbeat {pulse['silent_s']:.1f} s ago"
+            + (" (silent)" if silent else "")
         )
-        well &= pulse["phase"] != "serving" or pulse["idle_s"] < STUCK_SECONDS
-    return lines, well
+        if silent:
+            troubles.append(f"rank {number} is silent")
+        elif pulse["phase"] == "serving" and _idle(pulse) > STUCK_SECONDS:
+            troubles.append(f"rank {number} gets nowhere")
+    return lines, troubles
 
 
-def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], bool]:
-    """The planned ports, and who listens on them."""
+def _idle(pulse: Mapping[str, Any]) -> float:
+    """Seconds without progress: up to its last heartbeat, and since then, when nobody knows."""
+    return float(pulse["idle_s"] + pulse["silent_s"])
+
+
+def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], list[str]]:
+    """The planned ports and who listens on them; what is not well. Only HTTP needs a listener once the ranks met."""
     try:
         listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.laddr and c.status == "LISTEN"}
     except psutil.AccessDenied:
-        return ["  who listens can only be seen as root"], True
-    lines, http = [], True
+        return ["  who listens can only be seen as root"], []
+    lines, troubles = [], []
     for number, port in enumerate(planned):
         here = port.port in listening
-        lines.append(f"  {port.port} {port.purpose}: " + (f"pid {listening[port.port]}" if here else "nobody listens"))
-        http &= here or number > 0
-    return lines, http
+        lines.append(f"  {port.port} {port.purpose}: " + (f"pid {listening[port.port]}" if here else "no listener now"))
+        if number == 0 and not here:
+            troubles.append(f"nobody listens on port {port.port}")
+    return lines, troubles
 
 
 def _memory() -> list[str]:

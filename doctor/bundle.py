@@ -5,22 +5,33 @@ The same input gives the same bytes: times and owners in the archive are fixed.
 
 import gzip
 import io
+import json
 import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from doctor.host import Host, is_secret
+from doctor.host import SECRET_WORDS, Host, is_secret
 from doctor.report import Report
 from rtp_llm.config import Config, upstream_variables
 
 LOG_BYTES = 256 << 10
 STATE = ("gang.json", "guard.json", "part.json", "supervisord.log")
 OTHERS = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_HOST$|HOSTNAME$|OMP_)")
+LEFT_OUT = "(left out)"
+# Names of this server that merely sound like secrets: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE.
+NAME = r"[\w-]*(?:" + "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)") + r")[\w-]*"
 CREDENTIAL = re.compile(
-    r"(?i)(authorization:\s*(?:bearer|basic)\s+|bearer\s+|[\w-]*(?:secret|token|password|api[_-]?key)[\w-]*\"?\s*[:=]\s*\"?)"
-    r"[^\s\",;}]+"
+    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}\"?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
 )
-URL_PASSWORD = re.compile(r"(://[^/\s:@]+:)[^@\s/]+@")
+URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^@\s/]+@")
+# Tokens of hubs, clouds and forges that are known by how they begin; JSON web tokens; private keys.
+TOKEN = re.compile(
+    r"\b(?:hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza|nvapi-|eyJ[\w-]+\.eyJ)[\w.-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
+    re.DOTALL,
+)
+SHORTEST = 4  # what is shorter is found in any text
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
@@ -34,10 +45,11 @@ def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> l
         file = Path(run_dir) / name
         if file.exists():
             files[f"part/{name}"] = file.read_text(errors="replace")[-LOG_BYTES:]
+    secrets = [value for name, value in host.environ.items() if is_secret(name) and not _public(name)]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, text in sorted(files.items()):
-            data = redact(text).encode()
+            data = redact(text, secrets).encode(errors="backslashreplace")
             entry = tarfile.TarInfo(f"rtp-llm-doctor/{name.replace('//', '/')}")
             entry.size, entry.mode = len(data), 0o644
             archive.addfile(entry, io.BytesIO(data))
@@ -49,10 +61,26 @@ def environment(host: Host) -> str:
     """The variables that this server, NCCL or CUDA would read; no others, and no secrets."""
     known = {name.upper() for name in Config.model_fields} | upstream_variables().keys()
     shown = {n: v for n, v in sorted(host.environ.items()) if (n in known or OTHERS.match(n))}
-    return "".join(f"{n}={'(left out)' if is_secret(n) else v}\n" for n, v in shown.items())
+    return "".join(f"{n}={LEFT_OUT if is_secret(n) and not _public(n) else v}\n" for n, v in shown.items())
 
 
-def redact(text: str) -> str:
-    """Takes out what looks like a credential: bearer tokens, key=value with a secret's name, passwords in URLs."""
-    text = CREDENTIAL.sub(lambda match: f"{match[1]}(left out)", text)
-    return URL_PASSWORD.sub(r"\1(left out)@", text)
+def _public(name: str) -> bool:
+    """Whether a name that sounds like a secret is an ordinary setting: TOKENIZER_PATH."""
+    return not re.fullmatch(NAME, name, re.IGNORECASE)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """Takes out `secrets` wherever they stand, also as JSON, and what looks like a credential: bearer tokens,
+    key=value with a secret's name, passwords in URLs, private keys."""
+    forms = {form for secret in secrets if len(secret) >= SHORTEST for form in (secret, json.dumps(secret)[1:-1])}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, LEFT_OUT)
+    text = TOKEN.sub(LEFT_OUT, text)
+    text = CREDENTIAL.sub(lambda match: match[1] + _quoted(match[2]), text)
+    return URL_PASSWORD.sub(rf"\1{LEFT_OUT}@", text)
+
+
+def _quoted(value: str) -> str:
+    """In the quotes of what it replaces, so that JSON stays JSON."""
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{quote}{LEFT_OUT}{quote}"

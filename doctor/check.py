@@ -103,8 +103,10 @@ class Symptom:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        words = [re.escape(piece).replace(r"\ ", r"\s+") for piece in self.text.split("…")]
-        return re.compile(r"[^\n]{0,200}?".join(words), re.IGNORECASE)
+        """Whole words, with the capitals that were printed: "Killed" is neither in "killed" nor in "OOMKilled"."""
+        words = [re.escape(piece).replace(r"\ ", r"[^\S\n]+") for piece in self.text.split("…")]
+        before, after = r"(?<!\w)" * self.text[:1].isalnum(), r"(?!\w)" * self.text[-1:].isalnum()
+        return re.compile(before + r"[^\n]{0,200}?".join(words) + after)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,7 @@ from doctor.attach import attach
 from doctor.bundle import write_bundle
 from doctor.check import REGISTRY, Check
 from doctor.examine import Examination, examine
-from doctor.explain import explain, manual, read_log
+from doctor.explain import Hit, explain, manual, read_log
 from doctor.host import Host, size_text
 from doctor.orphans import remove_orphans
 from doctor.render import FORMATS, Style, table, write
@@ -30,7 +31,10 @@ class UsageError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        server = (
+            "; the server's flags follow after `--`" if message.startswith(("unrecognized", "argument command")) else ""
+        )
+        raise UsageError(message + server)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         own, server = _split(words)
-        return _run(_parser().parse_args(own), server)
+        return _run(_parser().parse_intermixed_args(own), server)
     except UsageError as error:
         print(f"rtp-llm-doctor: {error}", file=sys.stderr)
         return Exit.CANNOT_RUN
@@ -47,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Exit.CANNOT_RUN
     except KeyboardInterrupt:
         return Exit.CANNOT_RUN
+    except Exception:  # Python would end with 1, which means that errors were found
+        traceback.print_exc()
+        return Exit.CANNOT_RUN
+    finally:
+        write("")  # what argparse has printed
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -91,13 +100,18 @@ def _run(asked: argparse.Namespace, server: list[str]) -> int:
         return _explain_log(asked, server)
     if asked.fix:
         _fix_shm()
-    return _report(asked, server, select(asked.only))
+    return _report(asked, server, select(asked.only, _tier(asked)))
+
+
+def _tier(asked: argparse.Namespace) -> int:
+    tier = asked.tier or 0
+    return max(tier, 2) if asked.command == "gang" else tier
 
 
 def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | None) -> int:
-    tier = asked.tier if asked.tier is not None else (2 if asked.command == "gang" else 0)
+    tier = _tier(asked)
     wanted = Examination(
-        tier=max(tier, 2) if asked.command == "gang" else tier,
+        tier=tier,
         gang=asked.command == "gang" or tier == 2,
         only=chosen,
         ignore=tuple(_known(asked.ignore)),
@@ -131,20 +145,37 @@ def save(report: Report, path: Path) -> None:
     scratch.replace(path)
 
 
-def select(only: str) -> list[Check] | None:
-    """The checks that --only names, by id or category, with what they need; None for all."""
-    if not only:
+def select(only: str, tier: int = 0) -> list[Check] | None:
+    """The checks that --only names, by id or category, with what they need; None for all. Raises UsageError where
+    none of them belongs to this tier: what was not looked at must not be called ready."""
+    words = {word.strip().upper() for word in only.split(",")} - {""}
+    if not words:
         return None
-    words = [word.strip() for word in only.split(",")]
-    chosen = [c for c in REGISTRY.values() if c.id in words or c.category in words]
-    unknown = set(words) - {c.id for c in chosen} - {c.category for c in chosen}
+    chosen = [c for c in REGISTRY.values() if {c.id, c.category.upper()} & words]
+    unknown = words - {c.id for c in chosen} - {c.category.upper() for c in chosen}
     if unknown:
         raise UsageError(f"no check or category {', '.join(sorted(unknown))}; `rtp-llm-doctor list` shows them")
-    return chosen
+    least = min(c.tier for c in chosen)
+    if least > tier:
+        how = "`rtp-llm-doctor gang` on every part" if least == 2 else f"--tier {least}"
+        raise UsageError(f"{', '.join(c.id for c in chosen)}: asked by {how}")
+    return with_needs(chosen)
+
+
+def with_needs(chosen: Sequence[Check]) -> list[Check]:
+    """The checks and, before them, whatever must be well for them to mean anything; in the registry's order."""
+    ids: set[str] = set()
+    pending = [c.id for c in chosen]
+    while pending:
+        id = pending.pop()
+        if id not in ids:
+            ids.add(id)
+            pending += REGISTRY[id].needs
+    return [c for c in REGISTRY.values() if c.id in ids]
 
 
 def _known(text: str) -> list[str]:
-    ids = [word.strip() for word in text.split(",") if word.strip()]
+    ids = [word.strip().upper() for word in text.split(",") if word.strip()]
     unknown = [id for id in ids if id not in REGISTRY]
     if unknown:
         raise UsageError(f"no check {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
@@ -152,6 +183,8 @@ def _known(text: str) -> list[str]:
 
 
 def _list(asked: argparse.Namespace) -> int:
+    if asked.output not in ("table", "json"):
+        raise UsageError(f"list has no form {asked.output} (choose from 'table', 'json')")
     if asked.output == "json":
         rows = [
             {"id": c.id, "category": c.category, "tier": c.tier, "severity": c.severity, "title": c.title}
@@ -164,6 +197,8 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _explain(asked: argparse.Namespace) -> int:
+    if not asked.argument:
+        raise UsageError("explain needs the id of a check; `rtp-llm-doctor list` shows them")
     if asked.argument.upper() not in REGISTRY:
         raise UsageError(f"explain: no check {asked.argument!r}; `rtp-llm-doctor list` shows them")
     write(explain(REGISTRY[asked.argument.upper()]))
@@ -176,13 +211,20 @@ def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
     text = sys.stdin.read() if asked.argument == "-" else Path(asked.argument).read_text(errors="replace")
     hits = read_log(text)
     if not hits:
-        write("nothing in this log is a symptom that the doctor knows; `rtp-llm-doctor` looks at the machine itself\n")
-        return Exit.READY
-    if asked.output == "table":
-        write(
-            "".join(f"line {hit.number}: {hit.line[:160]}\n  {hit.check.id} {hit.check.title}\n" for hit in hits) + "\n"
+        print(
+            "nothing in this log is a symptom that the doctor knows; `rtp-llm-doctor` looks at the machine itself",
+            file=sys.stdout if asked.output == "table" else sys.stderr,
         )
-    return _report(asked, server, [hit.check for hit in hits])
+        return Exit.READY if asked.output == "table" else _report(asked, server, None)
+    if asked.output == "table":
+        write("".join(f"line {hit.number}: {hit.line[:160]}\n  {_named(hit, _tier(asked))}\n" for hit in hits) + "\n")
+    return _report(asked, server, with_needs([hit.check for hit in hits]))
+
+
+def _named(hit: Hit, tier: int) -> str:
+    check = hit.check
+    how = {2: "`rtp-llm-doctor gang` on every part", 3: "--tier 3"}.get(check.tier, "")
+    return f"{check.id} {check.title}" + (f" (asked by {how})" if check.tier > tier else "")
 
 
 def _attach(asked: argparse.Namespace) -> int:
@@ -190,7 +232,8 @@ def _attach(asked: argparse.Namespace) -> int:
 
 
 def _schema(asked: argparse.Namespace) -> int:
-    write(json.dumps(Report.model_json_schema(), indent=1) + "\n")
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    write(json.dumps(dialect | Report.model_json_schema(mode="serialization"), indent=1) + "\n")
     return Exit.READY
 
 

@@ -66,8 +66,7 @@ def _together(
     try:
         node.gang = meet(node, node.plan, errors(alone), wanted.wait, say)
     except (OSError, FatalError) as error:
-        say(f"the gang cannot be asked: {error}")
-        return alone
+        node.gang_failure = str(error)
     again = [c for c in checks if c.tier == 2 or c.id in GANG_AWARE]
     kept = [f for f in alone if f.id not in GANG_AWARE]
     return [*kept, *run_checks(again, node, kept)]

@@ -1,13 +1,17 @@
 """What the doctor can say without looking at anything: a check explained, a log read for symptoms, the manual page."""
 
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
 from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY, Check
+from rtp_llm.errors import ExitCode
 
+WIDTH = 100
+# This server's own codes: what each of them may come from.
 EXIT_CODES = {
     64: ("M-14", "C-01", "C-02", "M-08"),
     65: ("M-04", "M-05", "M-06", "M-07", "M-12"),
@@ -16,6 +20,15 @@ EXIT_CODES = {
     72: ("N-02", "P-01", "C-06"),
     73: ("G-04", "G-14", "G-15", "G-16"),
 }
+# Of processes that the kernel ended: SIGBUS, and SIGKILL where memory ran out.
+KILLED = {135: "S-01", -7: "S-01", 137: "L-05", -9: "L-05"}
+KILLED_WORDS = {"Signal 7 (SIGBUS)": "S-01", "Signal 9 (SIGKILL)": "L-05", "(killed by a signal)": "L-05"}
+ENDED = re.compile(r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)\"?[ :=]+(-?\d+)|\bExited \((\d+)\)", re.IGNORECASE)
+# What this server says while all is well, in either form of its log, behind whatever a runtime puts before it.
+CALM = re.compile(
+    r"\[(?:start_server|part\d[^\]]*)\] [\d:]+ (?:INFO|DEBUG) |\{\"time\": .*\"level\": \"(?:INFO|DEBUG)\""
+)
+WAITING, FORMED = "waiting for part", "ranks are here and agree"
 
 
 @dataclass(frozen=True)
@@ -28,28 +41,50 @@ class Hit:
 
 
 def read_log(text: str) -> list[Hit]:
-    """The first line for each check whose symptom is in the text, in order of lines."""
-    patterns = [(check, symptom.pattern) for check in REGISTRY.values() for symptom in check.symptoms]
+    """The first line for each check whose symptom is in the text, in order of lines.
+
+    That this server waits for a part is a symptom only where nothing tells that it came. Its exit code says less than
+    any message: the last one names its checks where nothing else names any.
+    """
+    patterns = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
     found: dict[str, Hit] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        for check, pattern in patterns:
-            if check.id not in found and pattern.search(line):
-                found[check.id] = Hit(number, line.strip(), check)
-        for id in _by_exit_code(line):
-            found.setdefault(id, Hit(number, line.strip(), REGISTRY[id]))
-    return sorted(found.values(), key=lambda hit: hit.number)
+    waiting: dict[str, Hit] = {}
+    last: tuple[int, str, tuple[str, ...]] = (0, "", ())
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip().replace('\\"', '"')  # a line of JSON
+        into = found
+        if CALM.search(line):
+            if FORMED in line:
+                waiting.clear()
+            if WAITING not in line:
+                continue
+            into = waiting
+        for check, word, pattern in patterns:
+            if word in line and check.id not in into and pattern.search(line):  # `in` alone is fast
+                into[check.id] = Hit(number, line, check)
+        for id in _killed(line):
+            into.setdefault(id, Hit(number, line, REGISTRY[id]))
+        own = [code for code in _exit_codes(line) if code in list(ExitCode)]
+        last = (number, line, EXIT_CODES.get(own[-1], ())) if own else last
+    hits = waiting | found or {id: Hit(last[0], last[1], REGISTRY[id]) for id in last[2]}
+    return sorted(hits.values(), key=lambda hit: hit.number)
 
 
-def _by_exit_code(line: str) -> Iterable[str]:
-    """This server's own codes, as its guard and the container's runtime print them."""
-    for code in re.findall(r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)[ :=]+(\d+)", line, re.IGNORECASE):
-        yield from EXIT_CODES.get(int(code), ())
+def _exit_codes(line: str) -> list[int]:
+    """As this server's guard, container runtimes and torch print them."""
+    return [int(code or other) for code, other in ENDED.findall(line)]
+
+
+def _killed(line: str) -> Iterable[str]:
+    """The checks for what the kernel ends a process for."""
+    yield from (KILLED[code] for code in _exit_codes(line) if code in KILLED)
+    yield from (id for words, id in KILLED_WORDS.items() if words in line)
 
 
 def explain(check: Check) -> str:
     """All that is known of a check, as text."""
     lines = [f"{check.id}  {check.title}", f"category {check.category}, tier {check.tier}, {check.severity}", ""]
-    lines += [check.explanation]
+    lines += ["\n\n".join(textwrap.fill(part, WIDTH) for part in check.explanation.split("\n\n"))]
     if check.symptoms:
         lines += ["", "Seen in logs as:", *(f"  {symptom.text}" for symptom in check.symptoms)]
     if check.needs:

@@ -39,12 +39,13 @@ class Space:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface that is up. `speed` in Mbit/s, 0 where the kernel does not know."""
+    """A network interface. `speed` in Mbit/s, 0 where the kernel does not know; `up`: it has a carrier."""
 
     name: str
     addresses: tuple[str, ...]
     mtu: int
     speed: int
+    up: bool = True
 
 
 class Host:
@@ -153,14 +154,14 @@ class Host:
 
     @cached_property
     def interfaces(self) -> list[Interface]:
-        """Those that are up and have an IPv4 address, in the kernel's order."""
+        """Those that have an IPv4 address, in the kernel's order."""
         states = psutil.net_if_stats()
         found = []
         for name, entries in psutil.net_if_addrs().items():
             addresses = tuple(e.address for e in entries if e.family == socket.AF_INET)
             state = states.get(name)
-            if addresses and state and state.isup:
-                found.append(Interface(name, addresses, state.mtu, state.speed))
+            if addresses and state:
+                found.append(Interface(name, addresses, state.mtu, state.speed, state.isup))
         return found
 
     @property

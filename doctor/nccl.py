@@ -88,6 +88,7 @@ class NameFilter:
 def choose_interfaces(interfaces: Sequence[Interface], setting: str) -> list[Interface]:
     """Those NCCL would use, the first for its bootstrap: by the setting, or InfiniBand's, any but docker's and
     loopback, docker's, loopback, virbr's: the first kind that exists."""
+    interfaces = [i for i in interfaces if i.up]
     if setting:
         chosen = NameFilter.parse(setting)
         return [i for i in interfaces if chosen.takes(i.name)]

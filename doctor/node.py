@@ -59,6 +59,7 @@ class Node:
     argv: Sequence[str] = ()
     tier: int = 0
     gang: "GangView | None" = None
+    gang_failure: str = ""  # why the parts could not be asked
     collective: dict[str, Any] | None = None
     nvml: Any = field(default=None)  # pynvml, or what stands for it in a test
     running: bool = False  # this part is running: what holds its ports and its memory is itself

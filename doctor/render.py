@@ -1,11 +1,11 @@
 """The report for people (table, short) and for machines (JSON, JUnit, Prometheus text)."""
 
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TextIO
 from xml.etree import ElementTree
 
@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from doctor.check import Status
 from doctor.report import Finding, Report
 
-WIDTH = 118
+WIDTH = 118  # where there is no terminal to ask
+NARROW, WIDE = 72, 140
 STATUS_NUMBERS = {
     Status.SKIP: -1,
     Status.OK: 0,
@@ -31,13 +32,15 @@ class Style:
 
     symbols: Mapping[Status, str]
     colour: bool
+    width: int = WIDTH
 
     @classmethod
     def of(cls, stream: TextIO, environ: Mapping[str, str] = os.environ) -> "Style":
         """Colour on a TTY unless NO_COLOR is set (no-color.org); ASCII where the encoding has no symbols."""
         encoding = (stream.encoding or "ascii").lower()
         tty = stream.isatty() and environ.get("TERM") != "dumb"
-        return cls(UNICODE if "utf" in encoding else ASCII, tty and not environ.get("NO_COLOR"))
+        width = min(max(shutil.get_terminal_size().columns, NARROW), WIDE) if stream.isatty() else WIDTH
+        return cls(UNICODE if "utf" in encoding else ASCII, tty and not environ.get("NO_COLOR"), width)
 
     def paint(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self.colour else text
@@ -54,7 +57,14 @@ UNICODE = {
     Status.CRASH: "!",
     Status.SKIP: "-",
 }
-ASCII = {**UNICODE, Status.OK: "ok", Status.WARN: "!!", Status.ERROR: "XX"}
+ASCII = {
+    Status.OK: "ok",
+    Status.WARN: "!!",
+    Status.ERROR: "XX",
+    Status.UNKNOWN: "??",
+    Status.CRASH: "##",
+    Status.SKIP: "--",
+}
 COLOURS = {
     Status.OK: "32",
     Status.WARN: "33",
@@ -76,9 +86,9 @@ COUNT_WORDS = (
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
     """One line a category, and under it whatever is not well; `verbose` shows every check."""
-    lines = [style.paint(_title(report), "1"), ""]
-    for category, group in groupby(report.checks, key=lambda f: f.category):
-        findings = list(group)
+    lines = [*(style.paint(line, "1") for line in _title(report, style)), ""]
+    for category in dict.fromkeys(f.category for f in report.checks):
+        findings = [f for f in report.checks if f.category == category]
         worst = min((f.status for f in findings), key=WORST.index)
         lines.append(f"{style.mark(worst)} {category:<16} {_counts(findings)}")
         for each in findings:
@@ -86,7 +96,10 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
                 lines += _entry(each, report, style)
     if report.drift:
         lines += ["", "the parts differ in", *_drift(report)]
-    lines += ["", _last(report, style)]
+    lines += [""]
+    if report.problems():
+        lines += [f"more on each: rtp-llm-doctor explain {report.problems()[0].id}"]
+    lines += [_last(report, style)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -152,7 +165,8 @@ FORMATS: dict[str, Callable[[Report, Style], str]] = {
 }
 
 
-def _title(report: Report) -> str:
+def _title(report: Report, style: Style) -> list[str]:
+    """One line where the width allows, else one for each piece."""
     node = report.node
     words = [f"rtp-llm-doctor {report.tool_version}"]
     if node.part is not None:
@@ -160,27 +174,32 @@ def _title(report: Report) -> str:
         ranks = f"rank {node.ranks[0]}" if len(node.ranks) == 1 else f"ranks {node.ranks[0]}-{node.ranks[-1]}"
         words.append(f"{who}, {ranks} on {node.device}")
     facts = [f"{'' if name == 'gpus' else name + ' '}{value}" for name, value in node.facts.items()]
-    return "   ".join([*words, ", ".join([node.runtime.value, *facts])])
+    words.append(", ".join([node.runtime.value, *facts]))
+    whole = "   ".join(words)
+    return [whole] if len(whole) <= style.width else [line for word in words for line in _wrap("", word, style)]
 
 
 def _sentence(finding: Finding) -> str:
-    return f"{finding.actual}; expected {finding.expected}" if finding.expected else finding.actual
+    text = f"{finding.actual}; expected {finding.expected}" if finding.expected else finding.actual
+    return " ".join(text.split())
 
 
 def _entry(finding: Finding, report: Report, style: Style) -> list[str]:
-    lines = _wrap(f"  {style.symbols[finding.status]} {finding.id:<5}", _sentence(finding))
+    head = f"  {style.symbols[finding.status]} {finding.id:<5}"
+    indent = " " * len(head)
+    lines = _wrap(head, _sentence(finding), style)
     lines[0] = lines[0].replace(style.symbols[finding.status], style.mark(finding.status), 1)
     if finding.status not in (Status.WARN, Status.ERROR):
         return lines
     if finding.symptom:
-        lines += _wrap("          seen as ", f'"{finding.symptom[0]}"')
-    for number, row in enumerate(finding.fix.text(report.node.runtime).splitlines()):
-        lines += _wrap("          fix     " if number == 0 else "                  ", row)
-    return [*lines, f"          more    rtp-llm-doctor explain {finding.id}"]
+        lines += _wrap(f"{indent}seen as ", f'"{finding.symptom[0]}"', style)
+    # Never wrapped here: what a terminal wraps by itself can be copied whole.
+    fixes = finding.fix.text(report.node.runtime).splitlines()
+    return lines + [f"{indent}{'fix' if number == 0 else '':<8}{row}" for number, row in enumerate(fixes)]
 
 
-def _wrap(head: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(text, WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
+def _wrap(head: str, text: str, style: Style) -> list[str]:
+    wrapped = textwrap.wrap(text, style.width - len(head), break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{head if n == 0 else ' ' * len(head)}{line}" for n, line in enumerate(wrapped)]
 
 
@@ -200,8 +219,13 @@ def _last(report: Report, style: Style) -> str:
     return f"{verdict}: {_counts(report.checks)} in {report.duration_s:.1f} s (exit {report.exit_code})"
 
 
-def write(text: str, stream: TextIO = sys.stdout) -> None:
-    """A reader that closes its end early (`| head`) is no error."""
+def write(text: str, stream: TextIO | None = None) -> None:
+    """To stdout. A reader that closes its end early (`| head`) is no error, nor is an encoding that lacks a letter."""
+    stream = stream or sys.stdout
+    try:
+        text.encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = text.replace("…", "...").encode(stream.encoding, "replace").decode(stream.encoding)
     try:
         stream.write(text)
         stream.flush()

@@ -13,7 +13,9 @@ from doctor.host import size_text
 from doctor.node import Node
 from rtp_llm import __version__
 
-SCHEMA = "rtp-llm-doctor/1"
+SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"
+# What is always written is required in the published schema.
+MODEL = ConfigDict(frozen=True, extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class Exit(IntEnum):
@@ -28,7 +30,7 @@ class Exit(IntEnum):
 class Fixes(BaseModel):
     """The same remedy in the language of each runtime."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = MODEL
 
     docker: str = ""
     compose: str = ""
@@ -42,7 +44,7 @@ class Fixes(BaseModel):
 class Finding(BaseModel):
     """What one check said."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = MODEL
 
     id: str = Field(description="stable; the failure catalogue's own")
     name: str
@@ -62,7 +64,7 @@ class Finding(BaseModel):
 class NodeCard(BaseModel):
     """Who was examined."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = MODEL
 
     part: int | None
     parts: int | None
@@ -76,7 +78,7 @@ class NodeCard(BaseModel):
 class Drift(BaseModel):
     """A value in which the parts differ, by part."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = MODEL
 
     key: str
     values: dict[str, str]
@@ -85,9 +87,11 @@ class Drift(BaseModel):
 class Report(BaseModel):
     """All that one run of the doctor has to say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = MODEL
 
-    schema_: str = Field(default=SCHEMA, validation_alias="schema", serialization_alias="schema")
+    schema_: Literal["rtp-llm-doctor/1"] = Field(
+        default=SCHEMA, validation_alias="schema", serialization_alias="schema"
+    )
     tool_version: str = __version__
     started: float = Field(description="seconds since the epoch")
     duration_s: float
@@ -109,6 +113,13 @@ class Report(BaseModel):
         return self.model_dump_json(indent=1, by_alias=True)
 
 
+def readable(text: str) -> str:
+    """What a terminal, XML or UTF-8 cannot take (a path may hold any byte) is written as an escape."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def finding(check: Check, outcome: Outcome, seconds: float) -> Finding:
     bad = outcome.status in (Status.WARN, Status.ERROR)
     return Finding(
@@ -118,10 +129,10 @@ def finding(check: Check, outcome: Outcome, seconds: float) -> Finding:
         tier=check.tier,
         severity="error" if check.severity == Status.ERROR else "warn",
         status=outcome.status,
-        actual=outcome.actual,
-        expected=outcome.expected,
+        actual=readable(outcome.actual),
+        expected=readable(outcome.expected),
         symptom=[s.text for s in check.symptoms],
-        fix=Fixes(**vars(outcome.fix)),
+        fix=Fixes(**{name: readable(text) for name, text in vars(outcome.fix).items()}),
         repair=check.repair if bad else Repair.NONE,
         evidence=outcome.evidence,
         duration_ms=round(seconds * 1000, 1),
@@ -177,7 +188,7 @@ def node_card(node: Node) -> NodeCard:
         "memory": size_text(host.memory_available()),
         "cgroup": f"v{cgroup.version}" if cgroup.version else "none",
         "driver": node.gpus.driver,
-        "gpus": ", ".join(gpu.name for gpu in node.gpus.visible),
+        "gpus": ", ".join(f"{n} x {name}" for name, n in Counter(g.name for g in node.gpus.visible).items()),
         "nccl": ".".join(map(str, node.nccl.version)) if node.on_gpu else "",
     }
     return NodeCard(

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from doctor.check import Check, Outcome, Status, unknown
-from doctor.check import skip as skipped
 from doctor.node import Node
 from doctor.report import Finding, finding
 
-BLOCKING = {Status.ERROR, Status.CRASH}
+# After these a check that needs it is pointless: what gave no answer to one will give none to the next.
+BLOCKING = {Status.ERROR, Status.CRASH, Status.UNKNOWN}
 
 
 @dataclass
@@ -62,30 +62,46 @@ class _Child:
 def run_checks(checks: Sequence[Check], node: Node, earlier: Sequence[Finding] = ()) -> list[Finding]:
     """One finding for each check, in order. `earlier`: findings of another run, for what these checks need."""
     found: dict[str, Finding] = {f.id: f for f in earlier}
-    pending = list(checks)
+    pending = _causes_first(checks)
     while pending:
         child = _start(pending, node, found)
         try:
-            crashed = _collect(child, pending, found)
+            failed = _collect(child, pending, found)
         finally:
             status = child.end()
-        if crashed:
-            current = pending.pop(0)
-            found[current.id] = finding(current, crashed(status), 0.0)
+        if failed:
+            current, (outcome, seconds) = pending.pop(0), failed
+            found[current.id] = finding(current, outcome or _died(status), seconds)
     return [found[check.id] for check in checks]
 
 
-def _collect(child: _Child, pending: list[Check], found: dict[str, Finding]) -> Any:
-    """Moves finished checks from `pending` to `found`. Returns None at the orderly end, else how to judge the check
-    that is now first."""
+def _causes_first(checks: Sequence[Check]) -> list[Check]:
+    """The same checks, each after those that it needs, whatever the order of categories in the report."""
+    by_id = {check.id: check for check in checks}
+    ordered: dict[str, Check] = {}
+
+    def place(check: Check) -> None:
+        for need in check.needs:
+            if need in by_id and need not in ordered:
+                place(by_id[need])
+        ordered.setdefault(check.id, check)
+
+    for check in checks:
+        place(check)
+    return list(ordered.values())
+
+
+def _collect(child: _Child, pending: list[Check], found: dict[str, Finding]) -> tuple[Outcome | None, float] | None:
+    """Moves finished checks from `pending` to `found`. Returns None at the orderly end, else what became of the check
+    that is now first (None: its process died), and the seconds it took."""
     while pending:
-        current = pending[0]
+        current, started = pending[0], time.monotonic()
         try:
             line = child.next(current.timeout)
         except TimeoutError:
-            return lambda status: unknown(f"gave no answer within {current.timeout:g} s and was killed")
+            return unknown(f"gave no answer within {current.timeout:g} s and was killed"), current.timeout
         if line is None:
-            return _died
+            return None, time.monotonic() - started
         found[current.id] = Finding.model_validate(line)
         pending.pop(0)
     return None
@@ -121,10 +137,15 @@ def _work(pending: Sequence[Check], node: Node, found: dict[str, Finding], pipe:
         os._exit(0)
 
 
+def _cause(need: Finding) -> str:
+    """The id that makes checks pointless which need this one: itself, or what it was skipped for; empty where none."""
+    return need.id if need.status in BLOCKING else str(need.evidence.get("because", ""))
+
+
 def _judge(check: Check, node: Node, found: dict[str, Finding]) -> Outcome:
-    cause = next((i for i in check.needs if i in found and found[i].status in BLOCKING), None)
+    cause = next(filter(None, (_cause(found[id]) for id in check.needs if id in found)), "")
     if cause:
-        return skipped(f"because {cause}")
+        return Outcome(Status.SKIP, f"because {cause}", evidence={"because": cause})
     try:
         return check.run(node)
     except Exception as error:  # a finding, never a crash of the doctor

@@ -59,18 +59,23 @@ def service_links(node: Node) -> Outcome:
     )
 
 
-@check("M-13", CATEGORY, "no variable is one slip away from a known one", symptoms=("did you mean …?",))
+@check(
+    "M-13",
+    CATEGORY,
+    "no variable is one slip away from a known one",
+    symptoms=("… is not a variable of this server: did you mean …?",),
+)
 def typing_slips(node: Node) -> Outcome:
     """A variable of an unknown name is ignored in silence: WROLD_RANK=1 leaves WORLD_RANK unset, and this machine
     takes part 0's place. A slip in a name that decides size, place, port or model is an error, elsewhere a warning."""
     slips = node.settings.near_misses
     if not slips:
         return ok("no variable looks like a misspelt setting")
-    shown = ", ".join(f"{given} (did you mean {meant}?)" for given, meant in slips)
-    fix = Fix("\n".join(f"{given} -> {meant}={_shown(node, given)}" for given, meant in slips))
+    shown = ", ".join(f"{given} is no setting: did you mean {meant}?" for given, meant in slips)
+    fix = Fix("\n".join(f"{meant}={_shown(node, given)}   in place of {given}" for given, meant in slips))
     decisive = any(meant in DECISIVE and meant not in node.host.environ for _, meant in slips)
     judge = error if decisive else warn
-    return judge(f"unknown and ignored: {shown}", "the names of the README's table of settings", fix)
+    return judge(f"ignored: {shown}", "", fix)
 
 
 def _shown(node: Node, name: str) -> str:

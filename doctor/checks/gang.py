@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, warn
+from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, unknown, warn
 from doctor.gang.row import Row
 from doctor.gang.view import GangView
 from doctor.host import size_text
@@ -48,6 +48,8 @@ def absent(node: Node) -> Outcome:
     """A part that never answered: its machine is down, its container not started, or nothing of it can be reached.
     The doctor of every part must run at the same time."""
     view = _view(node)
+    if view is None and node.gang_failure:
+        return unknown(f"the other parts could not be asked: {node.gang_failure}")
     if view is None:
         return skip(NOT_ASKED)
     if view.absent:
@@ -89,7 +91,7 @@ def versions(node: Node) -> Outcome:
     view = _view(node)
     if view is None:
         return skip(NOT_ASKED)
-    refusals = [f"part{a.part} -> part{b.part}: {link.refusal}" for a, b, link in view.links() if link.refusal]
+    refusals = view.refusals()
     differing = view.differing("doctor.")
     if refusals or differing:
         fix = "the same image, by digest, and the same GANG_SECRET on every part"
@@ -97,7 +99,7 @@ def versions(node: Node) -> Outcome:
     return ok(f"all of {next(iter(view.rows.values())).facts['version.rtp-llm']}")
 
 
-@check("C-11", CATEGORY, "every part is well by itself", tier=2, needs=("C-09",), repair=Repair.NONE)
+@check("C-11", CATEGORY, "every part is well by itself", tier=2, needs=("C-09", "C-10"), repair=Repair.NONE)
 def problems(node: Node) -> Outcome:
     """Each part tells the others what its own checks found, so that whoever looks at any of them sees the cause."""
     view = _view(node)
@@ -152,7 +154,7 @@ def _list(closed: Mapping[int, str], row: Row) -> str:
         "connect to …<…> failed : No route to host",
         "roll call at …: Connection refused",
     ),
-    needs=("C-09",),
+    needs=("C-09", "C-10"),
     repair=Repair.OPEN_PORT,
 )
 def planned_ports(node: Node) -> Outcome:
@@ -193,7 +195,7 @@ def planned_ports(node: Node) -> Outcome:
         "ncclSocketConnect: connect to … returned Connection refused, exceeded error retry count",
         "socketPollConnect: connect to … returned … exceeded",
     ),
-    needs=("C-09", "N-01"),
+    needs=("C-09", "C-10", "N-01"),
     repair=Repair.OPEN_PORT,
 )
 def random_ports(node: Node) -> Outcome:
@@ -227,7 +229,7 @@ def random_ports(node: Node) -> Outcome:
     "large messages pass as small ones do",
     tier=2,
     symptoms=("IBV_WC_LOC_LEN_ERR",),
-    needs=("C-09", "N-01"),
+    needs=("C-09", "C-10", "N-01"),
 )
 def mtu(node: Node) -> Outcome:
     """Where one end sends jumbo frames and something between drops them, small messages pass and large ones hang. 8 MiB
@@ -249,7 +251,9 @@ def mtu(node: Node) -> Outcome:
     return ok(f"MTU {low}; 8 MiB each way went through")
 
 
-@check("N-13", CATEGORY, "the links are fast enough", tier=2, severity=Status.WARN, needs=("C-09", "N-01", "N-10"))
+@check(
+    "N-13", CATEGORY, "the links are fast enough", tier=2, severity=Status.WARN, needs=("C-09", "C-10", "N-01", "N-10")
+)
 def speed(node: Node) -> Outcome:
     """Tensor parallelism sums activations twice per layer, so every token crosses the network 2 x layers times: the
     predicted cost per token is printed from the measured speed and round trip."""
@@ -280,7 +284,7 @@ def token_cost(spec: ModelSpec, bytes_per_second: float, rtt: float) -> float:
     "all parts have the same NCCL",
     tier=2,
     symptoms=("Mismatched NCCL version detected : rank … version … rank … version …",),
-    needs=("C-09",),
+    needs=("C-09", "C-10"),
 )
 def nccl_version(node: Node) -> Outcome:
     """NCCL refuses to connect ranks of different versions."""
@@ -296,7 +300,7 @@ def software(node: Node) -> Outcome:
     return found if found.status != Status.OK else _same(node, ("gpu.driver",), "one driver", fix, judge=warn)
 
 
-@check("C-05", CATEGORY, "all parts hold the same checkpoint", tier=2, needs=("C-09", "M-04", "M-05", "M-06"))
+@check("C-05", CATEGORY, "all parts hold the same checkpoint", tier=2, needs=("C-09", "C-10", "M-04", "M-05", "M-06"))
 def checkpoints(node: Node) -> Outcome:
     """Ranks with slices of different checkpoints compute garbage, or fail on a shape. config.json and the headers of
     all files are compared."""
@@ -313,7 +317,7 @@ def checkpoints(node: Node) -> Outcome:
     "NCCL is told the same on all parts",
     tier=2,
     symptoms=("Detected mixed local Net device counts across ranks",),
-    needs=("C-09",),
+    needs=("C-09", "C-10"),
 )
 def environment(node: Node) -> Outcome:
     """Where one part's NCCL may use InfiniBand and another's may not, they wait for each other for ever. Environment
@@ -334,7 +338,7 @@ def environment(node: Node) -> Outcome:
     "settings that shape the steps are the same",
     tier=2,
     symptoms=("MISMATCH … different collective operation counts",),
-    needs=("C-09",),
+    needs=("C-09", "C-10"),
 )
 def settings(node: Node) -> Outcome:
     """MAX_SEQ_LEN, block sizes and batch limits decide what is computed in which order: ranks that disagree hang in
@@ -342,7 +346,7 @@ def settings(node: Node) -> Outcome:
     return _same(node, ("config.",), "the same on every part", ONE_FILE)
 
 
-@check("C-08", CATEGORY, "the clocks agree", tier=2, severity=Status.WARN, needs=("C-09", "N-01"))
+@check("C-08", CATEGORY, "the clocks agree", tier=2, severity=Status.WARN, needs=("C-09", "C-10", "N-01"))
 def clocks(node: Node) -> Outcome:
     """Nothing here depends on it, but logs and dashboards of several machines can only be read together when their
     clocks agree."""
@@ -369,7 +373,7 @@ def clocks(node: Node) -> Outcome:
         "nvmlDeviceGetHandleByPciBusId() failed: Not Found",
         "failed to open CUDA IPC handle",
     ),
-    needs=("C-09",),
+    needs=("C-09", "C-10"),
 )
 def one_machine(node: Node) -> Outcome:
     """NCCL takes ranks with the same host name and boot id for neighbours that share /dev/shm. Two containers with one

@@ -17,10 +17,12 @@ CATEGORY = "limits"
 INFINITY = resource.RLIM_INFINITY
 FILES_GOOD = 65536
 FILES_LEAST = 1024
-THREADS_PER_RANK = 64  # torch's and NCCL's own beside the computing ones; measured 20 to 50
+# Threads of a rank beside those that compute: (needed, comfortable). Measured on CPU: 5; CUDA and NCCL add some 30.
+THREADS_PER_RANK = {"cpu": (8, 24), "cuda": (40, 80)}
 PROCESSES_BESIDE = 16
 CORES_PER_RANK = 2
-PROCESS_BYTES = 600 << 20  # of a rank without weights: torch's libraries, measured
+RANK_BYTES = 250 << 20  # of a rank without weights and cache: Python and torch, measured on CPU
+SERVICE_BYTES = 150 << 20  # of start_server, supervisord, guard and API together
 
 
 def rdma_wanted(node: Node) -> bool:
@@ -94,21 +96,23 @@ def nofile(node: Node) -> Outcome:
 def pids(node: Node) -> Outcome:
     """The pids limit of the cgroup counts threads. Each rank starts some for computing, loading and communicating;
     Kubernetes' podPidsLimit and Docker's --pids-limit are often a few hundred."""
-    wanted = node.local_ranks * (THREADS_PER_RANK + node.host.cores) + PROCESSES_BESIDE
+    per_rank = THREADS_PER_RANK["cuda" if node.on_gpu else "cpu"]
+    least, good = (node.local_ranks * (threads + node.host.cores) + PROCESSES_BESIDE for threads in per_rank)
     room = node.host.cgroup.pids_room
     soft, _ = node.host.rlimits.get("nproc", (INFINITY, INFINITY))
     by = "the cgroup"
     if soft != INFINITY and soft < room and node.host.uid != 0:
         room, by = soft, "ulimit -u"
-    if room >= wanted:
-        return ok("no limit" if room >= UNLIMITED else f"room for {room} threads, some {wanted} are needed")
+    if room >= good:
+        return ok("no limit" if room >= UNLIMITED else f"room for {room} threads, some {good} are needed")
     fix = Fix(
-        host=f"systemd-run -p TasksMax={4 * wanted} …, or ulimit -u {4 * wanted}",
+        host=f"systemd-run -p TasksMax={4 * good} …, or ulimit -u {4 * good}",
         docker="docker run --pids-limit=-1 …",
         compose="pids_limit: -1",
         kubernetes="raise podPidsLimit of the kubelet",
     )
-    return error(f"{by} leaves room for {room} threads", f"some {wanted} for {node.local_ranks} ranks", fix)
+    judge = error if room < least else warn
+    return judge(f"{by} leaves room for {room} threads", f"some {good} for {node.local_ranks} ranks", fix)
 
 
 @check(
@@ -151,8 +155,9 @@ def memory(node: Node) -> Outcome:
     """On CPU the weights lie in main memory; on GPUs they pass through it. The cgroup counts what this container was
     killed for: a count above zero says that an earlier run of this container, or a neighbour in it, was."""
     cgroup = node.host.cgroup
-    wanted = node.local_ranks * PROCESS_BYTES
-    if node.spec and node.plan and not node.on_gpu:
+    wanted = node.local_ranks * RANK_BYTES + SERVICE_BYTES
+    fits = node.spec and node.plan and node.plan.tp_size in node.spec.fitting_tp_sizes()
+    if node.spec and node.plan and fits and not node.on_gpu:
         wanted += node.local_ranks * weight_bytes(node.spec, node.plan.tp_size)
     limit = cgroup.memory_max
     whole = -(-2 * wanted // (1 << 30))

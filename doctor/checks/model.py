@@ -164,7 +164,7 @@ def _judge_files(node: Node, id: str, good: str, fix: str) -> Outcome:
         "Bfloat16 is only supported on GPUs with compute capability of at least 8.0",
         "architectures=… is none this server knows",
     ),
-    needs=("M-04", "M-05", "M-06", "M-08", "M-11"),
+    needs=("M-04", "M-05", "M-06", "M-08", "M-11", "M-16"),
 )
 def architecture(node: Node) -> Outcome:
     """Family, rope variant, activation and quantization stand in config.json; the compute type must also be one that
@@ -255,10 +255,15 @@ def _free_per_rank(node: Node) -> int | None:
 
 
 def _fix_memory(node: Node, spec: ModelSpec, free: int) -> str:
+    if not node.on_gpu:  # all ranks of this machine share its memory, however many they are
+        return "free some memory, or spread the ranks over more parts" + _half(spec)
     fits = [n for n in spec.fitting_tp_sizes() if weight_bytes(spec, n) < free]
     larger = f"TP_SIZE={fits[0]}" if fits else "no TP_SIZE is large enough: choose a smaller model"
-    half = " or ACT_TYPE=bf16" if ITEM_BYTES[spec.dtype] == 4 else ""
-    return larger + half
+    return larger + _half(spec)
+
+
+def _half(spec: ModelSpec) -> str:
+    return ", or ACT_TYPE=bf16" if ITEM_BYTES[spec.dtype] == 4 else ""
 
 
 @check(

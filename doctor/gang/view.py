@@ -19,7 +19,18 @@ class GangView:
 
     @property
     def absent(self) -> list[int]:
-        return [part for part in range(self.plan.num_parts) if part not in self.rows]
+        """Parts that never answered; one that answered in words we cannot accept is there all the same."""
+        refused = {part for row in self.rows.values() for part, link in row.links.items() if link.refusal}
+        return [part for part in range(self.plan.num_parts) if part not in self.rows and part not in refused]
+
+    def refusals(self) -> list[str]:
+        """Who would not talk to whom, and why."""
+        return [
+            f"part{row.part} -> part{part}: {link.refusal}"
+            for _, row in sorted(self.rows.items())
+            for part, link in sorted(row.links.items())
+            if link.refusal and part not in self.rows
+        ]
 
     @property
     def present_names(self) -> list[str]:

@@ -10,13 +10,23 @@ from doctor.check import REGISTRY
 
 
 def marked() -> set[str]:
-    """The ids in `@pytest.mark.fault(…)` and `pytest.param(…, marks=pytest.mark.fault(…))` of this folder."""
+    """The ids in `@pytest.mark.fault(…)`, and in the tables of faults: dicts called FAULTS that have the id as key, or
+    first in their value."""
     found: set[str] = set()
     for file in Path(__file__).parent.glob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
                 found |= {str(ast.literal_eval(argument)) for argument in node.args}
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FAULTS":
+                found |= _ids(node.value)
     return found
+
+
+def _ids(table: ast.expr | None) -> set[str]:
+    assert isinstance(table, ast.Dict)
+    firsts = [value.elts[0] for value in table.values if isinstance(value, ast.Tuple)]
+    words = [node.value for node in (*table.keys, *firsts) if isinstance(node, ast.Constant)]
+    return {str(word) for word in words} & REGISTRY.keys()
 
 
 @pytest.mark.parametrize("id", REGISTRY)

@@ -1,0 +1,87 @@
+"""A machine on which much is wrong at once: what the report's forms are tried with."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pynvml
+import pytest
+
+from doctor.check import Runtime
+from doctor.host import Space
+from doctor.node import Node
+from doctor.report import Report, make_report
+from rtp_llm.parallel.plan import PlannedPort
+from tests.doctor.lab import LIMITS, PlayedHost, examine
+
+MIB = 1 << 20
+ENVIRON = {
+    "TP_SIZE": "2",
+    "START_PORT": "10000",
+    "CHECKPOINT_PATH": "org/model",
+    "LOG_LEVLE": "DEBUG",
+    "NCCL_SOCKET_IFNAME": "bond0",
+    "PROMETHEUS_MULTIPROC_DIR": "/tmp/metrics",
+    "http_proxy": "http://proxy:3128",
+}
+# What is not well on it, by id.
+FAULTS = {
+    "M-13": "warn",
+    "M-15": "warn",
+    "M-08": "error",
+    "M-09": "crash",
+    "S-01": "error",
+    "L-02": "unknown",
+    "L-03": "error",
+    "L-05": "warn",
+    "L-06": "warn",
+    "N-08": "error",
+    "N-06": "error",
+    "N-11": "warn",
+}
+
+
+class FaultyHost(PlayedHost):
+    """`PlayedHost` with limits, memory and a disk that fails."""
+
+    def __init__(self, root: Path, runtime: Runtime):
+        super().__init__(root, {**ENVIRON, "RTP_RUNTIME": runtime})
+        self.played_cores = 1
+        self.spaces["/dev/shm"] = Space(64 * MIB, MIB, -1)
+        self.write("/proc/self/limits", "\n".join(row for row in LIMITS.splitlines() if "open files" not in row))
+        self.write("/sys/fs/cgroup/memory.events", "low 0\noom_kill 2\n")
+        self.write("/sys/fs/cgroup/pids.max", "100\n")
+
+    def space(self, path: str) -> Space:
+        if path == "/tmp":
+            raise OSError(5, "Input/output error")
+        return super().space(path)
+
+
+class NoDriver:
+    """What stands for pynvml on a machine without NVIDIA's driver."""
+
+    @staticmethod
+    def nvmlInit() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+
+def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Report:
+    """All checks of tier 0 on it; no port of this machine is tried."""
+
+    def obstacle(planned: PlannedPort) -> str:
+        return "in use by pid 4711 (nginx: master process nginx)" if planned.port == 10000 else ""
+
+    patch.setattr("doctor.checks.network.obstacle", obstacle)
+    node = Node(FaultyHost(root, runtime), nvml=NoDriver)
+    return make_report(node, examine(node), started=0.0)
+
+
+def steady(report: Report) -> Report:
+    """Without what changes from run to run and from release to release."""
+    checks = [
+        c.model_copy(update={"duration_ms": 0.5, "actual": re.sub(r"\ball \d+ settings", "all settings", c.actual)})
+        for c in report.checks
+    ]
+    fixed: dict[str, Any] = {"started": 1.5e9, "duration_s": 0.1, "tool_version": "1.2.3", "checks": checks}
+    return report.model_copy(update=fixed)

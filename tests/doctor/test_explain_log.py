@@ -1,0 +1,173 @@
+"""A log names the checks that its lines speak of, and no others.
+
+`logs/` holds what people see when a start fails, line by line as NCCL, CUDA, torch, container runtimes and this
+server print it, and what they print while all is well.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from doctor import checks  # noqa: F401  # registers them
+from doctor.check import REGISTRY, Symptom
+from doctor.explain import EXIT_CODES, KILLED, KILLED_WORDS, read_log
+from rtp_llm.errors import ExitCode
+
+LOGS = Path(__file__).parent / "logs"
+SYMPTOMS = [(check.id, symptom) for check in REGISTRY.values() for symptom in check.symptoms]
+# What "…" may stand for in a line.
+PLAUSIBLE = ("3", "/dev/shm/nccl-jX2kQa", "10.0.0.5:29500", "node-a and node-b (rank 7): 0x7f")
+# The ids that each log names.
+NAMED: dict[str, set[str]] = {
+    "bus-error-exit-135": {"S-01"},
+    "bus-error-python": {"S-01"},
+    "bus-error-torchrun": {"S-01"},
+    "bus-error-ucx": {"S-01"},
+    "nccl-shm": {"S-01"},
+    "nccl-shm-denied": {"S-03"},
+    "nccl-attach": {"S-05"},
+    "cuda-802": {"G-04"},
+    "cuda-803": {"G-05"},
+    "cuda-804": {"G-06"},
+    "cuda-oom": {"G-14", "M-03"},
+    "xid-79": {"G-16"},
+    "xid-480": set(),
+    "safetensors-cut": {"M-04"},
+    "safetensors-lfs": {"M-05"},
+    "port-taken": {"N-08"},
+    "port-taken-uvicorn": {"N-08"},
+    "nccl-connect": {"N-02"},
+    "nccl-connect-old": {"N-02"},
+    "nccl-docker0": {"N-03"},
+    "nccl-no-interface": {"N-06"},
+    "nccl-duplicate-gpu": {"G-10"},
+    "gloo-loopback": {"N-04"},
+    "gloo-name": {"N-05"},
+    "oom-docker": {"L-05"},
+    "oom-kernel": {"L-05"},
+    "oom-kubernetes": {"L-05"},
+    "getpwuid": {"L-10"},
+    "threads": {"L-03"},
+    "threads-denied": {"L-04"},
+    "torch-connect-timeout": {"N-01"},
+    "torch-names": {"N-07"},
+    "torch-rendezvous-timeout": {"C-01", "C-09"},
+    "torch-watchdog-first": {"P-01", "X-01"},
+    "torch-watchdog-later": {"X-01"},
+    "service-links": {"M-14", "N-15"},
+    "server-64-setting": {"M-14"},
+    "server-64-hub-name": {"M-08"},
+    "server-64-rank": {"C-01"},
+    "server-64-port": {"N-08"},
+    "server-64-bare": {"M-14", "C-01", "C-02", "M-08"},
+    "server-65-lfs": {"M-05"},
+    "server-65-cut": {"M-04"},
+    "server-65-shard": {"M-06"},
+    "server-65-tokenizer": {"M-07"},
+    "server-69-absent": {"C-09"},
+    "server-69-disagree": {"C-09", "N-01", "C-01", "C-02"},
+    "server-70-killed": {"L-05"},
+    "server-71-bare": {"N-01", "N-02", "N-03"},
+    "server-71-shm": {"S-01"},
+    "server-slip": {"M-13"},
+    "server-waiting": {"C-09", "N-01"},
+    "healthy": set(),
+    "healthy-waited": set(),
+    "other-servers": set(),
+}
+
+
+def named(text: str) -> set[str]:
+    return {hit.check.id for hit in read_log(text)}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_log_names_these_checks_and_no_others(name: str) -> None:
+    assert named((LOGS / f"{name}.log").read_text()) == NAMED[name]
+
+
+def test_every_log_has_a_test() -> None:
+    assert {path.stem for path in LOGS.iterdir()} == NAMED.keys()
+
+
+@pytest.mark.parametrize(("id", "symptom"), SYMPTOMS, ids=[f"{id}-{n}" for n, (id, _) in enumerate(SYMPTOMS)])
+def test_every_symptom_finds_its_check(id: str, symptom: Symptom) -> None:
+    for filling in PLAUSIBLE:
+        said = symptom.text.replace("…", filling)
+        for line in (said, f"  {said}", f"[rank1]:[E302 10:31:12] {said}, and more.", said.replace(" ", "  ")):
+            assert id in named(f"before\n{line}\nafter"), line
+
+
+@pytest.mark.parametrize(("id", "symptom"), SYMPTOMS, ids=[f"{id}-{n}" for n, (id, _) in enumerate(SYMPTOMS)])
+def test_every_symptom_says_enough(id: str, symptom: Symptom) -> None:
+    """Part of a word, other capitals, or text that goes on over two lines is not what was printed."""
+    said = symptom.text.replace("…", "3")
+    if symptom.text[0].isalnum() or symptom.text[-1].isalnum():
+        assert not symptom.pattern.search(f"x{said}x")
+    assert not symptom.pattern.search(said.swapcase()) or not any(c.isalpha() for c in said)
+    if " " in said:
+        assert not symptom.pattern.search(said.replace(" ", "\n"))
+
+
+def test_the_first_line_of_each_check_is_told_in_order() -> None:
+    text = "all is well\nCUDA error: invalid device ordinal\n  Bus error (core dumped)\nBus error (core dumped)\n"
+    assert [(hit.number, hit.check.id, hit.line) for hit in read_log(text)] == [
+        (2, "G-09", "CUDA error: invalid device ordinal"),
+        (3, "S-01", "Bus error (core dumped)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "rtp-1 exited with code {}",
+        "the part ends with exit code {}",
+        "exited: rank0 (exit status {}; not expected)",
+        "    Exit Code:    {}",
+        '{{"ExitCode": {}, "Error": ""}}',
+        "  exitcode  : {} (pid: 5678)",
+        "0c1d  rtp  Exited ({}) 3 minutes ago",
+    ],
+)
+def test_exit_codes_are_read_as_runtimes_print_them(line: str) -> None:
+    for code, ids in EXIT_CODES.items():
+        assert named(line.format(code)) == set(ids)
+    for code in (135, 137):
+        assert named(line.format(code)) == {KILLED[code]}
+    for code in (0, 1, 143, 1350):
+        assert named(line.format(code)) == set()
+
+
+def test_the_last_code_of_this_server_counts() -> None:
+    """The ranks that lose a peer end with 71, which is only the echo."""
+    assert named("leaving the epoch (exit code 71)\nthe part ends with exit code 73") == set(EXIT_CODES[73])
+    assert named("leaving the epoch (exit code 71)\nthe part ends with exit code 70") == set()
+
+
+def test_codes_and_words_name_checks() -> None:
+    assert {id for ids in EXIT_CODES.values() for id in ids} <= REGISTRY.keys()
+    assert {*KILLED.values(), *KILLED_WORDS.values()} <= REGISTRY.keys()
+    assert EXIT_CODES.keys() <= set(ExitCode)
+
+
+def test_a_part_that_came_was_only_waited_for() -> None:
+    wait = "[part1 rank1] 09:55:30 INFO rtp_llm.parallel.gang: waiting for part0 (10.0.0.5:10000, ranks 0-1)\n"
+    here = "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang: epoch 1: all 4 ranks are here and agree\n"
+    assert named(wait) == {"C-09"}
+    assert named(f"rtp-1  | {wait}") == {"C-09"}
+    assert named(wait + here) == set()
+    assert named(wait + here + wait) == {"C-09"}, "the next epoch waits again"
+
+
+def test_what_this_server_says_for_information_is_no_symptom() -> None:
+    text = "[part0 rank0] 09:55:36 {} rtp_llm.engine: Bus error (core dumped)"
+    json = '{{"time": "2026-03-02T09:54:37.210Z", "level": "{}", "message": "Bus error (core dumped)"}}'
+    for line in (text, f"2026-03-02T09:55:36Z {text}", json):
+        assert named(line.format("INFO")) == set()
+        assert named(line.format("ERROR")) == {"S-01"}
+
+
+def test_nothing_and_nonsense() -> None:
+    assert read_log("") == []
+    assert read_log("\0\x1b[31m\n\ufffd" * 100) == []
+    assert read_log("(" * 10_000 + "x" * 100_000) == []

@@ -1,0 +1,309 @@
+"""Two parts in two network namespaces, joined by a cable, with something wrong between them or with one of them.
+
+Each runs `rtp-llm-doctor gang`. Both must find the same, in the same words, name the direction and the party to blame,
+and nothing else.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.doctor.lab import REPOSITORY, doctor, report
+
+PORT = 10000  # nobody else is in there
+ADDRESSES = ("10.78.0.1", "10.78.0.2")
+RANGE = "40000-49999"  # what the kernel gives to those who ask for any port, narrowed so that a rule can name it
+WAIT = 20.0
+
+
+def ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One machine: its namespace, and its end of the cable."""
+
+    name: str
+    device: str
+    address: str
+
+    @property
+    def inside(self) -> list[str]:
+        return ["ip", "netns", "exec", self.name]
+
+    def run(self, *words: str) -> None:
+        subprocess.run([*self.inside, *words], check=True, capture_output=True)
+
+    @contextmanager
+    def refusing_new(self, ports: str) -> Iterator[None]:
+        """New connections to these ports are lost without a word, answers to this side's own are not."""
+        rule = ["INPUT", "-i", self.device, "-p", "tcp", "--syn", "--dport", ports.replace("-", ":"), "-j", "DROP"]
+        try:
+            self.run("iptables", "-I", *rule)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"iptables does not work here: {error}")
+        try:
+            yield
+        finally:
+            self.run("iptables", "-D", *rule)
+
+    @contextmanager
+    def dropping(self, ports: str) -> Iterator[None]:
+        """What comes in for these TCP ports is lost without a word: policy routing, asked before the local table."""
+        rule = ("pref", "1", "iif", self.device, "ipproto", "tcp", "dport", ports, "blackhole")
+        ip("-n", self.name, "rule", "add", *rule)
+        try:
+            yield
+        finally:
+            ip("-n", self.name, "rule", "del", *rule)
+
+
+def until_up(side: Side) -> None:
+    for _ in range(100):
+        state = subprocess.run(["ip", "-n", side.name, "link", "show", side.device], capture_output=True, text=True)
+        if "state UP" in state.stdout:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{side.device} never came up: {state.stdout}")
+
+
+@pytest.fixture(scope="module")
+def sides() -> Iterator[list[Side]]:
+    if not shutil.which("ip"):
+        pytest.skip("needs ip, of iproute2")
+    tag = f"doc{os.getpid()}{secrets.token_hex(2)}"
+    made = [Side(f"{tag}{n}", f"doc{n}", address) for n, address in enumerate(ADDRESSES)]
+    a, b = made
+    try:
+        try:
+            for side in made:
+                ip("netns", "add", side.name)
+            ip("link", "add", a.device, "netns", a.name, "type", "veth", "peer", b.device, "netns", b.name)
+            for side in made:
+                ip("-n", side.name, "addr", "add", f"{side.address}/24", "dev", side.device)
+                for device in ("lo", side.device):
+                    ip("-n", side.name, "link", "set", device, "up")
+                # The local table is asked first of all, unless its rule is moved.
+                ip("-n", side.name, "rule", "add", "pref", "5", "lookup", "local")
+                ip("-n", side.name, "rule", "del", "pref", "0", "lookup", "local")
+                side.run("sh", "-c", f"echo {RANGE.replace('-', ' ')} > /proc/sys/net/ipv4/ip_local_port_range")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        for side in made:  # the kernel takes up to a second to notice its carrier
+            until_up(side)
+        yield made
+    finally:
+        for side in made:
+            with suppress(OSError):
+                ip("netns", "delete", side.name)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "model"
+    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    return path
+
+
+def settings(demo: Path, part: int, addresses: Sequence[str] = ADDRESSES) -> dict[str, str]:
+    members = {f"x_part{n}": {"name": f"x_part{n}", "ip": address, "port": PORT} for n, address in enumerate(addresses)}
+    return {
+        "JSON_GANG_PARTS": json.dumps(members),
+        "TP_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "WORLD_RANK": str(part),
+        "START_PORT": str(PORT),
+        "CHECKPOINT_PATH": str(demo),
+        "RTP_RUNTIME": "docker",
+        "RTP_THREADS": "1",
+    }
+
+
+def meet(
+    sides: Sequence[Side],
+    demo: Path,
+    *differing: Mapping[str, str],
+    addresses: Sequence[str] = ADDRESSES,
+    words: Sequence[str] = (),
+    wait: float = WAIT,
+) -> list[dict[str, Any]]:
+    """The reports of the parts, each with settings of its own."""
+
+    def one(part: int) -> dict[str, Any]:
+        env = settings(demo, part, addresses) | dict(differing[part] if differing else {})
+        done = doctor("gang", f"--wait={wait}", "-o", "json", *words, env=env, inside=sides[part].inside)
+        answer = report(done)
+        assert answer["exit_code"] == done.returncode
+        return answer
+
+    with ThreadPoolExecutor(len(sides)) as pool:
+        return list(pool.map(one, range(len(sides))))
+
+
+def gang_problems(answer: Mapping[str, Any]) -> dict[str, str]:
+    """Status by id of what is not well, among all checks."""
+    return {c["id"]: c["status"] for c in answer["checks"] if c["status"] not in ("ok", "skip")}
+
+
+def said(answer: Mapping[str, Any], id: str) -> str:
+    return str(next(c["actual"] for c in answer["checks"] if c["id"] == id))
+
+
+def remedy(answer: Mapping[str, Any], id: str) -> str:
+    found = next(c["fix"] for c in answer["checks"] if c["id"] == id)
+    return str(found["docker"] or found["host"])
+
+
+def agreed(reports: Sequence[Mapping[str, Any]], id: str, status: str, code: int) -> str:
+    """Asserts that all parts found this, only this, in the same words; returns them."""
+    assert [gang_problems(r) for r in reports] == [{id: status}] * len(reports), [
+        [(c["id"], c["actual"]) for c in r["checks"] if c["status"] not in ("ok", "skip")] for r in reports
+    ]
+    assert len({said(r, id) for r in reports}) == 1
+    assert [r["exit_code"] for r in reports] == [code] * len(reports)
+    return said(reports[0], id)
+
+
+def test_two_healthy_parts(sides: list[Side], demo: Path) -> None:
+    for answer in meet(sides, demo):
+        assert gang_problems(answer) == {}
+        assert answer["exit_code"] == 0
+        assert len(answer["members"]) == 2
+
+
+@pytest.mark.fault("N-01")
+@pytest.mark.parametrize(("closed", "port"), [(0, PORT - 1), (0, PORT), (1, PORT + 3)])
+def test_a_planned_port_that_is_filtered(sides: list[Side], demo: Path, closed: int, port: int) -> None:
+    other = 1 - closed
+    with sides[closed].dropping(str(port)):
+        reports = meet(sides, demo)
+    text = agreed(reports, "N-01", "error", 1)
+    assert f"part{other} -> part{closed} ({ADDRESSES[closed]}): {port} (" in text
+    assert "times out" in text
+    assert f"part{closed} reaches part{other}, so incoming connections are filtered at part{closed}" in text
+    assert f"open tcp {port} on part{closed}'s machine" in remedy(reports[0], "N-01")
+
+
+@pytest.mark.fault("N-02")
+def test_ports_of_the_kernels_choice_that_are_filtered(sides: list[Side], demo: Path) -> None:
+    with sides[1].refusing_new(RANGE):
+        reports = meet(sides, demo)
+    text = agreed(reports, "N-02", "error", 1)
+    assert text.startswith(f"part0 -> part1 ({ADDRESSES[1]}): 4")
+    assert text.count("chosen by the kernel, as NCCL does) times out") == 3
+    assert "part1 reaches part0, so incoming connections are filtered at part1" in text
+    assert f"open tcp {RANGE.replace('-', ':')} between the machines" in remedy(reports[0], "N-02")
+
+
+@pytest.mark.fault("N-10")
+def test_interfaces_of_different_mtu(sides: list[Side], demo: Path) -> None:
+    ip("-n", sides[1].name, "link", "set", sides[1].device, "mtu", "1200")
+    try:
+        reports = meet(sides, demo)
+    finally:
+        ip("-n", sides[1].name, "link", "set", sides[1].device, "mtu", "1500")
+    text = agreed(reports, "N-10", "warn", 0)
+    assert f"part0 {sides[0].device} 1500, part1 {sides[1].device} 1200" in text
+    assert f"ip link set {sides[0].device} mtu 1200 on part0" in remedy(reports[0], "N-10")
+
+
+DIFFERENCES: dict[str, tuple[dict[str, str], str, str]] = {
+    "NCCL's way": ({"NCCL_ALGO": "Ring"}, "C-06", "error"),
+    "an environment": ({"OMP_NUM_THREADS": "3"}, "C-06", "warn"),
+    "a setting": ({"MAX_SEQ_LEN": "512"}, "C-07", "error"),
+}
+
+
+@pytest.mark.fault("C-06", "C-07")
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_what_differs_between_the_parts(sides: list[Side], demo: Path, name: str) -> None:
+    env, id, status = DIFFERENCES[name]
+    reports = meet(sides, demo, env, {})
+    text = agreed(reports, id, status, 1 if status == "error" else 0)
+    variable, value = next(iter(env.items()))
+    assert f"{variable}: part0={value} part1=" in text
+    assert reports[1]["drift"][0]["values"]["part0"] == value
+
+
+@pytest.mark.fault("C-05")
+def test_different_checkpoints(sides: list[Side], demo: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(demo, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    reports = meet(sides, demo, {}, {"CHECKPOINT_PATH": str(copy)})
+    assert "model.checkpoint: part0=" in agreed(reports, "C-05", "error", 1)
+
+
+@pytest.mark.fault("C-10")
+@pytest.mark.parametrize("secrets_of_parts", [("one", "other"), ("one", "")])
+def test_different_secrets(sides: list[Side], demo: Path, secrets_of_parts: tuple[str, str]) -> None:
+    """Neither hears what the other has to say, so each can only tell that somebody is there who signs otherwise."""
+    reports = meet(sides, demo, *({"GANG_SECRET": secret} for secret in secrets_of_parts), wait=6)
+    for part, answer in enumerate(reports):
+        assert gang_problems(answer) == {"C-10": "error"}
+        assert said(answer, "C-10").startswith(f"part{part} -> part{1 - part}: ")
+        assert "GANG_SECRET" in said(answer, "C-10")
+        assert answer["exit_code"] == 1
+
+
+def test_one_secret_for_both(sides: list[Side], demo: Path) -> None:
+    for answer in meet(sides, demo, {"GANG_SECRET": "same"}, {"GANG_SECRET": "same"}):
+        assert gang_problems(answer) == {}
+
+
+@pytest.mark.fault("C-09")
+def test_a_part_that_never_comes(sides: list[Side], demo: Path) -> None:
+    [answer] = meet(sides[:1], demo, wait=4)
+    assert gang_problems(answer) == {"C-09": "error"}
+    assert answer["exit_code"] == 3
+    assert f"no word from part1 ({ADDRESSES[1]}:{PORT}, rank 1)" in said(answer, "C-09")
+    assert "WORLD_RANK=1" in remedy(answer, "C-09")
+
+
+@pytest.mark.fault("C-11")
+def test_what_is_wrong_with_one_is_told_by_the_other(sides: list[Side], demo: Path) -> None:
+    reports = meet(sides, demo, {}, {"NCCL_SOCKET_IFNAME": "nothing"})
+    assert gang_problems(reports[0]) == {"C-11": "error"}
+    assert "part1: N-06" in said(reports[0], "C-11")
+    assert gang_problems(reports[1]) == {"N-06": "error"}
+    assert [r["exit_code"] for r in reports] == [1, 1]
+
+
+def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
+    """/etc/hosts of part 1 calls part 0 127.0.1.1; `ip netns exec` lays /etc/netns/NAME/hosts over it."""
+    folders = [Path("/etc/netns") / side.name for side in sides]
+    lines = [f"{ADDRESSES[0]} node-a\n", "127.0.1.1 node-a\n"]
+    try:
+        for folder, line in zip(folders, lines, strict=True):
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("127.0.0.1 localhost\n" + line)
+        reports = meet(sides, demo, addresses=("node-a", ADDRESSES[1]), wait=4)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    assert gang_problems(reports[1])["N-04"] == "error"
+    assert "--add-host node-a:<its address>" in remedy(reports[1], "N-04")
+
+
+@pytest.mark.fault("X-01", "X-02")
+def test_the_group_of_both_parts_sums_right(sides: list[Side], demo: Path) -> None:
+    for answer in meet(sides, demo, words=("--tier=3",)):
+        assert gang_problems(answer) == {}
+        assert "right at 8 B, 64.0 KiB, 16.0 MiB" in said(answer, "X-01")
+        assert "ms per token" in said(answer, "X-02")

@@ -1,0 +1,256 @@
+"""Every fault of GPUs and their links, on a played machine with eight of them: the doctor finds that one, no other."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pynvml
+import pytest
+
+from doctor import probes
+from doctor.gpus import Gpu, Gpus, Pair, Process
+from doctor.nccl import Nccl, effective_settings
+from doctor.node import Node
+from rtp_llm.parallel.devices import narrow
+from tests.doctor.lab import GIB, PlayedHost, by_id, examine, fix, problems
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def healthy_gpu(index: int) -> Gpu:
+    return Gpu(
+        index=index,
+        uuid=f"GPU-{index:08d}",
+        name=H100,
+        bus=f"0000:{index + 16:02x}:00.0",
+        memory_total=80 * GIB,
+        memory_free=79 * GIB,
+        capability=(9, 0),
+        compute_mode=0,
+        ecc_uncorrected=0,
+        temperature=35,
+        slowdown_temperature=87,
+        persistence=True,
+        pcie_width=16,
+        pcie_width_max=16,
+        pcie_replays=0,
+        fabric_state=3,
+        nvlinks=(18, 18),
+    )
+
+
+def healthy_gpus(count: int = 8, visible: str | None = None) -> Gpus:
+    found = tuple(healthy_gpu(index) for index in range(count))
+    pairs = tuple(Pair(a, b, p2p=0, nvlink=0, topology=50) for a in range(count) for b in range(a + 1, count))
+    return Gpus(
+        driver="570.86.15", cuda=(12, 8), all=found, pairs=pairs, selection=narrow([g.uuid for g in found], visible)
+    )
+
+
+class Box:
+    """A healthy machine with eight GPUs, and the settings of a part that uses all of them."""
+
+    def __init__(self, root: Path):
+        self.environ = {"TP_SIZE": "8"}
+        self.host = PlayedHost(root, self.environ)
+        self.host.environ = self.environ | dict(self.host.environ)
+        self.host.memory, self.host.played_cores = 1024 * GIB, 64
+        self.gpus = healthy_gpus()
+        self.nccl_version: tuple[int, ...] = ()
+        self.numa = True
+        for index in range(8):
+            self.host.write(f"/dev/nvidia{index}", "")
+            self.host.write(f"/sys/bus/pci/devices/0000:{index + 16:02x}:00.0/numa_node", "0\n")
+        self.host.write("/dev/nvidia-uvm", "")
+        self.host.write("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  x\n")
+        self.host.write("/proc/self/status", self.host.read("/proc/self/status").replace("0-7", "0-63"))  # type: ignore[union-attr]
+        self.host.write("/sys/devices/system/node/node0/cpulist", "0-31\n")
+        self.host.write("/sys/devices/system/node/node1/cpulist", "32-63\n")
+
+    def set(self, **environ: str) -> None:
+        self.host.environ = dict(self.host.environ) | environ
+
+    def change(self, index: int, **readings: Any) -> None:
+        found = tuple(replace(g, **readings) if g.index == index else g for g in self.gpus.all)
+        self.gpus = replace(self.gpus, all=found)
+
+    def limit(self, name: str, value: str) -> None:
+        """A soft and hard limit of /proc/self/limits."""
+        lines = (self.host.read("/proc/self/limits") or "").splitlines()
+        changed = [f"{name:<26}{value:<21}{value:<21}" if line.startswith(name) else line for line in lines]
+        self.host.write("/proc/self/limits", "\n".join(changed) + "\n")
+
+    def nccl(self, version: tuple[int, ...], numa: bool = True) -> None:
+        """NCCL of this version; `numa`: whether the kernel lets it place memory."""
+        self.nccl_version, self.numa = version, numa
+
+    def consumer(self, compat: str) -> None:
+        """A card for games, and a libcuda that is newer than its driver."""
+        for gpu in self.gpus.all:
+            self.change(gpu.index, name="NVIDIA GeForce RTX 4090", fabric_state=None, nvlinks=(0, 0))
+        self.host.write(compat, "")
+
+    def twins(self) -> None:
+        """Two instances of one GPU, each of which a rank would take."""
+        self.change(1, uuid="GPU-00000000")
+
+    def node(self, tier: int = 0) -> Node:
+        node = Node(self.host, tier=tier)
+        visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
+        selection = narrow([gpu.uuid for gpu in self.gpus.all], visible)
+        node.__dict__["gpus"] = replace(self.gpus, selection=selection) if self.gpus.all else self.gpus
+        node.__dict__["nccl"] = Nccl(effective_settings(self.host), self.nccl_version)
+        return node
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
+    made = Box(tmp_path)
+    monkeypatch.setattr("doctor.checks.memory.numa_allowed", lambda host: made.numa)
+    monkeypatch.setattr("doctor.checks.gpu._torch_cuda", lambda: (12, 8))
+    return made
+
+
+def gone(box: Box, failure: int) -> None:
+    box.gpus = Gpus(failure=failure)
+    box.set(TP_SIZE="1", RTP_DEVICE="cuda")
+
+
+def lost(box: Box, *pairs: Pair) -> None:
+    box.gpus = replace(box.gpus, pairs=pairs)
+
+
+def rdma(box: Box, *, files: bool = True, state: str = "4: ACTIVE") -> None:
+    members = '{"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "10.0.0.6", "port": 10000}}'
+    box.set(TP_SIZE="16", LOCAL_WORLD_SIZE="8", JSON_GANG_PARTS=members)
+    box.host.write("/sys/class/infiniband/mlx5_0/ports/1/state", state + "\n")
+    box.host.write("/sys/module/nvidia_peermem/version", "1\n")
+    box.limit("Max locked memory", "unlimited")
+    if files:
+        box.host.write("/dev/infiniband/uverbs0", "")
+
+
+FAULTS: dict[str, tuple[Callable[[Box], object], str, str]] = {
+    "G-01": (lambda b: gone(b, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "error", "docker run --gpus all"),
+    "G-02": (lambda b: gone(b, pynvml.NVML_ERROR_UNKNOWN), "error", "recreate the container"),
+    "G-03": (lambda b: gone(b, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "error", "reboot"),
+    "G-05": (
+        lambda b: b.host.write("/usr/local/cuda-12.4/compat/libcuda.so.550.54.15", ""),
+        "error",
+        "/usr/local/cuda-12.4/compat",
+    ),
+    "G-09": (
+        lambda b: b.set(CUDA_VISIBLE_DEVICES="0,1,9", TP_SIZE="2"),
+        "error",
+        "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7",
+    ),
+    "G-11": (lambda b: b.change(3, memory_total=40 * GIB, memory_free=39 * GIB), "error", "CUDA_VISIBLE_DEVICES"),
+    "G-12": (lambda b: b.change(2, compute_mode=pynvml.NVML_COMPUTEMODE_PROHIBITED), "error", "nvidia-smi -i 2 -c 0"),
+    "G-13": (lambda b: b.change(1, mig=True), "error", "nvidia-smi -i 1 -mig 0"),
+    "G-14": (
+        lambda b: b.change(4, memory_free=20 * GIB, processes=(Process(4711, 59 * GIB),)),
+        "error",
+        "fuser -v /dev/nvidia4",
+    ),
+    "G-15": (lambda b: b.change(5, remap_failure=True), "error", "out of service"),
+    "G-16": (
+        lambda b: setattr(b, "gpus", replace(b.gpus, broken=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))),
+        "error",
+        "reboot",
+    ),
+    "G-17": (lambda b: b.change(6, clock_reasons=0x40, temperature=92), "warn", "cooling"),
+    "G-19": (lambda b: b.change(7, pcie_width=4), "warn", "BIOS"),
+    "G-21": (lambda b: b.host.write("/etc/nccl.conf", "NCCL_P2P_DISABLE=1\n"), "warn", "unset NCCL_P2P_DISABLE"),
+    "P-02": (lambda b: lost(b, Pair(0, 1, p2p=4, nvlink=0, topology=50)), "error", "drain"),
+    "P-03": (lambda b: b.change(2, nvlinks=(12, 18)), "warn", "fabric manager"),
+    "P-05": (lambda b: lost(b, Pair(0, 1, p2p=0, nvlink=None, topology=50)), "warn", "CUDA_VISIBLE_DEVICES"),
+    "P-06": (
+        lambda b: b.host.write("/proc/self/status", "CapEff:\t0\nCpus_allowed_list:\t32-63\n"),
+        "warn",
+        "--cpuset-cpus",
+    ),
+    "P-07": (lambda b: shutil.rmtree(b.host.path("/sys/bus/pci/devices/0000:10:00.0")), "warn", "/sys"),
+    "L-08": (lambda b: b.host.remove("/dev/nvidia-uvm"), "error", "nvidia-modprobe -u"),
+    "M-02": (lambda b: b.set(TP_SIZE="16", LOCAL_WORLD_SIZE="16"), "error", "TP_SIZE=8"),
+    "S-07": (lambda b: b.host.write("/sys/fs/cgroup/memory.max", f"{6 * GIB}\n"), "warn", "--memory=8g"),
+    "L-01": (lambda b: (rdma(b), b.limit("Max locked memory", "8388608")), "error", "--ulimit memlock=-1"),
+    "L-07": (lambda b: (b.nccl((2, 27, 5)), b.limit("Max stack size", "unlimited")), "warn", "--ulimit stack=8388608"),
+    "S-06": (lambda b: b.nccl((2, 25, 1), numa=False), "error", "--cap-add SYS_NICE"),
+    "G-06": (lambda b: b.consumer("/usr/local/cuda-13.0/compat/libcuda.so.580.10.1"), "error", "/usr/local/cuda-13.0"),
+    "G-07": (lambda b: setattr(b, "gpus", replace(b.gpus, cuda=(11, 8))), "error", "update the driver"),
+    "G-10": (lambda b: b.twins(), "error", "CUDA_VISIBLE_DEVICES with distinct GPUs"),
+    "P-08": (
+        lambda b: (rdma(b), b.host.remove("/sys/module/nvidia_peermem/version")),
+        "warn",
+        "modprobe nvidia-peermem",
+    ),
+    "N-12": (lambda b: rdma(b, state="1: DOWN"), "error", "NCCL_IB_DISABLE=1"),
+}
+
+
+def test_a_healthy_machine_with_eight_gpus_has_no_problem(box: Box) -> None:
+    assert problems(examine(box.node())) == {}
+
+
+@pytest.mark.parametrize("id", FAULTS)
+def test_the_fault_is_found_and_nothing_beside_it(id: str, box: Box) -> None:
+    make, status, remedy = FAULTS[id]
+    make(box)
+    found = examine(box.node())
+    assert problems(found) == {id: status}, [f.actual for f in found if f.status in ("error", "warn", "crash")]
+    assert remedy in fix(by_id(found, id))
+
+
+# Tier 1: the probes' answers are played; what they do for real is in test_probes.py.
+
+
+@pytest.mark.fault("G-04")
+def test_a_gpu_that_does_not_compute(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, compute={3: "no answer within 50 s; the process was killed"})
+    found = examine(box.node(tier=1), tier=1)
+    assert problems(found) == {"G-04": "error"}
+    assert "GPU 3: no answer" in by_id(found, "G-04").actual
+    assert by_id(found, "P-01").actual == by_id(found, "G-08").actual == "because G-04"
+
+
+@pytest.mark.fault("P-04")
+def test_a_fabric_that_is_not_ready(box: Box) -> None:
+    """The same reading also means that CUDA does not start: error 802."""
+    box.change(4, fabric_state=2)
+    assert problems(examine(box.node())) == {"G-04": "error", "P-04": "error"}
+
+
+@pytest.mark.fault("G-08")
+def test_a_torch_without_kernels_for_the_gpu(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, known=["sm_80", "sm_86"])
+    found = examine(box.node(tier=1), tier=1)
+    assert problems(found) == {"G-08": "error"}
+    assert by_id(found, "G-08").expected == "sm_90"
+
+
+@pytest.mark.fault("P-01")
+def test_peer_writes_that_do_not_arrive(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, copies=[(2, 5, "1024 of 1024 numbers are wrong")])
+    found = examine(box.node(tier=1), tier=1)
+    assert problems(found) == {"P-01": "error"}
+    assert by_id(found, "P-01").actual == "GPU 2 -> GPU 5: 1024 of 1024 numbers are wrong"
+    assert "NCCL_P2P_DISABLE=1" in fix(by_id(found, "P-01"))
+
+
+def test_a_healthy_machine_at_tier_1(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch)
+    assert problems(examine(box.node(tier=1), tier=1)) == {}
+
+
+def play(
+    monkeypatch: pytest.MonkeyPatch,
+    compute: dict[int, str] | None = None,
+    known: list[str] | None = None,
+    copies: list[tuple[int, int, str]] | None = None,
+) -> None:
+    failures = compute or {}
+    monkeypatch.setattr(probes, "compute", lambda used: {gpu: failures.get(gpu.index, "") for gpu in used})
+    monkeypatch.setattr(probes, "architectures", lambda: known or ["sm_80", "sm_90", "compute_90"])
+    monkeypatch.setattr(probes, "peer_copies", lambda order: copies or [])

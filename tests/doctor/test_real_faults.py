@@ -1,0 +1,201 @@
+"""Faults that the kernel makes: small and odd mounts, taken ports, limits, other users, segments left behind.
+
+The doctor runs as a process where the fault is, and must find that one, and no other.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from doctor.host import Host
+from doctor.orphans import orphans
+from rtp_llm.parallel import segment
+from tests.doctor.lab import REPOSITORY, doctor, red, report
+
+SHM = Path("/dev/shm")
+
+
+def mounted(script: str) -> list[str]:
+    """The words that run a command in a mount namespace of its own, after `script`."""
+    words = ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    return words
+
+
+def another_user(uid: int) -> list[str]:
+    words = ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups"]
+    if not shutil.which("setpriv") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("cannot become another user here")
+    return words
+
+
+@contextmanager
+def listening() -> Iterator[int]:
+    with closing(socket.socket()) as sock:
+        sock.bind(("0.0.0.0", 0))
+        sock.listen()
+        yield int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "model"
+    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    return path
+
+
+@pytest.fixture
+def two(demo: Path) -> dict[str, str]:
+    """The settings of a part with two ranks, on a port that is free and is not given to outgoing connections."""
+    return {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": "19871", "RTP_RUNTIME": "docker"}
+
+
+def remedy(done: subprocess.CompletedProcess[str], id: str, runtime: str = "docker") -> str:
+    check = next(c for c in report(done)["checks"] if c["id"] == id)
+    return str(check["fix"][runtime] or check["fix"]["host"])
+
+
+def test_without_a_fault_there_is_none(two: dict[str, str]) -> None:
+    assert red(report(doctor("-o", "json", env=two))) == {}
+
+
+@pytest.mark.fault("S-01")
+@pytest.mark.parametrize("runtime", ["docker", "compose", "kubernetes"])
+def test_a_small_dev_shm(two: dict[str, str], runtime: str) -> None:
+    inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm")
+    done = doctor("-o", "json", env=two, inside=inside)
+    assert red(report(done)) == {"S-01": "error"}
+    assert done.returncode == 1
+    words = {"docker": "--shm-size=2g", "compose": "shm_size: 2gb", "kubernetes": "sizeLimit: 2Gi"}
+    assert words[runtime] in remedy(done, "S-01", runtime)
+
+
+@pytest.mark.fault("S-03")
+@pytest.mark.parametrize("script", ["mount -o remount,ro,bind /dev/shm", "mount --bind /var /dev/shm"])
+def test_a_dev_shm_that_is_none(two: dict[str, str], script: str) -> None:
+    prepare = "mount --bind /dev/shm /dev/shm && " if "remount" in script else ""
+    assert red(report(doctor("-o", "json", env=two, inside=mounted(prepare + script)))) == {"S-03": "error"}
+
+
+@pytest.mark.fault("N-08")
+def test_a_port_that_is_taken(two: dict[str, str]) -> None:
+    with listening() as port:
+        done = doctor("-o", "json", env={**two, "START_PORT": str(port)})
+        found = red(report(done))
+        assert found.pop("N-09", "warn") == "warn", "the kernel gave it, so it is in the kernel's range"
+        assert found == {"N-08": "error"}
+        check = next(c for c in report(done)["checks"] if c["id"] == "N-08")
+        assert f"in use by pid {os.getpid()} (" in check["actual"]
+        other = int(check["fix"]["docker"].split("START_PORT=")[1].split()[0])
+        with closing(socket.socket()) as probe:
+            probe.bind(("0.0.0.0", other))
+
+
+@pytest.mark.fault("L-02")
+def test_few_open_files(two: dict[str, str]) -> None:
+    inside = ["prlimit", "--nofile=200:200"]
+    if not shutil.which("prlimit"):
+        pytest.skip("no prlimit here")
+    done = doctor("-o", "json", env=two, inside=inside)
+    assert red(report(done)) == {"L-02": "error"}
+    assert "--ulimit nofile=1048576:1048576" in remedy(done, "L-02")
+
+
+@pytest.mark.fault("L-10")
+def test_a_user_without_a_name(two: dict[str, str]) -> None:
+    done = doctor("-o", "json", env={**two, "PYTHONDONTWRITEBYTECODE": "1"}, inside=another_user(54321))
+    assert red(report(done)).get("L-10") == "error", done.stderr
+    assert red(report(doctor("-o", "json", env={**two, "USER": "rtp"}, inside=another_user(54321)))).get("L-10") is None
+
+
+@pytest.mark.fault("M-11")
+def test_files_of_somebody_else(two: dict[str, str], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    inside = another_user(54321)
+    for parent in (tmp_path_factory.getbasetemp(), *tmp_path_factory.getbasetemp().parents[:2]):
+        if parent.owner() == "root" and parent != Path("/tmp"):
+            parent.chmod(0o755)
+    copy = tmp_path_factory.mktemp("closed")
+    copy.chmod(0o755)
+    shutil.copytree(demo, copy / "model")
+    next((copy / "model").glob("*.safetensors")).chmod(0o600)
+    env = {**two, "USER": "rtp", "CHECKPOINT_PATH": str(copy / "model")}
+    done = doctor("-o", "json", env=env, inside=inside)
+    assert red(report(done)) == {"M-11": "error"}, done.stdout
+    assert f"chmod -R a+rX {copy / 'model'}" in remedy(done, "M-11", "host")
+
+
+@pytest.fixture
+def left_behind() -> Iterator[dict[str, Path]]:
+    """Files in /dev/shm as a killed rank, a living one, and others would leave them; all old enough."""
+    ours = f"rtp-llm-{os.getpid():012x}-"
+    paths = {
+        "ours": SHM / f"{ours}00000001",
+        "locked": SHM / f"{ours}00000002",
+        "new": SHM / f"{ours}00000003",
+        "foreign": SHM / f"nccl-Test{os.getpid()}",
+        "unknown": SHM / f"somebody-else-{os.getpid()}",
+    }
+    for path in paths.values():
+        path.write_bytes(b"x" * 4096)
+    for name in ("ours", "locked", "foreign", "unknown"):
+        os.utime(paths[name], (time.time() - 600,) * 2)
+    with paths["locked"].open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        yield paths
+    for path in paths.values():
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.fault("S-02")
+def test_what_is_left_behind_is_found_and_only_what_is_ours_removed(
+    two: dict[str, str], left_behind: dict[str, Path]
+) -> None:
+    done = doctor("-o", "json", env=two)
+    assert red(report(done)) == {"S-02": "warn"}
+    check = next(c for c in report(done)["checks"] if c["id"] == "S-02")
+    # Where a process may not be looked into, what is not ours by its lock may be in its hands.
+    certain = 1 if orphans(Host()).unreadable else 2
+    assert check["actual"].startswith(f"{certain} files that nobody uses")
+    assert "--fix shm removes 1 of them" in remedy(done, "S-02")
+    fixed = doctor("--fix", "shm", env=two)
+    assert f"removed 1 abandoned segments, 4.0 KiB\n  {left_behind['ours'].name}" in fixed.stderr
+    assert {name for name, path in left_behind.items() if path.exists()} == {"locked", "new", "foreign", "unknown"}
+    again = doctor("--fix", "shm", env=two)
+    assert "removed 0 abandoned segments" in again.stderr
+
+
+def test_a_segment_in_another_process_s_memory_is_not_abandoned() -> None:
+    path, lock = segment.create_segment(f"rtp-llm-{os.getpid():012x}-", "0000000a", 1)
+    try:
+        os.utime(path, (time.time() - 600,) * 2)
+        assert "removed 0 abandoned" in doctor("--fix", "shm").stderr
+    finally:
+        os.close(lock)
+        path.unlink()
+
+
+def test_three_faults_at_once_are_three_causes_and_nothing_else(demo: Path) -> None:
+    """The screen of the README."""
+    inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm")
+    with listening() as port:
+        env = {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": str(port), "WROLD_RANK": "0"}
+        range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+        done = doctor("-o", "json", env={**env, "RTP_RUNTIME": "docker"}, inside=inside)
+    found = red(report(done))
+    assert range_file.exists()
+    assert found.pop("N-09", "warn") == "warn"
+    assert found == {"M-13": "error", "S-01": "error", "N-08": "error"}
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["verdict"] == "error"
+    assert all(remedy(done, id) for id in found)
