@@ -127,6 +127,16 @@ def looped(box: Box) -> None:
     box.host.names_known["node-b"] = ["127.0.1.1"]
 
 
+def each(*steps: Callable[[Box], object]) -> Callable[[Box], None]:
+    """One fault of several steps."""
+
+    def make(it: Box) -> None:
+        for step in steps:
+            step(it)
+
+    return make
+
+
 # name: (id, fault, status, what the fix says)
 FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     "a value": ("M-14", lambda b: b.set(START_PORT="many"), "error", "set START_PORT to an allowed value"),
@@ -186,7 +196,12 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
         "error",
         "another checkpoint",
     ),
-    "heads": ("M-01", lambda b: (b.set(TP_SIZE="16"), setattr(b.host, "played_cores", 64)), "error", "TP_SIZE=8"),
+    "heads": (
+        "M-01",
+        each(lambda b: b.set(TP_SIZE="16"), lambda b: setattr(b.host, "played_cores", 64)),
+        "error",
+        "TP_SIZE=8",
+    ),
     "weights": ("M-03", lambda b: setattr(b.host, "memory", 1 << 20), "error", "ACT_TYPE=bf16"),
     "context": ("M-03", lambda b: setattr(b.host, "memory", 6 << 20), "warn", "MAX_SEQ_LEN="),
     "no tokenizer": ("M-07", lambda b: b.set(TOKENIZER_PATH=str(b.model.parent)), "error", "TOKENIZER_PATH"),
@@ -240,10 +255,10 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     ),
     "logind": (
         "S-04",
-        lambda b: (
-            b.write("/etc/systemd/logind.conf", "#RemoveIPC=yes\n"),
-            b.write("/run/systemd/system/x", ""),
-            setattr(b.host, "played_uid", 1000),
+        each(
+            lambda b: b.write("/etc/systemd/logind.conf", "#RemoveIPC=yes\n"),
+            lambda b: b.write("/run/systemd/system/x", ""),
+            lambda b: setattr(b.host, "played_uid", 1000),
         ),
         "warn",
         "RemoveIPC=no",
@@ -265,7 +280,7 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     "an interface of gloo's": ("N-05", lambda b: b.set(GLOO_SOCKET_IFNAME="^lo"), "error", "unset GLOO_SOCKET_IFNAME"),
     "a bridge": (
         "N-03",
-        lambda b: (b.members(NCCL_SOCKET_IFNAME="br-"), interfaces(b, "br-8f2a")),
+        each(lambda b: b.members(NCCL_SOCKET_IFNAME="br-"), lambda b: interfaces(b, "br-8f2a")),
         "error",
         "NCCL_SOCKET_IFNAME==eth0",
     ),
@@ -279,10 +294,10 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     "a plugin": ("N-16", lambda b: b.set(NCCL_NET_PLUGIN="aws-ofi"), "warn", "LD_LIBRARY_PATH"),
     "a full table": (
         "N-18",
-        lambda b: (
-            b.members(),
-            b.write("/proc/sys/net/netfilter/nf_conntrack_count", "99\n"),
-            b.write("/proc/sys/net/netfilter/nf_conntrack_max", "100\n"),
+        each(
+            lambda b: b.members(),
+            lambda b: b.write("/proc/sys/net/netfilter/nf_conntrack_count", "99\n"),
+            lambda b: b.write("/proc/sys/net/netfilter/nf_conntrack_max", "100\n"),
         ),
         "warn",
         "nf_conntrack_max=200",

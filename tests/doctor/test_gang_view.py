@@ -70,6 +70,16 @@ def absent(meeting: Meeting) -> None:
         row.links[2] = Link({10003: "timeout"})
 
 
+def each(*steps: Callable[[Meeting], object]) -> Callable[[Meeting], None]:
+    """One fault of several steps."""
+
+    def make(it: Meeting) -> None:
+        for step in steps:
+            step(it)
+
+    return make
+
+
 FAULTS: dict[str, tuple[str, Callable[[Meeting], Any], str, str]] = {
     "NCCL's version": ("C-03", lambda m: differ(m, "gpu.nccl", "2.27.5"), "error", "gpu.nccl: part0=(unset)"),
     "torch's version": ("C-04", lambda m: differ(m, "version.torch", "2.11"), "error", "part2=2.11"),
@@ -93,7 +103,7 @@ FAULTS: dict[str, tuple[str, Callable[[Meeting], Any], str, str]] = {
     ),
     "both ways closed": (
         "N-01",
-        lambda m: (close(m, 0, 1, "timeout", 10003), close(m, 1, 0, "timeout", 10003)),
+        each(lambda m: close(m, 0, 1, "timeout", 10003), lambda m: close(m, 1, 0, "timeout", 10003)),
         "error",
         "part1 does not reach part0 either",
     ),

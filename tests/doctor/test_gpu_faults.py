@@ -132,6 +132,16 @@ def rdma(box: Box, *, files: bool = True, state: str = "4: ACTIVE") -> None:
         box.host.write("/dev/infiniband/uverbs0", "")
 
 
+def each(*steps: Callable[[Box], object]) -> Callable[[Box], None]:
+    """One fault of several steps."""
+
+    def make(it: Box) -> None:
+        for step in steps:
+            step(it)
+
+    return make
+
+
 FAULTS: dict[str, tuple[Callable[[Box], object], str, str]] = {
     "G-01": (lambda b: gone(b, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "error", "docker run --gpus all"),
     "G-02": (lambda b: gone(b, pynvml.NVML_ERROR_UNKNOWN), "error", "recreate the container"),
@@ -175,14 +185,22 @@ FAULTS: dict[str, tuple[Callable[[Box], object], str, str]] = {
     "L-08": (lambda b: b.host.remove("/dev/nvidia-uvm"), "error", "nvidia-modprobe -u"),
     "M-02": (lambda b: b.set(TP_SIZE="16", LOCAL_WORLD_SIZE="16"), "error", "TP_SIZE=8"),
     "S-07": (lambda b: b.host.write("/sys/fs/cgroup/memory.max", f"{6 * GIB}\n"), "warn", "--memory=8g"),
-    "L-01": (lambda b: (rdma(b), b.limit("Max locked memory", "8388608")), "error", "--ulimit memlock=-1"),
-    "L-07": (lambda b: (b.nccl((2, 27, 5)), b.limit("Max stack size", "unlimited")), "warn", "--ulimit stack=8388608"),
+    "L-01": (
+        each(lambda b: rdma(b), lambda b: b.limit("Max locked memory", "8388608")),
+        "error",
+        "--ulimit memlock=-1",
+    ),
+    "L-07": (
+        each(lambda b: b.nccl((2, 27, 5)), lambda b: b.limit("Max stack size", "unlimited")),
+        "warn",
+        "--ulimit stack=8388608",
+    ),
     "S-06": (lambda b: b.nccl((2, 25, 1), numa=False), "error", "--cap-add SYS_NICE"),
     "G-06": (lambda b: b.consumer("/usr/local/cuda-13.0/compat/libcuda.so.580.10.1"), "error", "/usr/local/cuda-13.0"),
     "G-07": (lambda b: setattr(b, "gpus", replace(b.gpus, cuda=(11, 8))), "error", "update the driver"),
     "G-10": (lambda b: b.twins(), "error", "CUDA_VISIBLE_DEVICES with distinct GPUs"),
     "P-08": (
-        lambda b: (rdma(b), b.host.remove("/sys/module/nvidia_peermem/version")),
+        each(lambda b: rdma(b), lambda b: b.host.remove("/sys/module/nvidia_peermem/version")),
         "warn",
         "modprobe nvidia-peermem",
     ),
