@@ -71,11 +71,11 @@ def typing_slips(node: Node) -> Outcome:
     slips = node.settings.near_misses
     if not slips:
         return ok("no variable looks like a misspelt setting")
-    shown = ", ".join(f"{given} is no setting: did you mean {meant}?" for given, meant in slips)
+    wrong, right = (", ".join(names) for names in zip(*slips, strict=True))
     fix = Fix("\n".join(f"{meant}={_shown(node, given)}   in place of {given}" for given, meant in slips))
     decisive = any(meant in DECISIVE and meant not in node.host.environ for _, meant in slips)
     judge = error if decisive else warn
-    return judge(f"ignored: {shown}", "", fix)
+    return judge(f"no setting, and ignored: {wrong}", right, fix)
 
 
 def _shown(node: Node, name: str) -> str:

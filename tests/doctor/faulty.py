@@ -50,7 +50,7 @@ class FaultyHost(PlayedHost):
         self.spaces["/dev/shm"] = Space(64 * MIB, MIB, -1)
         self.write("/proc/self/limits", "\n".join(row for row in LIMITS.splitlines() if "open files" not in row))
         self.write("/sys/fs/cgroup/memory.events", "low 0\noom_kill 2\n")
-        self.write("/sys/fs/cgroup/pids.max", "100\n")
+        self.write("/sys/fs/cgroup/pids.max", "30\n")
 
     def space(self, path: str) -> Space:
         if path == "/tmp":
