@@ -19,10 +19,12 @@ LOG_BYTES = 256 << 10
 STATE = ("gang.json", "guard.json", "part.json", "supervisord.log")
 OTHERS = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_HOST$|HOSTNAME$|OMP_)")
 LEFT_OUT = "(left out)"
-# Names of this server that merely sound like secrets: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE.
-NAME = r"[\w-]*(?:" + "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)") + r")[\w-]*"
+# Without names of this server that merely sound like it: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE.
+SECRET = "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)")
+NAME = rf"[\w-]{{0,40}}(?:{SECRET})[\w-]*"
 CREDENTIAL = re.compile(
-    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}\"?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
+    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*)"
+    rf"({re.escape(LEFT_OUT)}|\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
 )
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^@\s/]+@")
 # Tokens of hubs, clouds and forges that are known by how they begin; JSON web tokens; private keys.
@@ -66,7 +68,7 @@ def environment(host: Host) -> str:
 
 def _public(name: str) -> bool:
     """Whether a name that sounds like a secret is an ordinary setting: TOKENIZER_PATH."""
-    return not re.fullmatch(NAME, name, re.IGNORECASE)
+    return not re.search(SECRET, name, re.IGNORECASE)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:

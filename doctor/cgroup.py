@@ -1,10 +1,12 @@
 """The container's limits: cgroup v2 where it is mounted, else v1 (kernel documentation, admin-guide/cgroup-v2)."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 ROOT = "/sys/fs/cgroup"
 UNLIMITED = 1 << 62
+_NUMBER = re.compile(r"0*[1-9][0-9]*")
 V1_UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest multiple of a page
 
 
@@ -27,7 +29,7 @@ class Cgroup:
         """Bytes of memory until the limit; the page cache counts as used, and is given up when asked for."""
         if self.memory_max is None or self.memory_max >= UNLIMITED:
             return UNLIMITED
-        return max(0, self.memory_max - (self.memory_current or 0) + self.reclaimable)
+        return min(UNLIMITED, max(0, self.memory_max - (self.memory_current or 0) + self.reclaimable))
 
     @property
     def pids_room(self) -> int:
@@ -64,7 +66,7 @@ def _first(read: Callable[[str], str | None], mount: str, path: str, name: str) 
 
 def _v2(read: Callable[[str], str | None]) -> Cgroup:
     quota = (read("cpu.max") or "").split()
-    cpus = int(quota[0]) / int(quota[1]) if len(quota) == 2 and all(q.isdigit() for q in quota) else None
+    cpus = int(quota[0]) / int(quota[1]) if len(quota) == 2 and all(map(_NUMBER.fullmatch, quota)) else None
     stat = _table(read("memory.stat"))
     return Cgroup(
         version=2,
@@ -100,9 +102,9 @@ def _limit(text: str | None) -> int | None:
     text = (text or "").strip()
     if text == "max":
         return UNLIMITED
-    return int(text) if text.lstrip("-").isdigit() else None
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
 
 
 def _table(text: str | None) -> dict[str, int]:
     pairs = (line.split() for line in (text or "").splitlines())
-    return {p[0]: int(p[1]) for p in pairs if len(p) == 2 and p[1].isdigit()}
+    return {p[0]: int(p[1]) for p in pairs if len(p) == 2 and re.fullmatch(r"[0-9]+", p[1])}

@@ -69,7 +69,7 @@ class Host:
 
     def number(self, name: str) -> int | None:
         text = (self.read(name) or "").strip()
-        return int(text) if text.lstrip("-").isdigit() else None
+        return int(text) if text.isascii() and text.removeprefix("-").isdigit() else None
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder, sorted; none where it cannot be listed."""

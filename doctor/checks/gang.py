@@ -41,7 +41,7 @@ def _table(differences: Mapping[str, Mapping[str, str]]) -> str:
     CATEGORY,
     "every part is here",
     tier=2,
-    symptoms=("Timed out after … seconds waiting for clients", "waiting for part…", "missing part…"),
+    symptoms=("Timed out after … seconds waiting for clients", "waiting for part… (…rank…", "missing part… (…rank…"),
     needs=("M-14", "M-13", "C-01", "C-02"),
 )
 def absent(node: Node) -> Outcome:

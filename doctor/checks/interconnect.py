@@ -139,7 +139,7 @@ def parse_cpu_list(text: str) -> set[int]:
     found: set[int] = set()
     for piece in filter(None, text.strip().split(",")):
         first, _, last = piece.partition("-")
-        if first.isdigit() and (last or first).isdigit():
+        if piece.isascii() and first.isdigit() and (last or first).isdigit():
             found |= set(range(int(first), int(last or first) + 1))
     return found
 

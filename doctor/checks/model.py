@@ -316,7 +316,13 @@ def _has_template(folder: Path) -> bool:
     return inline or any((folder / n).exists() for n in ("chat_template.jinja", "chat_template.json"))
 
 
-@check("M-16", CATEGORY, "the model needs no code of its own", symptoms=("trust_remote_code",), needs=("M-08",))
+@check(
+    "M-16",
+    CATEGORY,
+    "the model needs no code of its own",
+    symptoms=("contains custom code which must be executed to correctly load the model",),
+    needs=("M-08",),
+)
 def remote_code(node: Node) -> Outcome:
     """Some checkpoints bring Python files that transformers would run. This server never runs code of a checkpoint:
     the families it knows are built in, so such a file is not used."""

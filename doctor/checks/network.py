@@ -365,7 +365,7 @@ def infiniband(node: Node) -> Outcome:
     CATEGORY,
     "NCCL's plugins can be found",
     severity=Status.WARN,
-    symptoms=("No plugin found (libnccl-net…)",),
+    symptoms=("Failed to initialize any NET plugin",),
 )
 def plugin(node: Node) -> Outcome:
     """NCCL_NET_PLUGIN names a library of the platform. Where it cannot be found NCCL falls back to sockets, or, if

@@ -52,7 +52,7 @@ def narrow(uuids: Sequence[str], visible: str | None) -> Visible:
 
 
 def _device_index(entry: str, uuids: Sequence[str]) -> int | None:
-    if entry.isdigit():
+    if entry.isascii() and entry.isdigit():
         return int(entry) if int(entry) < len(uuids) else None
     if entry.startswith("MIG-"):
         return -1

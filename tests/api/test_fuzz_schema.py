@@ -26,7 +26,7 @@ WITH_BODY = [
     *("/chat/render", "/v1/chat/render", "/tokenize", "/tokenizer/encode"),
 ]
 PLAIN = [
-    *(f"GET {path}" for path in ("/", "/v1/models", "/metrics")),
+    *(f"GET {path}" for path in ("/", "/v1/models", "/doctor", "/metrics")),
     *(f"{m} {p}" for m in ("GET", "POST") for p in ("/health", "/liveness", "/worker_status", "/cache_status")),
 ]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -166,6 +166,12 @@ def test_the_root_is_named_through_any_number_of_checks(node: Node) -> None:
     assert [f.id for f in report(node, findings).problems()] == ["T-1"]
 
 
+def test_a_cause_is_asked_first_wherever_it_stands(node: Node) -> None:
+    checks = [make("T-1", raising, needs=("T-2",)), make("T-2", raising, needs=("T-3",)), make("T-3", bad)]
+    findings = run_checks(checks, node)
+    assert [(f.id, f.actual) for f in findings] == [("T-1", "because T-3"), ("T-2", "because T-3"), ("T-3", "bad")]
+
+
 def test_the_first_of_several_causes_is_named(node: Node) -> None:
     checks = [make("T-1", bad), make("T-2", bad), make("T-3", needs=("T-2", "T-1"))]
     assert run_checks(checks, node)[2].actual == "because T-2"

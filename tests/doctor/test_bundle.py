@@ -1,0 +1,192 @@
+"""The bundle: one file for whoever helps, the same bytes for the same input, and no secret in it."""
+
+import json
+import re
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from doctor.bundle import LEFT_OUT, redact, write_bundle
+from doctor.check import REGISTRY, Runtime, error
+from doctor.report import Report, finding
+from tests.doctor.faulty import faulty_report
+from tests.doctor.lab import PlayedHost, doctor
+
+SECRETS = {
+    "GANG_SECRET": "hunter2-of-the-gang",
+    "RTP_API_KEY": 'key with spaces, commas; and "quotes"',
+    "NCCL_PRIVATE_TOKEN": "correct horse",
+    "CUDA_PASSWORD": "pä55wörd",
+    "TORCH_CREDENTIAL": "two\nlines",
+}
+PUBLIC = {"TP_SIZE": "2", "TOKENIZER_PATH": "/models/demo", "MAX_BATCH_TOKENS_SIZE": "4096", "NCCL_DEBUG": "INFO"}
+# A credential in a line, and the words of it that must not be left.
+SHAPES = [
+    ("Authorization: Bearer abc.def-ghi", "abc.def-ghi"),
+    ('{"authorization": "Basic dXNlcjpwYXNz"}', "dXNlcjpwYXNz"),
+    ("curl -H 'X-Api-Key: 0123456789abcdef'", "0123456789abcdef"),
+    ("GANG_SECRET=hunter2", "hunter2"),
+    ("GANG_SERCET -> GANG_SECRET=hunter2", "hunter2"),
+    ("--gang-secret=hunter2 --port 1", "hunter2"),
+    ('"gang_secret": "a secret, of words"', "a secret, of words"),
+    ("{'password': 'a secret, of words'}", "a secret, of words"),
+    ("aws_secret_access_key = AbC/dEf+gHi", "AbC/dEf+gHi"),
+    ("passwd: hunter2", "hunter2"),
+    ("https://user:hunter2@mirror.example/models", "hunter2"),
+    ("redis://:hunter2@cache:6379/0", "hunter2"),
+    ("found hf_abcdefghijklmnop in the cache", "hf_abcdefghijklmnop"),
+    ("ghp_0123456789abcdefghij", "ghp_0123456789abcdefghij"),
+    ("sk-proj-0123456789abcdef", "sk-proj-0123456789abcdef"),
+    ("AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
+    ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln", "eyJzdWIiOiIxIn0"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nIBAAKC\n-----END RSA PRIVATE KEY-----", "MIIEow"),
+]
+HARMLESS = [
+    "TOKENIZER_PATH=/models/demo",
+    "MAX_BATCH_TOKENS_SIZE=4096",
+    "longest context that fits: 6023703 tokens",
+    "tokens: 4096",
+    "tokenizer.json, 1024 tokens",
+    "port 10000, for HTTP (START_PORT): in use by pid 7 (nginx: master process nginx)",
+    "http://10.0.0.5:10000/health",
+    "1 0 0:30 / / rw,relatime - overlay overlay rw,lowerdir=/var/lib/docker/overlay2/l/ABC:/var/lib/docker",
+    "task-0123456789abcdef",
+]
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """With a finding whose text holds every secret, as a misspelt variable's would."""
+    found = faulty_report(tmp_path / "machine", Runtime.DOCKER, monkeypatch)
+    told = "; ".join(SECRETS.values())
+    leak = finding(REGISTRY["M-13"], error(told, "nothing", f"say {told}", values=list(SECRETS.values())), 0.0)
+    return found.model_copy(update={"checks": [leak, *found.checks]})
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> PlayedHost:
+    host = PlayedHost(tmp_path / "machine", {**SECRETS, **PUBLIC, "HF_TOKEN": "hf-of-somebody", "EDITOR": "ed"})
+    host.write("/etc/nccl.conf", "NCCL_DEBUG=WARN\nNCCL_SECRET=of-the-file\n")
+    return host
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "part.json").write_text(json.dumps({"config": {"tp_size": 2}}))
+    (path / "supervisord.log").write_text(
+        "x" * (300 << 10) + f"\nAuthorization: Bearer {SECRETS['GANG_SECRET']}\nlast line\n"
+    )
+    (path / "engine.sock").write_text("not to be read")
+    return path
+
+
+def contents(bundle: Path) -> dict[str, str]:
+    with tarfile.open(bundle) as archive:
+        return {member.name: archive.extractfile(member).read().decode() for member in archive}  # type: ignore[union-attr]
+
+
+def test_names(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) -> None:
+    always = [
+        "environment.txt",
+        "host/etc/nccl.conf",
+        *(f"host/proc/self/{n}" for n in ("cgroup", "limits", "mountinfo")),
+    ]
+    names = write_bundle(tmp_path / "bundle.tgz", report, host)
+    assert names == sorted([*always, "report.json"])
+    names = write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
+    assert names == sorted([*always, "part/part.json", "part/supervisord.log", "report.json"])
+    assert sorted(contents(tmp_path / "bundle.tgz")) == [f"rtp-llm-doctor/{name}" for name in names]
+
+
+def test_no_name_leads_out_of_the_folder(report: Report, host: PlayedHost, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle.tgz", report, host)
+    with tarfile.open(tmp_path / "bundle.tgz") as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    assert (tmp_path / "out" / "rtp-llm-doctor" / "report.json").exists()
+
+
+def test_the_same_input_gives_the_same_bytes(
+    report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(tmp_path / "one.tgz", report, host, str(run_dir))
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    write_bundle(tmp_path / "other.tgz", report, host, str(run_dir))
+    assert (tmp_path / "one.tgz").read_bytes() == (tmp_path / "other.tgz").read_bytes()
+
+
+def test_no_secret_is_in_it(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
+    files = contents(tmp_path / "bundle.tgz")
+    for secret in [*SECRETS.values(), "hf-of-somebody", "of-the-file"]:
+        for name, text in files.items():
+            assert secret not in text, name
+            assert json.dumps(secret)[1:-1] not in text, name
+    assert LEFT_OUT in files["rtp-llm-doctor/report.json"]
+
+
+def test_the_report_in_it_can_still_be_read(report: Report, host: PlayedHost, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle.tgz", report, host)
+    found = Report.model_validate_json(contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/report.json"])
+    assert [f.id for f in found.checks] == [f.id for f in report.checks]
+    assert found.checks[1:] == report.checks[1:]
+
+
+def test_the_environment_is_what_the_server_would_read(report: Report, host: PlayedHost, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle.tgz", report, host)
+    rows = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/environment.txt"].splitlines()
+    assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in PUBLIC.items()), *(f"{n}={LEFT_OUT}" for n in SECRETS)])
+
+
+def test_only_the_end_of_a_long_log_is_taken(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
+    log = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/part/supervisord.log"]
+    assert log.endswith("last line\n")
+    assert len(log) <= 256 << 10
+
+
+@pytest.mark.parametrize(("line", "secret"), SHAPES)
+def test_shapes_of_secrets(line: str, secret: str) -> None:
+    for text in (line, f"before {line} after", f"before\n{line}\nafter"):
+        assert secret not in redact(text)
+        assert LEFT_OUT in redact(text)
+    assert redact(redact(line)) == redact(line)
+
+
+@pytest.mark.parametrize("line", HARMLESS)
+def test_what_is_no_secret_stays(line: str) -> None:
+    assert redact(line) == line
+
+
+def test_json_stays_json() -> None:
+    data = {"gang_secret": "hunter2", "password": "", "url": "https://u:p@h/x", "text": "token=abc", "n": [1]}
+    assert json.loads(redact(json.dumps(data))) == {
+        "gang_secret": LEFT_OUT,
+        "password": LEFT_OUT,
+        "url": f"https://u:{LEFT_OUT}@h/x",
+        "text": f"token={LEFT_OUT}",
+        "n": [1],
+    }
+
+
+def test_a_long_word_takes_no_long_time() -> None:
+    word = "x" * (200 << 10)
+    assert redact(word) == word
+
+
+def test_a_real_bundle(tmp_path: Path) -> None:
+    """Also where the environment holds bytes that are no text."""
+    path = tmp_path / "bundle.tgz"
+    env = {"GANG_SECRET": "hunter2-of-the-gang", "AUX_STRING": "\udcff", "START_PORT": "19851"}
+    done = doctor("--bundle", str(path), env=env)
+    assert done.returncode == 0, done.stderr
+    assert re.match(
+        rf"{re.escape(str(path))}: environment\.txt, .*report\.json; read it before you pass it on", done.stderr
+    )
+    files = contents(path)
+    assert "GANG_SECRET=(left out)\n" in files["rtp-llm-doctor/environment.txt"]
+    assert "AUX_STRING=\\udcff\n" in files["rtp-llm-doctor/environment.txt"]
+    assert not any("hunter2" in text for text in files.values())

@@ -1,0 +1,232 @@
+"""The parsers against anything: what they are given is written by kernels, runtimes and people."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from doctor.cgroup import UNLIMITED, Cgroup, parse_proc_cgroup
+from doctor.checks.interconnect import parse_cpu_list
+from doctor.host import Interface
+from doctor.mounts import mount_of, parse_mountinfo
+from doctor.nccl import NameFilter, choose_interfaces, parse_conf
+from doctor.node import read_settings
+from rtp_llm.config import Config
+from rtp_llm.errors import ConfigError
+from rtp_llm.parallel.devices import narrow
+from rtp_llm.parallel.members import read_members
+
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.load_profile("quick")
+
+WORD = st.text(
+    st.characters(codec="ascii", exclude_characters="\n\r\t \\,\x00", categories=("L", "N", "P")), min_size=1
+)
+
+
+# mountinfo
+
+
+@given(point=st.lists(WORD, max_size=3), fstype=st.sampled_from(["tmpfs", "ext4"]), read_only=st.booleans())
+def test_a_line_of_mountinfo_says_what_was_written(point: list[str], fstype: str, read_only: bool) -> None:
+    path = "/" + "/".join(p.replace("/", "") or "x" for p in point)
+    options = "ro" if read_only else "rw,relatime"
+    line = f"36 35 98:0 / {path} {options} shared:1 - {fstype} a\\040b rw"
+    [mount] = parse_mountinfo(line + "\nnot a line\n")
+    assert (mount.point, mount.fstype, mount.source, mount.read_only) == (path, fstype, "a b", read_only)
+
+
+@given(st.text())
+def test_any_text_is_a_list_of_mounts(text: str) -> None:
+    mount_of(parse_mountinfo(text), "/dev/shm")
+
+
+def test_the_longest_and_last_mount_holds_a_path() -> None:
+    lines = ["1 0 0:1 / / rw - overlay o rw", "2 1 0:2 / /dev rw - tmpfs d rw", "3 2 0:3 / /dev/shm rw - tmpfs a rw"]
+    mounts = parse_mountinfo("\n".join([*lines, "4 2 0:4 / /dev/shm ro - tmpfs b ro"]))
+    assert [mount_of(mounts, p).source for p in ("/dev/shm/x", "/dev/shmx", "/dev", "/etc")] == ["b", "d", "d", "o"]  # type: ignore[union-attr]
+
+
+# cgroups
+
+
+def files(table: dict[str, str]) -> Cgroup:
+    return Cgroup.read(table.get)
+
+
+NUMBER = st.integers(0, 1 << 40)
+
+
+@given(limit=NUMBER | st.just("max"), used=NUMBER, cache=NUMBER)
+def test_room_is_what_the_limit_leaves_and_the_page_cache_gives_back(limit: int | str, used: int, cache: int) -> None:
+    root = "/sys/fs/cgroup"
+    group = files(
+        {
+            f"{root}/cgroup.controllers": "memory",
+            f"{root}/memory.max": f"{limit}\n",
+            f"{root}/memory.current": f"{used}\n",
+            f"{root}/memory.stat": f"inactive_file {cache}\nactive_file 0\n",
+        }
+    )
+    expected = UNLIMITED if limit == "max" else max(0, int(limit) - used + cache)
+    assert (group.version, group.room) == (2, expected)
+
+
+def test_version_1_below_its_own_path() -> None:
+    root = "/sys/fs/cgroup"
+    group = files(
+        {
+            "/proc/self/cgroup": "4:memory:/docker/abc\n3:cpu,cpuacct:/\n",
+            f"{root}/memory/memory.limit_in_bytes": "9223372036854771712",
+            f"{root}/memory/docker/abc/memory.limit_in_bytes": "1000",
+            f"{root}/memory/docker/abc/memory.usage_in_bytes": "400",
+            f"{root}/cpu/cpu.cfs_quota_us": "150000",
+            f"{root}/cpu/cpu.cfs_period_us": "100000",
+        }
+    )
+    assert (group.version, group.room, group.cpus) == (1, 600, 1.5)
+
+
+@given(st.text(), st.dictionaries(st.sampled_from(["memory.max", "cpu.max", "pids.max", "memory.events"]), st.text()))
+def test_any_files_are_a_cgroup(own: str, contents: dict[str, str]) -> None:
+    parse_proc_cgroup(own)
+    group = files({f"/sys/fs/cgroup/{n}": t for n, t in contents.items()} | {"/sys/fs/cgroup/cgroup.controllers": ""})
+    assert 0 <= group.room <= UNLIMITED
+
+
+# CUDA_VISIBLE_DEVICES
+
+UUIDS = [f"GPU-{n:08x}-0000" for n in range(8)]
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, unique=True))
+def test_indices_and_uuids_name_the_same_gpus(indices: list[int]) -> None:
+    by_index = narrow(UUIDS, ",".join(map(str, indices)))
+    by_uuid = narrow(UUIDS, ", ".join(UUIDS[i] for i in indices))
+    assert by_index == by_uuid
+    assert by_index.indices == tuple(indices)
+    assert not by_index.problem
+
+
+@given(st.lists(st.integers(0, 7), unique=True), st.integers(8, 99) | st.sampled_from(["-1", "x", "", "GPU-f"]))
+def test_cuda_stops_at_the_first_that_is_none(good: list[int], bad: int | str) -> None:
+    found = narrow(UUIDS, ",".join([*map(str, good), str(bad), "0"]))
+    assert found.indices == tuple(good)
+    assert "CUDA ignores it and all after it" in found.problem
+
+
+@given(st.none() | st.text())
+def test_any_text_names_some_gpus(text: str | None) -> None:
+    found = narrow(UUIDS, text)
+    assert set(found.indices) <= set(range(-1, 8))
+    assert narrow(UUIDS, "²").problem
+    assert narrow(UUIDS, None).indices == tuple(range(8))
+
+
+# NCCL's interface names
+
+
+def up(*names: str) -> list[Interface]:
+    return [Interface(name, (f"10.0.0.{n}",), 1500, 0) for n, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "chosen"),
+    [
+        ("", ["br-8f2a", "eth0", "eth10", "cni0"]),  # not loopback, docker* or virbr*: all others
+        ("eth", ["eth0", "eth10"]),
+        ("=eth0", ["eth0"]),
+        ("eth1,cni", ["eth10", "cni0"]),
+        ("^docker,lo,br-,virbr", ["eth0", "eth10", "cni0"]),
+        ("^=lo,eth0", ["br-8f2a", "docker0", "eth10", "cni0", "virbr0"]),
+        ("ens", []),
+    ],
+)
+def test_the_syntax_of_nccl_socket_ifname(setting: str, chosen: list[str]) -> None:
+    here = up("lo", "br-8f2a", "docker0", "eth0", "eth10", "cni0", "virbr0")
+    assert [i.name for i in choose_interfaces(here, setting)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [(("lo", "docker0"), "docker0"), (("lo",), "lo"), (("virbr0",), "virbr0"), (("eth0", "ib0"), "ib0")],
+)
+def test_the_order_of_kinds(names: tuple[str, ...], first: str) -> None:
+    assert choose_interfaces(up(*names), "")[0].name == first
+
+
+@given(st.text(), WORD)
+def test_any_text_is_a_filter(text: str, name: str) -> None:
+    plain = NameFilter.parse(text.lstrip("^"))
+    assert NameFilter.parse("^" + text.lstrip("^")).takes(name) != plain.takes(name)
+
+
+@given(st.text())
+def test_any_text_is_a_conf(text: str) -> None:
+    assert all(not name.startswith("#") for name in parse_conf(text))
+    assert parse_conf("# A=1\nNCCL_A = x\nNCCL_A=y\nnothing\n") == {"NCCL_A": "x"}
+
+
+# Lists of processors
+
+
+@given(st.sets(st.integers(0, 500)))
+def test_a_list_of_processors(cpus: set[int]) -> None:
+    assert parse_cpu_list(",".join(map(str, sorted(cpus)))) == cpus
+
+
+@given(st.text())
+def test_any_text_is_a_list_of_processors(text: str) -> None:
+    parse_cpu_list(text[:20])
+    assert parse_cpu_list("0-3,8\n") == {0, 1, 2, 3, 8}
+
+
+# The distribute file and the settings
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["x_part0", "x_part1", "name", "ip", "port"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_any_json_is_a_member_list_or_says_why_not(value: Any) -> None:
+    fault, indices = members_or_fault(Config.model_validate({"json_gang_parts": json.dumps(value)}))
+    assert indices == list(range(len(indices)))
+    if fault:
+        assert (fault.check, "JSON_GANG_PARTS" in str(fault)) == ("C-02", True)
+
+
+def members_or_fault(config: Config) -> tuple[ConfigError | None, list[int]]:
+    try:
+        return None, [member.index for member in read_members(config)]
+    except ConfigError as fault:
+        return fault, []
+
+
+@given(text=st.text(max_size=60))
+def test_any_file_is_a_member_list_or_says_why_not(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("list") / "gang.json"
+    path.write_text(text, errors="replace")
+    with pytest.raises(ConfigError) as caught:
+        read_members(Config.model_validate({"distribute_config_file": str(path)}))
+    assert caught.value.check == "C-02"
+
+
+NAMES = st.sampled_from(
+    [*(n.upper() for n in Config.model_fields), "WROLD_RANK", "TP_SZIE", "CHECKPOINT_PAHT", "NCCL_DEBUG"]
+)
+
+
+@given(st.dictionaries(NAMES, st.text(st.characters(exclude_characters="\x00", codec="utf-8"), max_size=12)))
+def test_any_environment_gives_settings(environ: dict[str, str]) -> None:
+    found = read_settings((), environ)
+    assert isinstance(found.config, Config)
+    for fault in found.faults:
+        assert fault.check == "M-14"
