@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from doctor.host import SECRET_WORDS, Host, is_secret
+from doctor.host import SECRET, Host, is_secret
 from doctor.report import Report
 from rtp_llm.config import Config, upstream_variables
 
@@ -19,8 +19,6 @@ LOG_BYTES = 256 << 10
 STATE = ("gang.json", "guard.json", "part.json", "supervisord.log")
 OTHERS = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_HOST$|HOSTNAME$|OMP_)")
 LEFT_OUT = "(left out)"
-# Without names of this server that merely sound like it: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE.
-SECRET = "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)")
 NAME = rf"[\w-]{{0,40}}(?:{SECRET})[\w-]*"
 CREDENTIAL = re.compile(
     rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*)"
@@ -47,7 +45,7 @@ def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> l
         file = Path(run_dir) / name
         if file.exists():
             files[f"part/{name}"] = file.read_text(errors="replace")[-LOG_BYTES:]
-    secrets = [value for name, value in host.environ.items() if is_secret(name) and not _public(name)]
+    secrets = [value for name, value in host.environ.items() if is_secret(name)]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, text in sorted(files.items()):
@@ -63,12 +61,7 @@ def environment(host: Host) -> str:
     """The variables that this server, NCCL or CUDA would read; no others, and no secrets."""
     known = {name.upper() for name in Config.model_fields} | upstream_variables().keys()
     shown = {n: v for n, v in sorted(host.environ.items()) if (n in known or OTHERS.match(n))}
-    return "".join(f"{n}={LEFT_OUT if is_secret(n) and not _public(n) else v}\n" for n, v in shown.items())
-
-
-def _public(name: str) -> bool:
-    """Whether a name that sounds like a secret is an ordinary setting: TOKENIZER_PATH."""
-    return not re.search(SECRET, name, re.IGNORECASE)
+    return "".join(f"{n}={LEFT_OUT if is_secret(n) else v}\n" for n, v in shown.items())
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:

@@ -4,6 +4,9 @@ A reading that a GPU or driver does not support is None: it is left out of judge
 """
 
 import ctypes
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -13,6 +16,9 @@ import pynvml
 
 from rtp_llm.parallel.devices import Visible, narrow
 
+ANSWER_SECONDS = 5.0
+KILL_SECONDS = 0.5
+NO_ANSWER = int(pynvml.NVML_ERROR_TIMEOUT)
 P2P_READ = 0  # pynvml's own constant for it is a tuple by mistake
 NVLINK_LINKS = 18  # of the newest boards; links beyond a board's own answer "not supported"
 
@@ -106,6 +112,30 @@ def read_gpus(nvml: Any = None, visible: str | None = None) -> Gpus:
         return _read(nvml, visible)
     finally:
         nvml.nvmlShutdown()
+
+
+def answers(question: Callable[[], object], seconds: float = ANSWER_SECONDS) -> bool:
+    """Whether it comes to an end in time, tried in a forked process: a driver that hangs holds its caller for ever."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            question()
+        finally:
+            os._exit(0)
+    if _ended(pid, seconds):
+        return True
+    os.kill(pid, signal.SIGKILL)
+    _ended(pid, KILL_SECONDS)  # unless it is stuck in the kernel
+    return False
+
+
+def _ended(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.002)
+    return False
 
 
 def _read(nvml: Any, visible: str | None) -> Gpus:

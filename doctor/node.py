@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from doctor.gpus import Gpus, read_gpus
+from doctor.gpus import NO_ANSWER, Gpus, answers, read_gpus
 from doctor.host import Host
 from doctor.nccl import Nccl
 from rtp_llm.config import Config, load
@@ -18,6 +18,7 @@ from rtp_llm.errors import CheckpointError, ConfigError, FatalError
 from rtp_llm.model import checkpoint as checkpoints
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
+from rtp_llm.parallel.devices import narrow
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
 
@@ -62,6 +63,7 @@ class Node:
     gang_failure: str = ""  # why the parts could not be asked
     collective: dict[str, Any] | None = None
     nvml: Any = field(default=None)  # pynvml, or what stands for it in a test
+    ignored: frozenset[str] = frozenset()  # ids whose errors stop nothing
     running: bool = False  # this part is running: what holds its ports and its memory is itself
 
     @cached_property
@@ -74,7 +76,11 @@ class Node:
 
     @cached_property
     def gpus(self) -> Gpus:
-        return read_gpus(self.nvml, self.host.environ.get("CUDA_VISIBLE_DEVICES"))
+        """Read here, for all checks; only after a process that may be killed has seen that the driver answers."""
+        visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
+        if self.nvml is None and not answers(read_gpus):
+            return Gpus(failure=NO_ANSWER, selection=narrow((), visible))
+        return read_gpus(self.nvml, visible)
 
     @cached_property
     def planned(self) -> Planned:

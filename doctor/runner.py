@@ -143,7 +143,8 @@ def _cause(need: Finding) -> str:
 
 
 def _judge(check: Check, node: Node, found: dict[str, Finding]) -> Outcome:
-    cause = next(filter(None, (_cause(found[id]) for id in check.needs if id in found)), "")
+    asked = (id for id in check.needs if id in found and id not in node.ignored)
+    cause = next(filter(None, (_cause(found[id]) for id in asked)), "")
     if cause:
         return Outcome(Status.SKIP, f"because {cause}", evidence={"because": cause})
     try:

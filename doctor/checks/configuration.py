@@ -1,6 +1,7 @@
 """Settings, the member list, and the plan that follows from them: judged by the server's own code."""
 
 from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, warn
+from doctor.host import is_secret
 from doctor.node import DECISIVE, Node
 from rtp_llm.errors import ConfigError
 
@@ -72,14 +73,15 @@ def typing_slips(node: Node) -> Outcome:
     if not slips:
         return ok("no variable looks like a misspelt setting")
     wrong, right = (", ".join(names) for names in zip(*slips, strict=True))
-    fix = Fix("\n".join(f"{meant}={_shown(node, given)}   in place of {given}" for given, meant in slips))
+    fix = Fix("\n".join(f"{meant}={_shown(node, given, meant)}   in place of {given}" for given, meant in slips))
     decisive = any(meant in DECISIVE and meant not in node.host.environ for _, meant in slips)
     judge = error if decisive else warn
     return judge(f"no setting, and ignored: {wrong}", right, fix)
 
 
-def _shown(node: Node, name: str) -> str:
-    return node.host.environ.get(name, "…")
+def _shown(node: Node, given: str, meant: str) -> str:
+    """The value to paste; of what may be a secret, not a letter."""
+    return "…" if is_secret(given) or is_secret(meant) else node.host.environ.get(given, "…")
 
 
 @check(

@@ -147,7 +147,7 @@ def seccomp(node: Node) -> Outcome:
     "the memory limit holds the weights, and nothing was killed for memory",
     symptoms=(
         "exit code 137",
-        "Killed",
+        "Killed process …",
         "A process in the process pool was terminated abruptly",
     ),
 )
@@ -213,7 +213,13 @@ def stack(node: Node) -> Outcome:
     return warn(f"the stack is unlimited, NCCL {'.'.join(map(str, version))}", "8 MiB", fix)
 
 
-@check("L-08", CATEGORY, "unified memory is there", symptoms=("…nvidia-uvm…",), needs=("G-01",))
+@check(
+    "L-08",
+    CATEGORY,
+    "unified memory is there",
+    symptoms=("/dev/nvidia-uvm: No such file or directory",),
+    needs=("G-01",),
+)
 def uvm(node: Node) -> Outcome:
     """NCCL 2.23 and later, like CUDA itself, need the nvidia-uvm module and its device file."""
     if not node.on_gpu or not node.gpus.all:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tests.container.engine import Container, until
+from tests.container.engine import Container, docker, until
 
 TWO = {"TP_SIZE": "2", "RTP_THREADS": "1", "WARM_UP": "0", "TEST_BLOCK_NUM": "256"}
 SHORT = {"prompt": "A large language model is", "max_tokens": 12, "temperature": 0}
@@ -82,3 +82,20 @@ def test_log_lines_can_be_json(image: str) -> None:
         container.wait_healthy()
         events = [json.loads(line) for line in container.log.splitlines()]
         assert {"start_server", "part0 rank0", "part0 rank1", "part0 api"} <= {event["who"] for event in events}
+
+
+@pytest.mark.parametrize(
+    ("option", "id", "remedy"),
+    [
+        ("--pids-limit=30", "L-03", "--pids-limit=-1"),
+        ("--memory=256m", "L-05", "docker run --memory=2g"),
+        ("--ulimit=nofile=200:200", "L-02", "--ulimit nofile=1048576:1048576"),
+    ],
+)
+def test_limits_that_docker_sets_are_found(image: str, option: str, id: str, remedy: str) -> None:
+    out = docker(
+        "run", "--rm", option, *(f"--env={n}={v}" for n, v in TWO.items()), image, "rtp-llm-doctor", check=False
+    )
+    assert f"× {id} " in out  # noqa: RUF001
+    assert out.count("×") == 2, out  # noqa: RUF001  # the category and the check
+    assert remedy in out

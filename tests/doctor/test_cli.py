@@ -59,9 +59,10 @@ def stranger() -> list[str]:
         ((), SLIP, 0, "ready, with warnings:"),
         (("--strict",), SLIP, 1, "ready, with warnings:"),
         ((), HUB_NAME, 1, "not ready:"),
-        (("--ignore", "M-08"), HUB_NAME, 0, "ready, with warnings:"),
-        (("--ignore", "m-08, M-13"), HUB_NAME, 0, "ready, with warnings:"),
-        (("--ignore", "M-08", "--strict"), HUB_NAME, 1, "ready, with warnings:"),
+        (("--ignore", "M-08"), HUB_NAME, 1, "not ready:"),  # what follows from it is told then
+        (("--ignore", "M-08,M-07"), HUB_NAME, 0, "ready, with warnings:"),
+        (("--ignore", "m-08, M-07, M-13"), HUB_NAME, 0, "ready, with warnings:"),
+        (("--ignore", "M-08,M-07", "--strict"), HUB_NAME, 1, "ready, with warnings:"),
         (("--only", "S-01"), HUB_NAME, 0, "ready:"),
     ],
 )

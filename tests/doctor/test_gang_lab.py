@@ -307,3 +307,23 @@ def test_the_group_of_both_parts_sums_right(sides: list[Side], demo: Path) -> No
         assert gang_problems(answer) == {}
         assert "right at 8 B, 64.0 KiB, 16.0 MiB" in said(answer, "X-01")
         assert "ms per token" in said(answer, "X-02")
+
+
+@pytest.mark.fault("N-03")
+def test_a_bridge_that_nccl_would_take(sides: list[Side], demo: Path) -> None:
+    """NCCL does not leave out br-…; this server names the right interface itself, unless it was told otherwise."""
+    name = sides[0].name
+    ip("-n", name, "link", "add", "br-8f2a", "type", "veth", "peer", "br-8f2b")
+    try:
+        ip("-n", name, "addr", "add", "172.18.0.1/16", "dev", "br-8f2a")
+        for device in ("br-8f2a", "br-8f2b"):
+            ip("-n", name, "link", "set", device, "up")
+        until_up(Side(name, "br-8f2a", "172.18.0.1"))
+        assert [gang_problems(r) for r in meet(sides, demo)] == [{}, {}]
+        reports = meet(sides, demo, {"NCCL_SOCKET_IFNAME": "br-"}, {})
+    finally:
+        ip("-n", name, "link", "del", "br-8f2a")
+    assert gang_problems(reports[0]) == {"N-03": "error"}
+    assert "NCCL would use br-8f2a (172.18.0.1), the way to x_part1 is doc0" in said(reports[0], "N-03")
+    assert "NCCL_SOCKET_IFNAME==doc0" in remedy(reports[0], "N-03")
+    assert gang_problems(reports[1]) == {"C-11": "error"}

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from doctor.gpus import NO_ANSWER, answers
 from doctor.host import Host
+from doctor.node import Node
 from doctor.orphans import orphans
 from rtp_llm.parallel import segment
 from tests.doctor.lab import REPOSITORY, doctor, red, report
@@ -199,3 +201,23 @@ def test_three_faults_at_once_are_three_causes_and_nothing_else(demo: Path) -> N
     assert done.returncode == 1
     assert json.loads(done.stdout)["verdict"] == "error"
     assert all(remedy(done, id) for id in found)
+
+
+def test_the_value_of_a_misspelt_secret_is_not_shown(two: dict[str, str]) -> None:
+    done = doctor("-o", "json", env={**two, "GANG_SERCET": "hunter2"})
+    assert red(report(done)) == {"M-13": "warn"}
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_an_ignored_fault_hides_nothing(two: dict[str, str]) -> None:
+    """S-01 needs S-03; whoever ignores that still hears of the other."""
+    inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm && mount -o remount,ro,bind /dev/shm")
+    done = doctor("-o", "json", "--ignore", "S-03", env=two, inside=inside)
+    assert red(report(done)) == {"S-03": "warn", "S-01": "error"}
+
+
+def test_a_driver_that_hangs_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not answers(lambda: time.sleep(600), 0.2)
+    assert answers(lambda: None)
+    monkeypatch.setattr("doctor.node.answers", lambda question: False)
+    assert Node(Host()).gpus.failure == NO_ANSWER
