@@ -55,8 +55,8 @@ $(VENV)/installed: $(VENV)/torch
 	$(PIP) install --quiet --editable .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/torch
-	$(PIP) install --quiet --editable '.[dev]'
+$(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt
+	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
 	@touch $(VENV)/installed $@
 
 # Written anew when the recipe for it changes: all parts of a gang must have the same bytes.

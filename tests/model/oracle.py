@@ -83,7 +83,7 @@ def answer(model: PreTrainedModel, prompt: list[int]) -> Answer:
     rows = []
     new = prompt
     while len(tokens) < NEW_TOKENS:
-        logits = model(torch.tensor([new]), past_key_values=cache, use_cache=True).logits[0]
+        logits = model(torch.tensor([new]), None, None, cache, use_cache=True).logits[0]  # its name changed in 5.24
         rows.append(logits.numpy())
         new = [int(logits[-1].argmax())]
         tokens += new
