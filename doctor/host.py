@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from doctor.cgroup import Cgroup
 from doctor.check import Runtime
 from doctor.mounts import Mount, mount_of, parse_mountinfo
+from rtp_llm.machine.cgroup import Cgroup
 
 RLIMITS = {
     "Max locked memory": "memlock",

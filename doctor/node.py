@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from doctor.gpus import NO_ANSWER, Gpus, answers, read_gpus
 from doctor.host import Host
 from doctor.nccl import Nccl
 from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, FatalError
+from rtp_llm.machine.devices import narrow
+from rtp_llm.machine.gpus import NO_ANSWER, Gpus, answers, read_gpus
 from rtp_llm.model import checkpoint as checkpoints
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.parallel.devices import narrow
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from doctor.gpus import Gpu
+from rtp_llm.machine.gpus import Gpu
 
 SECONDS = 50.0  # most of it for importing torch from a cold disk
 

@@ -67,6 +67,7 @@ class Config(BaseModel):
     resume_timeout: float = Field(300, gt=0, description="seconds an accepted request waits for lost ranks to return")
     legacy_http_status: bool = Field(False, description="answer every error with HTTP 500, as upstream does")
     disable_access_log: bool = Field(False, description="no log line per HTTP request")
+    metrics_vllm_aliases: bool = Field(False, description="/metrics also has vLLM's names, for dashboards made for it")
     restart_limit: int = Field(3, ge=0, description="restarts of the ranks in 10 minutes before the part gives up")
 
     # The model

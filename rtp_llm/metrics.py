@@ -1,4 +1,5 @@
-"""Every Prometheus metric, defined once. The API process owns the one registry of its part; ranks send plain numbers.
+"""What Prometheus reads of the serving of requests. The API process owns the one registry of its part; ranks send plain
+numbers. What is read at scrape time, of gang, processes and devices, stands in `api/part_metrics.py`.
 
 Stems, labels and buckets follow vLLM's, so that its dashboards port by replacing `vllm:` with `rtp_llm_`.
 """
@@ -7,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter, which nobody reads
 
@@ -54,6 +53,9 @@ class Metrics:
 
         self.running = gauge("num_requests_running", "Sequences in the running batch")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait for a place in the batch")
+        self.waiting_by_reason = gauge(
+            "num_requests_waiting_by_reason", "capacity: for a place or KV blocks; deferred: for lost ranks", "reason"
+        )
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
         self.kv_used_tokens = gauge("kv_cache_used_tokens", "Tokens that the KV blocks in use can hold")
         self.kv_capacity_tokens = gauge("kv_cache_capacity_tokens", "Tokens that all KV blocks can hold")
@@ -83,6 +85,12 @@ class Metrics:
         self.params_n = histogram("request_params_n", "Sequences per request", NUM_SEQUENCES)
         self.iteration_tokens = histogram("iteration_tokens", "Tokens per step", ITERATION_TOKENS)
         self.step_seconds = histogram("step_seconds", "Duration of a step", ITL)
+        self.flops = counter("estimated_flops_per_gpu", "Floating-point operations of matrices and attention, per rank")
+        self.read_bytes = counter("estimated_read_bytes_per_gpu", "Weights and KV cache read, per rank")
+        self.write_bytes = counter("estimated_write_bytes_per_gpu", "KV cache written, per rank")
+        self.cache_config = gauge(
+            "cache_config_info", "1; how the KV cache is made", "block_size", "num_gpu_blocks", "enable_prefix_caching"
+        )
         self.info = gauge("model_info", "1; the labels say what is served", "family", "dtype", "tp_size")
         self.build_info = gauge("build_info", "1; the label says which version", "version")
         self.http_requests = Counter(
@@ -92,18 +100,22 @@ class Metrics:
             "rtp_llm_http_request_duration_seconds", "HTTP requests", ["method", "handler"], registry=self.registry
         )
         self.http_active = Gauge("rtp_llm_http_requests_active", "HTTP requests being answered", registry=self.registry)
-        self._totals: dict[str, int] = {}
+        self._totals: dict[str, float] = {}
 
     def step(self, stats: Mapping[str, Any], block_size: int, num_blocks: int) -> None:
         """Takes the numbers that rank 0 sends with each frame. Its totals start anew with each epoch, ours go on."""
         self.running.set(stats["running"])
         self.waiting.set(stats["waiting"])
+        self.waiting_by_reason.labels(reason="capacity").set(stats["waiting"])
         self.kv_usage.set(stats["kv_used"] / num_blocks)
         self.kv_used_tokens.set(stats["kv_used"] * block_size)
         for name, metric in (
             ("preemptions", self.preemptions),
             ("prefix_queries", self.prefix_queries),
             ("prefix_hits", self.prefix_hits),
+            ("flops", self.flops),
+            ("read_bytes", self.read_bytes),
+            ("write_bytes", self.write_bytes),
         ):
             metric.inc(max(0, stats[name] - self._totals.get(name, 0)))
             self._totals[name] = stats[name]
@@ -111,15 +123,24 @@ class Metrics:
             self.iteration_tokens.observe(stats["step_tokens"])
             self.step_seconds.observe(stats["step_seconds"])
 
-    def new_epoch(self, block_size: int, num_blocks: int) -> None:
+    def new_epoch(self, block_size: int, num_blocks: int, prefix_caching: bool) -> None:
         """Rank 0 counts from zero again, perhaps with another cache."""
         self._totals.clear()
         self.kv_capacity_tokens.set(block_size * num_blocks)
+        self.cache_config.clear()
+        self.cache_config.labels(
+            block_size=str(block_size), num_gpu_blocks=str(num_blocks), enable_prefix_caching=str(prefix_caching)
+        ).set(1)
 
     def no_engine(self) -> None:
         """Nothing runs while there is no engine."""
         for gauge in (self.running, self.waiting, self.kv_usage, self.kv_used_tokens):
             gauge.set(0)
+        self.waiting_by_reason.labels(reason="capacity").set(0)
+
+    def watch_deferred(self, count: Callable[[], int]) -> None:
+        """`count`: accepted sequences that wait for ranks to return, asked at each scrape."""
+        self.waiting_by_reason.labels(reason="deferred").set_function(count)
 
 
 def _bound(metric: Any, label: dict[str, str], further: tuple[str, ...]) -> Any:
@@ -136,112 +157,5 @@ class _Partial:
     def labels(self, **labels: str) -> Any:
         return self._metric.labels(**self._label, **labels)
 
-
-class GangCollector(Collector):
-    """Metrics read at scrape time from what the part knows of the gang and its processes.
-
-    `read` returns {"part", "ready", "state", "expected": ranks, "ranks": {rank: pulse}, "processes": {program:
-    numbers}, "shm": (size, free)}.
-    """
-
-    STATES = ("rendezvous", "loading", "warmup", "serving", "failed")
-
-    def __init__(self, read: Callable[[], dict[str, Any]]):
-        self._read = read
-
-    def collect(self) -> Iterable[Metric]:
-        state = self._read()
-        part = str(state["part"])
-        yield _gauge("ready", "1 while requests are served; the same truth as /health", [({}, float(state["ready"]))])
-        yield _gauge("live", "1: this process answers", [({}, 1.0)])
-        phases = [({"state": s}, float(s == state["state"])) for s in self.STATES]
-        yield _gauge("state", "1 on the current state", phases)
-        yield _gauge("gang_members_expected", "Ranks of all parts", [({}, float(state["expected"]))])
-        yield from _rank_metrics(state["ranks"], state["expected"])
-        yield from _process_metrics(state["processes"])
-        yield from _guard_metrics(state["guard"])
-        yield from _cgroup_metrics(state["cgroup"], part)
-        size, free = state["shm"]
-        yield _gauge("shm_size_bytes", "Size of /dev/shm", [({"part": part}, size)])
-        yield _gauge("shm_free_bytes", "Free bytes of /dev/shm", [({"part": part}, free)])
-        if state["doctor"]:
-            yield from doctor_metrics(state["doctor"], part)
-
-
-# How the doctor's findings are written as numbers.
-DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}
-
-
-def doctor_metrics(report: Mapping[str, Any], part: str) -> Iterable[Metric]:
-    """`report`: the doctor's, as its JSON form has it."""
-    statuses = [({"check": c["id"], "part": part}, float(DOCTOR_STATUS[c["status"]])) for c in report["checks"]]
-    yield _gauge("doctor_check_status", "0 ok, 1 warning, 2 error, 3 unknown or crashed, -1 skipped", statuses)
-    yield _gauge("doctor_last_run_timestamp_seconds", "When the doctor last ran", [({"part": part}, report["started"])])
-    yield _gauge("doctor_duration_seconds", "How long that took", [({"part": part}, report["duration_s"])])
-
-
-Samples = list[tuple[dict[str, str], float]]
-
-
-def _gauge(name: str, text: str, samples: Samples) -> Metric:
-    family = GaugeMetricFamily(f"rtp_llm_{name}", text, labels=list(samples[0][0]) if samples else [])
-    for labels, value in samples:
-        family.add_metric(list(labels.values()), value)
-    return family
-
-
-def _counter(name: str, text: str, samples: Samples) -> Metric:
-    family = CounterMetricFamily(f"rtp_llm_{name}", text, labels=list(samples[0][0]) if samples else [])
-    for labels, value in samples:
-        family.add_metric(list(labels.values()), value)
-    return family
-
-
-def _rank_metrics(ranks: Mapping[str, Mapping[str, Any]], expected: int) -> Iterable[Metric]:
-    def each(value: Callable[[Mapping[str, Any]], float]) -> Samples:
-        return [({"rank": rank, "part": str(pulse["part"])}, value(pulse)) for rank, pulse in sorted(ranks.items())]
-
-    up = [({"world_rank": str(r)}, float(str(r) in ranks)) for r in range(expected)]
-    yield _gauge("gang_member_up", "1 while the rank sends heartbeats", up)
-    yield _gauge("gang_heartbeat_age_seconds", "Since the rank's last heartbeat", each(lambda p: p["silent_s"]))
-    yield _gauge("rank_idle_seconds", "Since the rank's main thread last got anywhere", each(lambda p: p["idle_s"]))
-    yield _gauge("rank_steps", "Steps the rank has computed in this epoch", each(lambda p: p["steps"]))
-    yield _gauge(
-        "last_step_timestamp_seconds", "When the rank last got anywhere", each(lambda p: p["seen"] - p["idle_s"])
-    )
-    yield _gauge("weight_memory_bytes", "Weights read by the rank", each(lambda p: p["weight_bytes"]))
-    yield _gauge("kv_cache_memory_bytes", "KV cache of the rank", each(lambda p: p["kv_bytes"]))
-    startup = [
-        ({"rank": rank, "phase": phase}, seconds)
-        for rank, pulse in sorted(ranks.items())
-        for phase, seconds in pulse["startup_seconds"].items()
-    ]
-    yield _gauge("startup_seconds", "Duration of each phase of the start", startup)
-
-
-def _guard_metrics(guard: Mapping[str, Mapping[str, int]]) -> Iterable[Metric]:
-    restarts: Samples = []
-    for key, count in sorted(guard["restarts"].items()):
-        program, reason = key.split(" ")
-        restarts.append(({"program": program, "reason": reason}, float(count)))
-    yield _counter("process_restarts", "Restarts by the guard, by what the process had ended with", restarts)
-    exits = [({"program": program}, float(code)) for program, code in sorted(guard["last_exit"].items())]
-    yield _gauge("process_last_exit_code", "What the process last ended with; -1: a signal", exits)
-
-
-def _cgroup_metrics(numbers: Mapping[str, float], part: str) -> Iterable[Metric]:
-    for name, value in numbers.items():
-        make = _counter if name == "oom_kills" else _gauge
-        yield make(f"cgroup_{name}", "The container's cgroup, as the kernel counts it", [({"part": part}, value)])
-
-
-def _process_metrics(processes: Mapping[str, Mapping[str, float]]) -> Iterable[Metric]:
-    def each(key: str) -> Samples:
-        return [({"program": name}, numbers[key]) for name, numbers in sorted(processes.items()) if key in numbers]
-
-    yield _gauge("process_up", "1 while the process runs", each("up"))
-    yield _gauge("process_start_time_seconds", "When the process started", each("start_time"))
-    yield _gauge("process_resident_memory_bytes", "Resident memory", each("rss"))
-    yield _gauge("process_open_fds", "Open files", each("fds"))
-    yield _gauge("process_threads", "Threads", each("threads"))
-    yield _counter("process_cpu_seconds", "CPU time", each("cpu"))
+    def clear(self) -> None:
+        self._metric.clear()

@@ -22,9 +22,9 @@ from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, DoctorError, ExitCode, FatalError
+from rtp_llm.machine.devices import local_addresses, visible_gpus
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.parallel.devices import local_addresses, visible_gpus
 from rtp_llm.parallel.handover import Handover, ModelCard
 from rtp_llm.parallel.lifeline import die_with_parent, stopping_file
 from rtp_llm.parallel.plan import Plan, check_address, make_plan

@@ -21,23 +21,24 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "metrics": set(),
     "demo": EVERYBODY,
-    "start_server": EVERYBODY | {"parallel", "supervise"} | TORCH_FREE_MODEL,
+    "start_server": EVERYBODY | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
     "text": EVERYBODY | {"text"},
-    "parallel": EVERYBODY | {"parallel"},
+    "machine": EVERYBODY | {"machine"},
+    "parallel": EVERYBODY | {"parallel", "machine"},
     "kernels": EVERYBODY | {"kernels", "engine.step"},
     "layers": EVERYBODY | {"layers", "kernels", "parallel", "engine.request", "engine.sampling"},
     "model": EVERYBODY | {"model", "layers", "kernels", "parallel"},
     "runner": EVERYBODY | {"runner", "model", "layers", "kernels", "parallel"} | PURE_ENGINE,
-    "engine": EVERYBODY | {"engine", "runner", "parallel"} | TORCH_FREE_MODEL,
+    "engine": EVERYBODY | {"engine", "runner", "parallel", "machine"} | TORCH_FREE_MODEL,
     **{module: EVERYBODY | PURE_ENGINE for module in (*PURE_ENGINE, "engine.engine")},
     "model.spec": EVERYBODY | {"layers.rope_spec"},
     "model.checkpoint": EVERYBODY | {"model.spec"},
     "model.footprint": EVERYBODY | {"model.spec", "parallel.sharding"},
-    "api": EVERYBODY | {"api", "text", "engine.request"} | HANDED_OVER,
+    "api": EVERYBODY | {"api", "text", "machine", "engine.request", "parallel.segment"} | HANDED_OVER,
     "supervise": EVERYBODY | {"supervise"} | HANDED_OVER,
 }
 # What the doctor judges with: the server's own settings, plan and checkpoint code, and nothing that loads torch.
-FOR_THE_DOCTOR = EVERYBODY | {"parallel", *TORCH_FREE_MODEL}
+FOR_THE_DOCTOR = EVERYBODY | {"machine", "parallel", *TORCH_FREE_MODEL}
 TORCH = {"torch", "triton", "safetensors", "safetensors.torch"}
 MAY_USE_TORCH = {
     *("kernels", "layers", "model", "runner"),

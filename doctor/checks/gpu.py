@@ -11,10 +11,10 @@ import pynvml
 
 from doctor import probes
 from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, unknown, warn
-from doctor.gpus import APPLICATION_CLOCKS, SLOWDOWNS, Gpu
 from doctor.host import size_text
 from doctor.node import Node
-from rtp_llm.parallel.devices import narrow
+from rtp_llm.machine.devices import narrow
+from rtp_llm.machine.gpus import APPLICATION_CLOCKS, SLOWDOWNS, Gpu
 
 CATEGORY = "gpu"
 NO_GPU = "the ranks run on CPU"

@@ -6,8 +6,8 @@ import pynvml
 
 from doctor import probes
 from doctor.check import Outcome, Repair, Status, check, error, ok, skip, warn
-from doctor.gpus import Pair
 from doctor.node import Node
+from rtp_llm.machine.gpus import Pair
 
 CATEGORY = "interconnect"
 FEW = "fewer than two GPUs are used"

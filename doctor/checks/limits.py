@@ -7,10 +7,10 @@ import resource
 import threading
 from pathlib import Path
 
-from doctor.cgroup import UNLIMITED
 from doctor.check import Fix, Outcome, Status, check, error, ok, skip, unknown, warn
 from doctor.host import size_text
 from doctor.node import Node
+from rtp_llm.machine.cgroup import UNLIMITED
 from rtp_llm.model.footprint import weight_bytes
 
 CATEGORY = "limits"

@@ -34,6 +34,7 @@ class EngineInfo:
     vocab_size: int
     block_size: int
     num_blocks: int
+    prefix_caching: bool
     family: str
     dtype: str
 
@@ -65,6 +66,7 @@ class EngineClient:
         self._draining = False
         self.info: EngineInfo | None = None  # of the present engine or of the last one; None before the first
         self.stats: dict[str, Any] = {}
+        metrics.watch_deferred(lambda: 0 if self.connected else self.num_open)
 
     @property
     def connected(self) -> bool:
@@ -151,7 +153,7 @@ class EngineClient:
         if self.info is None:
             log.info("the engine is ready: requests are served")
         if self.info is None or self.info.epoch != info.epoch:
-            self._metrics.new_epoch(info.block_size, info.num_blocks)
+            self._metrics.new_epoch(info.block_size, info.num_blocks, info.prefix_caching)
         self.info = info
         if self._ledger:
             log.info("epoch %d: submitting %d accepted sequences again", info.epoch, self.num_open)

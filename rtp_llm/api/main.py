@@ -15,11 +15,12 @@ from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
+from rtp_llm.api.part_metrics import register
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
-from rtp_llm.metrics import GangCollector, Metrics
+from rtp_llm.metrics import Metrics
 from rtp_llm.parallel.handover import Handover
 from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
 from rtp_llm.text.template import ChatTemplate, TemplateError
@@ -48,7 +49,8 @@ def main(run_dir: Path) -> None:
         template = _template(config, tokenizer, model.family)
         service = Service(config, model.name, tokenizer, template, metrics, client)
     state = PartState(handover, client)
-    metrics.registry.register(GangCollector(state.for_metrics))
+    state.gpus.start()
+    register(metrics, state, config)
     app = create_app(config, state, metrics, service)
     server = Server(
         state,

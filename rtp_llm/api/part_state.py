@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import psutil
 
 from rtp_llm.api.client import EngineClient
+from rtp_llm.machine.cgroup import Cgroup
+from rtp_llm.machine.gpu_watch import GpuWatch
+from rtp_llm.parallel import segment
 from rtp_llm.parallel.handover import Handover
 
 BOARD_STALE_SECONDS = 3.0  # the board is posted twice a second
@@ -35,6 +39,7 @@ class PartState:
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
         self.handover, self.client = handover, client
         self.draining = False  # asked to stop
+        self.gpus = GpuWatch(os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._processes: dict[int, psutil.Process] = {}
 
     def board(self) -> dict[str, Any]:
@@ -77,9 +82,9 @@ class PartState:
         return Health(True, "serving", 1.0, "ok")
 
     def for_metrics(self) -> dict[str, Any]:
-        """What metrics.GangCollector reads."""
+        """What part_metrics.PartCollector reads."""
         health, board = self.health(), self.board()
-        shm = os.statvfs("/dev/shm")
+        shm = os.statvfs(segment.DIRECTORY)
         seen = time.time() - board["age"]
         return {
             "part": self.handover.plan.part,
@@ -90,8 +95,13 @@ class PartState:
             "processes": self._process_numbers(board["ranks"]),
             "guard": self._guard(),
             "doctor": self.doctor(),
-            "cgroup": cgroup_numbers(),
-            "shm": (shm.f_frsize * shm.f_blocks, shm.f_frsize * shm.f_bavail),
+            "cgroup": Cgroup.read(_read),
+            "shm": {
+                "size": shm.f_frsize * shm.f_blocks,
+                "free": shm.f_frsize * shm.f_bavail,
+                "orphan": segment.orphan_bytes(),
+            },
+            "gpus": self.gpus.seen,
         }
 
     def doctor(self) -> dict[str, Any] | None:
@@ -114,9 +124,21 @@ class PartState:
 
     def _process_numbers(self, ranks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         part = self.handover.plan.part
-        pids = {f"rank{r}": int(p["pid"]) for r, p in ranks.items() if p["part"] == part} | {"api": os.getpid()}
+        pids = {f"rank{r}": int(p["pid"]) for r, p in ranks.items() if p["part"] == part} | self._helpers()
         gone: dict[str, dict[str, float]] = {f"rank{r}": {"up": 0.0} for r in self.handover.plan.ranks}
         return gone | {name: self._numbers(pid) for name, pid in pids.items()}
+
+    def _helpers(self) -> dict[str, int]:
+        """Pids of what is not a rank. The guard's own is looked for, since nobody is told it."""
+        pid = _read(str(self.handover.run_dir / "supervisord.pid"))
+        if pid is None:
+            return {"api": os.getpid()}
+        found = {"api": os.getpid(), "supervisord": int(pid)}
+        with suppress(psutil.Error):
+            for child in psutil.Process(int(pid)).children():
+                if "rtp_llm.supervise.guard" in child.cmdline():
+                    found["guard"] = child.pid
+        return found
 
     def _numbers(self, pid: int) -> dict[str, float]:
         try:
@@ -128,6 +150,7 @@ class PartState:
                     "start_time": process.create_time(),
                     "rss": float(process.memory_info().rss),
                     "fds": float(process.num_fds()),
+                    "max_fds": float(process.rlimit(psutil.RLIMIT_NOFILE)[0]),
                     "threads": float(process.num_threads()),
                     "cpu": times.user + times.system,
                 }
@@ -136,24 +159,8 @@ class PartState:
             return {"up": 0.0}
 
 
-def cgroup_numbers(root: Path = Path("/sys/fs/cgroup")) -> dict[str, float]:
-    """This container's own limits and usage (cgroup v2), those that can be read: a limit of "max" is left out."""
-    found: dict[str, float] = {}
-    for name, file in (
-        ("memory_usage_bytes", "memory.current"),
-        ("memory_limit_bytes", "memory.max"),
-        ("pids_current", "pids.current"),
-        ("pids_max", "pids.max"),
-    ):
-        text = _read(root / file).strip()
-        if text.isdigit():
-            found[name] = float(text)
-    events = dict(line.split() for line in _read(root / "memory.events").splitlines())
-    return found | ({"oom_kills": float(events["oom_kill"])} if "oom_kill" in events else {})
-
-
-def _read(path: Path) -> str:
+def _read(path: str) -> str | None:
     try:
-        return path.read_text()
+        return Path(path).read_text()
     except OSError:
-        return ""
+        return None

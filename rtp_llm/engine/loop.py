@@ -44,11 +44,13 @@ class Followers:
 class Leader:
     """Rank 0's loop: between two steps it takes what the API sent, and never waits while there is work."""
 
-    def __init__(self, engine: Engine, intake: Intake, followers: Followers, pulse: Pulse, cache_salt_above: int):
-        """`cache_salt_above`: prompts longer than this are computed differently by their length (dynamic rope); 0:
-        none are.
+    def __init__(
+        self, engine: Engine, intake: Intake, followers: Followers, pulse: Pulse, runner: Runner, cache_salt_above: int
+    ):
+        """`runner`: the engine's own, for its numbers. `cache_salt_above`: prompts longer than this are computed
+        differently by their length (dynamic rope); 0: none are.
         """
-        self.engine, self.intake, self.followers, self.pulse = engine, intake, followers, pulse
+        self.engine, self.intake, self.followers, self.pulse, self.runner = engine, intake, followers, pulse, runner
         self.cache_salt_above = cache_salt_above
         self._owners: dict[str, Connection] = {}
 
@@ -60,7 +62,7 @@ class Leader:
             now = time.monotonic()
             if self.engine.has_work:
                 self._emit(self.engine.step(), time.monotonic() - now)
-                self.pulse.steps = self.engine.num_steps
+                self.pulse.step(self.engine.num_steps, self.runner.group.waited)
             elif now >= next_tick:
                 next_tick = now + TICK_SECONDS
                 self.followers.tick()
@@ -113,6 +115,9 @@ class Leader:
             "preemptions": counters.preemptions,
             "prefix_queries": counters.prefix_queries,
             "prefix_hits": counters.prefix_hits,
+            "flops": self.runner.work.flops,
+            "read_bytes": self.runner.work.read_bytes,
+            "write_bytes": self.runner.work.write_bytes,
             "steps": self.engine.num_steps,
             "step_tokens": self.engine.last_step_tokens if step_seconds else 0,
             "step_seconds": step_seconds,
@@ -133,5 +138,5 @@ def follow(runner: Runner, sock: socket.socket, pulse: Pulse, epoch: int) -> Non
             if step.epoch != epoch:
                 raise CommunicationError(f"a step of epoch {step.epoch} reached epoch {epoch}")
             runner.follow(step)
-            pulse.steps = step.number
+            pulse.step(step.number, runner.group.waited)
         pulse.touch()

@@ -12,8 +12,8 @@ from rtp_llm.engine.intake import Intake
 from rtp_llm.engine.loop import Followers, Leader, follow
 from rtp_llm.engine.scheduler import Limits, Scheduler
 from rtp_llm.errors import ConfigError, GpuError
+from rtp_llm.machine.devices import usable_cores
 from rtp_llm.model.checkpoint import Checkpoint
-from rtp_llm.parallel.devices import usable_cores
 from rtp_llm.parallel.gang import Gang, accept_ranks, leader_host, retry_connect
 from rtp_llm.parallel.group import Group, open_group
 from rtp_llm.parallel.handover import Handover
@@ -103,7 +103,8 @@ def _lead(handover: Handover, gang: Gang, runner: Runner) -> None:
     gang.pulse.enter("serving")
     rope = runner.spec.rope
     log.info("serving: epoch %d, sequences of up to %d tokens", gang.epoch, runner.max_seq_len)
-    Leader(engine, intake, followers, gang.pulse, rope.original_max if rope.kind == "dynamic" else 0).run()
+    salt_above = rope.original_max if rope.kind == "dynamic" else 0
+    Leader(engine, intake, followers, gang.pulse, runner, salt_above).run()
 
 
 def _ready(gang: Gang, runner: Runner) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def _ready(gang: Gang, runner: Runner) -> dict[str, Any]:
         "vocab_size": runner.spec.vocab_size,
         "block_size": runner.block_size,
         "num_blocks": runner.num_blocks,
+        "prefix_caching": runner.config.reuse_cache,
         "family": runner.spec.family,
         "dtype": runner.spec.dtype,
     }

@@ -8,16 +8,25 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
     """Of the rank that holds most, as `layers` allocates them; norms and biases, some kilobytes, are left out."""
-    return max(_rank_weights(spec, tp_size, rank) for rank in range(tp_size)) * ITEM_BYTES[spec.dtype]
+    embeddings = head_weights(spec, tp_size) * (1 if spec.tie_embeddings else 2)
+    return (layer_weights(spec, tp_size) + embeddings) * ITEM_BYTES[spec.dtype]
 
 
-def _rank_weights(spec: ModelSpec, tp_size: int, rank: int) -> int:
+def layer_weights(spec: ModelSpec, tp_size: int) -> int:
+    """Elements of the matrices of all layers, of the rank that holds most."""
+    return max(_rank_layers(spec, tp_size, rank) for rank in range(tp_size))
+
+
+def _rank_layers(spec: ModelSpec, tp_size: int, rank: int) -> int:
     heads = head_share(spec.num_heads, spec.num_kv_heads, tp_size, rank)
-    hidden = spec.hidden_size
-    attention = hidden * spec.head_dim * 2 * (heads.num_heads + len(heads.kv_heads))  # q and o, k and v
-    mlp = 3 * hidden * len(mlp_share(spec.intermediate_size, tp_size, rank))
-    rows = padded_vocab(spec.vocab_size, tp_size) // tp_size
-    return spec.num_layers * (attention + mlp) + rows * hidden * (1 if spec.tie_embeddings else 2)
+    attention = spec.hidden_size * spec.head_dim * 2 * (heads.num_heads + len(heads.kv_heads))  # q and o, k and v
+    mlp = 3 * spec.hidden_size * len(mlp_share(spec.intermediate_size, tp_size, rank))
+    return spec.num_layers * (attention + mlp)
+
+
+def head_weights(spec: ModelSpec, tp_size: int) -> int:
+    """Elements of a rank's share of the output head, and as many of the embedding."""
+    return padded_vocab(spec.vocab_size, tp_size) // tp_size * spec.hidden_size
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
-from rtp_llm.parallel.devices import interface_of
+from rtp_llm.machine.devices import interface_of
 from rtp_llm.parallel.plan import TORCH_INIT, Plan
 from rtp_llm.parallel.segment import create_segment, usable
 from rtp_llm.parallel.shared_memory import SharedMemory
@@ -35,6 +35,11 @@ class Group(Protocol):
 
     rank: int
     size: int
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds that this rank has waited for others in collectives of steps; None where it cannot be told."""
+        ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns its argument."""
@@ -55,6 +60,7 @@ class SingleRank:
     """TP=1: there is nobody to talk to."""
 
     rank, size = 0, 1
+    waited: float | None = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -87,6 +93,8 @@ def _fails_as_communication(collective: Callable[P, R]) -> Callable[P, R]:
 class TorchGroup:
     """torch.distributed over NCCL or gloo."""
 
+    waited: float | None = None  # the device waits, not the process
+
     def __init__(self, rank: int, size: int, device: torch.device):
         self.rank, self.size, self.device = rank, size, device
 
@@ -117,6 +125,10 @@ class LocalGroup(TorchGroup):
     def __init__(self, rank: int, size: int, device: torch.device, memory: SharedMemory):
         super().__init__(rank, size, device)
         self._memory = memory
+
+    @property
+    def waited(self) -> float | None:  # type: ignore[override]
+        return self._memory.waited
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self._memory.all_reduce(tensor)

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+WINDOW_STEPS = 12
 Phase = Literal["rendezvous", "loading", "warmup", "serving"]
 
 
@@ -23,14 +24,23 @@ class Pulse:
     open: int = 0  # requests that rank 0 holds
     weight_bytes: int = 0
     kv_bytes: int = 0
+    wait_s: float | None = None  # for other ranks in a step's sums, lately; None where it cannot be told
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase
     pid: int = field(default_factory=os.getpid)
     _touched: float = field(default_factory=time.monotonic, repr=False)
     _entered: float = field(default_factory=time.monotonic, repr=False)
+    _waited: float = field(default=0.0, repr=False)
 
     def touch(self) -> None:
         """The main thread got somewhere."""
         self._touched = time.monotonic()
+
+    def step(self, number: int, waited: float | None) -> None:
+        """A step is done; `waited`: seconds for other ranks in all steps so far. `wait_s` follows the last dozen."""
+        self.steps = number
+        if waited is not None:
+            lately, self._waited = waited - self._waited, waited
+            self.wait_s = lately if self.wait_s is None else self.wait_s + (lately - self.wait_s) / WINDOW_STEPS
 
     def enter(self, phase: Phase) -> None:
         now = time.monotonic()
@@ -41,5 +51,5 @@ class Pulse:
     def to_json(self) -> dict[str, Any]:
         """As sent: with `idle_s`, seconds since the last progress, in place of a moment."""
         data = asdict(self)
-        del data["_touched"], data["_entered"]
+        del data["_touched"], data["_entered"], data["_waited"]
         return data | {"idle_s": round(time.monotonic() - self._touched, 3)}

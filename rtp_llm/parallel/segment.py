@@ -66,3 +66,9 @@ def abandoned(path: Path) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def orphan_bytes() -> int:
+    """Bytes of abandoned segments of ours, whichever part made them."""
+    found = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and abandoned(path)]
+    return sum(path.stat().st_blocks * 512 for path in found if path.exists())

@@ -35,6 +35,7 @@ class SharedMemory:
         body = torch.frombuffer(memory, dtype=torch.uint8, offset=head)
         self._slots = body.view(2, size, SLOT_BYTES)
         self._turn = 0
+        self.waited = 0.0  # seconds, for the other ranks, in all
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, added up in float32 and in the order of ranks: the same bits on all of them."""
@@ -66,6 +67,11 @@ class SharedMemory:
         return shares
 
     def _wait(self) -> None:
+        began = time.perf_counter()
+        self._wait_for_all()
+        self.waited += time.perf_counter() - began
+
+    def _wait_for_all(self) -> None:
         """Spins first, since the others are usually microseconds away, then gives the core to whoever needs it."""
         counters, turn = self._counters, self._turn
         for spin in range(SPINS + YIELDS):

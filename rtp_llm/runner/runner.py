@@ -23,6 +23,7 @@ from rtp_llm.model.spec import ModelSpec
 from rtp_llm.model.weights import LoadReport, load_weights
 from rtp_llm.parallel.group import Group
 from rtp_llm.runner.memory import KVPlan, plan_kv
+from rtp_llm.runner.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Runner:
         self.caches: list[LayerCache] = []
         self.num_blocks = 0
         self.kv_bytes = 0
+        self.work = Work(spec, group.size)
         self.model = self._build()
 
     def _build(self) -> Decoder:
@@ -128,6 +130,7 @@ class Runner:
     def run(self, step: Step, sampling: Sampling) -> tuple[list[Sampled], list[Logprob]]:
         """Rank 0: computes the step and chooses tokens."""
         logits = self._compute(step)
+        self.work.add(step)
         if logits is None:
             return [], []
         with torch.inference_mode():

@@ -27,6 +27,9 @@ STATS = {
     "preemptions": 0,
     "prefix_queries": 0,
     "prefix_hits": 0,
+    "flops": 0,
+    "read_bytes": 0,
+    "write_bytes": 0,
     "steps": 1,
     "step_tokens": 0,
     "step_seconds": 0.0,
@@ -79,7 +82,7 @@ class FakeEngine:
         self.script = script
         self._path, self.greets = path, greets
         numbers = {"epoch": 1, "max_seq_len": 2048, "vocab_size": 258, "block_size": 16, "num_blocks": 64}
-        self._info = EngineInfo(**{**numbers, "family": "fake", "dtype": "fp32", **info})
+        self._info = EngineInfo(**{**numbers, "prefix_caching": True, "family": "fake", "dtype": "fp32", **info})
         self._submitted: queue.Queue[Submission] = queue.Queue()
         self._aborted: queue.Queue[str] = queue.Queue()
         self._connected: queue.Queue[None] = queue.Queue()

@@ -23,10 +23,11 @@ import uvicorn
 
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
+from rtp_llm.api.part_metrics import register
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
 from rtp_llm.config import Config
-from rtp_llm.metrics import GangCollector, Metrics
+from rtp_llm.metrics import Metrics
 from rtp_llm.parallel.handover import Handover, ModelCard
 from rtp_llm.parallel.plan import make_plan
 from rtp_llm.text.template import ChatTemplate
@@ -60,9 +61,9 @@ class Stack:
         client = EngineClient(self.handover.engine_socket, self.metrics, config.resume_timeout)
         template = ChatTemplate.choose(self.model.tokenizer, forced=config.model_template_type or None)
         self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
-        state = PartState(self.handover, client)
-        self.metrics.registry.register(GangCollector(state.for_metrics))
-        app = create_app(config, state, self.metrics, self._service)
+        self.state = PartState(self.handover, client)
+        register(self.metrics, self.state, config)
+        app = create_app(config, self.state, self.metrics, self._service)
         return _Server(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_keep_alive=5)
         )
@@ -164,6 +165,7 @@ class Stack:
             "steps": 7,
             "silent_s": 0.1,
             "idle_s": 0.2,
+            "wait_s": None,
             "weight_bytes": 1000,
             "kv_bytes": 2000,
             "startup_seconds": {"loading": 1.5},

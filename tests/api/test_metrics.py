@@ -1,5 +1,6 @@
 """/metrics: what Prometheus reads parses, moves with the requests, and is called what dashboards expect."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.byte_model import ByteModel
+from tests.api.conftest import Stacks
 from tests.api.fake_engine import Said
 from tests.api.servers import Server
 from tests.api.stack import Stack
@@ -44,12 +46,15 @@ BUCKETS: dict[str, list[float]] = {
 COUNTERS = (
     *("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"),
     *("num_preemptions", "request_success", "admission_rejections", "requests_resumed", "http_requests"),
+    *("estimated_flops_per_gpu", "estimated_read_bytes_per_gpu", "estimated_write_bytes_per_gpu"),
+    *("process_cpu_seconds", "process_restarts", "cgroup_oom_kills"),
 )
 GAUGES = (
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "model_info", "build_info"),
     *("ready", "live", "state", "gang_members_expected", "gang_member_up", "gang_heartbeat_age_seconds"),
     *("weight_memory_bytes", "kv_cache_memory_bytes", "startup_seconds", "process_up", "shm_size_bytes"),
-    *("process_resident_memory_bytes", "http_requests_active"),
+    *("process_resident_memory_bytes", "process_max_fds", "http_requests_active", "shm_orphan_bytes"),
+    *("num_requests_waiting_by_reason", "cache_config_info", "rank_lag_seconds", "cgroup_memory_usage_bytes"),
 )
 
 
@@ -115,7 +120,9 @@ def test_serving_metrics_name_the_model(scraped: Families) -> None:
     assert value(scraped, "ready") == 1
     assert value(scraped, "state") == value(scraped, "state", state="serving") == 1
     assert value(scraped, "gang_members_expected") == value(scraped, "gang_member_up", world_rank="0") == 1
-    assert value(scraped, "process_up", program="api") == value(scraped, "process_up", program="rank0") == 1
+    for program in ("api", "rank0", "supervisord", "guard"):
+        assert value(scraped, "process_up", program=program) == 1, program
+        assert value(scraped, "process_max_fds", program=program) > value(scraped, "process_open_fds", program=program)
 
 
 def test_counters_move_with_requests(server: Server, http: httpx.Client) -> None:
@@ -147,6 +154,8 @@ def test_counters_move_with_requests(server: Server, http: httpx.Client) -> None
     assert (moved("request_params_n", "_count"), moved("request_params_n", "_sum")) == (2, 4)
     assert moved("iteration_tokens", "_count") >= 2 * 7
     assert moved("iteration_tokens", "_sum") + hits == 4 * (60 + 6)
+    assert moved("estimated_flops_per_gpu", "_total") > 0
+    assert moved("estimated_read_bytes_per_gpu", "_total") > moved("estimated_write_bytes_per_gpu", "_total") > 0
     assert moved("http_requests", "_total", handler="/v1/completions", method="POST", status="200") == 2
     assert moved("http_requests", "_total", handler="/v1/completions", method="POST", status="400") == 1
     assert moved("http_requests", "_total", handler="none", status="404") == 1  # no path that a client made up
@@ -182,6 +191,79 @@ def test_gauges_follow_the_engine(stack: Stack, byte_model: ByteModel) -> None:
     assert stack.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
     assert stack.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
     emit(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
+
+
+def test_who_waits_and_why(stack: Stack) -> None:
+    """For a place in the batch, or for ranks that were lost."""
+
+    def waiting() -> tuple[float, float]:
+        name = "rtp_llm_num_requests_waiting_by_reason"
+        capacity, deferred = (stack.metric(name, model_name="fake", reason=r) for r in ("capacity", "deferred"))
+        return capacity, deferred
+
+    stack.engine.emit(waiting=5)
+    stack.until(lambda: waiting() == (5, 0))
+    with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+        stack.engine.take()
+        stack.engine.die()
+        stack.until(lambda: waiting() == (0, 1))
+        stack.new_engine(epoch=3)
+        stack.engine.wait_for_connection()
+        stack.until(lambda: waiting() == (0, 0))
+    config = {"block_size": "16", "num_gpu_blocks": "64", "enable_prefix_caching": "True"}
+    assert stack.metric("rtp_llm_cache_config_info", model_name="fake", **config) == 1
+
+
+def test_a_part_that_drains_says_so(stacks: Stacks) -> None:
+    stack = stacks()
+    stack.post_board()
+    assert stack.metric("rtp_llm_state", state="serving") == 1
+    stack.state.draining = True
+    assert stack.metric("rtp_llm_state", state="draining") == 1
+
+
+def test_the_last_rank_to_come_is_the_one_that_lags(stack: Stack) -> None:
+    """Who waits least for the others came last."""
+    stack.post_board(wait_s=0.002)
+    board = json.loads(stack.handover.gang_board.read_text())
+    board["ranks"]["1"] = board["ranks"]["0"] | {"wait_s": 0.005}
+    stack.handover.gang_board.write_text(json.dumps(board))
+    assert stack.metric("rtp_llm_rank_lag_seconds", rank="0", part="0") == pytest.approx(0.003)
+    assert stack.metric("rtp_llm_rank_lag_seconds", rank="1", part="0") == 0
+
+
+# What vLLM 0.33 gives, as its dashboards spell it.
+VLLM = (
+    *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
+    *("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total"),
+    *("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total"),
+    *("vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket"),
+    *("vllm:e2e_request_latency_seconds_bucket", "vllm:request_queue_time_seconds_sum"),
+    *("vllm:request_prefill_time_seconds_sum", "vllm:request_decode_time_seconds_sum"),
+    *("vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket"),
+    *("vllm:iteration_tokens_total_bucket", "vllm:cache_config_info"),
+)
+
+
+def test_vllms_names_on_request(stacks: Stacks) -> None:
+    stack = stacks(metrics_vllm_aliases=True)
+    stack.engine.script = lambda submission: [Said(submission.prompt[:1], "length")]
+    stack.post("/v1/completions", {"prompt": "a"})
+    text = stack.get("/metrics").text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    theirs = {s.name for s in samples if s.name.startswith("vllm:")}
+    assert theirs >= set(VLLM)
+    values = {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+    for sample in samples:
+        if sample.name.startswith("vllm:"):
+            own = sample.name.replace("vllm:iteration_tokens_total", "vllm:iteration_tokens")
+            labels = {k: v for k, v in sample.labels.items() if k != "engine"}
+            assert sample.labels["engine"] == "0"
+            assert values[own.replace("vllm:", "rtp_llm_"), *sorted(labels.items())] == sample.value
+
+
+def test_vllms_names_only_on_request(stack: Stack) -> None:
+    assert "vllm:" not in stack.get("/metrics").text
 
 
 def test_how_requests_end(stack: Stack, byte_model: ByteModel) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from doctor.gpus import Gpus
 from doctor.host import Interface, Space
 from doctor.node import Node
+from rtp_llm.machine.gpus import Gpus
 from tests.doctor.lab import GIB, REPOSITORY, PlayedHost, by_id, examine, fix, problems
 
 MEMBERS = {f"x_part{n}": {"name": f"x_part{n}", "ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}

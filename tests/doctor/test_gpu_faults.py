@@ -10,10 +10,10 @@ import pynvml
 import pytest
 
 from doctor import probes
-from doctor.gpus import Gpu, Gpus, Pair, Process
 from doctor.nccl import Nccl, effective_settings
 from doctor.node import Node
-from rtp_llm.parallel.devices import narrow
+from rtp_llm.machine.devices import narrow
+from rtp_llm.machine.gpus import Gpu, Gpus, Pair, Process
 from tests.doctor.lab import GIB, PlayedHost, by_id, examine, fix, problems
 
 H100 = "NVIDIA H100 80GB HBM3"

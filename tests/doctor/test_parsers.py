@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doctor.cgroup import UNLIMITED, Cgroup, parse_proc_cgroup
 from doctor.checks.interconnect import parse_cpu_list
 from doctor.host import Interface
 from doctor.mounts import mount_of, parse_mountinfo
@@ -15,7 +14,8 @@ from doctor.nccl import NameFilter, choose_interfaces, parse_conf
 from doctor.node import read_settings
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
-from rtp_llm.parallel.devices import narrow
+from rtp_llm.machine.cgroup import UNLIMITED, Cgroup, parse_proc_cgroup
+from rtp_llm.machine.devices import narrow
 from rtp_llm.parallel.members import read_members
 
 settings.register_profile("quick", max_examples=60, deadline=None)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from doctor.gpus import NO_ANSWER, answers
 from doctor.host import Host
 from doctor.node import Node
 from doctor.orphans import orphans
+from rtp_llm.machine.gpus import NO_ANSWER, answers
 from rtp_llm.parallel import segment
 from tests.doctor.lab import REPOSITORY, doctor, red, report
 

@@ -14,6 +14,7 @@ from rtp_llm.engine.loop import Followers, Leader
 from rtp_llm.engine.request import Event, Request
 from rtp_llm.parallel.pulse import Pulse
 from rtp_llm.parallel.wire import Kind
+from rtp_llm.runner.runner import Runner
 from tests.model import drive
 from tests.model.checkpoints import TRAINED
 from tests.model.conftest import Oracles
@@ -125,7 +126,7 @@ class OneClient:
 def serve(engine: Engine, requests: list[Request]) -> dict[str, Outcome]:
     """Through the loop of rank 0, which is what tells prompts of different lengths apart."""
     client = OneClient(requests)
-    leader = Leader(engine, cast(Intake, client), Followers({}, 1), Pulse(0, 0), TRAINED)
+    leader = Leader(engine, cast(Intake, client), Followers({}, 1), Pulse(0, 0), cast(Runner, engine.runner), TRAINED)
     with pytest.raises(Done):
         leader.run()
     return client.outcomes

@@ -35,6 +35,8 @@ def config_of(path: Path) -> Config:
 class OneOf:
     """A rank's seat without the others: loading needs none of them."""
 
+    waited: float | None = None
+
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
 

@@ -1,12 +1,11 @@
-"""The reader of NVML against a played library: what it takes over, what it leaves out, what it does not survive."""
+"""NVML as eight H100 answer it, for machines that have none."""
 
-import inspect
+import queue
 from typing import Any
 
 import pynvml
-import pytest
 
-from doctor.gpus import Gpus, read_gpus
+from rtp_llm.machine.gpus import NVLINK_ERRORS
 
 GIB = 1 << 30
 # Readings of one GPU, as an H100 SXM answers; the functions of pynvml that give them.
@@ -26,6 +25,13 @@ READINGS: dict[str, Any] = {
     "nvmlDeviceGetMaxPcieLinkWidth": 16,
     "nvmlDeviceGetPcieReplayCounter": 0,
     "nvmlDeviceGetNvLinkState": 1,
+    "nvmlDeviceGetPowerUsage": 412_500,  # milliwatts
+    "nvmlDeviceGetTotalEnergyConsumption": 7_200_000,  # millijoules
+    "nvmlDeviceGetClockInfo": 1980,  # MHz
+}
+FIELDS = {pynvml.NVML_FI_DEV_MEMORY_TEMP: 48, **{key: 0 for key in NVLINK_ERRORS.values()}} | {
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: 3,  # KiB
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX: 5,
 }
 
 
@@ -44,6 +50,8 @@ class PlayedNvml:
         self.broken: dict[int, int] = {}
         self.changed: dict[int, dict[str, Any]] = {}
         self.open = 0
+        self.registered: list[tuple[int, int]] = []
+        self.xids: queue.Queue[tuple[int, int]] = queue.Queue()  # (index, Xid): what the driver will report
 
     def nvmlInit(self) -> None:
         if self.failure:
@@ -83,6 +91,30 @@ class PlayedNvml:
         info._obj.state = 3
         return 0
 
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Record:
+        return Record(gpu=87, memory=40)
+
+    def nvmlDeviceGetFieldValues(self, handle: int, fieldIds: list[tuple[int, int]]) -> list[Record]:
+        return [self._field(key) for key, _ in fieldIds]
+
+    def _field(self, key: int) -> Record:
+        value = pynvml.c_nvmlValue_t()
+        value.ullVal = FIELDS[key]
+        return Record(fieldId=key, nvmlReturn=0, valueType=pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG, value=value)
+
+    def nvmlEventSetCreate(self) -> str:
+        return "events"
+
+    def nvmlDeviceRegisterEvents(self, handle: int, eventTypes: int, eventSet: str) -> None:
+        self.registered.append((handle, eventTypes))
+
+    def nvmlEventSetWait_v2(self, eventSet: str, timeoutms: int) -> Record:
+        try:
+            index, xid = self.xids.get(timeout=timeoutms / 1000)
+        except queue.Empty:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT) from None
+        return Record(device=index, eventType=pynvml.nvmlEventTypeXidCriticalError, eventData=xid)
+
     def nvmlDeviceGetP2PStatus(self, one: int, other: int, index: int) -> int:
         return 0
 
@@ -100,75 +132,3 @@ class PlayedNvml:
             return value
 
         return answer
-
-
-def test_the_play_has_the_functions_of_the_library() -> None:
-    own = [name for name in vars(PlayedNvml) if name.startswith("nvml")]
-    for name in (*own, *READINGS):
-        real = getattr(pynvml, name)
-        if name in own:
-            played = list(inspect.signature(getattr(PlayedNvml, name)).parameters)[1:]
-            needed = [p for p in inspect.signature(real).parameters.values() if p.default is p.empty]
-            assert len(played) == len(needed), name
-
-
-def test_eight_gpus_are_read_and_the_library_is_closed() -> None:
-    nvml = PlayedNvml()
-    found = read_gpus(nvml)
-    assert (nvml.open, found.driver, found.cuda, len(found.all), len(found.pairs)) == (0, "570.86.15", (12, 8), 8, 28)
-    first = found.all[0]
-    assert (first.bus, first.memory_free, first.fabric_state, first.nvlinks) == ("0000:10:00.0", 79 * GIB, 3, (18, 18))
-    assert (first.capability, first.persistence, first.retired_pending) == ((9, 0), True, False)
-    assert [gpu.index for gpu in found.visible] == list(range(8))
-
-
-def test_what_is_not_supported_is_not_judged() -> None:
-    nvml = PlayedNvml(1)
-    nvml.changed[0] = {name: pynvml.NVML_ERROR_NOT_SUPPORTED for name in READINGS if name != "nvmlDeviceGetName"}
-    [gpu] = read_gpus(nvml).all
-    assert (gpu.compute_mode, gpu.ecc_uncorrected, gpu.temperature, gpu.mig, gpu.nvlinks) == (
-        None,
-        None,
-        None,
-        False,
-        (0, 0),
-    )
-
-
-@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_UNKNOWN])
-def test_a_library_that_does_not_start(code: int) -> None:
-    found = read_gpus(PlayedNvml(failure=code), "0")
-    assert (found.failure, found.all, found.visible) == (code, (), [])
-
-
-def test_a_gpu_that_has_fallen_off_the_bus_keeps_its_place() -> None:
-    nvml = PlayedNvml()
-    nvml.broken[3] = pynvml.NVML_ERROR_GPU_IS_LOST
-    found = read_gpus(nvml, "2,4")
-    assert found.broken == ((3, pynvml.NVML_ERROR_GPU_IS_LOST),)
-    assert [gpu.index for gpu in found.visible] == [2, 4]
-
-
-def test_readings_of_a_sick_gpu() -> None:
-    nvml = PlayedNvml(2)
-    nvml.changed[1] = {
-        "nvmlDeviceGetRemappedRows": (4, 2, 1, 1),
-        "nvmlDeviceGetTotalEccErrors": 7,
-        "nvmlDeviceGetMigMode": [1, 1],
-        "processes": [Record(pid=77, usedGpuMemory=None)],
-    }
-    well, sick = read_gpus(nvml).all
-    assert (sick.remap_pending, sick.remap_failure, sick.ecc_uncorrected, sick.mig) == (True, True, 7, True)
-    assert (sick.processes[0].pid, sick.processes[0].memory) == (77, 0)
-    assert (well.remap_failure, well.mig, well.processes) == (False, False, ())
-
-
-def test_the_real_library_where_there_is_one() -> None:
-    found = read_gpus()
-    if found.failure:
-        pytest.skip(f"no NVIDIA driver here: {pynvml.NVMLError(found.failure)}")
-    assert isinstance(found, Gpus)
-    assert found.driver
-    for gpu in found.all:
-        assert gpu.uuid.startswith("GPU-")
-        assert 0 < gpu.memory_free <= gpu.memory_total

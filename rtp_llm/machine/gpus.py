@@ -7,14 +7,14 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import pynvml
 
-from rtp_llm.parallel.devices import Visible, narrow
+from rtp_llm.machine.devices import Visible, narrow
 
 ANSWER_SECONDS = 5.0
 KILL_SECONDS = 0.5
@@ -30,6 +30,18 @@ SLOWDOWNS = {
     0x80: "power brake",
 }
 APPLICATION_CLOCKS = 0x02
+CLOCKS = {"sm": pynvml.NVML_CLOCK_SM, "memory": pynvml.NVML_CLOCK_MEM}
+ALL_LINKS = 0xFFFFFFFF  # scope of a field: the sum over the GPU's NVLinks
+NVLINK_BYTES = {
+    "transmitted": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+    "received": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+}
+NVLINK_ERRORS = {
+    "crc_flit": pynvml.NVML_FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL,
+    "crc_data": pynvml.NVML_FI_DEV_NVLINK_CRC_DATA_ERROR_COUNT_TOTAL,
+    "replay": pynvml.NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL,
+    "recovery": pynvml.NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Memory in bytes, temperatures in degrees Celsius."""
+    """One GPU. Memory in bytes, temperatures in degrees Celsius, power in watts, energy in joules, clocks in hertz."""
 
     index: int
     uuid: str
@@ -67,6 +79,19 @@ class Gpu:
     pcie_replays: int | None = None
     fabric_state: int | None = None  # nvml.h, NVML_GPU_FABRIC_STATE_*: 0 not supported, 3 completed
     nvlinks: tuple[int, int] = (0, 0)  # (up, there at all)
+    utilization: float | None = None  # share of the last sampling period in which a kernel ran
+    memory_temperature: int | None = None
+    power: float | None = None
+    energy: float | None = None  # since the driver was loaded
+    clocks: Mapping[str, float] = field(default_factory=dict)
+    remapped_rows: Mapping[str, int] = field(default_factory=dict)
+    nvlink_bytes: Mapping[str, int] = field(default_factory=dict)
+    nvlink_errors: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def slowdowns(self) -> dict[str, float]:
+        """1 for each reason that slows it down now, 0 for the others."""
+        return {name: float(bool(self.clock_reasons & bit)) for bit, name in SLOWDOWNS.items()}
 
 
 @dataclass(frozen=True)
@@ -170,7 +195,12 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         return _ask(lambda: getattr(nvml, name)(handle, *arguments))
 
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    remapped = ask("nvmlDeviceGetRemappedRows") or (0, 0, 0, 0)  # corrected, uncorrected, pending, failed
+    rows = ask("nvmlDeviceGetRemappedRows")  # corrected, uncorrected, pending, failed
+    remapped = rows or (0, 0, 0, 0)
+    fields = _fields(nvml, handle, [*NVLINK_BYTES.values(), *NVLINK_ERRORS.values()])
+    utilization, power = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetPowerUsage")
+    energy = ask("nvmlDeviceGetTotalEnergyConsumption")
+    clocks = {name: ask("nvmlDeviceGetClockInfo", domain) for name, domain in CLOCKS.items()}
     mig = ask("nvmlDeviceGetMigMode")
     persistence = ask("nvmlDeviceGetPersistenceMode")
     processes = ask("nvmlDeviceGetComputeRunningProcesses") or []
@@ -200,6 +230,16 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         pcie_replays=ask("nvmlDeviceGetPcieReplayCounter"),
         fabric_state=_fabric(nvml, handle),
         nvlinks=_nvlinks(nvml, handle),
+        utilization=None if utilization is None else utilization.gpu / 100,
+        memory_temperature=_fields(nvml, handle, [pynvml.NVML_FI_DEV_MEMORY_TEMP], scope=0).get(
+            pynvml.NVML_FI_DEV_MEMORY_TEMP
+        ),
+        power=None if power is None else power / 1000,
+        energy=None if energy is None else energy / 1000,
+        clocks={name: mhz * 1e6 for name, mhz in clocks.items() if mhz is not None},
+        remapped_rows={"correctable": int(rows[0]), "uncorrectable": int(rows[1])} if rows else {},
+        nvlink_bytes={name: fields[key] * 1024 for name, key in NVLINK_BYTES.items() if key in fields},
+        nvlink_errors={name: fields[key] for name, key in NVLINK_ERRORS.items() if key in fields},
     )
 
 
@@ -211,6 +251,25 @@ def _ask(question: Callable[[], Any]) -> Any:
         raise
     except (pynvml.NVMLError, AttributeError):
         return None
+
+
+def _fields(nvml: Any, handle: Any, keys: Iterable[int], scope: int = ALL_LINKS) -> dict[int, int]:
+    """Field values (nvml.h, nvmlFieldValue_t) that this GPU has; each comes with a code and a type of its own."""
+    answers = _ask(lambda: nvml.nvmlDeviceGetFieldValues(handle, [(key, scope) for key in keys])) or []
+    return {int(a.fieldId): _field_value(a) for a in answers if a.nvmlReturn == pynvml.NVML_SUCCESS}
+
+
+def _field_value(answer: Any) -> int:
+    value = answer.value
+    return int(
+        {
+            pynvml.NVML_VALUE_TYPE_DOUBLE: value.dVal,
+            pynvml.NVML_VALUE_TYPE_UNSIGNED_INT: value.uiVal,
+            pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG: value.ulVal,
+            pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: value.ullVal,
+            pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: value.sllVal,
+        }.get(answer.valueType, value.siVal)
+    )
 
 
 def _bus(text: Any) -> str:
