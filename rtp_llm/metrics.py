@@ -100,6 +100,10 @@ class Metrics:
             "rtp_llm_http_request_duration_seconds", "HTTP requests", ["method", "handler"], registry=self.registry
         )
         self.http_active = Gauge("rtp_llm_http_requests_active", "HTTP requests being answered", registry=self.registry)
+        # A series that begins at 1 has no increase for Prometheus: those of the usual labels begin at 0.
+        for reason in ("stop", "length", "abort", "error"):
+            self.success.labels(finished_reason=reason)
+        self.rejections.labels(reason="max_num_queued_reqs")
         self._totals: dict[str, float] = {}
 
     def step(self, stats: Mapping[str, Any], block_size: int, num_blocks: int) -> None:

@@ -17,6 +17,7 @@ from rtp_llm.machine.gpu_watch import Seen
 from rtp_llm.metrics import Metrics
 
 STATES = ("rendezvous", "loading", "warmup", "serving", "draining", "failed")
+USUAL_REASONS = ("signal", "rank_crashed", "communication", "hang")  # see supervise/guard.py
 # How the doctor's findings are written as numbers.
 DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}
 
@@ -49,7 +50,7 @@ class PartCollector(Collector):
         yield _gauge("gang_members_expected", "Ranks of all parts", [({}, float(state["expected"]))])
         yield from _rank_metrics(state["ranks"], state["expected"])
         yield from _process_metrics(state["processes"])
-        yield from _guard_metrics(state["guard"])
+        yield from _guard_metrics(state["guard"], state["processes"])
         yield from _shm_metrics(state["shm"], part)
         yield from _cgroup_metrics(state["cgroup"], part)
         yield from _gpu_metrics(state["gpus"], part, state["ranks"])
@@ -101,11 +102,11 @@ def _process_metrics(processes: Mapping[str, Numbers]) -> Iterable[Metric]:
     yield _counter("process_cpu_seconds", "CPU time", each("cpu"))
 
 
-def _guard_metrics(guard: Mapping[str, Mapping[str, int]]) -> Iterable[Metric]:
-    restarts: Samples = []
-    for key, count in sorted(guard["restarts"].items()):
-        program, reason = key.split(" ")
-        restarts.append(({"program": program, "reason": reason}, float(count)))
+def _guard_metrics(guard: Mapping[str, Mapping[str, int]], programs: Iterable[str]) -> Iterable[Metric]:
+    """A series that begins at 1 has no increase for Prometheus: those of the usual reasons begin at 0."""
+    counts = {(name, reason): 0 for name in programs for reason in USUAL_REASONS}
+    counts |= {(key.split(" ")[0], key.split(" ")[1]): count for key, count in guard["restarts"].items()}
+    restarts: Samples = [({"program": name, "reason": why}, count) for (name, why), count in sorted(counts.items())]
     yield _counter("process_restarts", "Restarts by the guard, by what the process had ended with", restarts)
     exits: Samples = [({"program": program}, float(code)) for program, code in sorted(guard["last_exit"].items())]
     yield _gauge("process_last_exit_code", "What the process last ended with; -1: a signal", exits)

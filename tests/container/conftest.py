@@ -1,24 +1,10 @@
 """The engine and the image, or the reason why there is none."""
 
 import os
-import shutil
-import subprocess
 
 import pytest
 
-from tests.container.engine import IMAGE, REPOSITORY, docker
-
-
-def no_engine() -> str:
-    """Why no container can be run here; empty where one can."""
-    if not shutil.which("docker"):
-        return "there is no docker client"
-    done = subprocess.run(["docker", "info"], capture_output=True, text=True)
-    if done.returncode:
-        return "no Docker engine answers: " + (done.stderr.strip().splitlines() or ["?"])[-1]
-    if subprocess.run(["docker", "buildx", "version"], capture_output=True).returncode:
-        return "the docker client has no buildx"
-    return ""
+from tests.container.engine import IMAGE, REPOSITORY, docker, no_engine
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import time
@@ -18,6 +19,18 @@ REPOSITORY = Path(rtp_llm.__file__).parents[1]
 IMAGE = "rtp-llm:under-test"
 DEADLINE = 90.0  # seconds for anything that a container does
 T = TypeVar("T")
+
+
+def no_engine() -> str:
+    """Why no container can be run here; empty where one can."""
+    if not shutil.which("docker"):
+        return "there is no docker client"
+    done = subprocess.run(["docker", "info"], capture_output=True, text=True)
+    if done.returncode:
+        return "no Docker engine answers: " + (done.stderr.strip().splitlines() or ["?"])[-1]
+    if subprocess.run(["docker", "buildx", "version"], capture_output=True).returncode:
+        return "the docker client has no buildx"
+    return ""
 
 
 def docker(*words: str, check: bool = True, env: Mapping[str, str] | None = None, timeout: float = 900) -> str:

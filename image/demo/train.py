@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Trains the demo model on the project's own manual: docs/questions.md, the doctor's checks and the table of settings.
 
-    python image/demo/train            writes image/demo/model; minutes on two cores
-    python image/demo/train --check    only says how much of docs/questions.md the model there knows by heart
+    python image/demo/train.py            writes image/demo/model; minutes on two cores
+    python image/demo/train.py --check    only says how much of docs/questions.md the model there knows by heart
 
 The model is a small Qwen3 of random beginnings, trained by transformers and torch's AdamW on nothing but that text. It
 learns each question in several wordings, and conversations of several turns, so that it answers the last question.
@@ -24,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from doctor.explain import REGISTRY  # filled: `doctor.check` alone is not
+from doctor import checks as registered  # noqa: F401  # fills the registry
+from doctor.check import REGISTRY
 from rtp_llm.config import Config
 
 HERE = Path(__file__).resolve().parent
@@ -185,7 +185,9 @@ def write(student: Qwen3ForCausalLM, words: Tokenizer) -> None:
     MODEL.mkdir(exist_ok=True)
     student.config.save_pretrained(MODEL)
     # Rounded to bfloat16's grid: nothing is lost that the answers need, and git packs the file to half its size.
-    tensors = {name: value.bfloat16().float() for name, value in student.state_dict().items() if name != "lm_head.weight"}
+    tensors = {
+        name: value.bfloat16().float() for name, value in student.state_dict().items() if name != "lm_head.weight"
+    }
     save_file(tensors, MODEL / "model.safetensors", metadata={"format": "pt"})
     words.save(str(MODEL / "tokenizer.json"))
     ends = [SPECIALS.index(TURN_END), SPECIALS.index(END_OF_TEXT)]

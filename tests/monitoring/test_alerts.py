@@ -1,0 +1,181 @@
+"""Every alert rule, played by promtool: when it fires, with which labels, and that nothing else fires beside it."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.monitoring.promtool import REPOSITORY, promtool
+
+RULES = REPOSITORY / "image" / "prometheus" / "alerts.yml"
+HERE = 'job="rtp-llm", instance="part0:10000"'
+MODEL = f'{HERE}, model_name="m"'
+HEALTHY = {
+    f"up{{{HERE}}}": "1x80",
+    f"rtp_llm_ready{{{HERE}}}": "1x80",
+    f'rtp_llm_gang_member_up{{{HERE}, world_rank="1"}}': "1x80",
+    f'rtp_llm_last_step_timestamp_seconds{{{HERE}, rank="0"}}': "0+30x80",
+    f'rtp_llm_process_restarts_total{{{HERE}, program="rank1", reason="signal"}}': "0x80",
+    f'rtp_llm_doctor_check_status{{{HERE}, check="S-01"}}': "0x80",
+    f"rtp_llm_num_requests_running{{{MODEL}}}": "4x80",
+    f"rtp_llm_num_requests_waiting{{{MODEL}}}": "1x80",
+    f'rtp_llm_admission_rejections_total{{{MODEL}, reason="max_num_queued_reqs"}}': "0x80",
+    f'rtp_llm_time_to_first_token_seconds_bucket{{{MODEL}, le="10"}}': "0+10x80",
+    f'rtp_llm_time_to_first_token_seconds_bucket{{{MODEL}, le="20"}}': "0+10x80",
+    f'rtp_llm_time_to_first_token_seconds_bucket{{{MODEL}, le="+Inf"}}': "0+10x80",
+    f'rtp_llm_inter_token_latency_seconds_bucket{{{MODEL}, le="0.5"}}': "0+100x80",
+    f'rtp_llm_inter_token_latency_seconds_bucket{{{MODEL}, le="0.75"}}': "0+100x80",
+    f'rtp_llm_inter_token_latency_seconds_bucket{{{MODEL}, le="+Inf"}}': "0+100x80",
+    f"rtp_llm_kv_cache_usage_perc{{{MODEL}}}": "0.97x80",
+    f"rtp_llm_num_preemptions_total{{{MODEL}}}": "3x80",
+    f'rtp_llm_request_success_total{{{MODEL}, finished_reason="stop"}}': "0+10x80",
+    f'rtp_llm_request_success_total{{{MODEL}, finished_reason="error"}}': "0x80",
+    f"rtp_llm_corrupted_requests_total{{{MODEL}}}": "0x80",
+    f"rtp_llm_shm_size_bytes{{{HERE}}}": "2000x80",
+    f"rtp_llm_shm_free_bytes{{{HERE}}}": "1900x80",
+    f"rtp_llm_cgroup_oom_kills_total{{{HERE}}}": "2x80",
+    f'rtp_llm_gpu_up{{{HERE}, gpu="0"}}': "1x80",
+    f"rtp_llm_gpu_read_timestamp_seconds{{{HERE}}}": "0+30x80",
+    f'rtp_llm_gpu_ecc_uncorrected_total{{{HERE}, gpu="0"}}': "0x80",
+    f'rtp_llm_gpu_remap_failure{{{HERE}, gpu="0"}}': "0x80",
+    f'rtp_llm_gpu_clock_event{{{HERE}, gpu="0", reason="power brake"}}': "0x80",
+}
+INTERVAL_SECONDS = 30
+AT = "35m"
+
+
+class Play(NamedTuple):
+    """What differs from a healthy gang (None: is absent), and how the alert that fires then is labelled."""
+
+    alert: str
+    differs: dict[str, str | None]
+    severity: str
+    labels: str = HERE
+    at: str = AT
+
+
+def series(name: str) -> str:
+    """The one series of the healthy gang whose name begins so."""
+    [found] = [key for key in HEALTHY if key.startswith(name)]
+    return found
+
+
+def one(alert: str, name: str, values: str | None, severity: str, labels: str = HERE, at: str = AT) -> Play:
+    return Play(alert, {series(name): values}, severity, labels, at)
+
+
+PLAYS = [
+    Play("RtpLlmAbsent", dict.fromkeys(HEALTHY), "critical", 'job="rtp-llm"'),
+    one("RtpLlmScrapeFailed", "up{", "1x10 0x70", "critical"),
+    one("RtpLlmNotReady", "rtp_llm_ready", "1x10 0x70", "critical"),
+    one("RtpLlmGangMemberDown", "rtp_llm_gang_member_up", "1x10 0x70", "critical", f'{HERE}, world_rank="1"'),
+    one("RtpLlmHang", "rtp_llm_last_step", "0+30x60 1800x20", "critical", ""),
+    one(
+        "RtpLlmRestarts",
+        "rtp_llm_process_restarts_total",
+        "0x50 1x5 3x25",
+        "warning",
+        'instance="part0:10000", program="rank1"',
+    ),
+    one("RtpLlmDoctor", "rtp_llm_doctor_check_status", "2x80", "warning", f'{HERE}, check="S-01"'),
+    one("RtpLlmQueue", "rtp_llm_num_requests_waiting", "9x80", "warning", MODEL),
+    one(
+        "RtpLlmRejections",
+        "rtp_llm_admission_rejections_total",
+        "0x40 0+2x40",
+        "warning",
+        f'{MODEL}, reason="max_num_queued_reqs"',
+    ),
+    Play(
+        "RtpLlmSlowFirstToken",
+        {series("rtp_llm_time_to_first_token_seconds_bucket{" + MODEL + ', le="10"}'): "0+9x80"},
+        "warning",
+        'model_name="m"',
+    ),
+    Play(
+        "RtpLlmSlowTokens",
+        {series("rtp_llm_inter_token_latency_seconds_bucket{" + MODEL + ', le="0.5"}'): "0+90x80"},
+        "warning",
+        'model_name="m"',
+    ),
+    one("RtpLlmCacheFull", "rtp_llm_num_preemptions_total", "3+1x80", "warning", MODEL),
+    Play(
+        "RtpLlmErrors",
+        {series("rtp_llm_request_success_total{" + MODEL + ', finished_reason="error"}'): "0x40 0+1x40"},
+        "critical",
+        'model_name="m"',
+    ),
+    one("RtpLlmCorrupted", "rtp_llm_corrupted", "0x60 1x20", "critical", MODEL),
+    one("RtpLlmSharedMemoryLow", "rtp_llm_shm_free", "1900x40 100x40", "warning"),
+    one("RtpLlmOutOfMemory", "rtp_llm_cgroup_oom", "2x60 3x20", "critical"),
+    one("RtpLlmGpuLost", "rtp_llm_gpu_up", "1x60 0x20", "critical", f'{HERE}, gpu="0"'),
+    one("RtpLlmGpuSilent", "rtp_llm_gpu_read", "0+30x60 1800x20", "warning"),
+    Play(  # the first one: its series was not there before
+        "RtpLlmGpuXid",
+        {f'rtp_llm_gpu_xid_errors_total{{{HERE}, gpu="0", xid="79"}}': "_x60 1x20"},
+        "critical",
+        f'{HERE}, gpu="0", xid="79"',
+    ),
+    Play(
+        "RtpLlmGpuXid",
+        {f'rtp_llm_gpu_xid_errors_total{{{HERE}, gpu="0", xid="79"}}': "1x60 2x20"},
+        "critical",
+        f'{HERE}, gpu="0", xid="79"',
+    ),
+    one("RtpLlmGpuMemory", "rtp_llm_gpu_ecc", "0x60 1x20", "critical", f'{HERE}, gpu="0"'),
+    one("RtpLlmGpuMemory", "rtp_llm_gpu_remap_failure", "0x60 1x20", "critical", f'{HERE}, gpu="0"'),
+    one("RtpLlmGpuSlow", "rtp_llm_gpu_clock", "0x40 1x40", "warning", f'{HERE}, gpu="0", reason="power brake"'),
+]
+
+
+def run(folder: Path, differs: dict[str, str | None], firing: list[str], at: str) -> None:
+    """Raises AssertionError, with what promtool says, where other alerts than these fire at that time."""
+    values = HEALTHY | differs
+    test = {
+        "interval": f"{INTERVAL_SECONDS}s",
+        "input_series": [{"series": name, "values": v} for name, v in values.items() if v is not None],
+        "promql_expr_test": [
+            {
+                "expr": 'ALERTS{alertstate="firing"}',
+                "eval_time": at,
+                "exp_samples": [{"labels": labels, "value": 1} for labels in firing],
+            }
+        ],
+    }
+    # JSON is YAML. The rules lie beside it, so that a container sees both.
+    (folder / "alerts.yml").write_text(RULES.read_text())
+    (folder / "test.yml").write_text(json.dumps({"rule_files": ["alerts.yml"], "tests": [test]}))
+    done = promtool("test", "rules", "test.yml", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def alert(play: Play) -> str:
+    labels = f", {play.labels}" if play.labels else ""
+    return f'ALERTS{{alertname="{play.alert}", alertstate="firing", severity="{play.severity}"{labels}}}'
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def test_a_healthy_gang_alerts_nobody(tmp_path: Path) -> None:
+    run(tmp_path, {}, [], AT)
+
+
+@pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.alert)
+def test_it_fires_alone(play: Play, tmp_path: Path) -> None:
+    run(tmp_path, play.differs, [alert(play)], play.at)
+
+
+def test_every_rule_is_played_and_says_what_to_do() -> None:
+    assert {rule["alert"] for rule in rules()} == {play.alert for play in PLAYS}
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_the_configuration_is_valid() -> None:
+    done = promtool("check", "config", "prometheus.yml", folder=RULES.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
