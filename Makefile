@@ -6,7 +6,7 @@
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-CHECKPOINT_PATH ?= .demo
+CHECKPOINT_PATH ?= image/demo/model
 TOKENIZER_PATH ?= $(CHECKPOINT_PATH)
 # Two ranks show what this is about; a machine with a single GPU has room for one.
 TP_SIZE ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
@@ -21,7 +21,7 @@ help: ## say what there is
 
 install: $(VENV)/installed ## make .venv with what serving needs
 
-serve: $(VENV)/installed $(if $(filter .demo,$(CHECKPOINT_PATH)),.demo/config.json) ## serve CHECKPOINT_PATH (a small demo unless set) with TP_SIZE ranks on PORT (10000)
+serve: $(VENV)/installed ## serve CHECKPOINT_PATH (a small demo unless set) with TP_SIZE ranks on PORT (10000)
 	@exec env CHECKPOINT_PATH='$(CHECKPOINT_PATH)' TOKENIZER_PATH='$(TOKENIZER_PATH)' START_PORT='$(PORT)' \
 	  TP_SIZE='$(TP_SIZE)' WORLD_SIZE='$(TP_SIZE)' $(BIN)/python -m rtp_llm.start_server
 
@@ -34,7 +34,7 @@ lint: $(VENV)/installed-dev ## check style, format and types
 	$(BIN)/mypy
 
 clean: ## remove all that these targets made
-	rm -rf $(VENV) .demo .demo.* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps: one per layer, each older than what was made from it.
@@ -58,7 +58,3 @@ $(VENV)/installed: $(VENV)/torch
 $(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt
 	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
 	@touch $(VENV)/installed $@
-
-# Written anew when the recipe for it changes: all parts of a gang must have the same bytes.
-.demo/config.json: rtp_llm/demo.py | $(VENV)/installed
-	$(BIN)/python -m rtp_llm.demo .demo

@@ -20,7 +20,6 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),
     "metrics": set(),
-    "demo": EVERYBODY,
     "start_server": EVERYBODY | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
     "text": EVERYBODY | {"text"},
     "machine": EVERYBODY | {"machine"},

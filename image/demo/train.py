@@ -1,6 +1,6 @@
 """Trains the demo model on the project's own manual: docs/questions.md, the doctor's checks and the table of settings.
 
-    python image/demo/train.py            writes image/demo/model; minutes on two cores
+    python image/demo/train.py            writes image/demo/model; nine minutes on two cores
     python image/demo/train.py --check    only says how much of docs/questions.md the model there knows by heart
 
 The model is a small Qwen3 of random beginnings, trained by transformers and torch's AdamW on nothing but that text. It
@@ -183,12 +183,14 @@ def train(student: Qwen3ForCausalLM, teacher: Teacher) -> None:
 def write(student: Qwen3ForCausalLM, words: Tokenizer) -> None:
     """The files of a checkpoint, as the Hugging Face hub has them."""
     MODEL.mkdir(exist_ok=True)
+    student.config.architectures = [type(student).__name__]
     student.config.save_pretrained(MODEL)
     # Rounded to bfloat16's grid: nothing is lost that the answers need, and git packs the file to half its size.
     tensors = {
         name: value.bfloat16().float() for name, value in student.state_dict().items() if name != "lm_head.weight"
     }
     save_file(tensors, MODEL / "model.safetensors", metadata={"format": "pt"})
+    (MODEL / "model.safetensors").chmod(0o644)
     words.save(str(MODEL / "tokenizer.json"))
     ends = [SPECIALS.index(TURN_END), SPECIALS.index(END_OF_TEXT)]
     described = {

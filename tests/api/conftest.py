@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rtp_llm import demo
+from tests import random_model
 from tests.api.byte_model import ByteModel
 from tests.api.fake_engine import Script
 from tests.api.servers import Server, running
@@ -20,7 +20,7 @@ Stacks = Callable[..., Stack]
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api") / "demo"
-    demo.write(folder)
+    random_model.write(folder)
     return folder
 
 

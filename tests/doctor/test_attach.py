@@ -19,7 +19,7 @@ from tests.parallel.parts import Part, free_start_port
 def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Part]:
     """The demo at TP=2, which takes no stopped rank for lost while it is looked at."""
     path = tmp_path_factory.mktemp("demo") / "model"
-    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     port = free_start_port(2)
     settings = {"CHECKPOINT_PATH": str(path), "TP_SIZE": "2", "START_PORT": str(port), "HEARTBEAT_TIMEOUT": "120"}
     small = {"RTP_THREADS": "1", "OMP_NUM_THREADS": "1", "WARM_UP": "0", "TEST_BLOCK_NUM": "64"}

@@ -53,7 +53,7 @@ def listening() -> Iterator[int]:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "model"
-    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     return path
 
 

@@ -31,7 +31,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo, as `make serve` would write it."""
     path = tmp_path_factory.mktemp("demo") / "model"
-    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     return path
 
 

@@ -1,4 +1,4 @@
-"""The demo checkpoint: the same bytes everywhere, usable by the field's own tools, never in the way of a real one."""
+"""The random checkpoint of the tests: the same bytes everywhere, and usable by the field's own tools."""
 
 import hashlib
 import json
@@ -14,8 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rtp_llm import demo
-from rtp_llm.errors import ConfigError, ExitCode
+from tests import random_model
 
 TEXT = 'Shared memory, 1234 GPUs: "naïve" 数据 🚀\n\tdef step(): pass'
 
@@ -31,14 +30,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "rtp_llm.demo", *arguments]
+    command = [sys.executable, "-m", "tests.random_model", *arguments]
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
-    demo.write(folder)
+    folder = tmp_path_factory.mktemp("random") / "checkpoint"
+    random_model.write(folder)
     return folder
 
 
@@ -66,16 +65,9 @@ def test_another_process_writes_the_same_bytes(checkpoint: Path, tmp_path: Path,
 
 
 def test_the_seed_changes_the_weights_and_nothing_else_that_counts(checkpoint: Path, tmp_path: Path) -> None:
-    demo.write(tmp_path / "other", seed=1)
+    random_model.write(tmp_path / "other", seed=1)
     first, second = contents(checkpoint), contents(tmp_path / "other")
     assert {name for name in first if first[name] != second[name]} == {"config.json", "model.safetensors"}
-
-
-def test_writing_it_needs_no_torch(tmp_path: Path) -> None:
-    program = (
-        f"import sys; from rtp_llm import demo; demo.main([{str(tmp_path / 'x')!r}]); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +90,9 @@ def test_transformers_generates_with_it(checkpoint: Path, model: Any) -> None:
 @torch.inference_mode()
 def test_the_first_token_still_matters_at_the_end(model: Any) -> None:
     """Else tests that compare answers with and without a cache would compare nothing."""
-    prompts = torch.randint(3, demo.VOCAB, (32, 64), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(3, random_model.VOCAB, (32, 64), generator=torch.Generator().manual_seed(0))
     changed = prompts.clone()
-    changed[:, 0] = 3 + (prompts[:, 0] - 2) % (demo.VOCAB - 3)
+    changed[:, 0] = 3 + (prompts[:, 0] - 2) % (random_model.VOCAB - 3)
     answers, others = (model(batch).logits[:, -1].argmax(-1) for batch in (prompts, changed))
     assert (answers != others).float().mean() > 0.3
 
@@ -109,7 +101,7 @@ def test_transformers_and_tokenizers_agree_on_the_tokenizer(checkpoint: Path) ->
     ours, theirs = Tokenizer.from_file(str(checkpoint / "tokenizer.json")), AutoTokenizer.from_pretrained(checkpoint)
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).ids
     assert theirs.decode(ours.encode(TEXT).ids) == ours.decode(ours.encode(TEXT).ids) == TEXT
-    assert len(theirs) == ours.get_vocab_size() == demo.VOCAB
+    assert len(theirs) == ours.get_vocab_size() == random_model.VOCAB
 
 
 def test_special_tokens_are_those_that_the_configs_name(checkpoint: Path) -> None:
@@ -127,41 +119,3 @@ def test_the_chat_template_is_chatml(checkpoint: Path) -> None:
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 2
-
-
-def test_a_demo_and_an_empty_folder_are_replaced(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    demo.write(folder, seed=1)
-    demo.write(folder)
-    assert contents(folder) == contents(checkpoint)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "config.json"], ids=["other files", "another checkpoint"])
-def test_anything_else_is_left_alone(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"model_type": "qwen3"}')
-    done = run(str(tmp_path))
-    assert done.returncode == ExitCode.BAD_CONFIG
-    assert done.stderr.splitlines() == [
-        f"demo: {tmp_path} exists and is not a demo checkpoint: remove it or name another folder"
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_a_file_in_its_place_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is not a demo checkpoint"):
-        demo.write(tmp_path / "file")
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    assert demo.main([str(tmp_path / "demo")]) == ExitCode.BAD_CONFIG
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_bad_seed_is_one_line(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "demo"), "--seed=-1")
-    assert done.returncode == ExitCode.BAD_CONFIG
-    assert len(done.stderr.splitlines()) == 1

@@ -1,21 +1,17 @@
-"""Writes a small checkpoint, so that everything can be tried in a minute without downloading a model.
+"""A small checkpoint of random weights, the same bytes on every machine, for tests that want a model in a second.
 
-It is a real one, in the format of the Hugging Face hub, and says nothing sensible: its weights are random. Every part
-of a gang must hold the same model, so the same seed gives the same bytes on every machine: the weights come from raw
-64-bit words and exact float32 arithmetic, not from a library's idea of a normal distribution, and the tokenizer is
-trained on the text in this file.
+It is a real one, in the format of the Hugging Face hub, and says nothing sensible. Every part of a gang must hold the
+same model, so the same seed gives the same bytes everywhere: the weights come from raw 64-bit words and exact float32
+arithmetic, not from a library's idea of a normal distribution, and the tokenizer is trained on the text in this file.
+Its head is loud: the best token wins by more than another order of summing can change, wherever the text wanders.
 
-    python -m rtp_llm.demo FOLDER [--seed N]
+    python -m tests.random_model FOLDER [--seed N]
 """
 
 import argparse
 import json
 import math
-import secrets
-import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from rtp_llm.errors import ConfigError, ExitCode
 
 LAYERS = 4
 HIDDEN = 128
@@ -37,9 +31,6 @@ CONTEXT = 2048
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # a token's id is its place here
-
-# Marks what this module wrote, and so may replace.
-MARK = "rtp_llm_demo_seed"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -130,7 +121,7 @@ def config(seed: int) -> dict[str, Any]:
         "torch_dtype": "float32",
         "use_cache": True,
         "vocab_size": VOCAB,
-        MARK: seed,
+        "seed": seed,
     }
 
 
@@ -230,46 +221,16 @@ def files(seed: int) -> dict[str, bytes]:
     return made
 
 
-def replaceable(folder: Path) -> bool:
-    """Whether nothing of value is lost with it: nothing is there, or an empty folder, or a demo."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    with suppress(FileNotFoundError):
-        return f'"{MARK}"'.encode() in (folder / "config.json").read_bytes()
-    return not any(folder.iterdir())
-
-
 def write(folder: Path, seed: int = 0) -> None:
-    """Writes the checkpoint; whoever looks sees all of it or none."""
-    if not replaceable(folder):
-        raise ConfigError(f"{folder} exists and is not a demo checkpoint: remove it or name another folder")
-    staged = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
-    staged.mkdir(parents=True)
-    try:
-        for name, content in files(seed).items():
-            (staged / name).write_bytes(content)
-        shutil.rmtree(folder, ignore_errors=True)
-        staged.rename(folder)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rtp_llm.demo", description="Writes a small checkpoint with random weights.")
-    parser.add_argument("folder", type=Path, help="where to; a demo that is there already is replaced")
-    parser.add_argument("--seed", type=int, default=0, help="other weights for another number (default 0)")
-    given = parser.parse_args(arguments)
-    try:
-        write(given.folder.resolve(), given.seed)
-    except (ConfigError, OSError, ValueError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return ConfigError.exit_code
-    print(f"demo: wrote {given.folder}")
-    return ExitCode.OK
+    """Writes the checkpoint into the folder, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files(seed).items():
+        (folder / name).write_bytes(content)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(prog="tests.random_model", description="Writes a checkpoint with random weights.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="other weights for another number (default 0)")
+    given = parser.parse_args()
+    write(given.folder, given.seed)
