@@ -1,21 +1,26 @@
 """`rtp-llm-doctor attach`: what a running part is doing. Reads its run directory and /proc; disturbs nothing."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import BaseModel
 
 from doctor.host import Host, size_text
+from doctor.node import Node
 from doctor.orphans import SHM, orphans
 from doctor.render import write
 from doctor.report import Exit
+from rtp_llm import files
+from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.handover import Handover
 from rtp_llm.parallel.plan import PlannedPort
 
@@ -24,21 +29,62 @@ STALE_SECONDS = 3.0
 STUCK_SECONDS = 10.0
 
 
+class _Pulse(BaseModel):
+    """What is shown of a rank's sign of life (parallel/pulse.py)."""
+
+    part: int
+    pid: int
+    phase: str
+    steps: int
+    idle_s: float
+    silent_s: float
+
+
+class _Board(BaseModel):
+    """`gang.json`, as far as it is shown."""
+
+    epoch: int
+    ranks: dict[str, _Pulse]
+    message: str = ""
+
+
 def find_run_dirs() -> list[Path]:
     """Run directories of parts that are running here, newest first: by the command lines of their processes."""
     found: dict[Path, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
         words = process.info["cmdline"] or []
-        if "rtp_llm.api.main" in words:
-            path = Path(words[words.index("rtp_llm.api.main") + 1])
-            if os.access(path / "part.json", os.R_OK):  # another user's may not be looked into
+        for module, folder in pairwise(words):
+            path = Path(folder)
+            # Another user's may not be looked into; and what merely has these words in its command line is no part.
+            if module == "rtp_llm.api.main" and os.access(path / "part.json", os.R_OK):
                 found[path] = process.info["create_time"]
     return sorted(found, key=lambda path: -found[path])
 
 
-def is_running(start_port: int) -> bool:
-    """Whether a part with this START_PORT runs here."""
-    return any(Handover.load(folder).plan.start_port == start_port for folder in find_run_dirs())
+def is_running(node: Node) -> bool:
+    """Whether the part that these settings describe runs here, and not another deployment on its port."""
+    return any(_is_ours(node, folder) for folder in find_run_dirs())
+
+
+def _is_ours(node: Node, folder: Path) -> bool:
+    try:
+        there = _load(folder)
+    except ConfigError:
+        return False
+    if there.plan.start_port != node.config.start_port or node.plan is None:
+        return False
+    # Where CHECKPOINT_PATH is not set here, nothing speaks against it. The device is what the driver says today.
+    models = {str(Path(c.checkpoint_path).absolute()) for c in (there.config, node.config) if c.checkpoint_path}
+    return replace(there.plan, device=node.plan.device) == node.plan and len(models) < 2
+
+
+def _load(folder: Path) -> Handover:
+    """Raises ConfigError where the folder's part.json is none."""
+    try:
+        return Handover.load(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{folder / 'part.json'}: is not what start_server writes: {why}") from None
 
 
 def attach(run_dir: str) -> int:
@@ -48,7 +94,7 @@ def attach(run_dir: str) -> int:
         where = f"in {run_dir}" if run_dir else "among the processes that can be seen here; --run-dir may name one"
         print(f"rtp-llm-doctor: no running part {where}", file=sys.stderr)
         return Exit.CANNOT_RUN
-    handover = Handover.load(folders[0])
+    handover = _load(folders[0])
     lines, healthy = describe(handover)
     write("\n".join(lines) + "\n")
     return Exit.READY if healthy else Exit.ERRORS
@@ -73,10 +119,14 @@ def describe(handover: Handover) -> tuple[list[str], bool]:
 
 def _board(handover: Handover) -> dict[str, Any]:
     path = handover.gang_board
+    nothing = {"epoch": 0, "ranks": {}, "age": 0.0}
     if not path.exists():
-        return {"epoch": 0, "ranks": {}, "message": "nothing was posted yet", "age": 0.0}
-    state: dict[str, Any] = json.loads(path.read_text())
-    return state | {"age": max(0.0, time.time() - path.stat().st_mtime)}
+        return {**nothing, "message": "nothing was posted yet"}
+    try:
+        state = _Board.model_validate_json(files.read(path))
+        return {**state.model_dump(), "age": max(0.0, time.time() - path.stat().st_mtime)}
+    except (OSError, ValueError):
+        return {**nothing, "message": f"{path} is not what the ranks post"}
 
 
 def _ranks(world: int, board: Mapping[str, Any]) -> tuple[list[str], list[str]]:

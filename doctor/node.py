@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from doctor.host import Host
 from doctor.nccl import Nccl
+from rtp_llm import files
 from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, FatalError
 from rtp_llm.machine.devices import narrow
@@ -86,6 +87,18 @@ class Node:
     def planned(self) -> Planned:
         return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
 
+    def give_up_what_hangs(self) -> None:
+        """A dead network disk holds whoever reads from it, and nobody kills this process: what gives no answer to one
+        that is killed is a fault, and is not asked for again."""
+        _ = self.gpus  # asked for in that way by itself
+        if not answers(lambda: self.planned):
+            source = self.config.distribute_config_file or "the member list"
+            self.planned = Planned(None, ConfigError(f"{source}: cannot be read: it gives no answer", check="C-02"))
+        path = self.checkpoint_path
+        if path and not answers(lambda: files.read(path / "config.json")):
+            hung = CheckpointError(f"CHECKPOINT_PATH={path}: its disk gives no answer", check="M-08")
+            self.checkpoint, self.checkpoint_faults = None, [hung]
+
     @property
     def plan(self) -> Plan | None:
         return self.planned.plan
@@ -118,7 +131,23 @@ class Node:
     @cached_property
     def checkpoint_faults(self) -> list[CheckpointError]:
         path = self.checkpoint_path
-        return checkpoints.faults(path) if path and path.is_dir() else []
+        found = checkpoints.faults(path) if path and path.is_dir() else []
+        return found + ([self.tokenizer_fault] if self.tokenizer_fault else [])
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Where this part reads the tokenizer; None where it reads none."""
+        place = self.config.tokenizer_path or self.config.checkpoint_path
+        return Path(place) if place and not (self.plan and self.plan.part) else None
+
+    @cached_property
+    def tokenizer_fault(self) -> CheckpointError | None:
+        try:
+            if self.tokenizer_path:
+                checkpoints.check_tokenizer(self.tokenizer_path)
+        except CheckpointError as error:
+            return error
+        return None
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:

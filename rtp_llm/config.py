@@ -10,13 +10,14 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.resources import files as package
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from rtp_llm import files
 from rtp_llm.errors import ConfigError
 
 MOST_RANKS = 4096  # a typing slip beyond that would only be found by waiting
@@ -166,7 +167,7 @@ def secret(config: Config) -> bytes:
     if not config.gang_secret_file:
         return config.gang_secret.get_secret_value().strip().encode()
     try:
-        return Path(config.gang_secret_file).read_bytes().strip()
+        return files.read(Path(config.gang_secret_file)).strip()
     except OSError as error:
         raise ConfigError(
             f"GANG_SECRET_FILE={config.gang_secret_file}: cannot be read: {error.strerror}", check="M-14"
@@ -175,7 +176,7 @@ def secret(config: Config) -> bytes:
 
 def upstream_variables() -> dict[str, UpstreamVariable]:
     """Upstream's variables that are accepted without effect, by name."""
-    table = json.loads(files("rtp_llm").joinpath("upstream_variables.json").read_text())
+    table = json.loads(package("rtp_llm").joinpath("upstream_variables.json").read_text())
     return {name: UpstreamVariable(name=name, **entry) for name, entry in table.items()}
 
 

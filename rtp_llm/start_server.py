@@ -21,9 +21,9 @@ from typing import Any
 from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.config import Config, load
-from rtp_llm.errors import CheckpointError, ConfigError, DoctorError, ExitCode, FatalError
+from rtp_llm.errors import ConfigError, DoctorError, ExitCode, FatalError
 from rtp_llm.machine.devices import local_addresses, visible_gpus
-from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.checkpoint import Checkpoint, check_tokenizer
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.handover import Handover, ModelCard
 from rtp_llm.parallel.lifeline import die_with_parent, stopping_file
@@ -90,8 +90,8 @@ def _check_model(config: Config, plan: Plan) -> tuple[Checkpoint, ModelSpec]:
     tokenizer = Path(config.tokenizer_path or config.checkpoint_path)
     if plan.part == 0 and not tokenizer.is_dir():
         raise ConfigError(f"TOKENIZER_PATH={tokenizer}: is no folder; allowed: a folder with tokenizer.json")
-    if plan.part == 0 and not any((tokenizer / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
-        raise CheckpointError(f"{tokenizer}: no tokenizer.json")
+    if plan.part == 0:
+        check_tokenizer(tokenizer)
     return checkpoint, spec
 
 

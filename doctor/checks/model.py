@@ -47,6 +47,9 @@ def folder(node: Node) -> Outcome:
     path = node.checkpoint_path
     if path is None:
         return skip(NO_MODEL)
+    hung = _faults(node, "M-08")
+    if hung:
+        return error(hung, "an answer", "mount it anew, or copy the checkpoint to a local disk")
     if path.is_dir():
         return ok(f"{path} is a folder")
     hub = not path.is_absolute() and str(path).count("/") == 1 and not path.exists()
@@ -78,7 +81,7 @@ def permissions(node: Node) -> Outcome:
     if path is None:
         return skip(NO_MODEL)
     files = [*path.glob("*.json"), *path.glob("*.safetensors")]
-    closed = sorted(f.name for f in files if not os.access(f, os.R_OK))
+    closed = sorted(f.name for f in files if f.exists() and not os.access(f, os.R_OK))  # else M-06
     fault = _faults(node, "M-11")
     if closed or fault:
         owner = path.stat()
@@ -149,9 +152,10 @@ def _judge_files(node: Node, id: str, good: str, fix: str) -> Outcome:
     path = _folder(node)
     if path is None:
         return skip(NO_MODEL)
-    fault = _faults(node, id)
+    fault, beside = _faults(node, id), node.tokenizer_fault
     if fault:
-        return error(fault, "whole files", f"{fix} in {path}")
+        place = node.tokenizer_path if beside and fault == str(beside) else path
+        return error(fault, "whole files", f"{fix} in {place}")
     count = len({t.file for t in node.checkpoint.tensors.values()}) if node.checkpoint else 0
     return ok(f"{good} ({count} files)" if count else good)
 
@@ -275,24 +279,23 @@ def _half(spec: ModelSpec) -> str:
     repair=Repair.DOWNLOAD,
 )
 def tokenizer(node: Node) -> Outcome:
-    """Part 0 needs tokenizer.json (or tokenizer.model) in TOKENIZER_PATH, with no more tokens than the embedding has
-    rows; the chat API needs a chat template."""
-    place = node.config.tokenizer_path or node.config.checkpoint_path
-    if not place:
-        return skip(NO_MODEL)
-    if node.plan and node.plan.part:
-        return skip("only part 0 reads the tokenizer")
-    folder = Path(place)
+    """Part 0 needs tokenizer.json in TOKENIZER_PATH, with no more tokens than the embedding has rows; the chat API
+    needs a chat template: the checkpoint's own, or, by the model's family, one that is built in."""
+    folder = node.tokenizer_path
+    if folder is None:
+        return skip("only part 0 reads the tokenizer" if node.plan and node.plan.part else NO_MODEL)
     fix = "set TOKENIZER_PATH to the folder that has tokenizer.json"
-    found = next((n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).exists()), None)
-    if found is None:
-        return error(f"{folder} has no tokenizer.json", "tokenizer.json or tokenizer.model", fix)
-    tokens = _largest_token(folder / found)
+    fault = node.tokenizer_fault
+    if fault and fault.check == "M-07":
+        return error(str(fault), "a whole tokenizer.json", f"{fix}, or download it again")
+    if fault:
+        return Outcome(Status.SKIP, f"because {fault.check}", evidence={"because": fault.check})
+    tokens = _largest_token(folder / "tokenizer.json")
     if tokens and node.spec and tokens > node.spec.vocab_size:
         actual = f"the tokenizer has ids up to {tokens - 1}, the embedding {node.spec.vocab_size} rows"
         return error(actual, "a tokenizer of this model", fix)
     if node.config.model_template_type or _has_template(folder):
-        return ok(f"{found}, {tokens} tokens" if tokens else found)
+        return ok(f"tokenizer.json, {tokens} tokens")
     return warn(
         f"{folder} has no chat template",
         "one, for /v1/chat/completions",
@@ -301,19 +304,17 @@ def tokenizer(node: Node) -> Outcome:
 
 
 def _largest_token(file: Path) -> int:
-    """1 + the largest id; 0 where the file says nothing of that kind. Raises where it is damaged."""
-    if file.suffix != ".json":
-        return 0
+    """1 + the largest id of a file that has a vocabulary."""
     table = json.loads(file.read_bytes())
-    vocabulary = table.get("model", {}).get("vocab", {})
+    vocabulary, added = table["model"]["vocab"], table.get("added_tokens") or []
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return max([*ids, *(t["id"] for t in table.get("added_tokens", []))], default=-1) + 1
+    return max([*ids, *(t["id"] for t in added)], default=-1) + 1
 
 
 def _has_template(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
-    inline = config.exists() and "chat_template" in json.loads(config.read_bytes())
-    return inline or any((folder / n).exists() for n in ("chat_template.jinja", "chat_template.json"))
+    inline = json.loads(config.read_bytes()).get("chat_template") if config.exists() else None
+    return bool(inline) or (folder / "chat_template.jinja").exists()
 
 
 @check(
@@ -376,7 +377,7 @@ def read_speed(node: Node) -> Outcome:
     kind = mount.fstype if mount else "?"
     if node.tier < 1:
         far = kind in NETWORK_DISKS or kind.startswith("fuse")
-        return ok(f"on {kind}" + (", over the network; --tier 1 measures it" if far else "; --tier 1 measures it"))
+        return skip(f"on {kind}" + (", over the network; --tier 1 measures it" if far else "; --tier 1 measures it"))
     seconds, count = _read_cold(checkpoint)
     total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
     speed = count / max(seconds, 1e-6)

@@ -83,10 +83,10 @@ class Gpu:
     memory_temperature: int | None = None
     power: float | None = None
     energy: float | None = None  # since the driver was loaded
-    clocks: Mapping[str, float] = field(default_factory=dict)
-    remapped_rows: Mapping[str, int] = field(default_factory=dict)
-    nvlink_bytes: Mapping[str, int] = field(default_factory=dict)
-    nvlink_errors: Mapping[str, int] = field(default_factory=dict)
+    clocks: Mapping[str, float] = field(default_factory=dict, hash=False)
+    remapped_rows: Mapping[str, int] = field(default_factory=dict, hash=False)
+    nvlink_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    nvlink_errors: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def slowdowns(self) -> dict[str, float]:

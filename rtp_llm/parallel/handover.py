@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rtp_llm import files
 from rtp_llm.config import Config
 from rtp_llm.parallel.plan import Plan
 
@@ -82,6 +83,6 @@ class Handover:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Handover":
-        data = json.loads((run_dir / "part.json").read_text())
+        data = json.loads(files.read(run_dir / "part.json"))
         config, plan = Config.model_validate(data["config"]), Plan.from_json(data["plan"])
         return cls(run_dir, config, plan, ModelCard(**data["model"]), data["fingerprint"], data["tty"])

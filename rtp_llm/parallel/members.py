@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rtp_llm import files
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 
@@ -57,7 +58,7 @@ def read_members(config: Config) -> tuple[Member, ...]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"DISTRIBUTE_CONFIG_FILE {path}: cannot be read: {reason}", check="C-02") from None

@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rtp_llm import files
 from rtp_llm.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -221,7 +222,7 @@ def _forced(forced: str) -> tuple[str, str]:
     if name in _BUILT_IN:
         return f"built-in {name!r}", _BUILT_IN[name]
     try:
-        return forced, Path(forced).read_text(encoding="utf-8")
+        return forced, files.read(Path(forced)).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(
             f"MODEL_TEMPLATE_TYPE={forced} is neither a built-in template ({', '.join([*_BUILT_IN, *_ALIASES])}) "

@@ -14,10 +14,12 @@ from typing import Any
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
+from rtp_llm import files
 from rtp_llm.errors import CheckpointError
 
 # The order in which `AutoTokenizer` adds the ones that tokenizer.json lacks, so that new ids come out the same.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MOST = 256 << 20  # bytes; the largest tokenizer.json of today have some 35 MB
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -169,7 +171,9 @@ def _nothing_to_load(path: Path, present: set[str]) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read(path, _MOST).decode()
+    except files.UnsuitableFile as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check that this user may read it") from error
     except UnicodeDecodeError as error:
@@ -183,6 +187,8 @@ def _parse(source: str, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); copy it again, it may be cut short or a Git LFS pointer"
         ) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; copy it again")
     return value
@@ -244,9 +250,9 @@ def _declared_templates(config: Mapping[str, Any], path: Path) -> dict[str, str]
 
 def _template_files(path: Path, present: set[str]) -> dict[str, str]:
     """chat_template.jinja and its named siblings, which go before tokenizer_config.json's."""
-    files = {"default": path / "chat_template.jinja"} if "chat_template.jinja" in present else {}
-    files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
-    return {name: _read(file) for name, file in files.items()}
+    found = {"default": path / "chat_template.jinja"} if "chat_template.jinja" in present else {}
+    found |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+    return {name: _read(file) for name, file in found.items()}
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:

@@ -143,3 +143,58 @@ def test_no_part_among_the_processes() -> None:
     done = doctor("attach", inside=inside)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("rtp-llm-doctor: no running part among the processes that can be seen here")
+
+
+@contextmanager
+def called(*words: str) -> Iterator[int]:
+    """A process with these words in its command line."""
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process.pid
+        process.communicate()
+
+
+BROKEN = ["", "{", "[]", "null", '{"config": {}}', '{"config": {"tp_size": "x"}, "plan": {}}', "\ufffd", "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_what_is_called_like_a_part_is_no_part(text: str, tmp_path: Path) -> None:
+    """Neither hinders the doctor."""
+    (tmp_path / "part.json").write_text(text)
+    env = {"START_PORT": "19871"}
+    with called("rtp_llm.api.main"), called("rtp_llm.api.main", str(tmp_path)):
+        done = doctor("-o", "short", "--only", "N-08", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+    done = doctor("attach", "--run-dir", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"rtp-llm-doctor: cannot run: {tmp_path}/part.json: is not what start_server writes: "
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"epoch": 1, "ranks": {"0": {}}, "message": ""}'], ids="EBLR")
+def test_a_board_that_is_none(text: str, part: Part, tmp_path: Path) -> None:
+    (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
+    (tmp_path / "gang.json").write_text(text)
+    done = doctor("attach", "--run-dir", str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"  {tmp_path}/gang.json is not what the ranks post" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("change", [{"TP_SIZE": "1"}, {"CHECKPOINT_PATH": "/models/other"}], ids=["plan", "checkpoint"])
+def test_another_deployment_on_its_port_is_in_the_way(change: dict[str, str], part: Part) -> None:
+    env = {"START_PORT": str(part.port), "TP_SIZE": "2", **change}
+    done = doctor("-o", "json", "--only", "N-08", env=env)
+    assert [c["status"] for c in report(done)["checks"] if c["id"] == "N-08"] == ["error"]
+
+
+def test_the_same_deployment_is_not_in_its_own_way(part: Part) -> None:
+    settings = json.loads((part.run_dir / "part.json").read_text())["config"]
+    env = {"START_PORT": str(part.port), "TP_SIZE": "2", "CHECKPOINT_PATH": settings["checkpoint_path"]}
+    done = doctor("-o", "json", "--only", "N-08", env=env)
+    assert [c["status"] for c in report(done)["checks"] if c["id"] == "N-08"] == ["ok"]

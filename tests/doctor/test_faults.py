@@ -3,6 +3,7 @@ one, no other, and says what to type. What the kernel can do for real is in test
 """
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -67,6 +68,19 @@ class Box:
         table = {f"tensor{n}": name for n, name in enumerate(shards)}
         (self.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
 
+    def dangle(self, name: str) -> None:
+        """A link to what is not mounted."""
+        (self.model / name).unlink()
+        (self.model / name).symlink_to("../../blobs/0123abcd")
+
+    def fifo(self, name: str) -> None:
+        (self.model / name).unlink(missing_ok=True)
+        os.mkfifo(self.model / name)
+
+    def listed_in(self, path: Path) -> None:
+        """A part of two, whose members stand in a file."""
+        self.members(DISTRIBUTE_CONFIG_FILE=str(path), JSON_GANG_PARTS="")
+
     def limit(self, name: str, value: str) -> None:
         """A soft and hard limit of /proc/self/limits."""
         lines = (self.host.read("/proc/self/limits") or "").splitlines()
@@ -80,7 +94,8 @@ class Box:
 
 
 @pytest.fixture
-def box(tmp_path: Path, demo: Path) -> Box:
+def box(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
+    monkeypatch.setattr("doctor.checks.network.obstacle", lambda planned: "")  # not this machine's ports
     return Box(tmp_path, demo)
 
 
@@ -91,6 +106,11 @@ def interfaces(box: Box, *names: str) -> None:
 
 def no_header(box: Box) -> None:
     box.shard.write_bytes(struct.pack("<Q", 1 << 60) + b"x" * 100)
+
+
+def impossible_header(box: Box) -> None:
+    table = b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'
+    box.shard.write_bytes(struct.pack("<Q", len(table)) + table)
 
 
 def tokenizer(box: Box, tokens: int) -> None:
@@ -144,6 +164,13 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     "a service": ("N-15", lambda b: b.set(START_PORT="tcp://10.96.0.7:80"), "error", "rename the Service"),
     "a decisive slip": ("M-13", lambda b: b.set(WROLD_RANK="0"), "error", "WORLD_RANK=0   in place of WROLD_RANK"),
     "another slip": ("M-13", lambda b: b.set(LOG_LEVLE="INFO"), "warn", "LOG_LEVEL=INFO"),
+    "a list that is a fifo": (
+        "C-02",
+        each(lambda b: b.fifo("list"), lambda b: b.listed_in(b.model / "list")),
+        "error",
+        "correct the list",
+    ),
+    "a list without an end": ("C-02", lambda b: b.listed_in(Path("/dev/zero")), "error", "correct the list"),
     "a list": ("C-02", lambda b: b.members(JSON_GANG_PARTS="{"), "error", "correct the list"),
     "a gap in the list": (
         "C-02",
@@ -183,6 +210,17 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
         "error",
         "download the named files",
     ),
+    "half of the shards, no index": (
+        "M-06",
+        lambda b: b.shard.rename(b.model / "model-00001-of-00002.safetensors"),
+        "error",
+        "download the named files",
+    ),
+    "a snapshot without its blobs": ("M-06", lambda b: b.dangle(b.shard.name), "error", "download the named files"),
+    "a tokenizer without its blob": ("M-06", lambda b: b.dangle("tokenizer.json"), "error", "download the named files"),
+    "an impossible header": ("M-04", impossible_header, "error", "again in"),
+    "a fifo": ("M-04", lambda b: b.fifo("config.json"), "error", "again in"),
+    "a deep config": ("M-04", lambda b: (b.model / "config.json").write_text("[" * 100_000), "error", "again in"),
     "an architecture": ("M-12", lambda b: b.config(architectures=["GPT2LMHeadModel"]), "error", "another checkpoint"),
     "code of its own": (
         "M-16",
@@ -205,6 +243,37 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     "weights": ("M-03", lambda b: setattr(b.host, "memory", 1 << 20), "error", "ACT_TYPE=bf16"),
     "context": ("M-03", lambda b: setattr(b.host, "memory", 6 << 20), "warn", "MAX_SEQ_LEN="),
     "no tokenizer": ("M-07", lambda b: b.set(TOKENIZER_PATH=str(b.model.parent)), "error", "TOKENIZER_PATH"),
+    "a tokenizer's pointer": (
+        "M-05",
+        lambda b: (b.model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "error",
+        "git lfs pull",
+    ),
+    "half a tokenizer": ("M-07", lambda b: (b.model / "tokenizer.json").write_text("{"), "error", "download it again"),
+    "a tokenizer of no words": (
+        "M-07",
+        lambda b: (b.model / "tokenizer.json").write_text('{"model": null}'),
+        "error",
+        "download it again",
+    ),
+    "half a tokenizer's config": (
+        "M-07",
+        lambda b: (b.model / "tokenizer_config.json").write_text("{"),
+        "error",
+        "download it again",
+    ),
+    "a template of nothing": (
+        "M-07",
+        lambda b: (b.model / "tokenizer_config.json").write_text('{"chat_template": null}'),
+        "warn",
+        "MODEL_TEMPLATE_TYPE",
+    ),
+    "a tokenizer of sentencepiece": (
+        "M-07",
+        lambda b: (b.model / "tokenizer.json").rename(b.model / "tokenizer.model"),
+        "error",
+        "TOKENIZER_PATH",
+    ),
     "a large tokenizer": ("M-07", lambda b: tokenizer(b, 90000), "error", "TOKENIZER_PATH"),
     "no template": ("M-07", remove_template, "warn", "MODEL_TEMPLATE_TYPE"),
     "a full disk": (

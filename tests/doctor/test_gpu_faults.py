@@ -108,6 +108,7 @@ class Box:
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
     made = Box(tmp_path)
+    monkeypatch.setattr("doctor.checks.network.obstacle", lambda planned: "")  # not this machine's ports
     monkeypatch.setattr("doctor.checks.memory.numa_allowed", lambda host: made.numa)
     monkeypatch.setattr("doctor.checks.gpu._torch_cuda", lambda: (12, 8))
     return made

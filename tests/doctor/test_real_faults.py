@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from doctor.examine import Examination, examine
 from doctor.host import Host
 from doctor.node import Node
 from doctor.orphans import orphans
 from rtp_llm.machine.gpus import NO_ANSWER, answers
 from rtp_llm.parallel import segment
-from tests.doctor.lab import REPOSITORY, doctor, red, report
+from tests.doctor.lab import REPOSITORY, PlayedHost, by_id, doctor, red, report
 
 SHM = Path("/dev/shm")
 
@@ -221,3 +223,24 @@ def test_a_driver_that_hangs_does_not_hang_the_doctor(monkeypatch: pytest.Monkey
     assert answers(lambda: None)
     monkeypatch.setattr("doctor.node.answers", lambda question: False)
     assert Node(Host()).gpus.failure == NO_ANSWER
+
+
+@pytest.mark.timeout(60)
+def test_a_dead_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens a file on it waits for ever, and only a process of its own may."""
+
+    def dead(path: Path, most: int = 0) -> bytes:
+        threading.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr("doctor.node.answers", lambda question: answers(question, 0.3))
+    host = PlayedHost(tmp_path, {"CHECKPOINT_PATH": str(demo), "START_PORT": "19871"})
+    monkeypatch.setattr("doctor.examine.is_running", lambda node: False)
+    monkeypatch.setattr("rtp_llm.files.read", dead)
+    found = examine(host, (), Examination(), print)
+    assert {f.id: f.status for f in found.problems()} == {"M-08": "error"}
+    assert by_id(found.checks, "M-08").actual == f"CHECKPOINT_PATH={demo}: its disk gives no answer"
+    host.environ = {**host.environ, "DISTRIBUTE_CONFIG_FILE": "/mnt/list.json", "CHECKPOINT_PATH": ""}
+    found = examine(host, (), Examination(), print)
+    assert {f.id: f.status for f in found.problems()} == {"C-02": "error"}
+    assert "/mnt/list.json: cannot be read: it gives no answer" in by_id(found.checks, "C-02").actual
