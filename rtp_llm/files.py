@@ -32,8 +32,11 @@ def read(path: Path, most: int = MOST) -> bytes:
 
 
 def check_regular(path: Path, most: int | None = None) -> None:
-    """Raises OSError where the path is none of a regular file, or of one that is larger than `most`."""
+    """Raises OSError where the path is none of a regular file, or of one that is larger than `most`. /dev/null, under
+    whatever name it is mounted, is an empty file."""
     seen = path.stat()
+    if stat.S_ISCHR(seen.st_mode) and seen.st_rdev == os.stat(os.devnull).st_rdev:
+        return
     kind = _KINDS.get(stat.S_IFMT(seen.st_mode))
     if kind:
         raise UnsuitableFile(0, f"{kind}; allowed: a regular file", str(path))

@@ -27,7 +27,7 @@ DEEP = "[" * 100_000
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "model"
-    subprocess.run([sys.executable, "-m", "rtp_llm.demo", str(path)], cwd=REPOSITORY, check=True)
+    subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     return path
 
 
