@@ -1,11 +1,13 @@
 """Health, metrics and the status endpoints that upstream's routers and probes call."""
 
+import asyncio
 import itertools
 import logging
 from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -39,8 +41,13 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
         """`"ok"` while this process answers; never depends on the ranks, so that no probe kills a loading server."""
         return JSONResponse("ok")
 
+    scraping = asyncio.Lock()
+
     async def scrape() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        """Beside the event loop: reading processes and writing 50 KB takes longer than a token."""
+        async with scraping:
+            text = await run_in_threadpool(generate_latest, metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def doctor() -> Response:
         """What the doctor found when this part was started, and what the parts' doctors found together."""

@@ -1,12 +1,13 @@
 """The table of settings: where a value comes from, what is refused and in which words, and what is only remarked on."""
 
+import os
 from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtp_llm.config import Config, Loaded, allowed, load, table_markdown, upstream_variables
+from rtp_llm.config import Config, Loaded, allowed, load, secret, table_markdown, upstream_variables
 from rtp_llm.errors import ConfigError, ExitCode
 
 DEFAULTS = Config.model_validate({})
@@ -215,3 +216,10 @@ def test_any_environment_is_a_configuration_or_a_configuration_error(environ: di
 def test_any_command_line_is_a_configuration_or_a_configuration_error(argv: list[str]) -> None:
     with suppress(ConfigError):
         load([argument for argument in argv if argument not in ("-h", "--help")], {})
+
+
+def test_a_secret_that_nobody_gave_is_none() -> None:
+    """What the compose file mounts where GANG_SECRET_FILE is not set, under another name."""
+    assert secret(Config.model_validate({"gang_secret_file": os.devnull})) == b""
+    with pytest.raises(ConfigError, match="it is a device; allowed: a regular file"):
+        secret(Config.model_validate({"gang_secret_file": "/dev/zero"}))
