@@ -25,7 +25,7 @@ def watched(prometheus_image: str) -> Iterator[tuple[Project, Prometheus]]:
 
 def test_it_scrapes_every_part(watched: tuple[Project, Prometheus]) -> None:
     project, prometheus = watched
-    until(lambda: list(prometheus.values('up{job="rtp-llm"}').values()) == [1.0, 1.0], "both parts up")
+    until(lambda: prometheus.values('up{job="rtp-llm"}') == {"part0:10000": 1.0, "part1:10000": 1.0}, "both parts up")
     project.complete({"prompt": "Hello", "max_tokens": 32, "ignore_eos": True})
     until(lambda: sum(prometheus.values("rtp_llm_generation_tokens_total").values()) >= 32, "the tokens that were made")
     ready = until(lambda: prometheus.values("rtp_llm_ready"), "the parts' own word")
