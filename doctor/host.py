@@ -31,6 +31,9 @@ SECRET_WORDS = ("secret", "token", "password", "passwd", "api_key", "apikey", "c
 SECRET = "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)")
 
 
+KERNEL_RECORDS = 50_000  # more than its buffer holds
+
+
 @dataclass(frozen=True)
 class Space:
     """Of a file system, in bytes; `inodes` free ones, -1 where it does not count them."""
@@ -69,6 +72,26 @@ class Host:
             return self.path(name).read_text(errors="replace")
         except OSError:
             return None
+
+    @cached_property
+    def kernel_log(self) -> str | None:
+        """What the kernel has logged since the machine started; None where that may not be read. /dev/kmsg gives a
+        record a read, and would wait for the next one for ever."""
+        try:
+            fd = os.open(self.path("/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return None
+        records: list[bytes] = []
+        try:
+            while len(records) < KERNEL_RECORDS and (record := os.read(fd, 8192)):
+                records.append(record)
+        except BlockingIOError:
+            pass  # the last one was read
+        except OSError:  # EPIPE: overwritten while it was read; EPERM where only opening is allowed
+            return None if not records else b"".join(records).decode(errors="replace")
+        finally:
+            os.close(fd)
+        return b"".join(records).decode(errors="replace")
 
     def number(self, name: str) -> int | None:
         text = (self.read(name) or "").strip()

@@ -30,6 +30,21 @@ _GIVE_GPUS = Fix(
 )
 
 
+# What the driver reports of hardware, and what helps (NVIDIA, "Xid Errors"); the others are mostly a program's own.
+XIDS = {
+    48: ("an uncorrectable memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
+    63: ("a memory row is to be replaced", "nvidia-smi -i {gpu} -r, or reboot"),
+    64: ("replacing a memory row failed", "take the GPU out of service"),
+    74: ("an NVLink error", "nvidia-smi nvlink -e -i {gpu}; reset all GPUs that are linked to it"),
+    79: ("it fell off the bus", "drain this machine and reboot it; if it comes back, check power and seating"),
+    94: ("a contained memory error", "restart what ran on it; reset it when nothing runs: nvidia-smi -i {gpu} -r"),
+    95: ("an uncontained memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
+    119: ("its own processor (GSP) did not answer", "nvidia-smi -i {gpu} -r, or reboot; update the driver"),
+}
+XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
+NOT_SUPPORTED = "this GPU does not tell"
+
+
 def _nodes(node: Node) -> list[str]:
     return [name for name in node.host.names("/dev") if re.fullmatch(r"nvidia[0-9]+", name)]
 
@@ -335,7 +350,7 @@ def compute_mode(node: Node) -> Outcome:
             return judge(
                 f"{_label(gpu)} is in mode EXCLUSIVE_PROCESS{busy}", "DEFAULT", f"nvidia-smi -i {gpu.index} -c 0"
             )
-    return ok("DEFAULT")
+    return skip(NOT_SUPPORTED) if all(gpu.compute_mode is None for gpu in used) else ok("DEFAULT")
 
 
 @check(
@@ -433,6 +448,8 @@ def ecc(node: Node) -> Outcome:
         if gpu.remap_pending or gpu.retired_pending:
             fix = f"nvidia-smi -i {gpu.index} -r, or reboot"
             return warn(f"{_label(gpu)}: a memory row waits to be replaced", "none pending", fix)
+    if all(gpu.ecc_uncorrected is None and not gpu.remapped_rows for gpu in used):
+        return skip(NOT_SUPPORTED)
     return ok("no uncorrected errors, nothing pending")
 
 
@@ -449,8 +466,8 @@ def ecc(node: Node) -> Outcome:
     repair=Repair.REBOOT,
 )
 def fallen(node: Node) -> Outcome:
-    """A GPU that lost its power or its link answers nothing any more; the kernel log has an Xid for it, which a
-    container often may not read."""
+    """A GPU that lost its power or its link answers nothing any more. The kernel's log has an Xid for that and for what
+    else the driver reports of its hardware; a container may often not read it."""
     if not node.gpus.all and not node.gpus.broken:
         return skip(NO_GPU)
     if node.gpus.broken:
@@ -458,7 +475,21 @@ def fallen(node: Node) -> Outcome:
         return error(
             f"GPU {index}: {pynvml.NVMLError(code)}", "an answer", "drain this machine and reboot it", code=code
         )
-    return ok(f"all {len(node.gpus.all)} GPUs answer")
+    log = node.host.kernel_log
+    reported = [(gpu, xid) for gpu in _used(node) for xid in _xids(log or "", gpu) if xid in XIDS]
+    if reported:
+        gpu, xid = reported[-1]
+        what, remedy = XIDS[xid]
+        count = f"; {len(reported)} such reports in all" if len(reported) > 1 else ""
+        fix = remedy.format(gpu=gpu.index)
+        return warn(f"{_label(gpu)} ({gpu.bus}): Xid {xid}, {what}, since the machine started{count}", "no Xid", fix)
+    unread = "; /dev/kmsg cannot be read, so Xids are not seen" if log is None else ", and the kernel reported no Xid"
+    return ok(f"all {len(node.gpus.all)} GPUs answer{unread}")
+
+
+def _xids(log: str, gpu: Gpu) -> list[int]:
+    """Of one GPU: the driver writes its PCI address without the function, `PCI:0000:3b:00`."""
+    return [int(xid) for place, xid in XID.findall(log) if gpu.bus.startswith(place.lower())]
 
 
 @check("G-17", CATEGORY, "no GPU is slowed down by heat or power", severity=Status.WARN, needs=("G-09",))
@@ -468,14 +499,17 @@ def throttled(node: Node) -> Outcome:
     if not used:
         return skip(NO_GPU)
     for gpu in used:
-        reasons = [text for bit, text in SLOWDOWNS.items() if gpu.clock_reasons & bit]
+        reasons = [text for bit, text in SLOWDOWNS.items() if (gpu.clock_reasons or 0) & bit]
         if reasons:
             return warn(
                 f"{_label(gpu)}, {gpu.temperature} C: {', '.join(reasons)}", "no slowdown", "check cooling and power"
             )
         if gpu.temperature and gpu.slowdown_temperature and gpu.temperature >= gpu.slowdown_temperature - 2:
             return warn(f"{_label(gpu)}: {gpu.temperature} C", f"below {gpu.slowdown_temperature} C", "check cooling")
-    return ok(f"at most {max(gpu.temperature or 0 for gpu in used)} C")
+    temperatures = [gpu.temperature for gpu in used if gpu.temperature is not None]
+    if not temperatures and all(gpu.clock_reasons is None for gpu in used):
+        return skip(NOT_SUPPORTED)
+    return ok(f"at most {max(temperatures)} C" if temperatures else "no slowdown")
 
 
 @check("G-18", CATEGORY, "the driver stays loaded", severity=Status.WARN, needs=("G-09",))
@@ -484,6 +518,8 @@ def persistence(node: Node) -> Outcome:
     used = _used(node)
     if not used:
         return skip(NO_GPU)
+    if all(gpu.persistence is None for gpu in used):
+        return skip(NOT_SUPPORTED)
     off = [str(gpu.index) for gpu in used if gpu.persistence is False]
     return ok(
         f"persistence mode is off on GPU {', '.join(off)}: starts take longer" if off else "persistence mode is on"
@@ -510,7 +546,7 @@ def clocks(node: Node) -> Outcome:
     used = _used(node)
     if not used:
         return skip(NO_GPU)
-    pinned = [str(gpu.index) for gpu in used if gpu.clock_reasons & APPLICATION_CLOCKS]
+    pinned = [str(gpu.index) for gpu in used if (gpu.clock_reasons or 0) & APPLICATION_CLOCKS]
     return ok(
         f"application clocks are set on GPU {', '.join(pinned)} (nvidia-smi -rac)" if pinned else "clocks are free"
     )
@@ -537,7 +573,7 @@ def computes(node: Node) -> Outcome:
         fix = f"on the host: systemctl restart nvidia-fabricmanager (version {node.gpus.driver})"
         return error(f"{_label(waiting)}: its NVSwitch fabric is not set up", "fabric state completed", fix)
     if node.tier < 1:
-        return ok("NVML says so; --tier 1 tries it")
+        return skip("--tier 1 lets a process compute on each")
     failures = {gpu.index: text for gpu, text in probes.compute(used).items() if text}
     if failures:
         index, text = next(iter(failures.items()))
@@ -562,7 +598,7 @@ def architectures(node: Node) -> Outcome:
     if not used:
         return skip(NO_GPU)
     if node.tier < 1:
-        return ok("--tier 1 asks torch")
+        return skip("--tier 1 asks torch")
     known = probes.architectures()
     if known is None:
         return unknown("torch cannot be asked for its architectures")

@@ -15,6 +15,8 @@ from rtp_llm.model.footprint import weight_bytes
 
 CATEGORY = "limits"
 INFINITY = resource.RLIM_INFINITY
+NO_RLIMITS = "/proc/self/limits cannot be read"
+NO_CGROUP = "no cgroup can be seen below /sys/fs/cgroup: whether there is a limit cannot be told"
 FILES_GOOD = 65536
 FILES_LEAST = 1024
 # Threads of a rank beside those that compute: (needed, comfortable). Measured on CPU: 5; CUDA and NCCL add some 30.
@@ -41,10 +43,12 @@ def rdma_wanted(node: Node) -> bool:
 )
 def memlock(node: Node) -> Outcome:
     """RDMA registers memory with the network card, which locks it; containers are allowed 8 MiB of that or less."""
-    soft, _ = node.host.rlimits.get("memlock", (0, 0))
-    text = "unlimited" if soft == INFINITY else size_text(soft)
     if not rdma_wanted(node):
-        return ok(f"memlock {text}; no RDMA here")
+        return ok("no RDMA here")
+    if "memlock" not in node.host.rlimits:
+        return unknown(NO_RLIMITS)
+    soft, _ = node.host.rlimits["memlock"]
+    text = "unlimited" if soft == INFINITY else size_text(soft)
     if soft == INFINITY or node.host.capable("IPC_LOCK"):
         return ok(f"memlock {text}")
     fix = Fix(
@@ -66,7 +70,7 @@ def memlock(node: Node) -> Outcome:
 def nofile(node: Node) -> Outcome:
     """Every HTTP connection, rank and NCCL channel is a file. A large gang needs tens of thousands."""
     if "nofile" not in node.host.rlimits:
-        return unknown("/proc/self/limits cannot be read")
+        return unknown(NO_RLIMITS)
     soft, hard = node.host.rlimits["nofile"]
     reach = soft if soft == INFINITY else max(soft, hard if hard != INFINITY else 1 << 20)
     fix = Fix(
@@ -98,8 +102,12 @@ def pids(node: Node) -> Outcome:
     Kubernetes' podPidsLimit and Docker's --pids-limit are often a few hundred."""
     per_rank = THREADS_PER_RANK["cuda" if node.on_gpu else "cpu"]
     least, good = (node.local_ranks * (threads + node.host.cores) + PROCESSES_BESIDE for threads in per_rank)
+    if not node.host.cgroup.version:
+        return unknown(NO_CGROUP)
+    if "nproc" not in node.host.rlimits:
+        return unknown(NO_RLIMITS)
     room = node.host.cgroup.pids_room
-    soft, _ = node.host.rlimits.get("nproc", (INFINITY, INFINITY))
+    soft, _ = node.host.rlimits["nproc"]
     by = "the cgroup"
     if soft != INFINITY and soft < room and node.host.uid != 0:
         room, by = soft, "ulimit -u"
@@ -155,6 +163,8 @@ def memory(node: Node) -> Outcome:
     """On CPU the weights lie in main memory; on GPUs they pass through it. The cgroup counts what this container was
     killed for: a count above zero says that an earlier run of this container, or a neighbour in it, was."""
     cgroup = node.host.cgroup
+    if not cgroup.version:
+        return unknown(NO_CGROUP)
     wanted = node.local_ranks * RANK_BYTES + SERVICE_BYTES
     fits = node.spec and node.plan and node.plan.tp_size in node.spec.fitting_tp_sizes()
     if node.spec and node.plan and fits and not node.on_gpu:
@@ -184,6 +194,8 @@ def cores(node: Node) -> Outcome:
     """Each rank keeps one core busy with starting work, and the API another. A quota below that shows as stalls of
     100 ms whenever it is spent."""
     cgroup, ranks = node.host.cgroup, node.local_ranks
+    if not cgroup.version:
+        return unknown(NO_CGROUP)
     usable = min(node.host.cores, cgroup.cpus or node.host.cores)
     wanted = ranks * CORES_PER_RANK if node.on_gpu else ranks
     spent = f"; the quota was spent {cgroup.throttled} times" if cgroup.throttled else ""
@@ -205,7 +217,9 @@ def cores(node: Node) -> Outcome:
 def stack(node: Node) -> Outcome:
     """With `ulimit -s unlimited` glibc gives threads a stack of only 2 MiB; NCCL before 2.28 overflows that in its
     search for a topology."""
-    soft, _ = node.host.rlimits.get("stack", (0, 0))
+    if "stack" not in node.host.rlimits:
+        return unknown(NO_RLIMITS)
+    soft, _ = node.host.rlimits["stack"]
     version = node.nccl.version
     if soft != INFINITY or not version or version >= (2, 28) or not node.on_gpu:
         return ok("stack " + ("unlimited" if soft == INFINITY else size_text(soft)))

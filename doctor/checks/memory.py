@@ -253,6 +253,8 @@ def cumem(node: Node) -> Outcome:
 def counted(node: Node) -> Outcome:
     """Pages of a tmpfs count against the container's memory limit: a limit that is just enough for the processes ends
     in an OOM kill when /dev/shm fills."""
+    if not node.host.cgroup.version:
+        return unknown("no cgroup can be seen below /sys/fs/cgroup: whether there is a limit cannot be told")
     limit = node.host.cgroup.memory_max
     wanted = need(node)
     if limit is None or limit >= 1 << 60:

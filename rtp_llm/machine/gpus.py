@@ -70,7 +70,7 @@ class Gpu:
     remap_pending: bool = False
     remap_failure: bool = False
     retired_pending: bool = False
-    clock_reasons: int = 0  # bits of nvmlClocksEventReason*
+    clock_reasons: int | None = 0  # bits of nvmlClocksEventReason*
     temperature: int | None = None
     slowdown_temperature: int | None = None
     persistence: bool | None = None
@@ -91,6 +91,8 @@ class Gpu:
     @property
     def slowdowns(self) -> dict[str, float]:
         """1 for each reason that slows it down now, 0 for the others."""
+        if self.clock_reasons is None:
+            return {}
         return {name: float(bool(self.clock_reasons & bit)) for bit, name in SLOWDOWNS.items()}
 
 
@@ -221,7 +223,7 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         remap_pending=bool(remapped[2]),
         remap_failure=bool(remapped[3]),
         retired_pending=bool(ask("nvmlDeviceGetRetiredPagesPendingStatus")),
-        clock_reasons=int(ask("nvmlDeviceGetCurrentClocksEventReasons") or 0),
+        clock_reasons=ask("nvmlDeviceGetCurrentClocksEventReasons"),
         temperature=ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
         slowdown_temperature=ask("nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
         persistence=None if persistence is None else bool(persistence),

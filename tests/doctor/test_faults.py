@@ -414,3 +414,21 @@ def test_threads_that_cannot_start(box: Box, monkeypatch: pytest.MonkeyPatch) ->
     found = examine(box.node())
     assert problems(found) == {"L-04": "error"}
     assert "seccomp" in by_id(found, "L-04").actual
+
+
+def test_limits_that_cannot_be_seen_are_unknown(box: Box) -> None:
+    """No cgroup is mounted, as below a foreign /sys: never "no limit"."""
+    shutil.rmtree(box.host.path("/sys/fs/cgroup"))
+    found = examine(box.node())
+    assert problems(found) == dict.fromkeys(("S-07", "L-03", "L-05", "L-06"), "unknown")
+
+
+def test_limits_of_the_process_that_cannot_be_read_are_unknown(box: Box) -> None:
+    box.write("/proc/self/limits", "")
+    assert problems(examine(box.node())) == dict.fromkeys(("L-02", "L-03", "L-07"), "unknown")
+
+
+def test_a_bare_host_has_no_limit_at_the_root_of_its_cgroups(box: Box) -> None:
+    for name in ("memory.max", "memory.current", "pids.max", "pids.current", "cpu.max", "memory.events"):
+        box.host.remove(f"/sys/fs/cgroup/{name}")
+    assert problems(examine(box.node())) == {}

@@ -222,6 +222,54 @@ def test_the_fault_is_found_and_nothing_beside_it(id: str, box: Box) -> None:
     assert remedy in fix(by_id(found, id))
 
 
+KERNEL_LOG = """\
+4,1201,88211,-;NVRM: Xid (PCI:0000:12:00): 31, pid=77, name=python, MMU Fault
+6,1202,88212,-;eth0: link becomes ready
+4,1203,88213,-;NVRM: Xid (PCI:0000:13:00): 79, pid=0, GPU has fallen off the bus.
+"""
+
+
+@pytest.mark.fault("G-16")
+def test_an_xid_in_the_kernels_log(box: Box) -> None:
+    """Of the hardware: 31 is a program's own fault, and GPU 2's."""
+    box.host.write("/dev/kmsg", KERNEL_LOG)
+    found = examine(box.node())
+    assert problems(found) == {"G-16": "warn"}
+    actual = by_id(found, "G-16").actual
+    assert actual.startswith("GPU 3")
+    assert "(0000:13:00.0): Xid 79, it fell off the bus" in actual
+    assert "drain this machine" in fix(by_id(found, "G-16"))
+
+
+def test_a_kernels_log_without_xids_or_that_may_not_be_read(box: Box) -> None:
+    assert by_id(examine(box.node()), "G-16").actual.endswith("/dev/kmsg cannot be read, so Xids are not seen")
+    box.host.write("/dev/kmsg", KERNEL_LOG.splitlines()[1])
+    assert by_id(examine(box.node()), "G-16").actual.endswith("the kernel reported no Xid")
+
+
+@pytest.mark.parametrize(
+    ("id", "readings"),
+    [
+        ("G-12", {"compute_mode": None}),
+        ("G-15", {"ecc_uncorrected": None, "remapped_rows": {}}),
+        ("G-17", {"temperature": None, "clock_reasons": None}),
+        ("G-18", {"persistence": None}),
+    ],
+)
+def test_what_a_gpu_does_not_tell_is_not_called_good(id: str, readings: dict[str, Any], box: Box) -> None:
+    for gpu in box.gpus.all:
+        box.change(gpu.index, **readings)
+    assert (by_id(examine(box.node()), id).status, by_id(examine(box.node()), id).actual) == (
+        "skip",
+        "this GPU does not tell",
+    )
+
+
+@pytest.mark.parametrize("id", ["G-04", "G-08", "P-01"])
+def test_what_tier_0_does_not_try_is_not_called_good(id: str, box: Box) -> None:
+    assert by_id(examine(box.node()), id).status == "skip"
+
+
 # Tier 1: the probes' answers are played; what they do for real is in test_probes.py.
 
 
