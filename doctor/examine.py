@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from doctor.attach import is_running
 from doctor.check import REGISTRY, Check, Status
 from doctor.collective import measure
+from doctor.gang.confession import confess
 from doctor.gang.run import meet
 from doctor.host import Host
 from doctor.node import Node
@@ -43,6 +44,8 @@ def examine(host: Host, argv: Sequence[str], wanted: Examination, say: Callable[
     findings = alone
     if wanted.gang and _can_meet(node):
         findings = _together(node, checks, alone, wanted, say)
+    elif wanted.gang:
+        _apart(node, alone, wanted, say)
     if wanted.tier >= 3:
         findings = _collectively(node, checks, findings)
     rest = [c for c in checks if c.id not in {f.id for f in findings}]
@@ -54,7 +57,7 @@ def examine(host: Host, argv: Sequence[str], wanted: Examination, say: Callable[
 
 def _can_meet(node: Node) -> bool:
     """Whether the plan is what the operator meant, and names other parts: a guess would talk to the wrong ones."""
-    return bool(node.plan and node.peers and not node.planned.fault and not node.settings.faults)
+    return bool(node.plan and node.plan.spans_parts and not node.planned.fault and not node.settings.faults)
 
 
 def errors(findings: Sequence[Finding]) -> dict[str, str]:
@@ -74,16 +77,34 @@ def _together(
     return [*kept, *run_checks(again, node, kept)]
 
 
+def _apart(node: Node, alone: list[Finding], wanted: Examination, say: Callable[[str], None]) -> None:
+    """What stands for the meeting where this part has no plan: the others hear why, and here nothing is called well."""
+    single = node.plan and not node.plan.spans_parts and not node.planned.fault and not node.settings.faults
+    wrong = errors(alone)
+    if single:
+        return
+    if not wrong.keys() - node.ignored:
+        node.gang_failure = "this part has no plan of its own"
+    if wrong and not node.running:
+        try:
+            confess(node, wrong, wanted.wait, say)
+        except (OSError, FatalError) as error:
+            say(f"the other parts could not be told: {error}")
+
+
 def _collectively(node: Node, checks: Sequence[Check], findings: list[Finding]) -> list[Finding]:
     """Forms the group, unless something is wrong already: then it would only wait for its time-out."""
     plan = node.plan
-    wrong = [f.id for f in findings if f.status in (Status.ERROR, Status.CRASH)]
-    if plan is None or wrong:
-        node.collective = {"skipped": f"because {wrong[0]}" if wrong else "there is no plan"}
+    bad = (Status.ERROR, Status.CRASH)
+    wrong = [f.id for f in findings if f.status in bad and f.id not in node.ignored]
+    if wrong:
+        node.collective = {"skipped": f"because {wrong[0]}"}
+    elif plan is None:
+        node.collective = {"unasked": "there is no plan"}
     elif plan.world_size == 1:
         node.collective = {"skipped": "a single rank"}
-    elif plan.spans_parts and node.gang is None:
-        node.collective = {"skipped": "`rtp-llm-doctor gang --tier 3` on every part"}
+    elif plan.spans_parts and (node.gang is None or len(node.gang.fit) < plan.num_parts):
+        node.collective = {"unasked": "the parts form one group: `rtp-llm-doctor gang --tier 3` on every part"}
     else:
         address = node.gang.rows[plan.part].address if node.gang else "127.0.0.1"
         node.collective = measure(node, plan, address)

@@ -17,9 +17,10 @@ from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY, Status
 from doctor.cli import save
 from doctor.examine import GANG_AWARE, errors
-from doctor.gang.meeting import Meeting, listeners
+from doctor.gang.meeting import Meeting
 from doctor.gang.run import meeting_sockets, mesh, open_meeting
 from doctor.gang.view import GangView
+from doctor.gang.ways import listeners
 from doctor.host import Host
 from doctor.node import Node
 from doctor.render import Style, short
@@ -54,7 +55,7 @@ async def attend(handover: Handover, node: Node) -> None:
     before = _earlier(handover.doctor_report)
     meeting = open_meeting(node, plan, errors(before), listening=False)
     responder = listen("0.0.0.0", plan.start_port + RESPONDER)
-    async with listeners(meeting, responder, meeting_sockets(meeting)):
+    async with listeners(plan.part, meeting.serve, responder, meeting_sockets(meeting)):
         deadline = time.monotonic() + handover.config.gang_timeout_min * 60
         await meeting.attend(mesh(node, plan), deadline, log.debug)  # the roll call says who is missing
         await asyncio.to_thread(_judge, handover, node, meeting, before)

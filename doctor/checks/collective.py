@@ -1,6 +1,6 @@
 """Tier 3: the group that the server would form, and whether what it adds up is right and arrives in time."""
 
-from doctor.check import Outcome, Status, check, error, ok, skip, warn
+from doctor.check import Outcome, Status, check, error, ok, skip, unknown, warn
 from doctor.host import size_text
 from doctor.node import Node
 
@@ -25,6 +25,8 @@ def correct(node: Node) -> Outcome:
         return skip(NOT_ASKED)
     if "skipped" in found:
         return skip(found["skipped"])
+    if "unasked" in found:
+        return unknown(found["unasked"], "rtp-llm-doctor gang --tier 3")
     if "failure" in found:
         return error(found["failure"], "a sum", "see the first rank's message; the checks above say what it needs")
     wrong = {size: entry["wrong"] for size, entry in found["sizes"].items() if entry["wrong"]}

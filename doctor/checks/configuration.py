@@ -131,7 +131,8 @@ def _plan_fault(node: Node, check: str) -> ConfigError | None:
 def plan(node: Node) -> Outcome:
     """TP_SIZE, WORLD_SIZE, LOCAL_WORLD_SIZE and WORLD_RANK of all parts must tile the world exactly: WORLD_RANK is the
     part's number times LOCAL_WORLD_SIZE, WORLD_SIZE = TP_SIZE x DP_SIZE, and this part's address and START_PORT are
-    those of its member. One that differs leaves the others waiting for a rank that never comes."""
+    those of its member. One that differs leaves the others waiting for a rank that never comes. Two with one
+    WORLD_RANK are told by the number with which the doctor at each member's address answers."""
     fault = _plan_fault(node, "C-01")
     if fault:
         likely = node.plan
@@ -146,6 +147,13 @@ def plan(node: Node) -> Outcome:
         values = "; ".join(f"{k}: " + " ".join(f"{p}={v}" for p, v in d.items()) for k, d in differing.items())
         return error(
             f"the parts disagree: {values}", "the same sizes on every part", "give all parts the same settings"
+        )
+    misled = node.gang.misled() if node.gang else []
+    if misled:
+        return error(
+            "; ".join(misled),
+            "each part at its own address",
+            "check WORLD_RANK on the part that answers, and that the list's addresses and forwarded ports lead to it",
         )
     made = node.plan
     if made is None:

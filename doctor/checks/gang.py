@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, unknown, warn
+from doctor.gang.meeting import SLOW_BYTES
 from doctor.gang.row import Row
 from doctor.gang.view import GangView
 from doctor.host import size_text
@@ -12,7 +13,6 @@ from rtp_llm.model.spec import ModelSpec
 CATEGORY = "gang"
 NOT_ASKED = "`rtp-llm-doctor gang` on every part"
 CLOCK_SECONDS = 1.0
-SLOW_BYTES = 125_000_000  # per second: 1 Gbit/s
 # Which transport NCCL takes: where these differ, ranks wait for each other on different ways.
 TRANSPORT = (
     *("NCCL_IB_DISABLE", "NCCL_NET", "NCCL_NET_PLUGIN", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_ALGO"),
@@ -63,7 +63,7 @@ def absent(node: Node) -> Outcome:
                 kubernetes="kubectl get pods -o wide: is it Pending?",
             ),
         )
-    return ok(f"all {len(view.rows)} parts answered")
+    return ok(f"all {view.plan.num_parts} parts answered")
 
 
 def _last_try(view: GangView) -> str:
@@ -87,16 +87,29 @@ def _last_try(view: GangView) -> str:
 )
 def versions(node: Node) -> Outcome:
     """Doctors of different releases, or with different secrets, cannot compare notes: during a rolling update, or when
-    GANG_SECRET was not given to all."""
+    GANG_SECRET was not given to all. Or another program has the port on which a part's doctor should answer."""
     view = _view(node)
     if view is None:
         return skip(NOT_ASKED)
+    strangers = view.strangers()
+    if strangers:
+        text = "; ".join(f"part{one} -> part{other}: something else answers at {at}" for one, other, at in strangers)
+        return error(text, f"the doctor of part{strangers[0][1]}", _free(*strangers[0][1:]))
     refusals = view.refusals()
     differing = view.differing("doctor.")
     if refusals or differing:
         fix = "the same image, by digest, and the same GANG_SECRET on every part"
         return error(refusals[0] if refusals else _table(differing), "one version and one secret", fix)
     return ok(f"all of {next(iter(view.rows.values())).facts['version.rtp-llm']}")
+
+
+def _free(part: int, address: str) -> Fix:
+    port = int(address.rpartition(":")[2])
+    other = f"give part{part} another START_PORT, there and in the member list"
+    return Fix(
+        host=f"on part{part}'s machine: `ss -ltnp sport = :{port}` shows who has port {port}: stop it, or {other}",
+        kubernetes=f"with hostNetwork another pod has port {port} of part{part}'s machine: move it, or {other}",
+    )
 
 
 @check("C-11", CATEGORY, "every part is well by itself", tier=2, needs=("C-09", "C-10"), repair=Repair.NONE)
@@ -129,6 +142,8 @@ def _blame(view: GangView, one: Row, other: Row, closed: Mapping[int, str]) -> s
     """Who is to mend it, by what the opposite direction and the kind of failure say."""
     back = view.closed(other, one)
     kinds = set(closed.values())
+    if kinds <= {"foreign"}:
+        return f"another program has what part{other.part} needs"
     if kinds <= {"refused"}:
         return f"nothing listens there, or part{other.part}'s firewall refuses"
     if not back:
@@ -136,8 +151,14 @@ def _blame(view: GangView, one: Row, other: Row, closed: Mapping[int, str]) -> s
     return f"part{other.part} does not reach part{one.part} either: the network between them, or both firewalls"
 
 
+def _unfinished(ways: list[tuple[Row, Row]], what: str) -> Outcome:
+    """What was not tried is not green."""
+    listed = ", ".join(f"part{one.part} -> part{other.part}" for one, other in ways)
+    return unknown(f"{what}: {listed or 'no part'}", "give it more time: --wait")
+
+
 def _list(closed: Mapping[int, str], row: Row) -> str:
-    words = {"timeout": "times out", "unreachable": "is unreachable"}
+    words = {"timeout": "times out", "unreachable": "is unreachable", "foreign": "is answered by something else"}
     return ", ".join(
         f"{port} ({row.planned_ports.get(port, 'chosen by the kernel, as NCCL does')}) {words.get(how, how)}"
         for port, how in sorted(closed.items())
@@ -181,7 +202,12 @@ def planned_ports(node: Node) -> Outcome:
                 kubernetes=f"allow tcp {ports} between the gang's pods in the NetworkPolicy",
             ),
         )
+    untried = view.untried()
+    if untried:
+        return _unfinished(untried, "the time was up before all ways were tried")
     count = sum(len(link.ports) for _, _, link in view.links())
+    if not count:
+        return skip("there was no way to try")
     return ok(f"{count} ports in {sum(1 for _ in view.links())} directions")
 
 
@@ -220,6 +246,8 @@ def random_ports(node: Node) -> Outcome:
                 kubernetes=f"allow tcp {low}-{high} (endPort) between the gang's pods in the NetworkPolicy",
             ),
         )
+    if not any(port in other.random_ports for _, other, link in view.links() for port in link.ports):
+        return skip("none was tried")
     return ok("every one that was tried")
 
 
@@ -233,12 +261,13 @@ def random_ports(node: Node) -> Outcome:
 )
 def mtu(node: Node) -> Outcome:
     """Where one end sends jumbo frames and something between drops them, small messages pass and large ones hang. 8 MiB
-    are sent each way between all parts, and the interfaces' MTUs compared."""
+    are sent each way between all parts, and the interfaces' MTUs compared. Where answers of a few KiB are lost already,
+    the doctors go on in segments that every link carries."""
     view = _view(node)
     if view is None:
         return skip(NOT_ASKED)
-    stalled = [f"part{a.part} -> part{b.part}: {link.blob}" for a, b, link in view.links() if link.blob]
-    sizes = {f"part{row.part} {row.interface}": row.mtu for _, row in sorted(view.rows.items())}
+    stalled = view.stalled()
+    sizes = {f"part{row.part} {row.interface}": row.mtu for row in view.fit}
     listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
     low = min(sizes.values())
     fix = "; ".join(
@@ -246,6 +275,11 @@ def mtu(node: Node) -> Outcome:
     )
     if stalled:
         return error(f"{'; '.join(stalled)}; MTU: {listed}", "8 MiB each way", fix or "lower the MTU on both ends")
+    missing = view.untransferred()
+    if missing:
+        return _unfinished(missing, "no transfer of 8 MiB came to an end")
+    if not any(view.links()):
+        return skip("there was no way to try")
     if len(set(sizes.values())) > 1:
         return warn(f"MTU differs: {listed}", "one MTU", fix)
     return ok(f"MTU {low}; 8 MiB each way went through")

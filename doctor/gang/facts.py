@@ -92,12 +92,13 @@ def _namespace(node: Node, kind: str) -> str:
         return ""
 
 
-def _address(node: Node) -> str:
+def _address(node: Node, plan: Plan) -> str:
     """Where the others reach this part: the address that the way to them begins with. Part 0 may know of nobody (its
     address alone was given to them): then the one it was called by, else its first that is not loopback."""
-    if node.peers:
-        return node.host.route_address(node.host.resolve(node.peers[0].ip)[0])
-    called = node.host.resolve(node.plan.leader.ip) if node.plan else []
+    other = next((m for m in plan.members if m.index != plan.part), None)
+    if other:
+        return node.host.route_address(node.host.resolve(other.ip)[0])
+    called = node.host.resolve(plan.leader.ip)
     own = [a for i in node.host.interfaces for a in i.addresses if not a.startswith("127.")]
     return next((a for a in [*called, *own] if a in node.host.addresses), "127.0.0.1")
 
@@ -105,7 +106,7 @@ def _address(node: Node) -> str:
 def own_row(node: Node, plan: Plan, problems: dict[str, str], listening: bool) -> Row:
     """This part's row before it has tried any way. Raises OSError where no peer has a route."""
     member = next((m for m in plan.members if m.index == plan.part), None)
-    address = _address(node)
+    address = _address(node, plan)
     interface = node.host.interface_of(address)
     low_high = (node.host.read("/proc/sys/net/ipv4/ip_local_port_range") or "32768 60999").split()
     return Row(

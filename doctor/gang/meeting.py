@@ -6,40 +6,39 @@ is enough for both to hear of each other; each keeps asking until all rows are c
 """
 
 import asyncio
-import contextlib
-import errno
 import logging
-import os
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
-from doctor.gang.messages import Greeting, ProtocolError, new_nonce, pack_signed, read_signed
+from doctor.gang.messages import Greeting, ProtocolError, Stranger, new_nonce, pack_signed, read_signed
 from doctor.gang.row import Link, Row
+from doctor.gang.ways import DIAL_SECONDS, close, connect, dial, drain, outcome, pour
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import RESPONDER, Plan
 
 log = logging.getLogger("doctor.gang")
 
-DIAL_SECONDS = 3.0
 BLOB_BYTES = 8 << 20
 BLOB_SECONDS = 8.0
-BLOB_ROUNDS = 3
-QUESTION_SECONDS = 5.0
+BLOB_ROUNDS = range(3, 20)  # a machine that starts a server at the same time is not always at its best
+TRYING_SECONDS = 2.0  # to see whether a link that looks slow is
+SLOW_BYTES = 125_000_000  # per second: 1 Gbit/s
+STALL_SECONDS = 4.0  # without a byte's progress
+ANSWER_SECONDS = 2.0  # a doctor answers at once: after that, shorter segments are tried
+PATIENT_SECONDS = 5.0
 PAUSE_SECONDS = 0.2
-LINGER_SECONDS = 6.0
-PARTING_SECONDS = 1.0  # for those that ask once more to hear that all is known
-RANDOM_PORTS = 3
+LINGER_SECONDS = 6.0  # of the whole time, for those that are here when another never comes
+PARTING_SECONDS = 1.0  # of the whole time, for those that ask once more to hear that all is known
 CLOCK_ROUNDS = 5
-REFUSALS = {
-    errno.ECONNREFUSED: "refused",
-    errno.EHOSTUNREACH: "unreachable",
-    errno.ENETUNREACH: "unreachable",
-    errno.ECONNRESET: "reset",
-    errno.ETIMEDOUT: "timeout",
-}
+
+
+class Stuck(TimeoutError):
+    """It greeted, and the answer did not come."""
+
+
+class Misled(ProtocolError):
+    """Another part answers under this one's address."""
 
 
 class Meeting:
@@ -49,7 +48,7 @@ class Meeting:
     def __init__(self, plan: Plan, row: Row, secret: bytes, *, observing: bool = False):
         self.plan, self.row, self.secret, self.observing = plan, row, secret, observing
         self.rows: dict[int, Row] = {plan.part: row}
-        self.changed = asyncio.Event()
+        self.narrow: set[int] = set()  # members whom only small segments reach
 
     # Listening
 
@@ -61,10 +60,10 @@ class Meeting:
             while True:
                 question = await read_signed(reader, nonce, self.secret)
                 await self._answer(question, reader, writer)
-        except (OSError, ProtocolError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a stranger may send
             log.debug("doctor's port: %s", error)
         finally:
-            await _close(writer)
+            await close(writer)
 
     async def _answer(
         self, question: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -76,9 +75,9 @@ class Meeting:
         elif what == "clock":
             answer = {"time": time.time()}
         elif what == "take":
-            answer = {"bytes": await _drain(reader, min(int(question["bytes"]), BLOB_BYTES))}
+            answer = {"bytes": await drain(reader, min(int(question["bytes"]), BLOB_BYTES))}
         elif what == "give":
-            await _pour(writer, min(int(question["bytes"]), BLOB_BYTES))
+            await pour(writer, min(int(question["bytes"]), BLOB_BYTES))
             answer = {}
         else:
             raise ProtocolError(f"no such question: {what}")
@@ -95,7 +94,6 @@ class Meeting:
             if known and known.run == row.run and (known.done, len(known.seen)) >= (row.done, len(row.seen)):
                 continue
             self.rows[row.part] = row
-            self.changed.set()
         self.row.seen = sorted(part for part, row in self.rows.items() if row.done)
 
     def _all_rows(self) -> list[dict[str, Any]]:
@@ -103,40 +101,66 @@ class Meeting:
 
     # Asking
 
-    async def ask(self, host: str, port: int, what: str, **more: Any) -> dict[str, Any]:
-        """One question on a connection of its own. Raises OSError, or ProtocolError where the other is no doctor."""
-        async with asyncio.timeout(QUESTION_SECONDS):
-            reader, writer = await _connect(host, port)
-            try:
-                greeting = await Greeting.read(reader)
+    async def ask(self, member: Member, what: str, **more: Any) -> dict[str, Any]:
+        """One question on a connection of its own. Raises OSError where nobody takes it, Stranger, Misled or
+        ProtocolError where the wrong one does, Stuck where a doctor greets and its answer is lost."""
+        small = member.index in self.narrow
+        reader, writer = await connect(member.ip, member.port + RESPONDER, small=small)
+        try:
+            greeting = await _greeting(reader, member)
+            async with asyncio.timeout(PATIENT_SECONDS if small else ANSWER_SECONDS):
                 nonce = new_nonce()
                 writer.write(pack_signed({"what": what, "nonce": nonce, **more}, greeting.nonce, self.secret))
                 return await read_signed(reader, nonce, self.secret)
-            except ConnectionResetError:
-                raise ProtocolError("it closes the connection: is GANG_SECRET the same?") from None
-            finally:
-                await _close(writer)
+        except TimeoutError:
+            raise Stuck from None
+        except ConnectionResetError:
+            raise ProtocolError("it closes the connection: is GANG_SECRET the same?") from None
+        finally:
+            await close(writer)
 
     async def visit(self, member: Member, deadline: float) -> None:
         """Knocks until the member's responder answers or its row came another way, then tries every way to it."""
         link = self.row.links.setdefault(member.index, Link())
-        port = member.port + RESPONDER
-        while time.monotonic() < deadline:
-            try:
-                self.learn((await self.ask(member.ip, port, "rows", rows=self._all_rows()))["rows"])
-                link.answered = True
-            except ProtocolError as error:
-                link.refusal = str(error)
-            except (OSError, TimeoutError):
-                pass
-            if member.index in self.rows or (link.refusal and not link.answered):
-                break
+        how = await self._knock(member, link)
+        while not self._heard(member, link, how) and time.monotonic() < deadline:
             await asyncio.sleep(PAUSE_SECONDS)
+            how = await self._knock(member, link)
         row = self.rows.get(member.index)
-        if row:
+        if row is None:
+            link.ports = {member.port + RESPONDER: how}
+            link.foreign = f"{member.ip}:{member.port + RESPONDER}" if how == "foreign" else ""
+        elif row.fit and not link.misled:
             await self._examine(member, row, link)
-        else:
-            link.ports = {port: await dial(member.ip, port)}
+
+    async def _knock(self, member: Member, link: Link) -> str:
+        """One try to hear what the member knows. What became of it, in the words of a dialled port, or answered, stuck,
+        misled, odd."""
+        try:
+            answer = await self.ask(member, "rows", rows=self._all_rows())
+            self.learn(answer["rows"])
+        except Stuck:
+            link.stuck = True
+            self.narrow.add(member.index)
+            return "stuck"
+        except Stranger:
+            return "foreign"
+        except Misled as error:
+            link.misled = str(error)
+            return "misled"
+        except ProtocolError as error:
+            link.refusal = str(error)
+            return "odd"
+        except OSError as error:
+            return outcome(error)
+        link.answered, link.refusal, link.stuck = True, "", False
+        return "answered"
+
+    def _heard(self, member: Member, link: Link, how: str) -> bool:
+        """Whether another try would bring nothing new."""
+        if how == "stuck":
+            return False
+        return member.index in self.rows or how in ("misled", "odd")
 
     async def _visit_unlisted(self, part: int, deadline: float) -> None:
         """Where only the leader's address was given, the others are known once they have spoken."""
@@ -160,34 +184,43 @@ class Meeting:
 
     async def _transfer(self, member: Member, link: Link) -> None:
         """8 MiB each way: what is lost for its size gets stuck here, after all the small messages went through."""
+        # Stands where the time is up before a transfer has shown the same.
+        link.blob = "long messages stalled, short ones passed" if member.index in self.narrow else ""
         for direction in ("sent", "received"):
-            fastest = 0.0
-            for _ in range(BLOB_ROUNDS):  # a machine that starts a server at the same time is not always at its best
-                started = time.monotonic()
-                try:
-                    async with asyncio.timeout(BLOB_SECONDS):
-                        await self._blob(member, direction)
-                except (OSError, TimeoutError, ProtocolError) as error:
-                    reason = "stalled" if isinstance(error, TimeoutError) else str(error)
-                    link.blob = f"{BLOB_BYTES >> 20} MiB {direction}: {reason}"
-                    return
-                fastest = max(fastest, BLOB_BYTES / max(time.monotonic() - started, 1e-6))
-            setattr(link, f"{direction}_speed", round(fastest))
+            try:
+                setattr(link, f"{direction}_speed", round(await self._fastest(member, direction)))
+            except OSError as error:
+                reason = "stalled" if isinstance(error, TimeoutError) else str(error)
+                link.blob = f"{BLOB_BYTES >> 20} MiB {direction}: {reason}"
+                return
+        link.blob = ""
+
+    async def _fastest(self, member: Member, direction: str) -> float:
+        """Bytes per second, of several rounds."""
+        fastest, began = 0.0, time.monotonic()
+        for number in range(BLOB_ROUNDS.stop):
+            started = time.monotonic()
+            if number >= BLOB_ROUNDS.start and (fastest > SLOW_BYTES or started > began + TRYING_SECONDS):
+                break
+            async with asyncio.timeout(BLOB_SECONDS):
+                await self._blob(member, direction)
+            fastest = max(fastest, BLOB_BYTES / max(time.monotonic() - started, 1e-6))
+        return fastest
 
     async def _blob(self, member: Member, direction: str) -> None:
-        reader, writer = await _connect(member.ip, member.port + RESPONDER)
+        reader, writer = await connect(member.ip, member.port + RESPONDER)
         try:
-            greeting, nonce = await Greeting.read(reader), new_nonce()
+            greeting, nonce = await _greeting(reader, member), new_nonce()
             what = "take" if direction == "sent" else "give"
             question = {"what": what, "nonce": nonce, "bytes": BLOB_BYTES}
             writer.write(pack_signed(question, greeting.nonce, self.secret))
             if direction == "sent":
-                await _pour(writer, BLOB_BYTES)
+                await pour(writer, BLOB_BYTES, STALL_SECONDS)
             else:
-                await _drain(reader, BLOB_BYTES)
+                await drain(reader, BLOB_BYTES, STALL_SECONDS)
             await read_signed(reader, nonce, self.secret)
         finally:
-            await _close(writer)
+            await close(writer)
 
     async def _compare_clocks(self, member: Member, link: Link) -> None:
         """The round with the shortest way says most: offset as in NTP (RFC 5905, section 8), half the way its error."""
@@ -195,8 +228,8 @@ class Meeting:
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
             try:
-                theirs = float((await self.ask(member.ip, member.port + RESPONDER, "clock"))["time"])
-            except (OSError, TimeoutError):
+                theirs = float((await self.ask(member, "clock"))["time"])
+            except OSError:
                 continue
             received = time.time()
             best = min(best or (9e9, 0.0), (received - sent, theirs - (sent + received) / 2))
@@ -215,32 +248,65 @@ class Meeting:
         return all(row.done and here <= set(row.seen) for row in self.rows.values())
 
     async def attend(self, members: list[Member], deadline: float, report: Callable[[str], None]) -> None:
-        """The whole meeting: visits all members, then passes rows on until everybody knows all, or until `deadline`
-        (monotonic)."""
+        """The whole meeting: visits all members, then passes rows on until everybody knows all. Ends by `deadline`
+        (monotonic); what is unfinished then is not `done`."""
+        whole = max(0.0, deadline - time.monotonic())
+        parting = min(PARTING_SECONDS, whole / 10)
         say = asyncio.create_task(self._report_absent(members, report))
         try:
-            unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
-            await asyncio.gather(
-                *(self.visit(member, deadline) for member in members),
-                *(self._visit_unlisted(part, deadline) for part in sorted(unlisted)),
-            )
-            # Done with those that came; one that never did leaves this row done as well.
-            self.row.done = True
-            self.learn([])
-            reached = [m for m in members if self.row.links[m.index].answered]
-            end = deadline + LINGER_SECONDS  # after a part that never came, the others still need each other's rows
-            while not self.observing and not self.settled(time.monotonic() > deadline) and time.monotonic() < end:
-                await asyncio.gather(*(self._gossip(member) for member in reached))
-                await asyncio.sleep(PAUSE_SECONDS)
-            if not self.observing:
-                await asyncio.sleep(PARTING_SECONDS)
+            async with asyncio.timeout(whole - parting):
+                await self._meet(members, deadline - min(LINGER_SECONDS, whole / 2))
+        except TimeoutError:
+            log.debug("the time is up")
         finally:
             say.cancel()
+        if not self.observing:
+            await self._part(members, parting)
 
-    async def _gossip(self, member: Member) -> None:
-        with contextlib.suppress(OSError, TimeoutError):
-            answer = await self.ask(member.ip, member.port + RESPONDER, "rows", rows=self._all_rows())
-            self.learn(answer["rows"])
+    async def _meet(self, members: list[Member], waiting: float) -> None:
+        """Those that are not here yet are waited for until `waiting` (monotonic)."""
+        unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
+        await asyncio.gather(
+            *(self.visit(member, waiting) for member in members),
+            *(self._visit_unlisted(part, waiting) for part in sorted(unlisted)),
+        )
+        # Done with those that came; one that never did leaves this row done as well.
+        self.row.done = True
+        self.learn([])
+        while not self.observing and not self.settled(time.monotonic() > waiting):
+            await self._gossip(members)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def confess(self, members: list[Member], deadline: float) -> None:
+        """A part without a plan of its own tries nothing: it tells the others what is wrong with it, until all have
+        heard, or until `deadline` (monotonic)."""
+        whole = max(0.0, deadline - time.monotonic())
+        self.row.done = True
+        self.learn([])
+        try:
+            async with asyncio.timeout(whole):
+                while not self.settled(late=False):
+                    await self._gossip(members, everybody=True)
+                    await asyncio.sleep(PAUSE_SECONDS)
+                await self._part(members, PARTING_SECONDS)
+        except TimeoutError:
+            log.debug("the time is up")
+
+    async def _part(self, members: list[Member], seconds: float) -> None:
+        """Says once more what is known, for not everybody can ask this part, and stays a moment for those that do."""
+        end = time.monotonic() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._gossip(members)
+        except TimeoutError:
+            log.debug("somebody does not hear that all is known")
+        await asyncio.sleep(max(0.0, end - time.monotonic()))
+
+    async def _gossip(self, members: list[Member], everybody: bool = False) -> None:
+        """`everybody`: also those that have not answered yet."""
+        links = self.row.links
+        known = [m for m in members if everybody or (m.index in links and links[m.index].answered)]
+        await asyncio.gather(*(self._knock(member, links.setdefault(member.index, Link())) for member in known))
 
     async def _report_absent(self, members: list[Member], report: Callable[[str], None]) -> None:
         while True:
@@ -250,85 +316,13 @@ class Meeting:
                 report("waiting for the doctor of " + ", ".join(missing))
 
 
-async def dial(host: str, port: int, *, greeted: bool = True) -> str:
-    """What becomes of a connection: open, refused, timeout, unreachable, reset; foreign where a doctor was to greet and
-    somebody else listens."""
+async def _greeting(reader: asyncio.StreamReader, member: Member) -> Greeting:
+    """Raises Stranger where nobody greets, Misled where it is another part."""
     try:
         async with asyncio.timeout(DIAL_SECONDS):
-            reader, writer = await _connect(host, port)
-    except TimeoutError:
-        return "timeout"
-    except OSError as error:
-        return REFUSALS.get(error.errno or 0, "unreachable")
-    if not greeted:
-        await _close(writer)
-        return "open"
-    try:
-        async with asyncio.timeout(DIAL_SECONDS):
-            await Greeting.read(reader)
-        return "open"
-    except (OSError, TimeoutError):
-        return "foreign"
-    finally:
-        await _close(writer)
-
-
-@asynccontextmanager
-async def listeners(
-    meeting: Meeting, responder: socket.socket | None, greeters: list[socket.socket]
-) -> AsyncIterator[None]:
-    """Serves the responder's port in full; the others greet and hang up."""
-
-    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            writer.write(Greeting(meeting.plan.part, new_nonce()).pack())
-            await writer.drain()
-        await _close(writer)
-
-    async with AsyncExitStack() as stack:
-        if responder:
-            stack.push_async_callback(_stop, await asyncio.start_server(meeting.serve, sock=responder))
-        for sock in greeters:
-            stack.push_async_callback(_stop, await asyncio.start_server(greet, sock=sock))
-        yield
-
-
-async def _stop(server: asyncio.Server) -> None:
-    server.close()
-
-
-def bind_random(address: str) -> list[socket.socket]:
-    """Ports as NCCL takes them: whatever the kernel gives, on the address that it would use."""
-    found = []
-    for _ in range(RANDOM_PORTS):
-        sock = socket.socket()
-        sock.bind((address, 0))
-        found.append(sock)
-    return found
-
-
-async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection(host, port, family=socket.AF_INET)
-
-
-async def _close(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-
-
-async def _pour(writer: asyncio.StreamWriter, count: int) -> None:
-    piece = os.urandom(1 << 16)  # what a link compresses would look faster than it is
-    for _ in range(count // len(piece)):
-        writer.write(piece)
-        await writer.drain()
-
-
-async def _drain(reader: asyncio.StreamReader, count: int) -> int:
-    left = count
-    while left:
-        data = await reader.read(min(left, 1 << 16))
-        if not data:
-            raise ConnectionResetError("the connection was closed")
-        left -= len(data)
-    return count
+            greeting = await Greeting.read(reader)
+    except (TimeoutError, ConnectionResetError) as error:
+        raise Stranger("whoever listens there says nothing") from error
+    if greeting.part != member.index:
+        raise Misled(f"part{greeting.part} answers at {member.ip}:{member.port + RESPONDER}")
+    return greeting

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PROTOCOL = "rtp-llm-doctor"
-VERSION = 1
+VERSION = 2
 LENGTH = struct.Struct("<I")
 MAX_MESSAGE = 4 << 20  # bytes; a row has some kilobytes
 SIGNATURE = 32
@@ -22,6 +22,10 @@ SIGNATURE = 32
 
 class ProtocolError(ConnectionError):
     """The other end is not a doctor of this version, or signs with another secret."""
+
+
+class Stranger(ProtocolError):
+    """Whoever listens there is no doctor."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,11 @@ class Greeting:
 
     @classmethod
     async def read(cls, reader: asyncio.StreamReader) -> "Greeting":
-        """Raises ProtocolError where somebody else listens on this port."""
+        """Raises Stranger where somebody else listens on this port, ProtocolError where it is a doctor of another
+        release."""
         said = _json(await _receive(reader))
         if said.get("protocol") != PROTOCOL:
-            raise ProtocolError("something else listens there")
+            raise Stranger("something else listens there")
         if said.get("version") != VERSION:
             raise ProtocolError(f"its doctor speaks version {said.get('version')}, this one {VERSION}")
         return cls(int(said["part"]), str(said["nonce"]))
@@ -77,7 +82,7 @@ async def _receive(reader: asyncio.StreamReader) -> bytes:
     try:
         (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
         if length > MAX_MESSAGE:
-            raise ProtocolError("something else listens there")
+            raise Stranger("something else listens there")
         return await reader.readexactly(length)
     except asyncio.IncompleteReadError:
         raise ConnectionResetError("the connection was closed") from None
@@ -87,7 +92,7 @@ def _json(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError:
-        raise ProtocolError("something else listens there") from None
+        raise Stranger("something else listens there") from None
     if not isinstance(value, dict):
-        raise ProtocolError("something else listens there")
+        raise Stranger("something else listens there")
     return value

@@ -9,12 +9,15 @@ class Link:
     """What one part found on its way to another. Speeds in bytes/s, times in seconds.
 
     `ports`: outcome by port: open, refused, timeout, unreachable, reset, foreign. `blob`: what became of the large
-    transfers, empty where both went through.
+    transfers, empty where both went through, or none was made.
     """
 
     ports: dict[int, str] = field(default_factory=dict)
     answered: bool = False  # the responder talked to us
     refusal: str = ""  # why the responder would not: version, secret
+    foreign: str = ""  # the address where something that is no doctor answers in its place
+    misled: str = ""  # which other part answers under this one's address
+    stuck: bool = False  # it greeted, and then nothing came that is longer
     blob: str = ""
     sent_speed: float = 0.0
     received_speed: float = 0.0
@@ -28,7 +31,7 @@ class Row:
     """`facts`: comparable values by dotted name; `identity`: what tells machines, namespaces and GPUs apart.
 
     `random_ports`: chosen by the kernel, as NCCL's are; `done`: it has tried every way, `seen`: the parts whose done
-    rows it holds.
+    rows it holds. `fit`: whether it has a plan that can be believed; else it tells its problems, and nothing is tried.
     """
 
     part: int
@@ -45,6 +48,7 @@ class Row:
     port_range: str
     problems: dict[str, str]  # what this part's own checks found: error by id
     listening: bool  # whether stand-ins listen on the planned ports, or the real ones may not be there yet
+    fit: bool = True
     done: bool = False
     seen: list[int] = field(default_factory=list)
     links: dict[int, Link] = field(default_factory=dict)

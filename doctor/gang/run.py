@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from doctor.gang.facts import own_row
-from doctor.gang.meeting import Meeting, bind_random, listeners
+from doctor.gang.meeting import Meeting
 from doctor.gang.view import GangView
+from doctor.gang.ways import bind_random, listeners
 from doctor.node import Node
 from rtp_llm.config import secret
 from rtp_llm.parallel.members import Member
@@ -36,7 +37,7 @@ async def _meet(
         return GangView(dict(meeting.rows), plan)
     with _sockets(plan) as (responder, stand_ins):
         meeting = open_meeting(node, plan, problems, listening=True)
-        async with listeners(meeting, responder, [*stand_ins, *meeting_sockets(meeting)]):
+        async with listeners(plan.part, meeting.serve, responder, [*stand_ins, *meeting_sockets(meeting)]):
             await meeting.attend(mesh(node, plan), time.monotonic() + wait, report)
     return GangView(dict(meeting.rows), plan)
 

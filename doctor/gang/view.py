@@ -18,29 +18,83 @@ class GangView:
     plan: Plan
 
     @property
+    def fit(self) -> list[Row]:
+        """The parts that have a plan; one that has none tells its problems, and nothing of it can be compared."""
+        return [row for _, row in sorted(self.rows.items()) if row.fit]
+
+    @property
     def absent(self) -> list[int]:
-        """Parts that never answered; one that answered in words we cannot accept is there all the same."""
-        refused = {part for row in self.rows.values() for part, link in row.links.items() if link.refusal}
-        return [part for part in range(self.plan.num_parts) if part not in self.rows and part not in refused]
+        """Parts of which nothing was heard; where somebody answers, though in words we cannot accept, it is another
+        check's matter."""
+        met = {
+            part
+            for row in self.rows.values()
+            for part, link in row.links.items()
+            if link.refusal or link.foreign or link.misled or link.stuck
+        }
+        return [part for part in range(self.plan.num_parts) if part not in self.rows and part not in met]
+
+    def _unheard(self) -> Iterable[tuple[Row, int, Link]]:
+        """(from, part, link) of the ways to parts whose rows never came."""
+        for _, row in sorted(self.rows.items()):
+            for part, link in sorted(row.links.items()):
+                if part not in self.rows:
+                    yield row, part, link
 
     def refusals(self) -> list[str]:
         """Who would not talk to whom, and why."""
+        return [f"part{row.part} -> part{part}: {link.refusal}" for row, part, link in self._unheard() if link.refusal]
+
+    def strangers(self) -> list[tuple[int, int, str]]:
+        """(from, to, address) where something answers that is no doctor, and nothing was heard of the part."""
+        return [(row.part, part, link.foreign) for row, part, link in self._unheard() if link.foreign]
+
+    def misled(self) -> list[str]:
+        """Ways that lead to another part than was meant. A part whose own /etc/hosts is wrong (N-04) has said so."""
         return [
-            f"part{row.part} -> part{part}: {link.refusal}"
-            for _, row in sorted(self.rows.items())
+            f"part{row.part} -> part{part}: {link.misled}"
+            for row in self.fit
             for part, link in sorted(row.links.items())
-            if link.refusal and part not in self.rows
+            if link.misled and "N-04" not in row.problems
         ]
+
+    def stalled(self) -> list[str]:
+        """Ways on which short messages pass and long ones do not."""
+        return [
+            f"part{row.part} -> part{part}: {link.blob or 'it greets, and sends no answer'}"
+            for row in self.fit
+            for part, link in sorted(row.links.items())
+            if link.blob or (link.stuck and not link.answered)
+        ]
+
+    def untried(self) -> list[tuple[Row, Row]]:
+        """Ways that a part had not tried when the time was up."""
+        return [
+            (one, other)
+            for one in self.fit
+            for other in self.fit
+            if one is not other and not one.done and not one.links.get(other.part, Link()).ports
+        ]
+
+    def untransferred(self) -> list[tuple[Row, Row]]:
+        """Ways on which no large transfer came to an end. Where another program has the responder's port, that part
+        has said so (N-08)."""
+        found = [
+            (one, other)
+            for one, other, link in self.links()
+            if not (link.sent_speed and link.received_speed) and "N-08" not in other.problems
+        ]
+        return found + [way for way in self.untried() if way not in found]
 
     @property
     def present_names(self) -> list[str]:
         return [f"part{row.part} {row.name} {row.address}" for _, row in sorted(self.rows.items())]
 
     def links(self) -> Iterable[tuple[Row, Row, Link]]:
-        """(from, to, link) for every direction between parts that are here."""
-        for _, row in sorted(self.rows.items()):
+        """(from, to, link) for every direction between parts that are here and have a plan."""
+        for row in self.fit:
             for other, link in sorted(row.links.items()):
-                if other in self.rows:
+                if other in self.rows and self.rows[other].fit and not link.misled:
                     yield row, self.rows[other], link
 
     def closed(self, row: Row, other: Row) -> dict[int, str]:
@@ -49,16 +103,18 @@ class GangView:
         if link is None:
             return {}
         bad = {p: o for p, o in link.ports.items() if o != "open"}
+        if "N-08" in other.problems:  # it has said itself who has its ports
+            bad = {p: o for p, o in bad.items() if o != "foreign"}
         if not other.listening:  # the real listeners may come later: a refusal shows that the way is open
             bad = {p: o for p, o in bad.items() if o not in ("refused", "foreign") or p in other.random_ports}
         return bad
 
     def differing(self, prefix: str) -> dict[str, dict[str, str]]:
         """Facts of this prefix that are not the same on all parts, by part."""
-        keys = sorted({k for row in self.rows.values() for k in row.facts if k.startswith(prefix)})
+        keys = sorted({k for row in self.fit for k in row.facts if k.startswith(prefix)})
         found = {}
         for key in keys:
-            values = {f"part{p}": row.facts.get(key, "(unset)") for p, row in sorted(self.rows.items())}
+            values = {f"part{row.part}": row.facts.get(key, "(unset)") for row in self.fit}
             if len(set(values.values())) > 1:
                 found[key] = values
         return found
@@ -70,7 +126,7 @@ class GangView:
 
     def gpu_kinds(self) -> dict[str, tuple[str, int, tuple[int, int] | None]]:
         kinds = {}
-        for row in self.rows.values():
+        for row in self.fit:
             for gpu in row.identity.get("gpus", []):
                 capability = tuple(gpu["capability"]) if gpu["capability"] else None
                 kinds[gpu["uuid"]] = (gpu["name"], gpu["total"], capability)
@@ -79,7 +135,7 @@ class GangView:
     def shared_gpus(self) -> dict[str, list[str]]:
         """Parts by GPU, for GPUs that more than one part wants to use."""
         users: dict[str, list[str]] = {}
-        for _, row in sorted(self.rows.items()):
+        for row in self.fit:
             for gpu in row.identity.get("gpus", []):
                 users.setdefault(gpu["uuid"], []).append(f"part{row.part}")
         return {uuid: parts for uuid, parts in users.items() if len(parts) > 1}
@@ -95,11 +151,10 @@ class GangView:
         return self._pairs(lambda a, b: a.get("boot_id") == b.get("boot_id") != "" and _host_id(a) != _host_id(b))
 
     def _pairs(self, judge: Any) -> list[tuple[str, str]]:
-        rows = [row for _, row in sorted(self.rows.items())]
         return [
             (f"part{one.part}", f"part{other.part}")
-            for n, one in enumerate(rows)
-            for other in rows[n + 1 :]
+            for n, one in enumerate(self.fit)
+            for other in self.fit[n + 1 :]
             if judge(one.identity, other.identity)
         ]
 
