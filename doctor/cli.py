@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -40,9 +41,13 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. What was asked for goes to stdout, everything else to stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_what_is_closed()
     try:
         own, server = _split(words)
-        return _run(_parser().parse_intermixed_args(own), server)
+        try:
+            return _run(_parser().parse_intermixed_args(own), server)
+        finally:
+            write("")  # what argparse has printed; where it cannot be written, that is an error as any other
     except UsageError as error:
         print(f"rtp-llm-doctor: {error}", file=sys.stderr)
         return Exit.CANNOT_RUN
@@ -54,8 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # Python would end with 1, which means that errors were found
         traceback.print_exc()
         return Exit.CANNOT_RUN
-    finally:
-        write("")  # what argparse has printed
+
+
+def _open_what_is_closed() -> None:
+    """Who starts this without a stdin or a stdout asks for the exit code alone: Python has None in their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # as long as the process
+
+
+def seconds(text: str) -> float:
+    """Of --wait."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a float from 0, in seconds")
+    return value
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -81,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="IDS", help="checks or categories to run, with commas between")
     parser.add_argument("--ignore", default="", metavar="IDS", help="checks whose errors count as warnings")
     parser.add_argument("--strict", action="store_true", help="warnings end with 1")
-    parser.add_argument("--wait", type=float, default=30.0, metavar="S", help="seconds to wait for other parts (30)")
+    parser.add_argument("--wait", type=seconds, default=30.0, metavar="S", help="seconds to wait for other parts (30)")
     parser.add_argument("--fix", choices=("shm",), help="shm: remove abandoned segments of this server, and no others")
     parser.add_argument("--bundle", metavar="FILE", help="write report, settings and logs, secrets left out, to a .tgz")
     parser.add_argument("--run-dir", default="", metavar="DIR", help="attach: the running part's RTP_RUN_DIR")
@@ -147,7 +168,7 @@ def save(report: Report, path: Path) -> None:
 
 def select(only: str, tier: int = 0) -> list[Check] | None:
     """The checks that --only names, by id or category, with what they need; None for all. Raises UsageError where
-    none of them belongs to this tier: what was not looked at must not be called ready."""
+    one that is named does not belong to this tier: what was not looked at must not be called ready."""
     words = {word.strip().upper() for word in only.split(",")} - {""}
     if not words:
         return None
@@ -155,10 +176,12 @@ def select(only: str, tier: int = 0) -> list[Check] | None:
     unknown = words - {c.id for c in chosen} - {c.category.upper() for c in chosen}
     if unknown:
         raise UsageError(f"no check or category {', '.join(sorted(unknown))}; `rtp-llm-doctor list` shows them")
-    least = min(c.tier for c in chosen)
-    if least > tier:
+    # By name, or a category of which nothing belongs to this tier.
+    beyond = [c for c in chosen if c.tier > tier and (c.id in words or all(o.tier > tier for o in chosen))]
+    if beyond:
+        least = min(c.tier for c in beyond)
         how = "`rtp-llm-doctor gang` on every part" if least == 2 else f"--tier {least}"
-        raise UsageError(f"{', '.join(c.id for c in chosen)}: asked by {how}")
+        raise UsageError(f"{', '.join(c.id for c in beyond)}: asked by {how}")
     return with_needs(chosen)
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from doctor.node import Node
+from rtp_llm.parallel.lifeline import die_with_parent
 from rtp_llm.parallel.plan import Plan
 
 SIZES = (8, 64 << 10, 16 << 20)  # bytes
@@ -53,6 +54,7 @@ def main() -> None:
     from rtp_llm.parallel.gang import leader_host
     from rtp_llm.parallel.group import open_group
 
+    die_with_parent()
     orders = json.load(sys.stdin)
     plan, rank = Plan.from_json(orders["plan"]), int(orders["rank"])
     torch.set_num_threads(1)

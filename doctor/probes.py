@@ -27,6 +27,7 @@ print(json.dumps(torch.cuda.get_arch_list()))
 """
 # Small and 64 MiB, from one GPU to every other; the pattern differs for each, so that a stale buffer cannot pass.
 # A line per direction: the one that hangs is the one that has none.
+NO_ORPHAN = "from rtp_llm.parallel.lifeline import die_with_parent\ndie_with_parent()\n"
 PEER = """
 import json, sys, torch
 one, count = int(sys.argv[1]), int(sys.argv[2])
@@ -47,7 +48,7 @@ for other in range(count):
 
 def run(program: str, *arguments: object) -> tuple[list[Any], str]:
     """What the program printed, a line of JSON each, and why there is no more of it (empty at an orderly end)."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
+    command = [sys.executable, "-c", NO_ORPHAN + program, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as late:

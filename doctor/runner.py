@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from doctor.check import Check, Outcome, Status, unknown
 from doctor.node import Node
 from doctor.report import Finding, finding
+from rtp_llm.parallel.lifeline import die_with_parent
 
 # After these a check that needs it is pointless: what gave no answer to one will give none to the next.
 BLOCKING = {Status.ERROR, Status.CRASH, Status.UNKNOWN}
@@ -125,7 +126,8 @@ def _start(pending: Sequence[Check], node: Node, found: dict[str, Finding]) -> _
 
 
 def _work(pending: Sequence[Check], node: Node, found: dict[str, Finding], pipe: int) -> NoReturn:
-    """The child: leaves by _exit, so that nothing of the parent's is ended twice."""
+    """The child: leaves by _exit, so that nothing of the parent's is ended twice, and never outlives it."""
+    die_with_parent()
     logging.disable(logging.CRITICAL)  # the findings speak
     try:
         for current in pending:

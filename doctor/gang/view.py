@@ -19,8 +19,9 @@ class GangView:
 
     @property
     def fit(self) -> list[Row]:
-        """The parts that have a plan; one that has none tells its problems, and nothing of it can be compared."""
-        return [row for _, row in sorted(self.rows.items()) if row.fit]
+        """The parts that have a plan and look for the others where they are (N-04); of another nothing can be compared
+        but its problems."""
+        return [row for _, row in sorted(self.rows.items()) if row.fit and "N-04" not in row.problems]
 
     @property
     def absent(self) -> list[int]:
@@ -50,12 +51,12 @@ class GangView:
         return [(row.part, part, link.foreign) for row, part, link in self._unheard() if link.foreign]
 
     def misled(self) -> list[str]:
-        """Ways that lead to another part than was meant. A part whose own /etc/hosts is wrong (N-04) has said so."""
+        """Ways that lead to another part than was meant."""
         return [
             f"part{row.part} -> part{part}: {link.misled}"
             for row in self.fit
             for part, link in sorted(row.links.items())
-            if link.misled and "N-04" not in row.problems
+            if link.misled
         ]
 
     def stalled(self) -> list[str]:
@@ -94,7 +95,7 @@ class GangView:
         """(from, to, link) for every direction between parts that are here and have a plan."""
         for row in self.fit:
             for other, link in sorted(row.links.items()):
-                if other in self.rows and self.rows[other].fit and not link.misled:
+                if self.rows.get(other) in self.fit and not link.misled:
                     yield row, self.rows[other], link
 
     def closed(self, row: Row, other: Row) -> dict[int, str]:

@@ -143,14 +143,17 @@ def fix(finding: Finding, runtime: Runtime = Runtime.DOCKER) -> str:
 
 
 def doctor(
-    *arguments: str, env: Mapping[str, str] | None = None, inside: Sequence[str] = (), timeout: float = 60
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    inside: Sequence[str] = (),
+    timeout: float = 60,
+    code: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
-    """The doctor as a process, for faults that the kernel makes; `inside`: words that run it in a namespace."""
+    """The doctor as a process, for faults that the kernel makes; `inside`: words that run it in a namespace, `code`:
+    the folder of the packages."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/root", **(env or {})}
     command = [*inside, sys.executable, "-m", "doctor", *arguments]
-    return subprocess.run(
-        command, env=clean, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return subprocess.run(command, env=clean, cwd=code, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

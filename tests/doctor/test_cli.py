@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from doctor import cli
@@ -265,6 +266,58 @@ def test_a_reader_that_goes_is_no_error(words: Sequence[str]) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, env=env, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("words", ["", "-v", "-o json", "list", "-h"])
+def test_a_full_disk_below_stdout_is_one_line(words: str) -> None:
+    done = shell(f"{sys.executable} -m doctor {words} >/dev/full")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["rtp-llm-doctor: cannot run: [Errno 28] No space left on device"],
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", ["", "-o json", "explain-log -"])
+def test_closed_streams_leave_the_verdict(words: str, closed: str) -> None:
+    done = shell(f"{sys.executable} -m doctor {words} {closed} {'' if '<' in closed else '</dev/null'}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], **PORT}
+    return subprocess.run(["sh", "-c", line], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("wait", ["nan", "inf", "-1", "soon"])
+def test_a_wait_without_an_end_is_refused(wait: str) -> None:
+    done = doctor("gang", f"--wait={wait}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"argument --wait: '{wait}': allowed is a float from 0" in done.stderr
+
+
+@pytest.mark.parametrize("only", ["N-01,S-01", "S-01,X-01"])
+def test_what_is_named_and_not_looked_at_is_refused(only: str) -> None:
+    """Else it would count as well."""
+    done = doctor("--only", only)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "asked by" in done.stderr
+
+
+def test_no_child_outlives_the_doctor() -> None:
+    """SIGTERM while a check hangs: its process goes too."""
+    code = (
+        "import time; from doctor import cli, check; from dataclasses import replace;"
+        "hang = lambda node: print('hangs', flush=True) or time.sleep(100);"
+        "check.REGISTRY['M-14'] = replace(check.REGISTRY['M-14'], run=hang, timeout=90); cli.main([])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        [child] = psutil.Process(process.pid).children()
+        process.terminate()
+    gone, _ = psutil.wait_procs([child], timeout=20)
+    assert gone
 
 
 def test_ctrl_c_is_no_traceback() -> None:

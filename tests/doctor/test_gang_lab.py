@@ -20,12 +20,19 @@ from typing import Any
 
 import pytest
 
+import rtp_llm
 from tests.doctor.lab import REPOSITORY, doctor, report
 
 PORT = 10000  # nobody else is in there
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
 RANGE = "40000-49999"  # what the kernel gives to those who ask for any port, narrowed so that a rule can name it
 WAIT = 20.0
+
+
+KEEPING_CGROUPS = """\
+mount --make-rprivate / && mount -t tmpfs kept /mnt && mkdir /mnt/cgroup && mount --rbind /sys/fs/cgroup /mnt/cgroup &&
+exec ip netns exec "$0" sh -c 'mount --rbind /mnt/cgroup /sys/fs/cgroup && exec "$@"' sh "$@"
+"""
 
 
 def ip(*words: str) -> None:
@@ -44,10 +51,12 @@ class Side:
 
     @property
     def inside(self) -> list[str]:
-        return ["ip", "netns", "exec", self.name]
+        """Words that run a command there. `ip netns exec` gives it a /sys of its own, without the cgroups: a place
+        keeps them meanwhile."""
+        return ["unshare", "--mount", "sh", "-c", KEEPING_CGROUPS, self.name]
 
     def run(self, *words: str) -> None:
-        subprocess.run([*self.inside, *words], check=True, capture_output=True)
+        subprocess.run(["ip", "netns", "exec", self.name, *words], check=True, capture_output=True)
 
     @contextmanager
     def refusing_new(self, ports: str) -> Iterator[None]:
@@ -71,6 +80,17 @@ class Side:
             yield
         finally:
             ip("-n", self.name, "rule", "del", *rule)
+
+
+@contextmanager
+def losing_large_packets(side: Side) -> Iterator[None]:
+    """What comes in is dropped where it is longer than 1300 bytes, and nobody is told: a black hole for its MTU."""
+    rule = ("INPUT", "-i", side.device, "-p", "tcp", "-m", "length", "--length", "1300:65535", "-j", "DROP")
+    side.run("iptables", "-I", *rule)
+    try:
+        yield
+    finally:
+        side.run("iptables", "-D", *rule)
 
 
 def until_up(side: Side) -> None:
@@ -141,12 +161,15 @@ def meet(
     addresses: Sequence[str] = ADDRESSES,
     words: Sequence[str] = (),
     wait: float = WAIT,
+    code: Sequence[Path] = (REPOSITORY, REPOSITORY),
 ) -> list[dict[str, Any]]:
-    """The reports of the parts, each with settings of its own."""
+    """The reports of the parts, each with settings, and perhaps code, of its own."""
 
     def one(part: int) -> dict[str, Any]:
         env = settings(demo, part, addresses) | dict(differing[part] if differing else {})
-        done = doctor("gang", f"--wait={wait}", "-o", "json", *words, env=env, inside=sides[part].inside)
+        done = doctor(
+            "gang", f"--wait={wait}", "-o", "json", *words, env=env, inside=sides[part].inside, code=code[part]
+        )
         answer = report(done)
         assert answer["exit_code"] == done.returncode
         return answer
@@ -222,6 +245,17 @@ def test_interfaces_of_different_mtu(sides: list[Side], demo: Path) -> None:
     assert f"ip link set {sides[0].device} mtu 1200 on part0" in remedy(reports[0], "N-10")
 
 
+@pytest.mark.fault("N-10")
+@pytest.mark.parametrize("hole", [0, 1])
+def test_large_packets_that_are_lost(sides: list[Side], demo: Path, hole: int) -> None:
+    """Ports answer and greet, and the first long message never comes: the hang that an MTU makes."""
+    with losing_large_packets(sides[hole]):
+        reports = meet(sides, demo, wait=30)
+    text = agreed(reports, "N-10", "error", 1)
+    assert f"part{1 - hole} -> part{hole}: " in text
+    assert "MTU" in text
+
+
 DIFFERENCES: dict[str, tuple[dict[str, str], str, str]] = {
     "NCCL's way": ({"NCCL_ALGO": "Ring"}, "C-06", "error"),
     "an environment": ({"OMP_NUM_THREADS": "3"}, "C-06", "warn"),
@@ -285,6 +319,56 @@ def test_what_is_wrong_with_one_is_told_by_the_other(sides: list[Side], demo: Pa
     assert [r["exit_code"] for r in reports] == [1, 1]
 
 
+@pytest.mark.fault("C-11")
+def test_a_part_with_a_wrong_rank_says_so_before_it_goes(sides: list[Side], demo: Path) -> None:
+    """It has no plan, and is not called absent for that."""
+    reports = meet(sides, demo, {}, {"WORLD_RANK": "7"}, wait=10)
+    assert gang_problems(reports[1]) == {"C-01": "error"}
+    assert gang_problems(reports[0]) == {"C-11": "error"}
+    assert "part1: C-01" in said(reports[0], "C-11")
+    assert [r["exit_code"] for r in reports] == [1, 1]
+
+
+@pytest.mark.fault("C-10")
+def test_another_program_where_a_doctor_should_answer(sides: list[Side], demo: Path) -> None:
+    address = (ADDRESSES[1], PORT + 3)
+    listen = f"import socket, time; s = socket.create_server({address!r}); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([*sides[1].inside, sys.executable, "-c", listen], stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout
+        stranger.stdout.readline()
+        try:
+            [answer] = meet(sides[:1], demo, wait=4)
+        finally:
+            stranger.kill()
+    assert gang_problems(answer) == {"C-10": "error"}
+    assert f"part0 -> part1: something else answers at {ADDRESSES[1]}:{PORT + 3}" in said(answer, "C-10")
+    assert f"ss -ltnp sport = :{PORT + 3}" in remedy(answer, "C-10")
+
+
+@pytest.mark.fault("C-04")
+def test_parts_of_different_versions(sides: list[Side], demo: Path, tmp_path: Path) -> None:
+    """One runs a copy of this very code that calls itself newer."""
+    for package in ("doctor", "rtp_llm"):
+        shutil.copytree(REPOSITORY / package, tmp_path / package)
+    init = tmp_path / "rtp_llm" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{rtp_llm.__version__}"', '"9.9.9"'))
+    reports = meet(sides, demo, code=(REPOSITORY, tmp_path))
+    text = agreed(reports, "C-04", "error", 1)
+    assert f"version.rtp-llm: part0={rtp_llm.__version__} part1=9.9.9" in text
+
+
+def test_tier_3_of_one_part_alone_is_not_called_ready(demo: Path) -> None:
+    """The group needs all parts: what was not tried is unknown."""
+    env = settings(demo, 0, ("127.0.0.1", "127.0.0.1"))
+    members = json.loads(env["JSON_GANG_PARTS"])
+    members["x_part1"]["port"] = PORT + 100
+    done = doctor("--tier", "3", "-o", "json", env=env | {"JSON_GANG_PARTS": json.dumps(members)})
+    answer = report(done)
+    assert gang_problems(answer)["X-01"] == "unknown"
+    assert (answer["exit_code"], done.returncode) == (3, 3)
+    assert "rtp-llm-doctor gang --tier 3" in remedy(answer, "X-01")
+
+
 def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
     """/etc/hosts of part 1 calls part 0 127.0.1.1; `ip netns exec` lays /etc/netns/NAME/hosts over it."""
     folders = [Path("/etc/netns") / side.name for side in sides]
@@ -297,7 +381,9 @@ def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    assert gang_problems(reports[1])["N-04"] == "error"
+    assert gang_problems(reports[1]) == {"N-04": "error"}
+    assert gang_problems(reports[0]) == {"C-11": "error"}
+    assert "part1: N-04" in said(reports[0], "C-11")
     assert "--add-host node-a:<its address>" in remedy(reports[1], "N-04")
 
 
