@@ -21,7 +21,7 @@ OTHERS = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_
 LEFT_OUT = "(left out)"
 NAME = rf"[\w-]{{0,40}}(?:{SECRET})[\w-]*"
 CREDENTIAL = re.compile(
-    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*)"
+    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*|--{NAME}\s+)"
     rf"({re.escape(LEFT_OUT)}|\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
 )
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^@\s/]+@")

@@ -12,14 +12,14 @@ from typing import NoReturn
 
 from doctor import checks  # noqa: F401  # registers them
 from doctor.attach import attach
-from doctor.bundle import write_bundle
+from doctor.bundle import redact, write_bundle
 from doctor.check import REGISTRY, Check
 from doctor.examine import Examination, examine
 from doctor.explain import Hit, explain, manual, read_log
 from doctor.host import Host, size_text
 from doctor.orphans import remove_orphans
 from doctor.render import FORMATS, Style, table, write
-from doctor.report import Exit, Report
+from doctor.report import Exit, Report, readable
 from rtp_llm.errors import FatalError
 
 COMMANDS = ("node", "gang", "list", "explain", "explain-log", "attach", "schema", "manual")
@@ -240,8 +240,13 @@ def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
         )
         return Exit.READY if asked.output == "table" else _report(asked, server, None)
     if asked.output == "table":
-        write("".join(f"line {hit.number}: {hit.line[:160]}\n  {_named(hit, _tier(asked))}\n" for hit in hits) + "\n")
+        write("".join(f"line {hit.number}: {_quoted(hit)}\n  {_named(hit, _tier(asked))}\n" for hit in hits) + "\n")
     return _report(asked, server, with_needs([hit.check for hit in hits]))
+
+
+def _quoted(hit: Hit) -> str:
+    """A log may hold secrets, and bytes that a terminal takes for orders."""
+    return readable(redact(hit.line))[:160]
 
 
 def _named(hit: Hit, tier: int) -> str:

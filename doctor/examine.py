@@ -38,6 +38,7 @@ def examine(host: Host, argv: Sequence[str], wanted: Examination, say: Callable[
     node = Node(host, argv, 1 if wanted.tier in (1, 3) else 0)
     node.ignored = frozenset(wanted.ignore)
     node.give_up_what_hangs()
+    node.starting = wanted.starting
     node.running = not wanted.starting and is_running(node)
     checks = [c for c in (wanted.only or REGISTRY.values()) if c.tier <= wanted.tier and (c.tier != 2 or wanted.gang)]
     alone = run_checks([c for c in checks if c.tier < 2], node)

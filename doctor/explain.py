@@ -28,6 +28,7 @@ ENDED = re.compile(r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)\"?[ :=]+(-?\d+)
 CALM = re.compile(
     r"\[(?:start_server|part\d[^\]]*)\] [\d:]+ (?:INFO|DEBUG) |\{\"time\": .*\"level\": \"(?:INFO|DEBUG)\""
 )
+COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 WAITING, FORMED = "waiting for part", "ranks are here and agree"
 
 
@@ -51,7 +52,7 @@ def read_log(text: str) -> list[Hit]:
     waiting: dict[str, Hit] = {}
     last: tuple[int, str, tuple[str, ...]] = (0, "", ())
     for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip().replace('\\"', '"')  # a line of JSON
+        line = COLOUR.sub("", raw).strip().replace('\\"', '"')  # a line of JSON
         into = found
         if CALM.search(line):
             if FORMED in line:

@@ -26,7 +26,18 @@ RLIMITS = {
     "Max stack size": "stack",
 }
 CAPABILITIES = {"IPC_LOCK": 14, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_NICE": 23}  # capability.h
-SECRET_WORDS = ("secret", "token", "password", "passwd", "api_key", "apikey", "credential", "access_key", "private")
+SECRET_WORDS = (
+    "secret",
+    "token",
+    "password",
+    "passwd",
+    "passphrase",
+    "api_key",
+    "apikey",
+    "credential",
+    "access_key",
+    "private",
+)
 # Without this server's own settings that merely sound like it: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE.
 SECRET = "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)")
 

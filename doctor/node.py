@@ -65,6 +65,7 @@ class Node:
     collective: dict[str, Any] | None = None
     nvml: Any = field(default=None)  # pynvml, or what stands for it in a test
     ignored: frozenset[str] = frozenset()  # ids whose errors stop nothing
+    starting: bool = False  # a start follows at once
     running: bool = False  # this part is running: what holds its ports and its memory is itself
 
     @cached_property

@@ -21,6 +21,7 @@ from rtp_llm import files
 from rtp_llm.errors import ConfigError
 
 MOST_RANKS = 4096  # a typing slip beyond that would only be found by waiting
+HIGHEST_START_PORT = 65000
 LOWEST_START_PORT = 1024 + 11  # part 0 also uses the eleven ports below its START_PORT
 
 
@@ -57,7 +58,7 @@ class Config(BaseModel):
     heartbeat_timeout: float = Field(20, ge=2, description="seconds without a heartbeat until a rank counts as lost")
 
     # The service
-    start_port: int = Field(10000, ge=LOWEST_START_PORT, le=65000, description="HTTP port of this part")
+    start_port: int = Field(10000, ge=LOWEST_START_PORT, le=HIGHEST_START_PORT, description="HTTP port of this part")
     worker_info_port_num: int = Field(9, ge=7, le=1000, description="ports reserved per local rank")
     concurrency_limit: int = Field(32, ge=1, description="sequences in the engine at once; more wait in the queue")
     queue_limit: int = Field(256, ge=0, description="requests that may wait; more are answered 429")

@@ -15,6 +15,7 @@ from doctor.host import size_text
 from doctor.node import Node
 from rtp_llm.machine.devices import narrow
 from rtp_llm.machine.gpus import APPLICATION_CLOCKS, SLOWDOWNS, Gpu
+from rtp_llm.machine.processes import shown
 
 CATEGORY = "gpu"
 NO_GPU = "the ranks run on CPU"
@@ -414,8 +415,8 @@ def occupied(node: Node) -> Outcome:
 
 
 def _owner(node: Node, pid: int) -> str:
-    command = (node.host.read(f"/proc/{pid}/cmdline") or "").replace("\0", " ").strip()
-    return f"pid {pid} ({command[:60]})" if command else f"host pid {pid}, outside of this pid namespace"
+    command = shown((node.host.read(f"/proc/{pid}/cmdline") or "").split("\0"))
+    return f"pid {pid} ({command})" if command else f"host pid {pid}, outside of this pid namespace"
 
 
 @check(

@@ -3,12 +3,14 @@
 import ctypes.util
 import re
 import time
+from dataclasses import replace
 from ipaddress import ip_address
 
 from doctor.check import Fix, Outcome, Status, check, error, ok, skip, unknown, warn
 from doctor.host import Interface
 from doctor.nccl import choose_interfaces
 from doctor.node import Node
+from rtp_llm.config import HIGHEST_START_PORT
 from rtp_llm.parallel.plan import PlannedPort
 from rtp_llm.parallel.ports import obstacle
 
@@ -51,16 +53,27 @@ def ports_free(node: Node) -> Outcome:
 
 
 def _fix_port(node: Node, why: str) -> Fix:
-    start = node.config.start_port
-    other = next((p for p in range(start + 100, start + 10000, 100) if not obstacle(PlannedPort(p, ""))), start + 100)
+    other = _free_start_port(node)
     pid = re.search(r"pid (\d+)", why)
     stop = f"kill {pid[1]}, or " if pid else "stop its owner, or "
+    listed = "; the same port in the member list" if node.plan and node.plan.spans_parts else ""
     return Fix(
-        host=f"{stop}START_PORT={other}",
-        docker=f"{stop}docker run -e START_PORT={other} -p {other}:{other} …",
-        compose=f"{stop}START_PORT: {other}",
-        kubernetes=f"with hostNetwork another pod has it: START_PORT={other}",
+        host=f"{stop}START_PORT={other}{listed}",
+        docker=f"{stop}docker run -e START_PORT={other} -p {other}:{other} …{listed}",
+        compose=f"{stop}START_PORT: {other}{listed}",
+        kubernetes=f"with hostNetwork another pod has it: START_PORT={other}{listed}",
     )
+
+
+def _free_start_port(node: Node) -> int:
+    """The next one up, or else from 10000 on, whose whole plan is free and allowed."""
+    start, own = node.config.start_port, _own_ports(node)
+    candidates = [*range(start + 100, HIGHEST_START_PORT + 1, 100), *range(10000, start, 100)]
+
+    def free(candidate: int) -> bool:
+        return not any(obstacle(replace(port, port=port.port + candidate - start)) for port in own)
+
+    return next(filter(free, candidates), start)
 
 
 @check("N-09", CATEGORY, "the port plan collides with nothing", needs=("M-14", "C-02"))
@@ -136,7 +149,10 @@ def names(node: Node) -> Outcome:
                 compose=f'extra_hosts: ["{member.ip}:<address>"]',
                 kubernetes="a headless Service with publishNotReadyAddresses: true, or hostAliases",
             )
-            return error(f"{member.name}: {member.ip}: {problem.strerror}", "an IPv4 address", fix)
+            text = f"{member.name}: {member.ip}: {problem.strerror}"
+            if node.starting:  # machines, containers and pods come one after another
+                return warn(text, "an IPv4 address before long: the roll call waits for it", fix, because="N-07")
+            return error(text, "an IPv4 address", fix)
         if time.monotonic() - started > SLOW_NAME_SECONDS:
             slow.append(member.ip)
     if slow:

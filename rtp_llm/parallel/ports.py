@@ -5,6 +5,7 @@ import socket
 
 import psutil
 
+from rtp_llm.machine.processes import shown
 from rtp_llm.parallel.plan import PlannedPort
 
 
@@ -30,7 +31,6 @@ def _holder(port: int) -> str:
     if pid is None:
         return " by a process that cannot be seen from here"
     try:
-        command = " ".join(" ".join(psutil.Process(pid).cmdline()).split())
-        return f" by pid {pid} ({command[:80]})"
+        return f" by pid {pid} ({shown(psutil.Process(pid).cmdline())})"
     except psutil.Error:
         return f" by pid {pid}"

@@ -12,6 +12,7 @@ from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY, Symptom
 from doctor.explain import EXIT_CODES, KILLED, KILLED_WORDS, read_log
 from rtp_llm.errors import ExitCode
+from tests.doctor.lab import doctor
 
 LOGS = Path(__file__).parent / "logs"
 SYMPTOMS = [(check.id, symptom) for check in REGISTRY.values() for symptom in check.symptoms]
@@ -171,3 +172,13 @@ def test_nothing_and_nonsense() -> None:
     assert read_log("") == []
     assert read_log("\0\x1b[31m\n\ufffd" * 100) == []
     assert read_log("(" * 10_000 + "x" * 100_000) == []
+
+
+def test_secrets_and_terminal_orders_of_a_log_are_not_repeated(tmp_path: Path) -> None:
+    line = "\x1b[31mBus error (core dumped)\x1b[0m HF_TOKEN=hf_abcdefghijklmnop --api-key sk-12 --token very\n"
+    (tmp_path / "log").write_text(line)
+    done = doctor("explain-log", str(tmp_path / "log"))
+    quoted = done.stdout.splitlines()[0]
+    assert "Bus error (core dumped)" in quoted
+    for hidden in ("\x1b", "hf_abcdefghijklmnop", "sk-12", "very"):
+        assert hidden not in quoted

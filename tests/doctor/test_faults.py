@@ -432,3 +432,26 @@ def test_a_bare_host_has_no_limit_at_the_root_of_its_cgroups(box: Box) -> None:
     for name in ("memory.max", "memory.current", "pids.max", "pids.current", "cpu.max", "memory.events"):
         box.host.remove(f"/sys/fs/cgroup/{name}")
     assert problems(examine(box.node())) == {}
+
+
+def test_names_that_do_not_resolve_yet_are_waited_for_at_a_start(box: Box) -> None:
+    """Parts come one after another: what depends on the name is not asked either."""
+    members = {"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "not-yet", "port": 10000}}
+    box.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
+    node = box.node()
+    assert problems(examine(node)) == {"N-07": "error"}
+    node = box.node()
+    node.starting = True
+    found = examine(node)
+    assert problems(found) == {"N-07": "warn"}
+    assert by_id(found, "N-04").actual == "because N-07"
+
+
+def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 65000 START_PORT ends; at 10000 the roll call's port would be taken."""
+    taken = {65000, 9999}
+    monkeypatch.setattr("doctor.checks.network.obstacle", lambda p: "in use" if p.port in taken else "")
+    box.set(START_PORT="65000", TP_SIZE="2")
+    found = by_id(examine(box.node()), "N-08")
+    assert found.status == "error"
+    assert "START_PORT=10100" in fix(found)

@@ -1,0 +1,20 @@
+"""Other people's command lines: enough to know them by, and none of their secrets."""
+
+import pytest
+
+from rtp_llm.machine.processes import shown
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["nginx: master process nginx -g daemon off;"], "nginx: master process nginx"),
+        (["python", "-m", "server", "--api-key", "sk-abcdefgh1234"], "python -m server"),
+        (["python3", "serve.py", "--token=x"], "python3 serve.py"),
+        (["/usr/bin/server", "-p", "secret"], "/usr/bin/server"),
+        ([], ""),
+        (["x" * 200], "x" * 80),
+    ],
+)
+def test_options_are_left_out(command: list[str], text: str) -> None:
+    assert shown(command) == text
