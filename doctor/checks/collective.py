@@ -5,6 +5,8 @@ from doctor.host import size_text
 from doctor.node import Node
 
 CATEGORY = "collective"
+# Bytes per second, each way, of one link: the generations 2 to 4, and 5 (Blackwell); NVIDIA's data sheets.
+NVLINK_BYTES, NVLINK_5_BYTES = 25e9, 50e9
 NOT_ASKED = "--tier 3, on every part at the same time"
 SLOW_SECONDS = 0.05  # of a small all-reduce: a token would take a second and more
 
@@ -38,17 +40,43 @@ def correct(node: Node) -> Outcome:
 
 @check("X-02", CATEGORY, "an all-reduce is fast enough", tier=3, severity=Status.WARN, needs=("X-01",))
 def fast(node: Node) -> Outcome:
-    """Latency of the smallest and speed of the largest all-reduce, and what they mean for a token: two all-reduces per
-    layer, each of one hidden vector."""
+    """Latency of the smallest and speed of the largest all-reduce, beside what the link should give, and what they mean
+    for a token: two all-reduces per layer, each of one hidden vector. In a ring of N ranks each link carries 2 (N-1)/N
+    of the bytes."""
     found = node.collective
     if found is None or "sizes" not in found:
         return skip(NOT_ASKED)
     seconds = {int(size): float(entry["seconds"]) for size, entry in found["sizes"].items()}
     least, most = min(seconds), max(seconds)
     text = f"{seconds[least] * 1e6:.0f} us for {least} B, {size_text(most / seconds[most])}/s for {size_text(most)}"
+    text += _beside_the_link(node, most / seconds[most])
     if node.spec:
         middle = sorted(seconds)[1]
         text += f"; about {2 * node.spec.num_layers * seconds[middle] * 1000:.2f} ms per token"
     if seconds[least] > SLOW_SECONDS:
         return warn(text, f"below {SLOW_SECONDS * 1000:.0f} ms", "see N-13, G-17 and L-06")
     return ok(text)
+
+
+def _beside_the_link(node: Node, rate: float) -> str:
+    """`rate`: bytes per second that were summed."""
+    plan, given = node.plan, _link(node)
+    if plan is None or given is None:
+        return "; what this link should give is not known"
+    name, limit = given
+    carried = rate * 2 * (plan.world_size - 1) / plan.world_size
+    return f"; {size_text(carried)}/s over {name}, which gives {size_text(limit)}/s"
+
+
+def _link(node: Node) -> tuple[str, float] | None:
+    """The slowest link of a ring, as this part sees it, and its bytes per second each way; None where nobody tells."""
+    if node.plan and node.plan.spans_parts and node.gang:
+        name = node.gang.rows[node.plan.part].interface
+        speed = next((i.speed for i in node.host.interfaces if i.name == name), 0)  # Mbit/s
+        return (name, speed * 1e6 / 8) if speed else None
+    used = node.gpus.visible[: node.local_ranks] if node.on_gpu else []
+    links = min((gpu.nvlinks[0] for gpu in used), default=0)
+    if not links:
+        return None
+    newest = all((gpu.capability or (0, 0)) >= (10, 0) for gpu in used)
+    return f"{links} NVLinks", links * (NVLINK_5_BYTES if newest else NVLINK_BYTES)

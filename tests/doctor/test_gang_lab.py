@@ -389,10 +389,11 @@ def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
 
 @pytest.mark.fault("X-01", "X-02")
 def test_the_group_of_both_parts_sums_right(sides: list[Side], demo: Path) -> None:
-    for answer in meet(sides, demo, words=("--tier=3",)):
+    for side, answer in zip(sides, meet(sides, demo, words=("--tier=3",)), strict=True):
         assert gang_problems(answer) == {}
         assert "right at 8 B, 64.0 KiB, 16.0 MiB" in said(answer, "X-01")
         assert "ms per token" in said(answer, "X-02")
+        assert f"/s over {side.device}, which gives 1.2 GiB/s" in said(answer, "X-02")
 
 
 @pytest.mark.fault("N-03")

@@ -10,6 +10,7 @@ import pynvml
 import pytest
 
 from doctor import probes
+from doctor.check import REGISTRY
 from doctor.nccl import Nccl, effective_settings
 from doctor.node import Node
 from rtp_llm.machine.devices import narrow
@@ -321,3 +322,23 @@ def play(
     monkeypatch.setattr(probes, "compute", lambda used: {gpu: failures.get(gpu.index, "") for gpu in used})
     monkeypatch.setattr(probes, "architectures", lambda: known or ["sm_80", "sm_90", "compute_90"])
     monkeypatch.setattr(probes, "peer_copies", lambda order: copies or [])
+
+
+@pytest.mark.parametrize(
+    ("capability", "links", "text"),
+    [
+        ((9, 0), 18, "268.1 GiB/s over 18 NVLinks, which gives 419.1 GiB/s"),
+        ((10, 0), 18, "268.1 GiB/s over 18 NVLinks, which gives 838.2 GiB/s"),
+        ((9, 0), 0, "what this link should give is not known"),
+    ],
+)
+def test_a_sum_is_shown_beside_what_the_link_should_give(
+    box: Box, capability: tuple[int, int], links: int, text: str
+) -> None:
+    """16 MiB in 102 us: each of eight links of a ring carries 14/8 of that."""
+    for gpu in box.gpus.all:
+        box.change(gpu.index, capability=capability, nvlinks=(links, links))
+    node = box.node(tier=3)
+    sizes = {str(size): {"wrong": 0, "seconds": 1.02e-4} for size in (8, 64 << 10, 16 << 20)}
+    node.collective = {"sizes": sizes, "backend": "TorchGroup"}
+    assert text in REGISTRY["X-02"].run(node).actual
