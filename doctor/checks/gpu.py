@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pynvml
 
-from doctor import probes
+from doctor import probes, xids
 from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, unknown, warn
 from doctor.host import size_text
 from doctor.node import Node
@@ -31,18 +31,6 @@ _GIVE_GPUS = Fix(
 )
 
 
-# What the driver reports of hardware, and what helps (NVIDIA, "Xid Errors"); the others are mostly a program's own.
-XIDS = {
-    48: ("an uncorrectable memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
-    63: ("a memory row is to be replaced", "nvidia-smi -i {gpu} -r, or reboot"),
-    64: ("replacing a memory row failed", "take the GPU out of service"),
-    74: ("an NVLink error", "nvidia-smi nvlink -e -i {gpu}; reset all GPUs that are linked to it"),
-    79: ("it fell off the bus", "drain this machine and reboot it; if it comes back, check power and seating"),
-    94: ("a contained memory error", "restart what ran on it; reset it when nothing runs: nvidia-smi -i {gpu} -r"),
-    95: ("an uncontained memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
-    119: ("its own processor (GSP) did not answer", "nvidia-smi -i {gpu} -r, or reboot; update the driver"),
-}
-XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 NOT_SUPPORTED = "this GPU does not tell"
 
 
@@ -477,20 +465,15 @@ def fallen(node: Node) -> Outcome:
             f"GPU {index}: {pynvml.NVMLError(code)}", "an answer", "drain this machine and reboot it", code=code
         )
     log = node.host.kernel_log
-    reported = [(gpu, xid) for gpu in _used(node) for xid in _xids(log or "", gpu) if xid in XIDS]
+    reported = [(gpu, xid) for gpu in _used(node) for xid in xids.of_hardware(log or "", gpu.bus)]
     if reported:
         gpu, xid = reported[-1]
-        what, remedy = XIDS[xid]
+        what, remedy = xids.MEANINGS[xid]
         count = f"; {len(reported)} such reports in all" if len(reported) > 1 else ""
         fix = remedy.format(gpu=gpu.index)
         return warn(f"{_label(gpu)} ({gpu.bus}): Xid {xid}, {what}, since the machine started{count}", "no Xid", fix)
     unread = "; /dev/kmsg cannot be read, so Xids are not seen" if log is None else ", and the kernel reported no Xid"
     return ok(f"all {len(node.gpus.all)} GPUs answer{unread}")
-
-
-def _xids(log: str, gpu: Gpu) -> list[int]:
-    """Of one GPU: the driver writes its PCI address without the function, `PCI:0000:3b:00`."""
-    return [int(xid) for place, xid in XID.findall(log) if gpu.bus.startswith(place.lower())]
 
 
 @check("G-17", CATEGORY, "no GPU is slowed down by heat or power", severity=Status.WARN, needs=("G-09",))
