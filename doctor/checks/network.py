@@ -4,7 +4,7 @@ import ctypes.util
 import re
 import time
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from doctor.check import Fix, Outcome, Status, check, error, ok, skip, unknown, warn
 from doctor.host import Interface
@@ -332,10 +332,19 @@ def proxies(node: Node) -> Outcome:
 
 
 def _within(name: str, spared: set[str]) -> bool:
-    """Whether a suffix (".internal") or the loopback address covers a name."""
+    """Whether a suffix (".internal"), a network ("10.0.0.0/8") or the loopback address covers a name."""
     if name == "localhost" and "127.0.0.1" in spared:
         return True
+    if _is_address(name):
+        return any(ip_address(name) in network for network in map(_network, spared) if network)
     return any(entry.startswith(".") and name.endswith(entry) for entry in spared)
+
+
+def _network(text: str) -> IPv4Network | IPv6Network | None:
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
 
 
 @check(

@@ -128,6 +128,8 @@ def _entry(key: str, value: Any, source: str) -> _Entry:
     ip = value.get("ip")
     if not isinstance(ip, str) or not ip.strip() or re.search(r"[\s/]", ip):
         raise ConfigError(f"{where}: ip is {json.dumps(ip)}; allowed: an address or host name as text", check="C-02")
+    if ip.strip() in ("0.0.0.0", "255.255.255.255"):
+        raise ConfigError(f"{where}: ip is {ip!r}, which is no machine's; allowed: its own address", check="C-02")
     if ":" in ip:
         raise ConfigError(
             f"{where}: ip is {ip!r}; IPv6 is not supported yet; allowed: an IPv4 address or a host name", check="C-02"

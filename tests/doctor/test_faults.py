@@ -455,3 +455,11 @@ def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: Box, monkeypatc
     found = by_id(examine(box.node()), "N-08")
     assert found.status == "error"
     assert "START_PORT=10100" in fix(found)
+
+
+@pytest.mark.parametrize(("spared", "status"), [("10.0.0.0/8", "ok"), ("10.1.0.0/16", "warn"), (".nodes", "warn")])
+def test_networks_that_need_no_proxy(box: Box, spared: str, status: str) -> None:
+    members = {f"x_part{n}": {"ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
+    box.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
+    box.set(http_proxy="http://proxy:3128", no_proxy=f"localhost,{spared}")
+    assert by_id(examine(box.node()), "N-11").status == status

@@ -184,6 +184,11 @@ def test_an_ipv6_address_is_refused_and_not_misread() -> None:
     assert "ip is 'fd00::7'; IPv6 is not supported yet" in message
 
 
+def test_an_address_that_is_no_machines_is_refused() -> None:
+    message = refusal(gang_config_string="name:x_part0,ip:0.0.0.0,port:10000")
+    assert "ip is '0.0.0.0', which is no machine's; allowed: its own address" in message
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "none.json"
     assert refusal(distribute_config_file=str(missing)) == (
