@@ -7,6 +7,7 @@ and ends with the code that says why: supervisord alone would always end with 0.
 import fcntl
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ log = logging.getLogger("rtp_llm.start_server")
 
 SHM = Path("/dev/shm")
 DOCTOR_SECONDS = 60
+MOST_FILES = 1 << 20  # that may be open: some programs close every number up to the limit
 
 
 def main() -> int:
@@ -190,7 +192,16 @@ def _sweep_shared_memory(prefix: str) -> None:
         stale.unlink(missing_ok=True)
 
 
+def raise_open_files() -> None:
+    """As far as this user may: every connection is a file, and what is allowed at first is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reach = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < reach:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (reach, hard))
+
+
 def _supervise(handover: Handover, stopper: "_Stopper") -> int:
+    raise_open_files()
     handover.save()
     conf = handover.run_dir / "supervisord.conf"
     conf.write_text(supervisord_config(handover))

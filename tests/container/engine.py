@@ -145,14 +145,10 @@ class Project(Service):
         self.port = free_port()
         self._services = services
         self.name = f"rtp-llm-{secrets.token_hex(4)}"
-        limit = subprocess.run(["sh", "-c", "ulimit -Hn"], capture_output=True, text=True, check=True).stdout.strip()
-        # An engine that runs within limits of its own cannot give more than it has.
-        own = {"NOFILE": limit} if limit.isdigit() and int(limit) < 65536 else {}
         self._env = {
             "RTP_IMAGE": IMAGE,
             "PORT": str(self.port),
             "COMPOSE_PROJECT_NAME": self.name,
-            **own,
             **(env or {}),
         }
         self._profiles = [word for profile in profiles for word in ("--profile", profile)]

@@ -33,6 +33,14 @@ def test_what_it_was_given_wrong_is_its_exit_code(image: str, env: dict[str, str
         assert said in container.log
 
 
+def test_it_takes_as_many_files_as_it_may(image: str) -> None:
+    """Docker's own first limit is often 1024, which a thousand clients spend."""
+    with Container("--ulimit=nofile=1024:4096", env=TWO) as container:
+        metrics = container.wait_healthy().fetch("/metrics")[1]
+        for program in ('program="api",rank=""', 'program="rank1",rank="1"'):
+            assert f"rtp_llm_process_max_fds{{{program}}} 4096.0" in metrics
+
+
 def test_a_rank_killed_inside_is_replaced_and_nothing_is_lost(image: str) -> None:
     with Container(env=TWO) as container:
         container.wait_healthy()
