@@ -82,7 +82,7 @@ def _load(folder: Path) -> Handover:
     """Raises ConfigError where the folder's part.json is none."""
     try:
         return Handover.load(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{folder / 'part.json'}: is not what start_server writes: {why}") from None
 
