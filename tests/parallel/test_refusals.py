@@ -101,11 +101,23 @@ def test_no_tokenizer(settings: dict[str, str], checkpoint: Path, tmp_path: Path
     assert f"{path}: no tokenizer.json" in log
 
 
-def test_a_damaged_tokenizer_is_found_by_the_api_and_ends_the_part(
+def test_a_tokenizer_that_is_cut_off_is_found_at_once(
     settings: dict[str, str], checkpoint: Path, tmp_path: Path
 ) -> None:
     path = copied(checkpoint, tmp_path)
     (path / "tokenizer.json").write_text('{"model": ')
+    log = refused({**settings, "CHECKPOINT_PATH": str(path), "TOKENIZER_PATH": str(path)}, code=65)
+    assert f"{path}/tokenizer.json: malformed JSON: " in log
+
+
+def test_a_damaged_tokenizer_is_found_by_the_api_and_ends_the_part(
+    settings: dict[str, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    """One that the tokenizers library alone can tell from a good one."""
+    path = copied(checkpoint, tmp_path)
+    damaged = json.loads((path / "tokenizer.json").read_text())
+    damaged["model"]["merges"] = [["no", "such"]]
+    (path / "tokenizer.json").write_text(json.dumps(damaged))
     env = {**settings, "CHECKPOINT_PATH": str(path), "TOKENIZER_PATH": str(path)}
     log = refused(env, code=65, seconds=60)
     assert "tokenizer.json" in log
