@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -99,7 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tier", type=int, choices=TIERS, help="0 static, 1 uses GPUs and disk, 2 gang, 3 collective")
     parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="form of the report")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what is well, too")
-    parser.add_argument("--only", default="", metavar="IDS", help="checks or categories to run, with commas between")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="IDS",
+        help="checks, or categories as far as the tier reaches, with commas between; one that it does not reach is"
+        " refused",
+    )
     parser.add_argument("--ignore", default="", metavar="IDS", help="checks whose errors count as warnings")
     parser.add_argument("--strict", action="store_true", help="warnings end with 1")
     parser.add_argument("--wait", type=seconds, default=30.0, metavar="S", help="seconds to wait for other parts (30)")
@@ -121,7 +127,7 @@ def _run(asked: argparse.Namespace, server: list[str]) -> int:
         return _explain_log(asked, server)
     if asked.fix:
         _fix_shm()
-    return _report(asked, server, select(asked.only, _tier(asked)))
+    return _report(asked, server, select(asked.only, _reach(asked)))
 
 
 def _tier(asked: argparse.Namespace) -> int:
@@ -129,11 +135,16 @@ def _tier(asked: argparse.Namespace) -> int:
     return max(tier, 2) if asked.command == "gang" else tier
 
 
-def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | None) -> int:
+def _reach(asked: argparse.Namespace) -> set[int]:
+    """The tiers that are examined: what the parts say together is not asked of one of them alone."""
     tier = _tier(asked)
+    return {t for t in range(tier + 1) if t != 2 or tier == 2 or asked.command == "gang"}
+
+
+def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | None) -> int:
     wanted = Examination(
-        tier=tier,
-        gang=asked.command == "gang" or tier == 2,
+        tier=_tier(asked),
+        gang=2 in _reach(asked),
         only=chosen,
         ignore=tuple(_known(asked.ignore)),
         strict=asked.strict,
@@ -166,23 +177,24 @@ def save(report: Report, path: Path) -> None:
     scratch.replace(path)
 
 
-def select(only: str, tier: int = 0) -> list[Check] | None:
-    """The checks that --only names, by id or category, with what they need; None for all. Raises UsageError where
-    one that is named does not belong to this tier: what was not looked at must not be called ready."""
-    words = {word.strip().upper() for word in only.split(",")} - {""}
+def select(only: str, reach: Container[int] = (0,)) -> list[Check] | None:
+    """The checks that --only names, by id or category, with what they need; None for all. Raises UsageError where the
+    tiers in `reach` hold nothing of a word: what was not looked at must not be called ready."""
+    words = sorted({word.strip().upper() for word in only.split(",")} - {""})
     if not words:
         return None
-    chosen = [c for c in REGISTRY.values() if {c.id, c.category.upper()} & words]
-    unknown = words - {c.id for c in chosen} - {c.category.upper() for c in chosen}
+    named = {word: [c for c in REGISTRY.values() if word in (c.id, c.category.upper())] for word in words}
+    unknown = [word for word, found in named.items() if not found]
     if unknown:
-        raise UsageError(f"no check or category {', '.join(sorted(unknown))}; `rtp-llm-doctor list` shows them")
-    # By name, or a category of which nothing belongs to this tier.
-    beyond = [c for c in chosen if c.tier > tier and (c.id in words or all(o.tier > tier for o in chosen))]
+        raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
+    beyond = [c for found in named.values() if all(c.tier not in reach for c in found) for c in found]
     if beyond:
-        least = min(c.tier for c in beyond)
-        how = "`rtp-llm-doctor gang` on every part" if least == 2 else f"--tier {least}"
-        raise UsageError(f"{', '.join(c.id for c in beyond)}: asked by {how}")
-    return with_needs(chosen)
+        raise UsageError(f"{', '.join(c.id for c in beyond)}: asked by {_asked_by(min(c.tier for c in beyond))}")
+    return with_needs([c for found in named.values() for c in found])
+
+
+def _asked_by(tier: int) -> str:
+    return "`rtp-llm-doctor gang` on every part" if tier == 2 else f"--tier {tier}"
 
 
 def with_needs(chosen: Sequence[Check]) -> list[Check]:
@@ -240,7 +252,7 @@ def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
         )
         return Exit.READY if asked.output == "table" else _report(asked, server, None)
     if asked.output == "table":
-        write("".join(f"line {hit.number}: {_quoted(hit)}\n  {_named(hit, _tier(asked))}\n" for hit in hits) + "\n")
+        write("".join(f"line {hit.number}: {_quoted(hit)}\n  {_named(hit, _reach(asked))}\n" for hit in hits) + "\n")
     return _report(asked, server, with_needs([hit.check for hit in hits]))
 
 
@@ -249,10 +261,9 @@ def _quoted(hit: Hit) -> str:
     return readable(redact(hit.line))[:160]
 
 
-def _named(hit: Hit, tier: int) -> str:
+def _named(hit: Hit, reach: Container[int]) -> str:
     check = hit.check
-    how = {2: "`rtp-llm-doctor gang` on every part", 3: "--tier 3"}.get(check.tier, "")
-    return f"{check.id} {check.title}" + (f" (asked by {how})" if check.tier > tier else "")
+    return f"{check.id} {check.title}" + ("" if check.tier in reach else f" (asked by {_asked_by(check.tier)})")
 
 
 def _attach(asked: argparse.Namespace) -> int:

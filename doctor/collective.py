@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ ROUNDS = {8: 50, 64 << 10: 30, 16 << 20: 5}
 
 def measure(node: Node, plan: Plan, address: str, seconds: float = SECONDS) -> dict[str, Any]:
     """Runs the ranks of this part. {"failure": text} or {"sizes": {bytes: {"wrong", "seconds"}}, "backend": …}."""
-    orders = {"plan": asdict(plan), "address": address, "timeout": seconds - 10}
+    orders = {"plan": asdict(plan), "address": address, "timeout": seconds - 10, "parent": os.getpid()}
     with ThreadPoolExecutor(plan.local_world_size) as pool:
         found = list(pool.map(lambda rank: _rank({**orders, "rank": rank}, seconds), plan.ranks))
     failures = [
@@ -54,8 +55,9 @@ def main() -> None:
     from rtp_llm.parallel.gang import leader_host
     from rtp_llm.parallel.group import open_group
 
-    die_with_parent()
     orders = json.load(sys.stdin)
+    if os.getppid() != orders["parent"]:  # it ended before the kernel was asked
+        return
     plan, rank = Plan.from_json(orders["plan"]), int(orders["rank"])
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -89,4 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     main()

@@ -14,6 +14,7 @@ from rtp_llm.machine.gpus import Gpu
 
 SECONDS = 50.0  # most of it for importing torch from a cold disk
 
+NO_ORPHAN = "from rtp_llm.parallel.lifeline import die_with_parent\ndie_with_parent()\n"
 # A matrix product whose result is known: every element of ones(n, n) @ ones(n, n) is n.
 COMPUTE = """
 import json, sys, torch
@@ -27,7 +28,6 @@ print(json.dumps(torch.cuda.get_arch_list()))
 """
 # Small and 64 MiB, from one GPU to every other; the pattern differs for each, so that a stale buffer cannot pass.
 # A line per direction: the one that hangs is the one that has none.
-NO_ORPHAN = "from rtp_llm.parallel.lifeline import die_with_parent\ndie_with_parent()\n"
 PEER = """
 import json, sys, torch
 one, count = int(sys.argv[1]), int(sys.argv[2])

@@ -106,6 +106,8 @@ def test_a_fault_of_the_doctor_ends_with_2() -> None:
         (("--only", "S-99,S-01"), ("no check or category S-99", "rtp-llm-doctor list")),
         (("--only", "X-01"), ("X-01", "--tier 3")),
         (("--only", "gang"), ("C-09", "`rtp-llm-doctor gang` on every part")),
+        (("--only", "gang,S-01"), ("C-09", "`rtp-llm-doctor gang` on every part")),
+        (("--tier", "3", "--only", "N-01"), ("N-01", "`rtp-llm-doctor gang` on every part")),
         (("--ignore", "S-99"), ("no check S-99", "rtp-llm-doctor list")),
         (("explain",), ("explain needs the id", "rtp-llm-doctor list")),
         (("explain", "S-99"), ("'S-99'", "rtp-llm-doctor list")),
@@ -317,6 +319,29 @@ def test_no_child_outlives_the_doctor() -> None:
         [child] = psutil.Process(process.pid).children()
         process.terminate()
     gone, _ = psutil.wait_procs([child], timeout=20)
+    assert gone
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "doctor.collective" in process.cmdline()
+    except psutil.NoSuchProcess:  # a check's, and over
+        return False
+
+
+def test_no_rank_of_tier_3_outlives_the_doctor() -> None:
+    """One rank is lost before they meet, so the other would wait for it for most of a minute."""
+    env = {**os.environ, **PORT, "TP_SIZE": "2", "RTP_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "doctor", "--tier", "3", "--only", "X-01"]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=env) as process:
+        itself = psutil.Process(process.pid)
+        ranks: list[psutil.Process] = []
+        while len(ranks) < 2 and process.poll() is None:
+            ranks = [child for child in itself.children() if is_rank(child)]
+        left, lost = ranks
+        lost.kill()
+        process.terminate()
+    gone, _ = psutil.wait_procs([left], timeout=30)
     assert gone
 
 

@@ -329,6 +329,47 @@ def test_a_part_with_a_wrong_rank_says_so_before_it_goes(sides: list[Side], demo
     assert [r["exit_code"] for r in reports] == [1, 1]
 
 
+@contextmanager
+def named(sides: Sequence[Side], *lines: str) -> Iterator[None]:
+    """What each side's /etc/hosts says: `ip netns exec` lays /etc/netns/NAME/hosts over it."""
+    folders = [Path("/etc/netns") / side.name for side in sides]
+    try:
+        for folder, line in zip(folders, lines, strict=True):
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("127.0.0.1 localhost\n" + line)
+        yield
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.fault("C-01")
+def test_two_with_the_rank_of_one(sides: list[Side], demo: Path) -> None:
+    """By its address the second is part 1, and says so."""
+    reports = meet(sides, demo, {}, {"WORLD_RANK": "0"}, wait=10)
+    assert [gang_problems(r) for r in reports] == [{"C-11": "error"}, {"C-01": "error"}]
+    assert "set WORLD_RANK=1" in said(reports[0], "C-11")
+
+
+@pytest.mark.fault("C-01")
+def test_two_with_one_rank_that_no_address_tells_apart(sides: list[Side], demo: Path) -> None:
+    """The list has names, so each believes what it was told, until the other answers to the wrong number."""
+    both = "".join(f"{address} node-{n}\n" for n, address in enumerate(ADDRESSES))
+    with named(sides, both, both):
+        reports = meet(sides, demo, {}, {"WORLD_RANK": "0"}, addresses=("node-0", "node-1"), wait=6)
+    text = agreed(reports, "C-01", "error", 1)
+    assert text == f"part0 -> part1: part0 answers at node-1:{PORT + 3}"
+    assert "check WORLD_RANK on the part that answers" in remedy(reports[0], "C-01")
+
+
+def test_two_healthy_parts_that_know_the_leader_alone(sides: list[Side], demo: Path) -> None:
+    """Part 0 is told of nobody, and waits for those that the plan says there are."""
+    leader = {"JSON_GANG_PARTS": "", "LEADER_ADDRESS": ADDRESSES[0]}
+    for answer in meet(sides, demo, leader, leader):
+        assert gang_problems(answer) == {}
+        assert len(answer["members"]) == 2
+
+
 @pytest.mark.fault("C-10")
 def test_another_program_where_a_doctor_should_answer(sides: list[Side], demo: Path) -> None:
     address = (ADDRESSES[1], PORT + 3)
@@ -370,17 +411,9 @@ def test_tier_3_of_one_part_alone_is_not_called_ready(demo: Path) -> None:
 
 
 def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
-    """/etc/hosts of part 1 calls part 0 127.0.1.1; `ip netns exec` lays /etc/netns/NAME/hosts over it."""
-    folders = [Path("/etc/netns") / side.name for side in sides]
-    lines = [f"{ADDRESSES[0]} node-a\n", "127.0.1.1 node-a\n"]
-    try:
-        for folder, line in zip(folders, lines, strict=True):
-            folder.mkdir(parents=True)
-            (folder / "hosts").write_text("127.0.0.1 localhost\n" + line)
+    """/etc/hosts of part 1 calls part 0 127.0.1.1."""
+    with named(sides, f"{ADDRESSES[0]} node-a\n", "127.0.1.1 node-a\n"):
         reports = meet(sides, demo, addresses=("node-a", ADDRESSES[1]), wait=4)
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
     assert gang_problems(reports[1]) == {"N-04": "error"}
     assert gang_problems(reports[0]) == {"C-11": "error"}
     assert "part1: N-04" in said(reports[0], "C-11")

@@ -95,6 +95,33 @@ FAULTS: dict[str, tuple[str, Callable[[Meeting], Any], str, str]] = {
         "error",
         "part0 -> part1: 8 MiB sent: stalled",
     ),
+    "long answers are lost": (
+        "N-10",
+        each(
+            lambda m: m.rows[0].links.update({1: Link(dict.fromkeys((10000, 10003), "open"), stuck=True)}),
+            lambda m: setattr(m.rows[1].links[0], "blob", "8 MiB received: stalled"),
+        ),
+        "error",
+        "part0 -> part1: it greets, and sends no answer; part1 -> part0: 8 MiB received: stalled; MTU",
+    ),
+    "no transfer was made": (
+        "N-10",
+        lambda m: m.rows[0].links.update({1: Link(dict.fromkeys((10000, 10003, 40001), "open"))}),
+        "unknown",
+        "no transfer of 8 MiB came to an end: part0 -> part1",
+    ),
+    "the time was up": (
+        "N-01",
+        each(lambda m: setattr(m.rows[1], "done", False), lambda m: m.rows[1].links.update({2: Link()})),
+        "unknown",
+        "the time was up before all ways were tried: part1 -> part2",
+    ),
+    "another part answers": (
+        "C-01",
+        lambda m: setattr(m.rows[0].links[1], "misled", "part2 answers at 10.0.0.6:10003"),
+        "error",
+        "part0 -> part1: part2 answers at 10.0.0.6:10003",
+    ),
     "nobody listens": (
         "N-01",
         lambda m: close(m, 0, 1, "refused", 10003),
