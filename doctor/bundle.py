@@ -21,7 +21,8 @@ OTHERS = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_
 LEFT_OUT = "(left out)"
 NAME = rf"[\w-]{{0,40}}(?:{SECRET})[\w-]*"
 CREDENTIAL = re.compile(
-    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*|--{NAME}\s+)"
+    rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*"
+    rf"|(?<![\w-])--?{NAME}[\"']?,?\s+(?!-))"
     rf"({re.escape(LEFT_OUT)}|\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
 )
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^@\s/]+@")
@@ -32,6 +33,7 @@ TOKEN = re.compile(
     re.DOTALL,
 )
 SHORTEST = 4  # what is shorter is found in any text
+WORDS = {"true", "false", "none", "null", "auto"}  # values of switches whose names merely sound like a secret
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
@@ -67,7 +69,8 @@ def environment(host: Host) -> str:
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Takes out `secrets` wherever they stand, also as JSON, and what looks like a credential: bearer tokens,
     key=value with a secret's name, passwords in URLs, private keys."""
-    forms = {form for secret in secrets if len(secret) >= SHORTEST for form in (secret, json.dumps(secret)[1:-1])}
+    telling = (secret for secret in secrets if len(secret) >= SHORTEST and secret.lower() not in WORDS)
+    forms = {form for secret in telling for form in (secret, json.dumps(secret)[1:-1])}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, LEFT_OUT)
     text = TOKEN.sub(LEFT_OUT, text)

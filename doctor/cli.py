@@ -4,9 +4,11 @@ import argparse
 import json
 import math
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +18,7 @@ from doctor.bundle import redact, write_bundle
 from doctor.check import REGISTRY, Check
 from doctor.examine import Examination, examine
 from doctor.explain import Hit, explain, manual, read_log
-from doctor.host import Host, size_text
+from doctor.host import Host, is_secret, size_text
 from doctor.orphans import remove_orphans
 from doctor.render import FORMATS, Style, table, write
 from doctor.report import Exit, Report, readable
@@ -49,16 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             write("")  # what argparse has printed; where it cannot be written, that is an error as any other
     except UsageError as error:
-        print(f"rtp-llm-doctor: {error}", file=sys.stderr)
-        return Exit.CANNOT_RUN
+        return _complain(str(error))
     except (OSError, FatalError) as error:
-        print(f"rtp-llm-doctor: cannot run: {error}", file=sys.stderr)
-        return Exit.CANNOT_RUN
+        return _complain(f"cannot run: {error}")
     except KeyboardInterrupt:
         return Exit.CANNOT_RUN
     except Exception:  # Python would end with 1, which means that errors were found
-        traceback.print_exc()
-        return Exit.CANNOT_RUN
+        return _complain(f"cannot run:\n{traceback.format_exc().rstrip()}")
+
+
+def _complain(text: str) -> Exit:
+    """On stderr; where that takes nothing there is nobody left to tell."""
+    with suppress(OSError):
+        write(f"rtp-llm-doctor: {text}\n", sys.stderr)
+    return Exit.CANNOT_RUN
 
 
 def _open_what_is_closed() -> None:
@@ -243,8 +249,7 @@ def _explain(asked: argparse.Namespace) -> int:
 def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
     if not asked.argument:
         raise UsageError("explain-log needs a file, or - for stdin")
-    text = sys.stdin.read() if asked.argument == "-" else Path(asked.argument).read_text(errors="replace")
-    hits = read_log(text)
+    hits = read_log(_log_text(asked.argument))
     if not hits:
         print(
             "nothing in this log is a symptom that the doctor knows; `rtp-llm-doctor` looks at the machine itself",
@@ -256,9 +261,37 @@ def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
     return _report(asked, server, with_needs([hit.check for hit in hits]))
 
 
+def _log_text(name: str) -> str:
+    """Of a file, of stdin (-), or of a FIFO that somebody has open for writing, as a shell's <(…) is."""
+    if name == "-":
+        return sys.stdin.read()
+    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFIFO):
+            raise UsageError(f"explain-log: {name} is no file that has an end; `explain-log -` reads stdin")
+        first = _first(fd)
+        if kind == stat.S_IFIFO and first == b"":
+            raise UsageError(f"explain-log: {name} is a FIFO that nobody writes to")
+        os.set_blocking(fd, True)
+        with os.fdopen(fd, "rb", closefd=False) as stream:
+            return ((first or b"") + stream.read()).decode(errors="replace")
+    finally:
+        os.close(fd)
+
+
+def _first(fd: int) -> bytes | None:
+    """What can be read at once; empty at the end, or where nobody writes, None where somebody has yet to."""
+    try:
+        return os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return None
+
+
 def _quoted(hit: Hit) -> str:
     """A log may hold secrets, and bytes that a terminal takes for orders."""
-    return readable(redact(hit.line))[:160]
+    secrets = [value for name, value in os.environ.items() if is_secret(name)]
+    return readable(redact(hit.line, secrets))[:160]
 
 
 def _named(hit: Hit, reach: Container[int]) -> str:

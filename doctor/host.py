@@ -32,14 +32,17 @@ SECRET_WORDS = (
     "password",
     "passwd",
     "passphrase",
+    "passcode",
     "api_key",
     "apikey",
     "credential",
     "access_key",
     "private",
 )
-# Without this server's own settings that merely sound like it: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE.
-SECRET = "|".join([*SECRET_WORDS, "api-key"]).replace("token", "token(?!iz|s)")
+# Without this server's own settings that merely sound like it: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE,
+# DEFAULT_CHAT_TEMPLATE_KEY. The short words end a name that has more before them: MYKEY, DB_PASS; not KEYBOARD.
+SHORT_WORDS = r"(?<=[\w-])(?<!by)(?<!template[_-])(?:pass|keys?|creds?)(?![a-z])"
+SECRET = "|".join([*SECRET_WORDS, "api-key", SHORT_WORDS]).replace("token", "token(?!iz|s)")
 
 
 KERNEL_RECORDS = 50_000  # more than its buffer holds
@@ -102,7 +105,7 @@ class Host:
             return None if not records else b"".join(records).decode(errors="replace")
         finally:
             os.close(fd)
-        return b"".join(records).decode(errors="replace")
+        return b"".join(records).decode(errors="replace") or None  # empty: /dev/null was mounted over it
 
     def number(self, name: str) -> int | None:
         text = (self.read(name) or "").strip()

@@ -128,6 +128,7 @@ def _check_ports_free(plan: Plan) -> None:
 
 def _examine(mode: str, report: Path | None = None) -> int:
     """Runs the doctor on this part, in a process of its own, and shows what it finds. Its exit code: 1 for errors.
+    What it could not find out (3), or a fault of its own, is a warning: only what is known to be wrong stops a start.
 
     `report`: where it leaves its findings for the API and for the part's own doctor.
     """
@@ -140,8 +141,9 @@ def _examine(mode: str, report: Path | None = None) -> int:
     except subprocess.TimeoutExpired:
         log.warning("the doctor gave no answer within %d s; going on without it", DOCTOR_SECONDS)
         return 0
-    if done.returncode == 2:
-        log.warning("the doctor could not run: %s", done.stderr.strip() or "no reason given")
+    if done.returncode not in (0, 1, 3):
+        why = done.stderr.strip() or f"it ended with {done.returncode}"
+        log.warning("the doctor could not run: %s", why)
     elif done.returncode == 0 and " warning" not in done.stdout:
         log.info("doctor: %s", done.stdout.strip().splitlines()[-1])
     else:

@@ -53,9 +53,12 @@ def ports_free(node: Node) -> Outcome:
 
 
 def _fix_port(node: Node, why: str) -> Fix:
-    other = _free_start_port(node)
     pid = re.search(r"pid (\d+)", why)
-    stop = f"kill {pid[1]}, or " if pid else "stop its owner, or "
+    stop = f"kill {pid[1]}" if pid else "stop its owner"
+    other = _free_start_port(node)
+    if other is None:
+        return Fix(stop)
+    stop += ", or "
     listed = "; the same port in the member list" if node.plan and node.plan.spans_parts else ""
     return Fix(
         host=f"{stop}START_PORT={other}{listed}",
@@ -65,15 +68,32 @@ def _fix_port(node: Node, why: str) -> Fix:
     )
 
 
-def _free_start_port(node: Node) -> int:
-    """The next one up, or else from 10000 on, whose whole plan is free and allowed."""
-    start, own = node.config.start_port, _own_ports(node)
+def _free_start_port(node: Node) -> int | None:
+    """The next one up, or else from 10000 on, whose whole plan is free and allowed; rather none of those that outgoing
+    connections or Services may get."""
+    start, own, (low, high) = node.config.start_port, _own_ports(node), _ephemeral(node)
     candidates = [*range(start + 100, HIGHEST_START_PORT + 1, 100), *range(10000, start, 100)]
 
-    def free(candidate: int) -> bool:
-        return not any(obstacle(replace(port, port=port.port + candidate - start)) for port in own)
+    def safe(candidate: int) -> bool:
+        ports = [port.port + candidate - start for port in own]
+        return not any(low <= port <= high or port in NODE_PORTS for port in ports)
 
-    return next(filter(free, candidates), start)
+    def free(candidate: int) -> bool:
+        moved = [replace(port, port=port.port + candidate - start) for port in own]
+        return _fits(node, candidate) and not any(map(obstacle, moved))
+
+    return next(filter(free, [*filter(safe, candidates), *candidates]), None)
+
+
+def _fits(node: Node, start: int) -> bool:
+    """Whether the block of ports that follows from this START_PORT is allowed, and no other part's on this address."""
+    plan = node.plan
+    own = next((m for m in plan.members if m.index == plan.part), None) if plan else None
+    if plan is None or own is None:
+        return True
+    block = plan.block(replace(own, port=start))
+    others = [plan.block(m) for m in plan.members if m.index != plan.part and m.ip == own.ip]
+    return block.stop <= 65536 and all(block.stop <= o.start or o.stop <= block.start for o in others)
 
 
 @check("N-09", CATEGORY, "the port plan collides with nothing", needs=("M-14", "C-02"))

@@ -10,7 +10,9 @@ import pytest
 
 from doctor.bundle import LEFT_OUT, redact, write_bundle
 from doctor.check import REGISTRY, Runtime, error
+from doctor.host import is_secret
 from doctor.report import Report, finding
+from rtp_llm.config import Config
 from tests.doctor.faulty import faulty_report
 from tests.doctor.lab import PlayedHost, doctor
 
@@ -20,6 +22,9 @@ SECRETS = {
     "NCCL_PRIVATE_TOKEN": "correct horse",
     "CUDA_PASSWORD": "pä55wörd",
     "TORCH_CREDENTIAL": "two\nlines",
+    "RTP_MYKEY": "of-my-own",
+    "RTP_CREDS": "user-and-word",
+    "NCCL_PASS": "open-sesame",
 }
 PUBLIC = {"TP_SIZE": "2", "TOKENIZER_PATH": "/models/demo", "MAX_BATCH_TOKENS_SIZE": "4096", "NCCL_DEBUG": "INFO"}
 # A credential in a line, and the words of it that must not be left.
@@ -34,6 +39,11 @@ SHAPES = [
     ("{'password': 'a secret, of words'}", "a secret, of words"),
     ("aws_secret_access_key = AbC/dEf+gHi", "AbC/dEf+gHi"),
     ("passwd: hunter2", "hunter2"),
+    ("--gang_secret 'a secret, of words'", "a secret, of words"),
+    ("['server', '--api-key', 'hunter2']", "hunter2"),
+    ("RTP_MYKEY=hunter2", "hunter2"),
+    ("DB_PASS: hunter2", "hunter2"),
+    ("-ssl-key hunter2", "hunter2"),
     ("https://user:hunter2@mirror.example/models", "hunter2"),
     ("redis://:hunter2@cache:6379/0", "hunter2"),
     ("found hf_abcdefghijklmnop in the cache", "hf_abcdefghijklmnop"),
@@ -51,6 +61,13 @@ HARMLESS = [
     "tokenizer.json, 1024 tokens",
     "port 10000, for HTTP (START_PORT): in use by pid 7 (nginx: master process nginx)",
     "http://10.0.0.5:10000/health",
+    "DEFAULT_CHAT_TEMPLATE_KEY=default",
+    "--default_tool_use_template_key tool_use",
+    "--tokenizer_path /models/demo",
+    "RTP_KEYBOARD=us",
+    "NCCL_BYPASS=1",
+    '{"key": "env.NCCL_ALGO", "values": {}}',
+    "use --gang-secret --port 1",
     "1 0 0:30 / / rw,relatime - overlay overlay rw,lowerdir=/var/lib/docker/overlay2/l/ABC:/var/lib/docker",
     "task-0123456789abcdef",
 ]
@@ -170,6 +187,14 @@ def test_json_stays_json() -> None:
         "text": f"token={LEFT_OUT}",
         "n": [1],
     }
+
+
+def test_only_secrets_among_the_settings_are_secret() -> None:
+    assert {name for name in Config.model_fields if is_secret(name)} == {"gang_secret", "gang_secret_file"}
+
+
+def test_a_switch_is_no_secret_wherever_its_value_stands() -> None:
+    assert redact('{"warm_up": true}', ["true"]) == '{"warm_up": true}'
 
 
 def test_a_long_word_takes_no_long_time() -> None:

@@ -286,6 +286,39 @@ def test_closed_streams_leave_the_verdict(words: str, closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", ["explain", "explain S-99"])
+def test_a_full_disk_below_stderr_leaves_the_code(words: str) -> None:
+    assert shell(f"{sys.executable} -m doctor {words} 2>/dev/full").returncode == 2
+
+
+@pytest.mark.timeout(30)
+def test_explain_log_of_what_is_no_file(tmp_path: Path) -> None:
+    """A FIFO that somebody writes to is a stream; at one that nobody writes to it does not wait."""
+    os.mkfifo(tmp_path / "fifo")
+    for path, why in (
+        (tmp_path / "fifo", "is a FIFO that nobody writes to"),
+        (Path("/dev/zero"), "is no file that has an end"),
+        (tmp_path, "is no file that has an end"),
+    ):
+        done = doctor("explain-log", str(path), env=PORT)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"rtp-llm-doctor: explain-log: {path} {why}")
+        assert len(done.stderr.splitlines()) == 1
+    log = "sleep 0.5; echo starting; echo 'Bus error (core dumped)'"
+    done = shell(
+        f"({log}) > {tmp_path}/fifo & exec 3<{tmp_path}/fifo; {sys.executable} -m doctor explain-log /dev/fd/3"
+    )
+    assert done.stdout.startswith("line 2: Bus error (core dumped)\n  S-01 ")
+
+
+def test_a_secret_of_the_environment_is_not_quoted_from_a_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("OSError: [Errno 24] Too many open files: battery-staple --api-key correct-horse\n")
+    done = doctor("explain-log", str(tmp_path / "log"), env={**PORT, "RTP_MYKEY": "battery-staple"})
+    assert "Too many open files" in done.stdout
+    assert "staple" not in done.stdout
+    assert "correct" not in done.stdout
+
+
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": os.environ["PATH"], **PORT}
     return subprocess.run(["sh", "-c", line], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)

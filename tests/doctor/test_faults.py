@@ -17,6 +17,7 @@ import pytest
 from doctor.host import Interface, Space
 from doctor.node import Node
 from rtp_llm.machine.gpus import Gpus
+from rtp_llm.parallel.plan import PlannedPort
 from tests.doctor.lab import GIB, REPOSITORY, PlayedHost, by_id, examine, fix, problems
 
 MEMBERS = {f"x_part{n}": {"name": f"x_part{n}", "ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
@@ -455,6 +456,45 @@ def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: Box, monkeypatc
     found = by_id(examine(box.node()), "N-08")
     assert found.status == "error"
     assert "START_PORT=10100" in fix(found)
+
+
+def in_use(*ports: int) -> Callable[[PlannedPort], str]:
+    return lambda planned: "in use" if planned.port in ports else ""
+
+
+@pytest.mark.parametrize(
+    ("start", "ports", "other"),
+    [
+        (10000, (10000,), 10100),
+        (10000, (10000, 10099, 10189), 10300),  # the roll call's, and torch.distributed's
+        (64950, (64950,), 10000),
+        (31900, (31900,), 61100),  # past the NodePorts and the ports of outgoing connections
+        (40000, (40000,), 61100),
+    ],
+)
+def test_a_proposed_port_leaves_nothing_to_complain_of(
+    start: int, ports: tuple[int, ...], other: int, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doctor.checks.network.obstacle", in_use(*ports))
+    box.set(START_PORT=str(start))
+    assert f"START_PORT={other} " in fix(by_id(examine(box.node()), "N-08"))
+    monkeypatch.setattr("doctor.checks.network.obstacle", in_use())
+    box.set(START_PORT=str(other))
+    assert problems(examine(box.node())) == {}
+
+
+def test_where_no_port_is_free_none_is_proposed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doctor.checks.network.obstacle", lambda planned: "in use")
+    assert fix(by_id(examine(box.node()), "N-08")) == "stop its owner"
+
+
+def test_a_proposed_port_is_no_other_part_s(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doctor.checks.network.obstacle", in_use(10000))
+    members = {"x_part0": {"ip": "10.0.0.5"}, "x_part1": {"ip": "10.0.0.5", "port": 10105}}
+    box.members(JSON_GANG_PARTS=json.dumps(members))
+    said = fix(by_id(examine(box.node()), "N-08"))
+    assert "START_PORT=10200 " in said
+    assert "the same port in the member list" in said
 
 
 @pytest.mark.parametrize(("spared", "status"), [("10.0.0.0/8", "ok"), ("10.1.0.0/16", "warn"), (".nodes", "warn")])

@@ -1,0 +1,44 @@
+"""What start_server makes of the doctor's exit code."""
+
+import logging
+import subprocess
+
+import pytest
+
+from rtp_llm import start_server
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout", "stderr", "level", "said"),
+    [
+        (0, "√ all\nready: 37 ok in 0.1 s (exit 0)\n", "", "INFO", "doctor: ready: 37 ok"),
+        (0, "ready, with warnings: 1 warning, 36 ok\n", "", "WARNING", "doctor:\nready, with warnings"),
+        (1, "not ready: 1 error\n", "", "WARNING", "doctor:\nnot ready"),
+        (
+            2,
+            "",
+            "rtp-llm-doctor: cannot run: stdout is closed\n",
+            "WARNING",
+            "could not run: rtp-llm-doctor: cannot run",
+        ),
+        (3, "! M-09 the check failed: OSError\nincomplete: 1 crashed\n", "", "WARNING", "M-09 the check failed"),
+        (-9, "", "", "WARNING", "the doctor could not run: it ended with -9"),
+    ],
+)
+def test_only_errors_stop_a_start(
+    code: int,
+    stdout: str,
+    stderr: str,
+    level: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A check that crashed, or a doctor that did, is told, and nothing more."""
+    done = subprocess.CompletedProcess([], code, stdout, stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: done)
+    with caplog.at_level(logging.INFO):
+        found = start_server._examine("enforce")
+    assert (found == 1) == (code == 1)
+    assert [r.levelname for r in caplog.records] == [level]
+    assert said in caplog.records[0].getMessage()
