@@ -459,19 +459,20 @@ def fallen(node: Node) -> Outcome:
     else the driver reports of its hardware; a container may often not read it."""
     if not node.gpus.all and not node.gpus.broken:
         return skip(NO_GPU)
+    log = node.host.kernel_log
     if node.gpus.broken:
         index, code = node.gpus.broken[0]
-        return error(
-            f"GPU {index}: {pynvml.NVMLError(code)}", "an answer", "drain this machine and reboot it", code=code
-        )
-    log = node.host.kernel_log
+        said = xids.of_others(log or "", [gpu.bus for gpu in node.gpus.all])
+        last = f"; the kernel reported Xid {said[-1][1]} of {said[-1][0]}" if said else ""
+        actual = f"GPU {index}: {pynvml.NVMLError(code)}{last}"
+        return error(actual, "an answer", "drain this machine and reboot it", code=code)
     reported = [(gpu, xid) for gpu in _used(node) for xid in xids.of_hardware(log or "", gpu.bus)]
     if reported:
         gpu, xid = reported[-1]
         what, remedy = xids.MEANINGS[xid]
         count = f"; {len(reported)} such reports in all" if len(reported) > 1 else ""
         fix = remedy.format(gpu=gpu.index)
-        return warn(f"{_label(gpu)} ({gpu.bus}): Xid {xid}, {what}, since the machine started{count}", "no Xid", fix)
+        return warn(f"{_label(gpu)} ({gpu.bus}): Xid {xid}, {what}, since the driver was loaded{count}", "no Xid", fix)
     unread = "; /dev/kmsg cannot be read, so Xids are not seen" if log is None else ", and the kernel reported no Xid"
     return ok(f"all {len(node.gpus.all)} GPUs answer{unread}")
 
@@ -521,7 +522,8 @@ def pcie(node: Node) -> Outcome:
         if gpu.pcie_width and gpu.pcie_width_max and gpu.pcie_width < gpu.pcie_width_max:
             fix = "seat the card anew, and look at the BIOS"
             return warn(f"{_label(gpu)}: {gpu.pcie_width} PCIe lanes", f"{gpu.pcie_width_max}", fix)
-    return ok(f"{used[0].pcie_width or '?'} lanes")
+    widths = [gpu.pcie_width for gpu in used if gpu.pcie_width]
+    return ok(f"{min(widths)} lanes") if widths else skip(NOT_SUPPORTED)
 
 
 @check("G-20", CATEGORY, "no application clocks are set", severity=Status.WARN, needs=("G-09",))
@@ -530,6 +532,8 @@ def clocks(node: Node) -> Outcome:
     used = _used(node)
     if not used:
         return skip(NO_GPU)
+    if all(gpu.clock_reasons is None for gpu in used):
+        return skip(NOT_SUPPORTED)
     pinned = [str(gpu.index) for gpu in used if (gpu.clock_reasons or 0) & APPLICATION_CLOCKS]
     return ok(
         f"application clocks are set on GPU {', '.join(pinned)} (nvidia-smi -rac)" if pinned else "clocks are free"

@@ -44,6 +44,8 @@ def nvml_p2p(node: Node) -> Outcome:
         pair = bad[0]
         why = P2P_STATUS.get(pair.p2p or 0, "no reason given")
         return error(f"GPU {pair.one} and {pair.other}: {why}", "peer access over NVLink", "drain this machine")
+    if all(pair.p2p is None for pair in pairs):
+        return skip("these GPUs do not tell")
     able = sum(pair.p2p == 0 for pair in pairs)
     return ok(f"{able} of {len(pairs)} pairs have peer access" + ("" if able else "; NCCL goes through host memory"))
 

@@ -255,6 +255,8 @@ def test_a_kernels_log_without_xids_or_that_may_not_be_read(box: Box) -> None:
         ("G-15", {"ecc_uncorrected": None, "remapped_rows": {}}),
         ("G-17", {"temperature": None, "clock_reasons": None}),
         ("G-18", {"persistence": None}),
+        ("G-19", {"pcie_width": None}),
+        ("G-20", {"clock_reasons": None}),
     ],
 )
 def test_what_a_gpu_does_not_tell_is_not_called_good(id: str, readings: dict[str, Any], box: Box) -> None:
@@ -264,6 +266,31 @@ def test_what_a_gpu_does_not_tell_is_not_called_good(id: str, readings: dict[str
         "skip",
         "this GPU does not tell",
     )
+
+
+def test_pairs_that_do_not_tell_are_not_called_good(box: Box) -> None:
+    lost(box, Pair(0, 1, p2p=None, nvlink=None, topology=None))
+    assert by_id(examine(box.node()), "P-02").status == "skip"
+
+
+def test_what_was_reported_before_the_driver_was_loaded_is_over(box: Box) -> None:
+    loaded = "4,1204,88214,-;NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.86.15\n"
+    box.host.write("/dev/kmsg", KERNEL_LOG + loaded)
+    assert by_id(examine(box.node()), "G-16").status == "ok"
+    box.host.write("/dev/kmsg", loaded + KERNEL_LOG)
+    assert by_id(examine(box.node()), "G-16").status == "warn"
+
+
+def test_an_empty_log_is_none(box: Box) -> None:
+    """As where /dev/null is mounted over it."""
+    box.host.write("/dev/kmsg", "")
+    assert by_id(examine(box.node()), "G-16").actual.endswith("/dev/kmsg cannot be read, so Xids are not seen")
+
+
+def test_a_lost_gpu_is_told_with_its_xid(box: Box) -> None:
+    box.gpus = replace(box.gpus, broken=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))
+    box.host.write("/dev/kmsg", KERNEL_LOG.replace("0000:13:00", "0000:18:00"))
+    assert by_id(examine(box.node()), "G-16").actual.endswith("; the kernel reported Xid 79 of 0000:18:00")
 
 
 @pytest.mark.parametrize("id", ["G-04", "G-08", "P-01"])
