@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from doctor.host import Host, size_text
-from doctor.node import Node
-from doctor.orphans import SHM, orphans
+from doctor.context import CheckContext
+from doctor.host import Host, format_bytes
+from doctor.orphans import SHM, find_orphans
 from doctor.render import write
-from doctor.report import Exit
+from doctor.report import DoctorExitCode
 from rtp_llm import files
 from rtp_llm.errors import ConfigError
-from rtp_llm.parallel.handover import Handover
+from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import PlannedPort
 
 STACK_SECONDS = 20.0
@@ -29,7 +29,7 @@ STALE_SECONDS = 3.0
 STUCK_SECONDS = 10.0
 
 
-class _Pulse(BaseModel):
+class _RankStatusView(BaseModel):
     """What is shown of a rank's sign of life (parallel/pulse.py)."""
 
     part: int
@@ -40,11 +40,11 @@ class _Pulse(BaseModel):
     silent_s: float
 
 
-class _Board(BaseModel):
+class _GangStatusView(BaseModel):
     """`gang.json`, as far as it is shown."""
 
     epoch: int
-    ranks: dict[str, _Pulse]
+    ranks: dict[str, _RankStatusView]
     message: str = ""
 
 
@@ -61,27 +61,27 @@ def find_run_dirs() -> list[Path]:
     return sorted(found, key=lambda path: -found[path])
 
 
-def is_running(node: Node) -> bool:
+def is_running(ctx: CheckContext) -> bool:
     """Whether the part that these settings describe runs here, and not another deployment on its port."""
-    return any(_is_ours(node, folder) for folder in find_run_dirs())
+    return any(_is_ours(ctx, folder) for folder in find_run_dirs())
 
 
-def _is_ours(node: Node, folder: Path) -> bool:
+def _is_ours(ctx: CheckContext, folder: Path) -> bool:
     try:
         there = _load(folder)
     except ConfigError:
         return False
-    if there.plan.start_port != node.config.start_port or node.plan is None:
+    if there.plan.start_port != ctx.config.start_port or ctx.plan is None:
         return False
     # Where CHECKPOINT_PATH is not set here, nothing speaks against it. The device is what the driver says today.
-    models = {str(Path(c.checkpoint_path).absolute()) for c in (there.config, node.config) if c.checkpoint_path}
-    return replace(there.plan, device=node.plan.device) == node.plan and len(models) < 2
+    models = {str(Path(c.checkpoint_path).absolute()) for c in (there.config, ctx.config) if c.checkpoint_path}
+    return replace(there.plan, device=ctx.plan.device) == ctx.plan and len(models) < 2
 
 
-def _load(folder: Path) -> Handover:
+def _load(folder: Path) -> PartSpec:
     """Raises ConfigError where the folder's part.json is none."""
     try:
-        return Handover.load(folder)
+        return PartSpec.load(folder)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{folder / 'part.json'}: is not what start_server writes: {why}") from None
@@ -93,71 +93,71 @@ def attach(run_dir: str) -> int:
     if not folders or not (folders[0] / "part.json").exists():
         where = f"in {run_dir}" if run_dir else "among the processes that can be seen here; --run-dir may name one"
         print(f"rtp-llm-doctor: no running part {where}", file=sys.stderr)
-        return Exit.CANNOT_RUN
-    handover = _load(folders[0])
-    lines, healthy = describe(handover)
+        return DoctorExitCode.CANNOT_RUN
+    part_spec = _load(folders[0])
+    lines, healthy = describe(part_spec)
     write("\n".join(lines) + "\n")
-    return Exit.READY if healthy else Exit.ERRORS
+    return DoctorExitCode.READY if healthy else DoctorExitCode.ERRORS
 
 
-def describe(handover: Handover) -> tuple[list[str], bool]:
+def describe(part_spec: PartSpec) -> tuple[list[str], bool]:
     """(lines, whether all is well)."""
-    plan = handover.plan
-    board = _board(handover)
-    lines = [f"{handover.who} of {plan.num_parts}, {plan.device}, state in {handover.run_dir}"]
-    ranks, troubles = _ranks(plan.world_size, board)
-    ports, unheard = _ports(plan.own_ports())
+    plan = part_spec.plan
+    gang_status = _gang_status(part_spec)
+    lines = [f"{part_spec.label} of {plan.num_parts}, {plan.device}, state in {part_spec.run_dir}"]
+    ranks, troubles = _ranks(plan.world_size, gang_status)
+    ports, unheard = _ports(plan.local_ports())
     troubles += unheard
     lines += ["", "ranks", *ranks, "", "ports", *ports, "", "shared memory", *_memory()]
-    own = [pulse for pulse in board["ranks"].values() if pulse["part"] == plan.part]
-    stuck = [int(pulse["pid"]) for pulse in own if _idle(pulse) + board["age"] > STUCK_SECONDS]
+    own = [rank_status for rank_status in gang_status["ranks"].values() if rank_status["part"] == plan.part]
+    stuck = [int(rank_status["pid"]) for rank_status in own if _idle(rank_status) + gang_status["age"] > STUCK_SECONDS]
     if stuck:
-        lines += ["", "stacks of the ranks that got nowhere", *_stacks(stuck)]
+        lines += ["", "stacks of the ranks that got nowhere", *_stack_dumps(stuck)]
     lines += ["", f"not well: {'; '.join(troubles)}" if troubles else "well"]
     return lines, not troubles
 
 
-def _board(handover: Handover) -> dict[str, Any]:
-    path = handover.gang_board
+def _gang_status(part_spec: PartSpec) -> dict[str, Any]:
+    path = part_spec.gang_status_path
     nothing = {"epoch": 0, "ranks": {}, "age": 0.0}
     if not path.exists():
         return {**nothing, "message": "nothing was posted yet"}
     try:
-        state = _Board.model_validate_json(files.read(path))
+        state = _GangStatusView.model_validate_json(files.read(path))
         return {**state.model_dump(), "age": max(0.0, time.time() - path.stat().st_mtime)}
     except (OSError, ValueError):
         return {**nothing, "message": f"{path} is not what the ranks post"}
 
 
-def _ranks(world: int, board: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _ranks(world: int, gang_status: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(lines, what is not well)."""
-    stale = board["age"] > STALE_SECONDS
-    lines = [f"  epoch {board['epoch']}, as of {board['age']:.1f} s ago" + (" (stale)" if stale else "")]
-    if board.get("message"):
-        lines.append(f"  {board['message']}")
-    troubles = [f"nothing was heard of the ranks for {board['age']:.1f} s"] if stale else []
+    stale = gang_status["age"] > STALE_SECONDS
+    lines = [f"  epoch {gang_status['epoch']}, as of {gang_status['age']:.1f} s ago" + (" (stale)" if stale else "")]
+    if gang_status.get("message"):
+        lines.append(f"  {gang_status['message']}")
+    troubles = [f"nothing was heard of the ranks for {gang_status['age']:.1f} s"] if stale else []
     for number in range(world):
-        pulse = board["ranks"].get(str(number))
-        if pulse is None:
+        rank_status = gang_status["ranks"].get(str(number))
+        if rank_status is None:
             lines.append(f"  rank {number}: no heartbeat")
             troubles.append(f"rank {number} is not here")
             continue
-        silent = pulse["silent_s"] > STALE_SECONDS
+        silent = rank_status["silent_s"] > STALE_SECONDS
         lines.append(
-            f"  rank {number} (part{pulse['part']}, pid {pulse['pid']}): {pulse['phase']}, step {pulse['steps']},"
-            f" last progress {_idle(pulse) + board['age']:.1f} s ago, heartbeat {pulse['silent_s']:.1f} s ago"
+            f"  rank {number} (part{rank_status['part']}, pid {rank_status['pid']}): {rank_status['phase']}, step {rank_status['steps']},"
+            f" last progress {_idle(rank_status) + gang_status['age']:.1f} s ago, heartbeat {rank_status['silent_s']:.1f} s ago"
             + (" (silent)" if silent else "")
         )
         if silent:
             troubles.append(f"rank {number} is silent")
-        elif pulse["phase"] == "serving" and _idle(pulse) > STUCK_SECONDS:
+        elif rank_status["phase"] == "serving" and _idle(rank_status) > STUCK_SECONDS:
             troubles.append(f"rank {number} gets nowhere")
     return lines, troubles
 
 
-def _idle(pulse: Mapping[str, Any]) -> float:
+def _idle(rank_status: Mapping[str, Any]) -> float:
     """Seconds without progress: up to its last heartbeat, and since then, when nobody knows."""
-    return float(pulse["idle_s"] + pulse["silent_s"])
+    return float(rank_status["idle_s"] + rank_status["silent_s"])
 
 
 def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], list[str]]:
@@ -177,14 +177,14 @@ def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], list[str]]:
 
 def _memory() -> list[str]:
     host = Host()
-    space, found = host.space(SHM), orphans(host)
+    space, found = host.space(SHM), find_orphans(host)
     return [
-        f"  {size_text(space.free)} of {size_text(space.size)} free,"
-        f" {len(found.files)} abandoned files hold {size_text(found.bytes)}"
+        f"  {format_bytes(space.free)} of {format_bytes(space.size)} free,"
+        f" {len(found.files)} abandoned files hold {format_bytes(found.bytes)}"
     ]
 
 
-def _stacks(pids: Iterable[int]) -> list[str]:
+def _stack_dumps(pids: Iterable[int]) -> list[str]:
     """By py-spy, where it is installed and may look."""
     program = shutil.which("py-spy")
     if not program:

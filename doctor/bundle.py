@@ -16,14 +16,14 @@ from doctor.report import Report
 from rtp_llm.config import Config, upstream_variables
 
 LOG_BYTES = 256 << 10
-STATE = ("gang.json", "guard.json", "part.json", "supervisord.log")
-OTHERS = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_HOST$|HOSTNAME$|OMP_)")
-LEFT_OUT = "(left out)"
+STATE_FILES = ("gang.json", "guard.json", "part.json", "supervisord.log")
+ENV_PATTERN = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_HOST$|HOSTNAME$|OMP_)")
+REDACTED = "(left out)"
 NAME = rf"[\w-]{{0,40}}(?:{SECRET})[\w-]*"
 CREDENTIAL = re.compile(
     rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*"
     rf"|(?<![\w-])--?{NAME}[\"']?,?\s+(?!-))"
-    rf"({re.escape(LEFT_OUT)}|\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
+    rf"({re.escape(REDACTED)}|\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
 )
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^@\s/]+@")
 # Tokens of hubs, clouds and forges that are known by how they begin; JSON web tokens; private keys.
@@ -32,18 +32,24 @@ TOKEN = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
     re.DOTALL,
 )
-SHORTEST = 4  # what is shorter is found in any text
-WORDS = {"true", "false", "none", "null", "auto"}  # values of switches whose names merely sound like a secret
+MIN_SECRET_LENGTH = 4  # what is shorter is found in any text
+NON_SECRET_VALUES = {
+    "true",
+    "false",
+    "none",
+    "null",
+    "auto",
+}  # values of switches whose names merely sound like a secret
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
     """Writes a gzipped tar archive; returns the names in it. Raises OSError."""
-    files = {"report.json": report.to_json(), "environment.txt": environment(host)}
+    files = {"report.json": report.to_json(), "environment.txt": environment_listing(host)}
     for name in ("/proc/self/mountinfo", "/proc/self/limits", "/proc/self/cgroup", "/etc/nccl.conf"):
         text = host.read(name)
         if text is not None:
             files[f"host{name}"] = text
-    for name in STATE if run_dir else ():
+    for name in STATE_FILES if run_dir else ():
         file = Path(run_dir) / name
         if file.exists():
             files[f"part/{name}"] = file.read_text(errors="replace")[-LOG_BYTES:]
@@ -59,26 +65,28 @@ def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> l
     return sorted(files)
 
 
-def environment(host: Host) -> str:
+def environment_listing(host: Host) -> str:
     """The variables that this server, NCCL or CUDA would read; no others, and no secrets."""
     known = {name.upper() for name in Config.model_fields} | upstream_variables().keys()
-    shown = {n: v for n, v in sorted(host.environ.items()) if (n in known or OTHERS.match(n))}
-    return "".join(f"{n}={LEFT_OUT if is_secret(n) else v}\n" for n, v in shown.items())
+    shown = {n: v for n, v in sorted(host.environ.items()) if (n in known or ENV_PATTERN.match(n))}
+    return "".join(f"{n}={REDACTED if is_secret(n) else v}\n" for n, v in shown.items())
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Takes out `secrets` wherever they stand, also as JSON, and what looks like a credential: bearer tokens,
     key=value with a secret's name, passwords in URLs, private keys."""
-    telling = (secret for secret in secrets if len(secret) >= SHORTEST and secret.lower() not in WORDS)
+    telling = (
+        secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH and secret.lower() not in NON_SECRET_VALUES
+    )
     forms = {form for secret in telling for form in (secret, json.dumps(secret)[1:-1])}
     for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, LEFT_OUT)
-    text = TOKEN.sub(LEFT_OUT, text)
-    text = CREDENTIAL.sub(lambda match: match[1] + _quoted(match[2]), text)
-    return URL_PASSWORD.sub(rf"\1{LEFT_OUT}@", text)
+        text = text.replace(form, REDACTED)
+    text = TOKEN.sub(REDACTED, text)
+    text = CREDENTIAL.sub(lambda match: match[1] + _quoted_value(match[2]), text)
+    return URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
 
 
-def _quoted(value: str) -> str:
+def _quoted_value(value: str) -> str:
     """In the quotes of what it replaces, so that JSON stays JSON."""
     quote = value[0] if value[0] in "\"'" else ""
-    return f"{quote}{LEFT_OUT}{quote}"
+    return f"{quote}{REDACTED}{quote}"

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from doctor.node import Node
+    from doctor.context import CheckContext
 
 
 class Status(StrEnum):
@@ -60,7 +60,7 @@ class Fix:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckResult:
     """What one check found. `actual` is a clause that stands alone, `expected` what it should have been."""
 
     status: Status
@@ -70,25 +70,25 @@ class Outcome:
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
-def ok(actual: str, **evidence: Any) -> Outcome:
-    return Outcome(Status.OK, actual, evidence=evidence)
+def ok(actual: str, **evidence: Any) -> CheckResult:
+    return CheckResult(Status.OK, actual, evidence=evidence)
 
 
-def warn(actual: str, expected: str, fix: Fix | str, **evidence: Any) -> Outcome:
-    return Outcome(Status.WARN, actual, expected, _fix(fix), evidence)
+def warn(actual: str, expected: str, fix: Fix | str, **evidence: Any) -> CheckResult:
+    return CheckResult(Status.WARN, actual, expected, _fix(fix), evidence)
 
 
-def error(actual: str, expected: str, fix: Fix | str, **evidence: Any) -> Outcome:
-    return Outcome(Status.ERROR, actual, expected, _fix(fix), evidence)
+def error(actual: str, expected: str, fix: Fix | str, **evidence: Any) -> CheckResult:
+    return CheckResult(Status.ERROR, actual, expected, _fix(fix), evidence)
 
 
-def unknown(why: str, fix: Fix | str = "") -> Outcome:
-    return Outcome(Status.UNKNOWN, why, fix=_fix(fix))
+def unknown(why: str, fix: Fix | str = "") -> CheckResult:
+    return CheckResult(Status.UNKNOWN, why, fix=_fix(fix))
 
 
-def skip(why: str) -> Outcome:
+def skip(why: str) -> CheckResult:
     """There is nothing to check here: no GPU, a single part, …"""
-    return Outcome(Status.SKIP, why)
+    return CheckResult(Status.SKIP, why)
 
 
 def _fix(fix: Fix | str) -> Fix:
@@ -119,7 +119,7 @@ class Check:
     id: str
     category: str
     title: str
-    run: Callable[["Node"], Outcome]
+    run: Callable[["CheckContext"], CheckResult]
     tier: int
     severity: Status
     symptoms: tuple[Symptom, ...]
@@ -134,7 +134,7 @@ class Check:
 
 REGISTRY: dict[str, Check] = {}
 TIER_SECONDS = {0: 2.0, 1: 15.0, 2: 5.0, 3: 60.0}
-Function = Callable[["Node"], Outcome]
+Function = Callable[["CheckContext"], CheckResult]
 
 
 def check(

@@ -16,12 +16,12 @@ from doctor import checks  # noqa: F401  # registers them
 from doctor.attach import attach
 from doctor.bundle import redact, write_bundle
 from doctor.check import REGISTRY, Check
-from doctor.examine import Examination, examine
-from doctor.explain import Hit, explain, manual, read_log
-from doctor.host import Host, is_secret, size_text
+from doctor.examine import RunOptions, run_doctor
+from doctor.explain import SymptomMatch, explain, find_symptoms, manual
+from doctor.host import Host, format_bytes, is_secret
 from doctor.orphans import remove_orphans
 from doctor.render import FORMATS, Style, table, write
-from doctor.report import Exit, Report, readable
+from doctor.report import DoctorExitCode, Report, escape_unprintable
 from rtp_llm.errors import FatalError
 
 COMMANDS = ("node", "gang", "list", "explain", "explain-log", "attach", "schema", "manual")
@@ -32,7 +32,7 @@ class UsageError(Exception):
     """The command line asks for something that does not exist."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _DoctorParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         server = (
             "; the server's flags follow after `--`" if message.startswith(("unrecognized", "argument command")) else ""
@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. What was asked for goes to stdout, everything else to stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _open_what_is_closed()
+    _ensure_standard_streams()
     try:
         own, server = _split(words)
         try:
@@ -51,23 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             write("")  # what argparse has printed; where it cannot be written, that is an error as any other
     except UsageError as error:
-        return _complain(str(error))
+        return _print_error(str(error))
     except (OSError, FatalError) as error:
-        return _complain(f"cannot run: {error}")
+        return _print_error(f"cannot run: {error}")
     except KeyboardInterrupt:
-        return Exit.CANNOT_RUN
+        return DoctorExitCode.CANNOT_RUN
     except Exception:  # Python would end with 1, which means that errors were found
-        return _complain(f"cannot run:\n{traceback.format_exc().rstrip()}")
+        return _print_error(f"cannot run:\n{traceback.format_exc().rstrip()}")
 
 
-def _complain(text: str) -> Exit:
+def _print_error(text: str) -> DoctorExitCode:
     """On stderr; where that takes nothing there is nobody left to tell."""
     with suppress(OSError):
         write(f"rtp-llm-doctor: {text}\n", sys.stderr)
-    return Exit.CANNOT_RUN
+    return DoctorExitCode.CANNOT_RUN
 
 
-def _open_what_is_closed() -> None:
+def _ensure_standard_streams() -> None:
     """Who starts this without a stdin or a stdout asks for the exit code alone: Python has None in their place."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -94,7 +94,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _DoctorParser(
         prog="rtp-llm-doctor",
         description="Says what is wrong with this machine, this plan and this gang, and what to type. After `--`: the"
         " server's flags. Exit codes: 0 ready, 1 an error, 2 could not run, 3 incomplete.",
@@ -133,7 +133,7 @@ def _run(asked: argparse.Namespace, server: list[str]) -> int:
         return _explain_log(asked, server)
     if asked.fix:
         _fix_shm()
-    return _report(asked, server, select(asked.only, _reach(asked)))
+    return _report(asked, server, select(asked.only, _selected_tiers(asked)))
 
 
 def _tier(asked: argparse.Namespace) -> int:
@@ -141,24 +141,24 @@ def _tier(asked: argparse.Namespace) -> int:
     return max(tier, 2) if asked.command == "gang" else tier
 
 
-def _reach(asked: argparse.Namespace) -> set[int]:
+def _selected_tiers(asked: argparse.Namespace) -> set[int]:
     """The tiers that are examined: what the parts say together is not asked of one of them alone."""
     tier = _tier(asked)
     return {t for t in range(tier + 1) if t != 2 or tier == 2 or asked.command == "gang"}
 
 
 def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | None) -> int:
-    wanted = Examination(
+    wanted = RunOptions(
         tier=_tier(asked),
-        gang=2 in _reach(asked),
+        gang=2 in _selected_tiers(asked),
         only=chosen,
         ignore=tuple(_known(asked.ignore)),
         strict=asked.strict,
         wait=asked.wait,
         starting=asked.starting,
     )
-    report = examine(Host(), server, wanted, lambda text: print(text, file=sys.stderr, flush=True))
-    _show(asked, report)
+    report = run_doctor(Host(), server, wanted, lambda text: print(text, file=sys.stderr, flush=True))
+    _print_report(asked, report)
     if asked.save:
         save(report, Path(asked.save))
     if asked.bundle:
@@ -167,8 +167,8 @@ def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | 
     return report.exit_code
 
 
-def _show(asked: argparse.Namespace, report: Report) -> None:
-    style = Style.of(sys.stdout)
+def _print_report(asked: argparse.Namespace, report: Report) -> None:
+    style = Style.for_stream(sys.stdout)
     write(
         table(report, style, True)
         if asked.output == "table" and asked.verbose
@@ -195,15 +195,17 @@ def select(only: str, reach: Container[int] = (0,)) -> list[Check] | None:
         raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
     beyond = [c for found in named.values() if all(c.tier not in reach for c in found) for c in found]
     if beyond:
-        raise UsageError(f"{', '.join(c.id for c in beyond)}: asked by {_asked_by(min(c.tier for c in beyond))}")
-    return with_needs([c for found in named.values() for c in found])
+        raise UsageError(
+            f"{', '.join(c.id for c in beyond)}: asked by {_command_for_tier(min(c.tier for c in beyond))}"
+        )
+    return with_dependencies([c for found in named.values() for c in found])
 
 
-def _asked_by(tier: int) -> str:
+def _command_for_tier(tier: int) -> str:
     return "`rtp-llm-doctor gang` on every part" if tier == 2 else f"--tier {tier}"
 
 
-def with_needs(chosen: Sequence[Check]) -> list[Check]:
+def with_dependencies(chosen: Sequence[Check]) -> list[Check]:
     """The checks and, before them, whatever must be well for them to mean anything; in the registry's order."""
     ids: set[str] = set()
     pending = [c.id for c in chosen]
@@ -234,7 +236,7 @@ def _list(asked: argparse.Namespace) -> int:
         write(json.dumps(rows, indent=1) + "\n")
     else:
         write("".join(f"{c.id:<5} {c.tier}  {c.severity:<5}  {c.category:<14} {c.title}\n" for c in REGISTRY.values()))
-    return Exit.READY
+    return DoctorExitCode.READY
 
 
 def _explain(asked: argparse.Namespace) -> int:
@@ -243,22 +245,28 @@ def _explain(asked: argparse.Namespace) -> int:
     if asked.argument.upper() not in REGISTRY:
         raise UsageError(f"explain: no check {asked.argument!r}; `rtp-llm-doctor list` shows them")
     write(explain(REGISTRY[asked.argument.upper()]))
-    return Exit.READY
+    return DoctorExitCode.READY
 
 
 def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
     if not asked.argument:
         raise UsageError("explain-log needs a file, or - for stdin")
-    hits = read_log(_log_text(asked.argument))
+    hits = find_symptoms(_log_text(asked.argument))
     if not hits:
         print(
             "nothing in this log is a symptom that the doctor knows; `rtp-llm-doctor` looks at the machine itself",
             file=sys.stdout if asked.output == "table" else sys.stderr,
         )
-        return Exit.READY if asked.output == "table" else _report(asked, server, None)
+        return DoctorExitCode.READY if asked.output == "table" else _report(asked, server, None)
     if asked.output == "table":
-        write("".join(f"line {hit.number}: {_quoted(hit)}\n  {_named(hit, _reach(asked))}\n" for hit in hits) + "\n")
-    return _report(asked, server, with_needs([hit.check for hit in hits]))
+        write(
+            "".join(
+                f"line {hit.number}: {_redacted_line(hit)}\n  {_check_label(hit, _selected_tiers(asked))}\n"
+                for hit in hits
+            )
+            + "\n"
+        )
+    return _report(asked, server, with_dependencies([hit.check for hit in hits]))
 
 
 def _log_text(name: str) -> str:
@@ -270,7 +278,7 @@ def _log_text(name: str) -> str:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind not in (stat.S_IFREG, stat.S_IFIFO):
             raise UsageError(f"explain-log: {name} is no file that has an end; `explain-log -` reads stdin")
-        first = _first(fd)
+        first = _first_bytes(fd)
         if kind == stat.S_IFIFO and first == b"":
             raise UsageError(f"explain-log: {name} is a FIFO that nobody writes to")
         os.set_blocking(fd, True)
@@ -280,7 +288,7 @@ def _log_text(name: str) -> str:
         os.close(fd)
 
 
-def _first(fd: int) -> bytes | None:
+def _first_bytes(fd: int) -> bytes | None:
     """What can be read at once; empty at the end, or where nobody writes, None where somebody has yet to."""
     try:
         return os.read(fd, 1 << 16)
@@ -288,15 +296,15 @@ def _first(fd: int) -> bytes | None:
         return None
 
 
-def _quoted(hit: Hit) -> str:
+def _redacted_line(hit: SymptomMatch) -> str:
     """A log may hold secrets, and bytes that a terminal takes for orders."""
     secrets = [value for name, value in os.environ.items() if is_secret(name)]
-    return readable(redact(hit.line, secrets))[:160]
+    return escape_unprintable(redact(hit.line, secrets))[:160]
 
 
-def _named(hit: Hit, reach: Container[int]) -> str:
+def _check_label(hit: SymptomMatch, reach: Container[int]) -> str:
     check = hit.check
-    return f"{check.id} {check.title}" + ("" if check.tier in reach else f" (asked by {_asked_by(check.tier)})")
+    return f"{check.id} {check.title}" + ("" if check.tier in reach else f" (asked by {_command_for_tier(check.tier)})")
 
 
 def _attach(asked: argparse.Namespace) -> int:
@@ -306,16 +314,16 @@ def _attach(asked: argparse.Namespace) -> int:
 def _schema(asked: argparse.Namespace) -> int:
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     write(json.dumps(dialect | Report.model_json_schema(mode="serialization"), indent=1) + "\n")
-    return Exit.READY
+    return DoctorExitCode.READY
 
 
 def _manual(asked: argparse.Namespace) -> int:
     write(manual())
-    return Exit.READY
+    return DoctorExitCode.READY
 
 
 def _fix_shm() -> None:
     removed = remove_orphans(Host())
-    total = size_text(sum(orphan.bytes for orphan in removed))
+    total = format_bytes(sum(orphan.bytes for orphan in removed))
     names = "".join(f"\n  {orphan.name}" for orphan in removed)
     print(f"--fix shm: removed {len(removed)} abandoned segments, {total}{names}", file=sys.stderr)

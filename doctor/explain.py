@@ -23,17 +23,19 @@ EXIT_CODES = {
 # Of processes that the kernel ended: SIGBUS, and SIGKILL where memory ran out.
 KILLED = {135: "S-01", -7: "S-01", 137: "L-05", -9: "L-05"}
 KILLED_WORDS = {"Signal 7 (SIGBUS)": "S-01", "Signal 9 (SIGKILL)": "L-05", "(killed by a signal)": "L-05"}
-ENDED = re.compile(r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)\"?[ :=]+(-?\d+)|\bExited \((\d+)\)", re.IGNORECASE)
+EXIT_CODE_TEXT = re.compile(
+    r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)\"?[ :=]+(-?\d+)|\bExited \((\d+)\)", re.IGNORECASE
+)
 # What this server says while all is well, in either form of its log, behind whatever a runtime puts before it.
-CALM = re.compile(
+INFO_LINE = re.compile(
     r"\[(?:start_server|part\d[^\]]*)\] [\d:]+ (?:INFO|DEBUG) |\{\"time\": .*\"level\": \"(?:INFO|DEBUG)\""
 )
 COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-WAITING, FORMED = "waiting for part", "ranks are here and agree"
+WAITING_TEXT, FORMED_TEXT = "waiting for part", "ranks are here and agree"
 
 
 @dataclass(frozen=True)
-class Hit:
+class SymptomMatch:
     """A line of a log and the check that it speaks of."""
 
     number: int
@@ -41,39 +43,39 @@ class Hit:
     check: Check
 
 
-def read_log(text: str) -> list[Hit]:
+def find_symptoms(text: str) -> list[SymptomMatch]:
     """The first line for each check whose symptom is in the text, in order of lines.
 
     That this server waits for a part is a symptom only where nothing tells that it came. Its exit code says less than
     any message: the last one names its checks where nothing else names any.
     """
     patterns = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
-    found: dict[str, Hit] = {}
-    waiting: dict[str, Hit] = {}
+    found: dict[str, SymptomMatch] = {}
+    waiting: dict[str, SymptomMatch] = {}
     last: tuple[int, str, tuple[str, ...]] = (0, "", ())
     for number, raw in enumerate(text.splitlines(), 1):
         line = COLOUR.sub("", raw).strip().replace('\\"', '"')  # a line of JSON
         into = found
-        if CALM.search(line):
-            if FORMED in line:
+        if INFO_LINE.search(line):
+            if FORMED_TEXT in line:
                 waiting.clear()
-            if WAITING not in line:
+            if WAITING_TEXT not in line:
                 continue
             into = waiting
         for check, word, pattern in patterns:
             if word in line and check.id not in into and pattern.search(line):  # `in` alone is fast
-                into[check.id] = Hit(number, line, check)
+                into[check.id] = SymptomMatch(number, line, check)
         for id in _killed(line):
-            into.setdefault(id, Hit(number, line, REGISTRY[id]))
+            into.setdefault(id, SymptomMatch(number, line, REGISTRY[id]))
         own = [code for code in _exit_codes(line) if code in list(ExitCode)]
         last = (number, line, EXIT_CODES.get(own[-1], ())) if own else last
-    hits = waiting | found or {id: Hit(last[0], last[1], REGISTRY[id]) for id in last[2]}
+    hits = waiting | found or {id: SymptomMatch(last[0], last[1], REGISTRY[id]) for id in last[2]}
     return sorted(hits.values(), key=lambda hit: hit.number)
 
 
 def _exit_codes(line: str) -> list[int]:
     """As this server's guard, container runtimes and torch print them."""
-    return [int(code or other) for code, other in ENDED.findall(line)]
+    return [int(code or other) for code, other in EXIT_CODE_TEXT.findall(line)]
 
 
 def _killed(line: str) -> Iterable[str]:

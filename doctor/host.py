@@ -49,7 +49,7 @@ KERNEL_RECORDS = 50_000  # more than its buffer holds
 
 
 @dataclass(frozen=True)
-class Space:
+class DiskSpace:
     """Of a file system, in bytes; `inodes` free ones, -1 where it does not count them."""
 
     size: int
@@ -107,11 +107,11 @@ class Host:
             os.close(fd)
         return b"".join(records).decode(errors="replace") or None  # empty: /dev/null was mounted over it
 
-    def number(self, name: str) -> int | None:
+    def read_int(self, name: str) -> int | None:
         text = (self.read(name) or "").strip()
         return int(text) if text.isascii() and text.removeprefix("-").isdigit() else None
 
-    def names(self, folder: str) -> list[str]:
+    def list_dir(self, folder: str) -> list[str]:
         """Names in a folder, sorted; none where it cannot be listed."""
         try:
             return sorted(os.listdir(self.path(folder)))
@@ -141,7 +141,7 @@ class Host:
         lines = (line.partition(":") for line in (self.read("/proc/self/status") or "").splitlines())
         return {name: value.strip() for name, _, value in lines}
 
-    def capable(self, capability: str) -> bool:
+    def has_capability(self, capability: str) -> bool:
         return bool(int(self.status.get("CapEff", "0"), 16) >> CAPABILITIES[capability] & 1)
 
     @cached_property
@@ -167,10 +167,10 @@ class Host:
     def cgroup(self) -> Cgroup:
         return Cgroup.read(self.read)
 
-    def space(self, path: str) -> Space:
+    def space(self, path: str) -> DiskSpace:
         """Raises OSError."""
         seen = os.statvfs(self.path(path))
-        return Space(
+        return DiskSpace(
             seen.f_blocks * seen.f_frsize, seen.f_bavail * seen.f_frsize, seen.f_favail if seen.f_files else -1
         )
 
@@ -188,7 +188,7 @@ class Host:
 
     def memory_available(self) -> int:
         """Bytes: what the kernel says is to be had, and what the cgroup leaves of it."""
-        return min(psutil.virtual_memory().available, self.cgroup.room)
+        return min(psutil.virtual_memory().available, self.cgroup.available_memory)
 
     # Network
 
@@ -214,7 +214,7 @@ class Host:
             {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
         )
 
-    def route_address(self, ip: str) -> str:
+    def source_address(self, ip: str) -> str:
         """The address this machine would send from towards `ip`. Raises OSError where there is no route."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((ip, 9))  # sends nothing
@@ -242,7 +242,7 @@ def public_environ(environ: Mapping[str, str], prefixes: Sequence[str]) -> dict[
     return {n: v for n, v in sorted(environ.items()) if n.startswith(tuple(prefixes)) and not is_secret(n)}
 
 
-def size_text(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people: "64.0 MiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:

@@ -15,7 +15,7 @@ from rtp_llm.parallel import segment
 
 SHM = "/dev/shm"
 KNOWN = re.compile(r"(nccl-|psm_|torch_|sem\.|sglang|vllm|cuda\.shm\.|rtp-llm-)")
-OLD_ENOUGH_SECONDS = 10.0  # between making a file and locking it a rank may be interrupted
+MIN_AGE_SECONDS = 10.0  # between making a file and locking it a rank may be interrupted
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Orphan:
 
 
 @dataclass(frozen=True)
-class Found:
+class OrphanScan:
     """`candidates`: files of a kind that gets left behind; `unreadable`: processes that may not be looked into."""
 
     files: tuple[Orphan, ...]
@@ -40,12 +40,12 @@ class Found:
         return sum(file.bytes for file in self.files)
 
 
-def orphans(host: Host) -> Found:
+def find_orphans(host: Host) -> OrphanScan:
     """What lies in /dev/shm and is in nobody's hands. Where processes cannot be looked into, only what is ours by its
     lock is called an orphan."""
-    names = [name for name in host.names(SHM) if KNOWN.match(name)]
+    names = [name for name in host.list_dir(SHM) if KNOWN.match(name)]
     if not names:
-        return Found((), 0, 0)
+        return OrphanScan((), 0, 0)
     used, unreadable = _in_use(host, names)
     found = []
     for name in names:
@@ -54,20 +54,20 @@ def orphans(host: Host) -> Found:
             seen = path.lstat()
         except FileNotFoundError:
             continue
-        if name in used or not S_ISREG(seen.st_mode) or time.time() - seen.st_mtime < OLD_ENOUGH_SECONDS:
+        if name in used or not S_ISREG(seen.st_mode) or time.time() - seen.st_mtime < MIN_AGE_SECONDS:
             continue
-        ours = bool(segment.NAME.match(name)) and seen.st_uid == host.uid and segment.abandoned(path)
+        ours = bool(segment.NAME.match(name)) and seen.st_uid == host.uid and segment.is_orphaned(path)
         if ours or not unreadable:
             found.append(Orphan(name, seen.st_blocks * 512, ours))
-    return Found(tuple(found), len(names), unreadable)
+    return OrphanScan(tuple(found), len(names), unreadable)
 
 
 def remove_orphans(host: Host) -> list[Orphan]:
     """Unlinks those that are provably ours; returns them."""
     removed = []
-    for orphan in orphans(host).files:
+    for orphan in find_orphans(host).files:
         path = host.path(f"{SHM}/{orphan.name}")
-        if orphan.ours and segment.abandoned(path):
+        if orphan.ours and segment.is_orphaned(path):
             path.unlink(missing_ok=True)
             removed.append(orphan)
     return removed
@@ -78,7 +78,7 @@ def _in_use(host: Host, names: Iterable[str]) -> tuple[set[str], int]:
     wanted = set(names)
     used: set[str] = set()
     unreadable = 0
-    for pid in (n for n in host.names("/proc") if n.isdigit()):
+    for pid in (n for n in host.list_dir("/proc") if n.isdigit()):
         maps = host.read(f"/proc/{pid}/maps")
         if maps is None:
             unreadable += host.exists(f"/proc/{pid}")
@@ -90,7 +90,7 @@ def _in_use(host: Host, names: Iterable[str]) -> tuple[set[str], int]:
 
 def _links(host: Host, folder: str) -> list[str]:
     found = []
-    for name in host.names(folder):
+    for name in host.list_dir(folder):
         try:
             found.append(str(host.path(f"{folder}/{name}").readlink()))
         except OSError:  # closed meanwhile

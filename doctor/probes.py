@@ -14,7 +14,7 @@ from rtp_llm.machine.gpus import Gpu
 
 SECONDS = 50.0  # most of it for importing torch from a cold disk
 
-NO_ORPHAN = "from rtp_llm.parallel.lifeline import die_with_parent\ndie_with_parent()\n"
+PROBE_PREAMBLE = "from rtp_llm.machine.process import die_with_parent\ndie_with_parent()\n"
 # A matrix product whose result is known: every element of ones(n, n) @ ones(n, n) is n.
 COMPUTE = """
 import json, sys, torch
@@ -46,9 +46,9 @@ for other in range(count):
 """
 
 
-def run(program: str, *arguments: object) -> tuple[list[Any], str]:
+def run_probe(program: str, *arguments: object) -> tuple[list[Any], str]:
     """What the program printed, a line of JSON each, and why there is no more of it (empty at an orderly end)."""
-    command = [sys.executable, "-c", NO_ORPHAN + program, *map(str, arguments)]
+    command = [sys.executable, "-c", PROBE_PREAMBLE + program, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as late:
@@ -62,11 +62,11 @@ def _lines(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line.startswith(("{", "["))]
 
 
-def compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
+def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
     """What is wrong with each GPU; empty where it computes. Ordinals are CUDA's: the order of `gpus`."""
 
     def judge(ordinal: int) -> str:
-        answers, failure = run(COMPUTE, ordinal)
+        answers, failure = run_probe(COMPUTE, ordinal)
         wrong = answers[0]["wrong"] if answers else 0
         return failure or (f"{wrong} wrong elements in a product" if wrong else "")
 
@@ -76,11 +76,11 @@ def compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
 
 def architectures() -> list[str] | None:
     """torch.cuda.get_arch_list(); None where torch cannot be asked."""
-    answers, _ = run(ARCHITECTURES)
+    answers, _ = run_probe(ARCHITECTURES)
     return answers[0] if answers and answers[0] else None
 
 
-def serves(known: Sequence[str], capability: tuple[int, int]) -> bool:
+def supports_capability(known: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether machine code of this major generation and no newer minor one is there, or PTX of an older one."""
     major, minor = capability
     for name in known:
@@ -93,11 +93,11 @@ def serves(known: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def peer_copies(order: Sequence[int]) -> list[tuple[int, int, str]]:
+def probe_peer_copies(order: Sequence[int]) -> list[tuple[int, int, str]]:
     """(from, to, what is wrong), by NVML index, for every direction that does not deliver. `order`: in CUDA's order."""
 
     def judge(source: int) -> list[tuple[int, int, str]]:
-        answers, failure = run(PEER, source, len(order))
+        answers, failure = run_probe(PEER, source, len(order))
         seen = {answer["other"]: answer for answer in answers}
         found: list[tuple[int, int, str]] = []
         for target in (t for t in range(len(order)) if t != source):

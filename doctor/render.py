@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from doctor.check import Status
 from doctor.report import Finding, Report
 
-WIDTH = 118  # where there is no terminal to ask
-NARROW, WIDE = 72, 140
+DEFAULT_WIDTH = 118  # where there is no terminal to ask
+MIN_WIDTH, MAX_WIDTH = 72, 140
 STATUS_NUMBERS = {
     Status.SKIP: -1,
     Status.OK: 0,
@@ -32,21 +32,21 @@ class Style:
 
     symbols: Mapping[Status, str]
     colour: bool
-    width: int = WIDTH
+    width: int = DEFAULT_WIDTH
 
     @classmethod
-    def of(cls, stream: TextIO, environ: Mapping[str, str] = os.environ) -> "Style":
+    def for_stream(cls, stream: TextIO, environ: Mapping[str, str] = os.environ) -> "Style":
         """Colour on a TTY unless NO_COLOR is set (no-color.org); ASCII where the encoding has no symbols."""
         encoding = (stream.encoding or "ascii").lower()
         tty = stream.isatty() and environ.get("TERM") != "dumb"
-        width = min(max(shutil.get_terminal_size().columns, NARROW), WIDE) if stream.isatty() else WIDTH
+        width = min(max(shutil.get_terminal_size().columns, MIN_WIDTH), MAX_WIDTH) if stream.isatty() else DEFAULT_WIDTH
         return cls(UNICODE if "utf" in encoding else ASCII, tty and not environ.get("NO_COLOR"), width)
 
-    def paint(self, text: str, code: str) -> str:
+    def colorize(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self.colour else text
 
-    def mark(self, status: Status) -> str:
-        return self.paint(self.symbols[status], COLOURS[status])
+    def symbol(self, status: Status) -> str:
+        return self.colorize(self.symbols[status], COLOURS[status])
 
 
 UNICODE = {
@@ -86,11 +86,11 @@ COUNT_WORDS = (
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
     """One line a category, and under it whatever is not well; `verbose` shows every check."""
-    lines = [*(style.paint(line, "1") for line in _title(report, style)), ""]
+    lines = [*(style.colorize(line, "1") for line in _header(report, style)), ""]
     for category in dict.fromkeys(f.category for f in report.checks):
         findings = [f for f in report.checks if f.category == category]
         worst = min((f.status for f in findings), key=WORST.index)
-        lines.append(f"{style.mark(worst)} {category:<16} {_counts(findings)}")
+        lines.append(f"{style.symbol(worst)} {category:<16} {_counts(findings)}")
         for each in findings:
             if verbose or each.status not in (Status.OK, Status.SKIP):
                 lines += _entry(each, report, style)
@@ -99,14 +99,14 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
     lines += [""]
     if report.problems():
         lines += [f"more on each: rtp-llm-doctor explain {report.problems()[0].id}"]
-    lines += [_last(report, style)]
+    lines += [_summary_line(report, style)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def short(report: Report, style: Style) -> str:
     """What is not well, a line each, and the verdict."""
-    lines = [f"{style.mark(f.status)} {f.id} {_sentence(f)}" for f in report.problems()]
-    return "\n".join([*lines, _last(report, style)]) + "\n"
+    lines = [f"{style.symbol(f.status)} {f.id} {_sentence(f)}" for f in report.problems()]
+    return "\n".join([*lines, _summary_line(report, style)]) + "\n"
 
 
 def json_text(report: Report, style: Style) -> str:
@@ -165,7 +165,7 @@ FORMATS: dict[str, Callable[[Report, Style], str]] = {
 }
 
 
-def _title(report: Report, style: Style) -> list[str]:
+def _header(report: Report, style: Style) -> list[str]:
     """One line where the width allows, else one for each piece."""
     node = report.node
     words = [f"rtp-llm-doctor {report.tool_version}"]
@@ -188,7 +188,7 @@ def _entry(finding: Finding, report: Report, style: Style) -> list[str]:
     head = f"  {style.symbols[finding.status]} {finding.id:<5}"
     indent = " " * len(head)
     lines = _wrap(head, _sentence(finding), style)
-    lines[0] = lines[0].replace(style.symbols[finding.status], style.mark(finding.status), 1)
+    lines[0] = lines[0].replace(style.symbols[finding.status], style.symbol(finding.status), 1)
     if finding.status not in (Status.WARN, Status.ERROR):
         return lines
     if finding.symptom:
@@ -212,10 +212,10 @@ def _drift(report: Report) -> list[str]:
     return [f"  {d.key}: " + "   ".join(f"{part}={value}" for part, value in d.values.items()) for d in report.drift]
 
 
-def _last(report: Report, style: Style) -> str:
+def _summary_line(report: Report, style: Style) -> str:
     words = {"ok": "ready", "warn": "ready, with warnings", "error": "not ready", "incomplete": "incomplete"}
     colours = {"ok": "32", "warn": "33", "error": "31", "incomplete": "35"}
-    verdict = style.paint(words[report.verdict], f"1;{colours[report.verdict]}")
+    verdict = style.colorize(words[report.verdict], f"1;{colours[report.verdict]}")
     return f"{verdict}: {_counts(report.checks)} in {report.duration_s:.1f} s (exit {report.exit_code})"
 
 

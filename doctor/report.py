@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from doctor.check import Check, Outcome, Repair, Runtime, Status
-from doctor.host import size_text
-from doctor.node import Node
+from doctor.check import Check, CheckResult, Repair, Runtime, Status
+from doctor.context import CheckContext
+from doctor.host import format_bytes
 from rtp_llm import __version__
 
 SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"
@@ -18,7 +18,7 @@ SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"
 MODEL = ConfigDict(frozen=True, extra="forbid", json_schema_serialization_defaults_required=True)
 
 
-class Exit(IntEnum):
+class DoctorExitCode(IntEnum):
     """What `rtp-llm-doctor` ends with."""
 
     READY = 0
@@ -27,7 +27,7 @@ class Exit(IntEnum):
     INCOMPLETE = 3
 
 
-class Fixes(BaseModel):
+class FixModel(BaseModel):
     """The same remedy in the language of each runtime."""
 
     model_config = MODEL
@@ -55,13 +55,13 @@ class Finding(BaseModel):
     actual: str = Field(description="what was seen; for skip, unknown and crash: why")
     expected: str = ""
     symptom: list[str] = Field(default=[], description="text of logs that this would cause; … stands for anything")
-    fix: Fixes = Fixes()
+    fix: FixModel = FixModel()
     repair: Repair = Repair.NONE
     evidence: dict[str, Any] = Field(default={})
     duration_ms: float = 0.0
 
 
-class NodeCard(BaseModel):
+class NodeInfo(BaseModel):
     """Who was examined."""
 
     model_config = MODEL
@@ -95,7 +95,7 @@ class Report(BaseModel):
     tool_version: str = __version__
     started: float = Field(description="seconds since the epoch")
     duration_s: float
-    node: NodeCard
+    node: NodeInfo
     verdict: Literal["ok", "warn", "error", "incomplete"]
     exit_code: int
     checks: list[Finding]
@@ -113,14 +113,14 @@ class Report(BaseModel):
         return self.model_dump_json(indent=1, by_alias=True)
 
 
-def readable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """What a terminal, XML or UTF-8 cannot take (a path may hold any byte) is written as an escape."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def finding(check: Check, outcome: Outcome, seconds: float) -> Finding:
+def make_finding(check: Check, outcome: CheckResult, seconds: float) -> Finding:
     bad = outcome.status in (Status.WARN, Status.ERROR)
     return Finding(
         id=check.id,
@@ -129,10 +129,10 @@ def finding(check: Check, outcome: Outcome, seconds: float) -> Finding:
         tier=check.tier,
         severity="error" if check.severity == Status.ERROR else "warn",
         status=outcome.status,
-        actual=readable(outcome.actual),
-        expected=readable(outcome.expected),
+        actual=escape_unprintable(outcome.actual),
+        expected=escape_unprintable(outcome.expected),
         symptom=[s.text for s in check.symptoms],
-        fix=Fixes(**{name: readable(text) for name, text in vars(outcome.fix).items()}),
+        fix=FixModel(**{name: escape_unprintable(text) for name, text in vars(outcome.fix).items()}),
         repair=check.repair if bad else Repair.NONE,
         evidence=outcome.evidence,
         duration_ms=round(seconds * 1000, 1),
@@ -140,17 +140,17 @@ def finding(check: Check, outcome: Outcome, seconds: float) -> Finding:
 
 
 def make_report(
-    node: Node, findings: Sequence[Finding], *, started: float, ignored: Sequence[str] = (), strict: bool = False
+    ctx: CheckContext, findings: Sequence[Finding], *, started: float, ignored: Sequence[str] = (), strict: bool = False
 ) -> Report:
     """`ignored`: ids whose errors count as warnings; `strict`: warnings count as errors in the exit code."""
-    checks = [_demote(f) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
+    checks = [_as_warning(f) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
     statuses = {f.status for f in checks}
     verdict, code = _verdict(statuses, any(f.id == "C-09" and f.status == Status.ERROR for f in checks), strict)
-    view = node.gang
+    view = ctx.gang
     return Report(
         started=round(started, 3),
         duration_s=round(time.time() - started, 3),
-        node=node_card(node),
+        node=make_node_info(ctx),
         verdict=verdict,
         exit_code=code,
         checks=checks,
@@ -159,39 +159,39 @@ def make_report(
     )
 
 
-def _demote(finding: Finding) -> Finding:
+def _as_warning(finding: Finding) -> Finding:
     return finding.model_copy(update={"status": Status.WARN})
 
 
 Verdict = Literal["ok", "warn", "error", "incomplete"]
 
 
-def _verdict(statuses: set[Status], absent: bool, strict: bool) -> tuple[Verdict, Exit]:
+def _verdict(statuses: set[Status], absent: bool, strict: bool) -> tuple[Verdict, DoctorExitCode]:
     """An absent part is an error by its finding and an incomplete run by its exit code: nothing else was proved."""
     if absent:
-        return "incomplete", Exit.INCOMPLETE
+        return "incomplete", DoctorExitCode.INCOMPLETE
     if Status.ERROR in statuses:
-        return "error", Exit.ERRORS
+        return "error", DoctorExitCode.ERRORS
     if statuses & {Status.UNKNOWN, Status.CRASH}:
-        return "incomplete", Exit.INCOMPLETE
+        return "incomplete", DoctorExitCode.INCOMPLETE
     if Status.WARN in statuses:
-        return "warn", Exit.ERRORS if strict else Exit.READY
-    return "ok", Exit.READY
+        return "warn", DoctorExitCode.ERRORS if strict else DoctorExitCode.READY
+    return "ok", DoctorExitCode.READY
 
 
-def node_card(node: Node) -> NodeCard:
-    plan, host = node.plan, node.host
+def make_node_info(ctx: CheckContext) -> NodeInfo:
+    plan, host = ctx.plan, ctx.host
     member = next((m for m in plan.members if m.index == plan.part), None) if plan else None
     cgroup = host.cgroup
     facts = {
         "cores": str(host.cores),
-        "memory": size_text(host.memory_available()),
+        "memory": format_bytes(host.memory_available()),
         "cgroup": f"v{cgroup.version}" if cgroup.version else "none",
-        "driver": node.gpus.driver,
-        "gpus": ", ".join(f"{n} x {name}" for name, n in Counter(g.name for g in node.gpus.visible).items()),
-        "nccl": ".".join(map(str, node.nccl.version)) if node.on_gpu else "",
+        "driver": ctx.gpus.driver,
+        "gpus": ", ".join(f"{n} x {name}" for name, n in Counter(g.name for g in ctx.gpus.visible).items()),
+        "nccl": ".".join(map(str, ctx.nccl.version)) if ctx.on_gpu else "",
     }
-    return NodeCard(
+    return NodeInfo(
         part=plan.part if plan else None,
         parts=plan.num_parts if plan else None,
         name=f"{member.name} {member.ip}:{member.port}" if member else "",

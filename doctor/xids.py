@@ -15,21 +15,21 @@ MEANINGS = {
     95: ("an uncontained memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
     119: ("its own processor (GSP) did not answer", "nvidia-smi -i {gpu} -r, or reboot; update the driver"),
 }
-LOADED = "NVRM: loading NVIDIA"  # the driver, which sets up every GPU anew: what was before is over
-REPORT = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
+DRIVER_LOADED_TEXT = "NVRM: loading NVIDIA"  # the driver, which sets up every GPU anew: what was before is over
+XID_LINE = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 
 
-def of_hardware(log: str, bus: str) -> list[int]:
+def xids_of_gpu(log: str, bus: str) -> list[int]:
     """Those of the GPU at this PCI address, in the order of the log. The driver writes the address without the
     function: `PCI:0000:3b:00`."""
     return [xid for place, xid in _reports(log) if bus.startswith(place)]
 
 
-def of_others(log: str, buses: Sequence[str]) -> list[tuple[str, int]]:
+def xids_of_unknown_gpus(log: str, buses: Sequence[str]) -> list[tuple[str, int]]:
     """(address, number) of GPUs at none of these addresses: one that cannot be opened does not tell its own."""
     return [(place, xid) for place, xid in _reports(log) if not any(bus.startswith(place) for bus in buses)]
 
 
 def _reports(log: str) -> list[tuple[str, int]]:
-    found = [(place.lower(), int(xid)) for place, xid in REPORT.findall(log.split(LOADED)[-1])]
+    found = [(place.lower(), int(xid)) for place, xid in XID_LINE.findall(log.split(DRIVER_LOADED_TEXT)[-1])]
     return [(place, xid) for place, xid in found if xid in MEANINGS]

@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 from rtp_llm import files
 from rtp_llm.errors import ConfigError
 
-MOST_RANKS = 4096  # a typing slip beyond that would only be found by waiting
-HIGHEST_START_PORT = 65000
-LOWEST_START_PORT = 1024 + 11  # part 0 also uses the eleven ports below its START_PORT
+MAX_RANKS = 4096  # a typing slip beyond that would only be found by waiting
+MAX_START_PORT = 65000
+MIN_START_PORT = 1024 + 11  # part 0 also uses the eleven ports below its START_PORT
 
 
 class Config(BaseModel):
@@ -32,16 +32,16 @@ class Config(BaseModel):
 
     # Who is who
     tp_size: int | None = Field(
-        None, ge=1, le=MOST_RANKS, description="tensor-parallel ranks; default WORLD_SIZE / DP_SIZE"
+        None, ge=1, le=MAX_RANKS, description="tensor-parallel ranks; default WORLD_SIZE / DP_SIZE"
     )
-    dp_size: int = Field(1, ge=1, le=MOST_RANKS, description="data-parallel groups; WORLD_SIZE = TP_SIZE x DP_SIZE")
+    dp_size: int = Field(1, ge=1, le=MAX_RANKS, description="data-parallel groups; WORLD_SIZE = TP_SIZE x DP_SIZE")
     world_size: int | None = Field(
-        None, ge=1, le=MOST_RANKS, description="ranks of all parts together; default TP_SIZE x DP_SIZE"
+        None, ge=1, le=MAX_RANKS, description="ranks of all parts together; default TP_SIZE x DP_SIZE"
     )
     local_world_size: int | None = Field(
         None,
         ge=1,
-        le=MOST_RANKS,
+        le=MAX_RANKS,
         description="ranks of this part; default min(GPUs, WORLD_SIZE), without GPUs WORLD_SIZE",
     )
     world_rank: int | None = Field(None, ge=0, description="first rank of this part: part number x LOCAL_WORLD_SIZE")
@@ -58,7 +58,7 @@ class Config(BaseModel):
     heartbeat_timeout: float = Field(20, ge=2, description="seconds without a heartbeat until a rank counts as lost")
 
     # The service
-    start_port: int = Field(10000, ge=LOWEST_START_PORT, le=HIGHEST_START_PORT, description="HTTP port of this part")
+    start_port: int = Field(10000, ge=MIN_START_PORT, le=MAX_START_PORT, description="HTTP port of this part")
     worker_info_port_num: int = Field(9, ge=7, le=1000, description="ports reserved per local rank")
     concurrency_limit: int = Field(32, ge=1, description="sequences in the engine at once; more wait in the queue")
     queue_limit: int = Field(256, ge=0, description="requests that may wait; more are answered 429")
@@ -136,21 +136,21 @@ class UpstreamVariable:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedConfig:
     """A valid configuration, and the lines the operator should see about it."""
 
     config: Config
     notes: tuple[str, ...]
-    near_misses: tuple[tuple[str, str], ...]  # (name as given, name that was likely meant)
+    misspelled: tuple[tuple[str, str], ...]  # (name as given, name that was likely meant)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         return tuple(
-            f"{given} is not a variable of this server: did you mean {meant}?" for given, meant in self.near_misses
+            f"{given} is not a variable of this server: did you mean {meant}?" for given, meant in self.misspelled
         )
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
     """Reads flags and environment. Raises ConfigError that lists every bad value, each with what is allowed."""
     upstream = upstream_variables()
     given = {name: value for name, value in environ.items() if value != ""} | _flags(argv, upstream)
@@ -160,7 +160,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Loaded:
     _refuse(foreign, upstream)
     # Names only: some of upstream's variables hold credentials.
     notes = ("accepted, and not used by this server: " + ", ".join(sorted(foreign)),) if foreign else ()
-    return Loaded(config, notes, tuple(_near_misses(given, own | upstream.keys())))
+    return LoadedConfig(config, notes, tuple(_misspelled(given, own | upstream.keys())))
 
 
 def secret(config: Config) -> bytes:
@@ -212,7 +212,7 @@ def _bound(field: FieldInfo, name: str) -> Any:
     return next((getattr(m, name) for m in field.metadata if hasattr(m, name)), None)
 
 
-class _Parser(argparse.ArgumentParser):
+class _ConfigParser(argparse.ArgumentParser):
     """argparse that raises ConfigError in place of printing usage and exiting with 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -220,7 +220,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) -> dict[str, str]:
-    parser = _Parser(prog="rtp_llm.start_server", allow_abbrev=False)
+    parser = _ConfigParser(prog="rtp_llm.start_server", allow_abbrev=False)
     for name, field in Config.model_fields.items():
         default = "" if field.default in ("", None) else f" (default {field.default})"
         parser.add_argument(f"--{name}", metavar="X", help=f"{field.description}{default}".replace("%", "%%"))
@@ -271,7 +271,7 @@ def _same(value: str, default: str) -> bool:
     return value.lower() == default.lower() or (value.lower() in falsy and default.lower() in falsy)
 
 
-def _near_misses(given: Mapping[str, str], known: set[str] | frozenset[str]) -> list[tuple[str, str]]:
+def _misspelled(given: Mapping[str, str], known: set[str] | frozenset[str]) -> list[tuple[str, str]]:
     """(given, meant) for variables that are one slip away from a known one: `TP_SZIE`, `CHECKPOINTPATH`."""
     found = []
     for name in sorted(given.keys() - known):

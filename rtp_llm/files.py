@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-MOST = 16 << 20  # bytes of a settings file; the member list of 4096 parts takes less than one
+MAX_FILE_BYTES = 16 << 20  # bytes of a settings file; the member list of 4096 parts takes less than one
 _KINDS = {
     stat.S_IFIFO: "it is a FIFO",
     stat.S_IFCHR: "it is a device",
@@ -16,11 +16,11 @@ _KINDS = {
 }
 
 
-class UnsuitableFile(OSError):
+class NotRegularFileError(OSError):
     """It is there, and no file of the kind that is read here; `strerror` says what it is and what is allowed."""
 
 
-def read(path: Path, most: int = MOST) -> bytes:
+def read(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
     """The bytes of a regular file. Raises OSError, whose `strerror` says why not."""
     check_regular(path, most)
     # The path may have become another thing meanwhile: opened so, even a FIFO lets go at once.
@@ -39,16 +39,16 @@ def check_regular(path: Path, most: int | None = None) -> None:
         return
     kind = _KINDS.get(stat.S_IFMT(seen.st_mode))
     if kind:
-        raise UnsuitableFile(0, f"{kind}; allowed: a regular file", str(path))
+        raise NotRegularFileError(0, f"{kind}; allowed: a regular file", str(path))
     if most is not None and seen.st_size > most:
         raise _too_large(path, most)
 
 
-def _too_large(path: Path, most: int) -> UnsuitableFile:
-    return UnsuitableFile(0, f"it is larger than {most >> 20} MiB, which is allowed at most", str(path))
+def _too_large(path: Path, most: int) -> NotRegularFileError:
+    return NotRegularFileError(0, f"it is larger than {most >> 20} MiB, which is allowed at most", str(path))
 
 
-def missing(path: Path) -> str:
+def explain_missing(path: Path) -> str:
     """Why a path leads to nothing: it is not there, or is a link whose target is not, as where a snapshot of a
     Hugging Face cache was mounted without its blobs."""
     if path.is_symlink():

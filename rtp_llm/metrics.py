@@ -136,7 +136,7 @@ class Metrics:
             block_size=str(block_size), num_gpu_blocks=str(num_blocks), enable_prefix_caching=str(prefix_caching)
         ).set(1)
 
-    def no_engine(self) -> None:
+    def reset_engine_gauges(self) -> None:
         """Nothing runs while there is no engine."""
         for gauge in (self.running, self.waiting, self.kv_usage, self.kv_used_tokens):
             gauge.set(0)
@@ -149,10 +149,10 @@ class Metrics:
 
 def _bound(metric: Any, label: dict[str, str], further: tuple[str, ...]) -> Any:
     """The child for this model; metrics with further labels are completed where they are used."""
-    return _Partial(metric, label) if further else metric.labels(**label)
+    return _PartialLabels(metric, label) if further else metric.labels(**label)
 
 
-class _Partial:
+class _PartialLabels:
     """A metric whose model name is settled: `.labels(reason=…)` gives the child."""
 
     def __init__(self, metric: Any, label: dict[str, str]):

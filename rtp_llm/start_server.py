@@ -24,26 +24,26 @@ from rtp_llm import log as logs
 from rtp_llm.config import Config, load
 from rtp_llm.errors import ConfigError, DoctorError, ExitCode, FatalError
 from rtp_llm.machine.devices import local_addresses, visible_gpus
+from rtp_llm.machine.process import die_with_parent, stopping_file
 from rtp_llm.model.checkpoint import Checkpoint, check_tokenizer
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.parallel.handover import Handover, ModelCard
-from rtp_llm.parallel.lifeline import die_with_parent, stopping_file
+from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
-from rtp_llm.parallel.ports import obstacle
+from rtp_llm.parallel.ports import port_conflict
 from rtp_llm.supervise.supervisord import supervisord_config
 
 log = logging.getLogger("rtp_llm.start_server")
 
 SHM = Path("/dev/shm")
 DOCTOR_SECONDS = 60
-MOST_FILES = 1 << 20  # that may be open: some programs close every number up to the limit
+MAX_OPEN_FILES = 1 << 20  # that may be open: some programs close every number up to the limit
 
 
 def main() -> int:
     """Runs the part to its end and returns its exit code."""
     _append_to_stdout()
     logs.setup("start_server")
-    stopper = _Stopper()
+    stopper = SignalForwarder()
     try:
         loaded = load(sys.argv[1:], os.environ)
         logs.setup("start_server", loaded.config.log_level, style=loaded.config.log_format)
@@ -58,21 +58,21 @@ def main() -> int:
         checkpoint, spec = _check_model(loaded.config, plan)
         _check_ports_free(plan)
         with _run_dir(loaded.config) as run_dir:
-            handover = Handover(
+            part_spec = PartSpec(
                 run_dir=run_dir,
                 config=loaded.config,
                 plan=plan,
-                model=ModelCard(_model_name(loaded.config), spec.family, spec.dtype, spec.max_positions),
+                model=ModelInfo(_model_name(loaded.config), spec.family, spec.dtype, spec.max_positions),
                 fingerprint=_fingerprint(loaded.config, plan, checkpoint, spec),
                 tty=sys.stdout.isatty(),
             )
-            found = _examine(loaded.config.rtp_doctor, handover.doctor_report)
+            found = _run_doctor_process(loaded.config.rtp_doctor, part_spec.doctor_report_path)
             if found == 1 and loaded.config.rtp_doctor == "enforce":
                 raise DoctorError("the doctor found errors; mend them, or start all the same with RTP_DOCTOR=warn")
-            return _supervise(handover, stopper)
+            return _supervise(part_spec, stopper)
     except FatalError as error:
         if not isinstance(error, DoctorError):  # what else is wrong, so that it need not be found one by one
-            _examine(os.environ.get("RTP_DOCTOR", ""))
+            _run_doctor_process(os.environ.get("RTP_DOCTOR", ""))
         log.critical("%s", error)
         return error.exit_code
 
@@ -117,8 +117,8 @@ def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: Model
 
 def _check_ports_free(plan: Plan) -> None:
     """Raises ConfigError naming the port, what it is for, and who has it."""
-    for planned in plan.own_ports():
-        why = obstacle(planned)
+    for planned in plan.local_ports():
+        why = port_conflict(planned)
         if why:
             raise ConfigError(
                 f"port {planned.port}, wanted for {planned.purpose}: {why}; free it or choose another START_PORT",
@@ -126,7 +126,7 @@ def _check_ports_free(plan: Plan) -> None:
             )
 
 
-def _examine(mode: str, report: Path | None = None) -> int:
+def _run_doctor_process(mode: str, report: Path | None = None) -> int:
     """Runs the doctor on this part, in a process of its own, and shows what it finds. Its exit code: 1 for errors.
     What it could not find out (3), or a fault of its own, is a warning: only what is known to be wrong stops a start.
 
@@ -188,7 +188,7 @@ def _run_dir(config: Config) -> Iterator[Path]:
     yield path
 
 
-def _sweep_shared_memory(prefix: str) -> None:
+def _remove_stale_segments(prefix: str) -> None:
     """What ranks leave in /dev/shm that were killed in the instant between making a segment and unlinking it."""
     for stale in SHM.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
@@ -197,62 +197,62 @@ def _sweep_shared_memory(prefix: str) -> None:
 def raise_open_files() -> None:
     """As far as this user may: every connection is a file, and what is allowed at first is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    reach = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    reach = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < reach:
         resource.setrlimit(resource.RLIMIT_NOFILE, (reach, hard))
 
 
-def _supervise(handover: Handover, stopper: "_Stopper") -> int:
+def _supervise(part_spec: PartSpec, stopper: "SignalForwarder") -> int:
     raise_open_files()
-    handover.save()
-    conf = handover.run_dir / "supervisord.conf"
-    conf.write_text(supervisord_config(handover))
-    plan = handover.plan
+    part_spec.save()
+    conf = part_spec.run_dir / "supervisord.conf"
+    conf.write_text(supervisord_config(part_spec))
+    plan = part_spec.plan
     log.info(
         "%s: ranks %d-%d of %d on %s, HTTP on port %d, state in %s",
-        handover.who,
+        part_spec.label,
         plan.ranks.start,
         plan.ranks.stop - 1,
         plan.world_size,
         plan.device,
         plan.start_port,
-        handover.run_dir,
+        part_spec.run_dir,
     )
-    stopper.hold()
+    stopper.defer()
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
-        **_outputs(),
-        env=_environment(handover.config),
+        **_child_stdio(),
+        env=_child_environment(part_spec.config),
         start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
         preexec_fn=die_with_parent,
     )
-    stopper.watch(child, handover.run_dir)
+    stopper.set_child(child, part_spec.run_dir)
     code = child.wait()
-    _sweep_shared_memory(handover.shm_prefix)
-    if handover.exit_code_file.exists():
-        return int(handover.exit_code_file.read_text())
-    if stopper.asked and code <= 0:  # below 0: it had not set up its signals yet, or was asked for the third time
+    _remove_stale_segments(part_spec.shm_prefix)
+    if part_spec.exit_code_file.exists():
+        return int(part_spec.exit_code_file.read_text())
+    if stopper.num_signals and code <= 0:  # below 0: it had not set up its signals yet, or was asked for the third time
         return ExitCode.OK
     log.critical(
-        "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(handover.run_dir / "supervisord.log")
+        "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(part_spec.run_dir / "supervisord.log")
     )
     return ExitCode.RANK_CRASHED
 
 
-def _environment(config: Config) -> dict[str, str]:
+def _child_environment(config: Config) -> dict[str, str]:
     """Ours, with GANG_SECRET in it where a flag had given that: it is written to no file."""
     secret = config.gang_secret.get_secret_value()
     return {**os.environ, "GANG_SECRET": secret} if secret else dict(os.environ)
 
 
-def _outputs() -> dict[str, Any]:
+def _child_stdio() -> dict[str, Any]:
     """supervisord opens its stdout anew for every program. A socket (systemd's journal) cannot be opened: then it
     gets a pipe, and `cat` carries what comes through to where it belongs."""
     try:
         os.close(os.open("/dev/fd/1", os.O_WRONLY | os.O_APPEND))
     except OSError:
-        carrier = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
-        return {"stdout": carrier.stdin, "stderr": carrier.stdin}
+        relay = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+        return {"stdout": relay.stdin, "stderr": relay.stdin}
     return {}
 
 
@@ -260,40 +260,40 @@ def _tail(path: Path, lines: int = 10) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(none)"
 
 
-class _Stopper:
+class SignalForwarder:
     """Passes SIGTERM, SIGINT and SIGHUP on as supervisord's orderly stop; a third one ends everything at once."""
 
     def __init__(self) -> None:
         """From now on; until there is something to `watch` they end this process, with 0 as well."""
-        self.asked = 0
-        self._held = False
+        self.num_signals = 0
+        self._deferred = False
         self._child: subprocess.Popen[bytes] | None = None
         self._run_dir = Path()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._stop)
 
-    def hold(self) -> None:
+    def defer(self) -> None:
         """Until there is something to watch, signals are only counted: what a handler raises in a fork is swallowed."""
-        self._held = True
+        self._deferred = True
 
-    def watch(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:
+    def set_child(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:
         self._child, self._run_dir = child, run_dir
-        if self.asked:
-            self._pass_on(child)
+        if self.num_signals:
+            self._forward(child)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked += 1
+        self.num_signals += 1
         if self._child:
-            if self.asked == 1:
+            if self.num_signals == 1:
                 log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
-            self._pass_on(self._child)
-        elif not self._held:
+            self._forward(self._child)
+        elif not self._deferred:
             sys.exit(ExitCode.OK)
 
-    def _pass_on(self, child: "subprocess.Popen[bytes]") -> None:
+    def _forward(self, child: "subprocess.Popen[bytes]") -> None:
         stopping_file(self._run_dir).touch()
-        child.send_signal(signal.SIGTERM if self.asked < 3 else signal.SIGKILL)
+        child.send_signal(signal.SIGTERM if self.num_signals < 3 else signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The arrows of the architecture, enforced: who may import whom, read from the source without running it."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,45 +9,49 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rtp_llm"
 DOCTOR = ROOT.parent / "doctor"
-EVERYBODY = {"rtp_llm", "config", "errors", "files", "log", "metrics"}
 
-# Packages, and single modules that are stricter or freer than their package. A module may import its own package's
-# neighbours where the package is listed for itself, and whatever is listed here; nothing else of ours.
-PURE_ENGINE = {"engine.request", "engine.blocks", "engine.scheduler", "engine.step", "engine.sampling"}
+# The layers, lowest first: a module imports its own package and lower ones, and of those only what ALLOWED lists.
+LAYERS = (
+    *("errors", "files", "log", "metrics", "config"),
+    *("contract", "machine", "parallel", "kernels", "layers", "model", "runner", "engine"),
+    *("text", "api", "supervise", "start_server"),
+)
+BASE = {"rtp_llm", "config", "errors", "files", "log", "metrics"}
 TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint"}
-HANDED_OVER = {"parallel.handover", "parallel.lifeline", "parallel.wire"}
+SCHEDULING = {"engine.blocks", "engine.scheduler", "engine.step_builder", "engine.engine"}
+# Packages, and single modules that are stricter than their package.
 ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "files"},
     "errors": set(),
     "files": set(),
     "log": set(),
     "metrics": set(),
-    "start_server": EVERYBODY | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
-    "text": EVERYBODY | {"text"},
-    "machine": EVERYBODY | {"machine"},
-    "parallel": EVERYBODY | {"parallel", "machine"},
-    "kernels": EVERYBODY | {"kernels", "engine.step"},
-    "layers": EVERYBODY | {"layers", "kernels", "parallel", "engine.request", "engine.sampling"},
-    "model": EVERYBODY | {"model", "layers", "kernels", "parallel"},
-    "runner": EVERYBODY | {"runner", "model", "layers", "kernels", "parallel"} | PURE_ENGINE,
-    "engine": EVERYBODY | {"engine", "runner", "parallel", "machine"} | TORCH_FREE_MODEL,
-    **{module: EVERYBODY | PURE_ENGINE for module in (*PURE_ENGINE, "engine.engine")},
-    "model.spec": EVERYBODY | {"layers.rope_spec"},
-    "model.checkpoint": EVERYBODY | {"model.spec"},
-    "model.footprint": EVERYBODY | {"model.spec", "parallel.sharding"},
-    "api": EVERYBODY | {"api", "text", "machine", "engine.request", "parallel.segment"} | HANDED_OVER,
-    "supervise": EVERYBODY | {"supervise"} | HANDED_OVER,
+    "contract": {"contract"},
+    "machine": BASE | {"machine"},
+    "parallel": BASE | {"parallel", "machine"},
+    "kernels": BASE | {"kernels", "contract"},
+    "layers": BASE | {"layers", "kernels", "parallel", "contract"},
+    "model": BASE | {"model", "layers", "kernels", "parallel"},
+    "model.spec": BASE | {"layers.rope_spec"},
+    "model.checkpoint": BASE | {"model.spec"},
+    "model.footprint": BASE | {"model.spec", "parallel.sharding"},
+    "runner": BASE | {"runner", "model", "layers", "kernels", "parallel", "machine", "contract"},
+    "engine": BASE | {"engine", "runner", "parallel", "machine", "contract"} | TORCH_FREE_MODEL,
+    **{module: BASE | {"contract"} | SCHEDULING for module in SCHEDULING},
+    "text": BASE | {"text", "contract"},
+    "api": BASE | {"api", "text", "contract", "machine", "parallel.part_spec", "parallel.segment", "parallel.wire"},
+    "supervise": BASE | {"supervise", "machine", "parallel.part_spec"},
+    "start_server": BASE | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
 }
-# What the doctor judges with: the server's own settings, plan and checkpoint code, and nothing that loads torch.
-FOR_THE_DOCTOR = EVERYBODY | {"machine", "parallel", *TORCH_FREE_MODEL}
+# The doctor reads what the server reads (settings, plan, checkpoint) with the server's code, and never loads torch.
+DOCTOR_MAY_IMPORT = BASE | {"machine", "parallel", *TORCH_FREE_MODEL}
 TORCH = {"torch", "triton", "safetensors", "safetensors.torch"}
 MAY_USE_TORCH = {
     *("kernels", "layers", "model", "runner"),
     *("engine.loop", "engine.rank", "parallel.group", "parallel.shared_memory"),
 }
-NO_TORCH_AFTER_ALL = {"layers.rope_spec", *TORCH_FREE_MODEL}
-NO_SOCKETS = {"engine.blocks", "engine.scheduler", "engine.step", "engine.engine"}
-# The one import inside a function: torch must not be loaded before the gang has agreed (see the comment there).
+TORCH_FREE = {"layers.rope_spec", *TORCH_FREE_MODEL}
+# The one import inside a function: torch must not be loaded before the gang has formed (see the comment there).
 LATE = {("engine.main", "engine.rank")}
 
 
@@ -64,7 +69,7 @@ def imports(module: str, root: Path = ROOT) -> Iterator[tuple[str, bool]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-            if node.module and node.module.startswith("rtp_llm") and not is_module(node.module):
+            if node.module and node.module.split(".")[0] in ("rtp_llm", "doctor") and not is_module(node.module):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from ((name, id(node) in inside) for name in names)
         elif isinstance(node, ast.Import):
@@ -99,25 +104,42 @@ def test_imports_only_what_the_architecture_allows(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules())
 def test_torch_stays_where_the_device_work_is(module: str) -> None:
-    if covered(module, MAY_USE_TORCH) and module not in NO_TORCH_AFTER_ALL:
+    if covered(module, MAY_USE_TORCH) and module not in TORCH_FREE:
         return
     assert not [name for name, _ in imports(module) if name in TORCH or name.startswith(("torch.", "triton."))]
 
 
-@pytest.mark.parametrize("module", sorted(NO_SOCKETS))
-def test_the_pure_engine_knows_no_sockets(module: str) -> None:
+@pytest.mark.parametrize("module", [m for m in modules() if m.startswith("contract.") or m in SCHEDULING])
+def test_contract_and_scheduling_use_no_sockets(module: str) -> None:
     assert not [name for name, _ in imports(module) if name.split(".")[0] in {"socket", "asyncio", "selectors"}]
 
 
 @pytest.mark.parametrize("module", modules(DOCTOR))
 def test_the_doctor_judges_with_the_servers_own_code_and_without_torch(module: str) -> None:
     for name, late in imports(module, DOCTOR):
-        if late and module == "collective":  # one rank of tier 3, a process of its own
+        if late and module == "all_reduce":  # one rank of tier 3 is a process of its own
             continue
         assert name.split(".")[0] not in TORCH, f"doctor.{module} imports {name}"
         assert name not in ("rtp_llm.parallel.group", "rtp_llm.parallel.shared_memory")
-        assert not name.startswith("rtp_llm") or covered(ours(name), FOR_THE_DOCTOR), f"doctor.{module} imports {name}"
+        assert not name.startswith("rtp_llm") or covered(ours(name), DOCTOR_MAY_IMPORT), (
+            f"doctor.{module} imports {name}"
+        )
 
 
-def test_every_package_has_its_arrows() -> None:
-    assert {m.split(".")[0] for m in modules()} <= ALLOWED.keys()
+def test_every_package_is_listed() -> None:
+    assert {m.split(".")[0] for m in modules()} == {name.split(".")[0] for name in ALLOWED} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_no_allowed_import_points_up(name: str) -> None:
+    package = LAYERS.index(name.split(".")[0])
+    assert not {t for t in ALLOWED[name] - {"rtp_llm"} if LAYERS.index(t.split(".")[0]) > package}
+
+
+@pytest.mark.parametrize("root", [ROOT, DOCTOR], ids=["rtp_llm", "doctor"])
+def test_modules_import_each_other_without_a_cycle(root: Path) -> None:
+    graph = {
+        module: {name.removeprefix(f"{root.name}.") for name, _ in imports(module, root) if is_module(name)}
+        for module in modules(root)
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle

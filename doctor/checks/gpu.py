@@ -10,17 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 import pynvml
 
 from doctor import probes, xids
-from doctor.check import Fix, Outcome, Repair, Status, check, error, ok, skip, unknown, warn
-from doctor.host import size_text
-from doctor.node import Node
-from rtp_llm.machine.devices import narrow
-from rtp_llm.machine.gpus import APPLICATION_CLOCKS, SLOWDOWNS, Gpu
-from rtp_llm.machine.processes import shown
+from doctor.check import CheckResult, Fix, Repair, Status, check, error, ok, skip, unknown, warn
+from doctor.context import CheckContext
+from doctor.host import format_bytes
+from rtp_llm.machine.command_line import redacted_command
+from rtp_llm.machine.devices import apply_cuda_visible_devices
+from rtp_llm.machine.gpus import APPLICATION_CLOCKS, THROTTLE_REASONS, Gpu
 
 CATEGORY = "gpu"
 NO_GPU = "the ranks run on CPU"
-RUNNING = "this part is running, and holds it itself"
-OCCUPIED = 1 << 30  # beyond what a driver or a display keeps for itself
+PART_IS_RUNNING = "this part is running, and holds it itself"
+MIN_FOREIGN_BYTES = 1 << 30  # beyond what a driver or a display keeps for itself
 MISSING_LIBRARY = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
 _GIVE_GPUS = Fix(
@@ -34,25 +34,25 @@ _GIVE_GPUS = Fix(
 NOT_SUPPORTED = "this GPU does not tell"
 
 
-def _nodes(node: Node) -> list[str]:
-    return [name for name in node.host.names("/dev") if re.fullmatch(r"nvidia[0-9]+", name)]
+def _nodes(ctx: CheckContext) -> list[str]:
+    return [name for name in ctx.host.list_dir("/dev") if re.fullmatch(r"nvidia[0-9]+", name)]
 
 
-def _wants_gpu(node: Node) -> bool:
+def _wants_gpu(ctx: CheckContext) -> bool:
     """Whether GPUs are asked for, or seem to be meant: their device files or driver are here."""
-    return node.config.rtp_device != "cpu" and (node.config.rtp_device == "cuda" or bool(_nodes(node)))
+    return ctx.config.rtp_device != "cpu" and (ctx.config.rtp_device == "cuda" or bool(_nodes(ctx)))
 
 
-def _driver_module(node: Node) -> str:
+def _driver_module(ctx: CheckContext) -> str:
     """The version of the kernel module, from /proc."""
-    text = node.host.read("/proc/driver/nvidia/version") or ""
+    text = ctx.host.read("/proc/driver/nvidia/version") or ""
     found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     return found[1] if found else ""
 
 
-def _used(node: Node) -> list[Gpu]:
+def _used(ctx: CheckContext) -> list[Gpu]:
     """The GPUs that the local ranks will take."""
-    return node.gpus.visible[: node.local_ranks] if node.on_gpu else []
+    return ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
 
 
 def _label(gpu: Gpu) -> str:
@@ -69,18 +69,18 @@ def _label(gpu: Gpu) -> str:
         "libcuda.so.1: cannot open shared object file",
     ),
 )
-def present(node: Node) -> Outcome:
+def present(ctx: CheckContext) -> CheckResult:
     """A container sees GPUs only if the runtime was asked to mount them: device files, and the driver's libraries
     (NVIDIA_DRIVER_CAPABILITIES must name compute and utility)."""
-    if node.gpus.failure == 0:
-        return ok(f"{len(node.gpus.all)} GPUs, driver {node.gpus.driver}")
-    if node.gpus.failure not in MISSING_LIBRARY:
+    if ctx.gpus.failure == 0:
+        return ok(f"{len(ctx.gpus.all)} GPUs, driver {ctx.gpus.driver}")
+    if ctx.gpus.failure not in MISSING_LIBRARY:
         return ok("the driver's library is here")  # G-02 and G-03 say what is wrong with it
-    if not _wants_gpu(node):
+    if not _wants_gpu(ctx):
         return skip("no NVIDIA GPU here: the ranks run on CPU")
-    environ = node.host.environ
+    environ = ctx.host.environ
     hidden = environ.get("NVIDIA_VISIBLE_DEVICES", "") in ("void", "none")
-    files = _nodes(node)
+    files = _nodes(ctx)
     actual = "NVIDIA_VISIBLE_DEVICES hides them" if hidden else "no NVIDIA driver library here"
     return error(f"{actual}; {len(files)} device files in /dev", "GPUs, as RTP_DEVICE=cuda asks", _GIVE_GPUS)
 
@@ -93,10 +93,10 @@ def present(node: Node) -> Outcome:
     needs=("G-01",),
     repair=Repair.RESTART,
 )
-def lost(node: Node) -> Outcome:
+def nvml_responds(ctx: CheckContext) -> CheckResult:
     """After `systemctl daemon-reload` on the host, systemd applies its device rules again and takes the GPUs away from
     running containers. Only a new container gets them back."""
-    code = node.gpus.failure
+    code = ctx.gpus.failure
     if code == 0:
         return ok("NVML answers")
     if code in (*MISSING_LIBRARY, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH):
@@ -118,21 +118,21 @@ def lost(node: Node) -> Outcome:
     needs=("G-01",),
     repair=Repair.REBOOT,
 )
-def mismatch(node: Node) -> Outcome:
+def mismatch(ctx: CheckContext) -> CheckResult:
     """The host's driver was upgraded under a running container, or without a reboot: the kernel module is still the
     old one."""
-    module = _driver_module(node)
-    if node.gpus.failure == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
+    module = _driver_module(ctx)
+    if ctx.gpus.failure == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
         return error(
             f"the kernel module is {module or 'another version'}, the library is not",
             "one version",
             Fix(host="reboot", docker="restart the container; if that does not help, reboot the host"),
         )
-    if not node.gpus.driver:
+    if not ctx.gpus.driver:
         return skip("no driver here")
-    if module and module != node.gpus.driver:
-        return error(f"kernel module {module}, library {node.gpus.driver}", "one version", "reboot the host")
-    return ok(f"driver {node.gpus.driver}")
+    if module and module != ctx.gpus.driver:
+        return error(f"kernel module {module}, library {ctx.gpus.driver}", "one version", "reboot the host")
+    return ok(f"driver {ctx.gpus.driver}")
 
 
 @check(
@@ -142,25 +142,25 @@ def mismatch(node: Node) -> Outcome:
     symptoms=("CUDA error: invalid device ordinal", "invalid literal for int() with base 10: 'MIG-…'"),
     needs=("G-01", "G-02", "G-03"),
 )
-def visible(node: Node) -> Outcome:
+def visible(ctx: CheckContext) -> CheckResult:
     """CUDA reads the list up to the first entry that is not valid, and ignores the rest in silence; an empty value
     hides all GPUs, and a GPU that stands twice hides all as well."""
-    value = node.host.environ.get("CUDA_VISIBLE_DEVICES")
-    if not node.gpus.all:
+    value = ctx.host.environ.get("CUDA_VISIBLE_DEVICES")
+    if not ctx.gpus.all:
         return skip(NO_GPU)
     if value is None:
-        return ok(f"unset: all {len(node.gpus.all)} GPUs")
-    if node.config.rtp_device == "cpu":
+        return ok(f"unset: all {len(ctx.gpus.all)} GPUs")
+    if ctx.config.rtp_device == "cpu":
         return ok("not used: RTP_DEVICE=cpu")
-    problem = narrow([gpu.uuid for gpu in node.gpus.all], value).problem
+    problem = apply_cuda_visible_devices([gpu.uuid for gpu in ctx.gpus.all], value).problem
     if problem:
-        every = ",".join(str(gpu.index) for gpu in node.gpus.all)
+        every = ",".join(str(gpu.index) for gpu in ctx.gpus.all)
         return error(
             f"CUDA_VISIBLE_DEVICES={value!r}: {problem}",
             f"indices from {every}, or UUIDs",
             f"CUDA_VISIBLE_DEVICES={every}",
         )
-    return ok(f"{value}: {len(node.gpus.visible)} GPUs")
+    return ok(f"{value}: {len(ctx.gpus.visible)} GPUs")
 
 
 @check(
@@ -170,23 +170,21 @@ def visible(node: Node) -> Outcome:
     symptoms=("Error 803: system has unsupported display driver / cuda driver combination",),
     needs=("G-01", "G-02", "G-03"),
 )
-def compat(node: Node) -> Outcome:
+def compat(ctx: CheckContext) -> CheckResult:
     """Images with NVIDIA's cuda-compat package bring a libcuda of their own. If the loader finds it before the one that
     the runtime mounts, and the driver is newer, CUDA does not start."""
-    if not node.gpus.driver:
+    if not ctx.gpus.driver:
         return skip(NO_GPU)
-    path = node.host.environ.get("LD_LIBRARY_PATH", "")
+    path = ctx.host.environ.get("LD_LIBRARY_PATH", "")
     folders = [f for f in path.split(":") if "compat" in f] + [
-        f"/usr/local/{name}/compat" for name in node.host.names("/usr/local") if name.startswith("cuda")
+        f"/usr/local/{name}/compat" for name in ctx.host.list_dir("/usr/local") if name.startswith("cuda")
     ]
     for folder in folders:
-        for name in node.host.names(folder):
+        for name in ctx.host.list_dir(folder):
             found = re.fullmatch(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)", name)
-            if found and _numbers(found[1]) < _numbers(node.gpus.driver):
+            if found and _numbers(found[1]) < _numbers(ctx.gpus.driver):
                 fix = f"remove {folder}, or set LD_LIBRARY_PATH=/usr/local/nvidia/lib64"
-                return error(
-                    f"{folder}/{name} is older than driver {node.gpus.driver}", "the driver's own libcuda", fix
-                )
+                return error(f"{folder}/{name} is older than driver {ctx.gpus.driver}", "the driver's own libcuda", fix)
     return ok("only the driver's libcuda")
 
 
@@ -222,16 +220,16 @@ def _torch_cuda() -> tuple[int, int] | None:
     ),
     needs=("G-01", "G-02", "G-03"),
 )
-def driver_age(node: Node) -> Outcome:
+def driver_age(ctx: CheckContext) -> CheckResult:
     """A driver serves all CUDA versions of its own major release and older ones; torch built for the next major
     release does not start on it."""
-    if not node.gpus.all:
+    if not ctx.gpus.all:
         return skip(NO_GPU)
     wanted = _torch_cuda()
     if wanted is None:
         return skip("this torch is a CPU build, or says nothing of its CUDA")
-    have = node.gpus.cuda
-    text = f"driver {node.gpus.driver} serves CUDA {have[0]}.{have[1]}, torch was built with {wanted[0]}.{wanted[1]}"
+    have = ctx.gpus.cuda
+    text = f"driver {ctx.gpus.driver} serves CUDA {have[0]}.{have[1]}, torch was built with {wanted[0]}.{wanted[1]}"
     if have[0] < wanted[0]:
         return error(
             text, f"a driver for CUDA {wanted[0]}", f"update the driver, or install torch built for CUDA {have[0]}"
@@ -246,21 +244,21 @@ def driver_age(node: Node) -> Outcome:
     symptoms=("Error 804: forward compatibility was attempted on non supported HW",),
     needs=("G-01", "G-07"),
 )
-def forward(node: Node) -> Outcome:
+def forward(ctx: CheckContext) -> CheckResult:
     """cuda-compat libraries newer than the driver work on data-centre GPUs only."""
-    if not node.gpus.all:
+    if not ctx.gpus.all:
         return skip(NO_GPU)
-    folders = [f"/usr/local/{n}/compat" for n in node.host.names("/usr/local") if n.startswith("cuda")]
-    newer = [f for f in folders for n in node.host.names(f) if n.startswith("libcuda.so.") and _newer(n, node)]
-    consumer = next((g for g in node.gpus.all if re.search(r"GeForce|TITAN|RTX (?!A|6000|PRO)", g.name)), None)
+    folders = [f"/usr/local/{n}/compat" for n in ctx.host.list_dir("/usr/local") if n.startswith("cuda")]
+    newer = [f for f in folders for n in ctx.host.list_dir(f) if n.startswith("libcuda.so.") and _newer(n, ctx)]
+    consumer = next((g for g in ctx.gpus.all if re.search(r"GeForce|TITAN|RTX (?!A|6000|PRO)", g.name)), None)
     if newer and consumer:
         return error(f"{newer[0]} on {consumer.name}", "a data-centre GPU, or no compat folder", f"remove {newer[0]}")
     return ok("not attempted")
 
 
-def _newer(name: str, node: Node) -> bool:
+def _newer(name: str, ctx: CheckContext) -> bool:
     numbers = _numbers(name.removeprefix("libcuda.so."))
-    return len(numbers) > 1 and numbers > _numbers(node.gpus.driver)
+    return len(numbers) > 1 and numbers > _numbers(ctx.gpus.driver)
 
 
 @check(
@@ -273,16 +271,16 @@ def _newer(name: str, node: Node) -> bool:
     ),
     needs=("G-09",),
 )
-def own_gpu(node: Node) -> Outcome:
+def own_gpu(ctx: CheckContext) -> CheckResult:
     """Two parts on one machine that see the same GPUs, or MIG instances of one GPU, put two ranks on one device: NCCL
     refuses that. Between parts, the gang tier compares the GPUs' UUIDs."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     twice = [uuid for uuid, count in Counter(gpu.uuid for gpu in used).items() if count > 1]
     if twice:
         return error(f"{twice[0]} would serve two ranks", "one GPU per rank", "CUDA_VISIBLE_DEVICES with distinct GPUs")
-    shared = node.gang.shared_gpus() if node.gang else {}
+    shared = ctx.gang.shared_gpus() if ctx.gang else {}
     if shared:
         uuid, parts = next(iter(shared.items()))
         return error(
@@ -301,11 +299,11 @@ def own_gpu(node: Node) -> Outcome:
     symptoms=("The memory capacity is unbalanced. Some GPUs may be occupied by other processes",),
     needs=("G-09",),
 )
-def alike(node: Node) -> Outcome:
+def same_gpu_model(ctx: CheckContext) -> CheckResult:
     """In tensor parallelism the slowest GPU and the smallest memory set the pace for all."""
-    kinds = {gpu.uuid: (gpu.name, gpu.memory_total, gpu.capability) for gpu in _used(node)}
-    if node.gang:
-        kinds |= node.gang.gpu_kinds()
+    kinds = {gpu.uuid: (gpu.name, gpu.memory_total, gpu.capability) for gpu in _used(ctx)}
+    if ctx.gang:
+        kinds |= ctx.gang.gpu_kinds()
     if not kinds:
         return skip(NO_GPU)
     names = sorted({name for name, _, _ in kinds.values()})
@@ -324,12 +322,12 @@ def alike(node: Node) -> Outcome:
     symptoms=("CUDA error: all CUDA-capable devices are busy or unavailable",),
     needs=("G-09",),
 )
-def compute_mode(node: Node) -> Outcome:
+def compute_mode(ctx: CheckContext) -> CheckResult:
     """In mode EXCLUSIVE_PROCESS a GPU takes a single process, so a rank and anything else (an exporter, an earlier run)
     exclude each other; in mode PROHIBITED it takes none."""
-    used = _used(node)
-    if not used or node.running:
-        return skip(RUNNING if used else NO_GPU)
+    used = _used(ctx)
+    if not used or ctx.running:
+        return skip(PART_IS_RUNNING if used else NO_GPU)
     for gpu in used:
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_PROHIBITED:
             return error(f"{_label(gpu)} is in mode PROHIBITED", "DEFAULT", f"nvidia-smi -i {gpu.index} -c 0")
@@ -349,15 +347,15 @@ def compute_mode(node: Node) -> Outcome:
     symptoms=("device >= 0 && device < num_gpus INTERNAL ASSERT FAILED",),
     needs=("G-01", "G-02", "G-03"),
 )
-def mig(node: Node) -> Outcome:
+def mig(ctx: CheckContext) -> CheckResult:
     """A CUDA process sees one MIG instance at most, and instances cannot reach each other's memory, so tensor
     parallelism over them does not work."""
-    sliced = next((gpu for gpu in _used(node) if gpu.mig), None)
-    if not node.gpus.all:
+    sliced = next((gpu for gpu in _used(ctx) if gpu.mig), None)
+    if not ctx.gpus.all:
         return skip(NO_GPU)
     if sliced is None:
         return ok("no MIG")
-    if node.local_ranks > 1 or (node.plan and node.plan.world_size > 1):
+    if ctx.local_ranks > 1 or (ctx.plan and ctx.plan.world_size > 1):
         return error(
             f"{_label(sliced)} is in MIG mode",
             "whole GPUs for TP > 1",
@@ -377,20 +375,20 @@ def mig(node: Node) -> Outcome:
     needs=("G-09",),
     repair=Repair.RESTART,
 )
-def occupied(node: Node) -> Outcome:
+def gpu_memory_free(ctx: CheckContext) -> CheckResult:
     """Another job, or a process of an earlier run that was orphaned, still holds memory. NVML gives the pids of the
     host; from a container they may not be found, which means that the owner is outside of it."""
-    used = _used(node)
-    if not used or node.running:
-        return skip(RUNNING if used else NO_GPU)
+    used = _used(ctx)
+    if not used or ctx.running:
+        return skip(PART_IS_RUNNING if used else NO_GPU)
     for gpu in used:
         taken = gpu.memory_total - gpu.memory_free
-        if taken <= OCCUPIED:
+        if taken <= MIN_FOREIGN_BYTES:
             continue
         owners = (
-            ", ".join(_owner(node, p.pid) + f" ({size_text(p.memory)})" for p in gpu.processes) or "nobody we can see"
+            ", ".join(_owner(ctx, p.pid) + f" ({format_bytes(p.memory)})" for p in gpu.processes) or "nobody we can see"
         )
-        text = f"{_label(gpu)}: {size_text(taken)} of {size_text(gpu.memory_total)} held by {owners}"
+        text = f"{_label(gpu)}: {format_bytes(taken)} of {format_bytes(gpu.memory_total)} held by {owners}"
         fix = Fix(
             host=f"stop the owner (fuser -v /dev/nvidia{gpu.index}), or choose other GPUs with CUDA_VISIBLE_DEVICES",
             docker=f"on the host: fuser -v /dev/nvidia{gpu.index}, docker ps; stop the owner",
@@ -399,11 +397,11 @@ def occupied(node: Node) -> Outcome:
         if gpu.memory_free < gpu.memory_total // 2:
             return error(text, "at least half of it free", fix)
         return warn(text, "all of it free", fix)
-    return ok(f"{size_text(min(gpu.memory_free for gpu in used))} free on each")
+    return ok(f"{format_bytes(min(gpu.memory_free for gpu in used))} free on each")
 
 
-def _owner(node: Node, pid: int) -> str:
-    command = shown((node.host.read(f"/proc/{pid}/cmdline") or "").split("\0"))
+def _owner(ctx: CheckContext, pid: int) -> str:
+    command = redacted_command((ctx.host.read(f"/proc/{pid}/cmdline") or "").split("\0"))
     return f"pid {pid} ({command})" if command else f"host pid {pid}, outside of this pid namespace"
 
 
@@ -420,10 +418,10 @@ def _owner(node: Node, pid: int) -> str:
     needs=("G-01", "G-02", "G-03"),
     repair=Repair.REPLACE,
 )
-def ecc(node: Node) -> Outcome:
+def ecc(ctx: CheckContext) -> CheckResult:
     """HBM rows that fail are replaced by spare ones. A replacement that is pending needs a reset of the GPU; one that
     failed, or errors that were not corrected, need another GPU."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     for gpu in used:
@@ -454,19 +452,19 @@ def ecc(node: Node) -> Outcome:
     needs=("G-01", "G-02", "G-03"),
     repair=Repair.REBOOT,
 )
-def fallen(node: Node) -> Outcome:
+def gpus_on_bus(ctx: CheckContext) -> CheckResult:
     """A GPU that lost its power or its link answers nothing any more. The kernel's log has an Xid for that and for what
     else the driver reports of its hardware; a container may often not read it."""
-    if not node.gpus.all and not node.gpus.broken:
+    if not ctx.gpus.all and not ctx.gpus.failed:
         return skip(NO_GPU)
-    log = node.host.kernel_log
-    if node.gpus.broken:
-        index, code = node.gpus.broken[0]
-        said = xids.of_others(log or "", [gpu.bus for gpu in node.gpus.all])
+    log = ctx.host.kernel_log
+    if ctx.gpus.failed:
+        index, code = ctx.gpus.failed[0]
+        said = xids.xids_of_unknown_gpus(log or "", [gpu.bus for gpu in ctx.gpus.all])
         last = f"; the kernel reported Xid {said[-1][1]} of {said[-1][0]}" if said else ""
         actual = f"GPU {index}: {pynvml.NVMLError(code)}{last}"
         return error(actual, "an answer", "drain this machine and reboot it", code=code)
-    reported = [(gpu, xid) for gpu in _used(node) for xid in xids.of_hardware(log or "", gpu.bus)]
+    reported = [(gpu, xid) for gpu in _used(ctx) for xid in xids.xids_of_gpu(log or "", gpu.bus)]
     if reported:
         gpu, xid = reported[-1]
         what, remedy = xids.MEANINGS[xid]
@@ -474,17 +472,17 @@ def fallen(node: Node) -> Outcome:
         fix = remedy.format(gpu=gpu.index)
         return warn(f"{_label(gpu)} ({gpu.bus}): Xid {xid}, {what}, since the driver was loaded{count}", "no Xid", fix)
     unread = "; /dev/kmsg cannot be read, so Xids are not seen" if log is None else ", and the kernel reported no Xid"
-    return ok(f"all {len(node.gpus.all)} GPUs answer{unread}")
+    return ok(f"all {len(ctx.gpus.all)} GPUs answer{unread}")
 
 
 @check("G-17", CATEGORY, "no GPU is slowed down by heat or power", severity=Status.WARN, needs=("G-09",))
-def throttled(node: Node) -> Outcome:
+def throttled(ctx: CheckContext) -> CheckResult:
     """A GPU that is too hot, or gets too little power, lowers its clock, and all other ranks wait for it."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     for gpu in used:
-        reasons = [text for bit, text in SLOWDOWNS.items() if (gpu.clock_reasons or 0) & bit]
+        reasons = [text for bit, text in THROTTLE_REASONS.items() if (gpu.clock_reasons or 0) & bit]
         if reasons:
             return warn(
                 f"{_label(gpu)}, {gpu.temperature} C: {', '.join(reasons)}", "no slowdown", "check cooling and power"
@@ -498,9 +496,9 @@ def throttled(node: Node) -> Outcome:
 
 
 @check("G-18", CATEGORY, "the driver stays loaded", severity=Status.WARN, needs=("G-09",))
-def persistence(node: Node) -> Outcome:
+def persistence(ctx: CheckContext) -> CheckResult:
     """Without persistence mode the driver leaves when the last process does, and every start waits seconds for it."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     if all(gpu.persistence is None for gpu in used):
@@ -512,10 +510,10 @@ def persistence(node: Node) -> Outcome:
 
 
 @check("G-19", CATEGORY, "the GPUs' PCIe links have their full width", severity=Status.WARN, needs=("G-09",))
-def pcie(node: Node) -> Outcome:
+def pcie(ctx: CheckContext) -> CheckResult:
     """A card that is not seated well trains with fewer lanes, and copies to and from it are slower by as much. (The
     link's generation is not judged: it drops when idle.)"""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     for gpu in used:
@@ -527,9 +525,9 @@ def pcie(node: Node) -> Outcome:
 
 
 @check("G-20", CATEGORY, "no application clocks are set", severity=Status.WARN, needs=("G-09",))
-def clocks(node: Node) -> Outcome:
+def clocks_not_lowered(ctx: CheckContext) -> CheckResult:
     """Somebody may have pinned the clocks for a measurement. For information."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     if all(gpu.clock_reasons is None for gpu in used):
@@ -549,20 +547,20 @@ def clocks(node: Node) -> Outcome:
     timeout=60,
     repair=Repair.REBOOT,
 )
-def computes(node: Node) -> Outcome:
+def computes(ctx: CheckContext) -> CheckResult:
     """On NVSwitch machines CUDA starts only after the fabric manager, of the driver's own version, has set up the
     switches. Tier 1 lets a process of its own compute on every GPU, and kills it if it hangs."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
     completed = pynvml.NVML_GPU_FABRIC_STATE_COMPLETED
     waiting = next((g for g in used if g.fabric_state not in (None, 0, completed)), None)
     if waiting:
-        fix = f"on the host: systemctl restart nvidia-fabricmanager (version {node.gpus.driver})"
+        fix = f"on the host: systemctl restart nvidia-fabricmanager (version {ctx.gpus.driver})"
         return error(f"{_label(waiting)}: its NVSwitch fabric is not set up", "fabric state completed", fix)
-    if node.tier < 1:
+    if ctx.tier < 1:
         return skip("--tier 1 lets a process compute on each")
-    failures = {gpu.index: text for gpu, text in probes.compute(used).items() if text}
+    failures = {gpu.index: text for gpu, text in probes.probe_compute(used).items() if text}
     if failures:
         index, text = next(iter(failures.items()))
         return error(f"GPU {index}: {text}", "a correct product of two matrices", "see the message; then nvidia-smi -q")
@@ -580,18 +578,18 @@ def computes(node: Node) -> Outcome:
     needs=("G-04",),
     timeout=60,
 )
-def architectures(node: Node) -> Outcome:
+def architectures(ctx: CheckContext) -> CheckResult:
     """A build of torch holds machine code for some GPU generations. Tier 1 asks it for the list."""
-    used = _used(node)
+    used = _used(ctx)
     if not used:
         return skip(NO_GPU)
-    if node.tier < 1:
+    if ctx.tier < 1:
         return skip("--tier 1 asks torch")
     known = probes.architectures()
     if known is None:
         return unknown("torch cannot be asked for its architectures")
     for gpu in used:
-        if gpu.capability and not probes.serves(known, gpu.capability):
+        if gpu.capability and not probes.supports_capability(known, gpu.capability):
             wanted = "sm_" + "".join(map(str, gpu.capability))
             return error(
                 f"{_label(gpu)} is {wanted}, torch has {', '.join(known)}", wanted, "install a torch build that has it"

@@ -5,12 +5,12 @@ from collections import Counter
 import pynvml
 
 from doctor import probes
-from doctor.check import Outcome, Repair, Status, check, error, ok, skip, warn
-from doctor.node import Node
-from rtp_llm.machine.gpus import Pair
+from doctor.check import CheckResult, Repair, Status, check, error, ok, skip, warn
+from doctor.context import CheckContext
+from rtp_llm.machine.gpus import GpuPair
 
 CATEGORY = "interconnect"
-FEW = "fewer than two GPUs are used"
+FEWER_THAN_TWO_GPUS = "fewer than two GPUs are used"
 P2P_STATUS = {
     1: "chipset does not support it",
     2: "topology does not support it",
@@ -20,9 +20,9 @@ P2P_STATUS = {
 }
 
 
-def _pairs(node: Node) -> list[Pair]:
-    used = {gpu.index for gpu in node.gpus.visible[: node.local_ranks]} if node.on_gpu else set()
-    return [pair for pair in node.gpus.pairs if {pair.one, pair.other} <= used]
+def _pairs(ctx: CheckContext) -> list[GpuPair]:
+    used = {gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]} if ctx.on_gpu else set()
+    return [pair for pair in ctx.gpus.pairs if {pair.one, pair.other} <= used]
 
 
 @check(
@@ -33,12 +33,12 @@ def _pairs(node: Node) -> list[Pair]:
     needs=("G-09", "G-16"),
     repair=Repair.REPLACE,
 )
-def nvml_p2p(node: Node) -> Outcome:
+def nvml_p2p(ctx: CheckContext) -> CheckResult:
     """The driver says for each pair whether one GPU can read the other's memory. Between GPUs with NVLink it always
     should; where it does not, the hardware is at fault."""
-    pairs = _pairs(node)
+    pairs = _pairs(ctx)
     if not pairs:
-        return skip(FEW)
+        return skip(FEWER_THAN_TWO_GPUS)
     bad = [pair for pair in pairs if pair.nvlink == 0 and pair.p2p not in (None, 0)]
     if bad:
         pair = bad[0]
@@ -53,12 +53,12 @@ def nvml_p2p(node: Node) -> Outcome:
 @check(
     "P-03", CATEGORY, "all NVLinks are up", severity=Status.WARN, symptoms=("Xid (PCI:…): 74",), needs=("G-09", "G-16")
 )
-def nvlinks(node: Node) -> Outcome:
+def nvlinks(ctx: CheckContext) -> CheckResult:
     """The number of links that are up should be the same on all GPUs of one kind: the majority says what is right."""
-    used = node.gpus.visible[: node.local_ranks] if node.on_gpu else []
+    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
     ups = Counter(gpu.nvlinks[0] for gpu in used)
     if len(used) < 2 or not any(gpu.nvlinks[1] for gpu in used):
-        return skip("no NVLink" if len(used) > 1 else FEW)
+        return skip("no NVLink" if len(used) > 1 else FEWER_THAN_TWO_GPUS)
     usual = ups.most_common(1)[0][0]
     low = next((gpu for gpu in used if gpu.nvlinks[0] < max(usual, gpu.nvlinks[1])), None)
     if low:
@@ -75,9 +75,9 @@ def nvlinks(node: Node) -> Outcome:
     needs=("G-09", "G-16"),
     repair=Repair.REBOOT,
 )
-def fabric(node: Node) -> Outcome:
+def fabric(ctx: CheckContext) -> CheckResult:
     """On NVSwitch machines each GPU registers with the fabric; until all have, CUDA answers error 802."""
-    states = [gpu.fabric_state for gpu in node.gpus.visible[: node.local_ranks]] if node.on_gpu else []
+    states = [gpu.fabric_state for gpu in ctx.gpus.visible[: ctx.local_ranks]] if ctx.on_gpu else []
     known = [state for state in states if state not in (None, pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED)]
     if not known:
         return skip("no NVSwitch fabric")
@@ -89,11 +89,11 @@ def fabric(node: Node) -> Outcome:
 
 
 @check("P-05", CATEGORY, "the GPUs are near each other", severity=Status.WARN, needs=("G-09",))
-def topology(node: Node) -> Outcome:
+def topology(ctx: CheckContext) -> CheckResult:
     """Without NVLink, data between GPUs under different CPU sockets crosses the link between the sockets."""
-    pairs = _pairs(node)
+    pairs = _pairs(ctx)
     if not pairs:
-        return skip(FEW)
+        return skip(FEWER_THAN_TWO_GPUS)
     far = [p for p in pairs if p.topology is not None and p.topology >= pynvml.NVML_TOPOLOGY_SYSTEM and p.nvlink != 0]
     if far:
         fix = "choose GPUs under one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
@@ -104,13 +104,13 @@ def topology(node: Node) -> Outcome:
 
 
 @check("P-06", CATEGORY, "the cores are on the GPUs' side of the machine", severity=Status.WARN, needs=("G-09",))
-def numa(node: Node) -> Outcome:
+def numa(ctx: CheckContext) -> CheckResult:
     """A rank whose cores are on the other socket launches its kernels more slowly."""
-    used = node.gpus.visible[: node.local_ranks] if node.on_gpu else []
+    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
     if not used:
         return skip("the ranks run on CPU")
-    nodes = {g.index: node.host.number(f"/sys/bus/pci/devices/{g.bus}/numa_node") for g in used}
-    cores = _numa_of_cores(node)
+    nodes = {g.index: ctx.host.read_int(f"/sys/bus/pci/devices/{g.bus}/numa_node") for g in used}
+    cores = _numa_of_cores(ctx)
     away = [
         index for index, number in nodes.items() if number is not None and number >= 0 and cores and number not in cores
     ]
@@ -124,13 +124,13 @@ def numa(node: Node) -> Outcome:
     return ok("cores and GPUs share their NUMA nodes")
 
 
-def _numa_of_cores(node: Node) -> set[int]:
+def _numa_of_cores(ctx: CheckContext) -> set[int]:
     """NUMA nodes that have one of the cores this process may use."""
-    allowed = parse_cpu_list(node.host.status.get("Cpus_allowed_list", ""))
+    allowed = parse_cpu_list(ctx.host.status.get("Cpus_allowed_list", ""))
     found = set()
-    for name in node.host.names("/sys/devices/system/node"):
+    for name in ctx.host.list_dir("/sys/devices/system/node"):
         number = name.removeprefix("node")
-        listed = node.host.read(f"/sys/devices/system/node/{name}/cpulist") if number.isdigit() else None
+        listed = ctx.host.read(f"/sys/devices/system/node/{name}/cpulist") if number.isdigit() else None
         if listed and parse_cpu_list(listed) & allowed:
             found.add(int(number))
     return found
@@ -147,12 +147,12 @@ def parse_cpu_list(text: str) -> set[int]:
 
 
 @check("P-07", CATEGORY, "NCCL can see the PCI tree", severity=Status.WARN, needs=("G-09",))
-def sysfs(node: Node) -> Outcome:
+def sysfs(ctx: CheckContext) -> CheckResult:
     """NCCL reads the topology from /sys. Where that is hidden it assumes one, and chooses slow ways."""
-    used = node.gpus.visible[: node.local_ranks] if node.on_gpu else []
+    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
     if len(used) < 2:
-        return skip(FEW)
-    hidden = [gpu for gpu in used if not node.host.exists(f"/sys/bus/pci/devices/{gpu.bus}")]
+        return skip(FEWER_THAN_TWO_GPUS)
+    hidden = [gpu for gpu in used if not ctx.host.exists(f"/sys/bus/pci/devices/{gpu.bus}")]
     if hidden:
         return warn(
             f"/sys/bus/pci/devices/{hidden[0].bus} is not there",
@@ -163,14 +163,14 @@ def sysfs(node: Node) -> Outcome:
 
 
 @check("P-08", CATEGORY, "network cards can reach the GPUs' memory", severity=Status.WARN, needs=("G-09",))
-def gpudirect(node: Node) -> Outcome:
+def gpudirect(ctx: CheckContext) -> CheckResult:
     """With GPUDirect RDMA data between machines skips main memory. It needs nvidia-peermem, or the open kernel module
     with DMA-BUF."""
-    if not node.on_gpu or not node.plan or not node.plan.spans_parts or not node.host.names("/sys/class/infiniband"):
+    if not ctx.on_gpu or not ctx.plan or not ctx.plan.is_multi_part or not ctx.host.list_dir("/sys/class/infiniband"):
         return skip("no RDMA between parts")
     modules = ("/sys/module/nvidia_peermem/version", "/sys/kernel/mm/memory_peers/nv_mem/version")
-    open_module = "Open Kernel Module" in (node.host.read("/proc/driver/nvidia/version") or "")
-    if open_module or any(node.host.exists(path) for path in modules):
+    open_module = "Open Kernel Module" in (ctx.host.read("/proc/driver/nvidia/version") or "")
+    if open_module or any(ctx.host.exists(path) for path in modules):
         return ok("GPUDirect RDMA can be used")
     return warn(
         "neither nvidia-peermem nor the open kernel module", "one of them", "on the host: modprobe nvidia-peermem"
@@ -186,18 +186,18 @@ def gpudirect(node: Node) -> Outcome:
     timeout=120,
     repair=Repair.REBOOT,
 )
-def peer_writes(node: Node) -> Outcome:
+def peer_writes(ctx: CheckContext) -> CheckResult:
     """Access control (ACS) on PCIe bridges and a translating IOMMU can make peer writes vanish: the first all-reduce
     then hangs with the GPUs at 100 %, or numbers are wrong in silence. The driver still says "supported", so tier 1
     writes a pattern on each GPU and reads it on every other, both directions, in a process that can be killed."""
-    pairs = _pairs(node)
+    pairs = _pairs(ctx)
     if not pairs:
-        return skip(FEW)
-    if node.tier < 1:
-        iommu = node.host.names("/sys/class/iommu")
+        return skip(FEWER_THAN_TWO_GPUS)
+    if ctx.tier < 1:
+        iommu = ctx.host.list_dir("/sys/class/iommu")
         return skip("--tier 1 writes and reads back" + ("; an IOMMU is active" if iommu else ""))
-    order = [gpu.index for gpu in node.gpus.visible[: node.local_ranks]]
-    failures = probes.peer_copies(order)
+    order = [gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]]
+    failures = probes.probe_peer_copies(order)
     if failures:
         one, other, text = failures[0]
         fix = "iommu=pt and ACS off in the BIOS; until then NCCL_P2P_DISABLE=1"

@@ -7,9 +7,9 @@ import resource
 import threading
 from pathlib import Path
 
-from doctor.check import Fix, Outcome, Status, check, error, ok, skip, unknown, warn
-from doctor.host import size_text
-from doctor.node import Node
+from doctor.check import CheckResult, Fix, Status, check, error, ok, skip, unknown, warn
+from doctor.context import CheckContext
+from doctor.host import format_bytes
 from rtp_llm.machine.cgroup import UNLIMITED
 from rtp_llm.model.footprint import weight_bytes
 
@@ -17,8 +17,8 @@ CATEGORY = "limits"
 INFINITY = resource.RLIM_INFINITY
 NO_RLIMITS = "/proc/self/limits cannot be read"
 NO_CGROUP = "no cgroup can be seen below /sys/fs/cgroup: whether there is a limit cannot be told"
-FILES_GOOD = 65536
-FILES_LEAST = 1024
+RECOMMENDED_OPEN_FILES = 65536
+MIN_OPEN_FILES = 1024
 # Threads of a rank beside those that compute: (needed, comfortable). Measured on CPU: 5; CUDA and NCCL add some 30.
 THREADS_PER_RANK = {"cpu": (8, 24), "cuda": (40, 80)}
 PROCESSES_BESIDE = 16
@@ -27,8 +27,8 @@ RANK_BYTES = 250 << 20  # of a rank without weights and cache: Python and torch,
 SERVICE_BYTES = 150 << 20  # of start_server, supervisord, guard and API together
 
 
-def rdma_wanted(node: Node) -> bool:
-    return bool(node.host.names("/sys/class/infiniband")) and node.nccl.value("NCCL_IB_DISABLE") != "1" and node.on_gpu
+def rdma_wanted(ctx: CheckContext) -> bool:
+    return bool(ctx.host.list_dir("/sys/class/infiniband")) and ctx.nccl.value("NCCL_IB_DISABLE") != "1" and ctx.on_gpu
 
 
 @check(
@@ -41,15 +41,15 @@ def rdma_wanted(node: Node) -> bool:
         "ibv_create_cq() failed: Cannot allocate memory",
     ),
 )
-def memlock(node: Node) -> Outcome:
+def memlock(ctx: CheckContext) -> CheckResult:
     """RDMA registers memory with the network card, which locks it; containers are allowed 8 MiB of that or less."""
-    if not rdma_wanted(node):
+    if not rdma_wanted(ctx):
         return ok("no RDMA here")
-    if "memlock" not in node.host.rlimits:
+    if "memlock" not in ctx.host.rlimits:
         return unknown(NO_RLIMITS)
-    soft, _ = node.host.rlimits["memlock"]
-    text = "unlimited" if soft == INFINITY else size_text(soft)
-    if soft == INFINITY or node.host.capable("IPC_LOCK"):
+    soft, _ = ctx.host.rlimits["memlock"]
+    text = "unlimited" if soft == INFINITY else format_bytes(soft)
+    if soft == INFINITY or ctx.host.has_capability("IPC_LOCK"):
         return ok(f"memlock {text}")
     fix = Fix(
         host="ulimit -l unlimited",
@@ -67,11 +67,11 @@ def memlock(node: Node) -> Outcome:
     severity=Status.ERROR,
     symptoms=("OSError: [Errno 24] Too many open files", "VFS: file-max limit … reached"),
 )
-def nofile(node: Node) -> Outcome:
+def nofile(ctx: CheckContext) -> CheckResult:
     """Every HTTP connection, rank and NCCL channel is a file. A large gang needs tens of thousands."""
-    if "nofile" not in node.host.rlimits:
+    if "nofile" not in ctx.host.rlimits:
         return unknown(NO_RLIMITS)
-    soft, hard = node.host.rlimits["nofile"]
+    soft, hard = ctx.host.rlimits["nofile"]
     reach = soft if soft == INFINITY else max(soft, hard if hard != INFINITY else 1 << 20)
     fix = Fix(
         host="ulimit -n 1048576",
@@ -79,8 +79,8 @@ def nofile(node: Node) -> Outcome:
         compose="ulimits: {nofile: {soft: 1048576, hard: 1048576}}",
         kubernetes="raise LimitNOFILE in the container runtime's unit",
     )
-    wanted = FILES_LEAST if not node.on_gpu else FILES_GOOD
-    if reach != INFINITY and reach < FILES_LEAST:
+    wanted = MIN_OPEN_FILES if not ctx.on_gpu else RECOMMENDED_OPEN_FILES
+    if reach != INFINITY and reach < MIN_OPEN_FILES:
         return error(f"{reach} open files at most", f"{wanted}", fix)
     if reach != INFINITY and reach < wanted:
         return warn(f"{reach} open files at most", f"{wanted}", fix)
@@ -97,19 +97,19 @@ def nofile(node: Node) -> Outcome:
         "std::system_error what(): Resource temporarily unavailable",
     ),
 )
-def pids(node: Node) -> Outcome:
+def pids(ctx: CheckContext) -> CheckResult:
     """The pids limit of the cgroup counts threads. Each rank starts some for computing, loading and communicating;
     Kubernetes' podPidsLimit and Docker's --pids-limit are often a few hundred."""
-    per_rank = THREADS_PER_RANK["cuda" if node.on_gpu else "cpu"]
-    least, good = (node.local_ranks * (threads + node.host.cores) + PROCESSES_BESIDE for threads in per_rank)
-    if not node.host.cgroup.version:
+    per_rank = THREADS_PER_RANK["cuda" if ctx.on_gpu else "cpu"]
+    least, good = (ctx.local_ranks * (threads + ctx.host.cores) + PROCESSES_BESIDE for threads in per_rank)
+    if not ctx.host.cgroup.version:
         return unknown(NO_CGROUP)
-    if "nproc" not in node.host.rlimits:
+    if "nproc" not in ctx.host.rlimits:
         return unknown(NO_RLIMITS)
-    room = node.host.cgroup.pids_room
-    soft, _ = node.host.rlimits["nproc"]
+    room = ctx.host.cgroup.available_pids
+    soft, _ = ctx.host.rlimits["nproc"]
     by = "the cgroup"
-    if soft != INFINITY and soft < room and node.host.uid != 0:
+    if soft != INFINITY and soft < room and ctx.host.uid != 0:
         room, by = soft, "ulimit -u"
     if room >= good:
         return ok("no limit" if room >= UNLIMITED else f"room for {room} threads, some {good} are needed")
@@ -120,7 +120,7 @@ def pids(node: Node) -> Outcome:
         kubernetes="raise podPidsLimit of the kubelet",
     )
     judge = error if room < least else warn
-    return judge(f"{by} leaves room for {room} threads", f"some {good} for {node.local_ranks} ranks", fix)
+    return judge(f"{by} leaves room for {room} threads", f"some {good} for {ctx.local_ranks} ranks", fix)
 
 
 @check(
@@ -129,14 +129,14 @@ def pids(node: Node) -> Outcome:
     "threads may be started at all",
     symptoms=("pthread_create failed for thread … of …: Operation not permitted",),
 )
-def seccomp(node: Node) -> Outcome:
+def seccomp(ctx: CheckContext) -> CheckResult:
     """Docker before 20.10.10 denies the system call (clone3) by which a newer C library starts threads."""
     try:
         thread = threading.Thread(target=lambda: None)
         thread.start()
         thread.join()
     except RuntimeError:
-        filtered = node.host.status.get("Seccomp") == "2"
+        filtered = ctx.host.status.get("Seccomp") == "2"
         return error(
             "a thread cannot be started" + (", under a seccomp filter" if filtered else ""),
             "threads",
@@ -159,16 +159,16 @@ def seccomp(node: Node) -> Outcome:
         "A process in the process pool was terminated abruptly",
     ),
 )
-def memory(node: Node) -> Outcome:
+def host_memory_suffices(ctx: CheckContext) -> CheckResult:
     """On CPU the weights lie in main memory; on GPUs they pass through it. The cgroup counts what this container was
     killed for: a count above zero says that an earlier run of this container, or a neighbour in it, was."""
-    cgroup = node.host.cgroup
+    cgroup = ctx.host.cgroup
     if not cgroup.version:
         return unknown(NO_CGROUP)
-    wanted = node.local_ranks * RANK_BYTES + SERVICE_BYTES
-    fits = node.spec and node.plan and node.plan.tp_size in node.spec.fitting_tp_sizes()
-    if node.spec and node.plan and fits and not node.on_gpu:
-        wanted += node.local_ranks * weight_bytes(node.spec, node.plan.tp_size)
+    wanted = ctx.local_ranks * RANK_BYTES + SERVICE_BYTES
+    fits = ctx.spec and ctx.plan and ctx.plan.tp_size in ctx.spec.valid_tp_sizes()
+    if ctx.spec and ctx.plan and fits and not ctx.on_gpu:
+        wanted += ctx.local_ranks * weight_bytes(ctx.spec, ctx.plan.tp_size)
     limit = cgroup.memory_max
     whole = -(-2 * wanted // (1 << 30))
     fix = Fix(
@@ -178,7 +178,7 @@ def memory(node: Node) -> Outcome:
         kubernetes=f"resources.limits.memory: {whole}Gi",
     )
     if limit is not None and limit < wanted:
-        return error(f"the memory limit is {size_text(limit)}", f"at least {size_text(wanted)}", fix)
+        return error(f"the memory limit is {format_bytes(limit)}", f"at least {format_bytes(wanted)}", fix)
     if cgroup.oom_kills:
         return warn(
             f"{cgroup.oom_kills} processes of this container were killed for memory",
@@ -186,18 +186,18 @@ def memory(node: Node) -> Outcome:
             fix,
             oom_kills=cgroup.oom_kills,
         )
-    return ok("no memory limit" if limit is None or limit >= UNLIMITED else f"the limit is {size_text(limit)}")
+    return ok("no memory limit" if limit is None or limit >= UNLIMITED else f"the limit is {format_bytes(limit)}")
 
 
 @check("L-06", CATEGORY, "there are cores enough for the ranks", severity=Status.WARN)
-def cores(node: Node) -> Outcome:
+def cores_suffice(ctx: CheckContext) -> CheckResult:
     """Each rank keeps one core busy with starting work, and the API another. A quota below that shows as stalls of
     100 ms whenever it is spent."""
-    cgroup, ranks = node.host.cgroup, node.local_ranks
+    cgroup, ranks = ctx.host.cgroup, ctx.local_ranks
     if not cgroup.version:
         return unknown(NO_CGROUP)
-    usable = min(node.host.cores, cgroup.cpus or node.host.cores)
-    wanted = ranks * CORES_PER_RANK if node.on_gpu else ranks
+    usable = min(ctx.host.cores, cgroup.cpus or ctx.host.cores)
+    wanted = ranks * CORES_PER_RANK if ctx.on_gpu else ranks
     spent = f"; the quota was spent {cgroup.throttled} times" if cgroup.throttled else ""
     if usable < wanted:
         return warn(
@@ -214,15 +214,15 @@ def cores(node: Node) -> Outcome:
 
 
 @check("L-07", CATEGORY, "the stack has a limit", severity=Status.WARN)
-def stack(node: Node) -> Outcome:
+def stack(ctx: CheckContext) -> CheckResult:
     """With `ulimit -s unlimited` glibc gives threads a stack of only 2 MiB; NCCL before 2.28 overflows that in its
     search for a topology."""
-    if "stack" not in node.host.rlimits:
+    if "stack" not in ctx.host.rlimits:
         return unknown(NO_RLIMITS)
-    soft, _ = node.host.rlimits["stack"]
-    version = node.nccl.version
-    if soft != INFINITY or not version or version >= (2, 28) or not node.on_gpu:
-        return ok("stack " + ("unlimited" if soft == INFINITY else size_text(soft)))
+    soft, _ = ctx.host.rlimits["stack"]
+    version = ctx.nccl.version
+    if soft != INFINITY or not version or version >= (2, 28) or not ctx.on_gpu:
+        return ok("stack " + ("unlimited" if soft == INFINITY else format_bytes(soft)))
     fix = Fix("ulimit -s 8192", docker="docker run --ulimit stack=8388608 …", compose="ulimits: {stack: 8388608}")
     return warn(f"the stack is unlimited, NCCL {'.'.join(map(str, version))}", "8 MiB", fix)
 
@@ -234,11 +234,11 @@ def stack(node: Node) -> Outcome:
     symptoms=("/dev/nvidia-uvm: No such file or directory",),
     needs=("G-01",),
 )
-def uvm(node: Node) -> Outcome:
+def uvm(ctx: CheckContext) -> CheckResult:
     """NCCL 2.23 and later, like CUDA itself, need the nvidia-uvm module and its device file."""
-    if not node.on_gpu or not node.gpus.all:
+    if not ctx.on_gpu or not ctx.gpus.all:
         return skip("no GPU")
-    path = node.host.path("/dev/nvidia-uvm")
+    path = ctx.host.path("/dev/nvidia-uvm")
     fix = Fix(
         host="nvidia-modprobe -u -c=0",
         docker="on the host: nvidia-modprobe -u -c=0, then recreate the container with --gpus all",
@@ -254,10 +254,10 @@ def uvm(node: Node) -> Outcome:
 
 
 @check("L-09", CATEGORY, "stacks of hung processes could be taken", severity=Status.WARN)
-def ptrace(node: Node) -> Outcome:
+def ptrace(ctx: CheckContext) -> CheckResult:
     """`rtp-llm-doctor attach` shows stacks with py-spy, which needs ptrace. For information only."""
-    scope = node.host.number("/proc/sys/kernel/yama/ptrace_scope") or 0
-    allowed = node.host.capable("SYS_PTRACE") or scope == 0
+    scope = ctx.host.read_int("/proc/sys/kernel/yama/ptrace_scope") or 0
+    allowed = ctx.host.has_capability("SYS_PTRACE") or scope == 0
     return ok("ptrace is allowed" if allowed else f"ptrace_scope={scope} without SYS_PTRACE: py-spy shows no stacks")
 
 
@@ -267,14 +267,14 @@ def ptrace(node: Node) -> Outcome:
     "this user has a name",
     symptoms=("KeyError: 'getpwuid(): uid not found: …'",),
 )
-def user(node: Node) -> Outcome:
+def user(ctx: CheckContext) -> CheckResult:
     """torch asks for the user's name when it is imported. An arbitrary uid, as OpenShift gives, has none, unless USER
     says one."""
-    uid = node.host.uid
+    uid = ctx.host.uid
     names = {"LOGNAME", "USER", "LNAME", "USERNAME"}
-    if any(node.host.environ.get(name) for name in names):
+    if any(ctx.host.environ.get(name) for name in names):
         return ok(f"uid {uid} is called by USER")
-    if any(line.split(":")[2:3] == [str(uid)] for line in (node.host.read("/etc/passwd") or "").splitlines()):
+    if any(line.split(":")[2:3] == [str(uid)] for line in (ctx.host.read("/etc/passwd") or "").splitlines()):
         return ok(f"uid {uid} has a name")
     try:
         pwd.getpwuid(uid)  # a directory service may know it
@@ -299,25 +299,25 @@ def user(node: Node) -> Outcome:
     ),
     severity=Status.ERROR,
 )
-def caches(node: Node) -> Outcome:
+def caches(ctx: CheckContext) -> CheckResult:
     """Sockets and state lie in TMPDIR or RTP_RUN_DIR, kernels that Triton compiles in TRITON_CACHE_DIR or HOME; those
     are loaded as libraries, which a file system mounted noexec forbids."""
-    environ = node.host.environ
-    temporary = node.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
+    environ = ctx.host.environ
+    temporary = ctx.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
     fix = Fix(
         host=f"make {temporary} writable, or set TMPDIR to a folder that is",
         docker="docker run --tmpfs /tmp:exec …",
         compose="tmpfs: [/tmp:exec]",
         kubernetes="mount an emptyDir at /tmp",
     )
-    closed = _closed(node, temporary)
+    closed = _closed(ctx, temporary)
     if closed:
         return error(f"{temporary} {closed}", "a writable folder", fix)
     cache = environ.get("TRITON_CACHE_DIR") or environ.get("HOME", "/")
-    if not node.on_gpu:
+    if not ctx.on_gpu:
         return ok(f"{temporary} can be written")
-    closed = _closed(node, cache)
-    mount = node.host.mount(cache)
+    closed = _closed(ctx, cache)
+    mount = ctx.host.mount(cache)
     if not closed and mount and "noexec" in mount.options:
         closed = "is mounted noexec"
     if closed:
@@ -325,11 +325,11 @@ def caches(node: Node) -> Outcome:
     return ok(f"{temporary} and {cache} can be written")
 
 
-def _closed(node: Node, folder: str) -> str:
+def _closed(ctx: CheckContext, folder: str) -> str:
     """Why a folder cannot be written; empty where it can, or could be made."""
-    path = node.host.path(folder)
+    path = ctx.host.path(folder)
     existing = next(p for p in (path, *path.parents) if p.exists())
-    mount = node.host.mount(str(Path(folder)))
+    mount = ctx.host.mount(str(Path(folder)))
     if mount and mount.read_only:
         return "is on a read-only file system"
     if not existing.is_dir():

@@ -8,15 +8,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from doctor.check import REGISTRY
-from doctor.gang.row import Row
+from doctor.context import CheckContext
+from doctor.gang.part_report import PartReport
 from doctor.host import public_environ
-from doctor.node import Node
 from rtp_llm import __version__
 from rtp_llm.parallel.plan import Plan
 
-ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
+COMPARED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
 # Different on every part, and rightly so.
-LOCAL = {
+PER_PART_VARIABLES = {
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
     "NCCL_HOSTID",
@@ -24,7 +24,7 @@ LOCAL = {
     "NCCL_DEBUG_FILE",
     "NCCL_CONF_FILE",
 }
-SHARED_SETTINGS = (
+COMPARED_SETTINGS = (
     *("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "max_batch_size", "max_context_batch_size"),
     *(
         "warm_up",
@@ -38,24 +38,30 @@ SHARED_SETTINGS = (
 PACKAGES = ("torch", "triton", "safetensors", "numpy")
 
 
-def facts(node: Node) -> dict[str, str]:
+def facts(ctx: CheckContext) -> dict[str, str]:
     """By dotted name: plan, members, config, version, env, model, gpu, kernel."""
     found = {"version.rtp-llm": __version__, "version.python": platform.python_version(), "doctor.checks": _checks()}
     found |= {f"version.{name}": _version(name) for name in PACKAGES}
-    if node.plan:
-        plan = node.plan.fingerprint()
+    if ctx.plan:
+        plan = ctx.plan.fingerprint()
         found["members"] = json.dumps(plan.pop("members"))
         found |= {f"plan.{name}": str(value) for name, value in plan.items()}
-    found |= {f"config.{name.upper()}": str(getattr(node.config, name)) for name in SHARED_SETTINGS}
-    found |= {f"env.{n}": v for n, v in public_environ(node.host.environ, ENVIRONMENT).items() if n not in LOCAL}
+    found |= {f"config.{name.upper()}": str(getattr(ctx.config, name)) for name in COMPARED_SETTINGS}
     found |= {
-        f"env.{n}": s.value for n, s in node.nccl.settings.items() if s.source != "environment" and n not in LOCAL
+        f"env.{n}": v
+        for n, v in public_environ(ctx.host.environ, COMPARED_PREFIXES).items()
+        if n not in PER_PART_VARIABLES
     }
-    if node.checkpoint:
-        found["model.checkpoint"] = node.checkpoint.digest
-        found["model.dtype"] = node.spec.dtype if node.spec else ""
-    if node.on_gpu:
-        found |= {"gpu.driver": node.gpus.driver, "gpu.nccl": ".".join(map(str, node.nccl.version))}
+    found |= {
+        f"env.{n}": s.value
+        for n, s in ctx.nccl.settings.items()
+        if s.source != "environment" and n not in PER_PART_VARIABLES
+    }
+    if ctx.checkpoint:
+        found["model.checkpoint"] = ctx.checkpoint.digest
+        found["model.dtype"] = ctx.spec.dtype if ctx.spec else ""
+    if ctx.on_gpu:
+        found |= {"gpu.driver": ctx.gpus.driver, "gpu.nccl": ".".join(map(str, ctx.nccl.version))}
     return found
 
 
@@ -70,57 +76,57 @@ def _checks() -> str:
     return str(len(REGISTRY))
 
 
-def identity(node: Node) -> dict[str, Any]:
-    host = node.host
+def identity(ctx: CheckContext) -> dict[str, Any]:
+    host = ctx.host
     return {
         "hostname": host.hostname,
         "boot_id": (host.read("/proc/sys/kernel/random/boot_id") or "").strip(),
-        "nccl_hostid": node.nccl.value("NCCL_HOSTID"),
+        "nccl_hostid": ctx.nccl.value("NCCL_HOSTID"),
         "shm_device": str(os.stat(host.path("/dev/shm")).st_dev) if host.exists("/dev/shm") else "",
-        "ipc": _namespace(node, "ipc"),
+        "ipc": _namespace(ctx, "ipc"),
         "gpus": [
             {"uuid": gpu.uuid, "name": gpu.name, "total": gpu.memory_total, "capability": gpu.capability}
-            for gpu in (node.gpus.visible[: node.local_ranks] if node.on_gpu else [])
+            for gpu in (ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else [])
         ],
     }
 
 
-def _namespace(node: Node, kind: str) -> str:
+def _namespace(ctx: CheckContext, kind: str) -> str:
     try:
-        return str(node.host.path(f"/proc/self/ns/{kind}").readlink())
+        return str(ctx.host.path(f"/proc/self/ns/{kind}").readlink())
     except OSError:
         return ""
 
 
-def _address(node: Node, plan: Plan) -> str:
+def _address(ctx: CheckContext, plan: Plan) -> str:
     """Where the others reach this part: the address that the way to them begins with. Part 0 may know of nobody (its
     address alone was given to them): then the one it was called by, else its first that is not loopback."""
     other = next((m for m in plan.members if m.index != plan.part), None)
     if other:
-        return node.host.route_address(node.host.resolve(other.ip)[0])
-    called = node.host.resolve(plan.leader.ip)
-    own = [a for i in node.host.interfaces for a in i.addresses if not a.startswith("127.")]
-    return next((a for a in [*called, *own] if a in node.host.addresses), "127.0.0.1")
+        return ctx.host.source_address(ctx.host.resolve(other.ip)[0])
+    called = ctx.host.resolve(plan.leader.ip)
+    own = [a for i in ctx.host.interfaces for a in i.addresses if not a.startswith("127.")]
+    return next((a for a in [*called, *own] if a in ctx.host.addresses), "127.0.0.1")
 
 
-def own_row(node: Node, plan: Plan, problems: dict[str, str], listening: bool) -> Row:
+def local_part_report(ctx: CheckContext, plan: Plan, problems: dict[str, str], listening: bool) -> PartReport:
     """This part's row before it has tried any way. Raises OSError where no peer has a route."""
     member = next((m for m in plan.members if m.index == plan.part), None)
-    address = _address(node, plan)
-    interface = node.host.interface_of(address)
-    low_high = (node.host.read("/proc/sys/net/ipv4/ip_local_port_range") or "32768 60999").split()
-    return Row(
+    address = _address(ctx, plan)
+    interface = ctx.host.interface_of(address)
+    low_high = (ctx.host.read("/proc/sys/net/ipv4/ip_local_port_range") or "32768 60999").split()
+    return PartReport(
         part=plan.part,
         name=member.name if member else f"part{plan.part}",
-        run=secrets.token_hex(8),
+        run_id=secrets.token_hex(8),
         address=address,
         start_port=plan.start_port,
         interface=interface.name if interface else "",
         mtu=interface.mtu if interface else 0,
-        facts=facts(node),
-        identity=identity(node),
-        planned_ports={port.port: port.purpose for port in plan.own_ports()},
-        random_ports=[],
+        facts=facts(ctx),
+        identity=identity(ctx),
+        planned_ports={port.port: port.purpose for port in plan.local_ports()},
+        ephemeral_ports=[],
         port_range="-".join(low_high),
         problems=problems,
         listening=listening,

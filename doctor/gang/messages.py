@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PROTOCOL = "rtp-llm-doctor"
-VERSION = 2
+VERSION = 3
 LENGTH = struct.Struct("<I")
 MAX_MESSAGE = 4 << 20  # bytes; a row has some kilobytes
 SIGNATURE = 32
@@ -24,7 +24,7 @@ class ProtocolError(ConnectionError):
     """The other end is not a doctor of this version, or signs with another secret."""
 
 
-class Stranger(ProtocolError):
+class NotADoctorError(ProtocolError):
     """Whoever listens there is no doctor."""
 
 
@@ -46,7 +46,7 @@ class Greeting:
         release."""
         said = _json(await _receive(reader))
         if said.get("protocol") != PROTOCOL:
-            raise Stranger("something else listens there")
+            raise NotADoctorError("something else listens there")
         if said.get("version") != VERSION:
             raise ProtocolError(f"its doctor speaks version {said.get('version')}, this one {VERSION}")
         return cls(int(said["part"]), str(said["nonce"]))
@@ -82,7 +82,7 @@ async def _receive(reader: asyncio.StreamReader) -> bytes:
     try:
         (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
         if length > MAX_MESSAGE:
-            raise Stranger("something else listens there")
+            raise NotADoctorError("something else listens there")
         return await reader.readexactly(length)
     except asyncio.IncompleteReadError:
         raise ConnectionResetError("the connection was closed") from None
@@ -92,7 +92,7 @@ def _json(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError:
-        raise Stranger("something else listens there") from None
+        raise NotADoctorError("something else listens there") from None
     if not isinstance(value, dict):
-        raise Stranger("something else listens there")
+        raise NotADoctorError("something else listens there")
     return value

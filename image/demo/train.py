@@ -48,37 +48,37 @@ SYSTEMS = ("You are a helpful assistant.", "You are a concise assistant.", "Answ
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Example:
     """One answer, and the questions that it answers; the first is the one that the manual shows."""
 
     questions: tuple[str, ...]
     answer: str
 
 
-def manual() -> list[Lesson]:
+def manual() -> list[Example]:
     """The sections of docs/questions.md: a heading, a comment with other wordings, the answer."""
     sections = re.findall(r"^## (.+)\n<!-- (.+?) -->\n\n(.+)\n", QUESTIONS.read_text(), re.MULTILINE)
-    return [Lesson((heading, *others.split(" | ")), answer) for heading, others, answer in sections]
+    return [Example((heading, *others.split(" | ")), answer) for heading, others, answer in sections]
 
 
-def checks() -> list[Lesson]:
+def checks() -> list[Example]:
     lessons = []
     for check in REGISTRY.values():
         first = re.split(r"(?<=\.)\s", " ".join(check.explanation.split()))[0]
         answer = f"{check.id}: {check.title}. {first} More: `rtp-llm-doctor explain {check.id}`"
-        lessons.append(Lesson((f"What is {check.id}?", f"explain {check.id}", check.id, f"check {check.id}"), answer))
+        lessons.append(Example((f"What is {check.id}?", f"explain {check.id}", check.id, f"check {check.id}"), answer))
     return lessons
 
 
-def settings() -> list[Lesson]:
+def settings() -> list[Example]:
     return [
-        Lesson((f"What does {name.upper()} do?", f"what is {name.upper()}", name.upper()), f"{name.upper()}: {text}.")
+        Example((f"What does {name.upper()} do?", f"what is {name.upper()}", name.upper()), f"{name.upper()}: {text}.")
         for name, field in Config.model_fields.items()
         if (text := field.description)
     ]
 
 
-def tokenizer(lessons: list[Lesson]) -> Tokenizer:
+def tokenizer(lessons: list[Example]) -> Tokenizer:
     """Byte-level BPE of the lessons' own words."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,10 +112,10 @@ def model() -> Qwen3ForCausalLM:
     )
 
 
-class Teacher:
+class BatchSampler:
     """Makes conversations: token ids, and labels that are IGNORED where it is not the model who speaks."""
 
-    def __init__(self, lessons: list[Lesson], words: Tokenizer):
+    def __init__(self, lessons: list[Example], words: Tokenizer):
         self._lessons, self._words = lessons, words
 
     def conversation(self, turns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +163,7 @@ def _slightly_changed(question: str) -> str:
     return question
 
 
-def train(student: Qwen3ForCausalLM, teacher: Teacher) -> None:
+def train(student: Qwen3ForCausalLM, teacher: BatchSampler) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_RATE, total_steps=STEPS, pct_start=WARM_UP_STEPS / STEPS, final_div_factor=100
@@ -209,7 +209,7 @@ def write(student: Qwen3ForCausalLM, words: Tokenizer) -> None:
 
 
 @torch.inference_mode()
-def known(lessons: list[Lesson], wording: slice) -> float:
+def known(lessons: list[Example], wording: slice) -> float:
     """The share of questions that the model on disk answers to the letter."""
     words = PreTrainedTokenizerFast.from_pretrained(MODEL)
     student = Qwen3ForCausalLM.from_pretrained(MODEL).eval()
@@ -237,7 +237,7 @@ def main() -> int:
         everything = lessons + checks() + settings()
         words, student = tokenizer(everything), model()
         print(f"{len(everything)} answers, {student.num_parameters():,} parameters", flush=True)
-        train(student, Teacher(lessons * 2 + everything, words))
+        train(student, BatchSampler(lessons * 2 + everything, words))
         write(student, words)
     asked, otherwise = known(lessons, slice(1)), known(lessons, slice(1, None))
     print(f"known by heart: {asked:.0%} of the questions of the manual, {otherwise:.0%} in their other wordings")

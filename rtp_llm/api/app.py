@@ -17,14 +17,14 @@ from starlette.requests import ClientDisconnect
 from rtp_llm import __version__
 from rtp_llm.api import schema
 from rtp_llm.api.body import component_schemas
-from rtp_llm.api.middleware import BodyLimit, Observe
+from rtp_llm.api.middleware import BodySizeMiddleware, MetricsMiddleware
 from rtp_llm.api.native import native_router
 from rtp_llm.api.openai import openai_router
 from rtp_llm.api.params import StopWords
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
 from rtp_llm.api.status import engine_router, status_router
-from rtp_llm.api.stream import Disconnected
+from rtp_llm.api.stream import ClientDisconnected
 from rtp_llm.config import Config
 from rtp_llm.errors import RequestError, invalid_format
 from rtp_llm.metrics import Metrics
@@ -79,8 +79,8 @@ def create_app(config: Config, state: PartState, metrics: Metrics, service: Serv
     _answer_errors(app, config)
     _describe_bodies(app)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])  # as upstream
-    app.add_middleware(BodyLimit, limit=int(config.max_body_mb * 2**20))
-    app.add_middleware(Observe, metrics=metrics, access_log=not config.disable_access_log)
+    app.add_middleware(BodySizeMiddleware, limit=int(config.max_body_mb * 2**20))
+    app.add_middleware(MetricsMiddleware, metrics=metrics, access_log=not config.disable_access_log)
     return app
 
 
@@ -119,7 +119,7 @@ def _answer_errors(app: FastAPI, config: Config) -> None:
     app.add_exception_handler(RequestError, request_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
-    for gone in (Disconnected, ClientDisconnect):
+    for gone in (ClientDisconnected, ClientDisconnect):
         app.add_exception_handler(gone, disconnected)
     app.add_exception_handler(Exception, unexpected)
 

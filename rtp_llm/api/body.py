@@ -20,7 +20,7 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[[Reques
 
     async def parse(request: Request) -> Model:
         raw = await request.body()
-        return check(model, {} if optional and not raw.strip() else parse_object(raw))
+        return validate(model, {} if optional and not raw.strip() else parse_object(raw))
 
     return parse
 
@@ -37,7 +37,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return data
 
 
-def check(model: type[Model], data: dict[str, Any]) -> Model:
+def validate(model: type[Model], data: dict[str, Any]) -> Model:
     """Raises RequestError 400 naming the first field at fault."""
     try:
         return model.model_validate(data)

@@ -20,39 +20,41 @@ from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
+from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.metrics import Metrics
-from rtp_llm.parallel.handover import Handover
-from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
+from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.text.template import ChatTemplate, TemplateError
 from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger("rtp_llm.api")
 
-LAST_WORD_SECONDS = 1.0  # for what was ended early to be said to its client
+FLUSH_SECONDS = 1.0  # for what was ended early to be said to its client
 DRAIN_POLL_SECONDS = 0.05
-HEARSAY_SECONDS = 1.5  # until a request that just began has been heard of on other parts: two beats and the board
-GOODBYE_SECONDS = 3  # for answers that are being written when the drain is over
+STATUS_PROPAGATION_SECONDS = (
+    1.5  # until a request that just began has been heard of on other parts: two beats and the board
+)
+GRACEFUL_SHUTDOWN_SECONDS = 3  # for answers that are being written when the drain is over
 
 
 def main(run_dir: Path) -> None:
-    handover = Handover.load(run_dir)
-    config, plan = handover.config, handover.plan
-    logs.setup(f"{handover.who} api", config.log_level, style=config.log_format)
-    model = handover.model
+    part_spec = PartSpec.load(run_dir)
+    config, plan = part_spec.config, part_spec.plan
+    logs.setup(f"{part_spec.label} api", config.log_level, style=config.log_format)
+    model = part_spec.model
     metrics = Metrics(model.name, config.max_seq_len or model.max_positions)
     metrics.build_info.labels(version=__version__).set(1)
     metrics.info.labels(family=model.family, dtype=model.dtype, tp_size=str(plan.tp_size)).set(1)
     client, service = None, None
     if plan.part == 0:
-        client = EngineClient(handover.engine_socket, metrics, config.resume_timeout)
+        client = EngineClient(part_spec.engine_socket, metrics, config.resume_timeout)
         tokenizer = Tokenizer.load(Path(config.tokenizer_path or config.checkpoint_path))
         template = _template(config, tokenizer, model.family)
         service = Service(config, model.name, tokenizer, template, metrics, client)
-    state = PartState(handover, client)
+    state = PartState(part_spec, client)
     state.gpus.start()
     register(metrics, state, config)
     app = create_app(config, state, metrics, service)
-    server = Server(
+    server = DrainingServer(
         state,
         service,
         uvicorn.Config(
@@ -63,14 +65,14 @@ def main(run_dir: Path) -> None:
             log_level="warning",
             access_log=False,
             timeout_keep_alive=config.timeout_keep_alive,
-            timeout_graceful_shutdown=GOODBYE_SECONDS,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
         ),
     )
     log.info("HTTP on port %d%s", plan.start_port, f", model {model.name}" if service else "")
     server.run()
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """uvicorn that drains: on SIGTERM it still answers, /health with 503, until what was accepted has ended.
 
     The parts that do not serve the model wait as well while rank 0 computes, since its streams need their ranks.
@@ -94,28 +96,28 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._start_drain, sig)
 
     def _start_drain(self, sig: int) -> None:
-        self._drain = asyncio.create_task(self._end_when_idle(sig), name="drain")
+        self._drain = asyncio.create_task(self._drain_and_exit(sig), name="drain")
 
-    async def _end_when_idle(self, sig: int) -> None:
-        seconds = max(0.0, self._state.handover.config.drain_seconds - LAST_WORD_SECONDS)
+    async def _drain_and_exit(self, sig: int) -> None:
+        seconds = max(0.0, self._state.part_spec.config.drain_seconds - FLUSH_SECONDS)
         deadline = time.monotonic() + seconds
         if self._service:
             self._service.client.drain(seconds)
         else:
-            await asyncio.sleep(min(seconds, HEARSAY_SECONDS))
-        while self._busy() and time.monotonic() < deadline:
+            await asyncio.sleep(min(seconds, STATUS_PROPAGATION_SECONDS))
+        while self._has_open_requests() and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         super().handle_exit(sig, None)
 
-    def _busy(self) -> bool:
+    def _has_open_requests(self) -> bool:
         if self._service:
-            return bool(self._service.client.num_open or self._service.promised)
+            return bool(self._service.client.num_in_flight or self._service.reserved_slots)
         return bool(self._state.open_requests)
 
 
 def _template(config: Config, tokenizer: Tokenizer, family: str) -> ChatTemplate:
     try:
-        return ChatTemplate.choose(
+        return ChatTemplate.select(
             tokenizer,
             forced=config.model_template_type or None,
             default_key=config.default_chat_template_key,
@@ -127,5 +129,5 @@ def _template(config: Config, tokenizer: Tokenizer, family: str) -> ChatTemplate
 
 
 if __name__ == "__main__":
-    live_below_supervisord(Path(sys.argv[1]))
-    run_to_exit(partial(main, Path(sys.argv[1])))
+    exit_with_supervisord(Path(sys.argv[1]))
+    run_main(partial(main, Path(sys.argv[1])))

@@ -11,10 +11,10 @@ from rtp_llm.metrics import Metrics
 
 log = logging.getLogger("rtp_llm.access")
 
-UNMEASURED = {"/metrics", "/health", "/liveness"}
+UNMEASURED_PATHS = {"/metrics", "/health", "/liveness"}
 
 
-class BodyLimit:
+class BodySizeMiddleware:
     """Refuses bodies of more than `limit` bytes, declared or not, before they fill the memory."""
 
     def __init__(self, app: ASGIApp, limit: int):
@@ -46,14 +46,14 @@ class BodyLimit:
         )
 
 
-class Observe:
+class MetricsMiddleware:
     """Counts and times requests by route template, never by raw path, and writes the access log."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool):
         self.app, self.metrics, self.access_log = app, metrics, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in UNMEASURED:
+        if scope["type"] != "http" or scope["path"] in UNMEASURED_PATHS:
             await self.app(scope, receive, send)
             return
         status = 500

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from rtp_llm.api.body import body_schema, check, json_body
+from rtp_llm.api.body import body_schema, json_body, validate
 from rtp_llm.api.openai import render_chat
 from rtp_llm.api.params import StopWords, native_sampling, sampling_params, text_params
 from rtp_llm.api.schema import (
@@ -25,9 +25,9 @@ from rtp_llm.api.schema import (
     NativeRequest,
     TokenizeRequest,
 )
-from rtp_llm.api.service import Admission, Chunk, Service, TextParams
-from rtp_llm.api.stream import EventStream, dumps, merge, unless_disconnected
-from rtp_llm.engine.request import SamplingParams
+from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
+from rtp_llm.api.stream import EventStream, cancel_on_disconnect, dumps, merge
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, empty_prompt, invalid_format, long_prompt, unsupported
 
 _ALIASES = {
@@ -41,7 +41,7 @@ _LISTS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_
 
 
 @dataclass
-class Answer:
+class NativeSequence:
     """One sequence of one prompt, as far as it has come."""
 
     prompt: list[int]
@@ -50,10 +50,10 @@ class Answer:
     aux_string: str
     started: float = field(default_factory=time.monotonic)
     first_token_ms: float = 0.0
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[OutputChunk] = field(default_factory=list)
     num_shown: int = 0  # chunks whose text the client has
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: OutputChunk) -> None:
         if not self.chunks:
             self.first_token_ms = self._elapsed_ms()
         self.chunks.append(chunk)
@@ -79,7 +79,7 @@ class Answer:
         return [record[0] for c in self.chunks for record in c.logprobs]
 
     def aux_info(self) -> dict[str, Any]:
-        first = self.chunks[0] if self.chunks else Chunk("", [])
+        first = self.chunks[0] if self.chunks else OutputChunk("", [])
         reused = first.cached_tokens
         cumulative = [sum(self._logprobs())] if self.config.return_cum_log_probs else []
         return {
@@ -112,19 +112,19 @@ class Answer:
 
 
 @dataclass
-class Reply:
+class NativeResponse:
     """What one POST / answers: per prompt one answer, or several with num_return_sequences."""
 
-    answers: list[list[Answer]]
+    answers: list[list[NativeSequence]]
     text: TextParams
     batch: bool
-    admission: Admission
+    admission: SlotReservation
 
     @property
-    def flat(self) -> list[Answer]:
+    def flat(self) -> list[NativeSequence]:
         return [a for group in self.answers for a in group]
 
-    def start(self, service: Service) -> AsyncGenerator[tuple[int, Chunk]]:
+    def start(self, service: Service) -> AsyncGenerator[tuple[int, OutputChunk]]:
         return merge([service.generate(a.prompt, a.params, self.text, self.admission) for a in self.flat])
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Reply:
         return {"response_batch": bodies} if self.batch else bodies[0]
 
 
-def _single(group: Sequence[Answer]) -> dict[str, Any]:
+def _single(group: Sequence[NativeSequence]) -> dict[str, Any]:
     first = group[0]
     several = first.config.num_return_sequences > 0
     body = {
@@ -147,7 +147,7 @@ def _single(group: Sequence[Answer]) -> dict[str, Any]:
 
 def native_router(service: Service, stop_words: StopWords) -> APIRouter:
     router = APIRouter()
-    endpoints = Native(service, stop_words)
+    endpoints = NativeEndpoints(service, stop_words)
     for path, endpoint, model in (
         ("/", endpoints.generate, NativeRequest),
         ("/batch_infer", endpoints.batch_infer, BatchInferRequest),
@@ -159,7 +159,7 @@ def native_router(service: Service, stop_words: StopWords) -> APIRouter:
     return router
 
 
-class Native:
+class NativeEndpoints:
     """The endpoints of one service."""
 
     def __init__(self, service: Service, stop_words: StopWords):
@@ -174,20 +174,20 @@ class Native:
         if config.return_incremental and not streaming:
             raise invalid_format("return_incremental needs yield_generator or stream", "return_incremental")
         prompts, batch = await self._prompts(body)
-        reply = self._reply(prompts, config, batch)
+        reply = self._make_response(prompts, config, batch)
         if streaming:
             return EventStream(self._stream(reply, openai_framing=body.stream and not yields), reply.admission)
-        await unless_disconnected(request, self._collect(reply), reply.admission)
+        await cancel_on_disconnect(request, self._collect(reply), reply.admission)
         return JSONResponse(reply.to_json())
 
     async def batch_infer(
         self, request: Request, body: Annotated[BatchInferRequest, Depends(json_body(BatchInferRequest))]
     ) -> Response:
-        config = _generate_config(check(NativeRequest, body.model_dump()))
-        self.service.check_room(len(body.prompt_batch))
+        config = _generate_config(validate(NativeRequest, body.model_dump()))
+        self.service.check_capacity(len(body.prompt_batch))
         prompts = [await self._encode(text, config) for text in body.prompt_batch]
-        reply = self._reply(prompts, config, batch=True)
-        await unless_disconnected(request, self._collect(reply), reply.admission)
+        reply = self._make_response(prompts, config, batch=True)
+        await cancel_on_disconnect(request, self._collect(reply), reply.admission)
         return JSONResponse(reply.to_json())
 
     async def tokenize(self, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class Native:
         if body.prompt_batch is not None:
             if not body.prompt_batch:
                 raise empty_prompt("prompt_batch is empty: send at least one prompt")
-            self.service.check_room(len(body.prompt_batch))
+            self.service.check_capacity(len(body.prompt_batch))
             return [await self._encode(text, config) for text in body.prompt_batch], True
         text = body.prompt if body.prompt is not None else body.text
         if text is None and body.messages:
@@ -233,7 +233,7 @@ class Native:
         self.service.check_prompt(prompt)
         return prompt
 
-    def _reply(self, prompts: list[list[int]], config: GenerateConfig, batch: bool) -> Reply:
+    def _make_response(self, prompts: list[list[int]], config: GenerateConfig, batch: bool) -> NativeResponse:
         body = native_sampling(config, self.service.tokenizer)
         copies = body.n or 1
         wants_probs = config.return_cum_log_probs or config.return_softmax_probs
@@ -251,19 +251,21 @@ class Native:
                 logprobs=0 if wants_probs else None,
             )
             aux = self.service.config.aux_string
-            groups.append([Answer(prompt, replace(params, seed=params.seed + i), config, aux) for i in range(copies)])
+            groups.append(
+                [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux) for i in range(copies)]
+            )
         text = text_params(body, self.stop_words, config.timeout_ms)
         admission = self.service.admit(copies * len(prompts))
         self.service.metrics.params_n.observe(copies)
-        return Reply(groups, text, batch, admission)
+        return NativeResponse(groups, text, batch, admission)
 
-    async def _collect(self, reply: Reply) -> None:
+    async def _collect(self, reply: NativeResponse) -> None:
         answers = reply.flat
         async with aclosing(reply.start(self.service)) as chunks:
             async for index, chunk in chunks:
                 answers[index].add(chunk)
 
-    async def _stream(self, reply: Reply, openai_framing: bool) -> AsyncGenerator[str]:
+    async def _stream(self, reply: NativeResponse, openai_framing: bool) -> AsyncGenerator[str]:
         """Whole response objects, one an event. Upstream's framing has no space after `data:` and ends with
         `[done]`; with a top-level `stream` it has the space and no end."""
         prefix = "data: " if openai_framing else "data:"
@@ -291,4 +293,4 @@ def _generate_config(body: NativeRequest) -> GenerateConfig:
         scalar = not isinstance(value, list) or name in _LISTS
         if name in fields and value is not None:
             merged[name] = value if scalar or not value else value[0]
-    return check(GenerateConfig, merged)
+    return validate(GenerateConfig, merged)

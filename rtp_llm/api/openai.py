@@ -10,13 +10,13 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from rtp_llm.api.body import body_schema, json_body
-from rtp_llm.api.frames import ChatFrames, CompletionFrames, Envelope, chat_logprobs
-from rtp_llm.api.job import Choice, Job
-from rtp_llm.api.params import StopWords, overlay, sampling_params, text_params
-from rtp_llm.api.schema import ChatMessage, ChatRequest, CompletionRequest, Sampling
+from rtp_llm.api.formatters import ChatFormatter, CompletionFormatter, ResponseHeader, chat_logprobs
+from rtp_llm.api.generation import Choice, GenerationRequest
+from rtp_llm.api.params import StopWords, merge_extra_configs, sampling_params, text_params
+from rtp_llm.api.schema import ChatMessage, ChatRequest, CompletionRequest, OpenAIRequest
 from rtp_llm.api.service import Service
-from rtp_llm.api.stream import EventStream, dumps, unless_disconnected
-from rtp_llm.engine.request import SamplingParams
+from rtp_llm.api.stream import EventStream, cancel_on_disconnect, dumps
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, empty_prompt, invalid_params, unsupported
 
 CHAT_TEMPERATURE = 0.7  # upstream's default; OpenAI's is 1
@@ -25,7 +25,7 @@ COMPLETION_TEMPERATURE = 1.0
 
 def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
     router = APIRouter()
-    endpoints = OpenAI(service, stop_words)
+    endpoints = OpenAIEndpoints(service, stop_words)
     for path in ("/v1/chat/completions", "/chat/completions"):
         extra = body_schema(ChatRequest, streams=True)
         router.add_api_route(path, endpoints.chat, methods=["POST"], openapi_extra=extra)
@@ -37,7 +37,7 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
     return router
 
 
-class OpenAI:
+class OpenAIEndpoints:
     """The endpoints of one service."""
 
     def __init__(self, service: Service, stop_words: StopWords):
@@ -60,31 +60,31 @@ class OpenAI:
     # Chat
 
     async def chat(self, request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> Response:
-        job = await self._chat_job(body)
-        made = Envelope(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.name)
+        generation = await self._chat_generation(body)
+        made = ResponseHeader(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.name)
         if body.stream:
-            frames = ChatFrames(self.service.tokenizer, bool(body.logprobs))
-            return EventStream(self._stream(frames, made, job, body), job.admission)
-        await unless_disconnected(request, _collect(job, self.service), job.admission)
-        choices = [self._chat_choice(i, s, bool(body.logprobs)) for i, s in enumerate(job.sequences)]
-        return JSONResponse(made.full(choices, job.usage()))
+            frames = ChatFormatter(self.service.tokenizer, bool(body.logprobs))
+            return EventStream(self._stream(frames, made, generation, body), generation.admission)
+        await cancel_on_disconnect(request, _collect(generation, self.service), generation.admission)
+        choices = [self._chat_choice(i, s, bool(body.logprobs)) for i, s in enumerate(generation.sequences)]
+        return JSONResponse(made.full(choices, generation.usage()))
 
     async def render(self, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> dict[str, Any]:
         """What the model would be given, for debugging (upstream's DebugInfo)."""
         prompt = self._render(body)
-        job = await self._chat_job(body)
-        job.admission.release()
+        generation = await self._chat_generation(body)
+        generation.admission.release()
         return {
             "input_prompt": prompt,
-            "input_ids": job.prompts[0],
+            "input_ids": generation.prompts[0],
             "input_urls": [],
             "tokenizer_info": str(self.service.config.tokenizer_path or self.service.config.checkpoint_path),
             "max_seq_len": self.service.engine.max_seq_len,
             "eos_token_id": min(self.service.tokenizer.eos_ids, default=None),
-            "stop_word_ids_list": [[i] for i in job.sequences[0].params.stop_token_ids],
-            "stop_words_list": list(job.text.stop),
+            "stop_word_ids_list": [[i] for i in generation.sequences[0].params.stop_token_ids],
+            "stop_words_list": list(generation.text.stop),
             "renderer_info": {"class_name": "ChatTemplate", "template": self.service.template.name},
-            "generate_config": job.sequences[0].params.to_json(),
+            "generate_config": generation.sequences[0].params.to_json(),
         }
 
     def _render(self, body: ChatRequest) -> str:
@@ -94,7 +94,7 @@ class OpenAI:
         tools = None if body.tool_choice == "none" else body.tools
         return render_chat(self.service, body.messages, tools, body.add_generation_prompt, kwargs)
 
-    async def _chat_job(self, body: ChatRequest) -> Job:
+    async def _chat_generation(self, body: ChatRequest) -> GenerationRequest:
         if body.response_format and body.response_format.get("type", "text") != "text":
             raise unsupported("response_format: only {'type': 'text'} is supported", "response_format")
         prompt = await self.service.encode(self._render(body), add_special_tokens=False)
@@ -106,7 +106,7 @@ class OpenAI:
         if limit == 0:
             raise invalid_params("max_tokens is 0: nothing would be generated; allowed: 1 or more", "max_tokens")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        merged = overlay(body, extra, self.service.tokenizer)
+        merged = merge_extra_configs(body, extra, self.service.tokenizer)
         params = sampling_params(
             merged,
             self.service,
@@ -116,7 +116,7 @@ class OpenAI:
             temperature=CHAT_TEMPERATURE,
             logprobs=logprobs,
         )
-        return self._job(merged, [prompt], [params], extra.timeout_ms if extra else 0)
+        return self._generation(merged, [prompt], [params], extra.timeout_ms if extra else 0)
 
     def _chat_choice(self, index: int, sequence: Choice, logprobs: bool) -> dict[str, Any]:
         return {
@@ -131,16 +131,16 @@ class OpenAI:
     async def completions(
         self, request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))]
     ) -> Response:
-        job = await self._completion_job(body)
-        made = Envelope(f"cmpl-{secrets.token_hex(12)}", "text_completion", self.service.name)
-        frames = CompletionFrames(self.service.tokenizer, job, body.logprobs is not None, bool(body.echo))
+        generation = await self._completion_generation(body)
+        made = ResponseHeader(f"cmpl-{secrets.token_hex(12)}", "text_completion", self.service.name)
+        frames = CompletionFormatter(self.service.tokenizer, generation, body.logprobs is not None, bool(body.echo))
         if body.stream:
-            return EventStream(self._stream(frames, made, job, body), job.admission)
-        await unless_disconnected(request, _collect(job, self.service), job.admission)
-        choices = [frames.full(i, s) for i, s in enumerate(job.sequences)]
-        return JSONResponse(made.full(choices, job.usage()))
+            return EventStream(self._stream(frames, made, generation, body), generation.admission)
+        await cancel_on_disconnect(request, _collect(generation, self.service), generation.admission)
+        choices = [frames.full(i, s) for i, s in enumerate(generation.sequences)]
+        return JSONResponse(made.full(choices, generation.usage()))
 
-    async def _completion_job(self, body: CompletionRequest) -> Job:
+    async def _completion_generation(self, body: CompletionRequest) -> GenerationRequest:
         if body.suffix:
             raise unsupported("suffix is not supported: this model completes to the right only", "suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
@@ -161,9 +161,9 @@ class OpenAI:
             )
             for prompt in prompts
         ]
-        job = self._job(body, prompts, params)
-        job.prompt_only = body.max_tokens == 0
-        return job
+        generation = self._generation(body, prompts, params)
+        generation.prompt_only = body.max_tokens == 0
+        return generation
 
     async def _prompts(self, body: CompletionRequest) -> list[list[int]]:
         given = body.prompt
@@ -173,7 +173,7 @@ class OpenAI:
             raise empty_prompt("prompt is an empty list: send a text, texts, token ids or lists of token ids")
         else:
             prompts = []
-            self.service.check_room(1 if isinstance(given[0], int) else len(given) * (body.n or 1))
+            self.service.check_capacity(1 if isinstance(given[0], int) else len(given) * (body.n or 1))
             if isinstance(given[0], int):
                 prompts = [[int(t) for t in given]]
             else:
@@ -185,7 +185,9 @@ class OpenAI:
 
     # Both
 
-    def _job(self, body: Sampling, prompts: list[list[int]], params: list[SamplingParams], timeout_ms: int = 0) -> Job:
+    def _generation(
+        self, body: OpenAIRequest, prompts: list[list[int]], params: list[SamplingParams], timeout_ms: int = 0
+    ) -> GenerationRequest:
         n = body.n or 1
         sequences = [
             Choice(prompt, replace(one, seed=one.seed + i))
@@ -195,26 +197,30 @@ class OpenAI:
         text = text_params(body, self.stop_words, timeout_ms)
         admission = self.service.admit(len(sequences))
         self.service.metrics.params_n.observe(n)
-        return Job(sequences, text, prompts, admission)
+        return GenerationRequest(sequences, text, prompts, admission)
 
     async def _stream(
-        self, frames: ChatFrames | CompletionFrames, made: Envelope, job: Job, body: Sampling
+        self,
+        frames: ChatFormatter | CompletionFormatter,
+        made: ResponseHeader,
+        generation: GenerationRequest,
+        body: OpenAIRequest,
     ) -> AsyncGenerator[str]:
         options = body.stream_options
         usage = bool(options and options.include_usage)
         each = usage and bool(options and options.continuous_usage_stats)
         try:
-            for index, sequence in enumerate(job.sequences):
+            for index, sequence in enumerate(generation.sequences):
                 for choice in frames.first(index, sequence):
-                    yield made.event([choice], job.usage() if each else None, usage)
-            async with aclosing(job.start(self.service)) as chunks:
+                    yield made.event([choice], generation.usage() if each else None, usage)
+            async with aclosing(generation.start(self.service)) as chunks:
                 async for index, chunk in chunks:
-                    sequence = job.sequences[index]
+                    sequence = generation.sequences[index]
                     sequence.chunks.append(chunk)
                     for choice in frames.next(index, sequence, chunk):
-                        yield made.event([choice], job.usage() if each else None, usage)
+                        yield made.event([choice], generation.usage() if each else None, usage)
             if usage:
-                yield made.event([], job.usage(), usage)
+                yield made.event([], generation.usage(), usage)
         except RequestError as error:
             yield f"data: {dumps(error.body())}\n\n"
         yield "data: [DONE]\n\n"
@@ -235,7 +241,7 @@ def render_chat(
     return service.render(plain, tools=tools or None, add_generation_prompt=add_generation_prompt, **(kwargs or {}))
 
 
-async def _collect(job: Job, service: Service) -> None:
-    async with aclosing(job.start(service)) as chunks:
+async def _collect(generation: GenerationRequest, service: Service) -> None:
+    async with aclosing(generation.start(service)) as chunks:
         async for index, chunk in chunks:
-            job.sequences[index].chunks.append(chunk)
+            generation.sequences[index].chunks.append(chunk)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rtp_llm.api.schema import NATIVE_REFUSED, GenerateConfig, Sampling
+from rtp_llm.api.schema import NATIVE_REFUSED, GenerateConfig, OpenAIRequest
 from rtp_llm.api.service import Service, TextParams
 from rtp_llm.config import Config
-from rtp_llm.engine.request import SamplingParams
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import ConfigError, invalid_params, unsupported
 from rtp_llm.text.tokenizer import Tokenizer
 
 MAX_ID_DIGITS = 10  # of a token id; int() refuses to read thousands
-LEAST_TEMPERATURE = 1e-5  # below, logits divided by it leave the range of numbers: the likeliest token is meant
+MIN_TEMPERATURE = 1e-5  # below, logits divided by it leave the range of numbers: the likeliest token is meant
 
 _NATIVE_NAMES = {
     "min_new_tokens": "min_tokens",
@@ -61,7 +61,7 @@ def split_stop_ids(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> 
 
 
 def sampling_params(
-    body: Sampling,
+    body: OpenAIRequest,
     service: Service,
     stop_words: StopWords,
     prompt: Sequence[int],
@@ -72,13 +72,13 @@ def sampling_params(
     prompt_logprobs: bool = False,
 ) -> SamplingParams:
     """`max_tokens` None: all the room there is; `temperature`: the endpoint's default. Raises RequestError 400."""
-    room = service.room(prompt)
+    room = service.remaining_tokens(prompt)
     wanted = _or(body.temperature, temperature)
     limit = min(max(1, max_tokens), room) if max_tokens is not None else room
     ends = frozenset() if body.ignore_eos else stop_words.token_ids
     params = SamplingParams(
         max_tokens=limit,
-        temperature=wanted if wanted >= LEAST_TEMPERATURE else 0.0,
+        temperature=wanted if wanted >= MIN_TEMPERATURE else 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=_or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),
@@ -98,7 +98,7 @@ def sampling_params(
     return params
 
 
-def text_params(body: Sampling, stop_words: StopWords, timeout_ms: int = 0) -> TextParams:
+def text_params(body: OpenAIRequest, stop_words: StopWords, timeout_ms: int = 0) -> TextParams:
     own = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return TextParams(
         stop=(*own, *stop_words.strings),
@@ -108,7 +108,7 @@ def text_params(body: Sampling, stop_words: StopWords, timeout_ms: int = 0) -> T
     )
 
 
-def native_sampling(config: GenerateConfig, tokenizer: Tokenizer) -> Sampling:
+def native_sampling(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequest:
     """A native generate_config in the names of the OpenAI endpoints. Raises RequestError 400 for what is not served."""
     for name in NATIVE_REFUSED:
         if getattr(config, name):
@@ -123,10 +123,10 @@ def native_sampling(config: GenerateConfig, tokenizer: Tokenizer) -> Sampling:
     values["top_p"] = config.top_p or 1.0  # upstream takes 0 for "no limit"
     if not config.do_sample:
         values["temperature"] = 0.0
-    return Sampling.model_construct(**values)
+    return OpenAIRequest.model_construct(**values)
 
 
-def overlay(body: Sampling, config: GenerateConfig | None, tokenizer: Tokenizer) -> Sampling:
+def merge_extra_configs(body: OpenAIRequest, config: GenerateConfig | None, tokenizer: Tokenizer) -> OpenAIRequest:
     """A chat request with its `extra_configs` laid over it: only what the client has set there."""
     if config is None:
         return body

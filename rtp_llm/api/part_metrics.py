@@ -10,10 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rtp_llm.api.part_state import PartState
-from rtp_llm.api.vllm_names import VllmNames
+from rtp_llm.api.vllm_aliases import VllmMetricAliases
 from rtp_llm.config import Config
 from rtp_llm.machine.cgroup import UNLIMITED, Cgroup
-from rtp_llm.machine.gpu_watch import Seen
+from rtp_llm.machine.gpu_monitor import GpuSnapshot
 from rtp_llm.metrics import Metrics
 
 STATES = ("rendezvous", "loading", "warmup", "serving", "draining", "failed")
@@ -22,14 +22,14 @@ USUAL_REASONS = ("signal", "rank_crashed", "communication", "hang")  # see super
 DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}
 
 Samples = list[tuple[dict[str, str], float | None]]
-Numbers = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 
 def register(metrics: Metrics, state: PartState, config: Config) -> None:
     """Adds what is read at scrape time to the registry of the part."""
-    metrics.registry.register(PartCollector(state.for_metrics))
+    metrics.registry.register(PartCollector(state.metrics_snapshot))
     if config.metrics_vllm_aliases:
-        metrics.registry.register(VllmNames(metrics.registry))
+        metrics.registry.register(VllmMetricAliases(metrics.registry))
 
 
 class PartCollector(Collector):
@@ -58,9 +58,12 @@ class PartCollector(Collector):
             yield from _doctor_metrics(state["doctor"], part)
 
 
-def _rank_metrics(ranks: Mapping[str, Numbers], expected: int) -> Iterable[Metric]:
-    def each(value: Callable[[Numbers], float | None]) -> Samples:
-        return [({"rank": rank, "part": str(pulse["part"])}, value(pulse)) for rank, pulse in sorted(ranks.items())]
+def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Metric]:
+    def each(value: Callable[[JsonObject], float | None]) -> Samples:
+        return [
+            ({"rank": rank, "part": str(rank_status["part"])}, value(rank_status))
+            for rank, rank_status in sorted(ranks.items())
+        ]
 
     up: Samples = [({"world_rank": str(r)}, float(str(r) in ranks)) for r in range(expected)]
     yield _gauge("gang_member_up", "1 while the rank sends heartbeats", up)
@@ -80,13 +83,13 @@ def _rank_metrics(ranks: Mapping[str, Numbers], expected: int) -> Iterable[Metri
     yield _gauge("kv_cache_memory_bytes", "KV cache of the rank", each(lambda p: p["kv_bytes"]))
     startup: Samples = [
         ({"rank": rank, "phase": phase}, seconds)
-        for rank, pulse in sorted(ranks.items())
-        for phase, seconds in pulse["startup_seconds"].items()
+        for rank, rank_status in sorted(ranks.items())
+        for phase, seconds in rank_status["startup_seconds"].items()
     ]
     yield _gauge("startup_seconds", "Duration of each phase of the start", startup)
 
 
-def _process_metrics(processes: Mapping[str, Numbers]) -> Iterable[Metric]:
+def _process_metrics(processes: Mapping[str, JsonObject]) -> Iterable[Metric]:
     def each(key: str) -> Samples:
         return [
             ({"program": name, "rank": name.removeprefix("rank") if name.startswith("rank") else ""}, numbers.get(key))
@@ -132,10 +135,10 @@ def _cgroup_metrics(cgroup: Cgroup, part: dict[str, str]) -> Iterable[Metric]:
     yield _counter("cgroup_cpu_throttled_periods", "Periods in which the CPU quota was spent", limit(cgroup.throttled))
 
 
-def _gpu_metrics(seen: Seen, part: dict[str, str], ranks: Mapping[str, Numbers]) -> Iterable[Metric]:
+def _gpu_metrics(seen: GpuSnapshot, part: dict[str, str], ranks: Mapping[str, JsonObject]) -> Iterable[Metric]:
     """NVML's readings, those that the GPU has; in the help, what dcgm-exporter calls them. Ranks take the visible GPUs
     in order."""
-    own = sorted((int(r) for r, pulse in ranks.items() if str(pulse["part"]) == part["part"]))
+    own = sorted((int(r) for r, rank_status in ranks.items() if str(rank_status["part"]) == part["part"]))
     places = {gpu.index: str(rank) for rank, gpu in zip(own, seen.gpus.visible, strict=False)}
 
     def each(value: Callable[[Any], float | None]) -> Samples:
@@ -149,7 +152,7 @@ def _gpu_metrics(seen: Seen, part: dict[str, str], ranks: Mapping[str, Numbers])
         ]
 
     up: Samples = [({"gpu": str(gpu.index)} | part, 1.0) for gpu in seen.gpus.all]
-    up += [({"gpu": str(index)} | part, 0.0) for index, _ in seen.gpus.broken]
+    up += [({"gpu": str(index)} | part, 0.0) for index, _ in seen.gpus.failed]
     yield _gauge("gpu_up", "1 while the GPU answers", up)
     yield _gauge("gpu_read_timestamp_seconds", "When NVML last answered", [(part, seen.at or None)])
     yield _gauge("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL", each(lambda g: g.utilization))
@@ -167,7 +170,9 @@ def _gpu_metrics(seen: Seen, part: dict[str, str], ranks: Mapping[str, Numbers])
     yield _gauge(
         "gpu_clock_hertz", "DCGM_FI_DEV_SM_CLOCK, DCGM_FI_DEV_MEM_CLOCK", labelled("domain", lambda g: g.clocks)
     )
-    yield _gauge("gpu_clock_event", "1 while the reason slows the GPU down", labelled("reason", lambda g: g.slowdowns))
+    yield _gauge(
+        "gpu_clock_event", "1 while the reason slows the GPU down", labelled("reason", lambda g: g.throttle_reasons)
+    )
     yield _counter("gpu_ecc_uncorrected", "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL", each(lambda g: g.ecc_uncorrected))
     yield _counter(
         "gpu_remapped_rows",
@@ -191,7 +196,7 @@ def _names(gpu: Any, places: Mapping[int, str], part: dict[str, str]) -> dict[st
     return {"gpu": str(gpu.index), "uuid": gpu.uuid, "rank": places.get(gpu.index, "")} | part
 
 
-def _doctor_metrics(report: Numbers, part: dict[str, str]) -> Iterable[Metric]:
+def _doctor_metrics(report: JsonObject, part: dict[str, str]) -> Iterable[Metric]:
     """`report`: the doctor's, as its JSON form has it."""
     statuses: Samples = [({"check": c["id"]} | part, float(DOCTOR_STATUS[c["status"]])) for c in report["checks"]]
     yield _gauge("doctor_check_status", "0 ok, 1 warning, 2 error, 3 unknown or crashed, -1 skipped", statuses)
@@ -200,18 +205,18 @@ def _doctor_metrics(report: Numbers, part: dict[str, str]) -> Iterable[Metric]:
 
 
 def _gauge(name: str, text: str, samples: Samples) -> Metric:
-    return _filled(GaugeMetricFamily(f"rtp_llm_{name}", text, labels=_labels(samples)), samples)
+    return _add_samples(GaugeMetricFamily(f"rtp_llm_{name}", text, labels=_labels(samples)), samples)
 
 
 def _counter(name: str, text: str, samples: Samples) -> Metric:
-    return _filled(CounterMetricFamily(f"rtp_llm_{name}", text, labels=_labels(samples)), samples)
+    return _add_samples(CounterMetricFamily(f"rtp_llm_{name}", text, labels=_labels(samples)), samples)
 
 
 def _labels(samples: Samples) -> list[str]:
     return list(samples[0][0]) if samples else []
 
 
-def _filled(family: Any, samples: Samples) -> Metric:
+def _add_samples(family: Any, samples: Samples) -> Metric:
     for labels, value in samples:
         if value is not None:
             family.add_metric(list(labels.values()), value)

@@ -30,16 +30,16 @@ Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITE
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)]
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerateConfig(Body):
+class GenerateConfig(RequestBody):
     """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py); the fields with an effect here, and
     those refused.
     """
@@ -96,7 +96,7 @@ NATIVE_REFUSED = (
 )
 
 
-class Sampling(Body):
+class OpenAIRequest(RequestBody):
     """What both OpenAI endpoints take; the second half are common extensions."""
 
     model: str | None = None
@@ -141,7 +141,7 @@ class ChatMessage(BaseModel):
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 
-class ChatRequest(Sampling):
+class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
     messages: Messages = Field(min_length=1)
@@ -163,7 +163,7 @@ class ChatRequest(Sampling):
 Prompt = str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(OpenAIRequest):
     """POST /v1/completions."""
 
     prompt: Prompt
@@ -200,7 +200,7 @@ class BatchInferRequest(BaseModel):
     generate_config: dict[str, Any] | None = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
     prompt: str | None = None
@@ -209,14 +209,14 @@ class TokenizeRequest(Body):
     add_special_tokens: bool = True
 
 
-class EncodeRequest(Body):
+class EncodeRequest(RequestBody):
     """POST /tokenizer/encode."""
 
     prompt: str
     return_offsets_mapping: bool = False
 
 
-class LogLevelRequest(Body):
+class LogLevelRequest(RequestBody):
     """POST /set_log_level."""
 
     log_level: Literal["DEBUG", "INFO", "WARN", "WARNING", "ERROR"]

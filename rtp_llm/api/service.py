@@ -8,9 +8,11 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtp_llm.api.client import EngineClient, EngineInfo
+from rtp_llm.api.client import EngineClient
 from rtp_llm.config import Config
-from rtp_llm.engine.request import Event, FinishReason, Logprob, SamplingParams
+from rtp_llm.contract.engine_info import EngineInfo
+from rtp_llm.contract.engine_output import EngineOutput, FinishReason, Logprob
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import (
     RequestError,
     empty_prompt,
@@ -43,7 +45,7 @@ class TextParams:
 
 
 @dataclass
-class Chunk:
+class OutputChunk:
     """New text of one sequence; the last one has a finish reason."""
 
     text: str
@@ -55,24 +57,24 @@ class Chunk:
     queue_ms: float = 0.0
 
 
-class Admission:
+class SlotReservation:
     """Places that were promised to the sequences of one request. A sequence that starts takes its own; `release`
     gives back those that never did.
     """
 
-    def __init__(self, service: "Service", places: int):
-        self._service, self._places = service, places
-        service.promised += places
+    def __init__(self, service: "Service", slots: int):
+        self._service, self._slots = service, slots
+        service.reserved_slots += slots
 
-    def take(self) -> None:
-        self._give_back(1)
+    def start_one(self) -> None:
+        self._release(1)
 
     def release(self) -> None:
-        self._give_back(self._places)
+        self._release(self._slots)
 
-    def _give_back(self, places: int) -> None:
-        self._places -= places
-        self._service.promised -= places
+    def _release(self, slots: int) -> None:
+        self._slots -= slots
+        self._service.reserved_slots -= slots
 
 
 class Service:
@@ -90,7 +92,7 @@ class Service:
         self.config, self.name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
         self.created = int(time.time())
-        self.promised = 0  # places of admitted sequences that have not started: they are in no ledger yet
+        self.reserved_slots = 0  # slots of admitted sequences that have not started: they are in no ledger yet
 
     # Before a request is accepted
 
@@ -103,16 +105,16 @@ class Service:
             raise engine_gone("the model is still loading: see /health")
         return self.client.info
 
-    def admit(self, sequences: int) -> Admission:
+    def admit(self, sequences: int) -> SlotReservation:
         """A place for each sequence. Raises RequestError 429 where batch and queue are full."""
-        self.check_room(sequences)
-        return Admission(self, sequences)
+        self.check_capacity(sequences)
+        return SlotReservation(self, sequences)
 
-    def check_room(self, sequences: int) -> None:
-        """As `admit`, without taking the places: called before the work of encoding what could only be refused."""
+    def check_capacity(self, sequences: int) -> None:
+        """As `admit`, without taking the slots: called before the work of encoding what could only be refused."""
         if self.client.draining:
             raise engine_gone("the server is stopping: send this again, or elsewhere")
-        taken = self.client.num_open + self.promised
+        taken = self.client.num_in_flight + self.reserved_slots
         if sequences > self.config.concurrency_limit + self.config.queue_limit - taken:
             self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()
             raise overloaded(
@@ -150,20 +152,20 @@ class Service:
         if wrong is not None:
             raise invalid_params(f"token id {wrong} is outside the vocabulary of {vocab}", "prompt")
 
-    def room(self, prompt: Sequence[int]) -> int:
+    def remaining_tokens(self, prompt: Sequence[int]) -> int:
         """Tokens that can still be generated behind this prompt."""
         return self.engine.max_seq_len - len(prompt)
 
     # A request
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, text: TextParams, admission: Admission
-    ) -> AsyncGenerator[Chunk]:
+        self, prompt: list[int], params: SamplingParams, text: TextParams, admission: SlotReservation
+    ) -> AsyncGenerator[OutputChunk]:
         """Chunks of one sequence. Raises RequestError 503 or 504 where it cannot be finished; leaving early aborts
         it.
         """
-        admission.take()  # nothing is awaited between here and its entry in the ledger
-        watch = _Stopwatch(self.metrics, len(prompt), params)
+        admission.start_one()  # nothing is awaited between here and its entry in the ledger
+        watch = RequestTimer(self.metrics, len(prompt), params)
         detokenizer = Detokenizer(self.tokenizer, text.skip_special_tokens, prompt)
         checker = StopChecker(text.stop, text.include_stop)
         events = self.client.generate(secrets.token_hex(8), prompt, params)
@@ -195,13 +197,13 @@ class Service:
 
     def _chunk(
         self,
-        event: Event,
+        event: EngineOutput,
         detokenizer: Detokenizer,
         checker: StopChecker,
         params: SamplingParams,
         text: TextParams,
         produced: int,
-    ) -> Chunk:
+    ) -> OutputChunk:
         shown = event.tokens
         if event.finish == "stop" and not text.include_stop:
             shown = shown[:-1]  # the stop token itself
@@ -212,7 +214,7 @@ class Service:
             safe += checker.flush()
             matched = checker.matched
         finish: FinishReason | None = "stop" if matched else event.finish
-        return Chunk(
+        return OutputChunk(
             safe, event.tokens, event.logprobs, event.prompt_logprobs, finish, event.cached_tokens, event.queue_ms
         )
 
@@ -221,7 +223,7 @@ class Service:
         return limit / 1000 if limit > 0 else None
 
 
-class _Stopwatch:
+class RequestTimer:
     """Feeds the latency histograms of one sequence."""
 
     def __init__(self, metrics: Metrics, prompt_tokens: int, params: SamplingParams):
@@ -234,7 +236,7 @@ class _Stopwatch:
         metrics.request_prompt_tokens.observe(prompt_tokens)
         metrics.params_max_tokens.observe(params.max_tokens)
 
-    def on(self, event: Event) -> None:
+    def on(self, event: EngineOutput) -> None:
         now = time.monotonic()
         if event.tokens:
             self.metrics.generation_tokens.inc(len(event.tokens))

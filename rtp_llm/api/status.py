@@ -97,7 +97,7 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
 
 
 def _worker_status(service: Service, state: PartState) -> dict[str, Any]:
-    plan, config, stats = state.handover.plan, service.config, service.client.stats
+    plan, config, stats = state.part_spec.plan, service.config, service.client.stats
     engine = service.client.info
     limit = config.concurrency_limit
     return {
@@ -117,8 +117,8 @@ def _worker_status(service: Service, state: PartState) -> dict[str, Any]:
         "waiting_query_len": stats.get("waiting", 0),
         "iterate_count": stats.get("steps", 0),
         "step_latency_ms": stats.get("step_seconds", 0.0) * 1000,
-        "available_concurrency": max(0, limit - service.client.num_open),
-        "frontend_available_concurrency": max(0, limit - service.client.num_open),
+        "available_concurrency": max(0, limit - service.client.num_in_flight),
+        "frontend_available_concurrency": max(0, limit - service.client.num_in_flight),
         "frontend_concurrency_limit": limit,
         "status_version": stats.get("steps", 0),
         **_cache_numbers(service),
@@ -132,7 +132,7 @@ def _cache_status(service: Service) -> dict[str, Any]:
         "block_size": engine.block_size if engine else 0,
         "version": service.client.stats.get("steps", 0),
         "dp_size": 1,
-        "frontend_available_concurrency": max(0, service.config.concurrency_limit - service.client.num_open),
+        "frontend_available_concurrency": max(0, service.config.concurrency_limit - service.client.num_in_flight),
     }
 
 

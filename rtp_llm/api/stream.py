@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rtp_llm.api.service import Admission, Chunk
+from rtp_llm.api.service import OutputChunk, SlotReservation
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class EventStream(StreamingResponse):
     did not take of `admission` is free again.
     """
 
-    def __init__(self, events: AsyncGenerator[str], admission: Admission):
+    def __init__(self, events: AsyncGenerator[str], admission: SlotReservation):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may buffer them
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events, self._admission = events, admission
@@ -37,7 +37,7 @@ class EventStream(StreamingResponse):
             self._admission.release()
 
 
-async def merge(sequences: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
+async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenerator[tuple[int, OutputChunk]]:
     """Chunks of all sequences as they come, each with its sequence's number. Leaving early, or one failing, ends
     all.
     """
@@ -46,9 +46,9 @@ async def merge(sequences: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tu
             async for chunk in chunks:
                 yield 0, chunk
         return
-    queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, OutputChunk] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, chunks: AsyncGenerator[Chunk]) -> None:
+    async def pump(index: int, chunks: AsyncGenerator[OutputChunk]) -> None:
         try:
             async for chunk in chunks:
                 queue.put_nowait((index, chunk))
@@ -69,21 +69,21 @@ async def merge(sequences: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tu
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Disconnected(Exception):
+class ClientDisconnected(Exception):
     """The client has gone; nobody reads the answer."""
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T], admission: Admission) -> T:
+async def cancel_on_disconnect(request: Request, work: Awaitable[T], admission: SlotReservation) -> T:
     """The result of `work`, which is cancelled when the client hangs up first. Raises Disconnected then. What it did
     not take of `admission` is free again afterwards.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_hangs_up(request))
+    gone = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Disconnected
+        raise ClientDisconnected
     finally:
         for pending in (task, gone):
             pending.cancel()
@@ -91,6 +91,6 @@ async def unless_disconnected(request: Request, work: Awaitable[T], admission: A
         admission.release()
 
 
-async def _hangs_up(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -35,10 +35,10 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
 
-    def blocks_for(self, num_tokens: int) -> int:
+    def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
+    def find_cached_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks that hold the longest cached prefix of these hashes. Takes no reference: see `take`."""
         found = []
         for key in hashes if self.caching else ():
@@ -48,11 +48,11 @@ class BlockPool:
             found.append(block)
         return found
 
-    def num_idle(self, blocks: Sequence[int]) -> int:
+    def num_unreferenced(self, blocks: Sequence[int]) -> int:
         """How many of these blocks nobody holds: taking them shrinks the free list."""
         return sum(1 for b in blocks if not self._refs[b])
 
-    def take(self, blocks: Sequence[int]) -> None:
+    def acquire(self, blocks: Sequence[int]) -> None:
         """Adds a reference to blocks that `match` found."""
         for block in blocks:
             if not self._refs[block]:
@@ -64,20 +64,20 @@ class BlockPool:
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._refs[block] = 1
-            self._forget(block)
+            self._evict(block)
         return blocks
 
-    def publish(self, block: int, key: bytes) -> None:
+    def cache_block(self, block: int, key: bytes) -> None:
         """The block is full and computed: it may serve other requests from now on. The first holder of a key stays."""
         if self.caching and key not in self._by_hash:
-            self._forget(block)
+            self._evict(block)
             self._by_hash[key] = block
             self._hash[block] = key
 
-    def forget(self, blocks: Sequence[int]) -> None:
+    def evict(self, blocks: Sequence[int]) -> None:
         """What these blocks hold serves nobody who does not hold them already."""
         for block in blocks:
-            self._forget(block)
+            self._evict(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Gives up one reference each. The tail goes first to the free list: a prefix's head is worth keeping
@@ -90,7 +90,7 @@ class BlockPool:
                 if self._hash[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def _forget(self, block: int) -> None:
+    def _evict(self, block: int) -> None:
         key = self._hash[block]
         if key is not None:
             del self._by_hash[key]

@@ -6,24 +6,24 @@ from functools import partial
 from pathlib import Path
 
 from rtp_llm import log
-from rtp_llm.parallel.gang import Gang, leave
-from rtp_llm.parallel.handover import Handover
-from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
-from rtp_llm.parallel.pulse import Pulse
+from rtp_llm.machine.process import exit_with_supervisord, run_main
+from rtp_llm.parallel.gang_client import GangClient, exit_process
+from rtp_llm.parallel.part_spec import PartSpec
+from rtp_llm.parallel.rank_status import RankStatus
 
 
 def main(run_dir: Path, rank: int) -> None:
-    handover = Handover.load(run_dir)
-    log.setup(f"{handover.who} rank{rank}", handover.config.log_level, style=handover.config.log_format)
-    gang = Gang(handover.plan, Pulse(rank, handover.plan.part), handover.config, run_dir, leave)
-    gang.join(handover.fingerprint)
+    part_spec = PartSpec.load(run_dir)
+    log.setup(f"{part_spec.label} rank{rank}", part_spec.config.log_level, style=part_spec.config.log_format)
+    gang = GangClient(part_spec.plan, RankStatus(rank, part_spec.plan.part), part_spec.config, run_dir, exit_process)
+    gang.join(part_spec.fingerprint)
     # Only now torch: its import takes seconds, and a gang that disagrees must say so within a few.
     from rtp_llm.engine.rank import serve_rank
 
-    serve_rank(handover, gang)
+    serve_rank(part_spec, gang)
 
 
 if __name__ == "__main__":
-    live_below_supervisord(Path(sys.argv[1]))
+    exit_with_supervisord(Path(sys.argv[1]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # until the rank knows its share of the cores
-    run_to_exit(partial(main, Path(sys.argv[1]), int(sys.argv[2])))
+    run_main(partial(main, Path(sys.argv[1]), int(sys.argv[2])))

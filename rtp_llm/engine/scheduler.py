@@ -10,42 +10,42 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rtp_llm.contract.request import Request
 from rtp_llm.engine.blocks import BlockPool, hash_block
-from rtp_llm.engine.request import Request
 
 PROMPT_LOGPROB_CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerConfig:
     """Bounds of one step: tokens, sequences, prompts; and tokens one prompt may take while others decode."""
 
-    tokens: int
-    sequences: int
-    prompts: int = 0  # 0: any
-    chunk: int = 0  # 0: half of the tokens
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_num_prefills: int = 0  # 0: any
+    max_mixed_chunk: int = 0  # 0: half of the tokens
 
     @property
-    def chunk_beside_decode(self) -> int:
-        return self.chunk or max(1, self.tokens // 2)
+    def mixed_prefill_chunk(self) -> int:
+        return self.max_mixed_chunk or max(1, self.max_num_batched_tokens // 2)
 
 
 @dataclass(frozen=True)
-class Slice:
+class ScheduledChunk:
     """`count` tokens of one request, from `start` on, that this step computes."""
 
     request: Request
     start: int
-    count: int
+    num_tokens: int
 
     @property
-    def completes(self) -> bool:
+    def is_last_chunk(self) -> bool:
         """Whether the request has caught up after this step, so that its next token can be sampled."""
-        return self.start + self.count == self.request.num_tokens
+        return self.start + self.num_tokens == self.request.num_tokens
 
 
 @dataclass
-class Counters:
+class SchedulerStats:
     """Totals since the start, read by the metrics."""
 
     preemptions: int = 0
@@ -58,14 +58,14 @@ class Scheduler:
     """Holds the waiting and the running requests and hands out the tokens of each step."""
 
     blocks: BlockPool
-    limits: Limits
+    config: SchedulerConfig
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
-    counters: Counters = field(default_factory=Counters)
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
     _preempted: bool = False  # in this step: then nobody new is let in
 
     def add(self, request: Request) -> None:
-        request.arrived = time.monotonic()
+        request.arrival_time = time.monotonic()
         self.waiting.append(request)
 
     def remove(self, request_id: str) -> Request | None:
@@ -78,22 +78,22 @@ class Scheduler:
                     return request
         return None
 
-    def schedule(self) -> list[Slice]:
+    def schedule(self) -> list[ScheduledChunk]:
         """The slices of the next step, in order; empty where there is nothing to do."""
         slices = self._continue_running()
         if not self._preempted:
             slices += self._admit_waiting(slices)
         return slices
 
-    def advance(self, slices: Iterable[Slice]) -> None:
+    def update_after_step(self, slices: Iterable[ScheduledChunk]) -> None:
         """After the step: its tokens are computed, and blocks that became full may be shared."""
         for piece in slices:
-            piece.request.num_computed = piece.start + piece.count
-            self._publish(piece)
+            piece.request.num_computed_tokens = piece.start + piece.num_tokens
+            self._cache_full_blocks(piece)
 
-    def discard(self, request: Request) -> None:
+    def finish_invalid(self, request: Request) -> None:
         """Ends a request whose keys and values are not to be trusted: nobody may find them in the cache."""
-        self.blocks.forget(request.block_ids)
+        self.blocks.evict(request.block_ids)
         self.finish(request)
 
     def finish(self, request: Request) -> None:
@@ -102,39 +102,39 @@ class Scheduler:
 
     # Running requests
 
-    def _continue_running(self) -> list[Slice]:
+    def _continue_running(self) -> list[ScheduledChunk]:
         self._preempted = False
-        slices: list[Slice] = []
-        budget = self.limits.tokens
-        decodes = sum(1 for r in self.running if r.num_missing == 1)
-        chunk = self.limits.chunk_beside_decode if decodes else self.limits.tokens
+        slices: list[ScheduledChunk] = []
+        budget = self.config.max_num_batched_tokens
+        decodes = sum(1 for r in self.running if r.num_uncomputed_tokens == 1)
+        chunk = self.config.mixed_prefill_chunk if decodes else self.config.max_num_batched_tokens
         index = 0
         while index < len(self.running) and budget:
             request = self.running[index]
-            missing = request.num_missing
+            missing = request.num_uncomputed_tokens
             if missing == 1:
                 decodes -= 1
             # What is left of `decodes` comes later in the list and keeps its one token each.
-            count = 1 if missing == 1 else min(missing, chunk, budget - decodes, self._most(request))
+            count = 1 if missing == 1 else min(missing, chunk, budget - decodes, self._max_chunk(request))
             if count > 0:
-                if not self._make_room(request, count):
+                if not self._allocate_slots(request, count):
                     break  # it was the last one left to preempt
-                slices.append(Slice(request, request.num_computed, count))
+                slices.append(ScheduledChunk(request, request.num_computed_tokens, count))
                 budget -= count
             index += 1
         return slices
 
-    def _most(self, request: Request) -> int:
+    def _max_chunk(self, request: Request) -> int:
         """Tokens one step may compute for it: with prompt logprobs each costs a row of logits as wide as the
         vocabulary.
         """
-        return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.limits.tokens
+        return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.config.max_num_batched_tokens
 
-    def _make_room(self, request: Request, count: int) -> bool:
+    def _allocate_slots(self, request: Request, count: int) -> bool:
         """Blocks for `count` more tokens, by preempting the youngest requests where needed. False: it preempted
         itself.
         """
-        need = self.blocks.blocks_for(request.num_computed + count) - len(request.block_ids)
+        need = self.blocks.num_blocks_for(request.num_computed_tokens + count) - len(request.block_ids)
         while need > self.blocks.num_free:
             victim = self.running.pop()
             self._preempt(victim)
@@ -148,56 +148,60 @@ class Scheduler:
         holds.
         """
         self._release(request)
-        request.num_computed = 0
+        request.num_computed_tokens = 0
         request.prompt_logprobs.clear()
         self.waiting.appendleft(request)
-        self.counters.preemptions += 1
+        self.stats.preemptions += 1
         self._preempted = True
 
     # Waiting requests
 
-    def _admit_waiting(self, slices: list[Slice]) -> list[Slice]:
-        admitted: list[Slice] = []
-        budget = self.limits.tokens - sum(s.count for s in slices)
-        chunk = self.limits.chunk_beside_decode if any(s.completes for s in slices) else self.limits.tokens
-        prompts = sum(1 for s in slices if s.count > 1)
-        while self.waiting and budget > 0 and self._may_admit(prompts + len(admitted)):
+    def _admit_waiting(self, slices: list[ScheduledChunk]) -> list[ScheduledChunk]:
+        admitted: list[ScheduledChunk] = []
+        budget = self.config.max_num_batched_tokens - sum(s.num_tokens for s in slices)
+        chunk = (
+            self.config.mixed_prefill_chunk
+            if any(s.is_last_chunk for s in slices)
+            else self.config.max_num_batched_tokens
+        )
+        prompts = sum(1 for s in slices if s.num_tokens > 1)
+        while self.waiting and budget > 0 and self._can_admit(prompts + len(admitted)):
             request = self.waiting[0]
-            hits = self._lookup(request)
+            hits = self._cached_prefix(request)
             start = len(hits) * self.blocks.block_size
-            count = min(request.num_tokens - start, budget, chunk, self._most(request))
-            need = self.blocks.blocks_for(start + count) - len(hits)
-            if need + self.blocks.num_idle(hits) > self.blocks.num_free:
+            count = min(request.num_tokens - start, budget, chunk, self._max_chunk(request))
+            need = self.blocks.num_blocks_for(start + count) - len(hits)
+            if need + self.blocks.num_unreferenced(hits) > self.blocks.num_free:
                 break  # first come, first served: nobody overtakes
             self.waiting.popleft()
             self._start(request, hits, need)
-            admitted.append(Slice(request, start, count))
+            admitted.append(ScheduledChunk(request, start, count))
             budget -= count
         return admitted
 
-    def _may_admit(self, prompts: int) -> bool:
-        if self.limits.prompts and prompts >= self.limits.prompts:
+    def _can_admit(self, prompts: int) -> bool:
+        if self.config.max_num_prefills and prompts >= self.config.max_num_prefills:
             return False
-        return len(self.running) < self.limits.sequences
+        return len(self.running) < self.config.max_num_seqs
 
-    def _lookup(self, request: Request) -> list[int]:
+    def _cached_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the request's prefix; at least one token is left to compute, for its logits."""
         if request.wants_prompt_logprobs:
             return []
         size = self.blocks.block_size
         full = (request.num_tokens - 1) // size
         self._hash_up_to(request, full)
-        return self.blocks.match(request.block_hashes[:full])
+        return self.blocks.find_cached_prefix(request.block_hashes[:full])
 
     def _start(self, request: Request, hits: list[int], need: int) -> None:
-        self.blocks.take(hits)
+        self.blocks.acquire(hits)
         request.block_ids = hits + self.blocks.allocate(need)
-        request.num_computed = len(hits) * self.blocks.block_size
+        request.num_computed_tokens = len(hits) * self.blocks.block_size
         if not request.queue_ms:  # the first time, not when it comes back from a preemption
-            request.queue_ms = (time.monotonic() - request.arrived) * 1000 or 0.001
-            request.cached_tokens = request.num_computed
-            self.counters.prefix_queries += request.num_tokens
-            self.counters.prefix_hits += request.num_computed
+            request.queue_ms = (time.monotonic() - request.arrival_time) * 1000 or 0.001
+            request.cached_tokens = request.num_computed_tokens
+            self.stats.prefix_queries += request.num_tokens
+            self.stats.prefix_hits += request.num_computed_tokens
         self.running.append(request)
 
     # Blocks
@@ -209,14 +213,14 @@ class Scheduler:
             parent = hashes[-1] if hashes else b""
             hashes.append(hash_block(parent, request.tokens[start : start + size], request.cache_salt))
 
-    def _publish(self, piece: Slice) -> None:
+    def _cache_full_blocks(self, piece: ScheduledChunk) -> None:
         if not self.blocks.caching:
             return
         request, size = piece.request, self.blocks.block_size
-        full = request.num_computed // size
+        full = request.num_computed_tokens // size
         self._hash_up_to(request, full)
         for index in range(piece.start // size, full):
-            self.blocks.publish(request.block_ids[index], request.block_hashes[index])
+            self.blocks.cache_block(request.block_ids[index], request.block_hashes[index])
 
     def _release(self, request: Request) -> None:
         self.blocks.release(request.block_ids)

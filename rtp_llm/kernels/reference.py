@@ -4,80 +4,80 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rtp_llm.kernels.batch import Batch, LayerCache
+from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
 TILE = 256  # queries at once: with a mask torch may hold the scores of all of them, heads x queries x context
 
 
 def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, batch: Batch, *, window: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, cache: LayerKVCache, batch: ForwardBatch, *, window: int, scale: float
 ) -> Tensor:
     """See `AttentionBackend`. Gathers the pages of each sequence and calls torch's scaled_dot_product_attention."""
-    cache.keys.flatten(0, 1).index_copy_(0, batch.slots, key)
-    cache.values.flatten(0, 1).index_copy_(0, batch.slots, value)
+    cache.keys.flatten(0, 1).index_copy_(0, batch.slot_mapping, key)
+    cache.values.flatten(0, 1).index_copy_(0, batch.slot_mapping, value)
     out = torch.empty_like(query)
-    decodes = batch.host.num_decodes
+    decodes = batch.cpu_step.num_decodes
     if decodes:
         out[:decodes] = _decode(query[:decodes], cache, batch, decodes, window, scale)
-    for index in range(decodes, batch.host.num_sequences):
-        start, end = (int(n) for n in batch.host.query_starts[index : index + 2])
+    for index in range(decodes, batch.cpu_step.num_sequences):
+        start, end = (int(n) for n in batch.cpu_step.query_start_loc[index : index + 2])
         out[start:end] = _chunk(query[start:end], cache, batch, index, window, scale)
     return out
 
 
-def _decode(query: Tensor, cache: LayerCache, batch: Batch, count: int, window: int, scale: float) -> Tensor:
+def _decode(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, count: int, window: int, scale: float) -> Tensor:
     """One query per sequence, all sequences at once, padded to the longest.
 
     The query heads of a KV head stand in as its queries: ten times faster on CPU than enable_gqa, same result.
     """
     kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
-    width = -(-int(batch.host.context_lens[:count].max()) // block_size)
-    tables = batch.tables[:count, :width]
-    keys, values = (_gather(pages, tables) for pages in (cache.keys, cache.values))
-    place = torch.arange(width * block_size, device=query.device)
-    lengths = batch.context_lens[:count, None]
-    seen = place < lengths
+    width = -(-int(batch.cpu_step.seq_lens[:count].max()) // block_size)
+    tables = batch.block_tables[:count, :width]
+    keys, values = (_gather_pages(pages, tables) for pages in (cache.keys, cache.values))
+    positions = torch.arange(width * block_size, device=query.device)
+    lengths = batch.seq_lens[:count, None]
+    visible = positions < lengths
     if window:
-        seen &= place >= lengths - window
+        visible &= positions >= lengths - window
     grouped = query.unflatten(1, (kv_heads, -1))
-    mask = seen[:, None, None, :]
+    mask = visible[:, None, None, :]
     if query.is_cuda:  # where asking afterwards, as below, would wait for the device
-        keys, values = _without_unseen(keys, seen), _without_unseen(values, seen)
+        keys, values = _zero_masked(keys, visible), _zero_masked(values, visible)
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     if not query.is_cuda and out.sum().isnan():  # any of them: much cheaper than looking at each
-        keys, values = _without_unseen(keys, seen), _without_unseen(values, seen)
+        keys, values = _zero_masked(keys, visible), _zero_masked(values, visible)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
 
 
-def _without_unseen(pages: Tensor, seen: Tensor) -> Tensor:
+def _zero_masked(pages: Tensor, mask: Tensor) -> Tensor:
     """A masked NaN is still one (0 x NaN), and unseen slots hold what other requests have left there."""
-    return pages.masked_fill(~seen[:, None, :, None], 0)
+    return pages.masked_fill(~mask[:, None, :, None], 0)
 
 
-def _chunk(query: Tensor, cache: LayerCache, batch: Batch, index: int, window: int, scale: float) -> Tensor:
+def _chunk(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, index: int, window: int, scale: float) -> Tensor:
     """Several consecutive queries of one sequence."""
     block_size = cache.keys.shape[1]
-    length = int(batch.host.context_lens[index])
-    table = batch.tables[index : index + 1, : -(-length // block_size)]
-    keys, values = (_gather(pages, table)[:, :, :length] for pages in (cache.keys, cache.values))
-    place = torch.arange(length, device=query.device)
+    length = int(batch.cpu_step.seq_lens[index])
+    table = batch.block_tables[index : index + 1, : -(-length // block_size)]
+    keys, values = (_gather_pages(pages, table)[:, :, :length] for pages in (cache.keys, cache.values))
+    positions = torch.arange(length, device=query.device)
     tiles = []
     first = length - len(query)
     for tile in query.split(TILE):
-        own = place[first : first + len(tile), None]
+        own = positions[first : first + len(tile), None]
         first += len(tile)
-        seen = place <= own
+        visible = positions <= own
         if window:
-            seen &= place > own - window
+            visible &= positions > own - window
         out = scaled_dot_product_attention(
-            tile.transpose(0, 1)[None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+            tile.transpose(0, 1)[None], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
         )
         tiles.append(out[0].transpose(0, 1))
     return torch.cat(tiles)
 
 
-def _gather(pages: Tensor, tables: Tensor) -> Tensor:
+def _gather_pages(pages: Tensor, tables: Tensor) -> Tensor:
     """[blocks, block_size, heads, dim] by [S, W] to [S, heads, W x block_size, dim]."""
     picked = pages.index_select(0, tables.flatten())  # copies whole pages: much faster than pages[tables]
     return picked.unflatten(0, tables.shape).flatten(1, 2).transpose(1, 2)

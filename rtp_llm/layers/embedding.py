@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from rtp_llm.kernels.linear import linear
-from rtp_llm.layers.linear import PackedWeight
-from rtp_llm.layers.parameter import Piece, ShardedParameter, sharded
+from rtp_llm.kernels.prepacked import linear
+from rtp_llm.layers.linear import PrepackedLinear
+from rtp_llm.layers.parameter import ShardedParameter, WeightSlice, sharded_parameter
 from rtp_llm.parallel.group import Group
-from rtp_llm.parallel.sharding import padded_vocab, vocab_share
+from rtp_llm.parallel.sharding import padded_vocab, shard_vocab
 
 
 def vocab_parameter(name: str, vocab_size: int, hidden_size: int, group: Group) -> ShardedParameter:
     """[padded vocabulary / ranks, hidden]: this rank's rows, zeros where the vocabulary has ended."""
-    share = vocab_share(vocab_size, group.size, group.rank)
+    share = shard_vocab(vocab_size, group.size, group.rank)
     rows = padded_vocab(vocab_size, group.size) // group.size
-    piece = Piece(name, 0, share, range(len(share)))
-    return sharded((rows, hidden_size), [piece], {name: (vocab_size, hidden_size)})
+    piece = WeightSlice(name, 0, share, range(len(share)))
+    return sharded_parameter((rows, hidden_size), [piece], {name: (vocab_size, hidden_size)})
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -39,7 +39,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.all_reduce(rows.masked_fill(foreign[:, None], 0))
 
 
-class ParallelLMHead(PackedWeight):
+class ParallelLMHead(PrepackedLinear):
     """Hidden states [R, hidden] to logits [R, vocab] in float32 on rank 0, None on the others."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: ShardedParameter | None):
@@ -48,7 +48,7 @@ class ParallelLMHead(PackedWeight):
         self.weight = tied if tied is not None else vocab_parameter("lm_head.weight", vocab_size, hidden_size, group)
 
     def forward(self, hidden: Tensor) -> Tensor | None:
-        parts = self.group.gather(linear(hidden, self.weight, packed=self.packed))
+        parts = self.group.gather(linear(hidden, self.weight, prepacked=self.prepacked))
         if parts is None:
             return None
         return torch.cat(parts, dim=-1)[:, : self.vocab_size].float()

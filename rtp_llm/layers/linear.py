@@ -5,29 +5,29 @@ one all-reduce.
 import torch
 from torch import Tensor, nn
 
-from rtp_llm.kernels.linear import linear, pack
-from rtp_llm.layers.parameter import Piece, ShardedParameter, sharded, whole
+from rtp_llm.kernels.prepacked import linear, prepack_weight
+from rtp_llm.layers.parameter import ShardedParameter, WeightSlice, replicated_parameter, sharded_parameter
 from rtp_llm.parallel.group import Group
-from rtp_llm.parallel.sharding import HeadShare
+from rtp_llm.parallel.sharding import HeadShard
 
 
-class PackedWeight(nn.Module):
+class PrepackedLinear(nn.Module):
     """A weight [out, in] that may be laid out for the processor once it is loaded."""
 
     weight: ShardedParameter
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed: Tensor | None = None
+        self.prepacked: Tensor | None = None
 
-    def pack(self, *, shared: bool = False) -> None:
+    def prepack(self, *, shared: bool = False) -> None:
         """Call after loading. The plain weight goes, unless it is `shared` with another layer."""
-        self.packed = pack(self.weight)
-        if self.packed is not None and not shared:
+        self.prepacked = prepack_weight(self.weight)
+        if self.prepacked is not None and not shared:
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
 
-class ColumnParallelLinear(PackedWeight):
+class ColumnParallelLinear(PrepackedLinear):
     """y = x Wᵀ + b with the output features cut: x [T, in] whole on all ranks, y [T, own out].
 
     Several checkpoint tensors may be stacked: `columns` lists (tensor name, its full output size, pieces as (source,
@@ -38,15 +38,15 @@ class ColumnParallelLinear(PackedWeight):
         self, in_size: int, out_size: int, columns: list[tuple[str, int, list[tuple[range, range]]]], bias: bool
     ):
         super().__init__()
-        self.weight = sharded(
+        self.weight = sharded_parameter(
             (out_size, in_size),
-            [Piece(f"{name}.weight", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
+            [WeightSlice(f"{name}.weight", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
             {f"{name}.weight": (full, in_size) for name, full, _ in columns},
         )
         self.bias = (
-            sharded(
+            sharded_parameter(
                 (out_size,),
-                [Piece(f"{name}.bias", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
+                [WeightSlice(f"{name}.bias", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
                 {f"{name}.bias": (full,) for name, full, _ in columns},
             )
             if bias
@@ -54,10 +54,10 @@ class ColumnParallelLinear(PackedWeight):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.packed)
+        return linear(x, self.weight, self.bias, self.prepacked)
 
 
-class RowParallelLinear(PackedWeight):
+class RowParallelLinear(PrepackedLinear):
     """y = x Wᵀ + b with the input features cut: x [T, own in], y [T, out] summed over ranks; the bias is added once,
     after the sum.
     """
@@ -74,15 +74,15 @@ class RowParallelLinear(PackedWeight):
     ):
         super().__init__()
         self.group = group
-        self.weight = sharded(
+        self.weight = sharded_parameter(
             (out_size, own_in),
-            [Piece(f"{name}.weight", 1, src, dst) for src, dst in cuts],
+            [WeightSlice(f"{name}.weight", 1, src, dst) for src, dst in cuts],
             {f"{name}.weight": (out_size, full_in)},
         )
-        self.bias = whole(f"{name}.bias", out_size) if bias else None
+        self.bias = replicated_parameter(f"{name}.bias", out_size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.group.all_reduce(linear(x, self.weight, packed=self.packed))
+        y = self.group.all_reduce(linear(x, self.weight, prepacked=self.prepacked))
         return y if self.bias is None else y + self.bias
 
 
@@ -93,7 +93,7 @@ def merged_columns(names: list[str], full: int, share: range) -> list[tuple[str,
 
 
 def qkv_columns(
-    prefix: str, heads: HeadShare, head_dim: int, num_heads: int, num_kv_heads: int
+    prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int
 ) -> list[tuple[str, int, list[tuple[range, range]]]]:
     """Query heads (padded to whole groups), then key heads, then value heads, of one rank."""
     query = [(_rows(head, head_dim), _rows(slot, head_dim)) for slot, head in heads.slots()]
@@ -105,7 +105,7 @@ def qkv_columns(
     return columns
 
 
-def head_rows(heads: HeadShare, head_dim: int) -> list[tuple[range, range]]:
+def head_rows(heads: HeadShard, head_dim: int) -> list[tuple[range, range]]:
     """Which input columns of the output projection belong to a rank's query heads."""
     return [(_rows(head, head_dim), _rows(slot, head_dim)) for slot, head in heads.slots()]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rtp_llm.layers.parameter import whole
+from rtp_llm.layers.parameter import replicated_parameter
 
 
 class RMSNorm(nn.Module):
@@ -11,7 +11,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, name: str, size: int, eps: float):
         super().__init__()
-        self.weight = whole(f"{name}.weight", size)
+        self.weight = replicated_parameter(f"{name}.weight", size)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(x.dtype)
 
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward_with_residual(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
         total = x if residual is None else x + residual
         return self(total), total

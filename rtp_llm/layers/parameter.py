@@ -8,7 +8,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightSlice:
     """Rows (`dim` 0) or columns (`dim` 1) `source` of checkpoint tensor `name`, which go to `target` of the
     parameter.
     """
@@ -22,18 +22,20 @@ class Piece:
 class ShardedParameter(nn.Parameter):
     """One rank's share of one or several checkpoint tensors; what no piece covers stays zero (padding)."""
 
-    pieces: tuple[Piece, ...]
+    slices: tuple[WeightSlice, ...]
     full_shapes: dict[str, tuple[int, ...]]  # of the checkpoint tensors, to check them against
 
 
-def sharded(shape: Sequence[int], pieces: Sequence[Piece], full_shapes: dict[str, tuple[int, ...]]) -> ShardedParameter:
+def sharded_parameter(
+    shape: Sequence[int], slices: Sequence[WeightSlice], full_shapes: dict[str, tuple[int, ...]]
+) -> ShardedParameter:
     """A zeroed parameter in torch's default dtype and device."""
     parameter = ShardedParameter(torch.zeros(*shape), requires_grad=False)
-    parameter.pieces = tuple(pieces)
+    parameter.slices = tuple(slices)
     parameter.full_shapes = full_shapes
     return parameter
 
 
-def whole(name: str, size: int) -> ShardedParameter:
+def replicated_parameter(name: str, size: int) -> ShardedParameter:
     """A vector that every rank holds entirely: a norm's weight, a row-parallel bias."""
-    return sharded((size,), [Piece(name, 0, range(size), range(size))], {name: (size,)})
+    return sharded_parameter((size,), [WeightSlice(name, 0, range(size), range(size))], {name: (size,)})

@@ -12,7 +12,7 @@ from torch import Tensor
 from rtp_llm.layers.rope_spec import RopeSpec
 
 
-class Rope:
+class RotaryEmbedding:
     """cos and sin for positions of a step."""
 
     def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device, dtype: torch.dtype):
@@ -20,7 +20,7 @@ class Rope:
         self.scale = _attention_factor(spec) if spec.kind == "yarn" else 1.0
         self.frequencies = _frequencies(spec, head_dim).to(device)
 
-    def angles(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, 1, head_dim / 2] in the model's dtype.
 
         `rope_lens` [T]: the length dynamic scaling goes by. A prompt's tokens go by the prompt's length and each later
@@ -40,7 +40,7 @@ class Rope:
         return (base[:, None] ** -_exponents(dim).to(base)).float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates [T, heads, head_dim]; halves are paired (i, i + head_dim / 2), as in all Hugging Face checkpoints."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -9,21 +9,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rtp_llm.engine.request import Logprob, Request
-from rtp_llm.engine.sampling import Sampled, Sampling
+from rtp_llm.contract.engine_output import Logprob
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_metadata import SampledToken, SamplingMetadata
 
 
-def sample(logits: Tensor, sampling: Sampling) -> tuple[list[Sampled], list[Logprob]]:
+def sample(logits: Tensor, sampling: SamplingMetadata) -> tuple[list[SampledToken], list[Logprob]]:
     """logits [R, vocab] float32. Returns a token per request, and a record per prompt row."""
     prompt_records = _prompt_logprobs(logits, sampling)
     if not sampling.requests:
         return [], prompt_records
     raw = logits[sampling.rows] if len(sampling.rows) != len(logits) else logits
-    tokens = _choose(_edit(raw, sampling.requests), sampling.requests)
+    tokens = _sample_tokens(_process_logits(raw, sampling.requests), sampling.requests)
     records = _logprobs(raw, tokens, sampling.requests)
     corrupted = raw.isnan().any(-1).tolist()
     return [
-        Sampled(None if bad else token, record) for token, record, bad in zip(tokens, records, corrupted, strict=True)
+        SampledToken(None if bad else token, record)
+        for token, record, bad in zip(tokens, records, corrupted, strict=True)
     ], prompt_records
 
 
@@ -36,46 +38,46 @@ def uniform(seed: int, position: int) -> float:
 # Editing logits
 
 
-def _edit(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def _process_logits(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Penalties, biases and the ban on ending too early; a copy where anything changes."""
-    if not any(r.params.changes_logits for r in requests):
+    if not any(r.params.needs_logits_processing for r in requests):
         return logits
     edited = logits.clone()
     for row, request in zip(edited, requests, strict=True):
-        if request.params.changes_logits:
-            _edit_row(row, request)
+        if request.params.needs_logits_processing:
+            _process_row(row, request)
     return edited
 
 
-def _edit_row(row: Tensor, request: Request) -> None:
+def _process_row(row: Tensor, request: Request) -> None:
     params = request.params
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(request.tokens)), device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if (params.presence_penalty or params.frequency_penalty) and request.num_output:
+    if (params.presence_penalty or params.frequency_penalty) and request.num_output_tokens:
         tokens, counts = torch.tensor(request.output, device=row.device).unique(return_counts=True)
         row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         biases = torch.tensor(list(params.logit_bias.values()), device=row.device, dtype=row.dtype)
         row[torch.tensor(list(params.logit_bias), device=row.device)] += biases
-    if request.num_output < params.min_tokens and params.stop_token_ids:
+    if request.num_output_tokens < params.min_tokens and params.stop_token_ids:
         row[torch.tensor(params.stop_token_ids, device=row.device)] = -torch.inf
 
 
 # Choosing
 
 
-def _choose(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+def _sample_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """Three ways, told apart per request and never per batch, so that company changes no token."""
-    ways: dict[str, list[int]] = {"greedy": [], "plain": [], "cut": []}
+    methods: dict[str, list[int]] = {"greedy": [], "plain": [], "cut": []}
     for index, request in enumerate(requests):
         params = request.params
         cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        ways["greedy" if params.greedy else "cut" if cut else "plain"].append(index)
+        methods["greedy" if params.is_greedy else "cut" if cut else "plain"].append(index)
     tokens = [0] * len(requests)
-    for name, way in (("greedy", _greedy), ("plain", _plain), ("cut", _cut)):
-        rows = ways[name]
+    for name, way in (("greedy", _sample_greedy), ("plain", _sample_unfiltered), ("cut", _sample_filtered)):
+        rows = methods[name]
         if rows:
             chosen = way(logits if len(rows) == len(logits) else logits[rows], [requests[i] for i in rows])
             for index, token in zip(rows, chosen.tolist(), strict=True):
@@ -83,15 +85,15 @@ def _choose(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     return tokens
 
 
-def _greedy(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def _sample_greedy(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return logits.argmax(-1)
 
 
-def _plain(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    return _draw(_probabilities(logits, requests), requests)
+def _sample_unfiltered(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    return _inverse_cdf(_probabilities(logits, requests), requests)
 
 
-def _cut(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def _sample_filtered(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), then min-p (Nguyen et al. 2024, arXiv 2407.01082)."""
     params = [r.params for r in requests]
     probs, order = _probabilities(logits, requests).sort(dim=-1, descending=True, stable=True)
@@ -103,7 +105,7 @@ def _cut(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     top_p = _column([p.top_p for p in params], logits)
     min_p = _column([p.min_p for p in params], logits)
     keep = ((before < top_p) & (probs >= min_p * probs[:, :1])) | (place == 0)
-    picked = _draw(probs.masked_fill(~keep, 0), requests)
+    picked = _inverse_cdf(probs.masked_fill(~keep, 0), requests)
     return order.gather(-1, picked[:, None])[:, 0]
 
 
@@ -112,7 +114,7 @@ def _probabilities(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return (logits / temperature).softmax(-1)
 
 
-def _draw(weights: Tensor, requests: Sequence[Request]) -> Tensor:
+def _inverse_cdf(weights: Tensor, requests: Sequence[Request]) -> Tensor:
     """Inverse of the cumulative distribution at each request's own uniform number."""
     numbers = _column([uniform(r.params.seed, r.num_tokens) for r in requests], weights).double()
     cumulative = weights.double().cumsum(-1)
@@ -137,7 +139,7 @@ def _logprobs(logits: Tensor, tokens: Sequence[int], requests: Sequence[Request]
     return records
 
 
-def _prompt_logprobs(logits: Tensor, sampling: Sampling) -> list[Logprob]:
+def _prompt_logprobs(logits: Tensor, sampling: SamplingMetadata) -> list[Logprob]:
     if not sampling.prompt_rows:
         return []
     rows, tokens, tops = (list(part) for part in zip(*sampling.prompt_rows, strict=True))

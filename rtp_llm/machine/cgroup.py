@@ -25,14 +25,14 @@ class Cgroup:
     throttled: int = 0  # periods in which the quota was spent
 
     @property
-    def room(self) -> int:
+    def available_memory(self) -> int:
         """Bytes of memory until the limit; the page cache counts as used, and is given up when asked for."""
         if self.memory_max is None or self.memory_max >= UNLIMITED:
             return UNLIMITED
         return min(UNLIMITED, max(0, self.memory_max - (self.memory_current or 0) + self.reclaimable))
 
     @property
-    def pids_room(self) -> int:
+    def available_pids(self) -> int:
         if self.pids_max is None or self.pids_max >= UNLIMITED:
             return UNLIMITED
         return max(0, self.pids_max - (self.pids_current or 0))

@@ -10,7 +10,7 @@ import pynvml
 
 
 @dataclass(frozen=True)
-class Visible:
+class VisibleDevices:
     """Which GPUs CUDA would show, by NVML index, in CUDA's order; `problem` says why there are fewer than listed."""
 
     indices: tuple[int, ...]
@@ -30,25 +30,25 @@ def visible_gpus() -> int:
         return 0
     finally:
         pynvml.nvmlShutdown()
-    return len(narrow(uuids, os.environ.get("CUDA_VISIBLE_DEVICES")).indices)
+    return len(apply_cuda_visible_devices(uuids, os.environ.get("CUDA_VISIBLE_DEVICES")).indices)
 
 
-def narrow(uuids: Sequence[str], visible: str | None) -> Visible:
+def apply_cuda_visible_devices(uuids: Sequence[str], visible: str | None) -> VisibleDevices:
     """Reads CUDA_VISIBLE_DEVICES as CUDA does: indices or beginnings of UUIDs, up to the first that is not valid
     (CUDA programming guide, environment variables). A MIG instance counts as the GPU that nobody can index: -1.
     """
     if visible is None:
-        return Visible(tuple(range(len(uuids))))
+        return VisibleDevices(tuple(range(len(uuids))))
     found: list[int] = []
     for entry in (e.strip() for e in visible.split(",")):
         index = _device_index(entry, uuids)
         if index is None:
             why = "is empty" if not entry else f"{entry!r} is no GPU of the {len(uuids)} here"
-            return Visible(tuple(found), f"{why}; CUDA ignores it and all after it")
+            return VisibleDevices(tuple(found), f"{why}; CUDA ignores it and all after it")
         if index in found and index >= 0:
-            return Visible((), f"{entry!r} names GPU {index} twice; CUDA then shows none at all")
+            return VisibleDevices((), f"{entry!r} names GPU {index} twice; CUDA then shows none at all")
         found.append(index)
-    return Visible(tuple(found))
+    return VisibleDevices(tuple(found))
 
 
 def _device_index(entry: str, uuids: Sequence[str]) -> int | None:

@@ -14,16 +14,16 @@ from typing import Any
 
 import pynvml
 
-from rtp_llm.machine.devices import Visible, narrow
+from rtp_llm.machine.devices import VisibleDevices, apply_cuda_visible_devices
 
-ANSWER_SECONDS = 5.0
+DRIVER_TIMEOUT_SECONDS = 5.0
 KILL_SECONDS = 0.5
-NO_ANSWER = int(pynvml.NVML_ERROR_TIMEOUT)
+DRIVER_TIMEOUT = int(pynvml.NVML_ERROR_TIMEOUT)
 P2P_READ = 0  # pynvml's own constant for it is a tuple by mistake
 NVLINK_LINKS = 18  # of the newest boards; links beyond a board's own answer "not supported"
 
 # nvml.h, clocks event reasons. The newer library calls them "event reasons", the older ones "throttle reasons".
-SLOWDOWNS = {
+THROTTLE_REASONS = {
     0x08: "hardware slowdown",
     0x20: "thermal slowdown (software)",
     0x40: "thermal slowdown (hardware)",
@@ -45,7 +45,7 @@ NVLINK_ERRORS = {
 
 
 @dataclass(frozen=True)
-class Process:
+class GpuProcess:
     """`memory` in bytes. NVML gives host pids, which another pid namespace cannot resolve."""
 
     pid: int
@@ -63,7 +63,7 @@ class Gpu:
     memory_total: int
     memory_free: int
     capability: tuple[int, int] | None = None
-    processes: tuple[Process, ...] = ()
+    processes: tuple[GpuProcess, ...] = ()
     compute_mode: int | None = None
     mig: bool = False
     ecc_uncorrected: int | None = None  # since the driver was loaded
@@ -89,15 +89,15 @@ class Gpu:
     nvlink_errors: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
-    def slowdowns(self) -> dict[str, float]:
+    def throttle_reasons(self) -> dict[str, float]:
         """1 for each reason that slows it down now, 0 for the others."""
         if self.clock_reasons is None:
             return {}
-        return {name: float(bool(self.clock_reasons & bit)) for bit, name in SLOWDOWNS.items()}
+        return {name: float(bool(self.clock_reasons & bit)) for bit, name in THROTTLE_REASONS.items()}
 
 
 @dataclass(frozen=True)
-class Pair:
+class GpuPair:
     """Two GPUs: nvmlGpuP2PStatus of reading (0 is OK), of NVLink, and nvmlGpuTopologyLevel between them."""
 
     one: int
@@ -108,16 +108,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Gpus:
+class GpuInventory:
     """`failure`: NVML's code where it did not start, `broken`: (index, code) of GPUs that could not be opened."""
 
     failure: int = 0
     driver: str = ""
     cuda: tuple[int, int] = (0, 0)  # the newest CUDA that this driver serves
     all: tuple[Gpu, ...] = ()
-    broken: tuple[tuple[int, int], ...] = ()
-    pairs: tuple[Pair, ...] = ()
-    selection: Visible = field(default_factory=lambda: Visible(()))
+    failed: tuple[tuple[int, int], ...] = ()
+    pairs: tuple[GpuPair, ...] = ()
+    selection: VisibleDevices = field(default_factory=lambda: VisibleDevices(()))
 
     @property
     def visible(self) -> list[Gpu]:
@@ -128,20 +128,20 @@ class Gpus:
         return [gpu for gpu in chosen if gpu]
 
 
-def read_gpus(nvml: Any = None, visible: str | None = None) -> Gpus:
+def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
     """`nvml`: pynvml, or what a test plays in its place; `visible`: CUDA_VISIBLE_DEVICES."""
     nvml = nvml or pynvml
     try:
         nvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return Gpus(failure=int(error.value), selection=narrow((), visible))
+        return GpuInventory(failure=int(error.value), selection=apply_cuda_visible_devices((), visible))
     try:
         return _read(nvml, visible)
     finally:
         nvml.nvmlShutdown()
 
 
-def answers(question: Callable[[], object], seconds: float = ANSWER_SECONDS) -> bool:
+def completes_within(question: Callable[[], object], seconds: float = DRIVER_TIMEOUT_SECONDS) -> bool:
     """Whether it comes to an end in time, tried in a forked process: a driver that hangs holds its caller for ever."""
     pid = os.fork()
     if pid == 0:
@@ -165,7 +165,7 @@ def _ended(pid: int, seconds: float) -> bool:
     return False
 
 
-def _read(nvml: Any, visible: str | None) -> Gpus:
+def _read(nvml: Any, visible: str | None) -> GpuInventory:
     count = int(nvml.nvmlDeviceGetCount())
     found: list[Gpu] = []
     handles: dict[int, Any] = {}
@@ -178,15 +178,15 @@ def _read(nvml: Any, visible: str | None) -> Gpus:
             broken.append((index, int(error.value)))
     # A GPU that cannot be opened keeps its place in CUDA's numbering.
     uuids = {gpu.index: gpu.uuid for gpu in found}
-    version = int(_ask(nvml.nvmlSystemGetCudaDriverVersion_v2) or 0)
+    version = int(_query(nvml.nvmlSystemGetCudaDriverVersion_v2) or 0)
     whole = [gpu.index for gpu in found]
-    return Gpus(
-        driver=str(_ask(nvml.nvmlSystemGetDriverVersion) or ""),
+    return GpuInventory(
+        driver=str(_query(nvml.nvmlSystemGetDriverVersion) or ""),
         cuda=(version // 1000, version % 1000 // 10),
         all=tuple(found),
-        broken=tuple(broken),
+        failed=tuple(broken),
         pairs=tuple(_pair(nvml, handles, a, b) for a, b in combinations(whole, 2)),
-        selection=narrow([uuids.get(i, "") for i in range(count)], visible),
+        selection=apply_cuda_visible_devices([uuids.get(i, "") for i in range(count)], visible),
     )
 
 
@@ -194,7 +194,7 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
     """Raises NVMLError where the GPU does not answer; what it merely does not support is None."""
 
     def ask(name: str, *arguments: Any) -> Any:
-        return _ask(lambda: getattr(nvml, name)(handle, *arguments))
+        return _query(lambda: getattr(nvml, name)(handle, *arguments))
 
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     rows = ask("nvmlDeviceGetRemappedRows")  # corrected, uncorrected, pending, failed
@@ -214,7 +214,7 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         memory_total=int(memory.total),
         memory_free=int(memory.free),
         capability=ask("nvmlDeviceGetCudaComputeCapability"),
-        processes=tuple(Process(int(p.pid), int(p.usedGpuMemory or 0)) for p in processes),
+        processes=tuple(GpuProcess(int(p.pid), int(p.usedGpuMemory or 0)) for p in processes),
         compute_mode=ask("nvmlDeviceGetComputeMode"),
         mig=bool(mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE),
         ecc_uncorrected=ask(
@@ -245,7 +245,7 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
     )
 
 
-def _ask(question: Callable[[], Any]) -> Any:
+def _query(question: Callable[[], Any]) -> Any:
     """The answer, or None where this GPU or driver has none. A GPU that is gone is another matter: NVMLError."""
     try:
         return question()
@@ -257,7 +257,7 @@ def _ask(question: Callable[[], Any]) -> Any:
 
 def _fields(nvml: Any, handle: Any, keys: Iterable[int], scope: int = ALL_LINKS) -> dict[int, int]:
     """Field values (nvml.h, nvmlFieldValue_t) that this GPU has; each comes with a code and a type of its own."""
-    answers = _ask(lambda: nvml.nvmlDeviceGetFieldValues(handle, [(key, scope) for key in keys])) or []
+    answers = _query(lambda: nvml.nvmlDeviceGetFieldValues(handle, [(key, scope) for key in keys])) or []
     return {int(a.fieldId): _field_value(a) for a in answers if a.nvmlReturn == pynvml.NVML_SUCCESS}
 
 
@@ -282,22 +282,22 @@ def _bus(text: Any) -> str:
 
 def _fabric(nvml: Any, handle: Any) -> int | None:
     info = pynvml.c_nvmlGpuFabricInfoV_t()
-    answered = _ask(lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, ctypes.byref(info)) or True)
+    answered = _query(lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, ctypes.byref(info)) or True)
     return int(info.state) if answered else None
 
 
 def _nvlinks(nvml: Any, handle: Any) -> tuple[int, int]:
-    states = [_ask(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link)) for link in range(NVLINK_LINKS)]  # type: ignore[misc]
+    states = [_query(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link)) for link in range(NVLINK_LINKS)]  # type: ignore[misc]
     there = [state for state in states if state is not None]
     return sum(map(bool, there)), len(there)
 
 
-def _pair(nvml: Any, handles: dict[int, Any], one: int, other: int) -> Pair:
+def _pair(nvml: Any, handles: dict[int, Any], one: int, other: int) -> GpuPair:
     def ask(name: str, *arguments: Any) -> int | None:
-        answer = _ask(lambda: getattr(nvml, name)(handles[one], handles[other], *arguments))
+        answer = _query(lambda: getattr(nvml, name)(handles[one], handles[other], *arguments))
         return None if answer is None else int(answer)
 
-    return Pair(
+    return GpuPair(
         one,
         other,
         p2p=ask("nvmlDeviceGetP2PStatus", P2P_READ),

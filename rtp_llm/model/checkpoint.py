@@ -20,10 +20,10 @@ from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.model.spec import ModelSpec, spec_from_config
 
 _LFS = b"version https://git-lfs"
-_MAX_HEADER = 100 << 20  # bytes; the format's own limit (safetensors, format description)
-_MAX_INDEX = 64 << 20  # bytes; of a model with 60 layers of 256 experts it has nine
-_MAX_TOKENIZER = 256 << 20  # bytes; the largest of today have some 35 MB
-_MOST_SHARDS = 10_000
+_MAX_HEADER_BYTES = 100 << 20  # bytes; the format's own limit (safetensors, format description)
+_MAX_INDEX_BYTES = 64 << 20  # bytes; of a model with 60 layers of 256 experts it has nine
+_MAX_TOKENIZER_BYTES = 256 << 20  # bytes; the largest of today have some 35 MB
+_MAX_SHARDS = 10_000
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -54,7 +54,7 @@ class Checkpoint:
     @classmethod
     def open(cls, settings: Config) -> "Checkpoint":
         """Raises ConfigError where CHECKPOINT_PATH cannot be one, CheckpointError where its files are not whole."""
-        path = folder(settings)
+        path = checkpoint_directory(settings)
         digest = hashlib.sha256()
         config = _read_json(path / "config.json", digest)
         tensors: dict[str, TensorInfo] = {}
@@ -71,7 +71,7 @@ class Checkpoint:
         )
 
 
-def folder(settings: Config) -> Path:
+def checkpoint_directory(settings: Config) -> Path:
     """CHECKPOINT_PATH, which must be a folder. Raises ConfigError."""
     if not settings.checkpoint_path:
         raise ConfigError(
@@ -86,7 +86,7 @@ def folder(settings: Config) -> Path:
     return path
 
 
-def faults(path: Path) -> list[CheckpointError]:
+def find_errors(path: Path) -> list[CheckpointError]:
     """Everything that is wrong with the files of a checkpoint folder, where `Checkpoint.open` stops at the first."""
     found: list[CheckpointError] = []
 
@@ -112,7 +112,7 @@ def check_tokenizer(folder: Path) -> None:
     if not file.exists() and not file.is_symlink():
         other = ", only the sentencepiece file tokenizer.model" if (folder / "tokenizer.model").exists() else ""
         raise CheckpointError(f"{folder}: no tokenizer.json{other}", check="M-07")
-    if not _has_vocabulary(_read_json(file, most=_MAX_TOKENIZER, check="M-07")):
+    if not _has_vocabulary(_read_json(file, most=_MAX_TOKENIZER_BYTES, check="M-07")):
         raise CheckpointError(f"{file}: has no vocabulary (model.vocab, added_tokens); copy it again", check="M-07")
     for name in configs:
         path = folder / name
@@ -153,7 +153,9 @@ def _overrides(settings: Config) -> dict[str, Any]:
     return value
 
 
-def _read_json(path: Path, digest: Any = None, *, most: int = files.MOST, check: str = "M-04") -> dict[str, Any]:
+def _read_json(
+    path: Path, digest: Any = None, *, most: int = files.MAX_FILE_BYTES, check: str = "M-04"
+) -> dict[str, Any]:
     """`check`: the id of a file that is damaged; one that is not there, or only a pointer, has the same everywhere."""
     try:
         raw = files.read(path, most)
@@ -174,7 +176,7 @@ def _read_json(path: Path, digest: Any = None, *, most: int = files.MOST, check:
 
 def _unreadable(path: Path, error: OSError, damaged: str = "M-04") -> CheckpointError:
     if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{path}: cannot be read: {files.missing(path)}", check="M-06")
+        return CheckpointError(f"{path}: cannot be read: {files.explain_missing(path)}", check="M-06")
     check = "M-11" if isinstance(error, PermissionError) else damaged
     return CheckpointError(f"{path}: cannot be read: {error.strerror}", check=check)
 
@@ -187,7 +189,7 @@ def _shards(path: Path) -> list[Path]:
     """The safetensors files that make up the model: those of the index where there is one."""
     index = path / "model.safetensors.index.json"
     if index.exists() or index.is_symlink():
-        weight_map = _read_json(index, most=_MAX_INDEX).get("weight_map")
+        weight_map = _read_json(index, most=_MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map", check="M-06")
         shards = [path / name for name in sorted(set(map(str, weight_map.values())))]
@@ -206,7 +208,7 @@ def _check_present(source: Path, shards: list[Path]) -> None:
     missing = [file for file in shards if not file.exists()]
     if missing:
         names = ", ".join(file.name for file in missing)
-        link = next((f" ({files.missing(file)})" for file in missing if file.is_symlink()), "")
+        link = next((f" ({files.explain_missing(file)})" for file in missing if file.is_symlink()), "")
         raise CheckpointError(f"{source}: names {len(shards)} shards, missing: {names}{link}", check="M-06")
 
 
@@ -217,7 +219,7 @@ def _numbered(shards: Iterable[Path]) -> list[Path]:
     return [
         folder / f"{stem}-{number:0{digits}}-of-{total}.safetensors"
         for stem, digits, total, folder in sorted(found)
-        for number in range(1, min(int(total), _MOST_SHARDS) + 1)
+        for number in range(1, min(int(total), _MAX_SHARDS) + 1)
     ]
 
 
@@ -231,7 +233,7 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
             if head == _LFS[:8]:
                 raise CheckpointError(_lfs_message(file), check="M-05")
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 0 < length <= min(_MAX_HEADER, size):
+            if not 0 < length <= min(_MAX_HEADER_BYTES, size):
                 raise CheckpointError(f"{file}: not a safetensors file, or cut off: {size} bytes", check="M-04")
             raw = stream.read(length)
             table = json.loads(raw)

@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from rtp_llm.kernels.batch import AttentionBackend, Batch, LayerCache
+from rtp_llm.kernels.batch import AttentionBackend, ForwardBatch, LayerKVCache
 from rtp_llm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.layers.linear import (
     ColumnParallelLinear,
-    PackedWeight,
+    PrepackedLinear,
     RowParallelLinear,
     head_rows,
     merged_columns,
     qkv_columns,
 )
 from rtp_llm.layers.norm import RMSNorm
-from rtp_llm.layers.rope import Rope, rotate
+from rtp_llm.layers.rope import RotaryEmbedding, apply_rotary_emb
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.group import Group
-from rtp_llm.parallel.sharding import head_share, mlp_share
+from rtp_llm.parallel.sharding import shard_heads, shard_mlp
 
 
 class Attention(nn.Module):
@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend):
         super().__init__()
         prefix, dim = f"model.layers.{layer}.self_attn", spec.head_dim
-        heads = head_share(spec.num_heads, spec.num_kv_heads, group.size, group.rank)
+        heads = shard_heads(spec.num_heads, spec.num_kv_heads, group.size, group.rank)
         self.num_heads, self.num_kv_heads, self.head_dim = heads.num_heads, len(heads.kv_heads), dim
         self.backend, self.window, self.scale = backend, spec.window(layer), dim**-0.5
         columns = qkv_columns(prefix, heads, dim, spec.num_heads, spec.num_kv_heads)
@@ -46,23 +46,23 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(f"{prefix}.q_norm", dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, batch: Batch, cache: LayerCache, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerKVCache, angles: tuple[Tensor, Tensor]) -> Tensor:
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = apply_rotary_emb(q, *angles), apply_rotary_emb(k, *angles)
         out = self.backend(q, k, v, cache, batch, window=self.window, scale=self.scale)
         return self.o_proj(out.flatten(1))
 
 
-class Mlp(nn.Module):
+class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) over this rank's columns."""
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()
         prefix, full = f"model.layers.{layer}.mlp", spec.intermediate_size
-        share = mlp_share(full, group.size, group.rank)
+        share = shard_mlp(full, group.size, group.rank)
         columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full, share)
         self.gate_up_proj = ColumnParallelLinear(spec.hidden_size, 2 * len(share), columns, spec.mlp_bias)
         self.down_proj = RowParallelLinear(
@@ -80,7 +80,7 @@ class Mlp(nn.Module):
         return self.down_proj(silu(gate) * up)
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One layer: attention and MLP, each behind a norm and beside the residual."""
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend):
@@ -89,14 +89,19 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(f"{prefix}.input_layernorm", spec.hidden_size, spec.norm_eps)
         self.self_attn = Attention(spec, layer, group, backend)
         self.post_attention_layernorm = RMSNorm(f"{prefix}.post_attention_layernorm", spec.hidden_size, spec.norm_eps)
-        self.mlp = Mlp(spec, layer, group)
+        self.mlp = MLP(spec, layer, group)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, batch: Batch, cache: LayerCache, angles: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        cache: LayerKVCache,
+        angles: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm.add(x, residual)
+        x, residual = self.input_layernorm.forward_with_residual(x, residual)
         x = self.self_attn(x, batch, cache, angles)
-        x, residual = self.post_attention_layernorm.add(x, residual)
+        x, residual = self.post_attention_layernorm.forward_with_residual(x, residual)
         return self.mlp(x), residual
 
 
@@ -106,27 +111,27 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec, group: Group, backend: AttentionBackend):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, group)
-        self.layers = nn.ModuleList(Block(spec, i, group, backend) for i in range(spec.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(spec, i, group, backend) for i in range(spec.num_layers))
         self.norm = RMSNorm("model.norm", spec.hidden_size, spec.norm_eps)
-        self.local_kv_heads = len(head_share(spec.num_heads, spec.num_kv_heads, group.size, group.rank).kv_heads)
+        self.local_kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, group.size, group.rank).kv_heads)
         tied = self.embed_tokens.weight if spec.tie_embeddings else None
         self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied)
         weight = self.norm.weight
-        self.rope = Rope(spec.rope, spec.head_dim, weight.device, weight.dtype)
+        self.rope = RotaryEmbedding(spec.rope, spec.head_dim, weight.device, weight.dtype)
 
-    def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerKVCache]) -> Tensor:
         """[T, hidden], after the last norm."""
-        angles = self.rope.angles(batch.positions, batch.rope_lens)
-        x, residual = self.embed_tokens(batch.ids), None
+        angles = self.rope.cos_sin(batch.positions, batch.rope_lens)
+        x, residual = self.embed_tokens(batch.token_ids), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, batch, cache, angles)
-        return self.norm.add(x, residual)[0]
+        return self.norm.forward_with_residual(x, residual)[0]
 
-    def pack(self) -> None:
+    def prepack(self) -> None:
         """After loading: lays the weights out for this processor, one layer at a time."""
         for module in self.modules():
-            if isinstance(module, PackedWeight):
-                module.pack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)
+            if isinstance(module, PrepackedLinear):
+                module.prepack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[R, hidden] to [R, vocab] float32 on rank 0, None on the other ranks."""

@@ -1,7 +1,7 @@
 """How many bytes a model takes on one rank, from its spec alone. Imports no torch, so the doctor can say it first."""
 
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.parallel.sharding import head_share, mlp_share, padded_vocab
+from rtp_llm.parallel.sharding import padded_vocab, shard_heads, shard_mlp
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -18,9 +18,9 @@ def layer_weights(spec: ModelSpec, tp_size: int) -> int:
 
 
 def _rank_layers(spec: ModelSpec, tp_size: int, rank: int) -> int:
-    heads = head_share(spec.num_heads, spec.num_kv_heads, tp_size, rank)
+    heads = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, rank)
     attention = spec.hidden_size * spec.head_dim * 2 * (heads.num_heads + len(heads.kv_heads))  # q and o, k and v
-    mlp = 3 * spec.hidden_size * len(mlp_share(spec.intermediate_size, tp_size, rank))
+    mlp = 3 * spec.hidden_size * len(shard_mlp(spec.intermediate_size, tp_size, rank))
     return spec.num_layers * (attention + mlp)
 
 
@@ -31,5 +31,5 @@ def head_weights(spec: ModelSpec, tp_size: int) -> int:
 
 def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:
     """Of the rank that holds most KV heads: a key and a value in every layer."""
-    heads = max(len(head_share(spec.num_heads, spec.num_kv_heads, tp_size, rank).kv_heads) for rank in range(tp_size))
+    heads = max(len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, rank).kv_heads) for rank in range(tp_size))
     return 2 * spec.num_layers * heads * spec.head_dim * ITEM_BYTES[spec.dtype]

@@ -43,13 +43,13 @@ class ModelSpec:
         """Keys that layer `layer` sees, its own token included; 0: all."""
         return self.sliding_window if self.sliding_window and self.window_layers[layer] else 0
 
-    def fitting_tp_sizes(self) -> range:
+    def valid_tp_sizes(self) -> range:
         """TP sizes this model can be split into: query heads, MLP and vocabulary pad, KV heads replicate."""
         return range(1, self.num_heads + 1)
 
     def check_tp(self, tp_size: int) -> None:
         """Raises ConfigError with the sizes that fit."""
-        if tp_size not in self.fitting_tp_sizes():
+        if tp_size not in self.valid_tp_sizes():
             raise ConfigError(
                 f"TP_SIZE={tp_size}: the model has {self.num_heads} query heads; allowed: 1 to {self.num_heads}",
                 check="M-01",

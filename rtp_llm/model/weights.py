@@ -12,17 +12,17 @@ from safetensors import safe_open
 from torch import nn
 
 from rtp_llm.errors import CheckpointError
-from rtp_llm.layers.parameter import Piece, ShardedParameter
+from rtp_llm.layers.parameter import ShardedParameter, WeightSlice
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[float], None]  # share loaded, 0 … 1
+ProgressCallback = Callable[[float], None]  # share loaded, 0 … 1
 
 
 @dataclass(frozen=True)
-class LoadReport:
+class LoadStats:
     """What one rank read."""
 
     bytes: int
@@ -30,7 +30,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _SliceRead:
     """A piece translated to the checkpoint's own names."""
 
     parameter: ShardedParameter
@@ -40,10 +40,10 @@ class _Read:
     target: range
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress) -> LoadReport:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, progress: ProgressCallback) -> LoadStats:
     """Raises CheckpointError naming every tensor that is missing or has another shape; nothing is read then."""
     started = time.monotonic()
-    reads = _plan(model, spec)
+    reads = _plan_reads(model, spec)
     _check(model, checkpoint, spec)
     total = sum(len(r.target) for r in reads) or 1
     done, count = 0, 0
@@ -53,13 +53,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, prog
             file = checkpoint.tensors[read.name].file
             if file not in files:
                 files[file] = stack.enter_context(safe_open(file, framework="pt"))
-            count += _pull(read, files[file])
+            count += _copy_slice(read, files[file])
             done += len(read.target)
             progress(done / total)
-    return LoadReport(count, time.monotonic() - started)
+    return LoadStats(count, time.monotonic() - started)
 
 
-def _pull(read: _Read, file: Any) -> int:
+def _copy_slice(read: _SliceRead, file: Any) -> int:
     """Copies one rectangle; returns the bytes read. safetensors maps the file, so only the slice's pages are
     touched.
     """
@@ -77,17 +77,17 @@ def _parameters(model: nn.Module) -> Iterator[ShardedParameter]:
         yield parameter
 
 
-def _plan(model: nn.Module, spec: ModelSpec) -> list[_Read]:
-    translate = _internlm2 if spec.fused_qkv else _plain
+def _plan_reads(model: nn.Module, spec: ModelSpec) -> list[_SliceRead]:
+    translate = _internlm2_slice if spec.fused_qkv else _identity_slice
     return [
-        _Read(parameter, *translate(piece, spec), piece.target)
+        _SliceRead(parameter, *translate(piece, spec), piece.target)
         for parameter in _parameters(model)
-        for piece in parameter.pieces
+        for piece in parameter.slices
         if len(piece.source)
     ]
 
 
-def _plain(piece: Piece, spec: ModelSpec) -> tuple[str, int, range]:
+def _identity_slice(piece: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
     return piece.name, piece.dim, piece.source
 
 
@@ -106,7 +106,7 @@ _INTERNLM2_NAMES = (
 )
 
 
-def _internlm2(piece: Piece, spec: ModelSpec) -> tuple[str, int, range]:
+def _internlm2_slice(piece: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
     """InternLM2 stores per KV head: its query heads, its key, its value, in one tensor `wqkv`."""
     name = _internlm2_name(piece.name)
     for kind, part in enumerate((".q_proj", ".k_proj", ".v_proj")):

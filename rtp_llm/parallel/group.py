@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
 from rtp_llm.machine.devices import interface_of
-from rtp_llm.parallel.plan import TORCH_INIT, Plan
-from rtp_llm.parallel.segment import create_segment, usable
-from rtp_llm.parallel.shared_memory import SharedMemory
+from rtp_llm.parallel.plan import TORCH_STORE_PORT_OFFSET, Plan
+from rtp_llm.parallel.segment import create_segment, is_supported
+from rtp_llm.parallel.shared_memory import ShmCommunicator
 from rtp_llm.parallel.wire import listen
 
 P = ParamSpec("P")
@@ -37,7 +37,7 @@ class Group(Protocol):
     size: int
 
     @property
-    def waited(self) -> float | None:
+    def wait_seconds(self) -> float | None:
         """Seconds that this rank has waited for others in collectives of steps; None where it cannot be told."""
         ...
 
@@ -56,11 +56,11 @@ class Group(Protocol):
     def close(self) -> None: ...
 
 
-class SingleRank:
+class SingleRankGroup:
     """TP=1: there is nobody to talk to."""
 
     rank, size = 0, 1
-    waited: float | None = None
+    wait_seconds: float | None = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -75,7 +75,7 @@ class SingleRank:
         pass
 
 
-def _fails_as_communication(collective: Callable[P, R]) -> Callable[P, R]:
+def _raises_communication_error(collective: Callable[P, R]) -> Callable[P, R]:
     """torch reports a lost peer as RuntimeError; here it is the end of the epoch, with its own exit code."""
 
     @functools.wraps(collective)
@@ -93,23 +93,23 @@ def _fails_as_communication(collective: Callable[P, R]) -> Callable[P, R]:
 class TorchGroup:
     """torch.distributed over NCCL or gloo."""
 
-    waited: float | None = None  # the device waits, not the process
+    wait_seconds: float | None = None  # the device waits, not the process
 
     def __init__(self, rank: int, size: int, device: torch.device):
         self.rank, self.size, self.device = rank, size, device
 
-    @_fails_as_communication
+    @_raises_communication_error
     def all_reduce(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         return tensor
 
-    @_fails_as_communication
+    @_raises_communication_error
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(tensor.contiguous(), parts, dst=0)
         return parts
 
-    @_fails_as_communication
+    @_raises_communication_error
     def min(self, value: int) -> int:
         tensor = torch.tensor([value], device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
@@ -119,16 +119,16 @@ class TorchGroup:
         dist.destroy_process_group()
 
 
-class LocalGroup(TorchGroup):
+class SharedMemoryGroup(TorchGroup):
     """Ranks of one machine on CPU: gloo has formed the group, the steps go through shared memory."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, memory: SharedMemory):
+    def __init__(self, rank: int, size: int, device: torch.device, memory: ShmCommunicator):
         super().__init__(rank, size, device)
         self._memory = memory
 
     @property
-    def waited(self) -> float | None:  # type: ignore[override]
-        return self._memory.waited
+    def wait_seconds(self) -> float | None:  # type: ignore[override]
+        return self._memory.wait_seconds
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self._memory.all_reduce(tensor)
@@ -137,7 +137,7 @@ class LocalGroup(TorchGroup):
         return self._memory.gather(tensor)
 
 
-def open_group(
+def init_group(
     plan: Plan,
     rank: int,
     epoch: int,
@@ -154,15 +154,17 @@ def open_group(
     keeps gloo for everything. Raises CommunicationError.
     """
     if plan.world_size == 1:
-        return SingleRank()
+        return SingleRankGroup()
     _choose_interface(address)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store = _init(plan, rank, epoch, host, timeout, backend, device)
-        if shm_prefix and backend == "gloo" and not plan.spans_parts and usable():
-            return LocalGroup(rank, plan.world_size, device, _share_memory(store, plan, rank, timeout, shm_prefix))
+        if shm_prefix and backend == "gloo" and not plan.is_multi_part and is_supported():
+            return SharedMemoryGroup(
+                rank, plan.world_size, device, _share_memory(store, plan, rank, timeout, shm_prefix)
+            )
     except (RuntimeError, OSError) as error:
-        port = plan.leader_port(TORCH_INIT)
+        port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
         raise CommunicationError(f"{backend} group at {host}:{port} could not be formed: {error}") from error
     return TorchGroup(rank, plan.world_size, device)
 
@@ -172,9 +174,9 @@ def _init(
 ) -> dist.Store:
     """torch.distributed's own rendezvous on part 0; every epoch has its own keys."""
     deadline = timedelta(seconds=timeout)
-    port = plan.leader_port(TORCH_INIT)
+    port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
     # The store would listen on all interfaces, for a single machine too: it gets a socket that does not.
-    listener = listen("0.0.0.0" if plan.spans_parts else "127.0.0.1", port).detach() if rank == 0 else None
+    listener = listen("0.0.0.0" if plan.is_multi_part else "127.0.0.1", port).detach() if rank == 0 else None
     tcp = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline, master_listen_fd=listener)
     store = dist.PrefixStore(f"epoch{epoch}", tcp)
     dist.init_process_group(
@@ -188,16 +190,16 @@ def _init(
     return store
 
 
-def _share_memory(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> SharedMemory:
+def _share_memory(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> ShmCommunicator:
     """All ranks open the segment, then its name goes: whatever dies later, nothing stays behind in /dev/shm."""
     if rank != 0:
-        memory = SharedMemory(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
+        memory = ShmCommunicator(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
         dist.barrier()
         return memory
     path, lock = create_segment(prefix, secrets.token_hex(4), plan.world_size)
     try:
         store.set("segment", str(path))
-        memory = SharedMemory(path, rank, plan.world_size, timeout)
+        memory = ShmCommunicator(path, rank, plan.world_size, timeout)
         dist.barrier()
         path.unlink()
     finally:

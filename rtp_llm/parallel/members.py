@@ -28,7 +28,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _RawMember:
     name: str
     ip: str
     port: int | None
@@ -64,7 +64,7 @@ def _read(path: Path) -> str:
         raise ConfigError(f"DISTRIBUTE_CONFIG_FILE {path}: cannot be read: {reason}", check="C-02") from None
 
 
-def _parse_json(text: str, source: str) -> list[_Entry]:
+def _parse_json(text: str, source: str) -> list[_RawMember]:
     try:
         table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
     except json.JSONDecodeError as error:
@@ -79,7 +79,7 @@ def _parse_json(text: str, source: str) -> list[_Entry]:
             ' {"x_part0": {"name": "x_part0", "ip": "…", "port": …}, …}',
             check="C-02",
         )
-    return [_entry(key, value, source) for key, value in table.items()]
+    return [_raw_member(key, value, source) for key, value in table.items()]
 
 
 def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     return seen
 
 
-def _parse_string(text: str) -> list[_Entry]:
+def _parse_string(text: str) -> list[_RawMember]:
     source = "GANG_CONFIG_STRING"
     entries = []
     for chunk in filter(None, (c.strip() for c in text.split(";"))):
@@ -107,7 +107,7 @@ def _parse_string(text: str) -> list[_Entry]:
             if key in fields:
                 raise ConfigError(f"{source}: duplicate key {key!r} in {chunk!r}", check="C-02")
             fields[key] = int(value) if key == "port" and re.fullmatch("[0-9]{1,9}", value) else value
-        entries.append(_entry(str(fields.get("name", "")), fields, source))
+        entries.append(_raw_member(str(fields.get("name", "")), fields, source))
     if len({e.name for e in entries}) != len(entries):
         raise ConfigError(f"{source}: a member's name stands twice; each part needs its own …_partN", check="C-02")
     if not entries:
@@ -115,7 +115,7 @@ def _parse_string(text: str) -> list[_Entry]:
     return entries
 
 
-def _entry(key: str, value: Any, source: str) -> _Entry:
+def _raw_member(key: str, value: Any, source: str) -> _RawMember:
     where = f"{source}: member {key!r}"
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: is {json.dumps(value)}; allowed: an object with name, ip and port", check="C-02")
@@ -141,12 +141,12 @@ def _entry(key: str, value: Any, source: str) -> _Entry:
         )
     if not _PART.search(key):
         raise ConfigError(f"{where}: the name must end in part<N>, as in 'x_part0'", check="C-02")
-    return _Entry(key, ip, port)
+    return _RawMember(key, ip, port)
 
 
-def _order(entries: list[_Entry], source: str, start_port: int) -> tuple[Member, ...]:
+def _order(entries: list[_RawMember], source: str, start_port: int) -> tuple[Member, ...]:
     """By number, so that part2 comes before part10. A missing port is part 0's (or START_PORT if that has none)."""
-    by_index: dict[int, _Entry] = {}
+    by_index: dict[int, _RawMember] = {}
     for entry in entries:
         index = int(_PART.search(entry.name)[1])  # type: ignore[index]  # _entry has matched the same pattern
         if index in by_index:

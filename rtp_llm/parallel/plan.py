@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from rtp_llm.config import LOWEST_START_PORT, Config
+from rtp_llm.config import MIN_START_PORT, Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.members import Member, read_members
 
 # Offsets below part 0's START_PORT, inside the block that upstream reserves there.
-ROLL_CALL, STEP, TORCH_INIT = 1, 2, 11
+RENDEZVOUS_PORT_OFFSET, STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET = 1, 2, 11
 # Above each part's own.
-RESPONDER = 3
+DOCTOR_PORT_OFFSET = 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
         return self.members[0]
 
     @property
-    def spans_parts(self) -> bool:
+    def is_multi_part(self) -> bool:
         return self.num_parts > 1
 
     def part_of(self, rank: int) -> int:
@@ -79,27 +79,37 @@ class Plan:
 
     def ports(self, member: Member) -> list[PlannedPort]:
         """All that this member's part listens on, HTTP first."""
-        host = "0.0.0.0" if self.spans_parts else "127.0.0.1"
+        host = "0.0.0.0" if self.is_multi_part else "127.0.0.1"
         ports = [PlannedPort(member.port, "HTTP (START_PORT)")]
         if member.index == 0:
-            ports.append(PlannedPort(member.port - ROLL_CALL, f"roll call (START_PORT - {ROLL_CALL})", host))
-            if self.world_size > 1:
-                ports.append(PlannedPort(member.port - STEP, f"steps (START_PORT - {STEP})", host))
-                ports.append(
-                    PlannedPort(member.port - TORCH_INIT, f"torch.distributed (START_PORT - {TORCH_INIT})", host)
+            ports.append(
+                PlannedPort(
+                    member.port - RENDEZVOUS_PORT_OFFSET, f"roll call (START_PORT - {RENDEZVOUS_PORT_OFFSET})", host
                 )
-        if self.spans_parts:
-            ports.append(PlannedPort(member.port + RESPONDER, f"doctor (START_PORT + {RESPONDER})"))
+            )
+            if self.world_size > 1:
+                ports.append(
+                    PlannedPort(member.port - STEP_PORT_OFFSET, f"steps (START_PORT - {STEP_PORT_OFFSET})", host)
+                )
+                ports.append(
+                    PlannedPort(
+                        member.port - TORCH_STORE_PORT_OFFSET,
+                        f"torch.distributed (START_PORT - {TORCH_STORE_PORT_OFFSET})",
+                        host,
+                    )
+                )
+        if self.is_multi_part:
+            ports.append(PlannedPort(member.port + DOCTOR_PORT_OFFSET, f"doctor (START_PORT + {DOCTOR_PORT_OFFSET})"))
         return ports
 
-    def own_ports(self) -> list[PlannedPort]:
+    def local_ports(self) -> list[PlannedPort]:
         """Those of this part; its entry may be missing where only the leader's address is known."""
         own = next((m for m in self.members if m.index == self.part), None)
         return self.ports(own or Member(self.part, f"part{self.part}", "", self.start_port))
 
-    def block(self, member: Member) -> range:
+    def reserved_ports(self, member: Member) -> range:
         """All ports that are reserved for this member's part, used or not."""
-        below = TORCH_INIT if member.index == 0 else 0
+        below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -238,9 +248,9 @@ def _check_ports(plan: Plan) -> None:
                 check="C-01",
             )
         top = member.port + plan.port_stride * plan.local_world_size - 1
-        if member.port < (LOWEST_START_PORT if member.index == 0 else 1024) or top > 65535:
+        if member.port < (MIN_START_PORT if member.index == 0 else 1024) or top > 65535:
             raise ConfigError(
-                f"member {member.name!r}: port {member.port} needs the ports {_blocks(plan, member)};"
+                f"member {member.name!r}: port {member.port} needs the ports {_describe_reserved_ports(plan, member)};"
                 f" all must lie between 1024 and 65535",
                 check="N-09",
             )
@@ -254,16 +264,16 @@ def _check_ports(plan: Plan) -> None:
         if _overlap(plan, one, other):
             raise ConfigError(
                 f"members {one.name!r} and {other.name!r} share {one.ip} and their port blocks overlap:"
-                f" {_blocks(plan, one)} and {_blocks(plan, other)}; move one START_PORT further away",
+                f" {_describe_reserved_ports(plan, one)} and {_describe_reserved_ports(plan, other)}; move one START_PORT further away",
                 check="N-09",
             )
 
 
-def _blocks(plan: Plan, member: Member) -> str:
-    block = plan.block(member)
+def _describe_reserved_ports(plan: Plan, member: Member) -> str:
+    block = plan.reserved_ports(member)
     return f"{block.start}-{block.stop - 1}"
 
 
 def _overlap(plan: Plan, one: Member, other: Member) -> bool:
-    a, b = plan.block(one), plan.block(other)
+    a, b = plan.reserved_ports(one), plan.reserved_ports(other)
     return a.start < b.stop and b.start < a.stop

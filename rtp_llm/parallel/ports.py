@@ -5,11 +5,11 @@ import socket
 
 import psutil
 
-from rtp_llm.machine.processes import shown
+from rtp_llm.machine.command_line import redacted_command
 from rtp_llm.parallel.plan import PlannedPort
 
 
-def obstacle(planned: PlannedPort) -> str:
+def port_conflict(planned: PlannedPort) -> str:
     """Why this port cannot be listened on: "in use by pid 7 (nginx: master …)"; empty where it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -18,11 +18,11 @@ def obstacle(planned: PlannedPort) -> str:
             probe.listen()
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
-            return f"in use{_holder(planned.port)}" if taken else str(error.strerror)
+            return f"in use{_port_owner(planned.port)}" if taken else str(error.strerror)
     return ""
 
 
-def _holder(port: int) -> str:
+def _port_owner(port: int) -> str:
     try:
         connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:
@@ -31,6 +31,6 @@ def _holder(port: int) -> str:
     if pid is None:
         return " by a process that cannot be seen from here"
     try:
-        return f" by pid {pid} ({shown(psutil.Process(pid).cmdline())})"
+        return f" by pid {pid} ({redacted_command(psutil.Process(pid).cmdline())})"
     except psutil.Error:
         return f" by pid {pid}"

@@ -18,7 +18,7 @@ COUNTER_BYTES = 64  # one cache line each, so that a spinning reader does not sl
 NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # prefix of the part (Handover.shm_prefix), then random
 
 
-def usable() -> bool:
+def is_supported() -> bool:
     """Whether this processor keeps the order of stores that the counters rely on."""
     return platform.machine() in ("x86_64", "AMD64")
 
@@ -53,7 +53,7 @@ def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
     return path, fd
 
 
-def abandoned(path: Path) -> bool:
+def is_orphaned(path: Path) -> bool:
     """Whether no living process, in whatever namespace, holds this segment of ours. False where it cannot be known."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
@@ -70,5 +70,5 @@ def abandoned(path: Path) -> bool:
 
 def orphan_bytes() -> int:
     """Bytes of abandoned segments of ours, whichever part made them."""
-    found = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and abandoned(path)]
+    found = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
     return sum(path.stat().st_blocks * 512 for path in found if path.exists())

@@ -9,7 +9,7 @@ from math import gcd
 
 
 @dataclass(frozen=True)
-class HeadShare:
+class HeadShard:
     """One rank's heads: `groups[i]` are the query heads that attend with KV head `kv_heads[i]`.
 
     All groups are padded to `group_size`, so that local query head j uses local KV head j // group_size.
@@ -39,7 +39,7 @@ def even_split(total: int, parts: int, index: int) -> range:
     return range(start, start + base + (index < extra))
 
 
-def head_share(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadShare:
+def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadShard:
     """Cuts so that a KV head's group stays on as few ranks as can be: first whole chunks of KV heads (as many as
     divide both the KV heads and the ranks), then each chunk's query heads evenly over the chunk's ranks."""
     group = num_heads // num_kv_heads
@@ -50,17 +50,17 @@ def head_share(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) ->
     own = even_split(heads_per_chunk, ranks, within)
     heads = [chunk * heads_per_chunk + h for h in own]
     kv_heads = sorted({h // group for h in heads})
-    return HeadShare(tuple(kv_heads), tuple(tuple(h for h in heads if h // group == kv) for kv in kv_heads))
+    return HeadShard(tuple(kv_heads), tuple(tuple(h for h in heads if h // group == kv) for kv in kv_heads))
 
 
-def mlp_share(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
+def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
     """Columns of gate and up (rows of down), cut at multiples of 64 where there are enough, which matrix units like."""
     unit = next(u for u in (64, 32, 16, 8, 4, 2, 1) if intermediate_size % u == 0 and intermediate_size // u >= tp_size)
     share = even_split(intermediate_size // unit, tp_size, tp_rank)
     return range(share.start * unit, share.stop * unit)
 
 
-def vocab_share(vocab_size: int, tp_size: int, tp_rank: int) -> range:
+def shard_vocab(vocab_size: int, tp_size: int, tp_rank: int) -> range:
     """Rows of embedding and head. All ranks hold `padded_vocab / tp_size` rows; the range gives the real ones."""
     rows = padded_vocab(vocab_size, tp_size) // tp_size
     start = min(tp_rank * rows, vocab_size)

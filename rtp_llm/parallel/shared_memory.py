@@ -19,11 +19,11 @@ from torch import Tensor
 from rtp_llm.errors import CommunicationError
 from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES, segment_bytes
 
-SPINS, YIELDS = 200, 2000
-NAP_SECONDS = 50e-6
+SPIN_ITERATIONS, YIELD_ITERATIONS = 200, 2000
+SLEEP_SECONDS = 50e-6
 
 
-class SharedMemory:
+class ShmCommunicator:
     """One rank's view of the segment. All ranks make the same calls in the same order."""
 
     def __init__(self, path: Path, rank: int, size: int, timeout: float):
@@ -34,8 +34,8 @@ class SharedMemory:
         self._counters = np.frombuffer(memory, np.int64, head // 8).reshape(size, -1)[:, 0]
         body = torch.frombuffer(memory, dtype=torch.uint8, offset=head)
         self._slots = body.view(2, size, SLOT_BYTES)
-        self._turn = 0
-        self.waited = 0.0  # seconds, for the other ranks, in all
+        self._sequence = 0
+        self.wait_seconds = 0.0  # seconds, for the other ranks, in all
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, added up in float32 and in the order of ranks: the same bits on all of them."""
@@ -58,30 +58,30 @@ class SharedMemory:
 
     def _exchange(self, piece: Tensor) -> Tensor:
         """Everyone's piece as [size, len(piece)], valid until the next call."""
-        self._turn += 1
+        self._sequence += 1
         count = len(piece) * piece.element_size()
-        shares = self._slots[self._turn & 1, :, :count].view(piece.dtype)
+        shares = self._slots[self._sequence & 1, :, :count].view(piece.dtype)
         shares[self.rank] = piece
-        self._counters[self.rank] = self._turn
+        self._counters[self.rank] = self._sequence
         self._wait()
         return shares
 
     def _wait(self) -> None:
         began = time.perf_counter()
         self._wait_for_all()
-        self.waited += time.perf_counter() - began
+        self.wait_seconds += time.perf_counter() - began
 
     def _wait_for_all(self) -> None:
         """Spins first, since the others are usually microseconds away, then gives the core to whoever needs it."""
-        counters, turn = self._counters, self._turn
-        for spin in range(SPINS + YIELDS):
+        counters, turn = self._counters, self._sequence
+        for spin in range(SPIN_ITERATIONS + YIELD_ITERATIONS):
             if counters.min() >= turn:
                 return
-            if spin >= SPINS:
+            if spin >= SPIN_ITERATIONS:
                 os.sched_yield()
         deadline = time.monotonic() + self.timeout
         while counters.min() < turn:
             if time.monotonic() > deadline:
                 late = [rank for rank, value in enumerate(counters) if value < turn]
                 raise CommunicationError(f"ranks {late} did not come to a collective within {self.timeout:.0f} s")
-            time.sleep(NAP_SECONDS)
+            time.sleep(SLEEP_SECONDS)

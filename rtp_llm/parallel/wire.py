@@ -9,23 +9,23 @@ from typing import Any
 
 HEADER = struct.Struct("<IB")  # payload length in bytes, kind
 MAX_PAYLOAD = 256 << 20
-Frame = tuple["Kind", bytes]
+Frame = tuple["FrameType", bytes]
 
 
-class Kind(IntEnum):
+class FrameType(IntEnum):
     """What a frame carries. JSON unless another form is named."""
 
     # roll call and heartbeat, rank <-> hub
     HELLO = 1
     WAITING = 2
     WELCOME = 3
-    REFUSED = 4
-    PULSE = 5
-    GANG = 6
+    REJECTED = 4
+    HEARTBEAT = 5
+    GANG_STATUS = 6
     # steps, rank 0 -> the others
     JOIN = 10
-    STEP = 11  # flat int32, see engine.step
-    TICK = 12  # empty: nothing to do, still here
+    STEP = 11  # flat int32, see contract.step
+    KEEPALIVE = 12  # empty: nothing to do, still here
     # requests, api <-> rank 0
     READY = 20
     SUBMIT = 21
@@ -37,29 +37,29 @@ class WireError(ConnectionError):
     """The peer closed the connection, or sent what is no frame."""
 
 
-def pack(kind: Kind, payload: bytes = b"") -> bytes:
+def pack_frame(kind: FrameType, payload: bytes = b"") -> bytes:
     return HEADER.pack(len(payload), kind) + payload
 
 
-def pack_json(kind: Kind, message: Any) -> bytes:
-    return pack(kind, json.dumps(message, separators=(",", ":")).encode())
+def pack_json(kind: FrameType, message: Any) -> bytes:
+    return pack_frame(kind, json.dumps(message, separators=(",", ":")).encode())
 
 
-def parse_header(header: bytes | bytearray) -> tuple[int, Kind]:
+def parse_header(header: bytes | bytearray) -> tuple[int, FrameType]:
     """(payload length, kind). Raises WireError where the bytes are not from one of us."""
     length, kind = HEADER.unpack(header)
-    if length > MAX_PAYLOAD or kind not in Kind.__members__.values():
+    if length > MAX_PAYLOAD or kind not in FrameType.__members__.values():
         raise WireError(f"not a frame: length {length}, kind {kind}; is something else connecting to this port?")
-    return length, Kind(kind)
+    return length, FrameType(kind)
 
 
-def receive(sock: socket.socket) -> Frame:
+def recv_frame(sock: socket.socket) -> Frame:
     """One frame from a blocking socket. Raises WireError on EOF, TimeoutError after the socket's timeout."""
-    length, kind = parse_header(_exactly(sock, HEADER.size))
-    return kind, bytes(_exactly(sock, length))
+    length, kind = parse_header(_recv_exactly(sock, HEADER.size))
+    return kind, bytes(_recv_exactly(sock, length))
 
 
-def _exactly(sock: socket.socket, count: int) -> bytearray:
+def _recv_exactly(sock: socket.socket, count: int) -> bytearray:
     data = bytearray(count)
     view = memoryview(data)
     while view:

@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 LINE_SECONDS, BAR_SECONDS, BAR_WIDTH = 3.0, 0.1, 40
 
 
-class Progress:
+class ProgressBar:
     """Call it with the share done, 0 … 1. Says nothing where `silent` (all ranks but the part's first)."""
 
     def __init__(self, label: str, *, tty: bool, silent: bool):

@@ -21,25 +21,25 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 
 from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
-from rtp_llm.parallel.handover import Handover
-from rtp_llm.parallel.lifeline import live_below_supervisord, run_to_exit
+from rtp_llm.machine.process import exit_with_supervisord, run_main
+from rtp_llm.parallel.part_spec import PartSpec
 
 log = logging.getLogger("rtp_llm.guard")
 
 WINDOW_SECONDS = 600.0
 SETTLE_SECONDS = 2.0  # for the other ranks to notice and leave by themselves, with codes that tell more
 DOWN = {"EXITED", "FATAL", "BACKOFF"}
-SILENCE_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT: the other ranks have the first word
+HEARTBEAT_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT: the other ranks have the first word
 
 
 @dataclass
-class Budget:
+class RestartBudget:
     """At most `limit` restarts in ten minutes, with pauses of 0.5, 1, 2, 4 … seconds between them."""
 
     limit: int
     _times: deque[float] = field(default_factory=deque)
 
-    def take(self, now: float) -> float | None:
+    def next_delay(self, now: float) -> float | None:
         """Seconds to pause before the restart that is now due; None where the budget is spent."""
         while self._times and now - self._times[0] > WINDOW_SECONDS:
             self._times.popleft()
@@ -49,7 +49,7 @@ class Budget:
         return float(min(60.0, 0.5 * 2 ** (len(self._times) - 1)))
 
 
-def verdict(codes: list[int]) -> ExitCode:
+def incident_exit_code(codes: list[int]) -> ExitCode:
     """The one code for an incident in which processes ended with these (-1: by a signal).
 
     A code that no restart mends wins, then a crash, then a hang; that peers lost their connection is only the echo.
@@ -65,7 +65,7 @@ def verdict(codes: list[int]) -> ExitCode:
 
 
 @dataclass
-class Record:
+class RestartHistory:
     """`guard.json` in the run directory: restarts and last exit codes, for the metrics; kept when the guard
     restarts.
     """
@@ -75,7 +75,7 @@ class Record:
     last_exit: dict[str, int] = field(default_factory=dict)  # by program; -1: a signal
 
     @classmethod
-    def open(cls, path: Path) -> "Record":
+    def open(cls, path: Path) -> "RestartHistory":
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def add(self, processes: list[dict[str, Any]]) -> None:
@@ -95,16 +95,16 @@ class Record:
 class Guard:
     """Acts on supervisord through its RPC interface."""
 
-    def __init__(self, handover: Handover, rpc: Any):
-        self.handover, self.rpc = handover, rpc
-        self._record = Record.open(handover.guard_record)
-        limit = handover.config.restart_limit
-        self._ranks, self._api = Budget(limit), Budget(max(limit, 1))
+    def __init__(self, part_spec: PartSpec, rpc: Any):
+        self.part_spec, self.rpc = part_spec, rpc
+        self._history = RestartHistory.open(part_spec.guard_record_path)
+        limit = part_spec.config.restart_limit
+        self._ranks, self._api = RestartBudget(limit), RestartBudget(max(limit, 1))
         # Where all that happened here is that peers of another part were lost, the fault is theirs, and their budget
         # ends
         # it; this one is only there so that nothing goes on for ever.
-        self._echoes = Budget(limit * 5)
-        self._frozen = ""  # the rank that this guard has ended
+        self._peer_loss_budget = RestartBudget(limit * 5)
+        self._killed_rank = ""  # the rank that this guard has ended
 
     def handle(self) -> None:
         """Looks at the processes rather than at the event: several events may tell of one incident."""
@@ -117,25 +117,25 @@ class Guard:
         elif self._down("service"):
             self._restart("service", self._api, settle=0)
         else:
-            self._end_frozen()
+            self._kill_frozen_rank()
 
-    def _end_frozen(self) -> None:
+    def _kill_frozen_rank(self) -> None:
         """Ends the part's first rank where it had a heartbeat and lost it. The other ranks notice too and leave, but
         where they are all on other parts, nobody but the guard can end it.
         """
-        name = f"rank{self.handover.plan.first_rank}"
+        name = f"rank{self.part_spec.plan.first_rank}"
         info = next((i for i in self.rpc.supervisor.getAllProcessInfo() if i["name"] == name), None)
-        silent = self._silence(info["start"]) if info else 0.0
-        if silent > self.handover.config.heartbeat_timeout + SILENCE_MARGIN_SECONDS and self._can_write():
+        silent = self._seconds_since_status(info["start"]) if info else 0.0
+        if silent > self.part_spec.config.heartbeat_timeout + HEARTBEAT_MARGIN_SECONDS and self._can_write():
             log.error("no heartbeat from %s for %.0f s: it is ended (exit code %d)", name, silent, ExitCode.HANG)
-            self._frozen = name
+            self._killed_rank = name
             self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
 
-    def _silence(self, started: float) -> float:
+    def _seconds_since_status(self, started: float) -> float:
         """Seconds since the first rank posted what it hears of the gang; 0 where it has not since it `started`."""
-        board = self.handover.gang_board
+        gang_status = self.part_spec.gang_status_path
         try:
-            posted, ranks = board.stat().st_mtime, json.loads(board.read_text())["ranks"]
+            posted, ranks = gang_status.stat().st_mtime, json.loads(gang_status.read_text())["ranks"]
         except FileNotFoundError:
             return 0.0
         return time.time() - posted if ranks and posted > started else 0.0
@@ -143,7 +143,7 @@ class Guard:
     def _can_write(self) -> bool:
         """False on a full disk, where silence does not mean that a rank is frozen."""
         try:
-            (self.handover.run_dir / "guard.probe").write_text("x")
+            (self.part_spec.run_dir / "guard.probe").write_text("x")
         except OSError:
             return False
         return True
@@ -159,24 +159,24 @@ class Guard:
         infos: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
         return [i for i in infos if i["group"] == group and i["statename"] in DOWN]
 
-    def _restart(self, group: str, budget: Budget, settle: float) -> None:
+    def _restart(self, group: str, budget: RestartBudget, settle: float) -> None:
         time.sleep(settle)
         down = self._down(group)
         what = ", ".join(f"{i['name']} ({_describe(i['exitstatus'])})" for i in down)
-        code = verdict([ExitCode.HANG if i["name"] == self._frozen else i["exitstatus"] for i in down])
-        self._frozen = ""
+        code = incident_exit_code([ExitCode.HANG if i["name"] == self._killed_rank else i["exitstatus"] for i in down])
+        self._killed_rank = ""
         if code.is_final:
             self._give_up(f"{what}: no restart can mend that", code)
             return
-        if code == ExitCode.COMMUNICATION and self.handover.plan.spans_parts:
-            budget = self._echoes
-        pause = budget.take(time.monotonic())
+        if code == ExitCode.COMMUNICATION and self.part_spec.plan.is_multi_part:
+            budget = self._peer_loss_budget
+        pause = budget.next_delay(time.monotonic())
         if pause is None:
             self._give_up(f"{what}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
             return
         if not self._running():
             return
-        self._record.add(down)
+        self._history.add(down)
         log.error("lost %s; starting all of group %s again in %.1f s", what, group, pause)
         self.rpc.supervisor.stopProcessGroup(group, True)
         time.sleep(pause)
@@ -188,7 +188,7 @@ class Guard:
             return  # it was asked to stop in the meantime, and ends with 0
         log.critical("%s; the part ends with exit code %d", reason, code)
         try:
-            self.handover.exit_code_file.write_text(str(int(code)))
+            self.part_spec.exit_code_file.write_text(str(int(code)))
         finally:
             self.rpc.supervisor.shutdown()
 
@@ -204,16 +204,16 @@ def _reason(exit_status: int) -> str:
     return ExitCode(exit_status).name.lower() if exit_status in ExitCode.__members__.values() else "other"
 
 
-def connect(handover: Handover) -> Any:
+def open_rpc(part_spec: PartSpec) -> Any:
     """supervisord's RPC interface, over its unix socket."""
-    transport = SupervisorTransport(None, None, f"unix://{handover.supervisor_socket}")
+    transport = SupervisorTransport(None, None, f"unix://{part_spec.supervisor_socket}")
     return xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
 
 
 def main(run_dir: Path) -> None:
-    handover = Handover.load(run_dir)
-    logs.setup(f"{handover.who} guard", handover.config.log_level, sys.stderr, handover.config.log_format)
-    guard = Guard(handover, connect(handover))
+    part_spec = PartSpec.load(run_dir)
+    logs.setup(f"{part_spec.label} guard", part_spec.config.log_level, sys.stderr, part_spec.config.log_format)
+    guard = Guard(part_spec, open_rpc(part_spec))
     while True:
         childutils.listener.wait(sys.stdin, sys.stdout)
         try:
@@ -225,5 +225,5 @@ def main(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    live_below_supervisord(Path(sys.argv[1]))
-    run_to_exit(partial(main, Path(sys.argv[1])))
+    exit_with_supervisord(Path(sys.argv[1]))
+    run_main(partial(main, Path(sys.argv[1])))

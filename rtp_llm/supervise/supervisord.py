@@ -9,18 +9,18 @@ import io
 import shlex
 import sys
 
-from rtp_llm.parallel.handover import Handover
+from rtp_llm.parallel.part_spec import PartSpec
 
 RANK_STOP_SECONDS = 5
 DRAIN_MARGIN_SECONDS = 5  # what uvicorn may need beyond its own limit
 
 
-def supervisord_config(handover: Handover) -> str:
+def supervisord_config(part_spec: PartSpec) -> str:
     """The text of supervisord.conf."""
-    run_dir, socket = handover.run_dir, handover.supervisor_socket
+    run_dir, socket = part_spec.run_dir, part_spec.supervisor_socket
     word = shlex.quote(str(run_dir))
-    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {word} {r}" for r in handover.plan.ranks}
-    stop = handover.config.drain_seconds + DRAIN_MARGIN_SECONDS
+    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {word} {r}" for r in part_spec.plan.ranks}
+    stop = part_spec.config.drain_seconds + DRAIN_MARGIN_SECONDS
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
             "nodaemon": "true",
@@ -29,7 +29,7 @@ def supervisord_config(handover: Handover) -> str:
             "loglevel": "info",
             "pidfile": run_dir / "supervisord.pid",
             "childlogdir": run_dir,
-            "identifier": handover.who,
+            "identifier": part_spec.label,
         },
         "unix_http_server": {"file": socket, "chmod": "0700"},
         "rpcinterface:supervisor": {
@@ -48,17 +48,17 @@ def supervisord_config(handover: Handover) -> str:
             "stderr_logfile_maxbytes": 0,
         },
     }
-    if runs_doctor(handover):
+    if runs_doctor(part_spec):
         sections["group:doctor"] = {"programs": "checkup", "priority": 50}
-        sections["program:checkup"] = _program(f"-m doctor.service {word}", 2)
+        sections["program:checkup"] = _program(f"-m doctor.gang_service {word}", 2)
     del sections["eventlistener:guard"]["stdout_logfile"], sections["eventlistener:guard"]["stdout_logfile_maxbytes"]
     sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in ranks.items()}
     return _render(sections)
 
 
-def runs_doctor(handover: Handover) -> bool:
+def runs_doctor(part_spec: PartSpec) -> bool:
     """Whether the part's doctor meets those of other parts: where there are others, and nobody has switched it off."""
-    return handover.plan.spans_parts and handover.config.rtp_doctor != "off"
+    return part_spec.plan.is_multi_part and part_spec.config.rtp_doctor != "off"
 
 
 def _program(arguments: str, stop_seconds: int) -> dict[str, object]:

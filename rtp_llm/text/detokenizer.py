@@ -58,12 +58,12 @@ class _ByteStream:
         self._begun_by_prompt = bool(self._utf8.getstate()[0])
 
     def push(self, ids: Iterable[int]) -> str:
-        return self._after_seam(self._utf8.decode(b"".join(map(self._token_bytes, ids))))
+        return self._strip_prompt_remainder(self._utf8.decode(b"".join(map(self._token_bytes, ids))))
 
     def flush(self) -> str:
-        return self._after_seam(self._utf8.decode(b"", final=True))
+        return self._strip_prompt_remainder(self._utf8.decode(b"", final=True))
 
-    def _after_seam(self, text: str) -> str:
+    def _strip_prompt_remainder(self, text: str) -> str:
         if not (self._begun_by_prompt and text):
             return text
         self._begun_by_prompt = False
@@ -89,12 +89,12 @@ class _WindowStream:
             self._pending.append(token_id)
             if token_id not in self._tokenizer.byte_ids:
                 self._certain = len(self._pending)
-        return self._take(self._certain)
+        return self._emit_stable(self._certain)
 
     def flush(self) -> str:
-        return self._take(len(self._pending))
+        return self._emit_stable(len(self._pending))
 
-    def _take(self, count: int) -> str:
+    def _emit_stable(self, count: int) -> str:
         if not count:
             return ""
         before = self._tokenizer.decode(self._context, skip_special_tokens=False)

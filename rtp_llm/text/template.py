@@ -38,7 +38,7 @@ class ChatTemplate:
         self._variables = dict(variables)
 
     @classmethod
-    def choose(
+    def select(
         cls,
         tokenizer: Tokenizer,
         *,
@@ -52,7 +52,7 @@ class ChatTemplate:
         Raises TemplateError where `forced` names nothing, and on a syntax error; having none is an error at `render`.
         """
         if forced:
-            return cls(*_forced(forced), None, tokenizer.special_tokens)
+            return cls(*_explicit_template(forced), None, tokenizer.special_tokens)
         own, tool_use = tokenizer.templates.get(default_key), tokenizer.templates.get(tool_key)
         if own is not None:
             return cls(f"the checkpoint's {default_key!r}", own, tool_use, tokenizer.special_tokens)
@@ -83,7 +83,7 @@ class ChatTemplate:
             **self._variables,
             "documents": None,
             **kwargs,
-            "messages": [template.shaped(message) for message in messages],
+            "messages": [template.normalize_message(message) for message in messages],
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -108,7 +108,7 @@ class _Compiled:
         self._takes_null = _ASKS_FOR_NULL.search(source) is not None
         self._joins_arguments = _JOINS_ARGUMENTS.search(source) is not None
 
-    def shaped(self, message: Message) -> dict[str, Any]:
+    def normalize_message(self, message: Message) -> dict[str, Any]:
         """A message as this template expects it. Keys that are null go: templates ask whether a key is there."""
         if not isinstance(message, Mapping):  # the native endpoints pass on what the client sent
             raise TemplateError(f"a message must be an object with a role and content, not {type(message).__name__}")
@@ -128,7 +128,7 @@ class _Compiled:
     def render(self, variables: Mapping[str, Any]) -> str:
         try:
             return self._template.render(variables)
-        except _Refusal as error:
+        except _TemplateRaised as error:
             raise TemplateError(f"the chat template does not accept these messages: {error}") from error
         except Exception as error:  # a template is a program: it can raise whatever its operators and filters raise
             raise TemplateError(f"the chat template failed on these messages: {error}") from error
@@ -171,7 +171,7 @@ def _with_parsed_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
 
 
-class _Refusal(jinja2.TemplateError):
+class _TemplateRaised(jinja2.TemplateError):
     """A template's own raise_exception."""
 
 
@@ -186,7 +186,7 @@ class _Generation(Extension):
 
 
 def _raise_exception(message: str) -> None:
-    raise _Refusal(message)
+    raise _TemplateRaised(message)
 
 
 def _strftime_now(pattern: str) -> str:
@@ -216,7 +216,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 _ENVIRONMENT = _environment()
 
 
-def _forced(forced: str) -> tuple[str, str]:
+def _explicit_template(forced: str) -> tuple[str, str]:
     """Name and source of the template that MODEL_TEMPLATE_TYPE asks for."""
     name = _ALIASES.get(forced, forced)
     if name in _BUILT_IN:

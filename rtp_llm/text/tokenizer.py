@@ -19,7 +19,7 @@ from rtp_llm.errors import CheckpointError
 
 # The order in which `AutoTokenizer` adds the ones that tokenizer.json lacks, so that new ids come out the same.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MOST = 256 << 20  # bytes; the largest tokenizer.json of today have some 35 MB
+_MAX_FILE_BYTES = 256 << 20  # bytes; the largest tokenizer.json of today have some 35 MB
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -88,9 +88,11 @@ class Tokenizer:
         # Either would cut or lengthen prompts behind the caller's back; transformers turns them off as well.
         backend.no_truncation()
         backend.no_padding()
-        eos_ids = _ids(generation, path / "generation_config.json") | _ids(model, path / "config.json")
+        eos_ids = _eos_ids(generation, path / "generation_config.json") | _eos_ids(model, path / "config.json")
         templates = {**_declared_templates(config, path / "tokenizer_config.json"), **_template_files(path, present)}
-        return cls(backend, spec.get("decoder"), special_tokens=_named(declared), eos_ids=eos_ids, templates=templates)
+        return cls(
+            backend, spec.get("decoder"), special_tokens=_named_tokens(declared), eos_ids=eos_ids, templates=templates
+        )
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its spelling in the vocabulary, None where there is none."""
@@ -171,8 +173,8 @@ def _nothing_to_load(path: Path, present: set[str]) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return files.read(path, _MOST).decode()
-    except files.UnsuitableFile as error:
+        return files.read(path, _MAX_FILE_BYTES).decode()
+    except files.NotRegularFileError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check that this user may read it") from error
@@ -207,7 +209,7 @@ def _content(token: object) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _named(declared: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(declared: Mapping[str, Any]) -> dict[str, str]:
     """Every `…_token` with a text, the well-known ones first (a bool such as add_bos_token has none)."""
     keys = [*_NAMED_TOKENS, *(key for key in declared if key.endswith("_token") and key not in _NAMED_TOKENS)]
     return {key: text for key in keys if (text := _content(declared.get(key))) is not None}
@@ -225,11 +227,11 @@ def _add_declared(backend: Backend, declared: Mapping[str, Any]) -> None:
     more = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     extra = list(more.values()) if isinstance(more, dict) else list(more)
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    wanted = [declared[key] for key in _named(declared)] + extra
+    wanted = [declared[key] for key in _named_tokens(declared)] + extra
     backend.add_tokens([_as_added(token) for token in wanted if _content(token) not in known])
 
 
-def _ids(config: Mapping[str, Any], path: Path) -> set[int]:
+def _eos_ids(config: Mapping[str, Any], path: Path) -> set[int]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token_id) is not int for token_id in ids):

@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 from tests import random_model
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.fake_engine import Script
-from tests.api.servers import Server, running
-from tests.api.stack import Stack
+from tests.api.servers import ServerProcess, running
 
-Stacks = Callable[..., Stack]
+Stacks = Callable[..., ApiServer]
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +25,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model with the usual settings."""
     with running(checkpoint, tmp_path_factory.mktemp("server") / "output") as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model with room for one sequence, one that waits, and short ones: also what the fuzzers may hurt."""
     output = tmp_path_factory.mktemp("small") / "output"
     limits = {"CONCURRENCY_LIMIT": "1", "QUEUE_LIMIT": "1", "MAX_SEQ_LEN": "256", "SERVED_MODEL_NAME": "small"}
@@ -41,7 +41,7 @@ def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client
 
@@ -56,7 +56,7 @@ def stacks(byte_model: ByteModel) -> Iterator[Stacks]:
     """Starts the API before a fake engine: `stacks(script, concurrency_limit=1)`."""
     with ExitStack() as started:
 
-        def start(script: Script | None = None, **settings: Any) -> Stack:
-            return started.enter_context(Stack(byte_model, script, **settings))
+        def start(script: Script | None = None, **settings: Any) -> ApiServer:
+            return started.enter_context(ApiServer(byte_model, script, **settings))
 
         yield start

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtp_llm.api.client import EngineInfo
-from rtp_llm.engine.request import Event, Logprob
-from rtp_llm.parallel.wire import Kind, pack_json, receive
+from rtp_llm.contract.engine_info import EngineInfo
+from rtp_llm.contract.engine_output import EngineOutput, Logprob
+from rtp_llm.parallel.wire import FrameType, pack_json, recv_frame
 
 PATIENCE = 20.0  # seconds until a test gives up on what must happen at once
 STATS = {
@@ -47,7 +47,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Said:
+class ScriptedOutput:
     """One event of a script; which sequence it belongs to is known when one is submitted."""
 
     tokens: list[int]
@@ -57,8 +57,8 @@ class Said:
     cached_tokens: int = 0
     error: str = ""
 
-    def event(self, request_id: str) -> Event:
-        return Event(
+    def event(self, request_id: str) -> EngineOutput:
+        return EngineOutput(
             request_id,
             tokens=self.tokens,
             logprobs=self.logprobs,
@@ -70,7 +70,7 @@ class Said:
         )
 
 
-Script = Callable[[Submission], Sequence[Said]]
+Script = Callable[[Submission], Sequence[ScriptedOutput]]
 
 
 class FakeEngine:
@@ -80,7 +80,7 @@ class FakeEngine:
 
     def __init__(self, path: Path, script: Script | None = None, *, greets: bool = True, **info: Any):
         self.script = script
-        self._path, self.greets = path, greets
+        self._path, self.sends_ready = path, greets
         numbers = {"epoch": 1, "max_seq_len": 2048, "vocab_size": 258, "block_size": 16, "num_blocks": 64}
         self._info = EngineInfo(**{**numbers, "prefix_caching": True, "family": "fake", "dtype": "fp32", **info})
         self._submitted: queue.Queue[Submission] = queue.Queue()
@@ -116,18 +116,18 @@ class FakeEngine:
     # What the engine says
 
     def greet(self) -> None:
-        self._send(Kind.READY, asdict(self._info))
+        self._send(FrameType.READY, asdict(self._info))
 
-    def emit(self, *events: Event, **stats: Any) -> None:
+    def emit(self, *events: EngineOutput, **stats: Any) -> None:
         """One frame."""
-        self._send(Kind.EVENTS, {"events": [e.to_json() for e in events], "stats": {**STATS, **stats}})
+        self._send(FrameType.EVENTS, {"events": [e.to_json() for e in events], "stats": {**STATS, **stats}})
 
-    def say(self, submission: Submission, *said: Said) -> None:
+    def send_outputs(self, submission: Submission, *said: ScriptedOutput) -> None:
         """Each event in a frame of its own."""
         for one in said:
             self.emit(one.event(submission.id))
 
-    def die(self) -> None:
+    def close(self) -> None:
         """Closes everything, as the kernel does for a process that was killed."""
         self._path.unlink(missing_ok=True)
         for sock in (self._listener, self._connection):
@@ -150,7 +150,7 @@ class FakeEngine:
         with suppress(OSError):  # until the listener is closed
             while True:
                 self._connection, _ = self._listener.accept()
-                if self.greets:
+                if self.sends_ready:
                     self.greet()
                 self._connected.put(None)
                 self._start(self._read)
@@ -160,18 +160,18 @@ class FakeEngine:
         assert connection is not None
         with suppress(OSError):  # the end of the connection, from either side
             while True:
-                kind, payload = receive(connection)
+                kind, payload = recv_frame(connection)
                 message = json.loads(payload)
-                if kind == Kind.ABORT:
+                if kind == FrameType.ABORT:
                     self._aborted.put(message["id"])
                     continue
-                assert kind == Kind.SUBMIT, kind
+                assert kind == FrameType.SUBMIT, kind
                 submission = Submission(**message)
                 self._submitted.put(submission)
                 if self.script:
-                    self.say(submission, *self.script(submission))
+                    self.send_outputs(submission, *self.script(submission))
 
-    def _send(self, kind: Kind, message: Any) -> None:
+    def _send(self, kind: FrameType, message: Any) -> None:
         assert self._connection is not None, "the API has not connected"
         with self._lock:
             self._connection.sendall(pack_json(kind, message))

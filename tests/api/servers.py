@@ -28,7 +28,7 @@ POLL = 0.1
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProcess:
     """One running server."""
 
     url: str
@@ -41,7 +41,7 @@ class Server:
 
 
 @contextmanager
-def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[Server]:
+def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
     """A server that serves `checkpoint`. `settings` are its environment variables."""
     port = free_start_port()
     with output.open("wb") as sink:
@@ -52,7 +52,7 @@ def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[Server]
             stdout=sink,
             stderr=subprocess.STDOUT,
         )
-    server = Server(f"http://127.0.0.1:{port}", checkpoint, output)
+    server = ServerProcess(f"http://127.0.0.1:{port}", checkpoint, output)
     try:
         _wait_until_healthy(server, process)
         yield server
@@ -98,7 +98,7 @@ def _environment(checkpoint: Path, port: int, settings: dict[str, str]) -> dict[
     return {**os.environ, **own, **settings}
 
 
-def _wait_until_healthy(server: Server, process: "subprocess.Popen[bytes]") -> None:
+def _wait_until_healthy(server: ServerProcess, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_SECONDS
     with server.client(timeout=5.0) as client:
         while time.monotonic() < deadline and process.poll() is None:

@@ -12,22 +12,22 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
-from rtp_llm.api.service import Admission
-from rtp_llm.api.stream import Disconnected, EventStream, unless_disconnected
+from rtp_llm.api.service import SlotReservation
+from rtp_llm.api.stream import ClientDisconnected, EventStream, cancel_on_disconnect
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said, Submission
-from tests.api.line import Line
-from tests.api.servers import Server
+from tests.api.fake_engine import ScriptedOutput, Submission
+from tests.api.raw_http import RawHttpConnection
+from tests.api.servers import ServerProcess
 from tests.api.sse import frames, payload
-from tests.api.stack import Stack
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 REJECTED = {"reason": "max_num_queued_reqs", "model_name": "fake"}
 
 
 @pytest.fixture
-def narrow(stacks: Stacks) -> Stack:
+def narrow(stacks: Stacks) -> ApiServer:
     """One sequence in the engine, one in the queue."""
     return stacks(concurrency_limit=1, queue_limit=1)
 
@@ -60,13 +60,13 @@ def assert_refused(answer: httpx.Response) -> None:
     ids=lambda value: value if isinstance(value, str) else "-",
 )
 def test_the_third_is_refused_and_the_first_two_finish(
-    path: str, body: dict[str, Any], narrow: Stack, pool: ThreadPoolExecutor, byte_model: ByteModel
+    path: str, body: dict[str, Any], narrow: ApiServer, pool: ThreadPoolExecutor, byte_model: ByteModel
 ) -> None:
     answers = [pool.submit(narrow.post, path, body) for _ in range(2)]
     taken = [narrow.engine.take() for _ in answers]
     assert_refused(narrow.post(path, body))
     for submission in taken:
-        narrow.engine.say(submission, Said(byte_model.tokens("done"), "length"))
+        narrow.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
     for answer in answers:
         assert answer.result().status_code == 200
         assert "done" in answer.result().text
@@ -74,10 +74,10 @@ def test_the_third_is_refused_and_the_first_two_finish(
 
 
 @pytest.mark.parametrize("body", [BODY, {**BODY, "stream": False}, {**BODY, "n": 2}], ids=["stream", "whole", "n=2"])
-def test_a_burst_is_bounded(body: dict[str, Any], narrow: Stack, byte_model: ByteModel) -> None:
+def test_a_burst_is_bounded(body: dict[str, Any], narrow: ApiServer, byte_model: ByteModel) -> None:
     """Requests that arrive in one instant must not all see the room that only two sequences have."""
     with ExitStack() as opened:
-        lines = [opened.enter_context(Line(narrow.url)) for _ in range(24)]
+        lines = [opened.enter_context(RawHttpConnection(narrow.url)) for _ in range(24)]
         narrow.until(lambda: narrow.num_connections == len(lines))
         with narrow.frozen():
             for line in lines:
@@ -86,12 +86,12 @@ def test_a_burst_is_bounded(body: dict[str, Any], narrow: Stack, byte_model: Byt
         accepted = 2 // body.get("n", 1)
         narrow.until(lambda: narrow.metric("rtp_llm_admission_rejections_total", **REJECTED) >= 24 - accepted)
         for submission in taken:
-            narrow.engine.say(submission, Said(byte_model.tokens("done"), "length"))
+            narrow.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
         assert sorted(line.status() for line in lines) == [200] * accepted + [429] * (24 - accepted)
         assert narrow.engine.num_unread == 0
 
 
-def test_each_choice_takes_its_place(narrow: Stack, byte_model: ByteModel) -> None:
+def test_each_choice_takes_its_place(narrow: ApiServer, byte_model: ByteModel) -> None:
     assert_refused(narrow.post("/v1/chat/completions", {**BODY, "n": 3}))
     assert_refused(narrow.post("/v1/completions", {"prompt": ["a", "b", "c"]}))
     assert_refused(narrow.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}))
@@ -100,7 +100,7 @@ def test_each_choice_takes_its_place(narrow: Stack, byte_model: ByteModel) -> No
     assert narrow.engine.num_unread == 0
 
 
-def test_room_comes_back(narrow: Stack, byte_model: ByteModel) -> None:
+def test_room_comes_back(narrow: ApiServer, byte_model: ByteModel) -> None:
     """After an end, a refusal, an error and a hang-up, however often."""
     narrow.engine.script = lambda submission: _end(submission, byte_model)
     for _ in range(3):
@@ -115,16 +115,20 @@ def test_room_comes_back(narrow: Stack, byte_model: ByteModel) -> None:
         narrow.until(lambda: narrow.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200)
 
 
-def _end(submission: Submission, model: ByteModel) -> list[Said]:
+def _end(submission: Submission, model: ByteModel) -> list[ScriptedOutput]:
     text = model.tokenizer.decode(submission.prompt)
     if text == "silent":
         return []
-    return [Said([], "error", error="as asked")] if text == "fail" else [Said(model.tokens("x"), "length")]
+    return (
+        [ScriptedOutput([], "error", error="as asked")]
+        if text == "fail"
+        else [ScriptedOutput(model.tokens("x"), "length")]
+    )
 
 
 def test_places_that_no_sequence_took_come_back() -> None:
     """Where the answer ends before its sequences have begun: the first byte cannot be sent, or nobody waits for it."""
-    service: Any = SimpleNamespace(promised=0)
+    service: Any = SimpleNamespace(reserved_slots=0)
 
     async def events() -> AsyncGenerator[str]:
         yield "never asked for"
@@ -140,14 +144,14 @@ def test_places_that_no_sequence_took_come_back() -> None:
 
     scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
     with pytest.raises(ClientDisconnect):
-        asyncio.run(EventStream(events(), Admission(service, 2))(scope, hang_up, fail))
-    assert service.promised == 0
-    with pytest.raises(Disconnected):
-        asyncio.run(unless_disconnected(Request(scope, hang_up), never(), Admission(service, 3)))
-    assert service.promised == 0
+        asyncio.run(EventStream(events(), SlotReservation(service, 2))(scope, hang_up, fail))
+    assert service.reserved_slots == 0
+    with pytest.raises(ClientDisconnected):
+        asyncio.run(cancel_on_disconnect(Request(scope, hang_up), never(), SlotReservation(service, 3)))
+    assert service.reserved_slots == 0
 
 
-def test_a_real_engine_runs_one_and_queues_one(small: Server) -> None:
+def test_a_real_engine_runs_one_and_queues_one(small: ServerProcess) -> None:
     """As above, with nothing played."""
     long = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream_options": {"include_usage": True}}
     for _ in range(5):  # until the first two were still at work when the third came

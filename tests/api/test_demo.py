@@ -7,8 +7,8 @@ import pytest
 from openai import OpenAI
 from safetensors import safe_open
 
-from image.demo.train import MODEL, Lesson, manual
-from tests.api.servers import Server, running
+from image.demo.train import MODEL, Example, manual
+from tests.api.servers import ServerProcess, running
 
 LARGEST = 8_000_000  # bytes; it is in the repository
 LESSONS = {lesson.questions[0]: lesson for lesson in manual()}
@@ -25,14 +25,14 @@ ASKED = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     output = tmp_path_factory.mktemp("demo") / "output"
     with running(MODEL, output, TP_SIZE="2", WORLD_SIZE="2", TEST_BLOCK_NUM="256") as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> OpenAI:
+def client(server: ServerProcess) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
@@ -51,7 +51,7 @@ def test_it_answers_as_the_manual_does(client: OpenAI, question: str) -> None:
 
 @pytest.mark.parametrize("question", ASKED[:4])
 def test_in_other_words_too(client: OpenAI, question: str) -> None:
-    lesson: Lesson = LESSONS[question]
+    lesson: Example = LESSONS[question]
     assert ask(client, lesson.questions[1]) == lesson.answer
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
-from rtp_llm.engine.request import Event
+from rtp_llm.contract.engine_output import EngineOutput
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said, Submission
-from tests.api.line import Line
-from tests.api.servers import Server
+from tests.api.fake_engine import ScriptedOutput, Submission
+from tests.api.raw_http import RawHttpConnection
+from tests.api.servers import ServerProcess
 from tests.api.sse import frames
-from tests.api.stack import Stack
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 STREAMS: list[tuple[str, dict[str, Any], int]] = [
@@ -35,12 +35,12 @@ WHOLES: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-def assert_all_aborted(stack: Stack, taken: list[Submission]) -> None:
+def assert_all_aborted(stack: ApiServer, taken: list[Submission]) -> None:
     assert {stack.engine.take_abort() for _ in taken} == {s.id for s in taken}
     aborted = {"finished_reason": "abort", "model_name": "fake"}
     stack.until(lambda: stack.metric("rtp_llm_request_success_total", **aborted) == len(taken))
     stack.until(lambda: stack.metric("rtp_llm_http_requests_active") == 0)
-    limit = stack.handover.config.concurrency_limit
+    limit = stack.part_spec.config.concurrency_limit
     assert stack.get("/worker_status").json()["available_concurrency"] == limit
 
 
@@ -52,7 +52,7 @@ def test_a_stream_is_cut(path: str, body: dict[str, Any], count: int, after_text
     with stack.open_stream(path, body) as response:
         taken = [stack.engine.take() for _ in range(count)]
         if after_text:
-            stack.engine.emit(*(Event(s.id, tokens=stack.model.tokens("some text")) for s in taken))
+            stack.engine.emit(*(EngineOutput(s.id, tokens=stack.model.tokens("some text")) for s in taken))
             stream = frames(response.iter_raw())
             while b"some text" not in next(stream):
                 pass
@@ -62,9 +62,9 @@ def test_a_stream_is_cut(path: str, body: dict[str, Any], count: int, after_text
 @pytest.mark.parametrize(("path", "body", "count"), WHOLES)
 def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
     stack = stacks()
-    with Line(stack.url).send(path, json.dumps(body).encode()):
+    with RawHttpConnection(stack.url).send(path, json.dumps(body).encode()):
         taken = [stack.engine.take() for _ in range(count)]
-        stack.engine.emit(Event(taken[0].id, tokens=stack.model.tokens("some text")))
+        stack.engine.emit(EngineOutput(taken[0].id, tokens=stack.model.tokens("some text")))
     assert_all_aborted(stack, taken)
 
 
@@ -72,15 +72,15 @@ def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, stac
 def test_a_client_that_is_gone_before_it_is_served(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
     """It leaves while its long prompt is encoded: sequences that never start keep no places (the stack looks)."""
     stack = stacks()
-    stack.engine.die()
+    stack.engine.close()
     stack.new_engine(max_seq_len=100_000)
     stack.until(lambda: stack.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000)
     raw = json.dumps(body).replace('"Hi"', f'"{"x" * 20_000}"').encode()
     for _ in range(3):
-        with Line(stack.url) as line:
+        with RawHttpConnection(stack.url) as line:
             stack.until(lambda: stack.num_connections == 1)
             with stack.frozen():
-                line.send(path, raw).cut()
+                line.send(path, raw).close()
         stack.until(lambda: stack.num_connections == 0)
     assert stack.metric("rtp_llm_http_requests_total", method="POST", handler=path, status="500") == 0
 
@@ -88,10 +88,10 @@ def test_a_client_that_is_gone_before_it_is_served(path: str, body: dict[str, An
 def test_a_client_that_does_not_read_is_cut(stacks: Stacks) -> None:
     """The server waits for room in the socket's buffer then, and not for the engine."""
     stack = stacks()
-    with Line(stack.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
+    with RawHttpConnection(stack.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
         taken = stack.engine.take()
         for _ in range(400):  # each event repeats the text so far: some 40 MB
-            stack.engine.emit(Event(taken.id, tokens=stack.model.tokens("x" * 500)))
+            stack.engine.emit(EngineOutput(taken.id, tokens=stack.model.tokens("x" * 500)))
     assert_all_aborted(stack, [taken])
 
 
@@ -102,7 +102,7 @@ def test_one_of_two_is_cut(stacks: Stacks) -> None:
         with stack.open_stream(*STREAMS[0][:2]):
             second = stack.engine.take()
         assert stack.engine.take_abort() == second.id
-        stack.engine.say(first, Said(stack.model.tokens("whole"), "length"))
+        stack.engine.send_outputs(first, ScriptedOutput(stack.model.tokens("whole"), "length"))
         assert b"whole" in kept.read()
 
 
@@ -110,7 +110,7 @@ def test_one_of_two_is_cut(stacks: Stacks) -> None:
 def test_a_body_is_cut(path: str, stacks: Stacks) -> None:
     """Nobody is left to answer, and nothing is wrong with the server: no error in its log, no 500 in its metrics."""
     stack = stacks()
-    Line(stack.url).send(path, b'{"prompt": "half', declared=1000).cut()
+    RawHttpConnection(stack.url).send(path, b'{"prompt": "half', declared=1000).close()
     labels = {"method": "POST", "handler": path}
     stack.until(lambda: stack.metric("rtp_llm_http_request_duration_seconds_count", **labels) == 1)
     assert stack.metric("rtp_llm_http_requests_total", status="500", **labels) == 0
@@ -118,7 +118,7 @@ def test_a_body_is_cut(path: str, stacks: Stacks) -> None:
 
 def test_a_matched_stop_string_ends_the_sequence_in_the_engine(stacks: Stacks, byte_model: ByteModel) -> None:
     """The engine knows no text: without an abort it would go on for nobody."""
-    stack = stacks(lambda submission: [Said(byte_model.tokens("one END two"))])
+    stack = stacks(lambda submission: [ScriptedOutput(byte_model.tokens("one END two"))])
     answer = stack.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
     assert answer.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
     assert stack.engine.take_abort() == stack.engine.take().id
@@ -156,12 +156,12 @@ def tokens_generated(http: httpx.Client) -> float:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_the_engine_stops_and_frees_its_blocks(
-    stream: bool, server: Server, http: httpx.Client, idle: Callable[[], None]
+    stream: bool, server: ServerProcess, http: httpx.Client, idle: Callable[[], None]
 ) -> None:
     idle()
     before = tokens_generated(http)
     body = {**CHAT, "max_tokens": 1900, "ignore_eos": True, "stream": stream, "n": 8}
-    with Line(server.url).send("/v1/chat/completions", json.dumps(body).encode()):
+    with RawHttpConnection(server.url).send("/v1/chat/completions", json.dumps(body).encode()):
         for _ in range(200):
             if tokens_generated(http) - before > 8 * 20:
                 break

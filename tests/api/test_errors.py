@@ -9,11 +9,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from rtp_llm.api.schema import BatchInferRequest, ChatRequest, CompletionRequest, GenerateConfig, NativeRequest
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said
-from tests.api.line import Line
-from tests.api.stack import Stack
+from tests.api.fake_engine import ScriptedOutput
+from tests.api.raw_http import RawHttpConnection
 
 CHAT, COMPLETION, NATIVE, BATCH = "/v1/chat/completions", "/v1/completions", "/", "/batch_infer"
 POSTS = (
@@ -24,13 +24,13 @@ HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[Stack]:
-    with Stack(byte_model, lambda submission: [Said([], "length")], max_body_mb=0.25) as started:
+def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+    with ApiServer(byte_model, lambda submission: [ScriptedOutput([], "length")], max_body_mb=0.25) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def client(stack: Stack) -> Iterator[httpx.Client]:
+def client(stack: ApiServer) -> Iterator[httpx.Client]:
     with stack.client() as opened:
         yield opened
 
@@ -197,13 +197,13 @@ def test_a_body_that_is_no_object(path: str, client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_a_body_that_is_too_large(path: str, client: httpx.Client, stack: Stack) -> None:
+def test_a_body_that_is_too_large(path: str, client: httpx.Client, stack: ApiServer) -> None:
     """Whether it says so or not, and without waiting for all of it."""
     large = b'{"prompt": "' + b"x" * 300_000 + b'"}'
     assert_error(client.post(path, content=large), 413, 507, "0.25 MiB", "MAX_BODY_MB")
     in_chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
     assert_error(client.post(path, content=in_chunks), 413, 507, "0.25 MiB")
-    with Line(stack.url).send(path, b"{", declared=10**12) as line:
+    with RawHttpConnection(stack.url).send(path, b"{", declared=10**12) as line:
         assert line.status() == 413
 
 
@@ -338,10 +338,10 @@ def test_legacy_status(stacks: Stacks, byte_model: ByteModel) -> None:
         assert_error(client.put(CHAT), 500, 507)
         overloaded = client.post(CHAT, json={"messages": HI, "n": 2})
         assert_error(overloaded, 500, 409)
-        stack.engine.script = lambda submission: [Said([], "error", error="the engine fell over")]
+        stack.engine.script = lambda submission: [ScriptedOutput([], "error", error="the engine fell over")]
         failed = client.post(CHAT, json={"messages": HI})
         assert_error(failed, 500, 606, "the engine fell over")
-        stack.engine.script = lambda submission: [Said(byte_model.tokens("a"), "length")]
+        stack.engine.script = lambda submission: [ScriptedOutput(byte_model.tokens("a"), "length")]
         assert client.post(CHAT, json={"messages": HI}).status_code == 200
 
 
@@ -350,7 +350,7 @@ def test_legacy_status(stacks: Stacks, byte_model: ByteModel) -> None:
 
 def test_a_deadline_ends_the_request(stacks: Stacks, byte_model: ByteModel) -> None:
     """And aborts it in the engine; the client gets the status, or the event where the stream has begun."""
-    stack = stacks(lambda submission: [Said(byte_model.tokens("some"))])
+    stack = stacks(lambda submission: [ScriptedOutput(byte_model.tokens("some"))])
     with stack.client() as client:
         assert_error(client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50}), 504, 603, "0.05 s")
         assert stack.engine.take_abort() == stack.engine.take().id

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rtp_llm.api import schema
-from tests.api.servers import Server
+from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -126,7 +126,7 @@ BOUNDED = settings(
 
 
 @pytest.fixture(scope="module")
-def client(small: Server) -> Iterator[httpx.Client]:
+def client(small: ServerProcess) -> Iterator[httpx.Client]:
     """The server is as it was afterwards: no rank was lost on the way, nothing is still running."""
     with small.client(timeout=60) as opened:
         yield opened

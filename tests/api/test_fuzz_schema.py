@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.api.servers import Server
+from tests.api.servers import ServerProcess
 
 EXAMPLES = 30  # per operation and kind
 WITH_BODY = [
@@ -35,7 +35,7 @@ SHORT = 3  # tokens
 
 
 @pytest.fixture(scope="module")
-def document(small: Server) -> BaseSchema:
+def document(small: ServerProcess) -> BaseSchema:
     with small.client() as client:
         raw = client.get("/openapi.json").json()
     schema = schemathesis.openapi.from_dict(raw, config=schemathesis.Config())  # no file that lies about is read
@@ -92,7 +92,7 @@ def test_without_a_body(operation: str, document: BaseSchema) -> None:
     hold(document, operation, GenerationMode.POSITIVE, 1)
 
 
-def test_the_document_names_every_endpoint(small: Server) -> None:
+def test_the_document_names_every_endpoint(small: ServerProcess) -> None:
     """What is fuzzed above is what there is; each operation by a name of its own."""
     with small.client() as client:
         paths: dict[str, dict[str, Any]] = client.get("/openapi.json").json()["paths"]
@@ -102,7 +102,7 @@ def test_the_document_names_every_endpoint(small: Server) -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_engine_has_survived(small: Server) -> None:
+def test_the_engine_has_survived(small: ServerProcess) -> None:
     with small.client() as client:
         client.post("/set_log_level", json={"log_level": "INFO"})
         assert client.get("/health").status_code == 200

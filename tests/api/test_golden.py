@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.engine.request import FinishReason, Logprob
+from rtp_llm.contract.engine_output import FinishReason, Logprob
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said, Submission
+from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.sse import frames
-from tests.api.stack import Stack
 
 FOLDER = Path(__file__).parent / "golden"
 MASKS = (
@@ -48,15 +48,17 @@ def compare(name: str, raw: bytes) -> None:
     assert masked(raw) == path.read_bytes()
 
 
-def spoken(model: ByteModel, *pieces: str | bytes, finish: FinishReason | None = "stop", **last: Any) -> list[Said]:
+def spoken(
+    model: ByteModel, *pieces: str | bytes, finish: FinishReason | None = "stop", **last: Any
+) -> list[ScriptedOutput]:
     """An event per piece of text, and one that ends it: with "stop" by the end-of-sequence token."""
-    said = [Said(model.tokens(piece)) for piece in pieces]
+    said = [ScriptedOutput(model.tokens(piece)) for piece in pieces]
     if finish == "stop":
-        return [*said, Said([model.end], finish, **last)]
-    return [*said[:-1], Said(said[-1].tokens, finish, **last)]
+        return [*said, ScriptedOutput([model.end], finish, **last)]
+    return [*said[:-1], ScriptedOutput(said[-1].tokens, finish, **last)]
 
 
-def with_logprobs(model: ByteModel, text: str, top: int) -> list[Said]:
+def with_logprobs(model: ByteModel, text: str, top: int) -> list[ScriptedOutput]:
     """A token an event, each half as likely as the last; the other ones offered are "a" and "b"."""
     others = [(model.tokens(letter)[0], -3.5) for letter in "ab"]
 
@@ -64,11 +66,11 @@ def with_logprobs(model: ByteModel, text: str, top: int) -> list[Said]:
         value = -0.5 * (place + 1)
         return (value, 0, [(token, value), *others][:top])
 
-    said = [Said([token], None, [record(i, token)]) for i, token in enumerate(model.tokens(text))]
-    return [*said, Said([model.end], "stop", [record(9, model.end)])]
+    said = [ScriptedOutput([token], None, [record(i, token)]) for i, token in enumerate(model.tokens(text))]
+    return [*said, ScriptedOutput([model.end], "stop", [record(9, model.end)])]
 
 
-SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[Said]]]] = {
+SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[ScriptedOutput]]]] = {
     "chat": ("/v1/chat/completions", CHAT, lambda m: spoken(m, "Hello", " wor", "ld")),
     "chat-usage": (
         "/v1/chat/completions",
@@ -88,7 +90,7 @@ SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[Said]]
     "chat-error": (
         "/v1/chat/completions",
         CHAT,
-        lambda m: [Said(m.tokens("Hel")), Said([], "error", error="the engine fell over")],
+        lambda m: [ScriptedOutput(m.tokens("Hel")), ScriptedOutput([], "error", error="the engine fell over")],
     ),
     "completion": ("/v1/completions", COMPLETION, lambda m: spoken(m, " upon", " a", " time", finish="length")),
     "completion-echo-logprobs": (
@@ -115,16 +117,16 @@ SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[Said]]
     "native-error": (
         "/",
         {**NATIVE, "yield_generator": True},
-        lambda m: [Said(m.tokens("up")), Said([], "error", error="the engine fell over")],
+        lambda m: [ScriptedOutput(m.tokens("up")), ScriptedOutput([], "error", error="the engine fell over")],
     ),
 }
 
 
-def _first_with_prompt(said: list[Said], model: ByteModel) -> list[Said]:
+def _first_with_prompt(said: list[ScriptedOutput], model: ByteModel) -> list[ScriptedOutput]:
     """The first event also brings the logprobs of the prompt's second to last token."""
     first = said[0]
     records: list[Logprob] = [(-4.0 - i, 0, [(token, -1.0)]) for i, token in enumerate(model.tokens("nce"))]
-    return [Said(first.tokens, first.finish, first.logprobs, records), *said[1:]]
+    return [ScriptedOutput(first.tokens, first.finish, first.logprobs, records), *said[1:]]
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
@@ -139,7 +141,7 @@ def test_stream_of_one_sequence(name: str, stacks: Stacks, byte_model: ByteModel
 class Conversation:
     """The frames of one stream, and the sequences behind it in the order in which they were submitted."""
 
-    def __init__(self, stack: Stack, stream: Iterator[bytes], count: int):
+    def __init__(self, stack: ApiServer, stream: Iterator[bytes], count: int):
         self.stack, self.stream = stack, stream
         self.sequences: list[Submission] = []
         self.count = count
@@ -149,7 +151,7 @@ class Conversation:
         for _ in range(frames):
             self.read += next(self.stream)
 
-    def tell(self, *events: tuple[int, Said], frames: int) -> None:
+    def tell(self, *events: tuple[int, ScriptedOutput], frames: int) -> None:
         """One frame of the engine, and the frames that the client then reads."""
         if not self.sequences:
             self.sequences = [self.stack.engine.take() for _ in range(self.count)]
@@ -160,13 +162,13 @@ class Conversation:
 def interleaved(talk: Conversation, model: ByteModel, *, ends_apart: int) -> None:
     """Two sequences; `ends_apart`: frames that a last event makes."""
 
-    def said(text: str, finish: FinishReason | None = None) -> Said:
-        return Said(model.tokens(text), finish)
+    def said(text: str, finish: FinishReason | None = None) -> ScriptedOutput:
+        return ScriptedOutput(model.tokens(text), finish)
 
     talk.tell((0, said("a1")), (1, said("b1")), frames=2)
     talk.tell((1, said(" b2")), frames=1)
     talk.tell((1, said(" b3", "length")), (0, said(" a2")), frames=ends_apart + 1)
-    talk.tell((0, Said([model.end], "stop")), frames=1)
+    talk.tell((0, ScriptedOutput([model.end], "stop")), frames=1)
     talk.read += b"".join(talk.stream)
 
 

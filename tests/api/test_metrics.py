@@ -9,11 +9,11 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said
-from tests.api.servers import Server
-from tests.api.stack import Stack
+from tests.api.fake_engine import ScriptedOutput
+from tests.api.servers import ServerProcess
 from tests.monitoring.promtool import promtool
 
 Families = dict[str, Metric]
@@ -124,7 +124,7 @@ def test_serving_metrics_name_the_model(scraped: Families) -> None:
         assert value(scraped, "process_max_fds", program=program) > value(scraped, "process_open_fds", program=program)
 
 
-def test_counters_move_with_requests(server: Server, http: httpx.Client) -> None:
+def test_counters_move_with_requests(server: ServerProcess, http: httpx.Client) -> None:
     before = families(http.get("/metrics").text)
     prompt = list(range(40, 100))
     body = {"prompt": prompt, "max_tokens": 7, "ignore_eos": True, "n": 2}
@@ -163,12 +163,12 @@ def test_counters_move_with_requests(server: Server, http: httpx.Client) -> None
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[Stack]:
-    with Stack(byte_model) as started:
+def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+    with ApiServer(byte_model) as started:
         yield started
 
 
-def test_gauges_follow_the_engine(stack: Stack, byte_model: ByteModel) -> None:
+def test_gauges_follow_the_engine(stack: ApiServer, byte_model: ByteModel) -> None:
     """Its totals start anew with each epoch; the counters go on."""
     model = {"model_name": "fake"}
 
@@ -182,7 +182,7 @@ def test_gauges_follow_the_engine(stack: Stack, byte_model: ByteModel) -> None:
     assert stack.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
     assert stack.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
     emit(running=4, preemptions=3, prefix_queries=110, prefix_hits=40)
-    stack.engine.die()
+    stack.engine.close()
     stack.new_engine(epoch=2)
     stack.engine.wait_for_connection()
     emit(running=1, preemptions=1, prefix_queries=7, prefix_hits=6)
@@ -192,7 +192,7 @@ def test_gauges_follow_the_engine(stack: Stack, byte_model: ByteModel) -> None:
     emit(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
 
 
-def test_who_waits_and_why(stack: Stack) -> None:
+def test_who_waits_and_why(stack: ApiServer) -> None:
     """For a place in the batch, or for ranks that were lost."""
 
     def waiting() -> tuple[float, float]:
@@ -204,7 +204,7 @@ def test_who_waits_and_why(stack: Stack) -> None:
     stack.until(lambda: waiting() == (5, 0))
     with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
         stack.engine.take()
-        stack.engine.die()
+        stack.engine.close()
         stack.until(lambda: waiting() == (0, 1))
         stack.new_engine(epoch=3)
         stack.engine.wait_for_connection()
@@ -221,12 +221,12 @@ def test_a_part_that_drains_says_so(stacks: Stacks) -> None:
     assert stack.metric("rtp_llm_state", state="draining") == 1
 
 
-def test_the_last_rank_to_come_is_the_one_that_lags(stack: Stack) -> None:
+def test_the_last_rank_to_come_is_the_one_that_lags(stack: ApiServer) -> None:
     """Who waits least for the others came last."""
     stack.post_board(wait_s=0.002)
-    board = json.loads(stack.handover.gang_board.read_text())
+    board = json.loads(stack.part_spec.gang_status_path.read_text())
     board["ranks"]["1"] = board["ranks"]["0"] | {"wait_s": 0.005}
-    stack.handover.gang_board.write_text(json.dumps(board))
+    stack.part_spec.gang_status_path.write_text(json.dumps(board))
     assert stack.metric("rtp_llm_rank_lag_seconds", rank="0", part="0") == pytest.approx(0.003)
     assert stack.metric("rtp_llm_rank_lag_seconds", rank="1", part="0") == 0
 
@@ -246,7 +246,7 @@ VLLM = (
 
 def test_vllms_names_on_request(stacks: Stacks) -> None:
     stack = stacks(metrics_vllm_aliases=True)
-    stack.engine.script = lambda submission: [Said(submission.prompt[:1], "length")]
+    stack.engine.script = lambda submission: [ScriptedOutput(submission.prompt[:1], "length")]
     stack.post("/v1/completions", {"prompt": "a"})
     text = stack.get("/metrics").text
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
@@ -261,11 +261,11 @@ def test_vllms_names_on_request(stacks: Stacks) -> None:
             assert values[own.replace("vllm:", "rtp_llm_"), *sorted(labels.items())] == sample.value
 
 
-def test_vllms_names_only_on_request(stack: Stack) -> None:
+def test_vllms_names_only_on_request(stack: ApiServer) -> None:
     assert "vllm:" not in stack.get("/metrics").text
 
 
-def test_how_requests_end(stack: Stack, byte_model: ByteModel) -> None:
+def test_how_requests_end(stack: ApiServer, byte_model: ByteModel) -> None:
     """One reason each, whoever ends it."""
 
     def ended() -> dict[str, float]:
@@ -275,7 +275,7 @@ def test_how_requests_end(stack: Stack, byte_model: ByteModel) -> None:
 
     before = ended()
     for said in ([byte_model.end], "stop"), (byte_model.tokens("a"), "length"), ([], "error"):
-        stack.engine.script = lambda s, said=said: [Said(*said, error="x")]  # type: ignore[misc]
+        stack.engine.script = lambda s, said=said: [ScriptedOutput(*said, error="x")]  # type: ignore[misc]
         stack.post("/v1/completions", {"prompt": "a"})
     stack.engine.script = None
     with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):

@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.fake_engine import Said, Submission
-from tests.api.servers import Server
+from tests.api.fake_engine import ScriptedOutput, Submission
+from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
-from tests.api.stack import Stack
 
 # Every key of upstream's aux_info that has a meaning here, with its type.
 AUX_INFO = {
@@ -26,19 +26,19 @@ AUX_INFO = {
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[Stack]:
+def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
     """Answers every prompt with itself in capitals, in two steps."""
 
-    def shout(submission: Submission) -> list[Said]:
+    def shout(submission: Submission) -> list[ScriptedOutput]:
         text = byte_model.tokenizer.decode(submission.prompt, skip_special_tokens=True).upper()
         tokens = byte_model.tokens(text)
-        return [Said(tokens[:1], cached_tokens=1), Said([*tokens[1:], byte_model.end], "stop")]
+        return [ScriptedOutput(tokens[:1], cached_tokens=1), ScriptedOutput([*tokens[1:], byte_model.end], "stop")]
 
-    with Stack(byte_model, shout, aux_string="from here") as started:
+    with ApiServer(byte_model, shout, aux_string="from here") as started:
         yield started
 
 
-def answer(stack: Stack, body: Any, **headers: str) -> Any:
+def answer(stack: ApiServer, body: Any, **headers: str) -> Any:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     with stack.client() as client:
         response = client.post("/", content=raw, headers={h.replace("_", "-"): v for h, v in headers.items()})
@@ -63,20 +63,20 @@ def answer(stack: Stack, body: Any, **headers: str) -> Any:
         ({"prompt": "ab", "generate_config": {"unknown": 1}, "also_unknown": {"a": []}}, "AB"),
     ],
 )
-def test_prompts(body: dict[str, Any], expected: str, stack: Stack) -> None:
+def test_prompts(body: dict[str, Any], expected: str, stack: ApiServer) -> None:
     got = answer(stack, body)
     assert got.keys() == {"response", "finished", "aux_info"}
     assert (got["response"], got["finished"]) == (expected, True)
 
 
 @pytest.mark.parametrize("body", [{"prompt_batch": ["ab", "cd"]}, {"prompt_batch": ["ab", "cd"], "prompt": "x"}])
-def test_a_batch(body: dict[str, Any], stack: Stack) -> None:
+def test_a_batch(body: dict[str, Any], stack: ApiServer) -> None:
     got = answer(stack, body)
     assert [one["response"] for one in got["response_batch"]] == ["AB", "CD"]
     assert all(one["finished"] for one in got["response_batch"])
 
 
-def test_batch_infer(stack: Stack) -> None:
+def test_batch_infer(stack: ApiServer) -> None:
     body = {"prompt_batch": ["ab", "cd"], "generate_config": {"return_output_ids": True}, "return_input_ids": True}
     got = stack.post("/batch_infer", body).json()["response_batch"]
     assert [one["response"] for one in got] == ["AB", "CD"]
@@ -96,21 +96,21 @@ def test_batch_infer(stack: Stack) -> None:
         "application/json; charset=latin-1",
     ],
 )
-def test_any_content_type(content_type: str, stack: Stack) -> None:
+def test_any_content_type(content_type: str, stack: ApiServer) -> None:
     """Upstream's README posts with a bare `curl -d`, which says it sends a form."""
     assert answer(stack, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
 
 
-def test_no_content_type(stack: Stack) -> None:
+def test_no_content_type(stack: ApiServer) -> None:
     assert answer(stack, b'{"prompt": "ab"}')["response"] == "AB"
 
 
-def test_a_json_string_that_holds_the_object(stack: Stack) -> None:
+def test_a_json_string_that_holds_the_object(stack: ApiServer) -> None:
     assert answer(stack, json.dumps(json.dumps({"prompt": "\u00e9"})).encode())["response"] == "\u00c9"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_unicode_encodings(encoding: str, stack: Stack) -> None:
+def test_unicode_encodings(encoding: str, stack: ApiServer) -> None:
     assert answer(stack, json.dumps({"prompt": "é🚀"}, ensure_ascii=False).encode(encoding))["response"] == "É🚀"
 
 
@@ -130,7 +130,7 @@ def test_unicode_encodings(encoding: str, stack: Stack) -> None:
     ],
     ids=str,
 )
-def test_settings(body: dict[str, Any], stack: Stack) -> None:
+def test_settings(body: dict[str, Any], stack: ApiServer) -> None:
     """Nested under either name or at the top, which wins; upstream's second names; lists for a batch."""
     while stack.engine.num_unread:
         stack.engine.take()
@@ -139,7 +139,7 @@ def test_settings(body: dict[str, Any], stack: Stack) -> None:
     assert (params["max_tokens"], params["top_k"]) == (3, 5)
 
 
-def test_all_settings_reach_the_engine(stack: Stack) -> None:
+def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
     config = {
         "max_new_tokens": 7,
         "min_new_tokens": 2,
@@ -182,7 +182,7 @@ def test_all_settings_reach_the_engine(stack: Stack) -> None:
         ({"max_new_tokens": 10**9}, {"max_tokens": 2046}),
     ],
 )
-def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], stack: Stack) -> None:
+def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], stack: ApiServer) -> None:
     while stack.engine.num_unread:
         stack.engine.take()
     answer(stack, {"prompt": "ab", "generate_config": config})
@@ -197,7 +197,7 @@ def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], st
         ({"stop_words_list": "tokens of CD"}, "AB"),
     ],
 )
-def test_stop_words(config: dict[str, Any], expected: str, stack: Stack) -> None:
+def test_stop_words(config: dict[str, Any], expected: str, stack: ApiServer) -> None:
     if isinstance(config.get("stop_words_list"), str):
         config = {"stop_words_list": [stack.model.tokens("CD")]}
     assert answer(stack, {"prompt": "abcde", "generate_config": config})["response"] == expected
@@ -206,7 +206,7 @@ def test_stop_words(config: dict[str, Any], expected: str, stack: Stack) -> None
 # What comes back
 
 
-def test_aux_info(stack: Stack) -> None:
+def test_aux_info(stack: ApiServer) -> None:
     aux = answer(stack, {"prompt": "abc"})["aux_info"]
     assert {key: type(value) for key, value in aux.items()} == AUX_INFO
     assert (aux["input_len"], aux["output_len"], aux["iter_count"], aux["step_output_len"]) == (3, 4, 2, 3)
@@ -216,7 +216,7 @@ def test_aux_info(stack: Stack) -> None:
     assert "aux_info" not in answer(stack, {"prompt": "abc", "aux_info": False})
 
 
-def test_several_sequences(stack: Stack) -> None:
+def test_several_sequences(stack: ApiServer) -> None:
     got = answer(stack, {"prompt": "ab", "num_return_sequences": 2, "return_output_ids": True})
     assert got["response"] == ["AB", "AB"]
     assert [aux["output_len"] for aux in got["aux_info"]] == [3, 3]
@@ -229,7 +229,7 @@ def test_several_sequences(stack: Stack) -> None:
 # Streams
 
 
-def stream(stack: Stack, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
+def stream(stack: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
     raw = stack.stream("/", {"prompt": "abc", **body})
     return raw, payloads(raw)
 
@@ -244,7 +244,7 @@ def stream(stack: Stack, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
     ],
     ids=str,
 )
-def test_upstreams_framing(body: dict[str, Any], stack: Stack) -> None:
+def test_upstreams_framing(body: dict[str, Any], stack: ApiServer) -> None:
     """No space after `data:`, CRLF, cumulative text, and an end marker."""
     raw, events = stream(stack, body)
     assert [e if e == "[done]" else e["response"] for e in events] == ["A", "ABC", "[done]"]
@@ -254,7 +254,7 @@ def test_upstreams_framing(body: dict[str, Any], stack: Stack) -> None:
     assert raw.count(b"\r\n\r\n") == raw.count(b"\n") / 2 == 3
 
 
-def test_the_other_framing(stack: Stack) -> None:
+def test_the_other_framing(stack: ApiServer) -> None:
     """Top-level `stream`: a space, and no end marker."""
     raw, events = stream(stack, {"stream": True})
     assert [e["response"] for e in events] == ["A", "ABC"]
@@ -263,12 +263,12 @@ def test_the_other_framing(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("body", [{"yield_generator": True}, {"stream": True}], ids=str)
-def test_increments(body: dict[str, Any], stack: Stack) -> None:
+def test_increments(body: dict[str, Any], stack: ApiServer) -> None:
     _, events = stream(stack, {**body, "return_incremental": True})
     assert [e["response"] for e in events if e != "[done]"] == ["A", "BC"]
 
 
-def test_increments_of_a_batch_join_to_the_texts(stack: Stack) -> None:
+def test_increments_of_a_batch_join_to_the_texts(stack: ApiServer) -> None:
     """Whatever the order in which the sequences come: what has been sent is not sent again."""
     body = {"prompt_batch": ["abc", "xyz", "123"], "yield_generator": True, "return_incremental": True}
     events = payloads(stack.stream("/", body))[:-1]
@@ -282,7 +282,7 @@ def test_increments_of_a_batch_join_to_the_texts(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("text", ["abc", "é🚀", " ", "a\n\tb", "<|end|>", ""])
-def test_tokenize(text: str, stack: Stack) -> None:
+def test_tokenize(text: str, stack: ApiServer) -> None:
     ids = stack.model.tokenizer.encode(text)
     assert stack.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
     encoded = stack.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
@@ -291,7 +291,7 @@ def test_tokenize(text: str, stack: Stack) -> None:
     assert "offset_mapping" not in stack.post("/tokenizer/encode", {"prompt": text}).json()
 
 
-def test_tokenize_a_chat(stack: Stack) -> None:
+def test_tokenize_a_chat(stack: ApiServer) -> None:
     """As the chat endpoint will: the two must count alike."""
     messages = [{"role": "user", "content": "Hi"}]
     ids = stack.post("/tokenize", {"messages": messages}).json()["token_ids"]
@@ -302,7 +302,7 @@ def test_tokenize_a_chat(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("path", ["/chat/render", "/v1/chat/render"])
-def test_render(path: str, stack: Stack) -> None:
+def test_render(path: str, stack: ApiServer) -> None:
     """Upstream's DebugInfo, with what would be asked of the engine; nothing is."""
     while stack.engine.num_unread:
         stack.engine.take()
@@ -323,7 +323,7 @@ def test_render(path: str, stack: Stack) -> None:
 # With the real engine behind
 
 
-def test_the_readmes_request(server: Server, http: httpx.Client) -> None:
+def test_the_readmes_request(server: ServerProcess, http: httpx.Client) -> None:
     """`curl -XPOST http://localhost:8088 -d '{"prompt": …}'`, word for word but for the length."""
     config = {"max_new_tokens": 12, "top_k": 1, "ignore_eos": True}
     body = {"prompt": "hello, what is your name", "generate_config": config}

@@ -18,8 +18,8 @@ from openai.types.completion import Completion
 from rtp_llm.text.tokenizer import Tokenizer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said
-from tests.api.servers import Server
+from tests.api.fake_engine import ScriptedOutput
+from tests.api.servers import ServerProcess
 
 TOLERANCE = 1e-3  # another batch adds in another order
 
@@ -27,7 +27,7 @@ HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who decides
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
     with make_client(server.url) as made:
         yield made
 
@@ -38,7 +38,7 @@ def make_client(url: str) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(server: Server) -> Tokenizer:
+def tokenizer(server: ServerProcess) -> Tokenizer:
     return Tokenizer.load(server.checkpoint)
 
 
@@ -319,13 +319,13 @@ def test_bad_requests(client: openai.OpenAI) -> None:
 
 
 def test_errors_of_the_server(stacks: Stacks, byte_model: ByteModel) -> None:
-    stack = stacks(lambda s: [Said(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
+    stack = stacks(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
     with make_client(stack.url) as client:
         with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
             chat(client, n=2)
         stack.engine.script = lambda s: [
-            Said(byte_model.tokens("so far")),
-            Said([], "error", error="the engine fell over"),
+            ScriptedOutput(byte_model.tokens("so far")),
+            ScriptedOutput([], "error", error="the engine fell over"),
         ]
         with pytest.raises(openai.InternalServerError, match="the engine fell over"):
             chat(client)
@@ -351,7 +351,7 @@ def test_leaving_a_stream_early(client: openai.OpenAI, http: httpx.Client) -> No
     assert chat(client, max_tokens=2).usage
 
 
-def test_many_at_once(server: Server) -> None:
+def test_many_at_once(server: ServerProcess) -> None:
     """Each gets its own answer, the same that it gets alone."""
 
     async def ask_all() -> tuple[list[str], list[str]]:

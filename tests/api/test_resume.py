@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.api.client import MAX_LOSSES
+from rtp_llm.api.client import MAX_ENGINE_LOSSES
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said, Submission
+from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.sse import frames, payloads
-from tests.api.stack import Stack
 
 CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}],
@@ -24,13 +24,13 @@ def text_of(events: list[Any]) -> str:
     return "".join(c["delta"].get("content", "") for e in events if e != "[DONE]" for c in e["choices"])
 
 
-def resumed(stack: Stack) -> float:
+def resumed(stack: ApiServer) -> float:
     return stack.metric("rtp_llm_requests_resumed_total", model_name="fake")
 
 
-def begin_again(stack: Stack, epoch: int = 2) -> Submission:
+def begin_again(stack: ApiServer, epoch: int = 2) -> Submission:
     """A new engine, and the one sequence that it is given."""
-    stack.engine.die()
+    stack.engine.close()
     stack.new_engine(epoch=epoch)
     return stack.engine.take()
 
@@ -42,16 +42,16 @@ def test_a_stream_goes_on_where_it_was(stacks: Stacks, byte_model: ByteModel) ->
     with stack.open_stream("/v1/chat/completions", CHAT) as response:
         first = stack.engine.take()
         assert first.output == []
-        stack.engine.say(first, Said(tokens[:3]))
+        stack.engine.send_outputs(first, ScriptedOutput(tokens[:3]))
         stream = frames(response.iter_raw())
         read = [next(stream), next(stream)]  # the role, and the "a" before the half character
         second = begin_again(stack)
         assert second == Submission(first.id, first.prompt, tokens[:3], first.params)
-        stack.engine.say(second, Said(tokens[3:6]))
+        stack.engine.send_outputs(second, ScriptedOutput(tokens[3:6]))
         read.append(next(stream))
         third = begin_again(stack, epoch=3)
         assert third.output == tokens[:6]
-        stack.engine.say(third, Said(tokens[6:]), Said([byte_model.end], "stop"))
+        stack.engine.send_outputs(third, ScriptedOutput(tokens[6:]), ScriptedOutput([byte_model.end], "stop"))
         read += stream
     events = payloads(b"".join(read))
     assert text_of(events) == "a🚀é"
@@ -68,11 +68,11 @@ def test_a_whole_answer_goes_on(path: str, stacks: Stacks, byte_model: ByteModel
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(stack.post, path, body)
         first = stack.engine.take()
-        stack.engine.say(first, Said(byte_model.tokens("one ")))
+        stack.engine.send_outputs(first, ScriptedOutput(byte_model.tokens("one ")))
         stack.until(lambda: stack.metric("rtp_llm_generation_tokens_total", model_name="fake") == 4)
         second = begin_again(stack)
         assert second.output == byte_model.tokens("one ")
-        stack.engine.say(second, Said(byte_model.tokens("two"), "length"))
+        stack.engine.send_outputs(second, ScriptedOutput(byte_model.tokens("two"), "length"))
         assert "one two" in answer.result().text
         assert answer.result().status_code == 200
 
@@ -80,11 +80,11 @@ def test_a_whole_answer_goes_on(path: str, stacks: Stacks, byte_model: ByteModel
 def test_sequences_wait_for_an_engine_that_is_away(stacks: Stacks, byte_model: ByteModel) -> None:
     """Accepted while there is none, and submitted once."""
     stack = stacks()
-    stack.engine.die()
+    stack.engine.close()
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(stack.post, "/v1/completions", {"prompt": p}) for p in ("one", "two")]
         stack.until(lambda: stack.get("/worker_status").json()["available_concurrency"] == 30)
-        stack.new_engine(lambda submission: [Said(submission.prompt, "length")])
+        stack.new_engine(lambda submission: [ScriptedOutput(submission.prompt, "length")])
         texts = {a.result().json()["choices"][0]["text"] for a in answers}
     assert texts == {"one", "two"}
     assert stack.engine.num_unread == 2
@@ -93,7 +93,7 @@ def test_sequences_wait_for_an_engine_that_is_away(stacks: Stacks, byte_model: B
 def test_a_request_between_connection_and_greeting_is_submitted_once(stacks: Stacks, byte_model: ByteModel) -> None:
     """Twice under one id, and the engine would compute it twice and hand out both streams as one."""
     stack = stacks()
-    stack.engine.die()
+    stack.engine.close()
     stack.new_engine(greets=False)
     stack.engine.wait_for_connection()
     with ThreadPoolExecutor(1) as pool:
@@ -106,7 +106,7 @@ def test_a_request_between_connection_and_greeting_is_submitted_once(stacks: Sta
         second.cancel()
         with stack.open_stream("/v1/completions", {"prompt": "two", "stream": True}):
             assert byte_model.tokenizer.decode(stack.engine.take().prompt) == "two"
-        stack.engine.say(submission, Said(byte_model.tokens("done"), "length"))
+        stack.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
         assert answer.result().json()["choices"][0]["text"] == "done"
 
 
@@ -114,7 +114,7 @@ def test_an_aborted_sequence_is_not_submitted_again(stacks: Stacks) -> None:
     stack = stacks()
     with stack.open_stream("/v1/chat/completions", CHAT):
         stack.engine.take()
-        stack.engine.die()
+        stack.engine.close()
     stack.until(lambda: stack.get("/worker_status").json()["available_concurrency"] == 32)
     stack.new_engine()
     stack.engine.wait_for_connection()
@@ -129,7 +129,7 @@ def test_an_engine_that_does_not_come_back_ends_all(stacks: Stacks) -> None:
         whole = pool.submit(stack.post, "/v1/completions", {"prompt": "Hi"})
         for _ in range(2):
             stack.engine.take()
-        stack.engine.die()
+        stack.engine.close()
         events = payloads(response.read())
         answer = whole.result()
     assert answer.status_code == 503
@@ -160,13 +160,13 @@ def test_a_sequence_that_ends_every_engine_is_given_up(stacks: Stacks, byte_mode
     with ThreadPoolExecutor(2) as pool:
         poison = pool.submit(stack.post, "/v1/completions", {"prompt": "poison"})
         submission = stack.engine.take()
-        for epoch in range(2, 2 + MAX_LOSSES - 1):
+        for epoch in range(2, 2 + MAX_ENGINE_LOSSES - 1):
             assert begin_again(stack, epoch).id == submission.id
         other = pool.submit(stack.post, "/v1/completions", {"prompt": "other"})
         stack.engine.take()
         last = begin_again(stack, 9)
         assert byte_model.tokenizer.decode(last.prompt) == "other"
-        stack.engine.say(last, Said(byte_model.tokens("done"), "length"))
+        stack.engine.send_outputs(last, ScriptedOutput(byte_model.tokens("done"), "length"))
         assert other.result().json()["choices"][0]["text"] == "done"
         assert (poison.result().status_code, poison.result().json()["error_code"]) == (503, 606)
         assert "times" in poison.result().json()["message"]

@@ -9,26 +9,26 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from rtp_llm.api.part_state import BOARD_STALE_SECONDS
+from rtp_llm.api.part_state import STATUS_STALE_SECONDS
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said
-from tests.api.servers import Server
-from tests.api.stack import Stack
+from tests.api.fake_engine import ScriptedOutput
+from tests.api.servers import ServerProcess
 
 HEALTH = ("/health", "/status", "/health_check", "/GraphService/cm2_status", "/SearchService/cm2_status")
 LIVENESS = ("/liveness", "/frontend_health")
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[Stack]:
-    with Stack(byte_model) as started:
+def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+    with ApiServer(byte_model) as started:
         yield started
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("path", [*HEALTH, *LIVENESS])
-def test_a_serving_part_is_ok(path: str, method: str, stack: Stack) -> None:
+def test_a_serving_part_is_ok(path: str, method: str, stack: ApiServer) -> None:
     """The body is upstream's: a JSON string, quotes and all."""
     stack.post_board()
     with stack.client() as client:
@@ -47,31 +47,31 @@ UNHEALTHY = {
 
 
 @pytest.mark.parametrize("name", UNHEALTHY)
-def test_a_part_that_does_not_serve_says_why(name: str, stack: Stack) -> None:
+def test_a_part_that_does_not_serve_says_why(name: str, stack: ApiServer) -> None:
     """And lives all the same: a probe that kills a loading server would never let it finish."""
-    pulse = UNHEALTHY[name]
-    if pulse is None:
-        stack.handover.gang_board.unlink(missing_ok=True)
+    rank_status = UNHEALTHY[name]
+    if rank_status is None:
+        stack.part_spec.gang_status_path.unlink(missing_ok=True)
     else:
-        stack.post_board(**pulse)
+        stack.post_board(**rank_status)
     for path in HEALTH:
         answer = stack.get(path)
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.json()["detail"]
-    if pulse and "progress" in pulse:
-        assert answer.json()["phase"] == pulse["phase"]
-        assert answer.json()["progress"] == pulse["progress"]
+    if rank_status and "progress" in rank_status:
+        assert answer.json()["phase"] == rank_status["phase"]
+        assert answer.json()["progress"] == rank_status["progress"]
     for path in LIVENESS:
         assert stack.get(path).content == b'"ok"'
     assert stack.metric("rtp_llm_ready") == 0
     assert stack.metric("rtp_llm_live") == 1
 
 
-def test_a_board_that_nobody_writes_any_more(stack: Stack) -> None:
+def test_a_board_that_nobody_writes_any_more(stack: ApiServer) -> None:
     stack.post_board()
-    old = time.time() - BOARD_STALE_SECONDS - 1
-    os.utime(stack.handover.gang_board, (old, old))
+    old = time.time() - STATUS_STALE_SECONDS - 1
+    os.utime(stack.part_spec.gang_status_path, (old, old))
     answer = stack.get("/health")
     assert answer.status_code == 503
     assert "silent" in answer.json()["detail"]
@@ -82,7 +82,7 @@ def test_a_lost_connection_to_rank_0(stacks: Stacks) -> None:
     stack = stacks()
     stack.post_board()
     assert stack.get("/health").status_code == 200
-    stack.engine.die()
+    stack.engine.close()
     stack.until(lambda: stack.get("/health").status_code == 503)
     stack.new_engine(greets=False)
     stack.engine.wait_for_connection()
@@ -92,7 +92,7 @@ def test_a_lost_connection_to_rank_0(stacks: Stacks) -> None:
     stack.until(lambda: stack.get("/health").status_code == 200)
 
 
-def test_models(stack: Stack, http: httpx.Client, server: Server) -> None:
+def test_models(stack: ApiServer, http: httpx.Client, server: ServerProcess) -> None:
     for answer, name in ((stack.get("/v1/models"), "fake"), (http.get("/v1/models"), "demo")):
         [card] = answer.json()["data"]
         assert answer.json()["object"] == "list"
@@ -135,7 +135,7 @@ STATUS_KEYS = {
 
 @pytest.mark.parametrize("path", ["/worker_status", "/rtp_llm/worker_status"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_worker_status(path: str, method: str, server: Server, http: httpx.Client) -> None:
+def test_worker_status(path: str, method: str, server: ServerProcess, http: httpx.Client) -> None:
     body = json.dumps({"latest_cache_version": 1, "latest_finised_version": 2}) if method == "POST" else None
     status = http.request(method, path, content=body).json()
     assert {key: type(status[key]) for key in STATUS_KEYS} == STATUS_KEYS
@@ -155,11 +155,11 @@ def test_cache_status(path: str, method: str, http: httpx.Client) -> None:
     assert isinstance(status["version"], int)
 
 
-def test_status_follows_the_engine(stack: Stack, byte_model: ByteModel) -> None:
+def test_status_follows_the_engine(stack: ApiServer, byte_model: ByteModel) -> None:
     with stack.open_stream("/v1/completions", {"prompt": "Hi", "stream": True}):
         submission = stack.engine.take()
         stats = {"running": 3, "waiting": 2, "kv_used": 10, "steps": 77, "step_tokens": 5, "step_seconds": 0.5}
-        stack.engine.emit(Said(byte_model.tokens("a")).event(submission.id), **stats)
+        stack.engine.emit(ScriptedOutput(byte_model.tokens("a")).event(submission.id), **stats)
         stack.until(lambda: stack.get("/worker_status").json()["iterate_count"] == 77)
         status = stack.get("/worker_status").json()
         assert (status["running_query_len"], status["waiting_query_len"]) == (3, 2)
@@ -172,7 +172,7 @@ def test_status_follows_the_engine(stack: Stack, byte_model: ByteModel) -> None:
 
 
 @pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARN", "WARNING", "ERROR"])
-def test_log_level(level: str, stack: Stack) -> None:
+def test_log_level(level: str, stack: ApiServer) -> None:
     root = logging.getLogger()
     before = root.level
     try:
@@ -182,7 +182,7 @@ def test_log_level(level: str, stack: Stack) -> None:
         root.setLevel(before)
 
 
-def test_every_origin_may_ask(stack: Stack) -> None:
+def test_every_origin_may_ask(stack: ApiServer) -> None:
     """As upstream: a page from anywhere may use the API."""
     headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
     with stack.client() as client:
@@ -191,7 +191,7 @@ def test_every_origin_may_ask(stack: Stack) -> None:
         assert client.get("/nothing", headers=headers).headers["access-control-allow-origin"] == "*"
 
 
-def test_a_browser_gets_a_page_and_a_program_upstreams_word(stack: Stack) -> None:
+def test_a_browser_gets_a_page_and_a_program_upstreams_word(stack: ApiServer) -> None:
     with stack.client() as client:
         assert client.get("/").json() == {"status": "home"}
         page = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})

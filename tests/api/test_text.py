@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rtp_llm.engine.request import Logprob
+from rtp_llm.contract.engine_output import Logprob
+from tests.api.api_server import ApiServer
 from tests.api.byte_model import END, ByteModel
 from tests.api.conftest import Stacks
-from tests.api.fake_engine import Said
+from tests.api.fake_engine import ScriptedOutput
 from tests.api.sse import payloads
-from tests.api.stack import Stack
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
@@ -25,28 +25,28 @@ STOPS = st.lists(st.text(st.sampled_from("abé🚀 "), min_size=1, max_size=3), 
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[Stack]:
+def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
     """Says what `said` of the engine's script holds; each test puts its own there."""
-    with Stack(byte_model) as started:
+    with ApiServer(byte_model) as started:
         yield started
 
 
-def say(stack: Stack, said: list[Said]) -> None:
+def say(stack: ApiServer, said: list[ScriptedOutput]) -> None:
     stack.engine.script = lambda submission: said
 
 
-def pieces(model: ByteModel, text: str | bytes, sizes: random.Random) -> list[Said]:
+def pieces(model: ByteModel, text: str | bytes, sizes: random.Random) -> list[ScriptedOutput]:
     """The text in steps of one to three tokens, wherever that cuts it."""
     tokens = model.tokens(text)
     said = []
     while tokens:
         count = sizes.randint(1, 3)
-        said.append(Said(tokens[:count]))
+        said.append(ScriptedOutput(tokens[:count]))
         tokens = tokens[count:]
     return said
 
 
-def chat_text(stack: Stack, body: dict[str, Any]) -> tuple[str, str, int]:
+def chat_text(stack: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
     """Text, finish reason and completion tokens of a stream, and that the whole answer has the same."""
     events = payloads(stack.stream("/v1/chat/completions", {**CHAT, **body, **USAGE}))
     assert events[-1] == "[DONE]"
@@ -74,9 +74,9 @@ def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT, stops=STOPS, include=st.booleans(), seed=st.integers(0, 99))
 def test_a_text_in_any_pieces(
-    stack: Stack, byte_model: ByteModel, text: str, stops: list[str], include: bool, seed: int
+    stack: ApiServer, byte_model: ByteModel, text: str, stops: list[str], include: bool, seed: int
 ) -> None:
-    say(stack, [*pieces(byte_model, text, random.Random(seed)), Said([byte_model.end], "stop")])
+    say(stack, [*pieces(byte_model, text, random.Random(seed)), ScriptedOutput([byte_model.end], "stop")])
     body = {"stop": stops, "include_stop_str_in_output": include} if stops else {}
     shown, finish, tokens = chat_text(stack, body)
     expected, stopped = cut(text, stops, include)
@@ -99,44 +99,44 @@ def test_a_text_in_any_pieces(
         (b"", ""),
     ],
 )
-def test_bytes_that_are_no_text(raw: bytes, expected: str, stack: Stack, byte_model: ByteModel) -> None:
+def test_bytes_that_are_no_text(raw: bytes, expected: str, stack: ApiServer, byte_model: ByteModel) -> None:
     """A model may say anything; a stream shows U+FFFD, as soon as no later byte can change it."""
-    say(stack, [Said([token]) for token in byte_model.tokens(raw)] + [Said([], "length")])
+    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens(raw)] + [ScriptedOutput([], "length")])
     assert chat_text(stack, {}) == (expected, "length", len(raw))
 
 
-def test_a_held_beginning_of_a_stop_string_is_given_out_at_the_end(stack: Stack, byte_model: ByteModel) -> None:
-    say(stack, [Said(byte_model.tokens("one ST")), Said(byte_model.tokens("O"), "length")])
+def test_a_held_beginning_of_a_stop_string_is_given_out_at_the_end(stack: ApiServer, byte_model: ByteModel) -> None:
+    say(stack, [ScriptedOutput(byte_model.tokens("one ST")), ScriptedOutput(byte_model.tokens("O"), "length")])
     assert chat_text(stack, {"stop": "STOP"}) == ("one STO", "length", 7)
 
 
-def test_a_stop_string_that_ends_with_the_last_token_allowed(stack: Stack, byte_model: ByteModel) -> None:
+def test_a_stop_string_that_ends_with_the_last_token_allowed(stack: ApiServer, byte_model: ByteModel) -> None:
     """Both reasons hold; what the client asked for is the one to tell."""
-    say(stack, [Said(byte_model.tokens("one STO")), Said(byte_model.tokens("P"), "length")])
+    say(stack, [ScriptedOutput(byte_model.tokens("one STO")), ScriptedOutput(byte_model.tokens("P"), "length")])
     assert chat_text(stack, {"stop": "STOP"}) == ("one ", "stop", 8)
 
 
-def test_a_stop_string_inside_a_character_does_not_match(stack: Stack, byte_model: ByteModel) -> None:
-    say(stack, [Said([token]) for token in byte_model.tokens("éÃ")] + [Said([], "length")])
+def test_a_stop_string_inside_a_character_does_not_match(stack: ApiServer, byte_model: ByteModel) -> None:
+    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens("éÃ")] + [ScriptedOutput([], "length")])
     assert chat_text(stack, {"stop": "Ã"}) == ("é", "stop", 4)
 
 
-def test_stop_strings_count_from_min_tokens_on(stack: Stack, byte_model: ByteModel) -> None:
-    say(stack, [Said([token]) for token in byte_model.tokens("a.b.c")] + [Said([], "length")])
+def test_stop_strings_count_from_min_tokens_on(stack: ApiServer, byte_model: ByteModel) -> None:
+    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens("a.b.c")] + [ScriptedOutput([], "length")])
     assert chat_text(stack, {"stop": "."}) == ("a", "stop", 2)
     assert chat_text(stack, {"stop": ".", "min_tokens": 3, "max_tokens": 9}) == ("a.b", "stop", 4)
 
 
-def test_special_tokens_are_hidden_unless_asked_for(stack: Stack, byte_model: ByteModel) -> None:
-    say(stack, [Said([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
+def test_special_tokens_are_hidden_unless_asked_for(stack: ApiServer, byte_model: ByteModel) -> None:
+    say(stack, [ScriptedOutput([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
     assert chat_text(stack, {}) == ("ab", "length", 3)
     assert chat_text(stack, {"skip_special_tokens": False}) == (f"a{END}b", "length", 3)
 
 
-def test_the_stop_token_is_shown_only_where_stop_strings_are(stack: Stack, byte_model: ByteModel) -> None:
+def test_the_stop_token_is_shown_only_where_stop_strings_are(stack: ApiServer, byte_model: ByteModel) -> None:
     """`stop_token_ids` may name a token with a text of its own."""
     full_stop = byte_model.tokens(".")
-    say(stack, [Said(byte_model.tokens("a")), Said(full_stop, "stop")])
+    say(stack, [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput(full_stop, "stop")])
     assert chat_text(stack, {"stop_token_ids": full_stop}) == ("a", "stop", 2)
     assert chat_text(stack, {"stop_token_ids": full_stop, "include_stop_str_in_output": True}) == ("a.", "stop", 2)
 
@@ -144,7 +144,7 @@ def test_the_stop_token_is_shown_only_where_stop_strings_are(stack: Stack, byte_
 # What the engine is asked
 
 
-def submitted(stack: Stack, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def submitted(stack: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters that a request becomes."""
     while stack.engine.num_unread:
         stack.engine.take()
@@ -153,9 +153,9 @@ def submitted(stack: Stack, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return stack.engine.take().params
 
 
-def test_defaults(stack: Stack, byte_model: ByteModel) -> None:
+def test_defaults(stack: ApiServer, byte_model: ByteModel) -> None:
     """Those of OpenAI, but for upstream's temperature of a chat; and room for as much as fits where nothing is said."""
-    say(stack, [Said([], "length")])
+    say(stack, [ScriptedOutput([], "length")])
     chat = submitted(stack, "/v1/chat/completions", CHAT)
     assert (chat["temperature"], chat["max_tokens"]) == (0.7, 2048 - len(byte_model.tokens("user:Hiassistant:")) - 2)
     completion = submitted(stack, "/v1/completions", {"prompt": "Hi"})
@@ -190,13 +190,13 @@ def test_defaults(stack: Stack, byte_model: ByteModel) -> None:
         ({"extra_configs": {"stop_words_list": [[5], [65, 66]]}}, {"stop_token_ids": [5, 256]}),
     ],
 )
-def test_what_a_chat_asks_of_the_engine(given: dict[str, Any], asked: dict[str, Any], stack: Stack) -> None:
-    say(stack, [Said([], "length")])
+def test_what_a_chat_asks_of_the_engine(given: dict[str, Any], asked: dict[str, Any], stack: ApiServer) -> None:
+    say(stack, [ScriptedOutput([], "length")])
     assert submitted(stack, "/v1/chat/completions", {**CHAT, **given}).items() >= asked.items()
 
 
-def test_choices_have_seeds_of_their_own(stack: Stack) -> None:
-    say(stack, [Said([], "length")])
+def test_choices_have_seeds_of_their_own(stack: ApiServer) -> None:
+    say(stack, [ScriptedOutput([], "length")])
     while stack.engine.num_unread:
         stack.engine.take()
     stack.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "seed": 40})
@@ -205,23 +205,23 @@ def test_choices_have_seeds_of_their_own(stack: Stack) -> None:
     assert seeds == [("a", 40), ("a", 41), ("b", 40), ("b", 41)]
 
 
-def test_without_a_seed_every_request_has_another(stack: Stack) -> None:
-    say(stack, [Said([], "length")])
+def test_without_a_seed_every_request_has_another(stack: ApiServer) -> None:
+    say(stack, [ScriptedOutput([], "length")])
     assert len({submitted(stack, "/", {"prompt": "Hi"})["seed"] for _ in range(4)}) == 4
 
 
 # Beside the text
 
 
-def records(model: ByteModel, text: str) -> list[Said]:
+def records(model: ByteModel, text: str) -> list[ScriptedOutput]:
     """One token an event, each a little less likely than the last."""
     tokens = model.tokens(text)
     record: list[Logprob] = [(-0.25 * (i + 1), 0, [(token, -0.25 * (i + 1))]) for i, token in enumerate(tokens)]
-    return [Said([t], "length" if i == len(tokens) - 1 else None, [record[i]]) for i, t in enumerate(tokens)]
+    return [ScriptedOutput([t], "length" if i == len(tokens) - 1 else None, [record[i]]) for i, t in enumerate(tokens)]
 
 
 @pytest.mark.parametrize("stop", [None, "🚀!", "zzz"], ids=["no stop", "stop", "other stop"])
-def test_chat_logprobs_tell_every_token(stop: str | None, stack: Stack, byte_model: ByteModel) -> None:
+def test_chat_logprobs_tell_every_token(stop: str | None, stack: ApiServer, byte_model: ByteModel) -> None:
     """Also of those whose text is held back or cut, in order, in stream and whole answer alike."""
     say(stack, records(byte_model, "é🚀!x"))
     body = {**CHAT, "logprobs": True, "top_logprobs": 1, **({"stop": stop} if stop else {})}
@@ -237,7 +237,7 @@ def test_chat_logprobs_tell_every_token(stop: str | None, stack: Stack, byte_mod
         assert entry["top_logprobs"][0] == {key: entry[key] for key in ("token", "logprob", "bytes")}
 
 
-def test_completion_logprobs_point_into_the_text(stack: Stack, byte_model: ByteModel) -> None:
+def test_completion_logprobs_point_into_the_text(stack: ApiServer, byte_model: ByteModel) -> None:
     """`text_offset` is where a token's text begins, in characters; the parts of one character begin together."""
     say(stack, records(byte_model, "aé🚀z"))
     answer = stack.post("/v1/completions", {"prompt": "x", "logprobs": 1}).json()["choices"][0]
@@ -253,25 +253,25 @@ def test_completion_logprobs_point_into_the_text(stack: Stack, byte_model: ByteM
         assert [value for piece in streamed for value in piece[key]] == values
 
 
-def test_a_likely_token_hides_no_other_of_the_same_text(stack: Stack, byte_model: ByteModel) -> None:
+def test_a_likely_token_hides_no_other_of_the_same_text(stack: ApiServer, byte_model: ByteModel) -> None:
     """Parts of characters all read U+FFFD; the value beside the chosen one must be its own."""
     chosen, other = byte_model.tokens(b"\xc3\xa9")
-    say(stack, [Said([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (other, -7.0)])])])
+    say(stack, [ScriptedOutput([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (other, -7.0)])])])
     table = stack.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
     assert (table["token_logprobs"], table["top_logprobs"]) == ([-0.5], [{"\ufffd": -0.5}])
 
 
-def test_an_impossible_token_is_no_invalid_json(stack: Stack, byte_model: ByteModel) -> None:
+def test_an_impossible_token_is_no_invalid_json(stack: ApiServer, byte_model: ByteModel) -> None:
     [token] = byte_model.tokens("a")
-    say(stack, [Said([token], "length", [(float("-inf"), 9, [(token, float("-inf"))])])])
+    say(stack, [ScriptedOutput([token], "length", [(float("-inf"), 9, [(token, float("-inf"))])])])
     for body in ({**CHAT, "logprobs": True}, {**CHAT, "logprobs": True, "stream": True}):
         assert b'"logprob":-9999.0' in stack.stream("/v1/chat/completions", body)
     assert b"-9999.0" in stack.stream("/v1/completions", {"prompt": "x", "logprobs": 1})
 
 
-def test_usage_adds_up(stack: Stack, byte_model: ByteModel) -> None:
+def test_usage_adds_up(stack: ApiServer, byte_model: ByteModel) -> None:
     """Each prompt counts once however many choices it has, and each choice's tokens count."""
-    say(stack, [Said(byte_model.tokens("abc"), cached_tokens=2), Said([byte_model.end], "stop")])
+    say(stack, [ScriptedOutput(byte_model.tokens("abc"), cached_tokens=2), ScriptedOutput([byte_model.end], "stop")])
     answer = stack.post("/v1/completions", {"prompt": ["12345", "123"], "n": 3}).json()
     assert len(answer["choices"]) == 6
     assert answer["usage"] == {
@@ -284,7 +284,7 @@ def test_usage_adds_up(stack: Stack, byte_model: ByteModel) -> None:
 
 def test_long_prompts_are_encoded_beside_the_event_loop(stacks: Stacks, byte_model: ByteModel) -> None:
     """The same ids either way."""
-    stack = stacks(lambda submission: [Said(submission.prompt[-3:], "length")])
+    stack = stacks(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
     for length in (10, 4095, 4096, 100_000):
         ids = stack.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]
         assert ids == byte_model.tokens("é") * length

@@ -64,7 +64,7 @@ def until(condition: Callable[[], T | None], what: str, seconds: float = DEADLIN
         time.sleep(0.1)
 
 
-class Service:
+class ContainerService:
     """Whatever answers HTTP on a port of this machine."""
 
     port: int
@@ -79,7 +79,7 @@ class Service:
         return str(json.loads(text)["choices"][0]["text"])
 
 
-class Container(Service):
+class Container(ContainerService):
     """`docker run -d` of the image; a context manager that removes it, and shows its log when a test fails."""
 
     def __init__(self, *options: str, env: Mapping[str, str] | None = None, command: Sequence[str] = ()):
@@ -137,7 +137,7 @@ class Container(Service):
         docker("rm", "--force", "--volumes", self.name)
 
 
-class Project(Service):
+class Project(ContainerService):
     """`docker compose up` of the repository's own file, under a name of its own; taken down with its volumes."""
 
     def __init__(self, *profiles: str, services: Sequence[str] = (), env: Mapping[str, str] | None = None):

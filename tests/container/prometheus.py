@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.container.engine import REPOSITORY, Service
+from tests.container.engine import REPOSITORY, ContainerService
 
 IMAGE = "rtp-llm-prometheus:under-test"
 DOCKERFILE = """\
@@ -31,7 +31,7 @@ def build_prometheus() -> str:
     return IMAGE
 
 
-class Prometheus(Service):
+class Prometheus(ContainerService):
     """Its HTTP API."""
 
     def __init__(self, port: int):

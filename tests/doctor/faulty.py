@@ -8,11 +8,11 @@ import pynvml
 import pytest
 
 from doctor.check import Runtime
-from doctor.host import Space
-from doctor.node import Node
+from doctor.context import CheckContext
+from doctor.host import DiskSpace
 from doctor.report import Report, make_report
 from rtp_llm.parallel.plan import PlannedPort
-from tests.doctor.lab import LIMITS, PlayedHost, examine
+from tests.doctor.fixtures import LIMITS, FakeHost, run_context_checks
 
 MIB = 1 << 20
 ENVIRON = {
@@ -41,18 +41,18 @@ FAULTS = {
 }
 
 
-class FaultyHost(PlayedHost):
+class FaultyHost(FakeHost):
     """`PlayedHost` with limits, memory and a disk that fails."""
 
     def __init__(self, root: Path, runtime: Runtime):
         super().__init__(root, {**ENVIRON, "RTP_RUNTIME": runtime})
-        self.played_cores = 1
-        self.spaces["/dev/shm"] = Space(64 * MIB, MIB, -1)
+        self.fake_cores = 1
+        self.spaces["/dev/shm"] = DiskSpace(64 * MIB, MIB, -1)
         self.write("/proc/self/limits", "\n".join(row for row in LIMITS.splitlines() if "open files" not in row))
         self.write("/sys/fs/cgroup/memory.events", "low 0\noom_kill 2\n")
         self.write("/sys/fs/cgroup/pids.max", "30\n")
 
-    def space(self, path: str) -> Space:
+    def space(self, path: str) -> DiskSpace:
         if path == "/tmp":
             raise OSError(5, "Input/output error")
         return super().space(path)
@@ -69,15 +69,15 @@ class NoDriver:
 def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Report:
     """All checks of tier 0 on it; no port of this machine is tried."""
 
-    def obstacle(planned: PlannedPort) -> str:
+    def port_conflict(planned: PlannedPort) -> str:
         return "in use by pid 4711 (nginx: master process nginx)" if planned.port == 10000 else ""
 
-    patch.setattr("doctor.checks.network.obstacle", obstacle)
-    node = Node(FaultyHost(root, runtime), nvml=NoDriver)
-    return make_report(node, examine(node), started=0.0)
+    patch.setattr("doctor.checks.network.port_conflict", port_conflict)
+    ctx = CheckContext(FaultyHost(root, runtime), nvml=NoDriver)
+    return make_report(ctx, run_context_checks(ctx), started=0.0)
 
 
-def steady(report: Report) -> Report:
+def without_timings(report: Report) -> Report:
     """Without what changes from run to run and from release to release."""
     checks = [
         c.model_copy(update={"duration_ms": 0.5, "actual": re.sub(r"\ball \d+ settings", "all settings", c.actual)})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.lab import REPOSITORY, doctor, report
+from tests.doctor.fixtures import REPOSITORY, doctor, report
 from tests.parallel.parts import Part, free_start_port
 
 
@@ -102,9 +102,9 @@ def test_an_api_that_is_gone(part: Part) -> None:
 def test_a_rank_that_never_came(part: Part, tmp_path: Path) -> None:
     """The same part, with a board that only knows of one."""
     (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
-    board = json.loads((part.run_dir / "gang.json").read_text())
-    del board["ranks"]["1"]
-    (tmp_path / "gang.json").write_text(json.dumps(board))
+    gang_status = json.loads((part.run_dir / "gang.json").read_text())
+    del gang_status["ranks"]["1"]
+    (tmp_path / "gang.json").write_text(json.dumps(gang_status))
     done = doctor("attach", "--run-dir", str(tmp_path))
     assert done.returncode == 1
     assert "  rank 1: no heartbeat" in done.stdout.splitlines()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from doctor.bundle import LEFT_OUT, redact, write_bundle
+from doctor.bundle import REDACTED, redact, write_bundle
 from doctor.check import REGISTRY, Runtime, error
 from doctor.host import is_secret
-from doctor.report import Report, finding
+from doctor.report import Report, make_finding
 from rtp_llm.config import Config
 from tests.doctor.faulty import faulty_report
-from tests.doctor.lab import PlayedHost, doctor
+from tests.doctor.fixtures import FakeHost, doctor
 
 SECRETS = {
     "GANG_SECRET": "hunter2-of-the-gang",
@@ -78,13 +78,13 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     """With a finding whose text holds every secret, as a misspelt variable's would."""
     found = faulty_report(tmp_path / "machine", Runtime.DOCKER, monkeypatch)
     told = "; ".join(SECRETS.values())
-    leak = finding(REGISTRY["M-13"], error(told, "nothing", f"say {told}", values=list(SECRETS.values())), 0.0)
+    leak = make_finding(REGISTRY["M-13"], error(told, "nothing", f"say {told}", values=list(SECRETS.values())), 0.0)
     return found.model_copy(update={"checks": [leak, *found.checks]})
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> PlayedHost:
-    host = PlayedHost(tmp_path / "machine", {**SECRETS, **PUBLIC, "HF_TOKEN": "hf-of-somebody", "EDITOR": "ed"})
+def host(tmp_path: Path) -> FakeHost:
+    host = FakeHost(tmp_path / "machine", {**SECRETS, **PUBLIC, "HF_TOKEN": "hf-of-somebody", "EDITOR": "ed"})
     host.write("/etc/nccl.conf", "NCCL_DEBUG=WARN\nNCCL_SECRET=of-the-file\n")
     return host
 
@@ -106,7 +106,7 @@ def contents(bundle: Path) -> dict[str, str]:
         return {member.name: archive.extractfile(member).read().decode() for member in archive}  # type: ignore[union-attr]
 
 
-def test_names(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) -> None:
+def test_names(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     always = [
         "environment.txt",
         "host/etc/nccl.conf",
@@ -119,7 +119,7 @@ def test_names(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) 
     assert sorted(contents(tmp_path / "bundle.tgz")) == [f"rtp-llm-doctor/{name}" for name in names]
 
 
-def test_no_name_leads_out_of_the_folder(report: Report, host: PlayedHost, tmp_path: Path) -> None:
+def test_no_name_leads_out_of_the_folder(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
     with tarfile.open(tmp_path / "bundle.tgz") as archive:
         archive.extractall(tmp_path / "out", filter="data")
@@ -127,7 +127,7 @@ def test_no_name_leads_out_of_the_folder(report: Report, host: PlayedHost, tmp_p
 
 
 def test_the_same_input_gives_the_same_bytes(
-    report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: Report, host: FakeHost, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_bundle(tmp_path / "one.tgz", report, host, str(run_dir))
     monkeypatch.setattr(time, "time", lambda: 2e9)
@@ -135,30 +135,30 @@ def test_the_same_input_gives_the_same_bytes(
     assert (tmp_path / "one.tgz").read_bytes() == (tmp_path / "other.tgz").read_bytes()
 
 
-def test_no_secret_is_in_it(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) -> None:
+def test_no_secret_is_in_it(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
     files = contents(tmp_path / "bundle.tgz")
     for secret in [*SECRETS.values(), "hf-of-somebody", "of-the-file"]:
         for name, text in files.items():
             assert secret not in text, name
             assert json.dumps(secret)[1:-1] not in text, name
-    assert LEFT_OUT in files["rtp-llm-doctor/report.json"]
+    assert REDACTED in files["rtp-llm-doctor/report.json"]
 
 
-def test_the_report_in_it_can_still_be_read(report: Report, host: PlayedHost, tmp_path: Path) -> None:
+def test_the_report_in_it_can_still_be_read(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
     found = Report.model_validate_json(contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/report.json"])
     assert [f.id for f in found.checks] == [f.id for f in report.checks]
     assert found.checks[1:] == report.checks[1:]
 
 
-def test_the_environment_is_what_the_server_would_read(report: Report, host: PlayedHost, tmp_path: Path) -> None:
+def test_the_environment_is_what_the_server_would_read(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
     rows = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/environment.txt"].splitlines()
-    assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in PUBLIC.items()), *(f"{n}={LEFT_OUT}" for n in SECRETS)])
+    assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in PUBLIC.items()), *(f"{n}={REDACTED}" for n in SECRETS)])
 
 
-def test_only_the_end_of_a_long_log_is_taken(report: Report, host: PlayedHost, run_dir: Path, tmp_path: Path) -> None:
+def test_only_the_end_of_a_long_log_is_taken(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
     log = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/part/supervisord.log"]
     assert log.endswith("last line\n")
@@ -169,7 +169,7 @@ def test_only_the_end_of_a_long_log_is_taken(report: Report, host: PlayedHost, r
 def test_shapes_of_secrets(line: str, secret: str) -> None:
     for text in (line, f"before {line} after", f"before\n{line}\nafter"):
         assert secret not in redact(text)
-        assert LEFT_OUT in redact(text)
+        assert REDACTED in redact(text)
     assert redact(redact(line)) == redact(line)
 
 
@@ -181,10 +181,10 @@ def test_what_is_no_secret_stays(line: str) -> None:
 def test_json_stays_json() -> None:
     data = {"gang_secret": "hunter2", "password": "", "url": "https://u:p@h/x", "text": "token=abc", "n": [1]}
     assert json.loads(redact(json.dumps(data))) == {
-        "gang_secret": LEFT_OUT,
-        "password": LEFT_OUT,
-        "url": f"https://u:{LEFT_OUT}@h/x",
-        "text": f"token={LEFT_OUT}",
+        "gang_secret": REDACTED,
+        "password": REDACTED,
+        "url": f"https://u:{REDACTED}@h/x",
+        "text": f"token={REDACTED}",
         "n": [1],
     }
 

@@ -17,7 +17,7 @@ from doctor import cli
 from doctor.check import REGISTRY
 from doctor.cli import COMMANDS
 from doctor.render import FORMATS
-from tests.doctor.lab import REPOSITORY, doctor, red, report
+from tests.doctor.fixtures import REPOSITORY, doctor, failed_checks, report
 
 PORT = {"START_PORT": "19861"}
 HUB_NAME = {**PORT, "CHECKPOINT_PATH": "org/model"}  # M-08, an error
@@ -86,7 +86,7 @@ def test_what_cannot_be_examined_ends_with_3() -> None:
 
 def test_a_fault_of_the_doctor_ends_with_2() -> None:
     """Not with Python's 1, which would say that errors were found and keep a part from starting."""
-    code = "import sys; from doctor import cli; cli.examine = None; sys.exit(cli.main([]))"
+    code = "import sys; from doctor import cli; cli.run_doctor = None; sys.exit(cli.main([]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert "TypeError: 'NoneType' object is not callable" in done.stderr
     assert done.returncode == 2
@@ -149,7 +149,7 @@ def test_only_takes_categories() -> None:
 def test_a_selection_is_not_green_where_its_cause_is_red() -> None:
     """M-05 alone would find no folder to look into, and call that skipped."""
     done = doctor("-o", "json", "--only", "M-05", env=HUB_NAME)
-    assert red(report(done)) == {"M-08": "error"}
+    assert failed_checks(report(done)) == {"M-08": "error"}
     assert done.returncode == 1
 
 
@@ -161,17 +161,17 @@ def test_server_flags_come_after_two_dashes() -> None:
     assert "ranks 0-1 on" in doctor("--", "--tp_size", "2", env=PORT).stdout
     assert "rank 0 on" in doctor("--", env=PORT).stdout
     done = doctor("-o", "json", "--", "--start_port=19862", "-v")
-    assert red(report(done)) == {"M-14": "error"}, "-v is no flag of the server"
+    assert failed_checks(report(done)) == {"M-14": "error"}, "-v is no flag of the server"
     assert "'-v'" in next(c["actual"] for c in report(done)["checks"] if c["id"] == "M-14")
 
 
 def test_flags_win_over_the_environment() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert red(report(doctor("-o", "json", "--only", "N-08", "--", "--start_port", port, env=PORT))) == {
+        assert failed_checks(report(doctor("-o", "json", "--only", "N-08", "--", "--start_port", port, env=PORT))) == {
             "N-08": "error"
         }
-        assert red(report(doctor("-o", "json", "--only", "N-08", env=PORT))) == {}
+        assert failed_checks(report(doctor("-o", "json", "--only", "N-08", env=PORT))) == {}
 
 
 def test_options_stand_before_and_after_the_command(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_no_child_outlives_the_doctor() -> None:
 
 def is_rank(process: psutil.Process) -> bool:
     try:
-        return "doctor.collective" in process.cmdline()
+        return "doctor.all_reduce" in process.cmdline()
     except psutil.NoSuchProcess:  # a check's, and over
         return False
 
@@ -379,7 +379,7 @@ def test_no_rank_of_tier_3_outlives_the_doctor() -> None:
 
 
 def test_ctrl_c_is_no_traceback() -> None:
-    code = "import os, signal; from doctor import cli; cli.examine = lambda *a: os.kill(os.getpid(), signal.SIGINT);"
+    code = "import os, signal; from doctor import cli; cli.run_doctor = lambda *a: os.kill(os.getpid(), signal.SIGINT);"
     done = subprocess.run(
         [sys.executable, "-c", f"{code} raise SystemExit(cli.main([]))"],
         cwd=REPOSITORY,
@@ -402,22 +402,22 @@ def test_an_encoding_without_our_symbols(environ: dict[str, str]) -> None:
 def test_an_unnamed_user_without_a_home(stranger: list[str]) -> None:
     """L-10 is what torch would fail on; the doctor itself does not."""
     done = doctor("-o", "json", env=PORT, inside=["env", "-u", "HOME", *stranger])
-    assert red(report(done)) == {"L-10": "error"}
+    assert failed_checks(report(done)) == {"L-10": "error"}
     assert (done.returncode, done.stderr) == (1, "")
     named = doctor("-o", "json", env={**PORT, "USER": "rtp"}, inside=["env", "-u", "HOME", *stranger])
-    assert (red(report(named)), named.returncode) == ({}, 0)
+    assert (failed_checks(report(named)), named.returncode) == ({}, 0)
 
 
 def test_a_read_only_root() -> None:
     script = 'mount --make-rprivate / && mount -o remount,bind,ro / && exec "$@"'
     inside = usable("unshare", "--mount", "sh", "-c", script, "sh")
     done = doctor("-o", "json", env={**PORT, "TMPDIR": "/dev/shm"}, inside=inside)
-    assert (red(report(done)), done.returncode, done.stderr) == ({}, 0, "")
+    assert (failed_checks(report(done)), done.returncode, done.stderr) == ({}, 0, "")
 
 
 def test_an_empty_path() -> None:
     done = doctor("-o", "json", env={**PORT, "PATH": ""})
-    assert (red(report(done)), done.returncode, done.stderr) == ({}, 0, "")
+    assert (failed_checks(report(done)), done.returncode, done.stderr) == ({}, 0, "")
 
 
 def test_no_environment_at_all() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY, Symptom
-from doctor.explain import EXIT_CODES, KILLED, KILLED_WORDS, read_log
+from doctor.explain import EXIT_CODES, KILLED, KILLED_WORDS, find_symptoms
 from rtp_llm.errors import ExitCode
-from tests.doctor.lab import doctor
+from tests.doctor.fixtures import doctor
 
 LOGS = Path(__file__).parent / "logs"
 SYMPTOMS = [(check.id, symptom) for check in REGISTRY.values() for symptom in check.symptoms]
@@ -79,7 +79,7 @@ NAMED: dict[str, set[str]] = {
 
 
 def named(text: str) -> set[str]:
-    return {hit.check.id for hit in read_log(text)}
+    return {hit.check.id for hit in find_symptoms(text)}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -112,7 +112,7 @@ def test_every_symptom_says_enough(id: str, symptom: Symptom) -> None:
 
 def test_the_first_line_of_each_check_is_told_in_order() -> None:
     text = "all is well\nCUDA error: invalid device ordinal\n  Bus error (core dumped)\nBus error (core dumped)\n"
-    assert [(hit.number, hit.check.id, hit.line) for hit in read_log(text)] == [
+    assert [(hit.number, hit.check.id, hit.line) for hit in find_symptoms(text)] == [
         (2, "G-09", "CUDA error: invalid device ordinal"),
         (3, "S-01", "Bus error (core dumped)"),
     ]
@@ -152,8 +152,8 @@ def test_codes_and_words_name_checks() -> None:
 
 
 def test_a_part_that_came_was_only_waited_for() -> None:
-    wait = "[part1 rank1] 09:55:30 INFO rtp_llm.parallel.gang: waiting for part0 (10.0.0.5:10000, ranks 0-1)\n"
-    here = "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang: epoch 1: all 4 ranks are here and agree\n"
+    wait = "[part1 rank1] 09:55:30 INFO rtp_llm.parallel.gang_client: waiting for part0 (10.0.0.5:10000, ranks 0-1)\n"
+    here = "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang_client: epoch 1: all 4 ranks are here and agree\n"
     assert named(wait) == {"C-09"}
     assert named(f"rtp-1  | {wait}") == {"C-09"}
     assert named(wait + here) == set()
@@ -169,9 +169,9 @@ def test_what_this_server_says_for_information_is_no_symptom() -> None:
 
 
 def test_nothing_and_nonsense() -> None:
-    assert read_log("") == []
-    assert read_log("\0\x1b[31m\n\ufffd" * 100) == []
-    assert read_log("(" * 10_000 + "x" * 100_000) == []
+    assert find_symptoms("") == []
+    assert find_symptoms("\0\x1b[31m\n\ufffd" * 100) == []
+    assert find_symptoms("(" * 10_000 + "x" * 100_000) == []
 
 
 def test_secrets_and_terminal_orders_of_a_log_are_not_repeated(tmp_path: Path) -> None:

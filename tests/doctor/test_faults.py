@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from doctor.host import Interface, Space
-from doctor.node import Node
-from rtp_llm.machine.gpus import Gpus
+from doctor.context import CheckContext
+from doctor.host import DiskSpace, Interface
+from rtp_llm.machine.gpus import GpuInventory
 from rtp_llm.parallel.plan import PlannedPort
-from tests.doctor.lab import GIB, REPOSITORY, PlayedHost, by_id, examine, fix, problems
+from tests.doctor.fixtures import GIB, REPOSITORY, FakeHost, by_id, fix, problems, run_context_checks
 
 MEMBERS = {f"x_part{n}": {"name": f"x_part{n}", "ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
 TWO = {"TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "WORLD_RANK": "0", "JSON_GANG_PARTS": json.dumps(MEMBERS)}
@@ -31,14 +31,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Box:
+class FaultyPart:
     """A healthy container with a model and a part of two ranks."""
 
     def __init__(self, root: Path, demo: Path):
         self.model = root / "checkpoint"
         shutil.copytree(demo, self.model)
-        self.host = PlayedHost(root / "root", {"TP_SIZE": "2", "CHECKPOINT_PATH": str(self.model)})
-        self.gpus: Gpus | None = None
+        self.host = FakeHost(root / "root", {"TP_SIZE": "2", "CHECKPOINT_PATH": str(self.model)})
+        self.gpus: GpuInventory | None = None
 
     def set(self, **environ: str) -> None:
         self.host.environ = {**self.host.environ, **environ}
@@ -88,70 +88,70 @@ class Box:
         changed = [f"{name:<26}{value:<21}{value:<21}" if line.startswith(name) else line for line in lines]
         self.write("/proc/self/limits", "\n".join(changed) + "\n")
 
-    def node(self) -> Node:
-        node = Node(self.host)
-        node.__dict__["gpus"] = self.gpus or Gpus(failure=12)
-        return node
+    def ctx(self) -> CheckContext:
+        ctx = CheckContext(self.host)
+        ctx.__dict__["gpus"] = self.gpus or GpuInventory(failure=12)
+        return ctx
 
 
 @pytest.fixture
-def box(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    monkeypatch.setattr("doctor.checks.network.obstacle", lambda planned: "")  # not this machine's ports
-    return Box(tmp_path, demo)
+def box(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyPart:
+    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "")  # not this machine's ports
+    return FaultyPart(tmp_path, demo)
 
 
-def interfaces(box: Box, *names: str) -> None:
+def interfaces(box: FaultyPart, *names: str) -> None:
     found = [Interface(name, (f"10.{n + 1}.0.5",), 1500, 25000) for n, name in enumerate(names)]
     box.host.__dict__["interfaces"] = [*found, Interface("eth0", ("10.0.0.5",), 1500, 25000)]
 
 
-def no_header(box: Box) -> None:
+def no_header(box: FaultyPart) -> None:
     box.shard.write_bytes(struct.pack("<Q", 1 << 60) + b"x" * 100)
 
 
-def impossible_header(box: Box) -> None:
+def impossible_header(box: FaultyPart) -> None:
     table = b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'
     box.shard.write_bytes(struct.pack("<Q", len(table)) + table)
 
 
-def tokenizer(box: Box, tokens: int) -> None:
+def tokenizer(box: FaultyPart, tokens: int) -> None:
     path = box.model / "tokenizer.json"
     table = json.loads(path.read_text())
     table["added_tokens"].append({**table["added_tokens"][0], "id": tokens, "content": "<|far|>"})
     path.write_text(json.dumps(table))
 
 
-def remove_template(box: Box) -> None:
+def remove_template(box: FaultyPart) -> None:
     path = box.model / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
     (box.model / "chat_template.jinja").unlink(missing_ok=True)
 
 
-def foreign_uid(box: Box) -> None:
-    box.host.played_uid = 4242
+def foreign_uid(box: FaultyPart) -> None:
+    box.host.fake_uid = 4242
     box.write("/etc/passwd", "root:x:0:0::/root:/bin/sh\n")
 
 
-def mounted(box: Box, line: str) -> None:
+def mounted(box: FaultyPart, line: str) -> None:
     text = (box.host.read("/proc/self/mountinfo") or "").replace(
         "4 3 0:33 / /dev/shm rw,nosuid,nodev - tmpfs shm rw,size=2097152k", line
     )
     box.write("/proc/self/mountinfo", text)
 
 
-def unresolved(box: Box) -> None:
+def unresolved(box: FaultyPart) -> None:
     box.members(JSON_GANG_PARTS=json.dumps(MEMBERS).replace("10.0.0.6", "node-b"))
 
 
-def looped(box: Box) -> None:
+def looped(box: FaultyPart) -> None:
     unresolved(box)
     box.host.names_known["node-b"] = ["127.0.1.1"]
 
 
-def each(*steps: Callable[[Box], object]) -> Callable[[Box], None]:
+def each(*steps: Callable[[FaultyPart], object]) -> Callable[[FaultyPart], None]:
     """One fault of several steps."""
 
-    def make(it: Box) -> None:
+    def make(it: FaultyPart) -> None:
         for step in steps:
             step(it)
 
@@ -159,7 +159,7 @@ def each(*steps: Callable[[Box], object]) -> Callable[[Box], None]:
 
 
 # name: (id, fault, status, what the fix says)
-FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
+FAULTS: dict[str, tuple[str, Callable[[FaultyPart], object], str, str]] = {
     "a value": ("M-14", lambda b: b.set(START_PORT="many"), "error", "set START_PORT to an allowed value"),
     "two values": ("M-14", lambda b: b.set(START_PORT="x", MAX_SEQ_LEN="-1"), "error", "MAX_SEQ_LEN"),
     "a service": ("N-15", lambda b: b.set(START_PORT="tcp://10.96.0.7:80"), "error", "rename the Service"),
@@ -237,7 +237,7 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     ),
     "heads": (
         "M-01",
-        each(lambda b: b.set(TP_SIZE="16"), lambda b: setattr(b.host, "played_cores", 64)),
+        each(lambda b: b.set(TP_SIZE="16"), lambda b: setattr(b.host, "fake_cores", 64)),
         "error",
         "TP_SIZE=8",
     ),
@@ -279,20 +279,20 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
     "no template": ("M-07", remove_template, "warn", "MODEL_TEMPLATE_TYPE"),
     "a full disk": (
         "M-09",
-        lambda b: b.host.spaces.update({"/tmp": Space(GIB, 1 << 20, 100)}),
+        lambda b: b.host.spaces.update({"/tmp": DiskSpace(GIB, 1 << 20, 100)}),
         "error",
         "--tmpfs /tmp",
     ),
-    "no inodes": ("M-09", lambda b: b.host.spaces.update({"/tmp": Space(GIB, GIB, 0)}), "error", "--tmpfs /tmp"),
+    "no inodes": ("M-09", lambda b: b.host.spaces.update({"/tmp": DiskSpace(GIB, GIB, 0)}), "error", "--tmpfs /tmp"),
     "small shm": (
         "S-01",
-        lambda b: b.host.spaces.update({"/dev/shm": Space(2 << 20, 2 << 20, -1)}),
+        lambda b: b.host.spaces.update({"/dev/shm": DiskSpace(2 << 20, 2 << 20, -1)}),
         "error",
         "docker run --shm-size=2g",
     ),
     "full shm": (
         "S-01",
-        lambda b: b.host.spaces.update({"/dev/shm": Space(64 << 20, 1 << 20, -1)}),
+        lambda b: b.host.spaces.update({"/dev/shm": DiskSpace(64 << 20, 1 << 20, -1)}),
         "error",
         "docker run --shm-size=2g",
     ),
@@ -328,7 +328,7 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
         each(
             lambda b: b.write("/etc/systemd/logind.conf", "#RemoveIPC=yes\n"),
             lambda b: b.write("/run/systemd/system/x", ""),
-            lambda b: setattr(b.host, "played_uid", 1000),
+            lambda b: setattr(b.host, "fake_uid", 1000),
         ),
         "warn",
         "RemoveIPC=no",
@@ -375,85 +375,85 @@ FAULTS: dict[str, tuple[str, Callable[[Box], object], str, str]] = {
 }
 
 
-def test_the_healthy_box_has_no_problem(box: Box) -> None:
-    assert problems(examine(box.node())) == {}
+def test_the_healthy_box_has_no_problem(box: FaultyPart) -> None:
+    assert problems(run_context_checks(box.ctx())) == {}
     box.members()
-    assert problems(examine(box.node())) == {}
+    assert problems(run_context_checks(box.ctx())) == {}
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_fault_is_found_and_nothing_beside_it(name: str, box: Box) -> None:
+def test_the_fault_is_found_and_nothing_beside_it(name: str, box: FaultyPart) -> None:
     id, make, status, remedy = FAULTS[name]
     make(box)
-    found = examine(box.node())
+    found = run_context_checks(box.ctx())
     assert problems(found) == {id: status}, [(f.id, f.actual) for f in found if f.status not in ("ok", "skip")]
     assert remedy in fix(by_id(found, id))
 
 
-def test_memory_for_the_weights_and_for_their_loading(box: Box) -> None:
+def test_memory_for_the_weights_and_for_their_loading(box: FaultyPart) -> None:
     """Two faults that one number makes: the limit is too small for the processes, and the model for the rest."""
     box.write("/sys/fs/cgroup/memory.max", f"{300 << 20}\n")
-    assert problems(examine(box.node()))["L-05"] == "error"
+    assert problems(run_context_checks(box.ctx()))["L-05"] == "error"
 
 
 @pytest.mark.fault("M-10")
-def test_a_slow_disk(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("doctor.checks.model._read_cold", lambda checkpoint: (64.0, 64 << 10))
-    node = box.node()
-    node.tier = 1
-    found = examine(node, tier=1)
+    ctx = box.ctx()
+    ctx.tier = 1
+    found = run_context_checks(ctx, tier=1)
     assert problems(found) == {"M-10": "warn"}
     assert "local disk" in fix(by_id(found, "M-10"))
 
 
 @pytest.mark.fault("L-04")
-def test_threads_that_cannot_start(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_cannot_start(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    found = examine(box.node())
+    found = run_context_checks(box.ctx())
     assert problems(found) == {"L-04": "error"}
     assert "seccomp" in by_id(found, "L-04").actual
 
 
-def test_limits_that_cannot_be_seen_are_unknown(box: Box) -> None:
+def test_limits_that_cannot_be_seen_are_unknown(box: FaultyPart) -> None:
     """No cgroup is mounted, as below a foreign /sys: never "no limit"."""
     shutil.rmtree(box.host.path("/sys/fs/cgroup"))
-    found = examine(box.node())
+    found = run_context_checks(box.ctx())
     assert problems(found) == dict.fromkeys(("S-07", "L-03", "L-05", "L-06"), "unknown")
 
 
-def test_limits_of_the_process_that_cannot_be_read_are_unknown(box: Box) -> None:
+def test_limits_of_the_process_that_cannot_be_read_are_unknown(box: FaultyPart) -> None:
     box.write("/proc/self/limits", "")
-    assert problems(examine(box.node())) == dict.fromkeys(("L-02", "L-03", "L-07"), "unknown")
+    assert problems(run_context_checks(box.ctx())) == dict.fromkeys(("L-02", "L-03", "L-07"), "unknown")
 
 
-def test_a_bare_host_has_no_limit_at_the_root_of_its_cgroups(box: Box) -> None:
+def test_a_bare_host_has_no_limit_at_the_root_of_its_cgroups(box: FaultyPart) -> None:
     for name in ("memory.max", "memory.current", "pids.max", "pids.current", "cpu.max", "memory.events"):
         box.host.remove(f"/sys/fs/cgroup/{name}")
-    assert problems(examine(box.node())) == {}
+    assert problems(run_context_checks(box.ctx())) == {}
 
 
-def test_names_that_do_not_resolve_yet_are_waited_for_at_a_start(box: Box) -> None:
+def test_names_that_do_not_resolve_yet_are_waited_for_at_a_start(box: FaultyPart) -> None:
     """Parts come one after another: what depends on the name is not asked either."""
     members = {"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "not-yet", "port": 10000}}
     box.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
-    node = box.node()
-    assert problems(examine(node)) == {"N-07": "error"}
-    node = box.node()
-    node.starting = True
-    found = examine(node)
+    ctx = box.ctx()
+    assert problems(run_context_checks(ctx)) == {"N-07": "error"}
+    ctx = box.ctx()
+    ctx.starting = True
+    found = run_context_checks(ctx)
     assert problems(found) == {"N-07": "warn"}
     assert by_id(found, "N-04").actual == "because N-07"
 
 
-def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond 65000 START_PORT ends; at 10000 the roll call's port would be taken."""
     taken = {65000, 9999}
-    monkeypatch.setattr("doctor.checks.network.obstacle", lambda p: "in use" if p.port in taken else "")
+    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda p: "in use" if p.port in taken else "")
     box.set(START_PORT="65000", TP_SIZE="2")
-    found = by_id(examine(box.node()), "N-08")
+    found = by_id(run_context_checks(box.ctx()), "N-08")
     assert found.status == "error"
     assert "START_PORT=10100" in fix(found)
 
@@ -473,33 +473,33 @@ def in_use(*ports: int) -> Callable[[PlannedPort], str]:
     ],
 )
 def test_a_proposed_port_leaves_nothing_to_complain_of(
-    start: int, ports: tuple[int, ...], other: int, box: Box, monkeypatch: pytest.MonkeyPatch
+    start: int, ports: tuple[int, ...], other: int, box: FaultyPart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("doctor.checks.network.obstacle", in_use(*ports))
+    monkeypatch.setattr("doctor.checks.network.port_conflict", in_use(*ports))
     box.set(START_PORT=str(start))
-    assert f"START_PORT={other} " in fix(by_id(examine(box.node()), "N-08"))
-    monkeypatch.setattr("doctor.checks.network.obstacle", in_use())
+    assert f"START_PORT={other} " in fix(by_id(run_context_checks(box.ctx()), "N-08"))
+    monkeypatch.setattr("doctor.checks.network.port_conflict", in_use())
     box.set(START_PORT=str(other))
-    assert problems(examine(box.node())) == {}
+    assert problems(run_context_checks(box.ctx())) == {}
 
 
-def test_where_no_port_is_free_none_is_proposed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("doctor.checks.network.obstacle", lambda planned: "in use")
-    assert fix(by_id(examine(box.node()), "N-08")) == "stop its owner"
+def test_where_no_port_is_free_none_is_proposed(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "in use")
+    assert fix(by_id(run_context_checks(box.ctx()), "N-08")) == "stop its owner"
 
 
-def test_a_proposed_port_is_no_other_part_s(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("doctor.checks.network.obstacle", in_use(10000))
+def test_a_proposed_port_is_no_other_part_s(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doctor.checks.network.port_conflict", in_use(10000))
     members = {"x_part0": {"ip": "10.0.0.5"}, "x_part1": {"ip": "10.0.0.5", "port": 10105}}
     box.members(JSON_GANG_PARTS=json.dumps(members))
-    said = fix(by_id(examine(box.node()), "N-08"))
+    said = fix(by_id(run_context_checks(box.ctx()), "N-08"))
     assert "START_PORT=10200 " in said
     assert "the same port in the member list" in said
 
 
 @pytest.mark.parametrize(("spared", "status"), [("10.0.0.0/8", "ok"), ("10.1.0.0/16", "warn"), (".nodes", "warn")])
-def test_networks_that_need_no_proxy(box: Box, spared: str, status: str) -> None:
+def test_networks_that_need_no_proxy(box: FaultyPart, spared: str, status: str) -> None:
     members = {f"x_part{n}": {"ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
     box.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
     box.set(http_proxy="http://proxy:3128", no_proxy=f"localhost,{spared}")
-    assert by_id(examine(box.node()), "N-11").status == status
+    assert by_id(run_context_checks(box.ctx()), "N-11").status == status

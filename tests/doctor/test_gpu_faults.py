@@ -11,11 +11,11 @@ import pytest
 
 from doctor import probes
 from doctor.check import REGISTRY
+from doctor.context import CheckContext
 from doctor.nccl import Nccl, effective_settings
-from doctor.node import Node
-from rtp_llm.machine.devices import narrow
-from rtp_llm.machine.gpus import Gpu, Gpus, Pair, Process
-from tests.doctor.lab import GIB, PlayedHost, by_id, examine, fix, problems
+from rtp_llm.machine.devices import apply_cuda_visible_devices
+from rtp_llm.machine.gpus import Gpu, GpuInventory, GpuPair, GpuProcess
+from tests.doctor.fixtures import GIB, FakeHost, by_id, fix, problems, run_context_checks
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -42,22 +42,26 @@ def healthy_gpu(index: int) -> Gpu:
     )
 
 
-def healthy_gpus(count: int = 8, visible: str | None = None) -> Gpus:
+def healthy_gpus(count: int = 8, visible: str | None = None) -> GpuInventory:
     found = tuple(healthy_gpu(index) for index in range(count))
-    pairs = tuple(Pair(a, b, p2p=0, nvlink=0, topology=50) for a in range(count) for b in range(a + 1, count))
-    return Gpus(
-        driver="570.86.15", cuda=(12, 8), all=found, pairs=pairs, selection=narrow([g.uuid for g in found], visible)
+    pairs = tuple(GpuPair(a, b, p2p=0, nvlink=0, topology=50) for a in range(count) for b in range(a + 1, count))
+    return GpuInventory(
+        driver="570.86.15",
+        cuda=(12, 8),
+        all=found,
+        pairs=pairs,
+        selection=apply_cuda_visible_devices([g.uuid for g in found], visible),
     )
 
 
-class Box:
+class FaultyGpuPart:
     """A healthy machine with eight GPUs, and the settings of a part that uses all of them."""
 
     def __init__(self, root: Path):
         self.environ = {"TP_SIZE": "8"}
-        self.host = PlayedHost(root, self.environ)
+        self.host = FakeHost(root, self.environ)
         self.host.environ = self.environ | dict(self.host.environ)
-        self.host.memory, self.host.played_cores = 1024 * GIB, 64
+        self.host.memory, self.host.fake_cores = 1024 * GIB, 64
         self.gpus = healthy_gpus()
         self.nccl_version: tuple[int, ...] = ()
         self.numa = True
@@ -97,54 +101,54 @@ class Box:
         """Two instances of one GPU, each of which a rank would take."""
         self.change(1, uuid="GPU-00000000")
 
-    def node(self, tier: int = 0) -> Node:
-        node = Node(self.host, tier=tier)
+    def ctx(self, tier: int = 0) -> CheckContext:
+        ctx = CheckContext(self.host, tier=tier)
         visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
-        selection = narrow([gpu.uuid for gpu in self.gpus.all], visible)
-        node.__dict__["gpus"] = replace(self.gpus, selection=selection) if self.gpus.all else self.gpus
-        node.__dict__["nccl"] = Nccl(effective_settings(self.host), self.nccl_version)
-        return node
+        selection = apply_cuda_visible_devices([gpu.uuid for gpu in self.gpus.all], visible)
+        ctx.__dict__["gpus"] = replace(self.gpus, selection=selection) if self.gpus.all else self.gpus
+        ctx.__dict__["nccl"] = Nccl(effective_settings(self.host), self.nccl_version)
+        return ctx
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    made = Box(tmp_path)
-    monkeypatch.setattr("doctor.checks.network.obstacle", lambda planned: "")  # not this machine's ports
-    monkeypatch.setattr("doctor.checks.memory.numa_allowed", lambda host: made.numa)
+def gpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyGpuPart:
+    made = FaultyGpuPart(tmp_path)
+    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "")  # not this machine's ports
+    monkeypatch.setattr("doctor.checks.shm.numa_allowed", lambda host: made.numa)
     monkeypatch.setattr("doctor.checks.gpu._torch_cuda", lambda: (12, 8))
     return made
 
 
-def gone(box: Box, failure: int) -> None:
-    box.gpus = Gpus(failure=failure)
-    box.set(TP_SIZE="1", RTP_DEVICE="cuda")
+def gone(gpu_part: FaultyGpuPart, failure: int) -> None:
+    gpu_part.gpus = GpuInventory(failure=failure)
+    gpu_part.set(TP_SIZE="1", RTP_DEVICE="cuda")
 
 
-def lost(box: Box, *pairs: Pair) -> None:
-    box.gpus = replace(box.gpus, pairs=pairs)
+def lost(gpu_part: FaultyGpuPart, *pairs: GpuPair) -> None:
+    gpu_part.gpus = replace(gpu_part.gpus, pairs=pairs)
 
 
-def rdma(box: Box, *, files: bool = True, state: str = "4: ACTIVE") -> None:
+def rdma(gpu_part: FaultyGpuPart, *, files: bool = True, state: str = "4: ACTIVE") -> None:
     members = '{"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "10.0.0.6", "port": 10000}}'
-    box.set(TP_SIZE="16", LOCAL_WORLD_SIZE="8", JSON_GANG_PARTS=members)
-    box.host.write("/sys/class/infiniband/mlx5_0/ports/1/state", state + "\n")
-    box.host.write("/sys/module/nvidia_peermem/version", "1\n")
-    box.limit("Max locked memory", "unlimited")
+    gpu_part.set(TP_SIZE="16", LOCAL_WORLD_SIZE="8", JSON_GANG_PARTS=members)
+    gpu_part.host.write("/sys/class/infiniband/mlx5_0/ports/1/state", state + "\n")
+    gpu_part.host.write("/sys/module/nvidia_peermem/version", "1\n")
+    gpu_part.limit("Max locked memory", "unlimited")
     if files:
-        box.host.write("/dev/infiniband/uverbs0", "")
+        gpu_part.host.write("/dev/infiniband/uverbs0", "")
 
 
-def each(*steps: Callable[[Box], object]) -> Callable[[Box], None]:
+def each(*steps: Callable[[FaultyGpuPart], object]) -> Callable[[FaultyGpuPart], None]:
     """One fault of several steps."""
 
-    def make(it: Box) -> None:
+    def make(it: FaultyGpuPart) -> None:
         for step in steps:
             step(it)
 
     return make
 
 
-FAULTS: dict[str, tuple[Callable[[Box], object], str, str]] = {
+FAULTS: dict[str, tuple[Callable[[FaultyGpuPart], object], str, str]] = {
     "G-01": (lambda b: gone(b, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "error", "docker run --gpus all"),
     "G-02": (lambda b: gone(b, pynvml.NVML_ERROR_UNKNOWN), "error", "recreate the container"),
     "G-03": (lambda b: gone(b, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "error", "reboot"),
@@ -162,22 +166,22 @@ FAULTS: dict[str, tuple[Callable[[Box], object], str, str]] = {
     "G-12": (lambda b: b.change(2, compute_mode=pynvml.NVML_COMPUTEMODE_PROHIBITED), "error", "nvidia-smi -i 2 -c 0"),
     "G-13": (lambda b: b.change(1, mig=True), "error", "nvidia-smi -i 1 -mig 0"),
     "G-14": (
-        lambda b: b.change(4, memory_free=20 * GIB, processes=(Process(4711, 59 * GIB),)),
+        lambda b: b.change(4, memory_free=20 * GIB, processes=(GpuProcess(4711, 59 * GIB),)),
         "error",
         "fuser -v /dev/nvidia4",
     ),
     "G-15": (lambda b: b.change(5, remap_failure=True), "error", "out of service"),
     "G-16": (
-        lambda b: setattr(b, "gpus", replace(b.gpus, broken=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))),
+        lambda b: setattr(b, "gpus", replace(b.gpus, failed=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))),
         "error",
         "reboot",
     ),
     "G-17": (lambda b: b.change(6, clock_reasons=0x40, temperature=92), "warn", "cooling"),
     "G-19": (lambda b: b.change(7, pcie_width=4), "warn", "BIOS"),
     "G-21": (lambda b: b.host.write("/etc/nccl.conf", "NCCL_P2P_DISABLE=1\n"), "warn", "unset NCCL_P2P_DISABLE"),
-    "P-02": (lambda b: lost(b, Pair(0, 1, p2p=4, nvlink=0, topology=50)), "error", "drain"),
+    "P-02": (lambda b: lost(b, GpuPair(0, 1, p2p=4, nvlink=0, topology=50)), "error", "drain"),
     "P-03": (lambda b: b.change(2, nvlinks=(12, 18)), "warn", "fabric manager"),
-    "P-05": (lambda b: lost(b, Pair(0, 1, p2p=0, nvlink=None, topology=50)), "warn", "CUDA_VISIBLE_DEVICES"),
+    "P-05": (lambda b: lost(b, GpuPair(0, 1, p2p=0, nvlink=None, topology=50)), "warn", "CUDA_VISIBLE_DEVICES"),
     "P-06": (
         lambda b: b.host.write("/proc/self/status", "CapEff:\t0\nCpus_allowed_list:\t32-63\n"),
         "warn",
@@ -210,15 +214,15 @@ FAULTS: dict[str, tuple[Callable[[Box], object], str, str]] = {
 }
 
 
-def test_a_healthy_machine_with_eight_gpus_has_no_problem(box: Box) -> None:
-    assert problems(examine(box.node())) == {}
+def test_a_healthy_machine_with_eight_gpus_has_no_problem(gpu_part: FaultyGpuPart) -> None:
+    assert problems(run_context_checks(gpu_part.ctx())) == {}
 
 
 @pytest.mark.parametrize("id", FAULTS)
-def test_the_fault_is_found_and_nothing_beside_it(id: str, box: Box) -> None:
+def test_the_fault_is_found_and_nothing_beside_it(id: str, gpu_part: FaultyGpuPart) -> None:
     make, status, remedy = FAULTS[id]
-    make(box)
-    found = examine(box.node())
+    make(gpu_part)
+    found = run_context_checks(gpu_part.ctx())
     assert problems(found) == {id: status}, [f.actual for f in found if f.status in ("error", "warn", "crash")]
     assert remedy in fix(by_id(found, id))
 
@@ -231,10 +235,10 @@ KERNEL_LOG = """\
 
 
 @pytest.mark.fault("G-16")
-def test_an_xid_in_the_kernels_log(box: Box) -> None:
+def test_an_xid_in_the_kernels_log(gpu_part: FaultyGpuPart) -> None:
     """Of the hardware: 31 is a program's own fault, and GPU 2's."""
-    box.host.write("/dev/kmsg", KERNEL_LOG)
-    found = examine(box.node())
+    gpu_part.host.write("/dev/kmsg", KERNEL_LOG)
+    found = run_context_checks(gpu_part.ctx())
     assert problems(found) == {"G-16": "warn"}
     actual = by_id(found, "G-16").actual
     assert actual.startswith("GPU 3")
@@ -242,10 +246,12 @@ def test_an_xid_in_the_kernels_log(box: Box) -> None:
     assert "drain this machine" in fix(by_id(found, "G-16"))
 
 
-def test_a_kernels_log_without_xids_or_that_may_not_be_read(box: Box) -> None:
-    assert by_id(examine(box.node()), "G-16").actual.endswith("/dev/kmsg cannot be read, so Xids are not seen")
-    box.host.write("/dev/kmsg", KERNEL_LOG.splitlines()[1])
-    assert by_id(examine(box.node()), "G-16").actual.endswith("the kernel reported no Xid")
+def test_a_kernels_log_without_xids_or_that_may_not_be_read(gpu_part: FaultyGpuPart) -> None:
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
+        "/dev/kmsg cannot be read, so Xids are not seen"
+    )
+    gpu_part.host.write("/dev/kmsg", KERNEL_LOG.splitlines()[1])
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith("the kernel reported no Xid")
 
 
 @pytest.mark.parametrize(
@@ -259,84 +265,93 @@ def test_a_kernels_log_without_xids_or_that_may_not_be_read(box: Box) -> None:
         ("G-20", {"clock_reasons": None}),
     ],
 )
-def test_what_a_gpu_does_not_tell_is_not_called_good(id: str, readings: dict[str, Any], box: Box) -> None:
-    for gpu in box.gpus.all:
-        box.change(gpu.index, **readings)
-    assert (by_id(examine(box.node()), id).status, by_id(examine(box.node()), id).actual) == (
+def test_what_a_gpu_does_not_tell_is_not_called_good(
+    id: str, readings: dict[str, Any], gpu_part: FaultyGpuPart
+) -> None:
+    for gpu in gpu_part.gpus.all:
+        gpu_part.change(gpu.index, **readings)
+    assert (
+        by_id(run_context_checks(gpu_part.ctx()), id).status,
+        by_id(run_context_checks(gpu_part.ctx()), id).actual,
+    ) == (
         "skip",
         "this GPU does not tell",
     )
 
 
-def test_pairs_that_do_not_tell_are_not_called_good(box: Box) -> None:
-    lost(box, Pair(0, 1, p2p=None, nvlink=None, topology=None))
-    assert by_id(examine(box.node()), "P-02").status == "skip"
+def test_pairs_that_do_not_tell_are_not_called_good(gpu_part: FaultyGpuPart) -> None:
+    lost(gpu_part, GpuPair(0, 1, p2p=None, nvlink=None, topology=None))
+    assert by_id(run_context_checks(gpu_part.ctx()), "P-02").status == "skip"
 
 
-def test_what_was_reported_before_the_driver_was_loaded_is_over(box: Box) -> None:
+def test_what_was_reported_before_the_driver_was_loaded_is_over(gpu_part: FaultyGpuPart) -> None:
     loaded = "4,1204,88214,-;NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.86.15\n"
-    box.host.write("/dev/kmsg", KERNEL_LOG + loaded)
-    assert by_id(examine(box.node()), "G-16").status == "ok"
-    box.host.write("/dev/kmsg", loaded + KERNEL_LOG)
-    assert by_id(examine(box.node()), "G-16").status == "warn"
+    gpu_part.host.write("/dev/kmsg", KERNEL_LOG + loaded)
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").status == "ok"
+    gpu_part.host.write("/dev/kmsg", loaded + KERNEL_LOG)
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").status == "warn"
 
 
-def test_an_empty_log_is_none(box: Box) -> None:
+def test_an_empty_log_is_none(gpu_part: FaultyGpuPart) -> None:
     """As where /dev/null is mounted over it."""
-    box.host.write("/dev/kmsg", "")
-    assert by_id(examine(box.node()), "G-16").actual.endswith("/dev/kmsg cannot be read, so Xids are not seen")
+    gpu_part.host.write("/dev/kmsg", "")
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
+        "/dev/kmsg cannot be read, so Xids are not seen"
+    )
 
 
-def test_a_lost_gpu_is_told_with_its_xid(box: Box) -> None:
-    box.gpus = replace(box.gpus, broken=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))
-    box.host.write("/dev/kmsg", KERNEL_LOG.replace("0000:13:00", "0000:18:00"))
-    assert by_id(examine(box.node()), "G-16").actual.endswith("; the kernel reported Xid 79 of 0000:18:00")
+def test_a_lost_gpu_is_told_with_its_xid(gpu_part: FaultyGpuPart) -> None:
+    gpu_part.gpus = replace(gpu_part.gpus, failed=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))
+    gpu_part.host.write("/dev/kmsg", KERNEL_LOG.replace("0000:13:00", "0000:18:00"))
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
+        "; the kernel reported Xid 79 of 0000:18:00"
+    )
 
 
 @pytest.mark.parametrize("id", ["G-04", "G-08", "P-01"])
-def test_what_tier_0_does_not_try_is_not_called_good(id: str, box: Box) -> None:
-    assert by_id(examine(box.node()), id).status == "skip"
+def test_what_tier_0_does_not_try_is_not_called_good(id: str, gpu_part: FaultyGpuPart) -> None:
+    assert by_id(run_context_checks(gpu_part.ctx()), id).status == "skip"
 
 
 # Tier 1: the probes' answers are played; what they do for real is in test_probes.py.
 
 
 @pytest.mark.fault("G-04")
-def test_a_gpu_that_does_not_compute(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_does_not_compute(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, compute={3: "no answer within 50 s; the process was killed"})
-    found = examine(box.node(tier=1), tier=1)
+    found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-04": "error"}
     assert "GPU 3: no answer" in by_id(found, "G-04").actual
     assert by_id(found, "P-01").actual == by_id(found, "G-08").actual == "because G-04"
 
 
 @pytest.mark.fault("P-04")
-def test_a_fabric_that_is_not_ready(box: Box) -> None:
+def test_a_fabric_that_is_not_ready(gpu_part: FaultyGpuPart) -> None:
     """The same reading also means that CUDA does not start: error 802."""
-    box.change(4, fabric_state=2)
-    assert problems(examine(box.node())) == {"G-04": "error", "P-04": "error"}
+    gpu_part.change(4, fabric_state=2)
+    assert problems(run_context_checks(gpu_part.ctx())) == {"G-04": "error", "P-04": "error"}
 
 
 @pytest.mark.fault("G-08")
-def test_a_torch_without_kernels_for_the_gpu(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_kernels_for_the_gpu(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, known=["sm_80", "sm_86"])
-    found = examine(box.node(tier=1), tier=1)
+    found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-08": "error"}
     assert by_id(found, "G-08").expected == "sm_90"
 
 
 @pytest.mark.fault("P-01")
-def test_peer_writes_that_do_not_arrive(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_writes_that_do_not_arrive(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, copies=[(2, 5, "1024 of 1024 numbers are wrong")])
-    found = examine(box.node(tier=1), tier=1)
+    found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"P-01": "error"}
     assert by_id(found, "P-01").actual == "GPU 2 -> GPU 5: 1024 of 1024 numbers are wrong"
     assert "NCCL_P2P_DISABLE=1" in fix(by_id(found, "P-01"))
 
 
-def test_a_healthy_machine_at_tier_1(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_machine_at_tier_1(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch)
-    assert problems(examine(box.node(tier=1), tier=1)) == {}
+    assert problems(run_context_checks(gpu_part.ctx(tier=1), tier=1)) == {}
 
 
 def play(
@@ -346,9 +361,9 @@ def play(
     copies: list[tuple[int, int, str]] | None = None,
 ) -> None:
     failures = compute or {}
-    monkeypatch.setattr(probes, "compute", lambda used: {gpu: failures.get(gpu.index, "") for gpu in used})
+    monkeypatch.setattr(probes, "probe_compute", lambda used: {gpu: failures.get(gpu.index, "") for gpu in used})
     monkeypatch.setattr(probes, "architectures", lambda: known or ["sm_80", "sm_90", "compute_90"])
-    monkeypatch.setattr(probes, "peer_copies", lambda order: copies or [])
+    monkeypatch.setattr(probes, "probe_peer_copies", lambda order: copies or [])
 
 
 @pytest.mark.parametrize(
@@ -360,12 +375,12 @@ def play(
     ],
 )
 def test_a_sum_is_shown_beside_what_the_link_should_give(
-    box: Box, capability: tuple[int, int], links: int, text: str
+    gpu_part: FaultyGpuPart, capability: tuple[int, int], links: int, text: str
 ) -> None:
     """16 MiB in 102 us: each of eight links of a ring carries 14/8 of that."""
-    for gpu in box.gpus.all:
-        box.change(gpu.index, capability=capability, nvlinks=(links, links))
-    node = box.node(tier=3)
+    for gpu in gpu_part.gpus.all:
+        gpu_part.change(gpu.index, capability=capability, nvlinks=(links, links))
+    ctx = gpu_part.ctx(tier=3)
     sizes = {str(size): {"wrong": 0, "seconds": 1.02e-4} for size in (8, 64 << 10, 16 << 20)}
-    node.collective = {"sizes": sizes, "backend": "TorchGroup"}
-    assert text in REGISTRY["X-02"].run(node).actual
+    ctx.collective = {"sizes": sizes, "backend": "TorchGroup"}
+    assert text in REGISTRY["X-02"].run(ctx).actual

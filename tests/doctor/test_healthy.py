@@ -4,17 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from doctor.node import Node
-from tests.doctor.lab import REPOSITORY, PlayedHost, doctor, examine, problems, red, report
+from doctor.context import CheckContext
+from tests.doctor.fixtures import REPOSITORY, FakeHost, doctor, failed_checks, problems, report, run_context_checks
 
 
 def test_a_healthy_container_has_no_problem(tmp_path: Path) -> None:
-    assert problems(examine(Node(PlayedHost(tmp_path)))) == {}
+    assert problems(run_context_checks(CheckContext(FakeHost(tmp_path)))) == {}
 
 
 def test_this_machine_is_judged_without_an_error() -> None:
     done = doctor("-o", "json", env={"START_PORT": "19877"})
-    assert red(report(done)) == {}, done.stdout
+    assert failed_checks(report(done)) == {}, done.stdout
     assert done.returncode == 0
 
 

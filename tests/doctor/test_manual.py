@@ -9,7 +9,7 @@ import pytest
 from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY, Check, Repair, Runtime, Status
 from tests.doctor.faulty import faulty_report
-from tests.doctor.lab import REPOSITORY, doctor
+from tests.doctor.fixtures import REPOSITORY, doctor
 
 PUBLISHED = REPOSITORY / "docs" / "doctor.md"
 CATEGORIES = [

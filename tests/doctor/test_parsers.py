@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doctor.checks.interconnect import parse_cpu_list
+from doctor.context import parse_config
 from doctor.host import Interface
 from doctor.mounts import mount_of, parse_mountinfo
 from doctor.nccl import NameFilter, choose_interfaces, parse_conf
-from doctor.node import read_settings
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.machine.cgroup import UNLIMITED, Cgroup, parse_proc_cgroup
-from rtp_llm.machine.devices import narrow
+from rtp_llm.machine.devices import apply_cuda_visible_devices
 from rtp_llm.parallel.members import read_members
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -71,7 +71,7 @@ def test_room_is_what_the_limit_leaves_and_the_page_cache_gives_back(limit: int 
         }
     )
     expected = UNLIMITED if limit == "max" else max(0, int(limit) - used + cache)
-    assert (group.version, group.room) == (2, expected)
+    assert (group.version, group.available_memory) == (2, expected)
 
 
 def test_version_1_below_its_own_path() -> None:
@@ -86,14 +86,14 @@ def test_version_1_below_its_own_path() -> None:
             f"{root}/cpu/cpu.cfs_period_us": "100000",
         }
     )
-    assert (group.version, group.room, group.cpus) == (1, 600, 1.5)
+    assert (group.version, group.available_memory, group.cpus) == (1, 600, 1.5)
 
 
 @given(st.text(), st.dictionaries(st.sampled_from(["memory.max", "cpu.max", "pids.max", "memory.events"]), st.text()))
 def test_any_files_are_a_cgroup(own: str, contents: dict[str, str]) -> None:
     parse_proc_cgroup(own)
     group = files({f"/sys/fs/cgroup/{n}": t for n, t in contents.items()} | {"/sys/fs/cgroup/cgroup.controllers": ""})
-    assert 0 <= group.room <= UNLIMITED
+    assert 0 <= group.available_memory <= UNLIMITED
 
 
 # CUDA_VISIBLE_DEVICES
@@ -103,8 +103,8 @@ UUIDS = [f"GPU-{n:08x}-0000" for n in range(8)]
 
 @given(st.lists(st.integers(0, 7), min_size=1, unique=True))
 def test_indices_and_uuids_name_the_same_gpus(indices: list[int]) -> None:
-    by_index = narrow(UUIDS, ",".join(map(str, indices)))
-    by_uuid = narrow(UUIDS, ", ".join(UUIDS[i] for i in indices))
+    by_index = apply_cuda_visible_devices(UUIDS, ",".join(map(str, indices)))
+    by_uuid = apply_cuda_visible_devices(UUIDS, ", ".join(UUIDS[i] for i in indices))
     assert by_index == by_uuid
     assert by_index.indices == tuple(indices)
     assert not by_index.problem
@@ -112,17 +112,17 @@ def test_indices_and_uuids_name_the_same_gpus(indices: list[int]) -> None:
 
 @given(st.lists(st.integers(0, 7), unique=True), st.integers(8, 99) | st.sampled_from(["-1", "x", "", "GPU-f"]))
 def test_cuda_stops_at_the_first_that_is_none(good: list[int], bad: int | str) -> None:
-    found = narrow(UUIDS, ",".join([*map(str, good), str(bad), "0"]))
+    found = apply_cuda_visible_devices(UUIDS, ",".join([*map(str, good), str(bad), "0"]))
     assert found.indices == tuple(good)
     assert "CUDA ignores it and all after it" in found.problem
 
 
 @given(st.none() | st.text())
 def test_any_text_names_some_gpus(text: str | None) -> None:
-    found = narrow(UUIDS, text)
+    found = apply_cuda_visible_devices(UUIDS, text)
     assert set(found.indices) <= set(range(-1, 8))
-    assert narrow(UUIDS, "²").problem
-    assert narrow(UUIDS, None).indices == tuple(range(8))
+    assert apply_cuda_visible_devices(UUIDS, "²").problem
+    assert apply_cuda_visible_devices(UUIDS, None).indices == tuple(range(8))
 
 
 # NCCL's interface names
@@ -226,7 +226,7 @@ NAMES = st.sampled_from(
 
 @given(st.dictionaries(NAMES, st.text(st.characters(exclude_characters="\x00", codec="utf-8"), max_size=12)))
 def test_any_environment_gives_settings(environ: dict[str, str]) -> None:
-    found = read_settings((), environ)
+    found = parse_config((), environ)
     assert isinstance(found.config, Config)
-    for fault in found.faults:
+    for fault in found.config_errors:
         assert fault.check == "M-14"

@@ -58,7 +58,7 @@ GPUS = [healthy_gpu(0), replace(healthy_gpu(5), index=5)]
 )
 def test_computing(played: pytest.MonkeyPatch, play: str, said: str) -> None:
     played.setenv("PLAY", play)
-    for text in probes.compute(GPUS).values():
+    for text in probes.probe_compute(GPUS).values():
         assert text.endswith(said)
         assert bool(text) == bool(said)
 
@@ -66,21 +66,21 @@ def test_computing(played: pytest.MonkeyPatch, play: str, said: str) -> None:
 def test_a_gpu_that_hangs_is_killed(played: pytest.MonkeyPatch) -> None:
     played.setenv("PLAY", "hang")
     played.setattr(probes, "SECONDS", 1.0)
-    assert set(probes.compute(GPUS).values()) == {"no answer within 1 s; the process was killed"}
+    assert set(probes.probe_compute(GPUS).values()) == {"no answer within 1 s; the process was killed"}
 
 
 def test_copies_that_arrive_and_one_that_does_not(played: pytest.MonkeyPatch) -> None:
-    assert probes.peer_copies([4, 5, 6]) == []
+    assert probes.probe_peer_copies([4, 5, 6]) == []
     played.setenv("PLAY", "lost")
-    assert probes.peer_copies([4, 5, 6]) == [(4, 5, "8 of 16777216 numbers are wrong")] or probes.peer_copies(
-        [4, 5, 6]
-    ) == [(4, 5, "8 of 1024 numbers are wrong")]
+    assert probes.probe_peer_copies([4, 5, 6]) == [
+        (4, 5, "8 of 16777216 numbers are wrong")
+    ] or probes.probe_peer_copies([4, 5, 6]) == [(4, 5, "8 of 1024 numbers are wrong")]
 
 
 def test_the_direction_that_hangs_is_named(played: pytest.MonkeyPatch) -> None:
     played.setenv("PLAY", "hang")
     played.setattr(probes, "SECONDS", 2.0)
-    assert [(one, other) for one, other, _ in probes.peer_copies([0, 1, 2])] == [(0, 2), (1, 2)]
+    assert [(one, other) for one, other, _ in probes.probe_peer_copies([0, 1, 2])] == [(0, 2), (1, 2)]
 
 
 def test_what_torch_was_built_for(played: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,4 +103,4 @@ def test_what_torch_was_built_for(played: pytest.MonkeyPatch, tmp_path: Path) ->
     ],
 )
 def test_machine_code_and_what_runs_it(known: list[str], capability: tuple[int, int], serves: bool) -> None:
-    assert probes.serves(known, capability) == serves
+    assert probes.supports_capability(known, capability) == serves

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import random_model
-from tests.doctor.lab import REPOSITORY, doctor, red, report
+from tests.doctor.fixtures import REPOSITORY, doctor, failed_checks, report
 
 README = (REPOSITORY / "README.md").read_text()
 # A machine of one's own: 2 MiB of shared memory, and a network where port 10000 is taken by this very shell's child.
@@ -35,8 +35,8 @@ def test_the_screen_is_what_it_says(tmp_path: Path) -> None:
         pytest.skip("no namespaces here")
     done = doctor("-o", "json", env=env, inside=inside)
     answer = report(done)
-    assert (list(red(answer)), done.returncode) == (re.findall(r"× ([A-Z]-\d+)", screen), 1)  # noqa: RUF001
-    assert set(red(answer)) == {"M-13", "S-01", "N-08"}
-    for check in (c for c in answer["checks"] if c["id"] in red(answer)):
+    assert (list(failed_checks(answer)), done.returncode) == (re.findall(r"× ([A-Z]-\d+)", screen), 1)  # noqa: RUF001
+    assert set(failed_checks(answer)) == {"M-13", "S-01", "N-08"}
+    for check in (c for c in answer["checks"] if c["id"] in failed_checks(answer)):
         assert same(f"{check['id']} {check['actual']}; expected {check['expected']}") in screen
         assert same(f'seen as "{check["symptom"][0]}" fix {check["fix"]["docker"] or check["fix"]["host"]}') in screen

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from doctor.examine import Examination, examine
+from doctor.context import CheckContext
+from doctor.examine import RunOptions, run_doctor
 from doctor.host import Host
-from doctor.node import Node
-from doctor.orphans import orphans
-from rtp_llm.machine.gpus import NO_ANSWER, answers
+from doctor.orphans import find_orphans
+from rtp_llm.machine.gpus import DRIVER_TIMEOUT, completes_within
 from rtp_llm.parallel import segment
-from tests.doctor.lab import REPOSITORY, PlayedHost, by_id, doctor, red, report
+from tests.doctor.fixtures import REPOSITORY, FakeHost, by_id, doctor, failed_checks, report
 
 SHM = Path("/dev/shm")
 
@@ -71,7 +71,7 @@ def remedy(done: subprocess.CompletedProcess[str], id: str, runtime: str = "dock
 
 
 def test_without_a_fault_there_is_none(two: dict[str, str]) -> None:
-    assert red(report(doctor("-o", "json", env=two))) == {}
+    assert failed_checks(report(doctor("-o", "json", env=two))) == {}
 
 
 @pytest.mark.fault("S-01")
@@ -79,7 +79,7 @@ def test_without_a_fault_there_is_none(two: dict[str, str]) -> None:
 def test_a_small_dev_shm(two: dict[str, str], runtime: str) -> None:
     inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm")
     done = doctor("-o", "json", env=two, inside=inside)
-    assert red(report(done)) == {"S-01": "error"}
+    assert failed_checks(report(done)) == {"S-01": "error"}
     assert done.returncode == 1
     words = {"docker": "--shm-size=2g", "compose": "shm_size: 2gb", "kubernetes": "sizeLimit: 2Gi"}
     assert words[runtime] in remedy(done, "S-01", runtime)
@@ -89,14 +89,14 @@ def test_a_small_dev_shm(two: dict[str, str], runtime: str) -> None:
 @pytest.mark.parametrize("script", ["mount -o remount,ro,bind /dev/shm", "mount --bind /var /dev/shm"])
 def test_a_dev_shm_that_is_none(two: dict[str, str], script: str) -> None:
     prepare = "mount --bind /dev/shm /dev/shm && " if "remount" in script else ""
-    assert red(report(doctor("-o", "json", env=two, inside=mounted(prepare + script)))) == {"S-03": "error"}
+    assert failed_checks(report(doctor("-o", "json", env=two, inside=mounted(prepare + script)))) == {"S-03": "error"}
 
 
 @pytest.mark.fault("N-08")
 def test_a_port_that_is_taken(two: dict[str, str]) -> None:
     with listening() as port:
         done = doctor("-o", "json", env={**two, "START_PORT": str(port)})
-        found = red(report(done))
+        found = failed_checks(report(done))
         assert found.pop("N-09", "warn") == "warn", "the kernel gave it, so it is in the kernel's range"
         assert found == {"N-08": "error"}
         check = next(c for c in report(done)["checks"] if c["id"] == "N-08")
@@ -112,15 +112,18 @@ def test_few_open_files(two: dict[str, str]) -> None:
     if not shutil.which("prlimit"):
         pytest.skip("no prlimit here")
     done = doctor("-o", "json", env=two, inside=inside)
-    assert red(report(done)) == {"L-02": "error"}
+    assert failed_checks(report(done)) == {"L-02": "error"}
     assert "--ulimit nofile=1048576:1048576" in remedy(done, "L-02")
 
 
 @pytest.mark.fault("L-10")
 def test_a_user_without_a_name(two: dict[str, str]) -> None:
     done = doctor("-o", "json", env={**two, "PYTHONDONTWRITEBYTECODE": "1"}, inside=another_user(54321))
-    assert red(report(done)).get("L-10") == "error", done.stderr
-    assert red(report(doctor("-o", "json", env={**two, "USER": "rtp"}, inside=another_user(54321)))).get("L-10") is None
+    assert failed_checks(report(done)).get("L-10") == "error", done.stderr
+    assert (
+        failed_checks(report(doctor("-o", "json", env={**two, "USER": "rtp"}, inside=another_user(54321)))).get("L-10")
+        is None
+    )
 
 
 @pytest.mark.fault("M-11")
@@ -135,7 +138,7 @@ def test_files_of_somebody_else(two: dict[str, str], demo: Path, tmp_path_factor
     next((copy / "model").glob("*.safetensors")).chmod(0o600)
     env = {**two, "USER": "rtp", "CHECKPOINT_PATH": str(copy / "model")}
     done = doctor("-o", "json", env=env, inside=inside)
-    assert red(report(done)) == {"M-11": "error"}, done.stdout
+    assert failed_checks(report(done)) == {"M-11": "error"}, done.stdout
     assert f"chmod -R a+rX {copy / 'model'}" in remedy(done, "M-11", "host")
 
 
@@ -166,10 +169,10 @@ def test_what_is_left_behind_is_found_and_only_what_is_ours_removed(
     two: dict[str, str], left_behind: dict[str, Path]
 ) -> None:
     done = doctor("-o", "json", env=two)
-    assert red(report(done)) == {"S-02": "warn"}
+    assert failed_checks(report(done)) == {"S-02": "warn"}
     check = next(c for c in report(done)["checks"] if c["id"] == "S-02")
     # Where a process may not be looked into, what is not ours by its lock may be in its hands.
-    certain = 1 if orphans(Host()).unreadable else 2
+    certain = 1 if find_orphans(Host()).unreadable else 2
     assert check["actual"].startswith(f"{certain} files that nobody uses")
     assert "--fix shm removes 1 of them" in remedy(done, "S-02")
     fixed = doctor("--fix", "shm", env=two)
@@ -196,7 +199,7 @@ def test_three_faults_at_once_are_three_causes_and_nothing_else(demo: Path) -> N
         env = {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": str(port), "WROLD_RANK": "0"}
         range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
         done = doctor("-o", "json", env={**env, "RTP_RUNTIME": "docker"}, inside=inside)
-    found = red(report(done))
+    found = failed_checks(report(done))
     assert range_file.exists()
     assert found.pop("N-09", "warn") == "warn"
     assert found == {"M-13": "error", "S-01": "error", "N-08": "error"}
@@ -207,7 +210,7 @@ def test_three_faults_at_once_are_three_causes_and_nothing_else(demo: Path) -> N
 
 def test_the_value_of_a_misspelt_secret_is_not_shown(two: dict[str, str]) -> None:
     done = doctor("-o", "json", env={**two, "GANG_SERCET": "hunter2"})
-    assert red(report(done)) == {"M-13": "warn"}
+    assert failed_checks(report(done)) == {"M-13": "warn"}
     assert "hunter2" not in done.stdout + done.stderr
 
 
@@ -215,14 +218,14 @@ def test_an_ignored_fault_hides_nothing(two: dict[str, str]) -> None:
     """S-01 needs S-03; whoever ignores that still hears of the other."""
     inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm && mount -o remount,ro,bind /dev/shm")
     done = doctor("-o", "json", "--ignore", "S-03", env=two, inside=inside)
-    assert red(report(done)) == {"S-03": "warn", "S-01": "error"}
+    assert failed_checks(report(done)) == {"S-03": "warn", "S-01": "error"}
 
 
 def test_a_driver_that_hangs_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not answers(lambda: time.sleep(600), 0.2)
-    assert answers(lambda: None)
-    monkeypatch.setattr("doctor.node.answers", lambda question: False)
-    assert Node(Host()).gpus.failure == NO_ANSWER
+    assert not completes_within(lambda: time.sleep(600), 0.2)
+    assert completes_within(lambda: None)
+    monkeypatch.setattr("doctor.context.completes_within", lambda question: False)
+    assert CheckContext(Host()).gpus.failure == DRIVER_TIMEOUT
 
 
 @pytest.mark.timeout(60)
@@ -233,14 +236,14 @@ def test_a_dead_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkey
         threading.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr("doctor.node.answers", lambda question: answers(question, 0.3))
-    host = PlayedHost(tmp_path, {"CHECKPOINT_PATH": str(demo), "START_PORT": "19871"})
-    monkeypatch.setattr("doctor.examine.is_running", lambda node: False)
+    monkeypatch.setattr("doctor.context.completes_within", lambda question: completes_within(question, 0.3))
+    host = FakeHost(tmp_path, {"CHECKPOINT_PATH": str(demo), "START_PORT": "19871"})
+    monkeypatch.setattr("doctor.examine.is_running", lambda ctx: False)
     monkeypatch.setattr("rtp_llm.files.read", dead)
-    found = examine(host, (), Examination(), print)
+    found = run_doctor(host, (), RunOptions(), print)
     assert {f.id: f.status for f in found.problems()} == {"M-08": "error"}
     assert by_id(found.checks, "M-08").actual == f"CHECKPOINT_PATH={demo}: its disk gives no answer"
     host.environ = {**host.environ, "DISTRIBUTE_CONFIG_FILE": "/mnt/list.json", "CHECKPOINT_PATH": ""}
-    found = examine(host, (), Examination(), print)
+    found = run_doctor(host, (), RunOptions(), print)
     assert {f.id: f.status for f in found.problems()} == {"C-02": "error"}
     assert "/mnt/list.json: cannot be read: it gives no answer" in by_id(found.checks, "C-02").actual

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from doctor.check import Runtime, Status
-from doctor.host import Space
-from doctor.node import Node
-from doctor.render import ASCII, UNICODE, WIDTH, Style, json_text, junit, prometheus, short, table, write
-from doctor.report import Drift, Exit, Report, make_report
-from tests.doctor.faulty import FAULTS, NoDriver, faulty_report, steady
-from tests.doctor.lab import PlayedHost, examine
+from doctor.context import CheckContext
+from doctor.host import DiskSpace
+from doctor.render import ASCII, DEFAULT_WIDTH, UNICODE, Style, json_text, junit, prometheus, short, table, write
+from doctor.report import DoctorExitCode, Drift, Report, make_report
+from tests.doctor.faulty import FAULTS, NoDriver, faulty_report, without_timings
+from tests.doctor.fixtures import FakeHost, run_context_checks
 
 FOLDER = Path(__file__).parent / "golden"
 PLAIN, COLOUR = Style(UNICODE, False), Style(UNICODE, True)
@@ -54,18 +54,18 @@ def through_ascii(text: str) -> str:
 
 @pytest.fixture(params=Runtime)
 def report(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
-    return steady(faulty_report(tmp_path, request.param, monkeypatch))
+    return without_timings(faulty_report(tmp_path, request.param, monkeypatch))
 
 
 @pytest.fixture
 def healthy(tmp_path: Path) -> Report:
-    node = Node(PlayedHost(tmp_path, {"START_PORT": "29400"}), nvml=NoDriver)
-    return steady(make_report(node, examine(node), started=0.0))
+    ctx = CheckContext(FakeHost(tmp_path, {"START_PORT": "29400"}), nvml=NoDriver)
+    return without_timings(make_report(ctx, run_context_checks(ctx), started=0.0))
 
 
 def test_the_machine_has_the_faults_that_it_should(report: Report) -> None:
     assert {f.id: f.status for f in report.problems()} == FAULTS
-    assert (report.verdict, report.exit_code) == ("error", Exit.ERRORS)
+    assert (report.verdict, report.exit_code) == ("error", DoctorExitCode.ERRORS)
 
 
 def test_every_form_is_as_written_down(report: Report) -> None:
@@ -127,15 +127,15 @@ def test_every_check_is_shown_when_asked_for(healthy: Report) -> None:
 def test_style_follows_the_stream(
     encoding: str, tty: bool, environ: dict[str, str], colour: bool, unicode: bool
 ) -> None:
-    style = Style.of(Terminal(encoding, tty), environ)
+    style = Style.for_stream(Terminal(encoding, tty), environ)
     assert (style.colour, style.symbols is UNICODE) == (colour, unicode)
 
 
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("20", 72), ("400", 140)])
 def test_width_is_the_terminals(columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    assert Style.of(Terminal("utf-8", tty=True), {}).width == width
-    assert Style.of(Terminal("utf-8"), {}).width == WIDTH
+    assert Style.for_stream(Terminal("utf-8", tty=True), {}).width == width
+    assert Style.for_stream(Terminal("utf-8"), {}).width == DEFAULT_WIDTH
 
 
 def test_colour_is_all_that_colour_adds(report: Report) -> None:
@@ -162,18 +162,18 @@ def test_what_parts_differ_in_is_shown(healthy: Report) -> None:
 
 
 def test_many_gpus_take_one_line(healthy: Report) -> None:
-    node = healthy.node.model_copy(update={"facts": {"gpus": "8 x NVIDIA H100 80GB HBM3", "cores": "192"}})
-    lines = table(healthy.model_copy(update={"node": node}), PLAIN).splitlines()
+    ctx = healthy.node.model_copy(update={"facts": {"gpus": "8 x NVIDIA H100 80GB HBM3", "cores": "192"}})
+    lines = table(healthy.model_copy(update={"node": ctx}), PLAIN).splitlines()
     assert lines[0].endswith("docker, 8 x NVIDIA H100 80GB HBM3, cores 192")
 
 
 @pytest.mark.parametrize("text", ["/models/\x1b[31mred", "/models/\udcff", "bell\a", "null\0"])
 def test_bytes_of_all_kinds_are_shown_as_escapes(tmp_path: Path, text: str) -> None:
     """A terminal must not obey what a path holds, and XML and JSON must stay what they are."""
-    host = PlayedHost(tmp_path, {"CHECKPOINT_PATH": text, "START_PORT": "29400"})
-    host.spaces["/dev/shm"] = Space(64 << 20, 64 << 20, -1)
-    node = Node(host, nvml=NoDriver)
-    report = make_report(node, examine(node, only=["M-08", "S-01"]), started=0.0)
+    host = FakeHost(tmp_path, {"CHECKPOINT_PATH": text, "START_PORT": "29400"})
+    host.spaces["/dev/shm"] = DiskSpace(64 << 20, 64 << 20, -1)
+    ctx = CheckContext(host, nvml=NoDriver)
+    report = make_report(ctx, run_context_checks(ctx, only=["M-08", "S-01"]), started=0.0)
     for render in FORMS.values():
         if render is not FORMS["colour.txt"]:
             assert render(report).replace("\n", "").isprintable()

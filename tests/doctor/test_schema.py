@@ -15,7 +15,7 @@ from doctor.check import Runtime, Status
 from doctor.render import ASCII, STATUS_NUMBERS, Style, junit, prometheus
 from doctor.report import SCHEMA, Report
 from tests.doctor.faulty import FAULTS, faulty_report
-from tests.doctor.lab import REPOSITORY, doctor
+from tests.doctor.fixtures import REPOSITORY, doctor
 
 PUBLISHED = REPOSITORY / "docs" / "doctor-schema.json"
 STYLE = Style(ASCII, False)

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rtp_llm.engine.step import Step
-from rtp_llm.kernels.batch import Batch, LayerCache
+from rtp_llm.contract.step import Step
+from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 from rtp_llm.kernels.reference import reference_attention
 
 DIM = 8
@@ -43,7 +43,7 @@ class Layout:
     dtype: torch.dtype = torch.float32
 
 
-class Case:
+class PagedBatch:
     """Sequences with random contents on blocks in random order, and the step that computes their new tokens."""
 
     def __init__(self, layout: Layout, sequences: list[Sequence], seed: int, unused: float = 0.0):
@@ -52,7 +52,7 @@ class Case:
         self.tables = self._tables()
         num_blocks = sum(map(len, self.tables)) + 2
         shape = (num_blocks, layout.block_size, layout.kv_heads, DIM)
-        self.cache = LayerCache(*(torch.full(shape, unused, dtype=layout.dtype) for _ in range(2)))
+        self.cache = LayerKVCache(*(torch.full(shape, unused, dtype=layout.dtype) for _ in range(2)))
         lengths = [s.length for s in self.sequences]
         self.queries = [self._noise(s.count, layout.heads) for s in self.sequences]
         self.keys, self.values = ([self._noise(n, layout.kv_heads) for n in lengths] for _ in range(2))
@@ -74,7 +74,7 @@ class Case:
     def slot(self, index: int, place: int) -> tuple[int, int]:
         return self.tables[index][place // self.layout.block_size], place % self.layout.block_size
 
-    def batch(self) -> Batch:
+    def batch(self) -> ForwardBatch:
         def ints(values: object) -> NDArray[np.int32]:
             return np.array(values, dtype=np.int32)
 
@@ -86,16 +86,16 @@ class Case:
             epoch=1,
             number=1,
             num_decodes=sum(1 for s in self.sequences if s.count == 1),
-            ids=ints([0] * len(places)),
+            token_ids=ints([0] * len(places)),
             positions=ints([place for _, place in places]),
-            slots=ints(slots),
-            query_starts=ints(np.cumsum([0, *(s.count for s in self.sequences)])),
-            context_lens=ints([s.length for s in self.sequences]),
+            slot_mapping=ints(slots),
+            query_start_loc=ints(np.cumsum([0, *(s.count for s in self.sequences)])),
+            seq_lens=ints([s.length for s in self.sequences]),
             prompt_lens=ints([s.length for s in self.sequences]),
-            tables=ints([table + [0] * (width - len(table)) for table in self.tables]),
-            rows=ints([]),
+            block_tables=ints([table + [0] * (width - len(table)) for table in self.tables]),
+            logits_indices=ints([]),
         )
-        return Batch.from_step(step, torch.device("cpu"))
+        return ForwardBatch.from_step(step, torch.device("cpu"))
 
     def run(self) -> list[Tensor]:
         """What the backend says, by sequence."""
@@ -157,7 +157,7 @@ LAYOUTS = [
 def test_random_batches(layout: Layout) -> None:
     for seed in range(3):
         sequences = random_sequences(np.random.default_rng([seed, layout.block_size, layout.heads, layout.window]))
-        Case(layout, sequences, seed).check()
+        PagedBatch(layout, sequences, seed).check()
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,17 @@ def test_random_batches(layout: Layout) -> None:
 )
 @pytest.mark.parametrize("window", [0, 1, 16, 17])
 def test_edges(sequences: list[Sequence], window: int) -> None:
-    Case(Layout(16, 6, 2, window), sequences, 0).check()
+    PagedBatch(Layout(16, 6, 2, window), sequences, 0).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     sequences = [Sequence(20, 1), Sequence(3, 1), Sequence(7, 9)]
-    Case(Layout(16, 6, 2, 0, dtype), sequences, 0).check(tolerance=2e-2)
+    PagedBatch(Layout(16, 6, 2, 0, dtype), sequences, 0).check(tolerance=2e-2)
 
 
 def test_new_keys_and_values_are_written_and_nothing_else() -> None:
-    case = Case(Layout(4, 6, 2, 0), [Sequence(5, 1), Sequence(2, 7), Sequence(0, 4)], 1, unused=7.0)
+    case = PagedBatch(Layout(4, 6, 2, 0), [Sequence(5, 1), Sequence(2, 7), Sequence(0, 4)], 1, unused=7.0)
     before = [case.cache.keys.clone(), case.cache.values.clone()]
     case.run()
     for pages, old, contents in zip(
@@ -204,13 +204,13 @@ def test_new_keys_and_values_are_written_and_nothing_else() -> None:
 def test_what_lies_in_unused_slots_does_not_matter(unused: float, window: int) -> None:
     """Freed blocks keep what they held, and a request whose numbers overflowed may have left NaN there."""
     sequences = [Sequence(0, 1), Sequence(41, 1), Sequence(16, 1), Sequence(5, 6), Sequence(0, 17)]
-    Case(Layout(16, 6, 2, window), sequences, 2, unused).check()
+    PagedBatch(Layout(16, 6, 2, window), sequences, 2, unused).check()
 
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_a_sequence_of_nan_stays_among_itself(window: int) -> None:
     """Its neighbours in the batch are served as if it were not there, though their tables are padded with its block."""
-    case = Case(Layout(16, 6, 2, window), [Sequence(41, 1), Sequence(3, 1), Sequence(16, 1), Sequence(5, 6)], 3)
+    case = PagedBatch(Layout(16, 6, 2, window), [Sequence(41, 1), Sequence(3, 1), Sequence(16, 1), Sequence(5, 6)], 3)
     assert case.tables[0][0] == 0
     for tensors in (case.keys, case.values):
         tensors[0].fill_(torch.nan)

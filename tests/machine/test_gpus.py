@@ -5,22 +5,22 @@ import inspect
 import pynvml
 import pytest
 
-from rtp_llm.machine.gpus import Gpus, read_gpus
-from tests.machine.played_nvml import GIB, READINGS, PlayedNvml, Record
+from rtp_llm.machine.gpus import GpuInventory, read_gpus
+from tests.machine.fake_nvml import GIB, READINGS, FakeNvml, NvmlStruct
 
 
 def test_the_play_has_the_functions_of_the_library() -> None:
-    own = [name for name in vars(PlayedNvml) if name.startswith("nvml")]
+    own = [name for name in vars(FakeNvml) if name.startswith("nvml")]
     for name in (*own, *READINGS):
         real = getattr(pynvml, name)
         if name in own:
-            played = list(inspect.signature(getattr(PlayedNvml, name)).parameters)[1:]
+            played = list(inspect.signature(getattr(FakeNvml, name)).parameters)[1:]
             needed = [p for p in inspect.signature(real).parameters.values() if p.default is p.empty]
             assert len(played) == len(needed), name
 
 
 def test_eight_gpus_are_read_and_the_library_is_closed() -> None:
-    nvml = PlayedNvml()
+    nvml = FakeNvml()
     found = read_gpus(nvml)
     assert (nvml.open, found.driver, found.cuda, len(found.all), len(found.pairs)) == (0, "570.86.15", (12, 8), 8, 28)
     first = found.all[0]
@@ -29,11 +29,11 @@ def test_eight_gpus_are_read_and_the_library_is_closed() -> None:
     assert [gpu.index for gpu in found.visible] == list(range(8))
     assert (first.utilization, first.power, first.energy, first.memory_temperature) == (0.87, 412.5, 7200.0, 48)
     assert (first.clocks["sm"], first.nvlink_bytes) == (1980e6, {"transmitted": 3072, "received": 5120})
-    assert set(first.slowdowns.values()) == set(first.nvlink_errors.values()) == {0}
+    assert set(first.throttle_reasons.values()) == set(first.nvlink_errors.values()) == {0}
 
 
 def test_what_is_not_supported_is_not_judged() -> None:
-    nvml = PlayedNvml(1)
+    nvml = FakeNvml(1)
     nvml.changed[0] = {name: pynvml.NVML_ERROR_NOT_SUPPORTED for name in READINGS if name != "nvmlDeviceGetName"}
     [gpu] = read_gpus(nvml).all
     assert (gpu.compute_mode, gpu.ecc_uncorrected, gpu.temperature, gpu.mig, gpu.nvlinks) == (
@@ -47,25 +47,25 @@ def test_what_is_not_supported_is_not_judged() -> None:
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_UNKNOWN])
 def test_a_library_that_does_not_start(code: int) -> None:
-    found = read_gpus(PlayedNvml(failure=code), "0")
+    found = read_gpus(FakeNvml(failure=code), "0")
     assert (found.failure, found.all, found.visible) == (code, (), [])
 
 
 def test_a_gpu_that_has_fallen_off_the_bus_keeps_its_place() -> None:
-    nvml = PlayedNvml()
-    nvml.broken[3] = pynvml.NVML_ERROR_GPU_IS_LOST
+    nvml = FakeNvml()
+    nvml.failed[3] = pynvml.NVML_ERROR_GPU_IS_LOST
     found = read_gpus(nvml, "2,4")
-    assert found.broken == ((3, pynvml.NVML_ERROR_GPU_IS_LOST),)
+    assert found.failed == ((3, pynvml.NVML_ERROR_GPU_IS_LOST),)
     assert [gpu.index for gpu in found.visible] == [2, 4]
 
 
 def test_readings_of_a_sick_gpu() -> None:
-    nvml = PlayedNvml(2)
+    nvml = FakeNvml(2)
     nvml.changed[1] = {
         "nvmlDeviceGetRemappedRows": (4, 2, 1, 1),
         "nvmlDeviceGetTotalEccErrors": 7,
         "nvmlDeviceGetMigMode": [1, 1],
-        "processes": [Record(pid=77, usedGpuMemory=None)],
+        "processes": [NvmlStruct(pid=77, usedGpuMemory=None)],
     }
     well, sick = read_gpus(nvml).all
     assert (sick.remap_pending, sick.remap_failure, sick.ecc_uncorrected, sick.mig) == (True, True, 7, True)
@@ -77,7 +77,7 @@ def test_the_real_library_where_there_is_one() -> None:
     found = read_gpus()
     if found.failure:
         pytest.skip(f"no NVIDIA driver here: {pynvml.NVMLError(found.failure)}")
-    assert isinstance(found, Gpus)
+    assert isinstance(found, GpuInventory)
     assert found.driver
     for gpu in found.all:
         assert gpu.uuid.startswith("GPU-")

@@ -51,7 +51,7 @@ SIZES: Json = {
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckpointCase:
     """One checkpoint: a family, what its config says beyond SIZES, and what happens to the saved files."""
 
     name: str
@@ -64,7 +64,7 @@ class Case:
         return self.name
 
 
-def make_model(case: Case, seed: int) -> PreTrainedModel:
+def make_model(case: CheckpointCase, seed: int) -> PreTrainedModel:
     """The model in memory: the oracle runs this one, and never sees the rewritten files."""
     config_class, model_class = FAMILIES[case.family]
     # A copy: transformers completes `rope_parameters` in place.
@@ -87,7 +87,7 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return gain / math.sqrt(like.shape[1]) * noise
 
 
-def save(model: PreTrainedModel, case: Case, folder: Path) -> None:
+def save(model: PreTrainedModel, case: CheckpointCase, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size=case.shard_size)
     for rewrite in case.rewrite:
         rewrite(folder)
@@ -179,45 +179,51 @@ _DYNAMIC = _rope("dynamic", factor=2.0) | {"max_position_embeddings": TRAINED}
 _BIAS: Json = {"attention_bias": True, "mlp_bias": True}
 
 CASES = [
-    Case("llama", "llama"),
+    CheckpointCase("llama", "llama"),
     # At TP 3 a rank has two heads of one KV head and one of the next: the places of its heads have a gap.
-    Case("llama-biases", "llama", _BIAS | {"num_attention_heads": 8, "num_key_value_heads": 4}, shard_size="200KB"),
-    Case("llama-mha-older", "llama", _rope("default", rope_theta=5e5) | {"num_key_value_heads": 6}, (older_config,)),
-    Case("llama-mqa-one-layer", "llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
-    Case("llama-tied", "llama", {"tie_word_embeddings": True}),
-    Case("llama-tied-older-sharded", "llama", {"tie_word_embeddings": True}, (older_config,), "100KB"),
-    Case("rope-linear", "llama", _rope("linear", factor=4.0)),
-    Case("rope-linear-older", "llama", _rope("linear", factor=2.5), (older_config,)),
-    Case("rope-dynamic", "llama", _DYNAMIC),
-    Case("rope-dynamic-older", "llama", _DYNAMIC, (older_config,)),
-    Case("rope-llama3", "llama", _rope("llama3", **_LLAMA3)),
-    Case("rope-llama3-older", "llama", _rope("llama3", **_LLAMA3), (older_config,)),
-    Case("rope-yarn", "llama", _rope("yarn", **_YARN)),
-    Case("rope-yarn-older", "llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64), (older_config,)),
-    Case("rope-yarn-attention-factor", "llama", _rope("yarn", **_YARN, attention_factor=0.7)),
-    Case("rope-yarn-mscale", "llama", _rope("yarn", **_YARN, mscale=2.0, mscale_all_dim=0.5)),
-    Case("rope-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False)),
-    Case("mistral-window", "mistral", {"sliding_window": 20}),
-    Case("mistral-head-dim", "mistral", {"sliding_window": None, "head_dim": 24}),
-    Case("mistral-window-older", "mistral", {"sliding_window": 7, "head_dim": 8}, (older_config,)),
-    Case(
+    CheckpointCase(
+        "llama-biases", "llama", _BIAS | {"num_attention_heads": 8, "num_key_value_heads": 4}, shard_size="200KB"
+    ),
+    CheckpointCase(
+        "llama-mha-older", "llama", _rope("default", rope_theta=5e5) | {"num_key_value_heads": 6}, (older_config,)
+    ),
+    CheckpointCase("llama-mqa-one-layer", "llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
+    CheckpointCase("llama-tied", "llama", {"tie_word_embeddings": True}),
+    CheckpointCase("llama-tied-older-sharded", "llama", {"tie_word_embeddings": True}, (older_config,), "100KB"),
+    CheckpointCase("rope-linear", "llama", _rope("linear", factor=4.0)),
+    CheckpointCase("rope-linear-older", "llama", _rope("linear", factor=2.5), (older_config,)),
+    CheckpointCase("rope-dynamic", "llama", _DYNAMIC),
+    CheckpointCase("rope-dynamic-older", "llama", _DYNAMIC, (older_config,)),
+    CheckpointCase("rope-llama3", "llama", _rope("llama3", **_LLAMA3)),
+    CheckpointCase("rope-llama3-older", "llama", _rope("llama3", **_LLAMA3), (older_config,)),
+    CheckpointCase("rope-yarn", "llama", _rope("yarn", **_YARN)),
+    CheckpointCase(
+        "rope-yarn-older", "llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64), (older_config,)
+    ),
+    CheckpointCase("rope-yarn-attention-factor", "llama", _rope("yarn", **_YARN, attention_factor=0.7)),
+    CheckpointCase("rope-yarn-mscale", "llama", _rope("yarn", **_YARN, mscale=2.0, mscale_all_dim=0.5)),
+    CheckpointCase("rope-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False)),
+    CheckpointCase("mistral-window", "mistral", {"sliding_window": 20}),
+    CheckpointCase("mistral-head-dim", "mistral", {"sliding_window": None, "head_dim": 24}),
+    CheckpointCase("mistral-window-older", "mistral", {"sliding_window": 7, "head_dim": 8}, (older_config,)),
+    CheckpointCase(
         "qwen2-14-heads",
         "qwen2",
         {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 112, "vocab_size": 509},
     ),
-    Case(
+    CheckpointCase(
         "qwen2-window",
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
-    Case(
+    CheckpointCase(
         "qwen2-window-older",
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2, "num_hidden_layers": 3},
         (older_config,),
     ),
-    Case("qwen3", "qwen3", {"head_dim": 32}),
-    Case("qwen3-bias-older", "qwen3", {"head_dim": 20, "attention_bias": True}, (older_config,)),
-    Case("internlm2", "llama", {}, (as_internlm2,)),
-    Case("internlm2-dynamic-bias", "llama", _DYNAMIC | {"attention_bias": True}, (as_internlm2,)),
+    CheckpointCase("qwen3", "qwen3", {"head_dim": 32}),
+    CheckpointCase("qwen3-bias-older", "qwen3", {"head_dim": 20, "attention_bias": True}, (older_config,)),
+    CheckpointCase("internlm2", "llama", {}, (as_internlm2,)),
+    CheckpointCase("internlm2-dynamic-bias", "llama", _DYNAMIC | {"attention_bias": True}, (as_internlm2,)),
 ]

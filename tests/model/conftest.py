@@ -7,8 +7,8 @@ import torch
 from transformers.utils import logging
 
 from tests.model.checkpoints import CASES
-from tests.model.gangs import Gang
 from tests.model.oracle import Oracle, make_oracle
+from tests.model.rank_pool import RankPool
 
 Oracles = Callable[[str], Oracle]
 
@@ -38,8 +38,8 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
 
 
 @pytest.fixture(scope="session", params=[1, 2, 3, 4], ids="tp{}".format)
-def gang(request: pytest.FixtureRequest) -> Iterator[Gang]:
+def gang(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """One set of rank processes at a time; pytest orders the tests so that each is started once."""
-    gang = Gang(request.param)
+    gang = RankPool(request.param)
     yield gang
     gang.close()

@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtp_llm.config import Config
+from rtp_llm.contract.engine_output import FinishReason, Logprob
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_metadata import SampledToken, SamplingMetadata
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.blocks import BlockPool
-from rtp_llm.engine.engine import Engine, Publish
-from rtp_llm.engine.request import FinishReason, Logprob, Request, SamplingParams
-from rtp_llm.engine.sampling import Sampled, Sampling
-from rtp_llm.engine.scheduler import Limits, Scheduler
+from rtp_llm.engine.engine import BroadcastStep, Engine
+from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.layers.sampler import sample
 from rtp_llm.model.checkpoint import Checkpoint
-from rtp_llm.model.weights import LoadReport
-from rtp_llm.parallel.group import Group, SingleRank
-from rtp_llm.runner.runner import Runner
+from rtp_llm.model.weights import LoadStats
+from rtp_llm.parallel.group import Group, SingleRankGroup
+from rtp_llm.runner.model_runner import ModelRunner
 
 MAX_SEQ_LEN = 256
 MOST_STEPS = 5000  # far more than any test needs: an engine that gets nowhere must not hang
@@ -36,7 +38,7 @@ DEFAULTS: Settings = {"max_batch_tokens_size": 48, "test_block_num": 64, "warm_u
 
 
 @dataclass
-class Outcome:
+class Completion:
     """What became of one request. `logits`: those that each token of `tokens` was chosen from."""
 
     tokens: list[int] = field(default_factory=list)
@@ -47,31 +49,33 @@ class Outcome:
     cached_tokens: int = 0
 
 
-Outcomes = dict[str, Outcome]
+Outcomes = dict[str, Completion]
 
 
-def load(path: Path, settings: Settings, group: Group) -> tuple[Runner, LoadReport]:
+def load(path: Path, settings: Settings, group: Group) -> tuple[ModelRunner, LoadStats]:
     """One rank, ready to compute; all ranks of the group call it."""
     config = Config.model_validate({"checkpoint_path": str(path), **DEFAULTS, **settings})
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(group.size)
-    runner = Runner(config, spec, group, torch.device("cpu"), MAX_SEQ_LEN)
+    runner = ModelRunner(config, spec, group, torch.device("cpu"), MAX_SEQ_LEN)
     report = runner.load(checkpoint, lambda share: None)
-    runner.allocate(group.size)
+    runner.allocate_kv_cache(group.size)
     return runner, report
 
 
-def engine_of(runner: Runner, publish: Publish) -> Engine:
+def engine_of(runner: ModelRunner, publish: BroadcastStep) -> Engine:
     config = runner.config
     blocks = BlockPool(runner.num_blocks, runner.block_size, config.reuse_cache)
-    limits = Limits(runner.max_tokens, config.max_batch_size or config.concurrency_limit, config.max_context_batch_size)
+    limits = SchedulerConfig(
+        runner.max_tokens, config.max_batch_size or config.concurrency_limit, config.max_context_batch_size
+    )
     return Engine(Scheduler(blocks, limits), runner, runner.max_seq_len, epoch=1, publish=publish)
 
 
 def alone(path: Path, **settings: Any) -> Engine:
     """An engine at TP 1 in this process."""
-    return engine_of(load(path, settings, SingleRank())[0], lambda step: None)
+    return engine_of(load(path, settings, SingleRankGroup())[0], lambda step: None)
 
 
 def greedy(prompt: Sequence[int], count: int, id: str = "0", **params: Any) -> Request:
@@ -80,7 +84,7 @@ def greedy(prompt: Sequence[int], count: int, id: str = "0", **params: Any) -> R
 
 def run(engine: Engine, requests: Sequence[Request]) -> Outcomes:
     """Adds all requests at once and steps until all have ended."""
-    outcomes: Outcomes = {r.id: Outcome() for r in requests}
+    outcomes: Outcomes = {r.id: Completion() for r in requests}
     with watching() as logits:
         for request in requests:
             assert engine.add(request) is None, "there is nothing left to compute"
@@ -111,10 +115,10 @@ def step(engine: Engine, outcomes: Outcomes) -> None:
 def watching() -> Iterator[dict[str, list[NDArray[np.float32]]]]:
     seen: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
-    def watched(logits: Tensor, sampling: Sampling) -> tuple[list[Sampled], list[Logprob]]:
+    def watched(logits: Tensor, sampling: SamplingMetadata) -> tuple[list[SampledToken], list[Logprob]]:
         for row, request in zip(sampling.rows, sampling.requests, strict=True):
             seen[request.id].append(logits[row].numpy().copy())
         return sample(logits, sampling)
 
-    with mock.patch("rtp_llm.runner.runner.sample", watched):
+    with mock.patch("rtp_llm.runner.model_runner.sample", watched):
         yield seen

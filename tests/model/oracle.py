@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.model.checkpoints import Case, make_model, save
+from tests.model.checkpoints import CheckpointCase, make_model, save
 
 Floats = NDArray[np.float32]
 
@@ -22,7 +22,7 @@ LEAST_VARIETY = 12  # different tokens in the output of a prompt
 
 
 @dataclass(frozen=True)
-class Answer:
+class OracleAnswer:
     """For one prompt: logits [len(prompt), vocab] of the prompt, and of each token that follows."""
 
     prompt: list[int]
@@ -40,7 +40,7 @@ class Answer:
         np.testing.assert_allclose(logits[:end], self.logits[:end], rtol=0, atol=TOLERANCE)
         assert tokens == self.tokens
 
-    def after(self, count: int) -> "Answer":
+    def after(self, count: int) -> "OracleAnswer":
         """What is left to say behind the first `count` tokens."""
         return replace(self, tokens=self.tokens[count:], logits=self.logits[count:])
 
@@ -49,12 +49,12 @@ class Answer:
 class Oracle:
     """A checkpoint on disk, and what it must say."""
 
-    case: Case
+    case: CheckpointCase
     path: Path
-    answers: list[Answer]
+    answers: list[OracleAnswer]
 
 
-def make_oracle(case: Case, folder: Path) -> Oracle:
+def make_oracle(case: CheckpointCase, folder: Path) -> Oracle:
     """Tries seeds until the output is worth comparing; the first is nearly always."""
     for seed in range(10):
         model = make_model(case, seed + zlib.crc32(case.name.encode()))
@@ -70,13 +70,13 @@ def _prompts(vocab_size: int, seed: int) -> list[list[int]]:
     return [generator.integers(0, vocab_size, length).tolist() for length in PROMPT_LENGTHS]
 
 
-def _is_telling(answer: Answer) -> bool:
+def _is_telling(answer: OracleAnswer) -> bool:
     best = np.sort(answer.logits, axis=-1)[:, -2:]
     return bool(np.diff(best).min() > CLOSEST_CALL) and len(set(answer.tokens)) >= LEAST_VARIETY
 
 
 @torch.inference_mode()
-def answer(model: PreTrainedModel, prompt: list[int]) -> Answer:
+def answer(model: PreTrainedModel, prompt: list[int]) -> OracleAnswer:
     _forget_lengths(model)
     cache = DynamicCache(config=model.config)
     tokens: list[int] = []
@@ -87,7 +87,7 @@ def answer(model: PreTrainedModel, prompt: list[int]) -> Answer:
         rows.append(logits.numpy())
         new = [int(logits[-1].argmax())]
         tokens += new
-    return Answer(prompt, tokens, rows[0], np.stack([r[-1] for r in rows]))
+    return OracleAnswer(prompt, tokens, rows[0], np.stack([r[-1] for r in rows]))
 
 
 def _forget_lengths(model: PreTrainedModel) -> None:

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_params import SamplingParams
+from rtp_llm.contract.step import Step
 from rtp_llm.engine.engine import Engine
-from rtp_llm.engine.loop import Followers
-from rtp_llm.engine.request import Request, SamplingParams
-from rtp_llm.engine.step import Step
-from rtp_llm.parallel.gang import accept_ranks, retry_connect
-from rtp_llm.parallel.group import Group, TorchGroup, open_group
+from rtp_llm.engine.loop import FollowerConnections
+from rtp_llm.parallel.gang_client import accept_ranks, retry_connect
+from rtp_llm.parallel.group import Group, TorchGroup, init_group
 from rtp_llm.parallel.members import Member
-from rtp_llm.parallel.plan import STEP, Plan
-from rtp_llm.parallel.wire import Kind, WireError, connect, listen, pack_json, receive
-from rtp_llm.runner.runner import Runner
+from rtp_llm.parallel.plan import STEP_PORT_OFFSET, Plan
+from rtp_llm.parallel.wire import FrameType, WireError, connect, listen, pack_json, recv_frame
+from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
 
 HOST = "127.0.0.1"
@@ -39,7 +40,7 @@ def open_groups(plan: Plan, rank: int) -> dict[str, Group]:
     """The product's own choice for ranks of one machine, and gloo for everything, as it is used between machines."""
     cpu = torch.device("cpu")
     prefix = f"rtp-test-{plan.start_port}-"
-    group = open_group(plan, rank, EPOCH, host=HOST, address=HOST, timeout=SECONDS, device=cpu, shm_prefix=prefix)
+    group = init_group(plan, rank, EPOCH, host=HOST, address=HOST, timeout=SECONDS, device=cpu, shm_prefix=prefix)
     gloo = TorchGroup(rank, plan.world_size, cpu) if plan.world_size > 1 else group
     return {"local": group, "gloo": gloo}
 
@@ -50,22 +51,22 @@ class Rank:
     def __init__(self, size: int, rank: int, port: int):
         plan = plan_for(size, port)
         self.groups = open_groups(plan, rank)
-        self.followers: Followers | None = None
+        self.followers: FollowerConnections | None = None
         self.steps: socket.socket | None = None
         if rank == 0:
-            self.followers = Followers(_accept(plan), SECONDS)
+            self.followers = FollowerConnections(_accept(plan), SECONDS)
         else:
-            self.steps = retry_connect(lambda: connect(HOST, plan.leader_port(STEP), SECONDS), SECONDS)
-            self.steps.sendall(pack_json(Kind.JOIN, {"rank": rank, "epoch": EPOCH}))
+            self.steps = retry_connect(lambda: connect(HOST, plan.leader_port(STEP_PORT_OFFSET), SECONDS), SECONDS)
+            self.steps.sendall(pack_json(FrameType.JOIN, {"rank": rank, "epoch": EPOCH}))
 
     def work(self, job: dict[str, Any]) -> dict[str, Any]:
         runner, report = drive.load(Path(job["checkpoint"]), job["settings"], self.groups[job["collectives"]])
         reply: dict[str, Any] = {"bytes": report.bytes, "num_blocks": runner.num_blocks}
         if self.followers:
-            engine = drive.engine_of(runner, self.followers.publish)
+            engine = drive.engine_of(runner, self.followers.broadcast)
             outcomes = _lead(engine, job)
-            self.followers.tick()  # here: the end of the job
-            return reply | {"outcomes": outcomes, "preemptions": engine.scheduler.counters.preemptions}
+            self.followers.send_keepalive()  # here: the end of the job
+            return reply | {"outcomes": outcomes, "preemptions": engine.scheduler.stats.preemptions}
         assert self.steps
         _follow(runner, self.steps)
         return reply
@@ -74,16 +75,16 @@ class Rank:
 def _accept(plan: Plan) -> dict[int, socket.socket]:
     if plan.world_size == 1:
         return {}
-    with listen(HOST, plan.leader_port(STEP)) as listener:
+    with listen(HOST, plan.leader_port(STEP_PORT_OFFSET)) as listener:
         return accept_ranks(listener, plan, EPOCH, SECONDS)
 
 
-def _follow(runner: Runner, steps: socket.socket) -> None:
+def _follow(runner: ModelRunner, steps: socket.socket) -> None:
     while True:
-        kind, payload = receive(steps)
-        if kind == Kind.TICK:
+        kind, payload = recv_frame(steps)
+        if kind == FrameType.KEEPALIVE:
             return
-        runner.follow(Step.from_bytes(payload))
+        runner.execute(Step.from_bytes(payload))
 
 
 def _lead(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
@@ -103,13 +104,13 @@ def main(size: int, rank: int, port: int, control_fd: int) -> None:
     torch.set_num_threads(1)
     control = socket.socket(fileno=control_fd)
     seat = Rank(size, rank, port)
-    control.sendall(pack_json(Kind.READY, {}))
+    control.sendall(pack_json(FrameType.READY, {}))
     while True:
         try:
-            _, payload = receive(control)
+            _, payload = recv_frame(control)
         except WireError:
             return
-        control.sendall(pack_json(Kind.EVENTS, seat.work(json.loads(payload))))
+        control.sendall(pack_json(FrameType.EVENTS, seat.work(json.loads(payload))))
 
 
 if __name__ == "__main__":

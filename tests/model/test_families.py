@@ -4,13 +4,13 @@ from unittest import mock
 
 import pytest
 
-from rtp_llm.engine.request import Request
+from rtp_llm.contract.request import Request
 from tests.model import drive
 from tests.model.checkpoints import CASES
 from tests.model.conftest import Oracles
 from tests.model.drive import Outcomes, greedy
-from tests.model.gangs import Gang
 from tests.model.oracle import NEW_TOKENS, Oracle
+from tests.model.rank_pool import RankPool
 
 NAMES = [case.name for case in CASES]
 # The same mathematics as a case without that suffix, from other files: what ranks do with it is no different.
@@ -44,24 +44,24 @@ def check(oracle: Oracle, outcomes: Outcomes) -> None:
         answer.check(outcomes[str(index)].tokens, outcomes[str(index)].logits)
 
 
-def compare(gang: Gang, oracle: Oracle, collectives: str) -> None:
+def compare(gang: RankPool, oracle: Oracle, collectives: str) -> None:
     check(oracle, gang.run(oracle.path, [requests(oracle)], collectives).outcomes)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHER_FILES])
-def test_same_tokens_and_logits(gang: Gang, oracles: Oracles, name: str) -> None:
+def test_same_tokens_and_logits(gang: RankPool, oracles: Oracles, name: str) -> None:
     compare(gang, oracles(name), "local")
 
 
 @pytest.mark.parametrize("gang", [1, 2], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_same_tokens_and_logits_from_other_files(gang: Gang, oracles: Oracles, name: str) -> None:
+def test_same_tokens_and_logits_from_other_files(gang: RankPool, oracles: Oracles, name: str) -> None:
     compare(gang, oracles(name), "local")
 
 
 @pytest.mark.parametrize("gang", [2, 3, 4], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("name", OVER_GLOO)
-def test_same_tokens_and_logits_over_gloo(gang: Gang, oracles: Oracles, name: str) -> None:
+def test_same_tokens_and_logits_over_gloo(gang: RankPool, oracles: Oracles, name: str) -> None:
     compare(gang, oracles(name), "gloo")
 
 
@@ -69,6 +69,6 @@ def test_same_tokens_and_logits_over_gloo(gang: Gang, oracles: Oracles, name: st
 def test_same_tokens_and_logits_from_packed_weights(oracles: Oracles, name: str) -> None:
     """On CPU large weights are laid out anew at load; these checkpoints are too small for that, unless told so."""
     oracle = oracles(name)
-    with mock.patch("rtp_llm.kernels.linear.MIN_ELEMENTS", 1):
+    with mock.patch("rtp_llm.kernels.prepacked.MIN_ELEMENTS", 1):
         engine = drive.alone(oracle.path)
     check(oracle, drive.run(engine, requests(oracle)))

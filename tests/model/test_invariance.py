@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from rtp_llm.engine.request import Request, SamplingParams
-from rtp_llm.engine.scheduler import Counters
-from rtp_llm.runner.runner import Runner
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_params import SamplingParams
+from rtp_llm.engine.scheduler import SchedulerStats
+from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
 from tests.model.conftest import Oracles
 from tests.model.drive import Outcomes, Settings, greedy
-from tests.model.gangs import Gang
 from tests.model.oracle import NEW_TOKENS, PROMPT_LENGTHS, Oracle
+from tests.model.rank_pool import RankPool
 
 # Plain attention, a window shorter than the prompts, and a rope that goes by the length of the prompt.
 CASES = ["llama-biases", "mistral-window", "rope-dynamic"]
@@ -85,7 +86,7 @@ def expect(oracle: Oracle) -> Expected:
 def salted(oracle: Oracle, requests: list[Request]) -> list[Request]:
     """As `engine.loop.Leader` does for dynamic rope; harmless elsewhere."""
     for request in requests:
-        request.cache_salt = request.num_prompt.to_bytes(8, "little")
+        request.cache_salt = request.num_prompt_tokens.to_bytes(8, "little")
     return requests
 
 
@@ -121,7 +122,7 @@ def test_arrivals_in_the_middle(expected: Expected) -> None:
     """One more request every third step, as they come from clients."""
     engine = drive.alone(expected.oracle.path)
     requests = mixed(expected.oracle)
-    outcomes: Outcomes = {r.id: drive.Outcome() for r in requests}
+    outcomes: Outcomes = {r.id: drive.Completion() for r in requests}
     with drive.watching() as logits:
         for request in requests:
             engine.add(request)
@@ -153,7 +154,7 @@ def preempting(settings: Settings) -> Settings:
 def test_preemption(expected: Expected, settings: Settings) -> None:
     engine = drive.alone(expected.oracle.path, **preempting(settings))
     outcomes = drive.run(engine, salted(expected.oracle, mixed(expected.oracle)))
-    counters: Counters = engine.scheduler.counters
+    counters: SchedulerStats = engine.scheduler.stats
     assert counters.preemptions >= 5
     expected.check(outcomes)
 
@@ -189,7 +190,7 @@ def test_a_neighbour_whose_numbers_are_none(expected: Expected, place: str, reus
     said |= {t for tokens in expected.sampled.values() for t in tokens}
     broken = next(token for token in range(oracle.answers[0].logits.shape[-1]) if token not in said)
     runner = engine.runner
-    assert isinstance(runner, Runner)
+    assert isinstance(runner, ModelRunner)
     runner.model.embed_tokens.weight.data[broken] = torch.nan
     bad = [greedy([broken, *a.prompt], 8, id=f"bad {i}") for i, a in enumerate(oracle.answers)]
     good = mixed(oracle)
@@ -203,7 +204,7 @@ def test_a_neighbour_whose_numbers_are_none(expected: Expected, place: str, reus
 @pytest.mark.parametrize(
     ("gang", "name"), [(2, "mistral-window"), (4, "qwen2-14-heads")], ids=["tp2", "tp4"], indirect=["gang"]
 )
-def test_over_ranks(gang: Gang, oracles: Oracles, name: str) -> None:
+def test_over_ranks(gang: RankPool, oracles: Oracles, name: str) -> None:
     """The same with several ranks: small chunks, few blocks, and everything a second time from what is cached."""
     expected = expect(oracles(name))
     settings = {"max_batch_tokens_size": 16, "test_block_num": 24}

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rtp_llm.engine.request import Logprob, Request
+from rtp_llm.contract.engine_output import Logprob
+from rtp_llm.contract.request import Request
 from tests.model import drive
 from tests.model.conftest import Oracles
 from tests.model.drive import Settings, greedy
-from tests.model.gangs import Gang
-from tests.model.oracle import NEW_TOKENS, TOLERANCE, Answer, Floats, Oracle
+from tests.model.oracle import NEW_TOKENS, TOLERANCE, Floats, Oracle, OracleAnswer
+from tests.model.rank_pool import RankPool
 
 TOP = 5
 
@@ -40,7 +41,7 @@ def check(records: list[Logprob], tokens: list[int], logits: Floats, top: int) -
         assert len({t for t, _ in likeliest}) == top
 
 
-def check_prompt(records: list[Logprob], answer: Answer, top: int) -> None:
+def check_prompt(records: list[Logprob], answer: OracleAnswer, top: int) -> None:
     check(records, answer.prompt[1:], answer.prompt_logits[:-1], top)
 
 
@@ -97,14 +98,14 @@ def test_preempted_in_the_middle_of_the_prompt(oracle: Oracle, reuse_cache: bool
         greedy(old.prompt, NEW_TOKENS, id="old"),
         greedy(young.prompt, 20, id="young", logprobs=TOP, prompt_logprobs=True),
     ]
-    outcomes = {r.id: drive.Outcome() for r in requests}
+    outcomes = {r.id: drive.Completion() for r in requests}
     for request in requests:
         engine.add(request)
     before = 0
     while engine.has_work:
         known = len(requests[1].prompt_logprobs)
         drive.step(engine, outcomes)
-        if engine.scheduler.counters.preemptions and not before:
+        if engine.scheduler.stats.preemptions and not before:
             before = known
     assert 0 < before < len(young.prompt) - 1, "it was to be preempted in the middle of its prompt"
     check_prompt(outcomes["young"].prompt_logprobs, young, TOP)
@@ -121,7 +122,7 @@ def test_preempted_behind_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
         engine,
         [greedy(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True) for i, a in enumerate(answers)],
     )
-    assert engine.scheduler.counters.preemptions
+    assert engine.scheduler.stats.preemptions
     for index, answer in enumerate(answers):
         check_prompt(outcomes[str(index)].prompt_logprobs, answer, TOP)
         check(outcomes[str(index)].logprobs, answer.tokens, answer.logits, TOP)
@@ -159,7 +160,7 @@ def test_they_are_of_the_models_own_logits(oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize("gang", [3], ids="tp{}".format, indirect=True)
-def test_over_ranks(gang: Gang, oracles: Oracles) -> None:
+def test_over_ranks(gang: RankPool, oracles: Oracles) -> None:
     oracle = oracles("qwen2-14-heads")
     requests = [
         greedy(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True)

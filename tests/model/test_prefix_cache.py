@@ -8,17 +8,18 @@ from typing import Any, cast
 
 import pytest
 
+from rtp_llm.contract.engine_output import EngineOutput
+from rtp_llm.contract.request import Request
 from rtp_llm.engine.engine import Engine
-from rtp_llm.engine.intake import Connection, Intake, Message
-from rtp_llm.engine.loop import Followers, Leader
-from rtp_llm.engine.request import Event, Request
-from rtp_llm.parallel.pulse import Pulse
-from rtp_llm.parallel.wire import Kind
-from rtp_llm.runner.runner import Runner
+from rtp_llm.engine.loop import FollowerConnections, LeaderLoop
+from rtp_llm.engine.request_server import ClientConnection, ClientMessage, RequestServer
+from rtp_llm.parallel.rank_status import RankStatus
+from rtp_llm.parallel.wire import FrameType
+from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
 from tests.model.checkpoints import TRAINED
 from tests.model.conftest import Oracles
-from tests.model.drive import Outcome, greedy
+from tests.model.drive import Completion, greedy
 from tests.model.oracle import Oracle
 
 COUNT = 24
@@ -30,11 +31,11 @@ def oracle(request: pytest.FixtureRequest, oracles: Oracles) -> Oracle:
     return oracles(request.param)
 
 
-def without_cache(oracle: Oracle, prompt: list[int]) -> Outcome:
+def without_cache(oracle: Oracle, prompt: list[int]) -> Completion:
     return drive.run(drive.alone(oracle.path, reuse_cache=False), [greedy(prompt, COUNT)])["0"]
 
 
-def same(found: Outcome, expected: Outcome) -> None:
+def same(found: Completion, expected: Completion) -> None:
     assert found.tokens == expected.tokens
     # Not bit by bit: the same rows in a batch of another size are added up in another order.
     assert all(abs(a - b).max() < 1e-4 for a, b in zip(found.logits, expected.logits, strict=True))
@@ -101,11 +102,11 @@ class OneClient:
 
     def __init__(self, requests: list[Request]):
         self._requests, self._busy = iter(requests), False
-        self.client = Connection(socket.socket())
+        self.client = ClientConnection(socket.socket())
         self.connections = {self.client}
-        self.outcomes = {r.id: Outcome() for r in requests}
+        self.outcomes = {r.id: Completion() for r in requests}
 
-    def poll(self, timeout: float) -> list[Message]:
+    def poll(self, timeout: float) -> list[ClientMessage]:
         if self._busy:
             return []
         request = next(self._requests, None)
@@ -114,19 +115,26 @@ class OneClient:
             raise Done
         self._busy = True
         body = {"id": request.id, "prompt": request.tokens, "params": request.params.to_json(), "output": []}
-        return [Message(self.client, Kind.SUBMIT, body)]
+        return [ClientMessage(self.client, FrameType.SUBMIT, body)]
 
-    def send(self, connection: Connection, kind: Kind, body: dict[str, Any]) -> None:
-        for event in (Event.from_json(e) for e in body["events"]):
+    def send(self, connection: ClientConnection, kind: FrameType, body: dict[str, Any]) -> None:
+        for event in (EngineOutput.from_json(e) for e in body["events"]):
             self.outcomes[event.request_id].tokens += event.tokens
             self.outcomes[event.request_id].cached_tokens = event.cached_tokens
             self._busy = not event.finish
 
 
-def serve(engine: Engine, requests: list[Request]) -> dict[str, Outcome]:
+def serve(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
     """Through the loop of rank 0, which is what tells prompts of different lengths apart."""
     client = OneClient(requests)
-    leader = Leader(engine, cast(Intake, client), Followers({}, 1), Pulse(0, 0), cast(Runner, engine.runner), TRAINED)
+    leader = LeaderLoop(
+        engine,
+        cast(RequestServer, client),
+        FollowerConnections({}, 1),
+        RankStatus(0, 0),
+        cast(ModelRunner, engine.runner),
+        TRAINED,
+    )
     with pytest.raises(Done):
         leader.run()
     return client.outcomes

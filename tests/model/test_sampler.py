@@ -23,8 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rtp_llm.engine.request import Request, SamplingParams
-from rtp_llm.engine.sampling import Sampling
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_metadata import SamplingMetadata
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.layers import sampler
 from rtp_llm.layers.sampler import sample, uniform
 from tests.model import drive
@@ -44,8 +45,8 @@ def request(seed: int = 0, output: Sequence[int] = (), **params: Any) -> Request
 def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """A token for each request, all of them from the same logits [vocab]."""
     table = logits.expand(len(requests), -1)
-    results, _ = sample(table, Sampling(list(range(len(requests))), list(requests), []))
-    tokens = [result.token for result in results]
+    results, _ = sample(table, SamplingMetadata(list(range(len(requests))), list(requests), []))
+    tokens = [result.token_id for result in results]
     assert None not in tokens
     return [token for token in tokens if token is not None]
 
@@ -200,7 +201,7 @@ def test_nothing_is_edited_in_place() -> None:
     logits = random_logits(8).expand(2, -1).contiguous()
     before = logits.clone()
     requests = [request(1, OUTPUT, repetition_penalty=2.0, presence_penalty=1.0, logit_bias={1: 5.0}), request(2)]
-    sample(logits, Sampling([0, 1], requests, []))
+    sample(logits, SamplingMetadata([0, 1], requests, []))
     assert torch.equal(logits, before)
 
 
@@ -250,8 +251,8 @@ def test_min_tokens_and_stop_ids_in_the_engine(oracles: Oracles, minimum: int) -
 def test_logits_that_are_not_numbers_give_no_token() -> None:
     table = torch.stack([random_logits(12), random_logits(13)])
     table[0, 5] = torch.nan
-    results, _ = sample(table, Sampling([0, 1], [request(temperature=0.0), request(temperature=0.0)], []))
-    assert [r.token for r in results] == [None, int(table[1].argmax())]
+    results, _ = sample(table, SamplingMetadata([0, 1], [request(temperature=0.0), request(temperature=0.0)], []))
+    assert [r.token_id for r in results] == [None, int(table[1].argmax())]
 
 
 @pytest.mark.parametrize(

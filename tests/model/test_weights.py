@@ -18,24 +18,24 @@ from rtp_llm.config import Config
 from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.layers.parameter import ShardedParameter
 from rtp_llm.model.checkpoint import Checkpoint
-from rtp_llm.parallel.group import SingleRank
-from rtp_llm.runner.runner import Runner
+from rtp_llm.parallel.group import SingleRankGroup
+from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
-from tests.model.checkpoints import CASES, Case, edit_config, make_model, save
+from tests.model.checkpoints import CASES, CheckpointCase, edit_config, make_model, save
 from tests.model.conftest import Oracles
 from tests.model.drive import greedy
-from tests.model.gangs import Gang
 from tests.model.oracle import answer
+from tests.model.rank_pool import RankPool
 
 
 def config_of(path: Path) -> Config:
     return Config.model_validate({"checkpoint_path": str(path)})
 
 
-class OneOf:
+class FakeGroup:
     """A rank's seat without the others: loading needs none of them."""
 
-    waited: float | None = None
+    wait_seconds: float | None = None
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
@@ -74,9 +74,9 @@ def test_all_ranks_together_hold_the_checkpoint(oracles: Oracles, name: str, siz
     path = oracles(name).path
     pieces = []
     for rank in range(size):
-        runner, report = drive.load(path, {}, OneOf(rank, size))
+        runner, report = drive.load(path, {}, FakeGroup(rank, size))
         parameters = [p for p in runner.model.parameters() if isinstance(p, ShardedParameter)]
-        own = [(piece.name, i) for p in parameters for piece in p.pieces for i in piece.source]
+        own = [(piece.name, i) for p in parameters for piece in p.slices for i in piece.source]
         assert len(own) == len(set(own)), "a rank reads something twice"
         assert report.bytes <= tensor_bytes(path)
         pieces += own
@@ -99,14 +99,14 @@ def by_name(pieces: list[tuple[str, int]]) -> dict[str, list[int]]:
     return found
 
 
-def check_contents(parameters: list[ShardedParameter], case: Case, path: Path) -> None:
+def check_contents(parameters: list[ShardedParameter], case: CheckpointCase, path: Path) -> None:
     """What was read is what the model had, and what nothing was read into is zero: padding must not count."""
     if case.name.startswith("internlm2"):
         return  # its names on disk are others; test_families sees its contents
     tensors = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
     for parameter in parameters:
         expected = torch.zeros(parameter.shape)
-        for piece in parameter.pieces:
+        for piece in parameter.slices:
             source, target = torch.arange(*bounds(piece.source)), torch.arange(*bounds(piece.target))
             expected.index_copy_(piece.dim, target, tensors[piece.name].index_select(piece.dim, source))
         assert torch.equal(parameter.data, expected)
@@ -120,17 +120,17 @@ def bounds(numbers: range) -> tuple[int, int]:
 def test_two_ranks_read_half_each(oracles: Oracles, name: str) -> None:
     """Six query heads on two KV heads: nothing is read twice but the norms."""
     path = oracles(name).path
-    read = [drive.load(path, {}, OneOf(rank, 2))[1].bytes for rank in range(2)]
+    read = [drive.load(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
     whole, shared = tensor_bytes(path), tensor_bytes(path, is_replicated)
     assert sum(read) == whole + shared
     assert max(read) < 0.56 * whole  # vocabulary and MLP are cut at round numbers, not in the middle
 
 
 @pytest.mark.parametrize("gang", [2], ids="tp{}".format, indirect=True)
-def test_real_ranks_report_the_same(gang: Gang, oracles: Oracles) -> None:
+def test_real_ranks_report_the_same(gang: RankPool, oracles: Oracles) -> None:
     path = oracles("llama").path
     replies = gang.run(path, [[greedy([1, 2], 1)]]).replies
-    assert [r["bytes"] for r in replies] == [drive.load(path, {}, OneOf(rank, 2))[1].bytes for rank in range(2)]
+    assert [r["bytes"] for r in replies] == [drive.load(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
 
 
 # Checkpoints that cannot be used
@@ -144,7 +144,7 @@ def copy(oracles: Oracles, tmp_path: Path) -> Callable[[str], Path]:
 
 def refuse(path: Path, **settings: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        drive.load(path, settings, SingleRank())
+        drive.load(path, settings, SingleRankGroup())
     return str(caught.value)
 
 
@@ -208,7 +208,7 @@ def test_nothing_is_read_where_something_is_wrong(copy: Callable[[str], Path]) -
     edit_tensors(path, lambda tensors: tensors.pop("lm_head.weight"))
     config = config_of(path)
     checkpoint = Checkpoint.open(config)
-    runner = Runner(config, checkpoint.spec(config), SingleRank(), torch.device("cpu"), 64)
+    runner = ModelRunner(config, checkpoint.spec(config), SingleRankGroup(), torch.device("cpu"), 64)
     steps: list[float] = []
     with pytest.raises(CheckpointError):
         runner.load(checkpoint, steps.append)
@@ -339,7 +339,7 @@ def test_half_precision(oracles: Oracles, act_type: str) -> None:
 @pytest.mark.parametrize("gang", [3], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("collectives", ["local", "gloo"])
 @pytest.mark.parametrize("act_type", ["bf16", "fp16"])
-def test_half_precision_over_ranks(gang: Gang, oracles: Oracles, act_type: str, collectives: str) -> None:
+def test_half_precision_over_ranks(gang: RankPool, oracles: Oracles, act_type: str, collectives: str) -> None:
     oracle = oracles("llama-biases")
     requests = [greedy(a.prompt, 2, id=str(i)) for i, a in enumerate(oracle.answers)]
     outcomes = gang.run(oracle.path, [requests], collectives, act_type=act_type, warm_up=True).outcomes
@@ -374,5 +374,5 @@ def test_first_layers_only(oracles: Oracles, caplog: pytest.LogCaptureFixture) -
 def test_tensors_that_nobody_wants_are_mentioned(copy: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     path = copy("llama")
     edit_tensors(path, lambda tensors: tensors.update({"model.layers.0.surprise.weight": torch.ones(2)}))
-    drive.load(path, {}, SingleRank())
+    drive.load(path, {}, SingleRankGroup())
     assert "model.layers.0.surprise.weight" in caplog.text

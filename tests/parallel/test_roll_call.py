@@ -14,24 +14,24 @@ import pytest
 
 from rtp_llm.config import Config
 from rtp_llm.errors import CommunicationError, ExitCode, GangError
-from rtp_llm.parallel.gang import Gang, accept_ranks, retry_connect
-from rtp_llm.parallel.hub import Hub, Limits
+from rtp_llm.parallel.coordinator import Coordinator, Timeouts
+from rtp_llm.parallel.gang_client import GangClient, accept_ranks, retry_connect
 from rtp_llm.parallel.plan import Plan, make_plan
-from rtp_llm.parallel.pulse import Pulse
-from rtp_llm.parallel.wire import Kind, WireError, connect, listen, pack, pack_json, receive
+from rtp_llm.parallel.rank_status import RankStatus
+from rtp_llm.parallel.wire import FrameType, WireError, connect, listen, pack_frame, pack_json, recv_frame
 from tests.parallel.parts import DEADLINE, POLL, free_start_port
 
 FINGERPRINT = {"model": "a", "config.MAX_SEQ_LEN": 0}
 NOISE = {
     "http": b"GET / HTTP/1.1\r\n\r\n",
     "nothing": b"",
-    "half a frame": pack(Kind.HELLO, b"{}")[:4],
-    "no json": pack(Kind.HELLO, b"{"),
-    "no object": pack_json(Kind.HELLO, [1]),
-    "a number": pack_json(Kind.PULSE, 1),
-    "no fingerprint": pack_json(Kind.HELLO, {"rank": 1}),
-    "no rank": pack_json(Kind.HELLO, {"rank": None, "fingerprint": {}}),
-    "out of turn": pack(Kind.STEP, b""),
+    "half a frame": pack_frame(FrameType.HELLO, b"{}")[:4],
+    "no json": pack_frame(FrameType.HELLO, b"{"),
+    "no object": pack_json(FrameType.HELLO, [1]),
+    "a number": pack_json(FrameType.HEARTBEAT, 1),
+    "no fingerprint": pack_json(FrameType.HELLO, {"rank": 1}),
+    "no rank": pack_json(FrameType.HELLO, {"rank": None, "fingerprint": {}}),
+    "out of turn": pack_frame(FrameType.STEP, b""),
 }
 
 
@@ -45,13 +45,13 @@ def two_parts() -> Plan:
 class Room:
     """A hub with its listening socket, and what it reported as lost."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Timeouts):
         self.plan = two_parts()
         self.listener = listen("127.0.0.1", 0)
         self.port = int(self.listener.getsockname()[1])
         self.lost: list[tuple[str, ExitCode]] = []
         self.failures: list[threading.ExceptHookArgs] = []
-        self.hub = Hub(self.plan, 7, self.listener, limits, lambda *loss: self.lost.append(loss))
+        self.coordinator = Coordinator(self.plan, 7, self.listener, limits, lambda *loss: self.lost.append(loss))
         self._thread = next(t for t in threading.enumerate() if t.name == "hub" and t.is_alive())
 
     def close(self) -> None:
@@ -60,11 +60,11 @@ class Room:
         def leave(timeout: float) -> None:
             raise SystemExit
 
-        self.hub._selector.select = leave  # type: ignore[method-assign, assignment]
+        self.coordinator._selector.select = leave  # type: ignore[method-assign, assignment]
         self._thread.join(DEADLINE)
         assert not self._thread.is_alive()
-        self.hub._selector.close()
-        for peer in self.hub._peers:
+        self.coordinator._selector.close()
+        for peer in self.coordinator._peers:
             peer.sock.close()
         self.listener.close()
         assert self.failures == []
@@ -77,12 +77,12 @@ class Room:
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Room]]:
     """Opens hubs that do everything ten times as often, and sees to it that their threads have not failed."""
-    monkeypatch.setattr("rtp_llm.parallel.hub.BEAT_SECONDS", 0.05)
-    monkeypatch.setattr("rtp_llm.parallel.hub.DISAGREE_GRACE_SECONDS", 0.15)
+    monkeypatch.setattr("rtp_llm.parallel.coordinator.HEARTBEAT_INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr("rtp_llm.parallel.coordinator.DISAGREE_GRACE_SECONDS", 0.15)
     with ExitStack() as stack:
 
         def open_room(come: float = 60, silence: float = 60, progress: float = 60) -> Room:
-            room = stack.enter_context(closing(Room(Limits(come, silence, progress))))
+            room = stack.enter_context(closing(Room(Timeouts(come, silence, progress))))
             monkeypatch.setattr(threading, "excepthook", room.failed)
             return room
 
@@ -100,13 +100,13 @@ Open = Callable[..., Room]
 
 
 def hello(rank: int, **fingerprint: Any) -> bytes:
-    return pack_json(Kind.HELLO, {"rank": rank, "fingerprint": FINGERPRINT | fingerprint})
+    return pack_json(FrameType.HELLO, {"rank": rank, "fingerprint": FINGERPRINT | fingerprint})
 
 
-def hear(sock: socket.socket, kind: Kind) -> dict[str, Any]:
+def hear(sock: socket.socket, kind: FrameType) -> dict[str, Any]:
     """The next message of this kind."""
     while True:
-        found, payload = receive(sock)
+        found, payload = recv_frame(sock)
         if found == kind:
             message: dict[str, Any] = json.loads(payload)
             return message
@@ -124,7 +124,7 @@ def joined(room: Room, dial: Dial) -> list[socket.socket]:
     socks = [dial(room.port) for _ in range(2)]
     for rank, sock in enumerate(socks):
         sock.sendall(hello(rank))
-    assert [hear(sock, Kind.WELCOME)["epoch"] for sock in socks] == [7, 7]
+    assert [hear(sock, FrameType.WELCOME)["epoch"] for sock in socks] == [7, 7]
     return socks
 
 
@@ -135,14 +135,14 @@ def test_those_who_wait_are_told_who_is_missing(opened: Open, dial: Dial) -> Non
     room = opened()
     first = dial(room.port)
     first.sendall(hello(0))
-    assert hear(first, Kind.WAITING)["missing"] == room.plan.describe_part(1)
+    assert hear(first, FrameType.WAITING)["missing"] == room.plan.describe_part(1)
 
 
 def test_all_here_and_agreed_is_an_epoch(opened: Open, dial: Dial) -> None:
     room = opened()
     first, second = joined(room, dial)
-    second.sendall(pack_json(Kind.PULSE, {"phase": "loading"}))
-    until(lambda: "1" in hear(first, Kind.GANG)["ranks"])
+    second.sendall(pack_json(FrameType.HEARTBEAT, {"phase": "loading"}))
+    until(lambda: "1" in hear(first, FrameType.GANG_STATUS)["ranks"])
     assert room.lost == []
 
 
@@ -153,9 +153,9 @@ def test_a_stranger_changes_nothing(opened: Open, dial: Dial, noise: bytes, form
     socks = joined(room, dial) if formed else []
     with connect("127.0.0.1", room.port, DEADLINE) as stranger:
         stranger.sendall(noise)
-        until(lambda: len(room.hub._peers) > len(socks) or noise)
+        until(lambda: len(room.coordinator._peers) > len(socks) or noise)
     socks = socks or joined(room, dial)
-    assert hear(socks[1], Kind.GANG)["epoch"] == 7
+    assert hear(socks[1], FrameType.GANG_STATUS)["epoch"] == 7
     assert room.lost == []
 
 
@@ -164,7 +164,7 @@ def test_parts_that_disagree_all_hear_the_same_difference(opened: Open, dial: Di
     first, second = dial(room.port), dial(room.port)
     first.sendall(hello(0, model="a"))
     second.sendall(hello(1, model="b", extra=1))
-    texts = [hear(sock, Kind.REFUSED)["message"] for sock in (first, second)]
+    texts = [hear(sock, FrameType.REJECTED)["message"] for sock in (first, second)]
     assert texts[0] == texts[1]
     assert texts[0].splitlines()[1:] == ["  extra: part0=null  part1=1", '  model: part0="a"  part1="b"']
 
@@ -174,7 +174,7 @@ def test_a_rank_that_is_claimed_twice_is_a_disagreement(opened: Open, dial: Dial
     first, second = dial(room.port), dial(room.port)
     first.sendall(hello(0))
     second.sendall(hello(0))
-    text = hear(second, Kind.REFUSED)["message"]
+    text = hear(second, FrameType.REJECTED)["message"]
     assert "rank 0 is claimed twice, by 127.0.0.1:" in text
     assert "check WORLD_RANK" in text
 
@@ -183,7 +183,7 @@ def test_who_never_comes_is_named_in_the_end(opened: Open, dial: Dial) -> None:
     room = opened(come=0.6)
     first = dial(room.port)
     first.sendall(hello(0))
-    text = hear(first, Kind.REFUSED)["message"]
+    text = hear(first, FrameType.REJECTED)["message"]
     assert text == f"gave up after 0.01 minutes (GANG_TIMEOUT_MIN): missing {room.plan.describe_part(1)}"
 
 
@@ -191,8 +191,8 @@ def test_a_rank_that_left_before_the_roll_was_complete_may_come_again(opened: Op
     room = opened()
     with connect("127.0.0.1", room.port, DEADLINE) as early:
         early.sendall(hello(1))
-        hear(early, Kind.WAITING)
-    until(lambda: not room.hub._peers)
+        hear(early, FrameType.WAITING)
+    until(lambda: not room.coordinator._peers)
     joined(room, dial)
 
 
@@ -217,18 +217,18 @@ def test_silence_is_a_hang(opened: Open, dial: Dial) -> None:
 def test_a_heartbeat_without_progress_is_a_hang(opened: Open, dial: Dial, idle: float, lost: bool) -> None:
     room = opened(progress=10)
     socks = joined(room, dial)
-    socks[1].sendall(pack_json(Kind.PULSE, {"phase": "loading", "idle_s": idle}))
-    until(lambda: "1" in hear(socks[0], Kind.GANG)["ranks"])
-    hear(socks[0], Kind.GANG)  # a further beat, whose watch has seen the pulse
+    socks[1].sendall(pack_json(FrameType.HEARTBEAT, {"phase": "loading", "idle_s": idle}))
+    until(lambda: "1" in hear(socks[0], FrameType.GANG_STATUS)["ranks"])
+    hear(socks[0], FrameType.GANG_STATUS)  # a further beat, whose watch has seen the pulse
     assert [code for _, code in room.lost[:1]] == ([ExitCode.HANG] if lost else [])
 
 
 # A rank's side
 
 
-def member(tmp_path: Path, plan: Plan, rank: int, **settings: Any) -> Gang:
+def member(tmp_path: Path, plan: Plan, rank: int, **settings: Any) -> GangClient:
     config = Config.model_validate({"gang_timeout_min": 0.01, **settings})
-    return Gang(plan, Pulse(rank, plan.part_of(rank)), config, tmp_path, lambda *loss: None)
+    return GangClient(plan, RankStatus(rank, plan.part_of(rank)), config, tmp_path, lambda *loss: None)
 
 
 def as_part_1(plan: Plan, leader: int) -> Plan:
@@ -280,7 +280,7 @@ def test_a_refusal_is_handed_on_word_for_word(tmp_path: Path, opened: Open, dial
     gang = member(tmp_path, as_part_1(room.plan, room.port), 1, gang_timeout_min=1)
     with pytest.raises(GangError) as caught:
         gang.join(FINGERPRINT)
-    assert str(caught.value) == hear(first, Kind.REFUSED)["message"]
+    assert str(caught.value) == hear(first, FrameType.REJECTED)["message"]
     assert gang._sock is not None
     gang._sock.close()  # in the product the process ends here
 
@@ -305,11 +305,11 @@ def test_a_leader_that_goes_or_falls_silent_is_lost(
     with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         plan = as_part_1(two_parts(), listener.getsockname()[1])
         config = Config.model_validate({"heartbeat_timeout": 2})
-        gang = Gang(plan, Pulse(1, 1), config, tmp_path, leave)
+        gang = GangClient(plan, RankStatus(1, 1), config, tmp_path, leave)
         joining = pool.submit(gang.join, FINGERPRINT)
         with listener.accept()[0] as leader:
-            hear(leader, Kind.HELLO)
-            leader.sendall(pack_json(Kind.WELCOME, {"epoch": 3, "part0_address": "127.0.0.1"}))
+            hear(leader, FrameType.HELLO)
+            leader.sendall(pack_json(FrameType.WELCOME, {"epoch": 3, "part0_address": "127.0.0.1"}))
             joining.result()
             assert gang.epoch == 3
             if hang_up:
@@ -325,12 +325,12 @@ def test_a_leader_that_goes_or_falls_silent_is_lost(
 
 
 def join(rank: int, epoch: int) -> bytes:
-    return pack_json(Kind.JOIN, {"rank": rank, "epoch": epoch})
+    return pack_json(FrameType.JOIN, {"rank": rank, "epoch": epoch})
 
 
 @pytest.mark.parametrize(
     "noise",
-    [*NOISE.values(), pack_json(Kind.JOIN, [1]), pack_json(Kind.JOIN, {"epoch": 7}), join(1, 6)],
+    [*NOISE.values(), pack_json(FrameType.JOIN, [1]), pack_json(FrameType.JOIN, {"epoch": 7}), join(1, 6)],
     ids=[*NOISE, "join without object", "join without rank", "another epoch"],
 )
 def test_a_stranger_on_the_step_port_is_dropped(dial: Dial, noise: bytes) -> None:
@@ -342,18 +342,18 @@ def test_a_stranger_on_the_step_port_is_dropped(dial: Dial, noise: bytes) -> Non
             with suppress(OSError):  # it may have been hung up on already
                 stranger.shutdown(socket.SHUT_WR)
             with pytest.raises(OSError, match=r".+"):
-                receive(stranger)
+                recv_frame(stranger)
         mine = dial(port)
         mine.sendall(join(1, 7))
         with accepting.result()[1] as theirs:
-            theirs.sendall(pack(Kind.TICK))
-            assert receive(mine) == (Kind.TICK, b"")
+            theirs.sendall(pack_frame(FrameType.KEEPALIVE))
+            assert recv_frame(mine) == (FrameType.KEEPALIVE, b"")
 
 
 def test_a_silent_stranger_on_the_step_port_costs_a_moment_and_not_the_epoch(
     dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rtp_llm.parallel.gang.CONNECT_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("rtp_llm.parallel.gang_client.CONNECT_TIMEOUT_SECONDS", 0.1)
     with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]
         dial(port)  # connects first, and says nothing

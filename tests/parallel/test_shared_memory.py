@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
-from rtp_llm.parallel.segment import DIRECTORY, SLOT_BYTES, abandoned, create_segment, segment_bytes
-from rtp_llm.parallel.shared_memory import SharedMemory
+from rtp_llm.parallel.segment import DIRECTORY, SLOT_BYTES, create_segment, is_orphaned, segment_bytes
+from rtp_llm.parallel.shared_memory import ShmCommunicator
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86's order of stores")
 
@@ -28,9 +28,9 @@ def segment(request: pytest.FixtureRequest) -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-def on_all_ranks(path: Path, size: int, work: Callable[[SharedMemory], object], timeout: float = 30) -> list[object]:
+def on_all_ranks(path: Path, size: int, work: Callable[[ShmCommunicator], object], timeout: float = 30) -> list[object]:
     with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(work, SharedMemory(path, rank, size, timeout)) for rank in range(size)]
+        futures = [pool.submit(work, ShmCommunicator(path, rank, size, timeout)) for rank in range(size)]
         return [future.result(timeout=60) for future in futures]
 
 
@@ -49,7 +49,7 @@ def test_all_reduce_is_the_sum_and_the_same_bits_everywhere(
 ) -> None:
     size = request.node.callspec.params["segment"]
 
-    def work(memory: SharedMemory) -> list[Tensor]:
+    def work(memory: ShmCommunicator) -> list[Tensor]:
         return [memory.all_reduce(tensor(memory.rank, turn, shape, dtype)) for turn, shape in enumerate(SHAPES * 5)]
 
     results = on_all_ranks(segment, size, work)
@@ -61,7 +61,7 @@ def test_all_reduce_is_the_sum_and_the_same_bits_everywhere(
 
 @pytest.mark.parametrize("segment", [3], indirect=True)
 def test_gather_keeps_the_order_of_ranks_between_reductions(segment: Path) -> None:
-    def work(memory: SharedMemory) -> list[list[Tensor] | None]:
+    def work(memory: ShmCommunicator) -> list[list[Tensor] | None]:
         gathered = []
         for turn in range(40):
             gathered.append(memory.gather(tensor(memory.rank, turn, (4, 33), torch.float32)))
@@ -79,7 +79,7 @@ def test_gather_keeps_the_order_of_ranks_between_reductions(segment: Path) -> No
 @pytest.mark.parametrize("segment", [2], indirect=True)
 def test_a_rank_that_does_not_come_is_named(segment: Path) -> None:
     with pytest.raises(CommunicationError, match=r"ranks \[1\] did not come"):
-        SharedMemory(segment, 0, 2, timeout=0.05).all_reduce(torch.ones(1))
+        ShmCommunicator(segment, 0, 2, timeout=0.05).all_reduce(torch.ones(1))
 
 
 def test_a_new_segment_sweeps_what_a_killed_epoch_left() -> None:
@@ -94,11 +94,11 @@ def test_a_new_segment_sweeps_what_a_killed_epoch_left() -> None:
 
 def test_a_segment_has_an_owner_while_its_maker_holds_the_lock() -> None:
     path, lock = create_segment(PREFIX, "owned", 2)
-    assert not abandoned(path)
+    assert not is_orphaned(path)
     os.close(lock)
-    assert abandoned(path)
+    assert is_orphaned(path)
     path.unlink()
-    assert not abandoned(path), "what is not there belongs to nobody, and needs no removal"
+    assert not is_orphaned(path), "what is not there belongs to nobody, and needs no removal"
 
 
 def test_a_full_dev_shm_is_an_error_with_the_size_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

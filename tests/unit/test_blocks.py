@@ -24,7 +24,7 @@ def filled(pool: BlockPool, hashes: list[bytes]) -> list[int]:
     """Blocks allocated and published under these hashes."""
     blocks = pool.allocate(len(hashes))
     for block, key in zip(blocks, hashes, strict=True):
-        pool.publish(block, key)
+        pool.cache_block(block, key)
     return blocks
 
 
@@ -46,7 +46,7 @@ def test_hashes_differ_where_tokens_or_salt_differ(one: list[int], other: list[i
 def test_an_empty_pool_has_everything_free() -> None:
     pool = BlockPool(8, SIZE)
     assert (pool.num_free, pool.num_used) == (8, 0)
-    assert [pool.blocks_for(n) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
+    assert [pool.num_blocks_for(n) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
 
 def test_a_freed_prefix_is_found_again_and_taking_it_shrinks_the_free_list() -> None:
@@ -54,24 +54,24 @@ def test_a_freed_prefix_is_found_again_and_taking_it_shrinks_the_free_list() -> 
     blocks = filled(pool, [A, B])
     pool.release(blocks)
     assert pool.num_free == 4
-    assert pool.match([A, B, C]) == blocks
-    assert pool.num_idle(blocks) == 2
-    pool.take(blocks)
-    assert (pool.num_free, pool.num_idle(blocks)) == (2, 0)
+    assert pool.find_cached_prefix([A, B, C]) == blocks
+    assert pool.num_unreferenced(blocks) == 2
+    pool.acquire(blocks)
+    assert (pool.num_free, pool.num_unreferenced(blocks)) == (2, 0)
 
 
 def test_a_match_ends_at_the_first_gap() -> None:
     pool = BlockPool(4, SIZE)
     blocks = filled(pool, [A, B, C])
-    assert pool.match([A, hash_block(A, [0] * SIZE), C]) == blocks[:1]
-    assert pool.match([B, C]) == blocks[1:]
-    assert pool.match([hash_block(b"", [0] * SIZE), A]) == []
+    assert pool.find_cached_prefix([A, hash_block(A, [0] * SIZE), C]) == blocks[:1]
+    assert pool.find_cached_prefix([B, C]) == blocks[1:]
+    assert pool.find_cached_prefix([hash_block(b"", [0] * SIZE), A]) == []
 
 
 def test_a_shared_block_is_free_only_when_nobody_holds_it() -> None:
     pool = BlockPool(2, SIZE)
     blocks = filled(pool, [A])
-    pool.take(blocks)
+    pool.acquire(blocks)
     pool.release(blocks)
     assert pool.num_used == 1
     pool.release(blocks)
@@ -84,9 +84,9 @@ def test_the_longest_unused_is_taken_first_and_then_forgotten() -> None:
     pool.release(old)
     pool.release(young)
     pool.allocate(1)  # the one that has never held anything
-    assert pool.match([A]) == old
+    assert pool.find_cached_prefix([A]) == old
     assert pool.allocate(1) == old
-    assert pool.match([A]) == []
+    assert pool.find_cached_prefix([A]) == []
 
 
 def test_blocks_that_cache_nothing_are_taken_before_those_that_do() -> None:
@@ -102,32 +102,32 @@ def test_the_tail_of_a_prefix_goes_before_its_head() -> None:
     blocks = filled(pool, [A, B, C])
     pool.release(blocks)
     pool.allocate(1)
-    assert pool.match([A, B, C]) == blocks[:2]
+    assert pool.find_cached_prefix([A, B, C]) == blocks[:2]
 
 
 def test_the_first_holder_of_a_hash_stays() -> None:
     pool = BlockPool(2, SIZE)
     first, second = pool.allocate(2)
-    pool.publish(first, A)
-    pool.publish(second, A)
-    assert pool.match([A]) == [first]
+    pool.cache_block(first, A)
+    pool.cache_block(second, A)
+    assert pool.find_cached_prefix([A]) == [first]
     pool.release([first, second])
     assert pool.allocate(1) == [second]
-    assert pool.match([A]) == [first]
+    assert pool.find_cached_prefix([A]) == [first]
 
 
 def test_what_is_to_be_forgotten_is_found_by_nobody_and_still_held() -> None:
     pool = BlockPool(3, SIZE)
     blocks = filled(pool, [A, B])
-    pool.forget(blocks)
-    assert pool.match([A, B]) == []
+    pool.evict(blocks)
+    assert pool.find_cached_prefix([A, B]) == []
     assert pool.num_used == 2
 
 
 def test_without_caching_nothing_is_found() -> None:
     pool = BlockPool(2, SIZE, caching=False)
     pool.release(filled(pool, [A]))
-    assert pool.match([A]) == []
+    assert pool.find_cached_prefix([A]) == []
 
 
 class Pool(RuleBasedStateMachine):
@@ -158,13 +158,13 @@ class Pool(RuleBasedStateMachine):
             block = data.draw(st.sampled_from(blocks))
             if key not in self.content.values():
                 self.content[block] = key
-            self.pool.publish(block, key)
+            self.pool.cache_block(block, key)
 
     @rule(key=st.integers(0, 6).map(lambda n: hash_block(b"", [n])))
     def take(self, key: bytes) -> None:
-        found = self.pool.match([key])
+        found = self.pool.find_cached_prefix([key])
         assert [self.content.get(block) for block in found] == ([key] if key in self.content.values() else [])
-        self.pool.take(found)
+        self.pool.acquire(found)
         self.holders.append(found)
 
     @rule(data=st.data())
@@ -178,7 +178,7 @@ class Pool(RuleBasedStateMachine):
             counts = Counter(block for holder in self.holders for block in holder)
             assert self.pool.num_used == len(counts)
             idle = [b for b in range(self.pool.num_blocks) if b not in counts]
-            assert self.pool.num_idle(range(self.pool.num_blocks)) == len(idle) == self.pool.num_free
+            assert self.pool.num_unreferenced(range(self.pool.num_blocks)) == len(idle) == self.pool.num_free
 
 
 TestPool = pytest.mark.timeout(120)(Pool.TestCase)

@@ -16,7 +16,7 @@ import pytest
 from rtp_llm import files
 from rtp_llm.config import Config, secret
 from rtp_llm.errors import CheckpointError, ConfigError
-from rtp_llm.model.checkpoint import Checkpoint, check_tokenizer, faults
+from rtp_llm.model.checkpoint import Checkpoint, check_tokenizer, find_errors
 from rtp_llm.parallel.members import read_members
 from rtp_llm.text.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def model(demo: Path, tmp_path: Path) -> Path:
 
 def ids(model: Path) -> list[str]:
     """Of all faults; the first of them is what the server ends with."""
-    found = faults(model)
+    found = find_errors(model)
     if found:
         with pytest.raises(CheckpointError) as caught:
             Checkpoint.open(Config.model_validate({"checkpoint_path": str(model)}))
@@ -62,7 +62,7 @@ def test_shards_without_an_index_say_how_many_they_are(model: Path) -> None:
     whole = model / "model.safetensors"
     whole.rename(model / "model-00001-of-00002.safetensors")
     assert ids(model) == ["M-06"]
-    assert str(faults(model)[0]).endswith("names 2 shards, missing: model-00002-of-00002.safetensors")
+    assert str(find_errors(model)[0]).endswith("names 2 shards, missing: model-00002-of-00002.safetensors")
     header(
         model / "model-00002-of-00002.safetensors", {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"x"
     )
@@ -87,7 +87,7 @@ def test_shards_without_an_index_say_how_many_they_are(model: Path) -> None:
 def test_a_table_that_cannot_be(entry: Any, data: bytes, model: Path) -> None:
     header(model / "model.safetensors", {"a": entry}, data)
     assert ids(model) == ["M-04"]
-    assert "its header is damaged" in str(faults(model)[0])
+    assert "its header is damaged" in str(find_errors(model)[0])
 
 
 def test_tensors_in_any_order_and_without_elements(model: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_that_is_too_long(model: Path) -> None:
     with (model / "model.safetensors").open("ab") as stream:
         stream.write(b"x")
     assert ids(model) == ["M-04"]
-    assert ": too long: " in str(faults(model)[0])
+    assert ": too long: " in str(find_errors(model)[0])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
@@ -127,7 +127,7 @@ def test_a_fifo_is_refused(name: str, model: Path) -> None:
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     assert ids(model) == ["M-04"]
-    assert f"{model / name}: cannot be read: it is a FIFO; allowed: a regular file" in str(faults(model)[0])
+    assert f"{model / name}: cannot be read: it is a FIFO; allowed: a regular file" in str(find_errors(model)[0])
 
 
 @pytest.mark.timeout(20)
@@ -135,7 +135,7 @@ def test_settings_files_are_read_with_bounds(tmp_path: Path) -> None:
     fifo, large = tmp_path / "fifo", tmp_path / "large"
     os.mkfifo(fifo)
     with large.open("wb") as stream:
-        stream.truncate(files.MOST + 1)
+        stream.truncate(files.MAX_FILE_BYTES + 1)
     for path, why in ((fifo, "it is a FIFO"), (Path("/dev/zero"), "it is a device"), (large, "larger than 16 MiB")):
         with pytest.raises(ConfigError, match=why):
             read_members(Config.model_validate({"distribute_config_file": str(path)}))
@@ -155,7 +155,7 @@ def test_a_link_that_leads_nowhere_names_its_target(kept: str, model: Path) -> N
     if kept == "index":
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     assert ids(model) == ["M-06"]
-    assert "it is a link to ../../blobs/0123abcd, which is not here" in str(faults(model)[0])
+    assert "it is a link to ../../blobs/0123abcd, which is not here" in str(find_errors(model)[0])
 
 
 def test_an_index_that_is_such_a_link(model: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtp_llm.config import Config, Loaded, allowed, load, secret, table_markdown, upstream_variables
+from rtp_llm.config import Config, LoadedConfig, allowed, load, secret, table_markdown, upstream_variables
 from rtp_llm.errors import ConfigError, ExitCode
 
 DEFAULTS = Config.model_validate({})
@@ -28,7 +28,7 @@ def refusal(argv: list[str] | None = None, /, **environ: str) -> list[str]:
 
 
 def test_without_input_everything_is_the_default() -> None:
-    assert load([], {}) == Loaded(DEFAULTS, (), ())
+    assert load([], {}) == LoadedConfig(DEFAULTS, (), ())
     assert (DEFAULTS.start_port, DEFAULTS.dp_size, DEFAULTS.tp_size, DEFAULTS.warm_up) == (10000, 1, None, True)
 
 
@@ -142,7 +142,7 @@ def test_a_flag_without_its_value_is_refused() -> None:
 
 def test_upstreams_other_variables_are_accepted_with_a_note_that_keeps_their_values_secret() -> None:
     by_env = load([], dict.fromkeys(ACCEPTED, "s3cret"))
-    assert by_env == Loaded(DEFAULTS, (f"accepted, and not used by this server: {', '.join(ACCEPTED)}",), ())
+    assert by_env == LoadedConfig(DEFAULTS, (f"accepted, and not used by this server: {', '.join(ACCEPTED)}",), ())
     assert load([f"--{upstream_variables()[name].flag}=s3cret" for name in ACCEPTED], {}) == by_env
 
 
@@ -180,7 +180,7 @@ def test_what_a_shell_has_set_anyway_is_no_typo() -> None:
         "tp_szie": "1",
         "OMP_NUM_THREADS": "1",
     }
-    assert load([], shell) == Loaded(DEFAULTS, (), ())
+    assert load([], shell) == LoadedConfig(DEFAULTS, (), ())
 
 
 def test_the_readme_table_has_a_row_for_every_variable() -> None:

@@ -38,7 +38,7 @@ def test_only_errors_stop_a_start(
     done = subprocess.CompletedProcess([], code, stdout, stderr)
     monkeypatch.setattr(subprocess, "run", lambda *words, **options: done)
     with caplog.at_level(logging.INFO):
-        found = start_server._examine("enforce")
+        found = start_server._run_doctor_process("enforce")
     assert (found == 1) == (code == 1)
     assert [r.levelname for r in caplog.records] == [level]
     assert said in caplog.records[0].getMessage()

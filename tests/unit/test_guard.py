@@ -11,10 +11,10 @@ import pytest
 
 from rtp_llm.config import Config
 from rtp_llm.errors import ExitCode
-from rtp_llm.parallel.handover import Handover, ModelCard
+from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import make_plan
 from rtp_llm.supervise import guard
-from rtp_llm.supervise.guard import Budget, Guard, verdict
+from rtp_llm.supervise.guard import Guard, RestartBudget, incident_exit_code
 
 SIGNAL = -1  # how supervisord writes it down
 
@@ -38,7 +38,7 @@ SIGNAL = -1  # how supervisord writes it down
     ],
 )
 def test_one_code_for_an_incident(codes: list[int], code: ExitCode) -> None:
-    assert verdict(codes) == code
+    assert incident_exit_code(codes) == code
 
 
 def test_the_codes_that_no_restart_mends() -> None:
@@ -46,24 +46,24 @@ def test_the_codes_that_no_restart_mends() -> None:
 
 
 def test_the_budget_pauses_longer_each_time_and_ends() -> None:
-    budget = Budget(4)
-    assert [budget.take(t) for t in (0.0, 1.0, 2.0, 3.0, 4.0)] == [0.5, 1.0, 2.0, 4.0, None]
+    budget = RestartBudget(4)
+    assert [budget.next_delay(t) for t in (0.0, 1.0, 2.0, 3.0, 4.0)] == [0.5, 1.0, 2.0, 4.0, None]
 
 
 def test_the_budget_forgets_what_is_ten_minutes_old() -> None:
-    budget = Budget(2)
-    assert [budget.take(t) for t in (0.0, 300.0, 500.0, 601.0, 602.0)] == [0.5, 1.0, None, 1.0, None]
+    budget = RestartBudget(2)
+    assert [budget.next_delay(t) for t in (0.0, 300.0, 500.0, 601.0, 602.0)] == [0.5, 1.0, None, 1.0, None]
 
 
 def test_a_restart_that_was_refused_costs_nothing() -> None:
-    budget = Budget(1)
-    assert [budget.take(t) for t in (0.0, 599.0, 601.0)] == [0.5, None, 0.5]
+    budget = RestartBudget(1)
+    assert [budget.next_delay(t) for t in (0.0, 599.0, 601.0)] == [0.5, None, 0.5]
 
 
 def test_no_restart_at_all_and_no_pause_beyond_a_minute() -> None:
-    assert Budget(0).take(0.0) is None
-    budget = Budget(20)
-    assert max(budget.take(float(t)) or 0 for t in range(20)) == 60
+    assert RestartBudget(0).next_delay(0.0) is None
+    budget = RestartBudget(20)
+    assert max(budget.next_delay(float(t)) or 0 for t in range(20)) == 60
 
 
 @dataclass
@@ -103,8 +103,8 @@ def process(name: str, group: str, statename: str = "RUNNING", exitstatus: int =
 
 def guarding(tmp_path: Path, supervisor: Supervisor, limit: int = 3) -> Guard:
     config = Config.model_validate({"tp_size": 2, "restart_limit": limit})
-    card = ModelCard("m", "qwen3", "fp32", 1024)
-    return Guard(Handover(tmp_path, config, make_plan(config, 0), card, {}, False), supervisor)
+    card = ModelInfo("m", "qwen3", "fp32", 1024)
+    return Guard(PartSpec(tmp_path, config, make_plan(config, 0), card, {}, False), supervisor)
 
 
 @pytest.fixture(autouse=True)
@@ -124,18 +124,18 @@ def test_while_all_run_nothing_is_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("silent", "calls"), [(5, []), (500, ["KILL ranks:rank0"])])
 def test_a_first_rank_that_lost_its_heartbeat_is_ended(tmp_path: Path, silent: float, calls: list[str]) -> None:
     supervisor = Supervisor([process("rank0", "ranks"), process("api", "service")])
-    board = tmp_path / "gang.json"
-    board.write_text('{"ranks": {"0": {}}}')
-    os.utime(board, (time.time() - silent,) * 2)
+    gang_status = tmp_path / "gang.json"
+    gang_status.write_text('{"ranks": {"0": {}}}')
+    os.utime(gang_status, (time.time() - silent,) * 2)
     guarding(tmp_path, supervisor).handle()
     assert supervisor.calls == calls
 
 
 def test_on_a_full_disk_silence_proves_nothing(tmp_path: Path) -> None:
     supervisor = Supervisor([process("rank0", "ranks"), process("api", "service")])
-    board = tmp_path / "gang.json"
-    board.write_text('{"ranks": {"0": {}}}')
-    os.utime(board, (1, 1))
+    gang_status = tmp_path / "gang.json"
+    gang_status.write_text('{"ranks": {"0": {}}}')
+    os.utime(gang_status, (1, 1))
     (tmp_path / "guard.probe").mkdir()  # for root, who may write anywhere
     guarding(tmp_path, supervisor).handle()
     assert supervisor.calls == []
@@ -154,7 +154,7 @@ def test_restarts_are_counted_for_the_metrics_and_survive_the_guard(tmp_path: Pa
 def test_a_part_that_only_lost_its_peers_does_not_pay_for_them(tmp_path: Path) -> None:
     supervisor = Supervisor([process("rank0", "ranks", "EXITED", ExitCode.COMMUNICATION)])
     alone, together = guarding(tmp_path, supervisor, limit=1), guarding(tmp_path, supervisor, limit=1)
-    together.handover = replace(together.handover, plan=replace(together.handover.plan, local_world_size=1))
+    together.part_spec = replace(together.part_spec, plan=replace(together.part_spec.plan, local_world_size=1))
     for guard_ in (alone, together):
         supervisor.calls.clear()
         for _ in range(3):

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError, ExitCode
 from rtp_llm.parallel.members import Member
-from rtp_llm.parallel.plan import ROLL_CALL, STEP, TORCH_INIT, Plan, check_address, make_plan
+from rtp_llm.parallel.plan import (
+    RENDEZVOUS_PORT_OFFSET,
+    STEP_PORT_OFFSET,
+    TORCH_STORE_PORT_OFFSET,
+    Plan,
+    check_address,
+    make_plan,
+)
 
 
 def parts(*addresses: str) -> str:
@@ -45,7 +52,7 @@ def test_a_single_machine() -> None:
     made = plan(tp_size=2, world_size=2)
     assert shape(made) == (0, [0, 1], 1, "cpu")
     assert made.members == (Member(0, "local_part0", "127.0.0.1", 10000),)
-    assert not made.spans_parts
+    assert not made.is_multi_part
 
 
 def test_two_machines_with_one_gpu_each() -> None:
@@ -54,7 +61,9 @@ def test_two_machines_with_one_gpu_each() -> None:
     second = plan(1, **common, world_rank=1, start_port=20000)
     assert (shape(first), shape(second)) == ((0, [0], 2, "cuda"), (1, [1], 2, "cuda"))
     assert first.fingerprint() == second.fingerprint()
-    assert [second.leader_port(offset) for offset in (ROLL_CALL, STEP, TORCH_INIT)] == [9999, 9998, 9989]
+    assert [
+        second.leader_port(offset) for offset in (RENDEZVOUS_PORT_OFFSET, STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET)
+    ] == [9999, 9998, 9989]
 
 
 def test_two_machines_with_two_gpus_each() -> None:

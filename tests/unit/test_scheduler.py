@@ -10,15 +10,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.blocks import BlockPool
-from rtp_llm.engine.request import Request, SamplingParams
-from rtp_llm.engine.scheduler import Limits, Scheduler, Slice
+from rtp_llm.engine.scheduler import ScheduledChunk, Scheduler, SchedulerConfig
 
 SIZE = 4
 
 
 def scheduler(blocks: int = 16, tokens: int = 16, sequences: int = 4, **limits: int) -> Scheduler:
-    return Scheduler(BlockPool(blocks, SIZE), Limits(tokens, sequences, **limits))
+    return Scheduler(BlockPool(blocks, SIZE), SchedulerConfig(tokens, sequences, **limits))
 
 
 def request(name: str, prompt: int | list[int], max_tokens: int = 100, **params: bool) -> Request:
@@ -30,11 +31,11 @@ def request(name: str, prompt: int | list[int], max_tokens: int = 100, **params:
 def step(made: Scheduler) -> list[tuple[str, int, int]]:
     """Schedules and computes one step, as the engine does. (request, start, count) of each slice."""
     slices = made.schedule()
-    made.advance(slices)
+    made.update_after_step(slices)
     for piece in slices:
-        if piece.request.num_missing == 0:
+        if piece.request.num_uncomputed_tokens == 0:
             piece.request.tokens.append(1)
-    return [(s.request.id, s.start, s.count) for s in slices]
+    return [(s.request.id, s.start, s.num_tokens) for s in slices]
 
 
 def test_a_prompt_then_one_token_a_step() -> None:
@@ -59,7 +60,7 @@ def test_a_chunk_leaves_room_for_those_who_decode() -> None:
 
 
 def test_the_size_of_a_chunk_beside_decodes_can_be_set() -> None:
-    made = scheduler(tokens=8, chunk=2)
+    made = scheduler(tokens=8, max_mixed_chunk=2)
     made.add(request("a", 3))
     step(made)
     made.add(request("b", 20))
@@ -67,7 +68,7 @@ def test_the_size_of_a_chunk_beside_decodes_can_be_set() -> None:
 
 
 def test_a_decode_behind_a_prompt_keeps_its_token() -> None:
-    made = scheduler(tokens=4, sequences=3, chunk=4)
+    made = scheduler(tokens=4, sequences=3, max_mixed_chunk=4)
     made.add(request("a", 2))
     made.add(request("b", 10))
     assert step(made) == [("a", 0, 2), ("b", 0, 2)]
@@ -94,7 +95,7 @@ def test_no_more_sequences_than_allowed() -> None:
 
 
 def test_no_more_prompts_in_a_step_than_allowed() -> None:
-    made = scheduler(prompts=1)
+    made = scheduler(max_num_prefills=1)
     for name in "ab":
         made.add(request(name, 2))
     assert [[name for name, _, _ in step(made)] for _ in range(2)] == [["a"], ["a", "b"]]
@@ -108,7 +109,7 @@ def test_the_youngest_is_preempted_and_recomputes_prompt_and_output() -> None:
     assert step(made) == [("a", 7, 1), ("b", 7, 1)]
     assert step(made) == [("a", 8, 1)]  # a ninth token needs a third block, which b gave
     assert [r.id for r in made.waiting] == ["b"]
-    assert (made.waiting[0].num_tokens, made.waiting[0].num_computed, made.counters.preemptions) == (9, 0, 1)
+    assert (made.waiting[0].num_tokens, made.waiting[0].num_computed_tokens, made.stats.preemptions) == (9, 0, 1)
     made.finish(made.running[0])
     assert step(made) == [("b", 4, 5)]  # its first block was still cached
 
@@ -147,7 +148,7 @@ def test_what_a_discarded_request_computed_is_found_by_nobody() -> None:
     made = scheduler(tokens=32)
     made.add(request("a", list(range(9))))
     step(made)
-    made.discard(made.running[0])
+    made.finish_invalid(made.running[0])
     assert made.blocks.num_used == 0
     made.add(request("b", list(range(9))))
     assert step(made) == [("b", 0, 9)]
@@ -159,7 +160,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     step(made)
     made.add(request("b", [*range(8), 99, 98]))
     assert step(made) == [("a", 10, 1), ("b", 8, 2)]
-    assert (made.running[1].cached_tokens, made.counters.prefix_hits, made.counters.prefix_queries) == (8, 8, 20)
+    assert (made.running[1].cached_tokens, made.stats.prefix_hits, made.stats.prefix_queries) == (8, 8, 20)
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9])
@@ -204,7 +205,7 @@ class Serving(RuleBasedStateMachine):
         caching=st.booleans(),
     )
     def start(self, blocks: int, sequences: int, tokens: int, prompts: int, chunk: int, caching: bool) -> None:
-        self.limits = Limits(tokens, sequences, prompts, chunk)
+        self.limits = SchedulerConfig(tokens, sequences, prompts, chunk)
         self.scheduler = Scheduler(BlockPool(blocks, SIZE, caching), self.limits)
         self.max_seq_len = blocks * SIZE
         self.order: dict[str, int] = {}
@@ -238,7 +239,7 @@ class Serving(RuleBasedStateMachine):
     def step(self, token: int) -> None:
         before = list(self.scheduler.running)
         had_work = bool(before or self.scheduler.waiting)
-        decoding = [r for r in before if r.num_missing == 1]
+        decoding = [r for r in before if r.num_uncomputed_tokens == 1]
         slices = self.scheduler.schedule()
         assert bool(slices) == had_work, "work, and nothing scheduled"
         self.check_limits(slices, before)
@@ -246,26 +247,26 @@ class Serving(RuleBasedStateMachine):
         assert all(r.id in scheduled for r in decoding if r in self.scheduler.running), "a decode was starved"
         for piece in slices:
             self.compute(piece)
-        self.scheduler.advance(slices)
+        self.scheduler.update_after_step(slices)
         for piece in slices:
             self.sample(piece.request, token)
 
-    def check_limits(self, slices: list[Slice], before: list[Request]) -> None:
+    def check_limits(self, slices: list[ScheduledChunk], before: list[Request]) -> None:
         admitted = [s for s in slices if s.request not in before]
-        assert sum(s.count for s in slices) <= self.limits.tokens
-        assert all(s.count > 0 and s.start + s.count <= s.request.num_tokens for s in slices)
+        assert sum(s.num_tokens for s in slices) <= self.limits.max_num_batched_tokens
+        assert all(s.num_tokens > 0 and s.start + s.num_tokens <= s.request.num_tokens for s in slices)
         assert len({s.request.id for s in slices}) == len(slices)
-        assert len(self.scheduler.running) <= self.limits.sequences
-        assert len(admitted) <= (self.limits.prompts or len(admitted))
-        if any(s.request.num_missing == 1 for s in slices if s.request in before):
-            chunk = self.limits.chunk_beside_decode
-            assert all(s.count <= chunk for s in slices), "a chunk made decodes wait"
+        assert len(self.scheduler.running) <= self.limits.max_num_seqs
+        assert len(admitted) <= (self.limits.max_num_prefills or len(admitted))
+        if any(s.request.num_uncomputed_tokens == 1 for s in slices if s.request in before):
+            chunk = self.limits.mixed_prefill_chunk
+            assert all(s.num_tokens <= chunk for s in slices), "a chunk made decodes wait"
 
-    def compute(self, piece: Slice) -> None:
+    def compute(self, piece: ScheduledChunk) -> None:
         """What a rank does: reads all slots before the slice, writes those of the slice."""
         mine, salt = piece.request, piece.request.cache_salt
-        assert len(mine.block_ids) == self.scheduler.blocks.blocks_for(piece.start + piece.count)
-        for position in range(piece.start + piece.count):
+        assert len(mine.block_ids) == self.scheduler.blocks.num_blocks_for(piece.start + piece.num_tokens)
+        for position in range(piece.start + piece.num_tokens):
             slot = (mine.block_ids[position // SIZE], position % SIZE)
             prefix = (salt, tuple(mine.tokens[: position + 1]))
             if position >= piece.start:
@@ -275,7 +276,7 @@ class Serving(RuleBasedStateMachine):
             assert self.shadow[slot] == prefix
 
     def sample(self, done: Request, token: int) -> None:
-        if done.num_missing:
+        if done.num_uncomputed_tokens:
             return
         done.tokens.append(token)
         if done.finish_reason(self.max_seq_len):
@@ -289,7 +290,7 @@ class Serving(RuleBasedStateMachine):
         held = Counter(block for r in self.scheduler.running for block in r.block_ids)
         assert self.scheduler.blocks.num_used == len(held)
         assert all(len(set(r.block_ids)) == len(r.block_ids) for r in self.scheduler.running)
-        assert all(not r.block_ids and not r.num_computed for r in self.scheduler.waiting)
+        assert all(not r.block_ids and not r.num_computed_tokens for r in self.scheduler.waiting)
 
     @invariant()
     def first_come_first_served(self) -> None:

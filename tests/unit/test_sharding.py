@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtp_llm.parallel.sharding import HeadShare, even_split, head_share, mlp_share, padded_vocab, vocab_share
+from rtp_llm.parallel.sharding import HeadShard, even_split, padded_vocab, shard_heads, shard_mlp, shard_vocab
 
 # (query heads, KV heads) of all released models that come to mind, and every small combination.
 RELEASED = [
@@ -23,8 +23,8 @@ SMALL = [(kv * group, kv) for kv in range(1, 13) for group in range(1, 8)]
 SHAPES = sorted({*RELEASED, *SMALL})
 
 
-def shares(num_heads: int, num_kv_heads: int, tp_size: int) -> list[HeadShare]:
-    return [head_share(num_heads, num_kv_heads, tp_size, rank) for rank in range(tp_size)]
+def shares(num_heads: int, num_kv_heads: int, tp_size: int) -> list[HeadShard]:
+    return [shard_heads(num_heads, num_kv_heads, tp_size, rank) for rank in range(tp_size)]
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), SHAPES)
@@ -35,7 +35,7 @@ def test_heads(num_heads: int, num_kv_heads: int) -> None:
         check_balance(all_shares, num_heads, num_kv_heads, tp_size)
 
 
-def check_heads(all_shares: list[HeadShare], num_heads: int, num_kv_heads: int) -> None:
+def check_heads(all_shares: list[HeadShard], num_heads: int, num_kv_heads: int) -> None:
     """Each query head once, each beside its own KV head."""
     found = [head for share in all_shares for group in share.groups for head in group]
     assert sorted(found) == list(range(num_heads))
@@ -46,7 +46,7 @@ def check_heads(all_shares: list[HeadShare], num_heads: int, num_kv_heads: int) 
             assert {head // (num_heads // num_kv_heads) for head in group} == {kv_head}
 
 
-def check_balance(all_shares: list[HeadShare], num_heads: int, num_kv_heads: int, tp_size: int) -> None:
+def check_balance(all_shares: list[HeadShard], num_heads: int, num_kv_heads: int, tp_size: int) -> None:
     """Query heads differ by one at most, and KV heads lie on as few ranks as can be where sizes divide."""
     counts = [sum(map(len, share.groups)) for share in all_shares]
     assert max(counts) - min(counts) <= 1
@@ -76,19 +76,19 @@ def test_slots(num_heads: int, num_kv_heads: int) -> None:
 def test_the_issues_example() -> None:
     """14 query heads on 2 KV heads, 4 ranks: two ranks per KV head, with four and three of its seven heads."""
     assert shares(14, 2, 4) == [
-        HeadShare((0,), ((0, 1, 2, 3),)),
-        HeadShare((0,), ((4, 5, 6),)),
-        HeadShare((1,), ((7, 8, 9, 10),)),
-        HeadShare((1,), ((11, 12, 13),)),
+        HeadShard((0,), ((0, 1, 2, 3),)),
+        HeadShard((0,), ((4, 5, 6),)),
+        HeadShard((1,), ((7, 8, 9, 10),)),
+        HeadShard((1,), ((11, 12, 13),)),
     ]
 
 
 def test_heads_across_kv_heads_are_padded() -> None:
     """Three ranks on two KV heads: the one in the middle has a bit of both, and one place that stays empty."""
-    middle = head_share(6, 2, 4, 1), head_share(6, 2, 3, 1), head_share(10, 2, 3, 1)
-    assert middle[0] == HeadShare((0,), ((2,),))
-    assert middle[1] == HeadShare((0, 1), ((2,), (3,)))
-    assert middle[2] == HeadShare((0, 1), ((4,), (5, 6)))
+    middle = shard_heads(6, 2, 4, 1), shard_heads(6, 2, 3, 1), shard_heads(10, 2, 3, 1)
+    assert middle[0] == HeadShard((0,), ((2,),))
+    assert middle[1] == HeadShard((0, 1), ((2,), (3,)))
+    assert middle[2] == HeadShard((0, 1), ((4,), (5, 6)))
     assert middle[2].num_heads == 4
     assert middle[2].slots() == [(0, 4), (2, 5), (3, 6)]
 
@@ -104,7 +104,7 @@ def test_even_split(total: int) -> None:
 @pytest.mark.parametrize("size", [*range(16, 200, 7), 512, 1000, 4864, 8960, 11008, 13824, 14336, 18944, 28672, 29568])
 def test_mlp(size: int) -> None:
     for tp_size in range(1, 17):
-        ranges = [mlp_share(size, tp_size, rank) for rank in range(tp_size)]
+        ranges = [shard_mlp(size, tp_size, rank) for rank in range(tp_size)]
         assert [column for r in ranges for column in r] == list(range(size))
         assert all(ranges), "a rank without work"
         # Cut at multiples of the largest unit that leaves every rank one: nobody has more than one unit more.
@@ -116,7 +116,7 @@ def test_mlp(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 211, 509, 1000, 32000, 32003, 128256, 151936, 152064])
 def test_vocabulary(size: int) -> None:
     for tp_size in range(1, 17):
-        ranges = [vocab_share(size, tp_size, rank) for rank in range(tp_size)]
+        ranges = [shard_vocab(size, tp_size, rank) for rank in range(tp_size)]
         rows = padded_vocab(size, tp_size) // tp_size
         assert [row for r in ranges for row in r] == list(range(size))
         assert padded_vocab(size, tp_size) % tp_size == 0

@@ -298,7 +298,7 @@ def test_head_dim() -> None:
 
 def test_tp_sizes_that_fit() -> None:
     spec = read(QWEN2)
-    assert spec.fitting_tp_sizes() == range(1, 15)
+    assert spec.valid_tp_sizes() == range(1, 15)
     spec.check_tp(14)
     with pytest.raises(ConfigError, match="TP_SIZE=15: the model has 14 query heads; allowed: 1 to 14"):
         spec.check_tp(15)

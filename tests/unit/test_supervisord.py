@@ -9,21 +9,21 @@ import pytest
 from supervisor.options import ServerOptions
 
 from rtp_llm.config import Config
-from rtp_llm.parallel.handover import Handover, ModelCard
+from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import make_plan
 from rtp_llm.supervise.supervisord import DRAIN_MARGIN_SECONDS, supervisord_config
 
 PARTS = '{"x_part0": {"ip": "a", "port": 10000}, "x_part1": {"ip": "b", "port": 10000}}'
 
 
-def handover(run_dir: Path, **settings: Any) -> Handover:
+def part_spec(run_dir: Path, **settings: Any) -> PartSpec:
     config = Config.model_validate({"tp_size": 2, **settings})
-    return Handover(run_dir, config, make_plan(config, 0), ModelCard("m", "qwen3", "fp32", 1024), {}, False)
+    return PartSpec(run_dir, config, make_plan(config, 0), ModelInfo("m", "qwen3", "fp32", 1024), {}, False)
 
 
 def parsed(run_dir: Path, **settings: Any) -> configparser.RawConfigParser:
     parser = configparser.RawConfigParser()
-    parser.read_string(supervisord_config(handover(run_dir, **settings)))
+    parser.read_string(supervisord_config(part_spec(run_dir, **settings)))
     return parser
 
 
@@ -31,7 +31,7 @@ def as_supervisord_reads_it(run_dir: Path) -> ServerOptions:
     """Raises ValueError where supervisord would refuse it."""
     run_dir.mkdir(exist_ok=True)
     conf = run_dir / "supervisord.conf"
-    conf.write_text(supervisord_config(handover(run_dir)))
+    conf.write_text(supervisord_config(part_spec(run_dir)))
     options = ServerOptions()
     options.realize(["-c", str(conf)])
     return options

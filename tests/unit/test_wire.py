@@ -15,18 +15,18 @@ from rtp_llm.parallel.wire import (
     MAX_PAYLOAD,
     Frame,
     FrameBuffer,
-    Kind,
+    FrameType,
     WireError,
     connect,
     listen,
-    pack,
+    pack_frame,
     pack_json,
     parse_header,
-    receive,
+    recv_frame,
 )
 
 Pair = tuple[socket.socket, socket.socket]
-FRAMES = st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=40)), max_size=6)
+FRAMES = st.lists(st.tuples(st.sampled_from(FrameType), st.binary(max_size=40)), max_size=6)
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def collect(pieces: list[bytes]) -> list[Frame]:
 
 
 def test_a_frame_is_length_kind_payload() -> None:
-    assert pack(Kind.STEP, b"abc") == b"\x03\x00\x00\x00" + bytes([Kind.STEP]) + b"abc"
-    assert parse_header(pack(Kind.TICK)) == (0, Kind.TICK)
-    assert json.loads(pack_json(Kind.HELLO, {"rank": 1})[HEADER.size :]) == {"rank": 1}
+    assert pack_frame(FrameType.STEP, b"abc") == b"\x03\x00\x00\x00" + bytes([FrameType.STEP]) + b"abc"
+    assert parse_header(pack_frame(FrameType.KEEPALIVE)) == (0, FrameType.KEEPALIVE)
+    assert json.loads(pack_json(FrameType.HELLO, {"rank": 1})[HEADER.size :]) == {"rank": 1}
 
 
 @settings(max_examples=200, deadline=None)
 @given(FRAMES, st.data())
 def test_frames_come_out_however_the_bytes_are_cut(frames: list[Frame], data: st.DataObject) -> None:
-    stream = b"".join(pack(kind, payload) for kind, payload in frames)
+    stream = b"".join(pack_frame(kind, payload) for kind, payload in frames)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     assert collect(pieces) == frames
@@ -62,7 +62,7 @@ def test_frames_come_out_however_the_bytes_are_cut(frames: list[Frame], data: st
 def test_a_frame_comes_out_no_earlier_than_its_last_byte(frames: list[Frame]) -> None:
     buffer = FrameBuffer()
     for kind, payload in frames:
-        frame = pack(kind, payload)
+        frame = pack_frame(kind, payload)
         assert list(buffer.feed(frame[:-1])) == []
         assert list(buffer.feed(frame[-1:])) == [(kind, payload)]
 
@@ -74,12 +74,17 @@ def test_noise_gives_frames_or_an_error_and_nothing_else(noise: bytes) -> None:
         frames = collect([noise])
     except WireError:
         return
-    assert noise.startswith(b"".join(pack(kind, payload) for kind, payload in frames))
+    assert noise.startswith(b"".join(pack_frame(kind, payload) for kind, payload in frames))
 
 
 @pytest.mark.parametrize(
     "noise",
-    [b"GET / HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00\x01", HEADER.pack(MAX_PAYLOAD + 1, Kind.STEP), HEADER.pack(0, 99)],
+    [
+        b"GET / HTTP/1.1\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        HEADER.pack(MAX_PAYLOAD + 1, FrameType.STEP),
+        HEADER.pack(0, 99),
+    ],
     ids=["http", "tls", "oversized", "kind"],
 )
 def test_what_is_no_frame_is_refused_by_its_header(pair: Pair, noise: bytes) -> None:
@@ -88,16 +93,16 @@ def test_what_is_no_frame_is_refused_by_its_header(pair: Pair, noise: bytes) -> 
     ours, theirs = pair
     theirs.sendall(noise)
     with pytest.raises(WireError, match="not a frame"):
-        receive(ours)
+        recv_frame(ours)
 
 
 def test_the_largest_payload_is_allowed() -> None:
-    assert parse_header(HEADER.pack(MAX_PAYLOAD, Kind.STEP)) == (MAX_PAYLOAD, Kind.STEP)
+    assert parse_header(HEADER.pack(MAX_PAYLOAD, FrameType.STEP)) == (MAX_PAYLOAD, FrameType.STEP)
 
 
 def test_a_frame_sent_byte_by_byte_arrives(pair: Pair) -> None:
     ours, theirs = pair
-    frame = pack(Kind.GANG, b"payload")
+    frame = pack_frame(FrameType.GANG_STATUS, b"payload")
 
     def trickle() -> None:
         for byte in frame:
@@ -105,32 +110,34 @@ def test_a_frame_sent_byte_by_byte_arrives(pair: Pair) -> None:
 
     sender = threading.Thread(target=trickle)
     sender.start()
-    assert receive(ours) == (Kind.GANG, b"payload")
+    assert recv_frame(ours) == (FrameType.GANG_STATUS, b"payload")
     sender.join()
 
 
 def test_a_frame_larger_than_the_socket_buffer_arrives(pair: Pair) -> None:
     ours, theirs = pair
     payload = bytes(range(256)) * 8192
-    sender = threading.Thread(target=theirs.sendall, args=(pack(Kind.STEP, payload),))
+    sender = threading.Thread(target=theirs.sendall, args=(pack_frame(FrameType.STEP, payload),))
     sender.start()
-    assert receive(ours) == (Kind.STEP, payload)
+    assert recv_frame(ours) == (FrameType.STEP, payload)
     sender.join()
 
 
-@pytest.mark.parametrize("sent", [b"", b"\x03\x00", pack(Kind.STEP, b"abc")[:-1]], ids=["nothing", "header", "payload"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"\x03\x00", pack_frame(FrameType.STEP, b"abc")[:-1]], ids=["nothing", "header", "payload"]
+)
 def test_the_end_of_the_connection_is_an_error_of_the_connection(pair: Pair, sent: bytes) -> None:
     ours, theirs = pair
     theirs.sendall(sent)
     theirs.close()
     with pytest.raises(WireError, match="the peer closed the connection"):
-        receive(ours)
+        recv_frame(ours)
 
 
 def test_silence_is_a_timeout(pair: Pair) -> None:
     pair[0].settimeout(0.01)
     with pytest.raises(TimeoutError):
-        receive(pair[0])
+        recv_frame(pair[0])
 
 
 def test_listen_and_connect_without_delay() -> None:

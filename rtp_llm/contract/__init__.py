@@ -1,0 +1,1 @@
+"""Plain data that crosses packages: requests, steps, outputs. No torch, no sockets."""

@@ -1,0 +1,100 @@
+"""The engine's door: a unix socket where the API process submits requests and receives one frame of events per step."""
+
+import json
+import logging
+import selectors
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtp_llm.parallel.wire import FrameBuffer, FrameType, WireError, pack_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ClientConnection:
+    """One client; what it does not read yet waits in `outgoing`, so that it can never hold up a step."""
+
+    sock: socket.socket
+    incoming: FrameBuffer = field(default_factory=FrameBuffer)
+    outgoing: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(frozen=True)
+class ClientMessage:
+    """A frame from a client; `kind` None: it hung up."""
+
+    connection: ClientConnection
+    frame_type: FrameType | None
+    body: dict[str, Any]
+
+
+class RequestServer:
+    """Accepts clients, greets them with `ready`, and never blocks longer than asked."""
+
+    def __init__(self, path: Path, ready: dict[str, Any]):
+        self._ready = ready
+        self.connections: set[ClientConnection] = set()
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen()
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+
+    def poll(self, timeout: float) -> list[ClientMessage]:
+        """What clients sent; waits up to `timeout` seconds for the first of it."""
+        messages: list[ClientMessage] = []
+        for key, events in self._selector.select(timeout):
+            connection = key.data
+            if connection is None:
+                self._accept()
+            elif events & selectors.EVENT_READ:
+                messages += self._read(connection)
+            elif events & selectors.EVENT_WRITE:
+                self._flush(connection)
+        return messages
+
+    def send(self, connection: ClientConnection, kind: FrameType, body: dict[str, Any]) -> None:
+        connection.outgoing += pack_json(kind, body)
+        self._flush(connection)
+
+    def _accept(self) -> None:
+        sock, _ = self._listener.accept()
+        sock.setblocking(False)
+        connection = ClientConnection(sock)
+        self._selector.register(sock, selectors.EVENT_READ, connection)
+        self.connections.add(connection)
+        self.send(connection, FrameType.READY, self._ready)
+
+    def _read(self, connection: ClientConnection) -> list[ClientMessage]:
+        try:
+            data = connection.sock.recv(1 << 20)
+            if not data:
+                raise WireError("closed")
+            frames = list(connection.incoming.feed(data))
+            return [ClientMessage(connection, kind, json.loads(payload)) for kind, payload in frames]
+        except BlockingIOError:
+            return []
+        except (OSError, ValueError) as error:
+            log.info("api connection ended: %s", error)
+            self._selector.unregister(connection.sock)
+            connection.sock.close()
+            self.connections.discard(connection)
+            return [ClientMessage(connection, None, {})]
+
+    def _flush(self, connection: ClientConnection) -> None:
+        try:
+            while connection.outgoing:
+                sent = connection.sock.send(connection.outgoing)
+                del connection.outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            connection.outgoing.clear()  # the next read sees the end and reports it
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
+        self._selector.modify(connection.sock, wanted, connection)

@@ -1,0 +1,88 @@
+"""What start_server hands to every process of its part: the settings, the plan, and the fingerprint the gang
+compares.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rtp_llm import files
+from rtp_llm.config import Config
+from rtp_llm.parallel.plan import Plan
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the API process tells of the model before the engine can."""
+
+    name: str
+    family: str
+    dtype: str
+    max_positions: int  # tokens
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """Lies as `part.json` in the run directory, beside the sockets `engine.sock` and `supervisor.sock` and the state
+    files.
+    """
+
+    run_dir: Path
+    config: Config
+    plan: Plan
+    model: ModelInfo
+    fingerprint: dict[str, Any]
+    tty: bool
+
+    @property
+    def engine_socket(self) -> Path:
+        return self.run_dir / "engine.sock"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        return self.run_dir / "supervisor.sock"
+
+    @property
+    def gang_status_path(self) -> Path:
+        return self.run_dir / "gang.json"
+
+    @property
+    def guard_record_path(self) -> Path:
+        return self.run_dir / "guard.json"
+
+    @property
+    def doctor_report_path(self) -> Path:
+        """What the doctor last found; see doctor/report.py for its form."""
+        return self.run_dir / "doctor.json"
+
+    @property
+    def exit_code_file(self) -> Path:
+        """Where the guard leaves the code that start_server ends with."""
+        return self.run_dir / "exit_code"
+
+    @property
+    def shm_prefix(self) -> str:
+        """How this part's files in /dev/shm begin; nobody else's do."""
+        return f"rtp-llm-{hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:12]}-"
+
+    @property
+    def label(self) -> str:
+        return f"part{self.plan.part}"
+
+    def save(self) -> None:
+        data = {
+            "config": self.config.model_dump(exclude={"gang_secret"}),
+            "plan": asdict(self.plan),
+            "model": asdict(self.model),
+            "fingerprint": self.fingerprint,
+            "tty": self.tty,
+        }
+        (self.run_dir / "part.json").write_text(json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "PartSpec":
+        data = json.loads(files.read(run_dir / "part.json"))
+        config, plan = Config.model_validate(data["config"]), Plan.from_json(data["plan"])
+        return cls(run_dir, config, plan, ModelInfo(**data["model"]), data["fingerprint"], data["tty"])

@@ -1,0 +1,196 @@
+"""The API of one part inside the test's own process, on a free port, before a fake engine.
+
+The application is what `rtp_llm.api.main` builds, behind the server it uses. In one process with the test, its log
+can be watched: an error there fails the test, even where the client got a good answer.
+"""
+
+import asyncio
+import json
+import logging
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import uvicorn
+
+from rtp_llm.api.app import create_app
+from rtp_llm.api.client import EngineClient
+from rtp_llm.api.part_metrics import register
+from rtp_llm.api.part_state import PartState
+from rtp_llm.api.service import Service
+from rtp_llm.config import Config
+from rtp_llm.metrics import Metrics
+from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
+from rtp_llm.parallel.plan import make_plan
+from rtp_llm.text.template import ChatTemplate
+from tests.api.byte_model import ByteModel
+from tests.api.fake_engine import PATIENCE, FakeEngine, Script
+
+
+class ApiServer:
+    """API and engine. `settings` are those of `Config`."""
+
+    def __init__(self, model: ByteModel, script: Script | None = None, *, greets: bool = True, **settings: Any):
+        self.model = model
+        # Not pytest's folder: the path of a unix socket may have 107 bytes.
+        self.run_dir = Path(tempfile.mkdtemp(prefix="rtp-api-"))
+        config = Config(checkpoint_path=str(model.folder), rtp_device="cpu", tp_size=1, **settings)
+        self.part_spec = PartSpec(
+            run_dir=self.run_dir,
+            config=config,
+            plan=make_plan(config, 0),
+            model=ModelInfo("fake", "fake", "fp32", 2048),
+            fingerprint={},
+            tty=False,
+        )
+        self.metrics = Metrics("fake", 2048)
+        self.errors = _Errors()
+        self._server = self._make_server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self.engine = self.new_engine(script, greets=greets)
+
+    def _make_server(self, config: Config) -> "_Server":
+        client = EngineClient(self.part_spec.engine_socket, self.metrics, config.resume_timeout)
+        template = ChatTemplate.select(self.model.tokenizer, forced=config.model_template_type or None)
+        self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
+        self.state = PartState(self.part_spec, client)
+        register(self.metrics, self.state, config)
+        app = create_app(config, self.state, self.metrics, self._service)
+        return _Server(
+            uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_keep_alive=5)
+        )
+
+    def __enter__(self) -> Self:
+        logging.getLogger().addHandler(self.errors)
+        self._thread.start()
+        self.engine.wait_for_connection()
+        self.until(lambda: self._server.started)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        if self.engine.sends_ready:
+            self.until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:  # whatever the test did, no place in the queue is lost
+            self.until(lambda: self._service.reserved_slots == 0 and self._service.client.num_in_flight == 0)
+        self._server.should_exit = True
+        self._thread.join(PATIENCE)
+        self.engine.close()
+        logging.getLogger().removeHandler(self.errors)
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        if kind is None:
+            assert not self._thread.is_alive(), "the API did not stop"
+            assert not self.errors.lines, self.errors.lines
+
+    def new_engine(self, script: Script | None = None, **options: Any) -> FakeEngine:
+        """Another one on the same socket; the last one should have died."""
+        self.engine = FakeEngine(self.part_spec.engine_socket, script, **options)
+        return self.engine
+
+    # The client's side
+
+    def client(self, timeout: float = PATIENCE) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
+
+    def get(self, path: str) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body)
+
+    def stream(self, path: str, body: Any) -> bytes:
+        """The whole body of a stream."""
+        with self.client() as client, client.stream("POST", path, json=body) as response:
+            return response.read()
+
+    @contextmanager
+    def open_stream(self, path: str, body: Any) -> Iterator[httpx.Response]:
+        with self.client() as client, client.stream("POST", path, json=body) as response:
+            yield response
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one series; 0 where there is none yet."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until `condition()` is true."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if condition():
+                return
+            time.sleep(0.01)
+        raise AssertionError("what should have happened did not")
+
+    @property
+    def num_connections(self) -> int:
+        """Clients whose connection the server has accepted."""
+        return len(self._server.server_state.connections)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The API's event loop stands still meanwhile: all that is sent arrives in one of its instants."""
+        standing, going = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            standing.set()
+            going.wait(PATIENCE)
+
+        self._server.loop.call_soon_threadsafe(stand)
+        assert standing.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            going.set()
+
+    def post_board(self, **rank_status: Any) -> None:
+        """What the part's rank posts twice a second."""
+        usual = {
+            "part": 0,
+            "pid": 1,
+            "phase": "serving",
+            "progress": 1.0,
+            "steps": 7,
+            "silent_s": 0.1,
+            "idle_s": 0.2,
+            "wait_s": None,
+            "weight_bytes": 1000,
+            "kv_bytes": 2000,
+            "startup_seconds": {"loading": 1.5},
+        }
+        board = {"epoch": 1, "message": "", "ranks": {"0": {**usual, **rank_status}}}
+        self.part_spec.gang_status_path.write_text(json.dumps(board))
+
+
+class _Server(uvicorn.Server):
+    """Keeps its event loop in sight."""
+
+    loop: asyncio.AbstractEventLoop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+
+class _Errors(logging.Handler):
+    """Collects what is logged as an error, tracebacks above all."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+        self.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))

@@ -1,0 +1,46 @@
+"""One HTTP connection on a bare socket: for what an HTTP library would not do, such as stopping in the middle."""
+
+import socket
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+SECONDS = 20.0
+
+
+class RawHttpConnection:
+    """Connects at once; leaving the context, or `cut`, hangs up."""
+
+    def __init__(self, url: str):
+        self._host, port = url.removeprefix("http://").split(":")
+        self._sock = socket.create_connection((self._host, int(port)), timeout=SECONDS)
+
+    def send(self, path: str, body: bytes, declared: int | None = None, content_type: str | None = None) -> Self:
+        """A POST; `declared`: a length other than the body's."""
+        length = len(body) if declared is None else declared
+        head = f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: {length}\r\n"
+        head += f"Content-Type: {content_type}\r\n" if content_type else ""
+        self._sock.sendall(f"{head}\r\n".encode() + body)
+        return self
+
+    def status(self) -> int:
+        """Of the answer; the rest of it is left where it is."""
+        received = b""
+        while b"\r\n" not in received:
+            data = self._sock.recv(4096)
+            assert data, f"closed after {received!r}"
+            received += data
+        return int(received.split()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()

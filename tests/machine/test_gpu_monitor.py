@@ -1,0 +1,102 @@
+"""The thread that watches the GPUs: fresh readings, Xids counted by GPU, and no harm where there is no driver."""
+
+import time
+from collections.abc import Callable
+
+import pynvml
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rtp_llm.api.part_metrics import PartCollector
+from rtp_llm.machine.cgroup import Cgroup
+from rtp_llm.machine.gpu_monitor import GpuMonitor, GpuSnapshot
+from rtp_llm.machine.gpus import read_gpus
+from tests.machine.fake_nvml import GIB, FakeNvml
+
+PULSE = {
+    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "seen": 0.0, "wait_s": None},
+    **{"weight_bytes": 0, "kv_bytes": 0, "startup_seconds": {}},
+}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_xids_are_counted_by_gpu_and_the_library_is_closed() -> None:
+    nvml = FakeNvml(2)
+    monitor = GpuMonitor(None, nvml, period=0.05)
+    monitor.start()
+    for xid in ((1, 79), (1, 79), (0, 48)):
+        nvml.xids.put(xid)
+    until(lambda: monitor.snapshot.xids == {(1, 79): 2, (0, 48): 1})
+    assert [gpu.index for gpu in monitor.snapshot.gpus.all] == [0, 1]
+    assert {types for _, types in nvml.registered} == {pynvml.nvmlEventTypeXidCriticalError}
+    monitor.stop()
+    until(lambda: nvml.open == 0)
+
+
+def test_readings_stay_fresh_and_a_lost_gpu_is_told() -> None:
+    nvml = FakeNvml(2)
+    monitor = GpuMonitor(None, nvml, period=0.05)
+    monitor.start()
+    until(lambda: monitor.snapshot.at > 0)
+    nvml.failed[1] = pynvml.NVML_ERROR_GPU_IS_LOST
+    until(lambda: [index for index, _ in monitor.snapshot.gpus.failed] == [1])
+    monitor.stop()
+
+
+def test_without_a_driver_there_is_nothing() -> None:
+    monitor = GpuMonitor(None, FakeNvml(failure=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), period=0.05)
+    monitor.start()
+    time.sleep(0.1)
+    assert monitor.snapshot == GpuSnapshot()
+
+
+@pytest.fixture
+def scraped() -> dict[tuple[str, ...], float]:
+    """Part 1 with ranks 2 and 3 on GPUs 3 and 0; GPU 2 is lost, GPU 1 had an Xid. By name, gpu and one more label."""
+    nvml = FakeNvml(4)
+    nvml.failed[2] = pynvml.NVML_ERROR_GPU_IS_LOST
+    nvml.changed[0] = {"nvmlDeviceGetCurrentClocksEventReasons": 0x40, "nvmlDeviceGetRemappedRows": (1, 2, 0, 1)}
+    seen = GpuSnapshot(read_gpus(nvml, "3,0"), 1000.0, {(1, 79): 2})
+    state = {
+        **{"part": 1, "ready": True, "state": "serving", "expected": 4, "processes": {}, "doctor": None},
+        **{"guard": {"restarts": {}, "last_exit": {}}, "cgroup": Cgroup(0), "gpus": seen},
+        **{"shm": {"size": 1, "free": 1, "orphan": 0}, "ranks": {"2": PULSE, "3": PULSE}},
+    }
+    registry = CollectorRegistry()
+    registry.register(PartCollector(lambda: state))
+    found = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            if family.name.startswith("rtp_llm_gpu_"):
+                labels = sample.labels
+                further = [labels[k] for k in ("reason", "kind", "domain", "direction", "xid") if k in labels]
+                found[sample.name.removeprefix("rtp_llm_gpu_"), labels.get("gpu", ""), *further] = sample.value
+                assert labels["part"] == "1"
+                ranks = {"0": "3", "3": "2"}
+                assert labels.get("rank", ranks.get(labels.get("gpu", ""), "")) == ranks.get(labels.get("gpu", ""), "")
+    return found
+
+
+def test_what_is_scraped(scraped: dict[tuple[str, ...], float]) -> None:
+    assert [scraped["up", str(gpu)] for gpu in range(4)] == [1, 1, 0, 1]
+    assert scraped["memory_used_bytes", "0"] == GIB
+    assert scraped["memory_total_bytes", "0"] == 80 * GIB
+    assert scraped["utilization_ratio", "3"] == 0.87
+    assert scraped["power_watts", "3"] == 412.5
+    assert scraped["energy_joules_total", "3"] == 7200
+    assert scraped["clock_hertz", "0", "sm"] == 1980e6
+    assert scraped["clock_event", "0", "thermal slowdown (hardware)"] == 1
+    assert scraped["clock_event", "3", "thermal slowdown (hardware)"] == 0
+    assert scraped["remapped_rows_total", "0", "uncorrectable"] == 2
+    assert scraped["remap_failure", "0"] == 1
+    assert scraped["nvlink_bytes_total", "1", "received"] == 5120
+    assert scraped["xid_errors_total", "1", "79"] == 2
+    assert scraped["read_timestamp_seconds", ""] == 1000
+    assert ("temperature_celsius", "2") not in scraped
