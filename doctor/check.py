@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from doctor.context import CheckContext
+from doctor.context import CheckContext
+from doctor.runtime import Runtime
 
 
 class Status(StrEnum):
@@ -22,15 +22,6 @@ class Status(StrEnum):
     UNKNOWN = "unknown"
     CRASH = "crash"
     SKIP = "skip"
-
-
-class Runtime(StrEnum):
-    """What runs this process, and so the language that a fix is written in."""
-
-    DOCKER = "docker"
-    COMPOSE = "compose"
-    KUBERNETES = "kubernetes"
-    HOST = "host"
 
 
 class Repair(StrEnum):
@@ -119,7 +110,7 @@ class Check:
     id: str
     category: str
     title: str
-    run: Callable[["CheckContext"], CheckResult]
+    run: Callable[[CheckContext], CheckResult]
     tier: int
     severity: Status
     symptoms: tuple[Symptom, ...]
@@ -134,7 +125,7 @@ class Check:
 
 REGISTRY: dict[str, Check] = {}
 TIER_SECONDS = {0: 2.0, 1: 15.0, 2: 5.0, 3: 60.0}
-Function = Callable[["CheckContext"], CheckResult]
+Function = Callable[[CheckContext], CheckResult]
 
 
 def check(

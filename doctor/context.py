@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from doctor.gang.view import GangView
 from doctor.host import Host
 from doctor.nccl import Nccl
 from rtp_llm import files
@@ -22,9 +23,6 @@ from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
-
-if TYPE_CHECKING:
-    from doctor.gang.view import GangView
 
 # A slip in one of these gives this part another place, another size or another model, in silence.
 PLAN_VARIABLES = {
@@ -60,7 +58,7 @@ class CheckContext:
     host: Host
     argv: Sequence[str] = ()
     tier: int = 0
-    gang: "GangView | None" = None
+    gang: GangView | None = None
     gang_failure: str = ""  # why the parts could not be asked
     collective: dict[str, Any] | None = None
     nvml: Any = field(default=None)  # pynvml, or what stands for it in a test

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from doctor.check import Runtime
 from doctor.mounts import Mount, mount_of, parse_mountinfo
+from doctor.runtime import Runtime
 from rtp_llm.machine.cgroup import Cgroup
 
 RLIMITS = {

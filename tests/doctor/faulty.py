@@ -7,10 +7,10 @@ from typing import Any
 import pynvml
 import pytest
 
-from doctor.check import Runtime
 from doctor.context import CheckContext
 from doctor.host import DiskSpace
 from doctor.report import Report, make_report
+from doctor.runtime import Runtime
 from rtp_llm.parallel.plan import PlannedPort
 from tests.doctor.fixtures import LIMITS, FakeHost, run_context_checks
 
