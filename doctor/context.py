@@ -17,7 +17,7 @@ from rtp_llm import files
 from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, FatalError
 from rtp_llm.machine.devices import apply_cuda_visible_devices
-from rtp_llm.machine.gpus import DRIVER_TIMEOUT, GpuInventory, completes_within, read_gpus
+from rtp_llm.machine.gpus import DRIVER_TIMEOUT, Gpu, GpuInventory, completes_within, read_gpus
 from rtp_llm.model import checkpoint as checkpoints
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
@@ -110,6 +110,11 @@ class CheckContext:
         if self.plan:
             return self.plan.device == "cuda"
         return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
+
+    @property
+    def used_gpus(self) -> list[Gpu]:
+        """Returns the GPUs that the local ranks use; empty if they run on CPU."""
+        return self.gpus.visible[: self.local_ranks] if self.on_gpu else []
 
     @property
     def local_ranks(self) -> int:

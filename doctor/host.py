@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -230,6 +231,15 @@ class Host:
 
 def _limit(text: str) -> int:
     return resource.RLIM_INFINITY if text == "unlimited" else int(text)
+
+
+def is_ip_address(text: str) -> bool:
+    """Returns whether `text` is an IPv4 or IPv6 address, and not a host name."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_secret(name: str) -> bool:

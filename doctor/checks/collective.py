@@ -76,7 +76,7 @@ def _link(ctx: CheckContext) -> tuple[str, float] | None:
         name = ctx.gang.part_reports[ctx.plan.part].interface
         speed = next((i.speed for i in ctx.host.interfaces if i.name == name), 0)  # Mbit/s
         return (name, speed * 1e6 / 8) if speed else None
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
+    used = ctx.used_gpus
     links = min((gpu.nvlinks[0] for gpu in used), default=0)
     if not links:
         return None

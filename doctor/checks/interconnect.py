@@ -21,7 +21,7 @@ P2P_STATUS = {
 
 
 def _pairs(ctx: CheckContext) -> list[GpuPair]:
-    used = {gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]} if ctx.on_gpu else set()
+    used = {gpu.index for gpu in ctx.used_gpus}
     return [pair for pair in ctx.gpus.pairs if {pair.one, pair.other} <= used]
 
 
@@ -55,7 +55,7 @@ def nvml_p2p(ctx: CheckContext) -> CheckResult:
 )
 def nvlinks(ctx: CheckContext) -> CheckResult:
     """The number of links that are up should be the same on all GPUs of one kind: the majority says what is right."""
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
+    used = ctx.used_gpus
     ups = Counter(gpu.nvlinks[0] for gpu in used)
     if len(used) < 2 or not any(gpu.nvlinks[1] for gpu in used):
         return skip("no NVLink" if len(used) > 1 else FEWER_THAN_TWO_GPUS)
@@ -77,7 +77,7 @@ def nvlinks(ctx: CheckContext) -> CheckResult:
 )
 def fabric(ctx: CheckContext) -> CheckResult:
     """On NVSwitch machines each GPU registers with the fabric; until all have, CUDA answers error 802."""
-    states = [gpu.fabric_state for gpu in ctx.gpus.visible[: ctx.local_ranks]] if ctx.on_gpu else []
+    states = [gpu.fabric_state for gpu in ctx.used_gpus]
     known = [state for state in states if state not in (None, pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED)]
     if not known:
         return skip("no NVSwitch fabric")
@@ -106,7 +106,7 @@ def topology(ctx: CheckContext) -> CheckResult:
 @check("P-06", CATEGORY, "the cores are on the GPUs' side of the machine", severity=Status.WARN, needs=("G-09",))
 def numa(ctx: CheckContext) -> CheckResult:
     """A rank whose cores are on the other socket launches its kernels more slowly."""
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
+    used = ctx.used_gpus
     if not used:
         return skip("the ranks run on CPU")
     nodes = {g.index: ctx.host.read_int(f"/sys/bus/pci/devices/{g.bus}/numa_node") for g in used}
@@ -149,7 +149,7 @@ def parse_cpu_list(text: str) -> set[int]:
 @check("P-07", CATEGORY, "NCCL can see the PCI tree", severity=Status.WARN, needs=("G-09",))
 def sysfs(ctx: CheckContext) -> CheckResult:
     """NCCL reads the topology from /sys. Where that is hidden it assumes one, and chooses slow ways."""
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
+    used = ctx.used_gpus
     if len(used) < 2:
         return skip(FEWER_THAN_TWO_GPUS)
     hidden = [gpu for gpu in used if not ctx.host.exists(f"/sys/bus/pci/devices/{gpu.bus}")]
@@ -196,7 +196,7 @@ def peer_writes(ctx: CheckContext) -> CheckResult:
     if ctx.tier < 1:
         iommu = ctx.host.list_dir("/sys/class/iommu")
         return skip("--tier 1 writes and reads back" + ("; an IOMMU is active" if iommu else ""))
-    order = [gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]]
+    order = [gpu.index for gpu in ctx.used_gpus]
     failures = probes.probe_peer_copies(order)
     if failures:
         one, other, text = failures[0]

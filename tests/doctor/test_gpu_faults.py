@@ -113,9 +113,9 @@ class FaultyGpuPart:
 @pytest.fixture
 def gpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyGpuPart:
     made = FaultyGpuPart(tmp_path)
-    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "")  # not this machine's ports
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "")  # not this machine's ports
     monkeypatch.setattr("doctor.checks.shm.numa_allowed", lambda host: made.numa)
-    monkeypatch.setattr("doctor.checks.gpu._torch_cuda", lambda: (12, 8))
+    monkeypatch.setattr("doctor.checks.cuda_version._torch_cuda", lambda: (12, 8))
     return made
 
 
