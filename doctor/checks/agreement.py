@@ -1,124 +1,113 @@
 """What must be the same on all parts: software, checkpoint, settings and clocks."""
 
-from collections.abc import Mapping
-
-from doctor.check import CheckResult, Fix, Status, check, error, ok, skip, warn
+from doctor import fixes
+from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, warn
+from doctor.checks.categories import format_differences, gang_check
 from doctor.context import CheckContext
+from doctor.fixes import Fix
+from doctor.gang.view import GangView
 
-CATEGORY = "gang"
-NOT_RUN = "`rtp-llm-doctor gang` on every part"
-CLOCK_SECONDS = 1.0
-# Which transport NCCL takes: where these differ, ranks wait for each other on different ways.
+MAX_CLOCK_OFFSET_SECONDS = 1.0
+SAME_IMAGE = "the same image on every part, by digest and not by tag"
+SAME = "the same on all parts"
+# Settings that select NCCL's transport: if they differ, ranks wait for each other on different transports.
 TRANSPORT = (
     *("NCCL_IB_DISABLE", "NCCL_NET", "NCCL_NET_PLUGIN", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_ALGO"),
     *("NCCL_PROTO", "NCCL_SOCKET_FAMILY", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE", "NCCL_MNNVL_ENABLE"),
 )
-SAME_ENV_FIX = Fix(
-    host="give all parts the same environment; only WORLD_RANK, START_PORT and CUDA_VISIBLE_DEVICES may differ",
-    docker="docker run --env-file gang.env …, the same file on every machine",
-    compose="env_file: gang.env, the same for every part",
-    kubernetes="one ConfigMap for all pods, with envFrom",
-)
 
 
-def _table(differences: Mapping[str, Mapping[str, str]]) -> str:
-    return "; ".join(
-        f"{key}: " + " ".join(f"{p}={v}" for p, v in values.items()) for key, values in differences.items()
-    )
+def same_facts_check(
+    id: str,
+    title: str,
+    explanation: str,
+    *,
+    prefix: str,
+    expected: str,
+    fix: Fix | str,
+    seen_as: tuple[str, ...] = (),
+    needs: tuple[str, ...] = ("C-09", "C-10"),
+) -> None:
+    """Registers a check that the facts whose name begins with `prefix` are equal on all parts."""
+
+    def run(ctx: CheckContext, view: GangView) -> CheckResult:
+        differences = view.differences(prefix)
+        return error(format_differences(differences), expected, fix) if differences else ok(SAME)
+
+    run.__doc__ = explanation
+    gang_check(id, title, needs=needs)(symptoms(*seen_as)(run))
 
 
-@check(
+same_facts_check(
     "C-03",
-    CATEGORY,
-    "all parts have the same NCCL",
-    tier=2,
-    symptoms=("Mismatched NCCL version detected : rank … version … rank … version …",),
-    needs=("C-09", "C-10"),
+    "all parts use the same NCCL version",
+    "NCCL refuses to connect ranks of different versions.",
+    prefix="gpu.nccl",
+    expected="one NCCL version",
+    fix=SAME_IMAGE,
+    seen_as=("Mismatched NCCL version detected : rank … version … rank … version …",),
 )
-def nccl_version(ctx: CheckContext) -> CheckResult:
-    """NCCL refuses to connect ranks of different versions."""
-    return _compare_facts(ctx, ("gpu.nccl",), "one NCCL", Fix("the same image on every part, by digest and not by tag"))
 
 
-@check("C-04", CATEGORY, "all parts run the same software", tier=2, needs=("C-09", "C-10"))
-def software(ctx: CheckContext) -> CheckResult:
-    """Another torch computes other last bits, and another version of this server may speak another protocol. A driver
-    that differs is a warning."""
-    fix = Fix("the same image on every part, by digest and not by tag")
-    found = _compare_facts(ctx, ("version.",), "one version of everything", fix)
-    return found if found.status != Status.OK else _compare_facts(ctx, ("gpu.driver",), "one driver", fix, judge=warn)
+@gang_check("C-04", "all parts use the same software versions")
+def same_software(ctx: CheckContext, view: GangView) -> CheckResult:
+    """Another version of torch computes slightly different numbers, and another version of this server may use another
+    protocol. A different driver is a warning."""
+    versions, drivers = view.differences("version."), view.differences("gpu.driver")
+    if versions:
+        return error(format_differences(versions), "one version of everything", SAME_IMAGE)
+    return warn(format_differences(drivers), "one driver version", SAME_IMAGE) if drivers else ok(SAME)
 
 
-@check("C-05", CATEGORY, "all parts hold the same checkpoint", tier=2, needs=("C-09", "C-10", "M-04", "M-05", "M-06"))
-def checkpoints(ctx: CheckContext) -> CheckResult:
-    """Ranks with slices of different checkpoints compute garbage, or fail on a shape. config.json and the headers of
-    all files are compared."""
-    fix = Fix(
-        host="rsync --checksum -a the checkpoint from one part to the others, or share it",
-        kubernetes="one ReadOnlyMany volume for all pods",
-    )
-    return _compare_facts(ctx, ("model.",), "one checkpoint", fix)
-
-
-@check(
-    "C-06",
-    CATEGORY,
-    "NCCL is told the same on all parts",
-    tier=2,
-    symptoms=("Detected mixed local Net device counts across ranks",),
-    needs=("C-09", "C-10"),
+same_facts_check(
+    "C-05",
+    "all parts have the same checkpoint",
+    """Ranks with slices of different checkpoints compute garbage, or fail with a shape mismatch. config.json and the
+    headers of all files are compared.""",
+    prefix="model.",
+    expected="one checkpoint",
+    fix=fixes.SAME_CHECKPOINT,
+    needs=("C-09", "C-10", "M-04", "M-05", "M-06"),
 )
-def environment_matches(ctx: CheckContext) -> CheckResult:
-    """Where one part's NCCL may use InfiniBand and another's may not, they wait for each other for ever. Environment
-    and nccl.conf are compared; names that are rightly local (interfaces) are left out."""
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
-    differing = view.differences("env.")
-    if not differing:
-        return ok("the same on all parts")
-    judge = error if any(key.removeprefix("env.").startswith(TRANSPORT) for key in differing) else warn
-    return judge(_table(differing), "the same on every part", SAME_ENV_FIX)
 
 
-@check(
+@gang_check("C-06", "all parts have the same NCCL settings")
+@symptoms("Detected mixed local Net device counts across ranks")
+def same_nccl_settings(ctx: CheckContext, view: GangView) -> CheckResult:
+    """If NCCL uses InfiniBand on one part and not on another, the two wait for each other forever. The environment and
+    nccl.conf are compared, except for settings that may differ between parts (interfaces)."""
+    differences = view.differences("env.")
+    if not differences:
+        return ok(SAME)
+    is_transport = any(key.removeprefix("env.").startswith(TRANSPORT) for key in differences)
+    make_result = error if is_transport else warn
+    return make_result(format_differences(differences), "the same on every part", fixes.SAME_ENVIRONMENT)
+
+
+same_facts_check(
     "C-07",
-    CATEGORY,
-    "settings that shape the steps are the same",
-    tier=2,
-    symptoms=("MISMATCH … different collective operation counts",),
-    needs=("C-09", "C-10"),
+    "all parts have the same engine settings",
+    """MAX_SEQ_LEN, block sizes and batch limits decide what is computed in which order: ranks that differ hang in the
+    first collective that differs.""",
+    prefix="config.",
+    expected="the same on every part",
+    fix=fixes.SAME_ENVIRONMENT,
+    seen_as=("MISMATCH … different collective operation counts",),
 )
-def settings(ctx: CheckContext) -> CheckResult:
-    """MAX_SEQ_LEN, block sizes and batch limits decide what is computed in which order: ranks that disagree hang in
-    the first collective in which they differ."""
-    return _compare_facts(ctx, ("config.",), "the same on every part", SAME_ENV_FIX)
 
 
-@check("C-08", CATEGORY, "the clocks agree", tier=2, severity=Status.WARN, needs=("C-09", "C-10", "N-01"))
-def clocks_in_sync(ctx: CheckContext) -> CheckResult:
-    """Nothing here depends on it, but logs and dashboards of several machines can only be read together when their
-    clocks agree."""
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
-    offsets = [(abs(link.clock_offset), link.clock_error, a, b, link) for a, b, link in view.links() if link.rtt]
-    if not offsets:
+@gang_check("C-08", "the clocks are synchronised", severity=Status.WARN, needs=("C-09", "C-10", "N-01"))
+def clocks_in_sync(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
+    """The server does not depend on it, but logs and dashboards of several machines can be compared only if their
+    clocks are synchronised."""
+    measured = [(source, target, link) for source, target, link in view.links() if link.rtt]
+    if not measured:
         return skip("no clock was compared")
-    worst, margin, one, other, link = max(offsets, key=lambda entry: entry[0])
-    text = f"part{other.part} is {link.clock_offset:+.3f} s (+-{margin:.3f}) from part{one.part}"
-    if worst - margin > CLOCK_SECONDS:
-        return warn(text, f"within {CLOCK_SECONDS:g} s", "run chrony or systemd-timesyncd on the machines")
-    return ok(text)
-
-
-def _compare_facts(
-    ctx: CheckContext, prefixes: tuple[str, ...], expected: str, fix: Fix, judge: object = error
-) -> CheckResult:
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
-    differing = {key: values for prefix in prefixes for key, values in view.differences(prefix).items()}
-    if not differing:
-        return ok("the same on all parts")
-    return (warn if judge is warn else error)(_table(differing), expected, fix)
+    source, target, link = max(measured, key=lambda entry: abs(entry[2].clock_offset))
+    return Reading(
+        abs(link.clock_offset) - link.clock_error,
+        f"part{target.part} is {link.clock_offset:+.3f} s (+-{link.clock_error:.3f}) from part{source.part}",
+        f"within {MAX_CLOCK_OFFSET_SECONDS:g} s",
+        "run chrony or systemd-timesyncd on the machines",
+        maximum=MAX_CLOCK_OFFSET_SECONDS,
+    )

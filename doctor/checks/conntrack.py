@@ -1,23 +1,21 @@
 """Connection tracking by the kernel's firewall."""
 
-from doctor.check import CheckResult, Status, check, ok, skip, warn
+from doctor.check import CheckResult, Reading, Status, ok
+from doctor.checks.categories import network_check
+from doctor.checks.preconditions import MULTI_PART
 from doctor.context import CheckContext
 
-CATEGORY = "network"
-ONE_PART = "a single part"
+MAX_FILL_RATIO = 0.9
 
 
-@check("N-18", CATEGORY, "idle connections between parts are not dropped", severity=Status.WARN)
-def conntrack(ctx: CheckContext) -> CheckResult:
-    """A firewall that tracks connections forgets idle ones, or takes no new ones when its table is full. The heartbeat
-    of every rank keeps this server's own alive."""
+@network_check("N-18", "the connection tracking table has free entries", severity=Status.WARN, requires=(MULTI_PART,))
+def conntrack_has_free_entries(ctx: CheckContext) -> CheckResult | Reading:
+    """A firewall that tracks connections drops new ones when its table is full, and forgets idle ones. The heartbeat of
+    every rank keeps this server's own connections alive."""
     count = ctx.host.read_int("/proc/sys/net/netfilter/nf_conntrack_count")
-    most = ctx.host.read_int("/proc/sys/net/netfilter/nf_conntrack_max")
-    if not ctx.plan or not ctx.plan.is_multi_part:
-        return skip(ONE_PART)
-    if count is None or not most:
-        return ok("no connection tracking can be seen")
-    if count > 0.9 * most:
-        fix = f"sysctl net.netfilter.nf_conntrack_max={2 * most}"
-        return warn(f"{count} of {most} tracked connections are in use", "room", fix)
-    return ok(f"{count} of {most} tracked connections")
+    capacity = ctx.host.read_int("/proc/sys/net/netfilter/nf_conntrack_max")
+    if count is None or not capacity:
+        return ok("no connection tracking")
+    actual, fix = f"{count} of {capacity} tracked connections", f"sysctl net.netfilter.nf_conntrack_max={2 * capacity}"
+    expected = f"at most {MAX_FILL_RATIO:.0%} of them"
+    return Reading(count, actual, expected, fix, maximum=MAX_FILL_RATIO * capacity)

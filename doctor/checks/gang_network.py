@@ -1,8 +1,10 @@
 """Connections between the parts: ports, large transfers and speed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from doctor.check import CheckResult, Fix, Repair, Status, check, error, ok, skip, unknown, warn
+from doctor import fixes
+from doctor.check import CheckResult, Reading, Repair, Status, error, ok, skip, symptoms, unknown, warn
+from doctor.checks.categories import gang_check
 from doctor.context import CheckContext
 from doctor.gang.gossip import SLOW_BYTES
 from doctor.gang.part_report import PartReport
@@ -10,189 +12,144 @@ from doctor.gang.view import GangView
 from doctor.host import format_bytes
 from rtp_llm.model.spec import ModelSpec
 
-CATEGORY = "gang"
-NOT_RUN = "`rtp-llm-doctor gang` on every part"
+# (from, to, how the connection to each port failed)
+UnreachableLink = tuple[PartReport, PartReport, dict[int, str]]
 
 
-def _unreachable_links(view: GangView, random: bool) -> list[tuple[PartReport, PartReport, dict[int, str]]]:
-    """Directions in which ports are closed: the planned ones, or those that the kernel chose."""
-    found = []
-    for one, other, _ in view.links():
-        closed = {p: o for p, o in view.unreachable_ports(one, other).items() if (p in other.ephemeral_ports) == random}
-        if closed:
-            found.append((one, other, closed))
-    return found
+def _unreachable_links(view: GangView, ephemeral: bool) -> list[UnreachableLink]:
+    """Returns the directions with unreachable ports: ephemeral ports, or planned ones."""
+    links = []
+    for source, target, _ in view.links():
+        ports = view.unreachable_ports(source, target)
+        ports = {port: outcome for port, outcome in ports.items() if (port in target.ephemeral_ports) == ephemeral}
+        if ports:
+            links.append((source, target, ports))
+    return links
 
 
-def _probable_cause(view: GangView, one: PartReport, other: PartReport, closed: Mapping[int, str]) -> str:
-    """Who is to mend it, by what the opposite direction and the kind of failure say."""
-    back = view.unreachable_ports(other, one)
-    kinds = set(closed.values())
-    if kinds <= {"foreign"}:
-        return f"another program has what part{other.part} needs"
-    if kinds <= {"refused"}:
-        return f"nothing listens there, or part{other.part}'s firewall refuses"
-    if not back:
-        return f"part{other.part} reaches part{one.part}, so incoming connections are filtered at part{other.part}"
-    return f"part{other.part} does not reach part{one.part} either: the network between them, or both firewalls"
+def _probable_cause(view: GangView, source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
+    """Returns the probable cause, which follows from the opposite direction and from how the connections failed."""
+    outcomes = set(ports.values())
+    if outcomes <= {"foreign"}:
+        return f"another program has what part{target.part} needs"
+    if outcomes <= {"refused"}:
+        return f"nothing listens there, or part{target.part}'s firewall refuses"
+    if not view.unreachable_ports(target, source):
+        return f"part{target.part} reaches part{source.part}, so incoming connections are filtered at part{target.part}"
+    return f"part{target.part} does not reach part{source.part} either: the network between them, or both firewalls"
 
 
-def _incomplete(ways: list[tuple[PartReport, PartReport]], what: str) -> CheckResult:
-    """What was not tried is not green."""
-    listed = ", ".join(f"part{one.part} -> part{other.part}" for one, other in ways)
-    return unknown(f"{what}: {listed or 'no part'}", "give it more time: --wait")
-
-
-def _format_ports(closed: Mapping[int, str], part_report: PartReport) -> str:
-    words = {"timeout": "times out", "unreachable": "is unreachable", "foreign": "is answered by something else"}
-    return ", ".join(
-        f"{port} ({part_report.planned_ports.get(port, 'chosen by the kernel, as NCCL does')}) {words.get(how, how)}"
-        for port, how in sorted(closed.items())
+def _describe_link(source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
+    texts = {"timeout": "times out", "unreachable": "is unreachable", "foreign": "is answered by something else"}
+    failures = ", ".join(
+        f"{port} ({target.planned_ports.get(port, 'chosen by the kernel, as NCCL does')}) {texts.get(outcome, outcome)}"
+        for port, outcome in sorted(ports.items())
     )
+    return f"part{source.part} -> part{target.part} ({target.address}): {failures}"
 
 
-@check(
-    "N-01",
-    CATEGORY,
-    "every part reaches the planned ports of every other",
-    tier=2,
-    symptoms=(
-        "The client socket has timed out after …ms while trying to connect to (…)",
-        "connect to …<…> failed : No route to host",
-        "roll call at …: Connection refused",
-    ),
-    needs=("C-09", "C-10"),
-    repair=Repair.OPEN_PORT,
+def _incomplete(links: Sequence[tuple[PartReport, PartReport]], reason: str) -> CheckResult:
+    """Returns the result if some directions were not tried: the check does not pass."""
+    directions = ", ".join(f"part{source.part} -> part{target.part}" for source, target in links)
+    return unknown(f"{reason}: {directions or 'no part'}", "give it more time: --wait")
+
+
+@gang_check("N-01", "every part can connect to the planned ports of every other part", repair=Repair.OPEN_PORT)
+@symptoms(
+    "The client socket has timed out after …ms while trying to connect to (…)",
+    "connect to …<…> failed : No route to host",
+    "roll call at …: Connection refused",
 )
-def planned_ports(ctx: CheckContext) -> CheckResult:
-    """All ports of the plan are dialled from every part: those below START_PORT on part 0 carry the roll call, the
-    steps and torch's rendezvous. A time-out means a filter, a refusal that nobody listens."""
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
-    ways = _unreachable_links(view, random=False)
-    if ways:
-        text = "; ".join(
-            f"part{a.part} -> part{b.part} ({b.address}): {_format_ports(closed, b)}; {_probable_cause(view, a, b, closed)}"
-            for a, b, closed in ways
-        )
-        ports = ",".join(str(port) for port in sorted({p for _, _, closed in ways for p in closed}))
-        target = ways[0][1]
-        return error(
-            text,
-            "an answer on every port",
-            Fix(
-                host=f"on part{target.part}'s machine: open tcp {ports} from {ways[0][0].address}",
-                docker=f"docker run --network host …, and open tcp {ports} on part{target.part}'s machine",
-                compose=f"network_mode: host, and open tcp {ports} on part{target.part}'s machine",
-                kubernetes=f"allow tcp {ports} between the gang's pods in the NetworkPolicy",
-            ),
-        )
-    untried = view.unprobed()
-    if untried:
-        return _incomplete(untried, "the time was up before all ways were tried")
-    count = sum(len(link.ports) for _, _, link in view.links())
-    if not count:
-        return skip("there was no way to try")
-    return ok(f"{count} ports in {sum(1 for _ in view.links())} directions")
+def planned_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResult:
+    """Every part connects to all ports of the plan on every other part: those below START_PORT on part 0 are for the
+    rendezvous, the steps and torch.distributed. A timeout means that a firewall drops packets; a refused connection,
+    that nothing listens."""
+    links = _unreachable_links(view, ephemeral=False)
+    if links:
+        actual = "; ".join(f"{_describe_link(*link)}; {_probable_cause(view, *link)}" for link in links)
+        ports = ",".join(str(port) for port in sorted({port for _, _, ports in links for port in ports}))
+        source, target, _ = links[0]
+        return error(actual, "an open connection on every port", fixes.open_ports(target.part, ports, source.address))
+    unprobed = view.unprobed()
+    if unprobed:
+        return _incomplete(unprobed, "not all directions were tried in time")
+    num_ports = [len(link.ports) for _, _, link in view.links()]
+    return ok(f"{sum(num_ports)} ports in {len(num_ports)} directions") if sum(num_ports) else skip("no other part")
 
 
-@check(
-    "N-02",
-    CATEGORY,
-    "ports that the kernel chooses are open as well",
-    tier=2,
-    symptoms=(
-        "Net : Connect to …<…> failed : No route to",
-        "ncclSocketConnect: connect to … returned Connection refused, exceeded error retry count",
-        "socketPollConnect: connect to … returned … exceeded",
-    ),
-    needs=("C-09", "C-10", "N-01"),
-    repair=Repair.OPEN_PORT,
+@gang_check(
+    "N-02", "ephemeral ports are open between the parts", needs=("C-09", "C-10", "N-01"), repair=Repair.OPEN_PORT
 )
-def ephemeral_ports(ctx: CheckContext) -> CheckResult:
-    """NCCL and gloo listen on ports that the kernel picks from net.ipv4.ip_local_port_range. A firewall that opens only
-    the planned ports lets the roll call pass and the first collective hang."""
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
-    ways = _unreachable_links(view, random=True)
-    if ways:
-        one, other, closed = ways[0]
-        text = "; ".join(f"part{a.part} -> part{b.part} ({b.address}): {_format_ports(c, b)}" for a, b, c in ways)
-        low, _, high = other.port_range.partition("-")
-        return error(
-            f"{text}; {_probable_cause(view, one, other, closed)}",
-            f"tcp {other.port_range} open between the parts",
-            Fix(
-                host=f"open tcp {low}:{high} from {one.address}, or narrow the range (sysctl -w"
-                ' net.ipv4.ip_local_port_range="50000 51000") and open that',
-                docker=f"open tcp {low}:{high} between the machines, or docker run --sysctl"
-                ' net.ipv4.ip_local_port_range="50000 51000" … and open that',
-                kubernetes=f"allow tcp {low}-{high} (endPort) between the gang's pods in the NetworkPolicy",
-            ),
-        )
-    if not any(port in other.ephemeral_ports for _, other, link in view.links() for port in link.ports):
-        return skip("none was tried")
+@symptoms(
+    "Net : Connect to …<…> failed : No route to",
+    "ncclSocketConnect: connect to … returned Connection refused, exceeded error retry count",
+    "socketPollConnect: connect to … returned … exceeded",
+)
+def ephemeral_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResult:
+    """NCCL and gloo listen on ports that the kernel chooses from net.ipv4.ip_local_port_range. If a firewall opens only
+    the planned ports, the rendezvous succeeds and the first collective hangs."""
+    links = _unreachable_links(view, ephemeral=True)
+    if links:
+        source, target, _ = links[0]
+        actual = f"{'; '.join(_describe_link(*link) for link in links)}; {_probable_cause(view, *links[0])}"
+        low, _, high = target.port_range.partition("-")
+        fix = fixes.open_ephemeral_ports(low, high, source.address)
+        return error(actual, f"tcp {target.port_range} open between the parts", fix)
+    if not any(port in target.ephemeral_ports for _, target, link in view.links() for port in link.ports):
+        return skip("no ephemeral port was tried")
     return ok("every one that was tried")
 
 
-@check(
-    "N-10",
-    CATEGORY,
-    "large messages pass as small ones do",
-    tier=2,
-    symptoms=("IBV_WC_LOC_LEN_ERR",),
-    needs=("C-09", "C-10", "N-01"),
-)
-def mtu(ctx: CheckContext) -> CheckResult:
-    """Where one end sends jumbo frames and something between drops them, small messages pass and large ones hang. 8 MiB
-    are sent each way between all parts, and the interfaces' MTUs compared. Where answers of a few KiB are lost already,
-    the doctors go on in segments that every link carries."""
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
-    stalled = view.stalled()
-    sizes = {f"part{part_report.part} {part_report.interface}": part_report.mtu for part_report in view.comparable}
-    listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    low = min(sizes.values())
+@gang_check("N-10", "large transfers work between all parts", needs=("C-09", "C-10", "N-01"))
+@symptoms("IBV_WC_LOC_LEN_ERR")
+def large_transfers_work(ctx: CheckContext, view: GangView) -> CheckResult:
+    """If one end sends jumbo frames and a device in between drops them, small messages work and large ones hang. 8 MiB
+    are sent in each direction between all parts, and the MTUs of the interfaces are compared. If replies of a few KiB
+    are lost already, the doctors continue with a TCP segment size (MSS) that every link carries."""
+    mtus = {(r.part, r.interface): r.mtu for r in view.comparable}
+    lowest = min(mtus.values())
+    listed = ", ".join(f"part{part} {interface} {mtu}" for (part, interface), mtu in mtus.items())
     fix = "; ".join(
-        f"ip link set {n.split()[1]} mtu {low} on {n.split()[0]}" for n, size in sizes.items() if size > low
+        f"ip link set {interface} mtu {lowest} on part{part}" for (part, interface), mtu in mtus.items() if mtu > lowest
     )
+    stalled = view.stalled()
     if stalled:
-        return error(f"{'; '.join(stalled)}; MTU: {listed}", "8 MiB each way", fix or "lower the MTU on both ends")
+        actual = f"{'; '.join(stalled)}; MTU: {listed}"
+        return error(actual, "8 MiB in each direction", fix or "lower the MTU on both ends")
     missing = view.links_without_transfer()
     if missing:
-        return _incomplete(missing, "no transfer of 8 MiB came to an end")
+        return _incomplete(missing, "no transfer of 8 MiB was completed")
     if not any(view.links()):
-        return skip("there was no way to try")
-    if len(set(sizes.values())) > 1:
-        return warn(f"MTU differs: {listed}", "one MTU", fix)
-    return ok(f"MTU {low}; 8 MiB each way went through")
+        return skip("no other part")
+    if len(set(mtus.values())) > 1:
+        return warn(f"the MTUs differ: {listed}", "one MTU", fix)
+    return ok(f"MTU {lowest}; 8 MiB in each direction")
 
 
-@check(
-    "N-13", CATEGORY, "the links are fast enough", tier=2, severity=Status.WARN, needs=("C-09", "C-10", "N-01", "N-10")
+@gang_check(
+    "N-13", "the network between the parts is fast enough", severity=Status.WARN, needs=("C-09", "C-10", "N-01", "N-10")
 )
-def speed(ctx: CheckContext) -> CheckResult:
-    """Tensor parallelism sums activations twice per layer, so every token crosses the network 2 x layers times: the
-    predicted cost per token is printed from the measured speed and round trip."""
-    view = ctx.gang
-    if view is None:
-        return skip(NOT_RUN)
+def links_are_fast(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
+    """Tensor parallelism has two all-reduces per layer, so every token crosses the network 2 x layers times. The
+    predicted time per token is computed from the measured throughput and round-trip time."""
     links = [link for _, _, link in view.links() if link.sent_speed and link.received_speed]
     if not links:
         return skip("no transfer was made")
-    slow = min(min(link.sent_speed, link.received_speed) for link in links)
+    slowest = min(min(link.sent_speed, link.received_speed) for link in links)
     rtt = max(link.rtt for link in links)
-    cost = f"; {token_cost(ctx.spec, slow, rtt) * 1000:.1f} ms per token" if ctx.spec else ""
-    text = f"{format_bytes(slow)}/s, round trip {rtt * 1000:.2f} ms{cost}"
-    if slow < SLOW_BYTES:
-        return warn(text, "10 Gbit/s or more", "use the faster network's addresses in the member list")
-    return ok(text)
+    cost = f"; {token_cost(ctx.spec, slowest, rtt) * 1000:.1f} ms per token" if ctx.spec else ""
+    return Reading(
+        slowest,
+        f"{format_bytes(slowest)}/s, round trip {rtt * 1000:.2f} ms{cost}",
+        "10 Gbit/s or more",
+        "use the faster network's addresses in the member list",
+        recommended=SLOW_BYTES,
+    )
 
 
 def token_cost(spec: ModelSpec, bytes_per_second: float, rtt: float) -> float:
-    """Seconds that the all-reduces of one token take between two parts: two per layer, each half a round trip and one
-    hidden vector."""
+    """Returns the seconds that the all-reduces of one token take between two parts.
+
+    Two per layer, each of half a round trip and one hidden vector.
+    """
     return 2 * spec.num_layers * (rtt / 2 + 2 * spec.hidden_size / bytes_per_second)

@@ -3,119 +3,84 @@
 import errno
 import os
 import pwd
-from pathlib import Path
 
-from doctor.check import CheckResult, Fix, Status, check, error, ok, skip, warn
+from doctor import fixes
+from doctor.check import CheckResult, Status, error, ok, skip, symptoms, warn
+from doctor.checks.categories import limits_check
 from doctor.context import CheckContext
 
-CATEGORY = "limits"
+UVM = "/dev/nvidia-uvm"
 
 
-@check(
-    "L-08",
-    CATEGORY,
-    "unified memory is there",
-    symptoms=("/dev/nvidia-uvm: No such file or directory",),
-    needs=("G-01",),
-)
-def uvm(ctx: CheckContext) -> CheckResult:
-    """NCCL 2.23 and later, like CUDA itself, need the nvidia-uvm module and its device file."""
+@limits_check("L-08", "the device file of unified memory can be opened", needs=("G-01",))
+@symptoms("/dev/nvidia-uvm: No such file or directory")
+def uvm_can_be_opened(ctx: CheckContext) -> CheckResult:
+    """CUDA, and NCCL 2.23 and later, need the nvidia-uvm kernel module and its device file."""
     if not ctx.on_gpu or not ctx.gpus.all:
         return skip("no GPU")
-    path = ctx.host.path("/dev/nvidia-uvm")
-    fix = Fix(
-        host="nvidia-modprobe -u -c=0",
-        docker="on the host: nvidia-modprobe -u -c=0, then recreate the container with --gpus all",
-        kubernetes="on the node: nvidia-modprobe -u -c=0 (the device plugin mounts /dev/nvidia-uvm)",
-    )
+    path = ctx.host.path(UVM)
     if not path.exists():
-        return error("/dev/nvidia-uvm is missing", "the device file", fix)
+        return error(f"{UVM} is missing", "the device file", fixes.UVM_DEVICE)
     try:
         os.close(os.open(path, os.O_RDWR))
-    except OSError as problem:
-        return error(f"/dev/nvidia-uvm cannot be opened: {problem.strerror}", "readable and writable", fix)
-    return ok("/dev/nvidia-uvm can be opened")
+    except OSError as exception:
+        return error(f"{UVM} cannot be opened: {exception.strerror}", "readable and writable", fixes.UVM_DEVICE)
+    return ok(f"{UVM} can be opened")
 
 
-@check("L-09", CATEGORY, "stacks of hung processes could be taken", severity=Status.WARN)
-def ptrace(ctx: CheckContext) -> CheckResult:
+@limits_check("L-09", "py-spy can dump the stacks of hung processes", severity=Status.WARN)
+def ptrace_is_allowed(ctx: CheckContext) -> CheckResult:
     """`rtp-llm-doctor attach` shows stacks with py-spy, which needs ptrace. For information only."""
     scope = ctx.host.read_int("/proc/sys/kernel/yama/ptrace_scope") or 0
     allowed = ctx.host.has_capability("SYS_PTRACE") or scope == 0
     return ok("ptrace is allowed" if allowed else f"ptrace_scope={scope} without SYS_PTRACE: py-spy shows no stacks")
 
 
-@check(
-    "L-10",
-    CATEGORY,
-    "this user has a name",
-    symptoms=("KeyError: 'getpwuid(): uid not found: …'",),
-)
-def user(ctx: CheckContext) -> CheckResult:
-    """torch asks for the user's name when it is imported. An arbitrary uid, as OpenShift gives, has none, unless USER
-    says one."""
+@limits_check("L-10", "this user has a name")
+@symptoms("KeyError: 'getpwuid(): uid not found: …'")
+def user_has_name(ctx: CheckContext) -> CheckResult:
+    """torch looks up the user's name when it is imported. An arbitrary uid, as OpenShift assigns, has no name unless
+    USER sets one."""
     uid = ctx.host.uid
-    names = {"LOGNAME", "USER", "LNAME", "USERNAME"}
-    if any(ctx.host.environ.get(name) for name in names):
-        return ok(f"uid {uid} is called by USER")
+    if any(ctx.host.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        return ok(f"USER names uid {uid}")
     if any(line.split(":")[2:3] == [str(uid)] for line in (ctx.host.read("/etc/passwd") or "").splitlines()):
         return ok(f"uid {uid} has a name")
     try:
-        pwd.getpwuid(uid)  # a directory service may know it
-        return ok(f"uid {uid} has a name")
+        pwd.getpwuid(uid)  # a directory service may have it
     except KeyError:
-        fix = Fix(
-            host="export USER=rtp",
-            docker="docker run -e USER=rtp -e HOME=/tmp …",
-            compose="environment: {USER: rtp, HOME: /tmp}",
-            kubernetes="env: [{name: USER, value: rtp}, {name: HOME, value: /tmp}]",
-        )
-        return error(f"uid {uid} has no name, and USER is not set", "a name", fix)
+        return error(f"uid {uid} has no name, and USER is not set", "a name", fixes.USER_NAME)
+    return ok(f"uid {uid} has a name")
 
 
-@check(
-    "L-11",
-    CATEGORY,
-    "caches and temporary files can be written",
-    symptoms=(
-        "PermissionError: [Errno 13] Permission denied: '…/.cache",
-        "…: failed to map segment from shared object",
-    ),
-    severity=Status.ERROR,
-)
-def caches(ctx: CheckContext) -> CheckResult:
-    """Sockets and state lie in TMPDIR or RTP_RUN_DIR, kernels that Triton compiles in TRITON_CACHE_DIR or HOME; those
-    are loaded as libraries, which a file system mounted noexec forbids."""
+@limits_check("L-11", "caches and temporary files can be written")
+@symptoms("PermissionError: [Errno 13] Permission denied: '…/.cache", "…: failed to map segment from shared object")
+def caches_are_writable(ctx: CheckContext) -> CheckResult:
+    """Sockets and state are in TMPDIR or RTP_RUN_DIR. Triton compiles kernels into TRITON_CACHE_DIR or HOME and loads
+    them as libraries, which a file system that is mounted noexec does not allow."""
     environ = ctx.host.environ
-    temporary = ctx.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
-    fix = Fix(
-        host=f"make {temporary} writable, or set TMPDIR to a folder that is",
-        docker="docker run --tmpfs /tmp:exec …",
-        compose="tmpfs: [/tmp:exec]",
-        kubernetes="mount an emptyDir at /tmp",
-    )
-    closed = _closed(ctx, temporary)
-    if closed:
-        return error(f"{temporary} {closed}", "a writable folder", fix)
-    cache = environ.get("TRITON_CACHE_DIR") or environ.get("HOME", "/")
+    run_dir = ctx.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
+    reason = _not_writable(ctx, run_dir)
+    if reason:
+        return error(f"{run_dir} {reason}", "a writable folder", fixes.writable_folder(run_dir))
     if not ctx.on_gpu:
-        return ok(f"{temporary} can be written")
-    closed = _closed(ctx, cache)
+        return ok(f"{run_dir} can be written")
+    cache = environ.get("TRITON_CACHE_DIR") or environ.get("HOME", "/")
     mount = ctx.host.mount(cache)
-    if not closed and mount and "noexec" in mount.options:
-        closed = "is mounted noexec"
-    if closed:
-        return warn(f"{cache} {closed}", "a folder for compiled kernels", f"TRITON_CACHE_DIR={temporary}/triton")
-    return ok(f"{temporary} and {cache} can be written")
+    is_noexec = mount and "noexec" in mount.options
+    reason = _not_writable(ctx, cache) or ("is mounted noexec" if is_noexec else "")
+    if reason:
+        return warn(f"{cache} {reason}", "a folder for compiled kernels", f"TRITON_CACHE_DIR={run_dir}/triton")
+    return ok(f"{run_dir} and {cache} can be written")
 
 
-def _closed(ctx: CheckContext, folder: str) -> str:
-    """Why a folder cannot be written; empty where it can, or could be made."""
+def _not_writable(ctx: CheckContext, folder: str) -> str:
+    """Returns why a folder cannot be written or created; empty if it can."""
     path = ctx.host.path(folder)
     existing = next(p for p in (path, *path.parents) if p.exists())
-    mount = ctx.host.mount(str(Path(folder)))
+    mount = ctx.host.mount(folder)
     if mount and mount.read_only:
         return "is on a read-only file system"
     if not existing.is_dir():
-        return f"is below {existing}, which is no folder"
+        return f"is below {existing}, which is not a folder"
     return "" if os.access(existing, os.W_OK | os.X_OK) else os.strerror(errno.EACCES).lower()
