@@ -382,7 +382,7 @@ def test_another_program_where_a_doctor_should_answer(sides: list[Side], demo: P
         finally:
             stranger.kill()
     assert gang_problems(answer) == {"C-10": "error"}
-    assert f"part0 -> part1: something else answers at {ADDRESSES[1]}:{PORT + 3}" in said(answer, "C-10")
+    assert f"part0 -> part1: another program answers at {ADDRESSES[1]}:{PORT + 3}" in said(answer, "C-10")
     assert f"ss -ltnp sport = :{PORT + 3}" in remedy(answer, "C-10")
 
 
@@ -424,7 +424,7 @@ def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
 def test_the_group_of_both_parts_sums_right(sides: list[Side], demo: Path) -> None:
     for side, answer in zip(sides, meet(sides, demo, words=("--tier=3",)), strict=True):
         assert gang_problems(answer) == {}
-        assert "right at 8 B, 64.0 KiB, 16.0 MiB" in said(answer, "X-01")
+        assert "correct at 8 B, 64.0 KiB, 16.0 MiB" in said(answer, "X-01")
         assert "ms per token" in said(answer, "X-02")
         assert f"/s over {side.device}, at most 1.2 GiB/s" in said(answer, "X-02")
 
