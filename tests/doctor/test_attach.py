@@ -60,7 +60,7 @@ def test_a_part_that_is_well(part: Part) -> None:
         pid = part.pid(f"rank{number}")
         assert any(line.startswith(f"  rank {number} (part0, pid {pid}): serving, step ") for line in lines)
     assert f"  {part.port} HTTP (START_PORT): pid {part.pid('api')}" in lines
-    assert f"  {part.port - 1} roll call (START_PORT - 1): pid {part.pid('rank0')}" in lines
+    assert f"  {part.port - 1} rendezvous (START_PORT - 1): pid {part.pid('rank0')}" in lines
     assert any(" free, " in line and line.endswith("0 abandoned files hold 0 B") for line in lines)
     assert lines[-1] == "well"
 

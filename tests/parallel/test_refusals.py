@@ -68,7 +68,7 @@ def test_wrong_settings(
     assert all(word in log for word in words), log
 
 
-@pytest.mark.parametrize(("below", "purpose"), [(0, "HTTP"), (1, "roll call"), (11, "torch.distributed")])
+@pytest.mark.parametrize(("below", "purpose"), [(0, "HTTP"), (1, "rendezvous"), (11, "torch.distributed")])
 def test_a_port_in_use_names_its_holder(settings: dict[str, str], below: int, purpose: str) -> None:
     port = free_start_port(2)
     with closing(listen("127.0.0.1", port - below)), socket.socket():
