@@ -154,7 +154,7 @@ def _gpu_metrics(seen: GpuSnapshot, part: dict[str, str], ranks: Mapping[str, Js
     up: Samples = [({"gpu": str(gpu.index)} | part, 1.0) for gpu in seen.gpus.all]
     up += [({"gpu": str(index)} | part, 0.0) for index, _ in seen.gpus.failed]
     yield _gauge("gpu_up", "1 while the GPU answers", up)
-    yield _gauge("gpu_read_timestamp_seconds", "When NVML last answered", [(part, seen.at or None)])
+    yield _gauge("gpu_read_timestamp_seconds", "When NVML last answered", [(part, seen.read_at or None)])
     yield _gauge("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL", each(lambda g: g.utilization))
     yield _gauge(
         "gpu_memory_used_bytes",

@@ -48,7 +48,7 @@ def test_a_rank_killed_inside_is_replaced_and_nothing_is_lost(image: str) -> Non
         container.kill_rank(1)
         assert container.complete(SHORT) == before
         container.wait_healthy()
-        assert "starting all of group ranks again" in container.log
+        assert "restarting group ranks in" in container.log
         assert container.python("import os; print(os.listdir('/dev/shm'))") == "[]"
 
 
@@ -56,7 +56,7 @@ def test_a_spent_budget_ends_the_container_with_70(image: str) -> None:
     with Container(env={**TWO, "RESTART_LIMIT": "1"}) as container:
         container.wait_healthy()
         container.kill_rank(0)
-        until(lambda: "starting all of group ranks again" in container.log, "the first restart")
+        until(lambda: "restarting group ranks in" in container.log, "the first restart")
         container.wait_healthy()
         container.kill_rank(0)
         assert container.wait_end() == 70

@@ -93,4 +93,4 @@ def test_a_part_that_never_comes_is_named_again_and_again(gangs: dict[str, Gang]
     assert part.wait_end() == 69
     assert part.log.count(f"waiting for part{missing} (127.0.0.1:") >= 3
     assert f"gave up after 0.1 minutes (GANG_TIMEOUT_MIN): missing part{missing} (127.0.0.1:" in part.log
-    assert "no restart can mend that; the part ends with exit code 69" in part.log
+    assert "a restart cannot fix this; the part ends with exit code 69" in part.log

@@ -121,4 +121,4 @@ def test_a_damaged_tokenizer_is_found_by_the_api_and_ends_the_part(
     env = {**settings, "CHECKPOINT_PATH": str(path), "TOKENIZER_PATH": str(path)}
     log = refused(env, code=65, seconds=60)
     assert "tokenizer.json" in log
-    assert "no restart can mend that; the part ends with exit code 65" in log
+    assert "a restart cannot fix this; the part ends with exit code 65" in log
