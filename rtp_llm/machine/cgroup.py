@@ -22,7 +22,7 @@ class Cgroup:
     oom_kills: int | None = None
     pids_max: int | None = None
     pids_current: int | None = None
-    cpus: float | None = None  # quota, in cores
+    cpus: float | None = None  # quota, in cores; None: no quota
     throttled: int = 0  # periods in which the quota was used up
 
     @property

@@ -47,9 +47,7 @@ def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
     except OSError as error:
         path.unlink(missing_ok=True)
         mib = segment_bytes(size) >> 20
-        raise CommunicationError(
-            f"{path}: cannot reserve {mib} MiB: {error.strerror}; enlarge /dev/shm"
-        ) from None
+        raise CommunicationError(f"{path}: cannot reserve {mib} MiB: {error.strerror}; enlarge /dev/shm") from None
     return path, fd
 
 
