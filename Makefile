@@ -1,7 +1,7 @@
 # Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's package sources, and
 # installs nothing outside this folder. PYTHON=python3.12 selects another Python, TORCH=<requirement or wheel> a torch.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint clean
+.PHONY: help install serve test test-all lint clean
 # A recipe that fails must not leave its stamp file.
 .DELETE_ON_ERROR:
 
@@ -15,9 +15,12 @@ PORT ?= $(or $(START_PORT),10000)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests mostly wait for the processes that they start, so there are more workers than cores.
+WORKERS ?= $(shell echo $$((2 * $$(nproc))))
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## create .venv with what serving needs
 
@@ -25,8 +28,11 @@ serve: $(VENV)/installed ## serve CHECKPOINT_PATH (default: a demo model) with T
 	@exec env CHECKPOINT_PATH='$(CHECKPOINT_PATH)' TOKENIZER_PATH='$(TOKENIZER_PATH)' START_PORT='$(PORT)' \
 	  TP_SIZE='$(TP_SIZE)' WORLD_SIZE='$(TP_SIZE)' $(BIN)/python -m rtp_llm.start_server
 
-test: $(VENV)/installed-dev ## run the tests; ARGS='-k name' selects some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/installed-dev ## run every test, as CI does
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style, format and types
 	$(BIN)/ruff check
