@@ -2,8 +2,8 @@
 
     python image/grafana/make_dashboard.py > image/grafana/dashboards/rtp-llm.json
 
-A panel is a line: title, unit, and queries with their legends. tests/monitoring asks that the file is current, that
-each query parses, and that each metric it names is in a live scrape.
+Each panel has a title, a unit, and queries with their legends. tests/monitoring checks that the file is current, that
+each query parses, and that each of its metrics is in a live scrape.
 """
 
 import json
@@ -19,7 +19,7 @@ RATE = "[$__rate_interval]"
 
 @dataclass(frozen=True)
 class Panel:
-    """`queries`: PromQL and legend. `kind`: Grafana's panel type."""
+    """One panel. `queries`: pairs of PromQL and legend. `kind`: Grafana's panel type."""
 
     title: str
     unit: str
@@ -28,14 +28,14 @@ class Panel:
 
 
 def quantiles(title: str, histogram: str) -> Panel:
-    def query(share: float) -> str:
-        return f"histogram_quantile({share}, sum by (le) (rate({metric(histogram + '_bucket', SERVED)}{RATE})))"
+    def query(quantile: float) -> str:
+        return f"histogram_quantile({quantile}, sum by (le) (rate({metric(histogram + '_bucket', SERVED)}{RATE})))"
 
-    return Panel(title, "s", tuple((query(share), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)))
+    return Panel(title, "s", tuple((query(quantile), f"p{quantile * 100:g}") for quantile in (0.5, 0.95, 0.99)))
 
 
-def ratio(part: str, whole: str, legend: str) -> tuple[str, str]:
-    return f"{per_second(part, SERVED)} / {per_second(whole, SERVED)}", legend
+def ratio(numerator: str, denominator: str, legend: str) -> tuple[str, str]:
+    return f"{per_second(numerator, SERVED)} / {per_second(denominator, SERVED)}", legend
 
 
 def mean(histogram: str, legend: str) -> tuple[str, str]:
@@ -44,8 +44,7 @@ def mean(histogram: str, legend: str) -> tuple[str, str]:
 
 SERVED = 'model_name=~"$model"'
 PARTS = 'instance=~"$instance"'
-WHO = "{{instance}} {{program}}"
-LINK = "GPU {{gpu}} {{direction}}"
+PROGRAM_LEGEND = "{{instance}} {{program}}"
 
 
 def metric(name: str, *conditions: str) -> str:
@@ -81,27 +80,27 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
-            "Ended per second",
+            "Finished per second",
             "reqps",
             ((per_second("request_success_total", SERVED, by="finished_reason"), "{{finished_reason}}"),),
         ),
         Panel(
-            "Refused and lost per second",
+            "Rejected, resumed and corrupted per second",
             "reqps",
             (
-                (per_second("admission_rejections_total", SERVED), "answered 429"),
-                (per_second("requests_resumed_total", SERVED), "resumed after a loss"),
-                (per_second("corrupted_requests_total", SERVED), "not numbers"),
+                (per_second("admission_rejections_total", SERVED), "rejected with 429"),
+                (per_second("requests_resumed_total", SERVED), "resumed after a rank loss"),
+                (per_second("corrupted_requests_total", SERVED), "NaN logits"),
             ),
         ),
-        Panel("HTTP answers per second", "reqps", ((per_second("http_requests_total", by="status"), "{{status}}"),)),
+        Panel("HTTP responses per second", "reqps", ((per_second("http_requests_total", by="status"), "{{status}}"),)),
     ),
     "Latency": (
         quantiles("Time to first token", "time_to_first_token_seconds"),
-        quantiles("Between two tokens", "inter_token_latency_seconds"),
-        quantiles("Whole request", "e2e_request_latency_seconds"),
+        quantiles("Inter-token latency", "inter_token_latency_seconds"),
+        quantiles("End-to-end request latency", "e2e_request_latency_seconds"),
         Panel(
-            "Where the time goes (mean)",
+            "Request time by phase (mean)",
             "s",
             (
                 mean("request_queue_time_seconds", "queue"),
@@ -136,10 +135,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Gang": (
         Panel("Ranks", "bool_on_off", ((metric("gang_member_up", PARTS), "rank {{world_rank}}"),), "stat"),
-        Panel("Since the last heartbeat", "s", ((metric("gang_heartbeat_age_seconds", PARTS), "rank {{rank}}"),)),
-        Panel("Since the last step", "s", ((since("last_step_timestamp_seconds"), "rank {{rank}}"),)),
-        Panel("Lag before the sums", "s", ((metric("rank_lag_seconds", PARTS), "rank {{rank}}"),)),
-        Panel("Start, by phase", "s", ((metric("startup_seconds", PARTS), "rank {{rank}}: {{phase}}"),), "bargauge"),
+        Panel("Time since the last heartbeat", "s", ((metric("gang_heartbeat_age_seconds", PARTS), "rank {{rank}}"),)),
+        Panel("Time since the last step", "s", ((since("last_step_timestamp_seconds"), "rank {{rank}}"),)),
+        Panel("Lag before the all-reduce", "s", ((metric("rank_lag_seconds", PARTS), "rank {{rank}}"),)),
+        Panel(
+            "Startup time by phase", "s", ((metric("startup_seconds", PARTS), "rank {{rank}}: {{phase}}"),), "bargauge"
+        ),
         Panel(
             "Memory of the ranks",
             "bytes",
@@ -182,7 +183,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Cores in use",
             "short",
-            ((per_second("process_cpu_seconds_total", PARTS, by="instance, program"), WHO),),
+            ((per_second("process_cpu_seconds_total", PARTS, by="instance, program"), PROGRAM_LEGEND),),
         ),
         Panel(
             "Memory of the container",
@@ -199,7 +200,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((f"sum by (program, reason) ({metric('process_restarts_total', PARTS)})", "{{program}}: {{reason}}"),),
         ),
         Panel(
-            "What the doctor found",
+            "Doctor findings",
             "short",
             ((f"{metric('doctor_check_status', PARTS)} > 0", "{{instance}} {{check}}"),),
             "bargauge",
@@ -212,34 +213,37 @@ def panels() -> Iterator[dict[str, Any]]:
     top = number = 0
     for row, members in ROWS.items():
         number += 1
-        yield {"id": number, "type": "row", "title": row, "collapsed": False, "gridPos": _place(0, top, 24, 1)}
+        yield {"id": number, "type": "row", "title": row, "collapsed": False, "gridPos": _grid_position(0, top, 24, 1)}
         top += 1
         for i, panel in enumerate(members):
             number += 1
-            yield _panel(number, panel, _place(i % 3 * WIDTH, top + i // 3 * HEIGHT, WIDTH, HEIGHT))
+            yield _panel(number, panel, _grid_position(i % 3 * WIDTH, top + i // 3 * HEIGHT, WIDTH, HEIGHT))
         top += -(-len(members) // 3) * HEIGHT
 
 
-def _place(x: int, y: int, w: int, h: int) -> dict[str, int]:
+def _grid_position(x: int, y: int, w: int, h: int) -> dict[str, int]:
     return {"x": x, "y": y, "w": w, "h": h}
 
 
-def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
+def _panel(number: int, panel: Panel, grid_position: dict[str, int]) -> dict[str, Any]:
     targets = [
         {"refId": chr(65 + i), "expr": query, "legendFormat": legend, "datasource": SOURCE}
         for i, (query, legend) in enumerate(panel.queries)
     ]
     return {
-        **{"id": number, "type": panel.kind, "title": panel.title, "gridPos": place, "datasource": SOURCE},
+        **{"id": number, "type": panel.kind, "title": panel.title, "gridPos": grid_position, "datasource": SOURCE},
         **{"targets": targets, "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []}},
     }
 
 
 def dashboard() -> dict[str, Any]:
-    def variable(name: str, label: str, of: str) -> dict[str, Any]:
+    def variable(name: str, label: str, source_metric: str) -> dict[str, Any]:
         return {
             **{"name": name, "label": label, "type": "query", "datasource": SOURCE, "refresh": 2},
-            **{"query": f"label_values({of}, {'model_name' if name == 'model' else name})", "includeAll": True},
+            **{
+                "query": f"label_values({source_metric}, {'model_name' if name == 'model' else name})",
+                "includeAll": True,
+            },
             **{"multi": True, "current": {"text": "All", "value": "$__all"}},
         }
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.fixtures import REPOSITORY, doctor, report
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
+from tests.ports import free_start_port
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
+from tests.ports import free_start_port
 
 SMALL = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
 

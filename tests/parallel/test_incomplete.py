@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
+from tests.ports import free_start_port
 
 GIVE_UP = {"GANG_TIMEOUT_MIN": "0.1", "GANG_SLEEP_TIME": "1"}
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rtp_llm.parallel.wire import listen
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
+from tests.ports import free_start_port
 
 AT_ONCE = 10.0  # seconds; it takes less than one, but not on a machine that is busy
 

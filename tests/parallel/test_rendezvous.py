@@ -19,7 +19,8 @@ from rtp_llm.parallel.gang_client import GangClient, accept_ranks, retry_connect
 from rtp_llm.parallel.plan import Plan, make_plan
 from rtp_llm.parallel.rank_status import RankStatus
 from rtp_llm.parallel.wire import FrameType, WireError, connect, listen, pack_frame, pack_json, recv_frame
-from tests.parallel.parts import DEADLINE, POLL, free_start_port
+from tests.parallel.parts import DEADLINE, POLL
+from tests.ports import free_start_port
 
 FINGERPRINT = {"model": "a", "config.MAX_SEQ_LEN": 0}
 NOISE = {
