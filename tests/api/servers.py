@@ -21,10 +21,10 @@ import httpx
 import rtp_llm
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
-PORTS = range(31000, 39000)
+PORT_RANGE = range(31000, 39000)
 BELOW, ABOVE = 11, 9  # a part uses START_PORT-11 … START_PORT+9
 START_SECONDS, STOP_SECONDS = 120.0, 60.0
-POLL = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ServerProcess:
 
 
 @contextmanager
-def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
+def running_server(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
     """A server that serves `checkpoint`. `settings` are its environment variables."""
     port = free_start_port()
     with output.open("wb") as sink:
@@ -66,10 +66,10 @@ def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerP
 def free_start_port() -> int:
     """A START_PORT whose whole block is free now."""
     for _ in range(200):
-        port = random.randrange(PORTS.start + BELOW, PORTS.stop - ABOVE)
+        port = random.randrange(PORT_RANGE.start + BELOW, PORT_RANGE.stop - ABOVE)
         if all(_is_free(p) for p in range(port - BELOW, port + ABOVE + 1)):
             return port
-    raise AssertionError(f"no free block of ports in {PORTS}")
+    raise AssertionError(f"no free block of ports in {PORT_RANGE}")
 
 
 def _is_free(port: int) -> bool:
@@ -107,7 +107,7 @@ def _wait_until_healthy(server: ServerProcess, process: "subprocess.Popen[bytes]
                     return
             except httpx.TransportError:
                 pass  # not listening yet
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     raise AssertionError(f"the server did not come up:\n{server.output.read_text(errors='replace')[-4000:]}")
 
 
