@@ -21,7 +21,7 @@ from tests.ports import free_start_port
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
 START_SECONDS, STOP_SECONDS = 120.0, 60.0
-POLL = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ServerProcess:
 
 
 @contextmanager
-def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
+def running_server(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
     """A server that serves `checkpoint`. `settings` are its environment variables."""
     port = free_start_port()
     with output.open("wb") as sink:
@@ -84,7 +84,7 @@ def _wait_until_healthy(server: ServerProcess, process: "subprocess.Popen[bytes]
                     return
             except httpx.TransportError:
                 pass  # not listening yet
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     raise AssertionError(f"the server did not come up:\n{server.output.read_text(errors='replace')[-4000:]}")
 
 
