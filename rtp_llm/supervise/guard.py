@@ -65,7 +65,7 @@ def incident_exit_code(codes: list[int]) -> ExitCode:
 
 @dataclass
 class RestartHistory:
-    """`guard.json` in the run directory: restarts and last exit codes for the metrics. Survives the guard."""
+    """`guard.json` in the run directory: restarts and last exit codes for the metrics, across restarts of the guard."""
 
     path: Path
     restarts: dict[str, int] = field(default_factory=dict)  # by "program reason"
