@@ -114,7 +114,7 @@ def test_special_tokens_match_the_configs(checkpoint: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.pad_token_id == config["bos_token_id"]
 
 
-def test_the_chat_template_is_chatml(checkpoint: Path) -> None:
+def test_chat_template_is_chatml(checkpoint: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
