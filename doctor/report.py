@@ -155,7 +155,7 @@ def make_report(
         exit_code=code,
         checks=checks,
         members=view.present_names if view else [],
-        drift=[Drift(key=key, values=values) for key, values in (view.drift() if view else {}).items()],
+        drift=[Drift(key=key, values=values) for key, values in (view.differences("") if view else {}).items()],
     )
 
 
