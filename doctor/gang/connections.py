@@ -96,10 +96,11 @@ async def serve_ports(
         await close(writer)
 
     async with AsyncExitStack() as stack:
-        if responder:
-            await stack.enter_async_context(_serve_socket(handle, responder))
         for sock in greeting_sockets:
             await stack.enter_async_context(_serve_socket(greet, sock))
+        # Last, because a peer dials the other ports as soon as it has a reply.
+        if responder:
+            await stack.enter_async_context(_serve_socket(handle, responder))
         yield
 
 
