@@ -32,13 +32,13 @@ from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import make_plan
 from rtp_llm.text.template import ChatTemplate
 from tests.api.byte_model import ByteModel
-from tests.api.fake_engine import PATIENCE, FakeEngine, Script
+from tests.api.fake_engine import TIMEOUT_SECONDS, FakeEngine, Script
 
 
 class ApiServer:
     """API and engine. `settings` are those of `Config`."""
 
-    def __init__(self, model: ByteModel, script: Script | None = None, *, greets: bool = True, **settings: Any):
+    def __init__(self, model: ByteModel, script: Script | None = None, *, sends_ready: bool = True, **settings: Any):
         self.model = model
         # Not pytest's folder: the path of a unix socket may have 107 bytes.
         self.run_dir = Path(tempfile.mkdtemp(prefix="rtp-api-"))
@@ -52,19 +52,19 @@ class ApiServer:
             tty=False,
         )
         self.metrics = Metrics("fake", 2048)
-        self.errors = _Errors()
+        self.errors = _ErrorLog()
         self._server = self._make_server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self.engine = self.new_engine(script, greets=greets)
+        self.engine = self.new_engine(script, sends_ready=sends_ready)
 
-    def _make_server(self, config: Config) -> "_Server":
+    def _make_server(self, config: Config) -> "_LoopTrackingServer":
         client = EngineClient(self.part_spec.engine_socket, self.metrics, config.resume_timeout)
-        template = ChatTemplate.select(self.model.tokenizer, forced=config.model_template_type or None)
+        template = ChatTemplate.select(self.model.tokenizer, explicit=config.model_template_type or None)
         self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
         self.state = PartState(self.part_spec, client)
         register(self.metrics, self.state, config)
         app = create_app(config, self.state, self.metrics, self._service)
-        return _Server(
+        return _LoopTrackingServer(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_keep_alive=5)
         )
 
@@ -72,20 +72,20 @@ class ApiServer:
         logging.getLogger().addHandler(self.errors)
         self._thread.start()
         self.engine.wait_for_connection()
-        self.until(lambda: self._server.started)
+        self.wait_until(lambda: self._server.started)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         if self.engine.sends_ready:
-            self.until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
+            self.wait_until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:  # whatever the test did, no place in the queue is lost
-            self.until(lambda: self._service.reserved_slots == 0 and self._service.client.num_in_flight == 0)
+            self.wait_until(lambda: self._service.reserved_slots == 0 and self._service.client.num_in_flight == 0)
         self._server.should_exit = True
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT_SECONDS)
         self.engine.close()
         logging.getLogger().removeHandler(self.errors)
         shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -100,7 +100,7 @@ class ApiServer:
 
     # The client's side
 
-    def client(self, timeout: float = PATIENCE) -> httpx.Client:
+    def client(self, timeout: float = TIMEOUT_SECONDS) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
 
     def get(self, path: str) -> httpx.Response:
@@ -125,9 +125,9 @@ class ApiServer:
         """The value of one series; 0 where there is none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits until `condition()` is true."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             if condition():
                 return
@@ -140,22 +140,22 @@ class ApiServer:
         return len(self._server.server_state.connections)
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def blocked_event_loop(self) -> Iterator[None]:
         """The API's event loop stands still meanwhile: all that is sent arrives in one of its instants."""
         standing, going = threading.Event(), threading.Event()
 
         def stand() -> None:
             standing.set()
-            going.wait(PATIENCE)
+            going.wait(TIMEOUT_SECONDS)
 
         self._server.loop.call_soon_threadsafe(stand)
-        assert standing.wait(PATIENCE)
+        assert standing.wait(TIMEOUT_SECONDS)
         try:
             yield
         finally:
             going.set()
 
-    def post_board(self, **rank_status: Any) -> None:
+    def write_gang_status(self, **rank_status: Any) -> None:
         """What the part's rank posts twice a second."""
         usual = {
             "part": 0,
@@ -174,7 +174,7 @@ class ApiServer:
         self.part_spec.gang_status_path.write_text(json.dumps(board))
 
 
-class _Server(uvicorn.Server):
+class _LoopTrackingServer(uvicorn.Server):
     """Keeps its event loop in sight."""
 
     loop: asyncio.AbstractEventLoop
@@ -184,7 +184,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
 
-class _Errors(logging.Handler):
+class _ErrorLog(logging.Handler):
     """Collects what is logged as an error, tracebacks above all."""
 
     def __init__(self) -> None:

@@ -12,9 +12,9 @@ from tests import random_model
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.fake_engine import Script
-from tests.api.servers import ServerProcess, running
+from tests.api.servers import ServerProcess, running_server
 
-Stacks = Callable[..., ApiServer]
+StartApi = Callable[..., ApiServer]
 
 
 @pytest.fixture(scope="session")
@@ -27,16 +27,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model with the usual settings."""
-    with running(checkpoint, tmp_path_factory.mktemp("server") / "output") as started:
+    with running_server(checkpoint, tmp_path_factory.mktemp("server") / "output") as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def small_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model with room for one sequence, one that waits, and short ones: also what the fuzzers may hurt."""
     output = tmp_path_factory.mktemp("small") / "output"
     limits = {"CONCURRENCY_LIMIT": "1", "QUEUE_LIMIT": "1", "MAX_SEQ_LEN": "256", "SERVED_MODEL_NAME": "small"}
-    with running(checkpoint, output, DISABLE_ACCESS_LOG="1", **limits) as started:
+    with running_server(checkpoint, output, DISABLE_ACCESS_LOG="1", **limits) as started:
         yield started
 
 
@@ -52,7 +52,7 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> ByteModel:
 
 
 @pytest.fixture
-def stacks(byte_model: ByteModel) -> Iterator[Stacks]:
+def start_api(byte_model: ByteModel) -> Iterator[StartApi]:
     """Starts the API before a fake engine: `stacks(script, concurrency_limit=1)`."""
     with ExitStack() as started:
 

@@ -19,7 +19,7 @@ from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.contract.engine_output import EngineOutput, Logprob
 from rtp_llm.parallel.wire import FrameType, pack_json, recv_frame
 
-PATIENCE = 20.0  # seconds until a test gives up on what must happen at once
+TIMEOUT_SECONDS = 20.0  # seconds until a test gives up on what must happen at once
 STATS = {
     "running": 0,
     "waiting": 0,
@@ -57,7 +57,7 @@ class ScriptedOutput:
     cached_tokens: int = 0
     error: str = ""
 
-    def event(self, request_id: str) -> EngineOutput:
+    def for_request(self, request_id: str) -> EngineOutput:
         return EngineOutput(
             request_id,
             tokens=self.tokens,
@@ -78,9 +78,9 @@ class FakeEngine:
     takes submissions and emits events itself.
     """
 
-    def __init__(self, path: Path, script: Script | None = None, *, greets: bool = True, **info: Any):
+    def __init__(self, path: Path, script: Script | None = None, *, sends_ready: bool = True, **info: Any):
         self.script = script
-        self._path, self.sends_ready = path, greets
+        self._path, self.sends_ready = path, sends_ready
         numbers = {"epoch": 1, "max_seq_len": 2048, "vocab_size": 258, "block_size": 16, "num_blocks": 64}
         self._info = EngineInfo(**{**numbers, "prefix_caching": True, "family": "fake", "dtype": "fp32", **info})
         self._submitted: queue.Queue[Submission] = queue.Queue()
@@ -93,39 +93,39 @@ class FakeEngine:
         path.unlink(missing_ok=True)
         self._listener.bind(str(path))
         self._listener.listen()
-        self._start(self._accept)
+        self._start_thread(self._accept)
 
     # What the API did
 
-    def take(self) -> Submission:
+    def next_submission(self) -> Submission:
         """The next submission."""
-        return self._submitted.get(timeout=PATIENCE)
+        return self._submitted.get(timeout=TIMEOUT_SECONDS)
 
-    def take_abort(self) -> str:
+    def next_abort(self) -> str:
         """The next abort: the id of the sequence."""
-        return self._aborted.get(timeout=PATIENCE)
+        return self._aborted.get(timeout=TIMEOUT_SECONDS)
 
     def wait_for_connection(self) -> None:
-        self._connected.get(timeout=PATIENCE)
+        self._connected.get(timeout=TIMEOUT_SECONDS)
 
     @property
-    def num_unread(self) -> int:
+    def num_pending_submissions(self) -> int:
         """Submissions that nobody has taken."""
         return self._submitted.qsize()
 
     # What the engine says
 
-    def greet(self) -> None:
+    def send_ready(self) -> None:
         self._send(FrameType.READY, asdict(self._info))
 
-    def emit(self, *events: EngineOutput, **stats: Any) -> None:
+    def send_frame(self, *events: EngineOutput, **stats: Any) -> None:
         """One frame."""
         self._send(FrameType.EVENTS, {"events": [e.to_json() for e in events], "stats": {**STATS, **stats}})
 
     def send_outputs(self, submission: Submission, *said: ScriptedOutput) -> None:
         """Each event in a frame of its own."""
         for one in said:
-            self.emit(one.event(submission.id))
+            self.send_frame(one.for_request(submission.id))
 
     def close(self) -> None:
         """Closes everything, as the kernel does for a process that was killed."""
@@ -137,11 +137,11 @@ class FakeEngine:
                 sock.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(PATIENCE)
+                thread.join(TIMEOUT_SECONDS)
 
     # Threads
 
-    def _start(self, target: Callable[[], None]) -> None:
+    def _start_thread(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -151,9 +151,9 @@ class FakeEngine:
             while True:
                 self._connection, _ = self._listener.accept()
                 if self.sends_ready:
-                    self.greet()
+                    self.send_ready()
                 self._connected.put(None)
-                self._start(self._read)
+                self._start_thread(self._read)
 
     def _read(self) -> None:
         connection = self._connection

@@ -5,7 +5,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-SECONDS = 20.0
+SOCKET_TIMEOUT_SECONDS = 20.0
 
 
 class RawHttpConnection:
@@ -13,7 +13,7 @@ class RawHttpConnection:
 
     def __init__(self, url: str):
         self._host, port = url.removeprefix("http://").split(":")
-        self._sock = socket.create_connection((self._host, int(port)), timeout=SECONDS)
+        self._sock = socket.create_connection((self._host, int(port)), timeout=SOCKET_TIMEOUT_SECONDS)
 
     def send(self, path: str, body: bytes, declared: int | None = None, content_type: str | None = None) -> Self:
         """A POST; `declared`: a length other than the body's."""

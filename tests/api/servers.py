@@ -5,9 +5,7 @@ none may appear, whatever the tests have sent.
 """
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +17,11 @@ from pathlib import Path
 import httpx
 
 import rtp_llm
+from tests.ports import free_start_port
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
-PORTS = range(31000, 39000)
-BELOW, ABOVE = 11, 9  # a part uses START_PORT-11 … START_PORT+9
 START_SECONDS, STOP_SECONDS = 120.0, 60.0
-POLL = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class ServerProcess:
 
 
 @contextmanager
-def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
+def running_server(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
     """A server that serves `checkpoint`. `settings` are its environment variables."""
     port = free_start_port()
     with output.open("wb") as sink:
@@ -61,26 +58,6 @@ def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerP
     written = output.read_text(errors="replace")
     assert code == 0, f"the server ended with {code}:\n{written[-4000:]}"
     assert "Traceback" not in written, written[written.index("Traceback") - 500 :][:4000]
-
-
-def free_start_port() -> int:
-    """A START_PORT whose whole block is free now."""
-    for _ in range(200):
-        port = random.randrange(PORTS.start + BELOW, PORTS.stop - ABOVE)
-        if all(_is_free(p) for p in range(port - BELOW, port + ABOVE + 1)):
-            return port
-    raise AssertionError(f"no free block of ports in {PORTS}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
 
 
 def _environment(checkpoint: Path, port: int, settings: dict[str, str]) -> dict[str, str]:
@@ -107,7 +84,7 @@ def _wait_until_healthy(server: ServerProcess, process: "subprocess.Popen[bytes]
                     return
             except httpx.TransportError:
                 pass  # not listening yet
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     raise AssertionError(f"the server did not come up:\n{server.output.read_text(errors='replace')[-4000:]}")
 
 

@@ -12,14 +12,14 @@ def frames(pieces: Iterable[bytes]) -> Iterator[bytes]:
     held = b""
     for piece in pieces:
         held += piece
-        while (end := _end(held)) is not None:
+        while (end := _frame_end(held)) is not None:
             yield held[:end]
             held = held[end:]
     if held:
         yield held
 
 
-def _end(data: bytes) -> int | None:
+def _frame_end(data: bytes) -> int | None:
     found = [data.index(s) + len(s) for s in SEPARATORS if s in data]
     return min(found, default=None)
 

@@ -16,7 +16,7 @@ from rtp_llm.api.service import SlotReservation
 from rtp_llm.api.stream import ClientDisconnected, EventStream, cancel_on_disconnect
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.raw_http import RawHttpConnection
 from tests.api.servers import ServerProcess
@@ -27,9 +27,9 @@ REJECTED = {"reason": "max_num_queued_reqs", "model_name": "fake"}
 
 
 @pytest.fixture
-def narrow(stacks: Stacks) -> ApiServer:
+def narrow(start_api: StartApi) -> ApiServer:
     """One sequence in the engine, one in the queue."""
-    return stacks(concurrency_limit=1, queue_limit=1)
+    return start_api(concurrency_limit=1, queue_limit=1)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_third_is_refused_and_the_first_two_finish(
     path: str, body: dict[str, Any], narrow: ApiServer, pool: ThreadPoolExecutor, byte_model: ByteModel
 ) -> None:
     answers = [pool.submit(narrow.post, path, body) for _ in range(2)]
-    taken = [narrow.engine.take() for _ in answers]
+    taken = [narrow.engine.next_submission() for _ in answers]
     assert_refused(narrow.post(path, body))
     for submission in taken:
         narrow.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
@@ -78,17 +78,17 @@ def test_a_burst_is_bounded(body: dict[str, Any], narrow: ApiServer, byte_model:
     """Requests that arrive in one instant must not all see the room that only two sequences have."""
     with ExitStack() as opened:
         lines = [opened.enter_context(RawHttpConnection(narrow.url)) for _ in range(24)]
-        narrow.until(lambda: narrow.num_connections == len(lines))
-        with narrow.frozen():
+        narrow.wait_until(lambda: narrow.num_connections == len(lines))
+        with narrow.blocked_event_loop():
             for line in lines:
                 line.send("/v1/chat/completions", json.dumps(body).encode())
-        taken = [narrow.engine.take() for _ in range(2)]
+        taken = [narrow.engine.next_submission() for _ in range(2)]
         accepted = 2 // body.get("n", 1)
-        narrow.until(lambda: narrow.metric("rtp_llm_admission_rejections_total", **REJECTED) >= 24 - accepted)
+        narrow.wait_until(lambda: narrow.metric("rtp_llm_admission_rejections_total", **REJECTED) >= 24 - accepted)
         for submission in taken:
             narrow.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
         assert sorted(line.status() for line in lines) == [200] * accepted + [429] * (24 - accepted)
-        assert narrow.engine.num_unread == 0
+        assert narrow.engine.num_pending_submissions == 0
 
 
 def test_each_choice_takes_its_place(narrow: ApiServer, byte_model: ByteModel) -> None:
@@ -97,7 +97,7 @@ def test_each_choice_takes_its_place(narrow: ApiServer, byte_model: ByteModel) -
     assert_refused(narrow.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}))
     assert_refused(narrow.post("/", {"prompt_batch": ["a", "b", "c"]}))
     assert_refused(narrow.post("/", {"prompt": "a", "num_return_sequences": 3}))
-    assert narrow.engine.num_unread == 0
+    assert narrow.engine.num_pending_submissions == 0
 
 
 def test_room_comes_back(narrow: ApiServer, byte_model: ByteModel) -> None:
@@ -111,8 +111,8 @@ def test_room_comes_back(narrow: ApiServer, byte_model: ByteModel) -> None:
         assert b"[DONE]" in narrow.stream("/v1/completions", {"prompt": ["ok", "fail"], "stream": True})
         with narrow.open_stream("/v1/completions", {"prompt": ["silent", "silent"], "stream": True}):
             pass
-        narrow.until(lambda: narrow.get("/worker_status").json()["available_concurrency"] == 1)
-        narrow.until(lambda: narrow.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200)
+        narrow.wait_until(lambda: narrow.get("/worker_status").json()["available_concurrency"] == 1)
+        narrow.wait_until(lambda: narrow.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200)
 
 
 def _end(submission: Submission, model: ByteModel) -> list[ScriptedOutput]:
@@ -151,18 +151,18 @@ def test_places_that_no_sequence_took_come_back() -> None:
     assert service.reserved_slots == 0
 
 
-def test_a_real_engine_runs_one_and_queues_one(small: ServerProcess) -> None:
+def test_a_real_engine_runs_one_and_queues_one(small_server: ServerProcess) -> None:
     """As above, with nothing played."""
     long = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream_options": {"include_usage": True}}
     for _ in range(5):  # until the first two were still at work when the third came
         with ExitStack() as opened:
             streams = []
             for _ in range(2):
-                client = opened.enter_context(small.client())
+                client = opened.enter_context(small_server.client())
                 answer = opened.enter_context(client.stream("POST", "/v1/chat/completions", json=long))
                 streams.append(frames(answer.iter_raw()))
                 next(streams[-1])  # the role: it is accepted
-            third = opened.enter_context(small.client()).post("/v1/chat/completions", json=long)
+            third = opened.enter_context(small_server.client()).post("/v1/chat/completions", json=long)
             read = [[payload(frame) for frame in stream] for stream in streams]
         for events in read:
             assert events[-1] == "[DONE]"

@@ -8,7 +8,7 @@ from openai import OpenAI
 from safetensors import safe_open
 
 from image.demo.train import MODEL, Example, manual
-from tests.api.servers import ServerProcess, running
+from tests.api.servers import ServerProcess, running_server
 
 LARGEST = 8_000_000  # bytes; it is in the repository
 LESSONS = {lesson.questions[0]: lesson for lesson in manual()}
@@ -27,7 +27,7 @@ ASKED = (
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     output = tmp_path_factory.mktemp("demo") / "output"
-    with running(MODEL, output, TP_SIZE="2", WORLD_SIZE="2", TEST_BLOCK_NUM="256") as started:
+    with running_server(MODEL, output, TP_SIZE="2", WORLD_SIZE="2", TEST_BLOCK_NUM="256") as started:
         yield started
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from rtp_llm.api.schema import BatchInferRequest, ChatRequest, CompletionRequest, GenerateConfig, NativeRequest
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.raw_http import RawHttpConnection
 
@@ -24,14 +24,14 @@ HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
     with ApiServer(byte_model, lambda submission: [ScriptedOutput([], "length")], max_body_mb=0.25) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def client(stack: ApiServer) -> Iterator[httpx.Client]:
-    with stack.client() as opened:
+def client(api: ApiServer) -> Iterator[httpx.Client]:
+    with api.client() as opened:
         yield opened
 
 
@@ -197,13 +197,13 @@ def test_a_body_that_is_no_object(path: str, client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_a_body_that_is_too_large(path: str, client: httpx.Client, stack: ApiServer) -> None:
+def test_a_body_that_is_too_large(path: str, client: httpx.Client, api: ApiServer) -> None:
     """Whether it says so or not, and without waiting for all of it."""
     large = b'{"prompt": "' + b"x" * 300_000 + b'"}'
     assert_error(client.post(path, content=large), 413, 507, "0.25 MiB", "MAX_BODY_MB")
     in_chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
     assert_error(client.post(path, content=in_chunks), 413, 507, "0.25 MiB")
-    with RawHttpConnection(stack.url).send(path, b"{", declared=10**12) as line:
+    with RawHttpConnection(api.url).send(path, b"{", declared=10**12) as line:
         assert line.status() == 413
 
 
@@ -235,15 +235,15 @@ MODELS: dict[str, type[BaseModel]] = {
 
 
 @pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
-def test_a_body_full_of_items(path: str, before: str, item: str, behind: str, stacks: Stacks) -> None:
+def test_a_body_full_of_items(path: str, before: str, item: str, behind: str, start_api: StartApi) -> None:
     """As many as a body may hold are refused before each is looked at: meanwhile nobody else would be served."""
-    stack = stacks()
+    api = start_api()
     items = ", ".join([item] * min(1_000_000, 2**23 // len(item)))
-    with stack.client() as client:
+    with api.client() as client:
         answer = client.post(path, content=f"{before}{items}{behind}".encode())
         assert_error(answer, answer.status_code, answer.json()["error_code"])
     assert answer.status_code in (400, 429)
-    assert stack.engine.num_unread == 0
+    assert api.engine.num_pending_submissions == 0
 
 
 @pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
@@ -260,10 +260,10 @@ def test_the_first_wrong_item_ends_the_search(path: str, before: str, item: str,
     assert count <= 6  # a prompt has four shapes, and each says why it does not fit
 
 
-def test_too_many_biases(stacks: Stacks) -> None:
+def test_too_many_biases(start_api: StartApi) -> None:
     for value in ('"x"', "1"):
         biases = ", ".join(f'"{i}": {value}' for i in range(300_000))
-        with stacks().client() as client:
+        with start_api().client() as client:
             raw = f'{{"prompt": "a", "logit_bias": {{{biases}}}}}'
             assert_error(client.post(COMPLETION, content=raw.encode()), 400, 507, "logit_bias", "4096")
 
@@ -327,10 +327,10 @@ def test_unknown_paths_and_methods(client: httpx.Client) -> None:
 # Statuses as upstream has them
 
 
-def test_legacy_status(stacks: Stacks, byte_model: ByteModel) -> None:
+def test_legacy_status(start_api: StartApi, byte_model: ByteModel) -> None:
     """500 for every error, with the body that it has otherwise."""
-    stack = stacks(legacy_http_status=True, concurrency_limit=1, queue_limit=0)
-    with stack.client() as client:
+    api = start_api(legacy_http_status=True, concurrency_limit=1, queue_limit=0)
+    with api.client() as client:
         for path, body, code, words in REFUSED[::9]:
             assert_error(client.post(path, json=body), 500, code, *words)
         assert_error(client.post(CHAT, content=b"{"), 500, 507)
@@ -338,36 +338,36 @@ def test_legacy_status(stacks: Stacks, byte_model: ByteModel) -> None:
         assert_error(client.put(CHAT), 500, 507)
         overloaded = client.post(CHAT, json={"messages": HI, "n": 2})
         assert_error(overloaded, 500, 409)
-        stack.engine.script = lambda submission: [ScriptedOutput([], "error", error="the engine fell over")]
+        api.engine.script = lambda submission: [ScriptedOutput([], "error", error="the engine fell over")]
         failed = client.post(CHAT, json={"messages": HI})
         assert_error(failed, 500, 606, "the engine fell over")
-        stack.engine.script = lambda submission: [ScriptedOutput(byte_model.tokens("a"), "length")]
+        api.engine.script = lambda submission: [ScriptedOutput(byte_model.tokens("a"), "length")]
         assert client.post(CHAT, json={"messages": HI}).status_code == 200
 
 
 # Deadlines
 
 
-def test_a_deadline_ends_the_request(stacks: Stacks, byte_model: ByteModel) -> None:
+def test_a_deadline_ends_the_request(start_api: StartApi, byte_model: ByteModel) -> None:
     """And aborts it in the engine; the client gets the status, or the event where the stream has begun."""
-    stack = stacks(lambda submission: [ScriptedOutput(byte_model.tokens("some"))])
-    with stack.client() as client:
+    api = start_api(lambda submission: [ScriptedOutput(byte_model.tokens("some"))])
+    with api.client() as client:
         assert_error(client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50}), 504, 603, "0.05 s")
-        assert stack.engine.take_abort() == stack.engine.take().id
+        assert api.engine.next_abort() == api.engine.next_submission().id
         body = {"messages": HI, "extra_configs": {"timeout_ms": 50}}
         assert_error(client.post(CHAT, json=body), 504, 603)
-        assert stack.engine.take_abort() == stack.engine.take().id
+        assert api.engine.next_abort() == api.engine.next_submission().id
         stream = client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50, "yield_generator": True})
         assert stream.status_code == 200
         events = stream.text.split("\r\n\r\n")
         assert json.loads(events[0].removeprefix("data:"))["response"] == "some"
         assert json.loads(events[1].removeprefix("data:"))["error_code"] == 603
         assert events[2:] == ["data:[done]", ""]
-        assert stack.engine.take_abort() == stack.engine.take().id
+        assert api.engine.next_abort() == api.engine.next_submission().id
 
 
-def test_the_servers_own_deadline(stacks: Stacks) -> None:
-    stack = stacks(lambda submission: [], max_rpc_timeout_ms=50)
-    with stack.client() as client:
+def test_the_servers_own_deadline(start_api: StartApi) -> None:
+    api = start_api(lambda submission: [], max_rpc_timeout_ms=50)
+    with api.client() as client:
         assert_error(client.post(COMPLETION, json={"prompt": "a"}), 504, 603)
         assert_error(client.post(COMPLETION, json={"prompt": ["a", "b"], "n": 2}), 504, 603)

@@ -126,9 +126,9 @@ BOUNDED = settings(
 
 
 @pytest.fixture(scope="module")
-def client(small: ServerProcess) -> Iterator[httpx.Client]:
+def client(small_server: ServerProcess) -> Iterator[httpx.Client]:
     """The server is as it was afterwards: no rank was lost on the way, nothing is still running."""
-    with small.client(timeout=60) as opened:
+    with small_server.client(timeout=60) as opened:
         yield opened
         opened.post("/set_log_level", json={"log_level": "INFO"})
         assert opened.get("/health").status_code == 200

@@ -35,11 +35,11 @@ SHORT = 3  # tokens
 
 
 @pytest.fixture(scope="module")
-def document(small: ServerProcess) -> BaseSchema:
-    with small.client() as client:
+def document(small_server: ServerProcess) -> BaseSchema:
+    with small_server.client() as client:
         raw = client.get("/openapi.json").json()
     schema = schemathesis.openapi.from_dict(raw, config=schemathesis.Config())  # no file that lies about is read
-    schema.config.update(base_url=small.url)
+    schema.config.update(base_url=small_server.url)
     return schema
 
 
@@ -92,9 +92,9 @@ def test_without_a_body(operation: str, document: BaseSchema) -> None:
     hold(document, operation, GenerationMode.POSITIVE, 1)
 
 
-def test_the_document_names_every_endpoint(small: ServerProcess) -> None:
+def test_the_document_names_every_endpoint(small_server: ServerProcess) -> None:
     """What is fuzzed above is what there is; each operation by a name of its own."""
-    with small.client() as client:
+    with small_server.client() as client:
         paths: dict[str, dict[str, Any]] = client.get("/openapi.json").json()["paths"]
     operations = {(method, path): o for path, methods in paths.items() for method, o in methods.items()}
     assert {f"{method.upper()} {path}" for method, path in operations} == {*PLAIN, *(f"POST {p}" for p in WITH_BODY)}
@@ -102,8 +102,8 @@ def test_the_document_names_every_endpoint(small: ServerProcess) -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_engine_has_survived(small: ServerProcess) -> None:
-    with small.client() as client:
+def test_the_engine_has_survived(small_server: ServerProcess) -> None:
+    with small_server.client() as client:
         client.post("/set_log_level", json={"log_level": "INFO"})
         assert client.get("/health").status_code == 200
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}).status_code == 200

@@ -17,7 +17,7 @@ import pytest
 from rtp_llm.contract.engine_output import FinishReason, Logprob
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.sse import frames
 
@@ -130,9 +130,9 @@ def _first_with_prompt(said: list[ScriptedOutput], model: ByteModel) -> list[Scr
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
-def test_stream_of_one_sequence(name: str, stacks: Stacks, byte_model: ByteModel) -> None:
+def test_stream_of_one_sequence(name: str, start_api: StartApi, byte_model: ByteModel) -> None:
     path, body, script = SCRIPTED[name]
-    compare(name, stacks(lambda submission: script(byte_model)).stream(path, body))
+    compare(name, start_api(lambda submission: script(byte_model)).stream(path, body))
 
 
 # Several sequences: each event is sent when the last one has been read, so that their order is the test's.
@@ -141,8 +141,8 @@ def test_stream_of_one_sequence(name: str, stacks: Stacks, byte_model: ByteModel
 class Conversation:
     """The frames of one stream, and the sequences behind it in the order in which they were submitted."""
 
-    def __init__(self, stack: ApiServer, stream: Iterator[bytes], count: int):
-        self.stack, self.stream = stack, stream
+    def __init__(self, api: ApiServer, stream: Iterator[bytes], count: int):
+        self.api, self.stream = api, stream
         self.sequences: list[Submission] = []
         self.count = count
         self.read = b""
@@ -154,8 +154,8 @@ class Conversation:
     def tell(self, *events: tuple[int, ScriptedOutput], frames: int) -> None:
         """One frame of the engine, and the frames that the client then reads."""
         if not self.sequences:
-            self.sequences = [self.stack.engine.take() for _ in range(self.count)]
-        self.stack.engine.emit(*(said.event(self.sequences[i].id) for i, said in events))
+            self.sequences = [self.api.engine.next_submission() for _ in range(self.count)]
+        self.api.engine.send_frame(*(said.for_request(self.sequences[i].id) for i, said in events))
         self.hear(frames)
 
 
@@ -197,11 +197,11 @@ INTERLEAVED: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 
 @pytest.mark.parametrize("name", INTERLEAVED)
-def test_stream_of_two_sequences(name: str, stacks: Stacks, byte_model: ByteModel) -> None:
+def test_stream_of_two_sequences(name: str, start_api: StartApi, byte_model: ByteModel) -> None:
     path, body, opening, ends_apart = INTERLEAVED[name]
-    stack = stacks()
-    with stack.open_stream(path, body) as response:
-        talk = Conversation(stack, frames(response.iter_raw()), 2)
+    api = start_api()
+    with api.open_stream(path, body) as response:
+        talk = Conversation(api, frames(response.iter_raw()), 2)
         talk.hear(opening)
         interleaved(talk, byte_model, ends_apart=ends_apart)
     compare(name, talk.read)

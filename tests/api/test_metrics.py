@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
 from tests.monitoring.promtool import promtool
@@ -163,72 +163,72 @@ def test_counters_move_with_requests(server: ServerProcess, http: httpx.Client) 
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
     with ApiServer(byte_model) as started:
         yield started
 
 
-def test_gauges_follow_the_engine(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_gauges_follow_the_engine(api: ApiServer, byte_model: ByteModel) -> None:
     """Its totals start anew with each epoch; the counters go on."""
     model = {"model_name": "fake"}
 
     def emit(**stats: int) -> None:
-        stack.engine.emit(**stats)
-        stack.until(lambda: stack.metric("rtp_llm_num_requests_running", **model) == stats["running"])
+        api.engine.send_frame(**stats)
+        api.wait_until(lambda: api.metric("rtp_llm_num_requests_running", **model) == stats["running"])
 
     emit(running=3, waiting=5, kv_used=16, preemptions=2, prefix_queries=100, prefix_hits=40)
-    assert stack.metric("rtp_llm_num_requests_waiting", **model) == 5
-    assert stack.metric("rtp_llm_kv_cache_usage_perc", **model) == 0.25
-    assert stack.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
-    assert stack.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
+    assert api.metric("rtp_llm_num_requests_waiting", **model) == 5
+    assert api.metric("rtp_llm_kv_cache_usage_perc", **model) == 0.25
+    assert api.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
+    assert api.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
     emit(running=4, preemptions=3, prefix_queries=110, prefix_hits=40)
-    stack.engine.close()
-    stack.new_engine(epoch=2)
-    stack.engine.wait_for_connection()
+    api.engine.close()
+    api.new_engine(epoch=2)
+    api.engine.wait_for_connection()
     emit(running=1, preemptions=1, prefix_queries=7, prefix_hits=6)
-    assert stack.metric("rtp_llm_num_preemptions_total", **model) == 4
-    assert stack.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
-    assert stack.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
+    assert api.metric("rtp_llm_num_preemptions_total", **model) == 4
+    assert api.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
+    assert api.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
     emit(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
 
 
-def test_who_waits_and_why(stack: ApiServer) -> None:
+def test_who_waits_and_why(api: ApiServer) -> None:
     """For a place in the batch, or for ranks that were lost."""
 
     def waiting() -> tuple[float, float]:
         name = "rtp_llm_num_requests_waiting_by_reason"
-        capacity, deferred = (stack.metric(name, model_name="fake", reason=r) for r in ("capacity", "deferred"))
+        capacity, deferred = (api.metric(name, model_name="fake", reason=r) for r in ("capacity", "deferred"))
         return capacity, deferred
 
-    stack.engine.emit(waiting=5)
-    stack.until(lambda: waiting() == (5, 0))
-    with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
-        stack.engine.take()
-        stack.engine.close()
-        stack.until(lambda: waiting() == (0, 1))
-        stack.new_engine(epoch=3)
-        stack.engine.wait_for_connection()
-        stack.until(lambda: waiting() == (0, 0))
+    api.engine.send_frame(waiting=5)
+    api.wait_until(lambda: waiting() == (5, 0))
+    with api.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+        api.engine.next_submission()
+        api.engine.close()
+        api.wait_until(lambda: waiting() == (0, 1))
+        api.new_engine(epoch=3)
+        api.engine.wait_for_connection()
+        api.wait_until(lambda: waiting() == (0, 0))
     config = {"block_size": "16", "num_gpu_blocks": "64", "enable_prefix_caching": "True"}
-    assert stack.metric("rtp_llm_cache_config_info", model_name="fake", **config) == 1
+    assert api.metric("rtp_llm_cache_config_info", model_name="fake", **config) == 1
 
 
-def test_a_part_that_drains_says_so(stacks: Stacks) -> None:
-    stack = stacks()
-    stack.post_board()
-    assert stack.metric("rtp_llm_state", state="serving") == 1
-    stack.state.draining = True
-    assert stack.metric("rtp_llm_state", state="draining") == 1
+def test_a_part_that_drains_says_so(start_api: StartApi) -> None:
+    api = start_api()
+    api.write_gang_status()
+    assert api.metric("rtp_llm_state", state="serving") == 1
+    api.state.is_draining = True
+    assert api.metric("rtp_llm_state", state="draining") == 1
 
 
-def test_the_last_rank_to_come_is_the_one_that_lags(stack: ApiServer) -> None:
+def test_the_last_rank_to_come_is_the_one_that_lags(api: ApiServer) -> None:
     """Who waits least for the others came last."""
-    stack.post_board(wait_s=0.002)
-    board = json.loads(stack.part_spec.gang_status_path.read_text())
+    api.write_gang_status(wait_s=0.002)
+    board = json.loads(api.part_spec.gang_status_path.read_text())
     board["ranks"]["1"] = board["ranks"]["0"] | {"wait_s": 0.005}
-    stack.part_spec.gang_status_path.write_text(json.dumps(board))
-    assert stack.metric("rtp_llm_rank_lag_seconds", rank="0", part="0") == pytest.approx(0.003)
-    assert stack.metric("rtp_llm_rank_lag_seconds", rank="1", part="0") == 0
+    api.part_spec.gang_status_path.write_text(json.dumps(board))
+    assert api.metric("rtp_llm_rank_lag_seconds", rank="0", part="0") == pytest.approx(0.003)
+    assert api.metric("rtp_llm_rank_lag_seconds", rank="1", part="0") == 0
 
 
 # What vLLM 0.33 gives, as its dashboards spell it.
@@ -244,11 +244,11 @@ VLLM = (
 )
 
 
-def test_vllms_names_on_request(stacks: Stacks) -> None:
-    stack = stacks(metrics_vllm_aliases=True)
-    stack.engine.script = lambda submission: [ScriptedOutput(submission.prompt[:1], "length")]
-    stack.post("/v1/completions", {"prompt": "a"})
-    text = stack.get("/metrics").text
+def test_vllms_names_on_request(start_api: StartApi) -> None:
+    api = start_api(metrics_vllm_aliases=True)
+    api.engine.script = lambda submission: [ScriptedOutput(submission.prompt[:1], "length")]
+    api.post("/v1/completions", {"prompt": "a"})
+    text = api.get("/metrics").text
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     theirs = {s.name for s in samples if s.name.startswith("vllm:")}
     assert theirs >= set(VLLM)
@@ -261,27 +261,27 @@ def test_vllms_names_on_request(stacks: Stacks) -> None:
             assert values[own.replace("vllm:", "rtp_llm_"), *sorted(labels.items())] == sample.value
 
 
-def test_vllms_names_only_on_request(stack: ApiServer) -> None:
-    assert "vllm:" not in stack.get("/metrics").text
+def test_vllms_names_only_on_request(api: ApiServer) -> None:
+    assert "vllm:" not in api.get("/metrics").text
 
 
-def test_how_requests_end(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_how_requests_end(api: ApiServer, byte_model: ByteModel) -> None:
     """One reason each, whoever ends it."""
 
     def ended() -> dict[str, float]:
         reasons = ("stop", "length", "abort", "error")
         name = "rtp_llm_request_success_total"
-        return {r: stack.metric(name, finished_reason=r, model_name="fake") for r in reasons}
+        return {r: api.metric(name, finished_reason=r, model_name="fake") for r in reasons}
 
     before = ended()
     for said in ([byte_model.end], "stop"), (byte_model.tokens("a"), "length"), ([], "error"):
-        stack.engine.script = lambda s, said=said: [ScriptedOutput(*said, error="x")]  # type: ignore[misc]
-        stack.post("/v1/completions", {"prompt": "a"})
-    stack.engine.script = None
-    with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+        api.engine.script = lambda s, said=said: [ScriptedOutput(*said, error="x")]  # type: ignore[misc]
+        api.post("/v1/completions", {"prompt": "a"})
+    api.engine.script = None
+    with api.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
         for _ in range(4):
-            stack.engine.take()
-    stack.until(lambda: ended()["abort"] == before["abort"] + 1)
+            api.engine.next_submission()
+    api.wait_until(lambda: ended()["abort"] == before["abort"] + 1)
     assert ended() == {reason: count + 1 for reason, count in before.items()}
 
 

@@ -26,7 +26,7 @@ AUX_INFO = {
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
     """Answers every prompt with itself in capitals, in two steps."""
 
     def shout(submission: Submission) -> list[ScriptedOutput]:
@@ -38,9 +38,9 @@ def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
         yield started
 
 
-def answer(stack: ApiServer, body: Any, **headers: str) -> Any:
+def answer(api: ApiServer, body: Any, **headers: str) -> Any:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with stack.client() as client:
+    with api.client() as client:
         response = client.post("/", content=raw, headers={h.replace("_", "-"): v for h, v in headers.items()})
     assert response.status_code == 200, response.text
     return response.json()
@@ -63,25 +63,25 @@ def answer(stack: ApiServer, body: Any, **headers: str) -> Any:
         ({"prompt": "ab", "generate_config": {"unknown": 1}, "also_unknown": {"a": []}}, "AB"),
     ],
 )
-def test_prompts(body: dict[str, Any], expected: str, stack: ApiServer) -> None:
-    got = answer(stack, body)
+def test_prompts(body: dict[str, Any], expected: str, api: ApiServer) -> None:
+    got = answer(api, body)
     assert got.keys() == {"response", "finished", "aux_info"}
     assert (got["response"], got["finished"]) == (expected, True)
 
 
 @pytest.mark.parametrize("body", [{"prompt_batch": ["ab", "cd"]}, {"prompt_batch": ["ab", "cd"], "prompt": "x"}])
-def test_a_batch(body: dict[str, Any], stack: ApiServer) -> None:
-    got = answer(stack, body)
+def test_a_batch(body: dict[str, Any], api: ApiServer) -> None:
+    got = answer(api, body)
     assert [one["response"] for one in got["response_batch"]] == ["AB", "CD"]
     assert all(one["finished"] for one in got["response_batch"])
 
 
-def test_batch_infer(stack: ApiServer) -> None:
+def test_batch_infer(api: ApiServer) -> None:
     body = {"prompt_batch": ["ab", "cd"], "generate_config": {"return_output_ids": True}, "return_input_ids": True}
-    got = stack.post("/batch_infer", body).json()["response_batch"]
+    got = api.post("/batch_infer", body).json()["response_batch"]
     assert [one["response"] for one in got] == ["AB", "CD"]
-    assert got[1]["input_ids"] == [stack.model.tokens("cd")]
-    assert got[1]["output_ids"] == [[*stack.model.tokens("CD"), stack.model.end]]
+    assert got[1]["input_ids"] == [api.model.tokens("cd")]
+    assert got[1]["output_ids"] == [[*api.model.tokens("CD"), api.model.end]]
 
 
 @pytest.mark.parametrize(
@@ -96,22 +96,22 @@ def test_batch_infer(stack: ApiServer) -> None:
         "application/json; charset=latin-1",
     ],
 )
-def test_any_content_type(content_type: str, stack: ApiServer) -> None:
+def test_any_content_type(content_type: str, api: ApiServer) -> None:
     """Upstream's README posts with a bare `curl -d`, which says it sends a form."""
-    assert answer(stack, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
+    assert answer(api, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
 
 
-def test_no_content_type(stack: ApiServer) -> None:
-    assert answer(stack, b'{"prompt": "ab"}')["response"] == "AB"
+def test_no_content_type(api: ApiServer) -> None:
+    assert answer(api, b'{"prompt": "ab"}')["response"] == "AB"
 
 
-def test_a_json_string_that_holds_the_object(stack: ApiServer) -> None:
-    assert answer(stack, json.dumps(json.dumps({"prompt": "\u00e9"})).encode())["response"] == "\u00c9"
+def test_a_json_string_that_holds_the_object(api: ApiServer) -> None:
+    assert answer(api, json.dumps(json.dumps({"prompt": "\u00e9"})).encode())["response"] == "\u00c9"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_unicode_encodings(encoding: str, stack: ApiServer) -> None:
-    assert answer(stack, json.dumps({"prompt": "é🚀"}, ensure_ascii=False).encode(encoding))["response"] == "É🚀"
+def test_unicode_encodings(encoding: str, api: ApiServer) -> None:
+    assert answer(api, json.dumps({"prompt": "é🚀"}, ensure_ascii=False).encode(encoding))["response"] == "É🚀"
 
 
 # Where the settings stand
@@ -130,16 +130,16 @@ def test_unicode_encodings(encoding: str, stack: ApiServer) -> None:
     ],
     ids=str,
 )
-def test_settings(body: dict[str, Any], stack: ApiServer) -> None:
+def test_settings(body: dict[str, Any], api: ApiServer) -> None:
     """Nested under either name or at the top, which wins; upstream's second names; lists for a batch."""
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer(stack, {"prompt": "ab", **body})
-    params = stack.engine.take().params
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    answer(api, {"prompt": "ab", **body})
+    params = api.engine.next_submission().params
     assert (params["max_tokens"], params["top_k"]) == (3, 5)
 
 
-def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
+def test_all_settings_reach_the_engine(api: ApiServer) -> None:
     config = {
         "max_new_tokens": 7,
         "min_new_tokens": 2,
@@ -153,9 +153,9 @@ def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
         "stop_words_list": [[5], [66, 67]],
         "return_cum_log_probs": True,
     }
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer(stack, {"prompt": "ab", "generate_config": config})
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    answer(api, {"prompt": "ab", "generate_config": config})
     expected = {
         "max_tokens": 7,
         "min_tokens": 2,
@@ -166,10 +166,10 @@ def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
         "seed": 99,
-        "stop_token_ids": [5, stack.model.end],
+        "stop_token_ids": [5, api.model.end],
         "logprobs": 0,
     }
-    assert stack.engine.take().params.items() >= expected.items()
+    assert api.engine.next_submission().params.items() >= expected.items()
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
         ({"max_new_tokens": 10**9}, {"max_tokens": 2046}),
     ],
 )
-def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], stack: ApiServer) -> None:
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer(stack, {"prompt": "ab", "generate_config": config})
-    assert stack.engine.take().params.items() >= expected.items()
+def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], api: ApiServer) -> None:
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    answer(api, {"prompt": "ab", "generate_config": config})
+    assert api.engine.next_submission().params.items() >= expected.items()
 
 
 @pytest.mark.parametrize(
@@ -197,40 +197,40 @@ def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], st
         ({"stop_words_list": "tokens of CD"}, "AB"),
     ],
 )
-def test_stop_words(config: dict[str, Any], expected: str, stack: ApiServer) -> None:
+def test_stop_words(config: dict[str, Any], expected: str, api: ApiServer) -> None:
     if isinstance(config.get("stop_words_list"), str):
-        config = {"stop_words_list": [stack.model.tokens("CD")]}
-    assert answer(stack, {"prompt": "abcde", "generate_config": config})["response"] == expected
+        config = {"stop_words_list": [api.model.tokens("CD")]}
+    assert answer(api, {"prompt": "abcde", "generate_config": config})["response"] == expected
 
 
 # What comes back
 
 
-def test_aux_info(stack: ApiServer) -> None:
-    aux = answer(stack, {"prompt": "abc"})["aux_info"]
+def test_aux_info(api: ApiServer) -> None:
+    aux = answer(api, {"prompt": "abc"})["aux_info"]
     assert {key: type(value) for key, value in aux.items()} == AUX_INFO
     assert (aux["input_len"], aux["output_len"], aux["iter_count"], aux["step_output_len"]) == (3, 4, 2, 3)
     assert (aux["reuse_len"], aux["prefix_len"], aux["wait_time"]) == (1, 1, 1.0)
     assert aux["aux_string"] == "from here"
     assert 0 < aux["first_token_cost_time"] <= aux["cost_time"]
-    assert "aux_info" not in answer(stack, {"prompt": "abc", "aux_info": False})
+    assert "aux_info" not in answer(api, {"prompt": "abc", "aux_info": False})
 
 
-def test_several_sequences(stack: ApiServer) -> None:
-    got = answer(stack, {"prompt": "ab", "num_return_sequences": 2, "return_output_ids": True})
+def test_several_sequences(api: ApiServer) -> None:
+    got = answer(api, {"prompt": "ab", "num_return_sequences": 2, "return_output_ids": True})
     assert got["response"] == ["AB", "AB"]
     assert [aux["output_len"] for aux in got["aux_info"]] == [3, 3]
-    one = answer(stack, {"prompt": "ab", "num_return_sequences": 1})
+    one = answer(api, {"prompt": "ab", "num_return_sequences": 1})
     assert (one["response"], len(one["aux_info"])) == (["AB"], 1)
-    batch = answer(stack, {"prompt_batch": ["ab", "cd"], "num_return_sequences": 2})
+    batch = answer(api, {"prompt_batch": ["ab", "cd"], "num_return_sequences": 2})
     assert [b["response"] for b in batch["response_batch"]] == [["AB", "AB"], ["CD", "CD"]]
 
 
 # Streams
 
 
-def stream(stack: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
-    raw = stack.stream("/", {"prompt": "abc", **body})
+def stream(api: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
+    raw = api.stream("/", {"prompt": "abc", **body})
     return raw, payloads(raw)
 
 
@@ -244,9 +244,9 @@ def stream(stack: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
     ],
     ids=str,
 )
-def test_upstreams_framing(body: dict[str, Any], stack: ApiServer) -> None:
+def test_upstreams_framing(body: dict[str, Any], api: ApiServer) -> None:
     """No space after `data:`, CRLF, cumulative text, and an end marker."""
-    raw, events = stream(stack, body)
+    raw, events = stream(api, body)
     assert [e if e == "[done]" else e["response"] for e in events] == ["A", "ABC", "[done]"]
     assert [e["finished"] for e in events[:-1]] == [False, True]
     assert raw.startswith(b'data:{"response"')
@@ -254,24 +254,24 @@ def test_upstreams_framing(body: dict[str, Any], stack: ApiServer) -> None:
     assert raw.count(b"\r\n\r\n") == raw.count(b"\n") / 2 == 3
 
 
-def test_the_other_framing(stack: ApiServer) -> None:
+def test_the_other_framing(api: ApiServer) -> None:
     """Top-level `stream`: a space, and no end marker."""
-    raw, events = stream(stack, {"stream": True})
+    raw, events = stream(api, {"stream": True})
     assert [e["response"] for e in events] == ["A", "ABC"]
     assert raw.startswith(b'data: {"response"')
     assert raw.endswith(b"}\r\n\r\n")
 
 
 @pytest.mark.parametrize("body", [{"yield_generator": True}, {"stream": True}], ids=str)
-def test_increments(body: dict[str, Any], stack: ApiServer) -> None:
-    _, events = stream(stack, {**body, "return_incremental": True})
+def test_increments(body: dict[str, Any], api: ApiServer) -> None:
+    _, events = stream(api, {**body, "return_incremental": True})
     assert [e["response"] for e in events if e != "[done]"] == ["A", "BC"]
 
 
-def test_increments_of_a_batch_join_to_the_texts(stack: ApiServer) -> None:
+def test_increments_of_a_batch_join_to_the_texts(api: ApiServer) -> None:
     """Whatever the order in which the sequences come: what has been sent is not sent again."""
     body = {"prompt_batch": ["abc", "xyz", "123"], "yield_generator": True, "return_incremental": True}
-    events = payloads(stack.stream("/", body))[:-1]
+    events = payloads(api.stream("/", body))[:-1]
     shown = [[one["response"] for one in event["response_batch"]] for event in events]
     joined = ["".join(texts) for texts in zip(*shown, strict=True)]
     assert joined == ["ABC", "XYZ", "123"]
@@ -282,42 +282,42 @@ def test_increments_of_a_batch_join_to_the_texts(stack: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("text", ["abc", "é🚀", " ", "a\n\tb", "<|end|>", ""])
-def test_tokenize(text: str, stack: ApiServer) -> None:
-    ids = stack.model.tokenizer.encode(text)
-    assert stack.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
-    encoded = stack.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
+def test_tokenize(text: str, api: ApiServer) -> None:
+    ids = api.model.tokenizer.encode(text)
+    assert api.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
+    encoded = api.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
     assert (encoded["token_ids"], encoded["error"]) == (ids, "")
     assert len(encoded["tokens"]) == len(encoded["offset_mapping"]) == len(ids)
-    assert "offset_mapping" not in stack.post("/tokenizer/encode", {"prompt": text}).json()
+    assert "offset_mapping" not in api.post("/tokenizer/encode", {"prompt": text}).json()
 
 
-def test_tokenize_a_chat(stack: ApiServer) -> None:
+def test_tokenize_a_chat(api: ApiServer) -> None:
     """As the chat endpoint will: the two must count alike."""
     messages = [{"role": "user", "content": "Hi"}]
-    ids = stack.post("/tokenize", {"messages": messages}).json()["token_ids"]
-    assert stack.post("/v1/chat/completions", {"messages": messages}).json()["usage"]["prompt_tokens"] == len(ids)
-    rendered = stack.post("/chat/render", {"messages": messages}).json()
+    ids = api.post("/tokenize", {"messages": messages}).json()["token_ids"]
+    assert api.post("/v1/chat/completions", {"messages": messages}).json()["usage"]["prompt_tokens"] == len(ids)
+    rendered = api.post("/chat/render", {"messages": messages}).json()
     assert rendered["input_ids"] == ids
-    assert stack.model.tokenizer.decode(ids, skip_special_tokens=False) == rendered["input_prompt"]
+    assert api.model.tokenizer.decode(ids, skip_special_tokens=False) == rendered["input_prompt"]
 
 
 @pytest.mark.parametrize("path", ["/chat/render", "/v1/chat/render"])
-def test_render(path: str, stack: ApiServer) -> None:
+def test_render(path: str, api: ApiServer) -> None:
     """Upstream's DebugInfo, with what would be asked of the engine; nothing is."""
-    while stack.engine.num_unread:
-        stack.engine.take()
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
     body = {"messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}], "stop": "X"}
-    got = stack.post(path, {**body, "top_k": 3, "max_tokens": 4}).json()
+    got = api.post(path, {**body, "top_k": 3, "max_tokens": 4}).json()
     assert got["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi<|turn|>assistant:"
-    assert (got["max_seq_len"], got["eos_token_id"], got["input_urls"]) == (2048, stack.model.end, [])
-    assert (got["stop_words_list"], got["stop_word_ids_list"]) == (["X"], [[stack.model.end]])
+    assert (got["max_seq_len"], got["eos_token_id"], got["input_urls"]) == (2048, api.model.end, [])
+    assert (got["stop_words_list"], got["stop_word_ids_list"]) == (["X"], [[api.model.end]])
     assert (got["generate_config"]["top_k"], got["generate_config"]["max_tokens"]) == (3, 4)
     assert got["renderer_info"]["class_name"]
-    plain = stack.post(path, {**body, "add_generation_prompt": False}).json()
+    plain = api.post(path, {**body, "add_generation_prompt": False}).json()
     assert plain["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi"
-    assert stack.engine.num_unread == 0
+    assert api.engine.num_pending_submissions == 0
     for _ in range(400):  # more often than there are places
-        assert stack.post(path, body).status_code == 200
+        assert api.post(path, body).status_code == 200
 
 
 # With the real engine behind

@@ -17,7 +17,7 @@ from openai.types.completion import Completion
 
 from rtp_llm.text.tokenizer import Tokenizer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
 
@@ -318,12 +318,12 @@ def test_bad_requests(client: openai.OpenAI) -> None:
         client.models.retrieve("nothing/of/this/name")
 
 
-def test_errors_of_the_server(stacks: Stacks, byte_model: ByteModel) -> None:
-    stack = stacks(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
-    with make_client(stack.url) as client:
+def test_errors_of_the_server(start_api: StartApi, byte_model: ByteModel) -> None:
+    api = start_api(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
+    with make_client(api.url) as client:
         with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
             chat(client, n=2)
-        stack.engine.script = lambda s: [
+        api.engine.script = lambda s: [
             ScriptedOutput(byte_model.tokens("so far")),
             ScriptedOutput([], "error", error="the engine fell over"),
         ]

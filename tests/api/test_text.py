@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rtp_llm.contract.engine_output import Logprob
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import END, ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.sse import payloads
 
@@ -25,14 +25,14 @@ STOPS = st.lists(st.text(st.sampled_from("abé🚀 "), min_size=1, max_size=3), 
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
     """Says what `said` of the engine's script holds; each test puts its own there."""
     with ApiServer(byte_model) as started:
         yield started
 
 
-def say(stack: ApiServer, said: list[ScriptedOutput]) -> None:
-    stack.engine.script = lambda submission: said
+def say(api: ApiServer, said: list[ScriptedOutput]) -> None:
+    api.engine.script = lambda submission: said
 
 
 def pieces(model: ByteModel, text: str | bytes, sizes: random.Random) -> list[ScriptedOutput]:
@@ -46,16 +46,16 @@ def pieces(model: ByteModel, text: str | bytes, sizes: random.Random) -> list[Sc
     return said
 
 
-def chat_text(stack: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
+def chat_text(api: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
     """Text, finish reason and completion tokens of a stream, and that the whole answer has the same."""
-    events = payloads(stack.stream("/v1/chat/completions", {**CHAT, **body, **USAGE}))
+    events = payloads(api.stream("/v1/chat/completions", {**CHAT, **body, **USAGE}))
     assert events[-1] == "[DONE]"
     choices = [c for e in events[:-2] for c in e["choices"]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert [c["finish_reason"] for c in choices[:-1]] == [None] * (len(choices) - 1)
     text = "".join(c["delta"].get("content", "") for c in choices)
     finish, tokens = choices[-1]["finish_reason"], events[-2]["usage"]["completion_tokens"]
-    whole = stack.post("/v1/chat/completions", {**CHAT, **body}).json()
+    whole = api.post("/v1/chat/completions", {**CHAT, **body}).json()
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": text}
     assert whole["choices"][0]["finish_reason"] == finish
     assert whole["usage"]["completion_tokens"] == tokens
@@ -74,11 +74,11 @@ def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT, stops=STOPS, include=st.booleans(), seed=st.integers(0, 99))
 def test_a_text_in_any_pieces(
-    stack: ApiServer, byte_model: ByteModel, text: str, stops: list[str], include: bool, seed: int
+    api: ApiServer, byte_model: ByteModel, text: str, stops: list[str], include: bool, seed: int
 ) -> None:
-    say(stack, [*pieces(byte_model, text, random.Random(seed)), ScriptedOutput([byte_model.end], "stop")])
+    say(api, [*pieces(byte_model, text, random.Random(seed)), ScriptedOutput([byte_model.end], "stop")])
     body = {"stop": stops, "include_stop_str_in_output": include} if stops else {}
-    shown, finish, tokens = chat_text(stack, body)
+    shown, finish, tokens = chat_text(api, body)
     expected, stopped = cut(text, stops, include)
     assert (shown, finish) == (expected, "stop")
     if stopped:
@@ -99,68 +99,68 @@ def test_a_text_in_any_pieces(
         (b"", ""),
     ],
 )
-def test_bytes_that_are_no_text(raw: bytes, expected: str, stack: ApiServer, byte_model: ByteModel) -> None:
+def test_bytes_that_are_no_text(raw: bytes, expected: str, api: ApiServer, byte_model: ByteModel) -> None:
     """A model may say anything; a stream shows U+FFFD, as soon as no later byte can change it."""
-    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens(raw)] + [ScriptedOutput([], "length")])
-    assert chat_text(stack, {}) == (expected, "length", len(raw))
+    say(api, [ScriptedOutput([token]) for token in byte_model.tokens(raw)] + [ScriptedOutput([], "length")])
+    assert chat_text(api, {}) == (expected, "length", len(raw))
 
 
-def test_a_held_beginning_of_a_stop_string_is_given_out_at_the_end(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput(byte_model.tokens("one ST")), ScriptedOutput(byte_model.tokens("O"), "length")])
-    assert chat_text(stack, {"stop": "STOP"}) == ("one STO", "length", 7)
+def test_a_held_beginning_of_a_stop_string_is_given_out_at_the_end(api: ApiServer, byte_model: ByteModel) -> None:
+    say(api, [ScriptedOutput(byte_model.tokens("one ST")), ScriptedOutput(byte_model.tokens("O"), "length")])
+    assert chat_text(api, {"stop": "STOP"}) == ("one STO", "length", 7)
 
 
-def test_a_stop_string_that_ends_with_the_last_token_allowed(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_a_stop_string_that_ends_with_the_last_token_allowed(api: ApiServer, byte_model: ByteModel) -> None:
     """Both reasons hold; what the client asked for is the one to tell."""
-    say(stack, [ScriptedOutput(byte_model.tokens("one STO")), ScriptedOutput(byte_model.tokens("P"), "length")])
-    assert chat_text(stack, {"stop": "STOP"}) == ("one ", "stop", 8)
+    say(api, [ScriptedOutput(byte_model.tokens("one STO")), ScriptedOutput(byte_model.tokens("P"), "length")])
+    assert chat_text(api, {"stop": "STOP"}) == ("one ", "stop", 8)
 
 
-def test_a_stop_string_inside_a_character_does_not_match(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens("éÃ")] + [ScriptedOutput([], "length")])
-    assert chat_text(stack, {"stop": "Ã"}) == ("é", "stop", 4)
+def test_a_stop_string_inside_a_character_does_not_match(api: ApiServer, byte_model: ByteModel) -> None:
+    say(api, [ScriptedOutput([token]) for token in byte_model.tokens("éÃ")] + [ScriptedOutput([], "length")])
+    assert chat_text(api, {"stop": "Ã"}) == ("é", "stop", 4)
 
 
-def test_stop_strings_count_from_min_tokens_on(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens("a.b.c")] + [ScriptedOutput([], "length")])
-    assert chat_text(stack, {"stop": "."}) == ("a", "stop", 2)
-    assert chat_text(stack, {"stop": ".", "min_tokens": 3, "max_tokens": 9}) == ("a.b", "stop", 4)
+def test_stop_strings_count_from_min_tokens_on(api: ApiServer, byte_model: ByteModel) -> None:
+    say(api, [ScriptedOutput([token]) for token in byte_model.tokens("a.b.c")] + [ScriptedOutput([], "length")])
+    assert chat_text(api, {"stop": "."}) == ("a", "stop", 2)
+    assert chat_text(api, {"stop": ".", "min_tokens": 3, "max_tokens": 9}) == ("a.b", "stop", 4)
 
 
-def test_special_tokens_are_hidden_unless_asked_for(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
-    assert chat_text(stack, {}) == ("ab", "length", 3)
-    assert chat_text(stack, {"skip_special_tokens": False}) == (f"a{END}b", "length", 3)
+def test_special_tokens_are_hidden_unless_asked_for(api: ApiServer, byte_model: ByteModel) -> None:
+    say(api, [ScriptedOutput([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
+    assert chat_text(api, {}) == ("ab", "length", 3)
+    assert chat_text(api, {"skip_special_tokens": False}) == (f"a{END}b", "length", 3)
 
 
-def test_the_stop_token_is_shown_only_where_stop_strings_are(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_the_stop_token_is_shown_only_where_stop_strings_are(api: ApiServer, byte_model: ByteModel) -> None:
     """`stop_token_ids` may name a token with a text of its own."""
     full_stop = byte_model.tokens(".")
-    say(stack, [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput(full_stop, "stop")])
-    assert chat_text(stack, {"stop_token_ids": full_stop}) == ("a", "stop", 2)
-    assert chat_text(stack, {"stop_token_ids": full_stop, "include_stop_str_in_output": True}) == ("a.", "stop", 2)
+    say(api, [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput(full_stop, "stop")])
+    assert chat_text(api, {"stop_token_ids": full_stop}) == ("a", "stop", 2)
+    assert chat_text(api, {"stop_token_ids": full_stop, "include_stop_str_in_output": True}) == ("a.", "stop", 2)
 
 
 # What the engine is asked
 
 
-def submitted(stack: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def submitted(api: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters that a request becomes."""
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer = stack.post(path, body)
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    answer = api.post(path, body)
     assert answer.status_code == 200, answer.text
-    return stack.engine.take().params
+    return api.engine.next_submission().params
 
 
-def test_defaults(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_defaults(api: ApiServer, byte_model: ByteModel) -> None:
     """Those of OpenAI, but for upstream's temperature of a chat; and room for as much as fits where nothing is said."""
-    say(stack, [ScriptedOutput([], "length")])
-    chat = submitted(stack, "/v1/chat/completions", CHAT)
+    say(api, [ScriptedOutput([], "length")])
+    chat = submitted(api, "/v1/chat/completions", CHAT)
     assert (chat["temperature"], chat["max_tokens"]) == (0.7, 2048 - len(byte_model.tokens("user:Hiassistant:")) - 2)
-    completion = submitted(stack, "/v1/completions", {"prompt": "Hi"})
+    completion = submitted(api, "/v1/completions", {"prompt": "Hi"})
     assert (completion["temperature"], completion["max_tokens"]) == (1.0, 16)
-    native = submitted(stack, "/", {"prompt": "Hi"})
+    native = submitted(api, "/", {"prompt": "Hi"})
     assert (native["temperature"], native["max_tokens"]) == (1.0, 2046)
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
     for params in (chat, completion, native):
@@ -190,24 +190,24 @@ def test_defaults(stack: ApiServer, byte_model: ByteModel) -> None:
         ({"extra_configs": {"stop_words_list": [[5], [65, 66]]}}, {"stop_token_ids": [5, 256]}),
     ],
 )
-def test_what_a_chat_asks_of_the_engine(given: dict[str, Any], asked: dict[str, Any], stack: ApiServer) -> None:
-    say(stack, [ScriptedOutput([], "length")])
-    assert submitted(stack, "/v1/chat/completions", {**CHAT, **given}).items() >= asked.items()
+def test_what_a_chat_asks_of_the_engine(given: dict[str, Any], asked: dict[str, Any], api: ApiServer) -> None:
+    say(api, [ScriptedOutput([], "length")])
+    assert submitted(api, "/v1/chat/completions", {**CHAT, **given}).items() >= asked.items()
 
 
-def test_choices_have_seeds_of_their_own(stack: ApiServer) -> None:
-    say(stack, [ScriptedOutput([], "length")])
-    while stack.engine.num_unread:
-        stack.engine.take()
-    stack.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "seed": 40})
-    taken = [stack.engine.take() for _ in range(4)]
-    seeds = sorted((stack.model.tokenizer.decode(t.prompt), t.params["seed"]) for t in taken)
+def test_choices_have_seeds_of_their_own(api: ApiServer) -> None:
+    say(api, [ScriptedOutput([], "length")])
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    api.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "seed": 40})
+    taken = [api.engine.next_submission() for _ in range(4)]
+    seeds = sorted((api.model.tokenizer.decode(t.prompt), t.params["seed"]) for t in taken)
     assert seeds == [("a", 40), ("a", 41), ("b", 40), ("b", 41)]
 
 
-def test_without_a_seed_every_request_has_another(stack: ApiServer) -> None:
-    say(stack, [ScriptedOutput([], "length")])
-    assert len({submitted(stack, "/", {"prompt": "Hi"})["seed"] for _ in range(4)}) == 4
+def test_without_a_seed_every_request_has_another(api: ApiServer) -> None:
+    say(api, [ScriptedOutput([], "length")])
+    assert len({submitted(api, "/", {"prompt": "Hi"})["seed"] for _ in range(4)}) == 4
 
 
 # Beside the text
@@ -221,13 +221,13 @@ def records(model: ByteModel, text: str) -> list[ScriptedOutput]:
 
 
 @pytest.mark.parametrize("stop", [None, "🚀!", "zzz"], ids=["no stop", "stop", "other stop"])
-def test_chat_logprobs_tell_every_token(stop: str | None, stack: ApiServer, byte_model: ByteModel) -> None:
+def test_chat_logprobs_tell_every_token(stop: str | None, api: ApiServer, byte_model: ByteModel) -> None:
     """Also of those whose text is held back or cut, in order, in stream and whole answer alike."""
-    say(stack, records(byte_model, "é🚀!x"))
+    say(api, records(byte_model, "é🚀!x"))
     body = {**CHAT, "logprobs": True, "top_logprobs": 1, **({"stop": stop} if stop else {})}
-    events = payloads(stack.stream("/v1/chat/completions", {**body, **USAGE}))[:-1]
+    events = payloads(api.stream("/v1/chat/completions", {**body, **USAGE}))[:-1]
     entries = [e for event in events for c in event["choices"] if c["logprobs"] for e in c["logprobs"]["content"]]
-    whole = stack.post("/v1/chat/completions", body).json()
+    whole = api.post("/v1/chat/completions", body).json()
     assert whole["choices"][0]["logprobs"]["content"] == entries
     said = bytes(b for entry in entries for b in entry["bytes"])
     assert said == "é🚀!".encode() if stop == "🚀!" else "é🚀!x".encode()
@@ -237,42 +237,42 @@ def test_chat_logprobs_tell_every_token(stop: str | None, stack: ApiServer, byte
         assert entry["top_logprobs"][0] == {key: entry[key] for key in ("token", "logprob", "bytes")}
 
 
-def test_completion_logprobs_point_into_the_text(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_completion_logprobs_point_into_the_text(api: ApiServer, byte_model: ByteModel) -> None:
     """`text_offset` is where a token's text begins, in characters; the parts of one character begin together."""
-    say(stack, records(byte_model, "aé🚀z"))
-    answer = stack.post("/v1/completions", {"prompt": "x", "logprobs": 1}).json()["choices"][0]
+    say(api, records(byte_model, "aé🚀z"))
+    answer = api.post("/v1/completions", {"prompt": "x", "logprobs": 1}).json()["choices"][0]
     table = answer["logprobs"]
     assert answer["text"] == "aé🚀z"
     assert table["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
     assert table["token_logprobs"] == [-0.25 * (i + 1) for i in range(8)]
     for token, value, top in zip(table["tokens"], table["token_logprobs"], table["top_logprobs"], strict=True):
         assert top[token] == value
-    events = payloads(stack.stream("/v1/completions", {"prompt": "x", "logprobs": 1, "stream": True}))[:-1]
+    events = payloads(api.stream("/v1/completions", {"prompt": "x", "logprobs": 1, "stream": True}))[:-1]
     streamed = [choice["logprobs"] for event in events for choice in event["choices"]]
     for key, values in table.items():
         assert [value for piece in streamed for value in piece[key]] == values
 
 
-def test_a_likely_token_hides_no_other_of_the_same_text(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_a_likely_token_hides_no_other_of_the_same_text(api: ApiServer, byte_model: ByteModel) -> None:
     """Parts of characters all read U+FFFD; the value beside the chosen one must be its own."""
     chosen, other = byte_model.tokens(b"\xc3\xa9")
-    say(stack, [ScriptedOutput([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (other, -7.0)])])])
-    table = stack.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
+    say(api, [ScriptedOutput([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (other, -7.0)])])])
+    table = api.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
     assert (table["token_logprobs"], table["top_logprobs"]) == ([-0.5], [{"\ufffd": -0.5}])
 
 
-def test_an_impossible_token_is_no_invalid_json(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_an_impossible_token_is_no_invalid_json(api: ApiServer, byte_model: ByteModel) -> None:
     [token] = byte_model.tokens("a")
-    say(stack, [ScriptedOutput([token], "length", [(float("-inf"), 9, [(token, float("-inf"))])])])
+    say(api, [ScriptedOutput([token], "length", [(float("-inf"), 9, [(token, float("-inf"))])])])
     for body in ({**CHAT, "logprobs": True}, {**CHAT, "logprobs": True, "stream": True}):
-        assert b'"logprob":-9999.0' in stack.stream("/v1/chat/completions", body)
-    assert b"-9999.0" in stack.stream("/v1/completions", {"prompt": "x", "logprobs": 1})
+        assert b'"logprob":-9999.0' in api.stream("/v1/chat/completions", body)
+    assert b"-9999.0" in api.stream("/v1/completions", {"prompt": "x", "logprobs": 1})
 
 
-def test_usage_adds_up(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_usage_adds_up(api: ApiServer, byte_model: ByteModel) -> None:
     """Each prompt counts once however many choices it has, and each choice's tokens count."""
-    say(stack, [ScriptedOutput(byte_model.tokens("abc"), cached_tokens=2), ScriptedOutput([byte_model.end], "stop")])
-    answer = stack.post("/v1/completions", {"prompt": ["12345", "123"], "n": 3}).json()
+    say(api, [ScriptedOutput(byte_model.tokens("abc"), cached_tokens=2), ScriptedOutput([byte_model.end], "stop")])
+    answer = api.post("/v1/completions", {"prompt": ["12345", "123"], "n": 3}).json()
     assert len(answer["choices"]) == 6
     assert answer["usage"] == {
         "prompt_tokens": 8,
@@ -282,11 +282,11 @@ def test_usage_adds_up(stack: ApiServer, byte_model: ByteModel) -> None:
     }
 
 
-def test_long_prompts_are_encoded_beside_the_event_loop(stacks: Stacks, byte_model: ByteModel) -> None:
+def test_long_prompts_are_encoded_beside_the_event_loop(start_api: StartApi, byte_model: ByteModel) -> None:
     """The same ids either way."""
-    stack = stacks(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
+    api = start_api(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
     for length in (10, 4095, 4096, 100_000):
-        ids = stack.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]
+        ids = api.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]
         assert ids == byte_model.tokens("é") * length
-        encoded = stack.post("/tokenizer/encode", {"prompt": "é" * length}).json()
+        encoded = api.post("/tokenizer/encode", {"prompt": "é" * length}).json()
         assert encoded["token_ids"] == ids

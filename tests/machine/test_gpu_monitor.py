@@ -15,7 +15,7 @@ from rtp_llm.machine.gpus import read_gpus
 from tests.machine.fake_nvml import GIB, FakeNvml
 
 PULSE = {
-    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "seen": 0.0, "wait_s": None},
+    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "last_seen": 0.0, "wait_s": None},
     **{"weight_bytes": 0, "kv_bytes": 0, "startup_seconds": {}},
 }
 
@@ -44,7 +44,7 @@ def test_readings_stay_fresh_and_a_lost_gpu_is_told() -> None:
     nvml = FakeNvml(2)
     monitor = GpuMonitor(None, nvml, period=0.05)
     monitor.start()
-    until(lambda: monitor.snapshot.at > 0)
+    until(lambda: monitor.snapshot.read_at > 0)
     nvml.failed[1] = pynvml.NVML_ERROR_GPU_IS_LOST
     until(lambda: [index for index, _ in monitor.snapshot.gpus.failed] == [1])
     monitor.stop()

@@ -46,11 +46,11 @@ INTERVAL_SECONDS = 30
 AT = "35m"
 
 
-class Play(NamedTuple):
+class AlertCase(NamedTuple):
     """What differs from a healthy gang (None: is absent), and how the alert that fires then is labelled."""
 
     alert: str
-    differs: dict[str, str | None]
+    changes: dict[str, str | None]
     severity: str
     labels: str = HERE
     at: str = AT
@@ -62,71 +62,71 @@ def series(name: str) -> str:
     return found
 
 
-def one(alert: str, name: str, values: str | None, severity: str, labels: str = HERE, at: str = AT) -> Play:
-    return Play(alert, {series(name): values}, severity, labels, at)
+def case_for(alert: str, name: str, values: str | None, severity: str, labels: str = HERE, at: str = AT) -> AlertCase:
+    return AlertCase(alert, {series(name): values}, severity, labels, at)
 
 
-PLAYS = [
-    Play("RtpLlmAbsent", dict.fromkeys(HEALTHY), "critical", 'job="rtp-llm"'),
-    one("RtpLlmScrapeFailed", "up{", "1x10 0x70", "critical"),
-    one("RtpLlmNotReady", "rtp_llm_ready", "1x10 0x70", "critical"),
-    one("RtpLlmGangMemberDown", "rtp_llm_gang_member_up", "1x10 0x70", "critical", f'{HERE}, world_rank="1"'),
-    one("RtpLlmHang", "rtp_llm_last_step", "0+30x60 1800x20", "critical", ""),
-    one(
+CASES = [
+    AlertCase("RtpLlmAbsent", dict.fromkeys(HEALTHY), "critical", 'job="rtp-llm"'),
+    case_for("RtpLlmScrapeFailed", "up{", "1x10 0x70", "critical"),
+    case_for("RtpLlmNotReady", "rtp_llm_ready", "1x10 0x70", "critical"),
+    case_for("RtpLlmGangMemberDown", "rtp_llm_gang_member_up", "1x10 0x70", "critical", f'{HERE}, world_rank="1"'),
+    case_for("RtpLlmHang", "rtp_llm_last_step", "0+30x60 1800x20", "critical", ""),
+    case_for(
         "RtpLlmRestarts",
         "rtp_llm_process_restarts_total",
         "0x50 1x5 3x25",
         "warning",
         'instance="part0:10000", program="rank1"',
     ),
-    one("RtpLlmDoctor", "rtp_llm_doctor_check_status", "2x80", "warning", f'{HERE}, check="S-01"'),
-    one("RtpLlmQueue", "rtp_llm_num_requests_waiting", "9x80", "warning", MODEL),
-    one(
+    case_for("RtpLlmDoctor", "rtp_llm_doctor_check_status", "2x80", "warning", f'{HERE}, check="S-01"'),
+    case_for("RtpLlmQueue", "rtp_llm_num_requests_waiting", "9x80", "warning", MODEL),
+    case_for(
         "RtpLlmRejections",
         "rtp_llm_admission_rejections_total",
         "0x40 0+2x40",
         "warning",
         f'{MODEL}, reason="max_num_queued_reqs"',
     ),
-    Play(
+    AlertCase(
         "RtpLlmSlowFirstToken",
         {series("rtp_llm_time_to_first_token_seconds_bucket{" + MODEL + ', le="10"}'): "0+9x80"},
         "warning",
         'model_name="m"',
     ),
-    Play(
+    AlertCase(
         "RtpLlmSlowTokens",
         {series("rtp_llm_inter_token_latency_seconds_bucket{" + MODEL + ', le="0.5"}'): "0+90x80"},
         "warning",
         'model_name="m"',
     ),
-    one("RtpLlmCacheFull", "rtp_llm_num_preemptions_total", "3+1x80", "warning", MODEL),
-    Play(
+    case_for("RtpLlmCacheFull", "rtp_llm_num_preemptions_total", "3+1x80", "warning", MODEL),
+    AlertCase(
         "RtpLlmErrors",
         {series("rtp_llm_request_success_total{" + MODEL + ', finished_reason="error"}'): "0x40 0+1x40"},
         "critical",
         'model_name="m"',
     ),
-    one("RtpLlmCorrupted", "rtp_llm_corrupted", "0x60 1x20", "critical", MODEL),
-    one("RtpLlmSharedMemoryLow", "rtp_llm_shm_free", "1900x40 100x40", "warning"),
-    one("RtpLlmOutOfMemory", "rtp_llm_cgroup_oom", "2x60 3x20", "critical"),
-    one("RtpLlmGpuLost", "rtp_llm_gpu_up", "1x60 0x20", "critical", f'{HERE}, gpu="0"'),
-    one("RtpLlmGpuSilent", "rtp_llm_gpu_read", "0+30x60 1800x20", "warning"),
-    Play(  # the first one: its series was not there before
+    case_for("RtpLlmCorrupted", "rtp_llm_corrupted", "0x60 1x20", "critical", MODEL),
+    case_for("RtpLlmSharedMemoryLow", "rtp_llm_shm_free", "1900x40 100x40", "warning"),
+    case_for("RtpLlmOutOfMemory", "rtp_llm_cgroup_oom", "2x60 3x20", "critical"),
+    case_for("RtpLlmGpuLost", "rtp_llm_gpu_up", "1x60 0x20", "critical", f'{HERE}, gpu="0"'),
+    case_for("RtpLlmGpuSilent", "rtp_llm_gpu_read", "0+30x60 1800x20", "warning"),
+    AlertCase(  # the first one: its series was not there before
         "RtpLlmGpuXid",
         {f'rtp_llm_gpu_xid_errors_total{{{HERE}, gpu="0", xid="79"}}': "_x60 1x20"},
         "critical",
         f'{HERE}, gpu="0", xid="79"',
     ),
-    Play(
+    AlertCase(
         "RtpLlmGpuXid",
         {f'rtp_llm_gpu_xid_errors_total{{{HERE}, gpu="0", xid="79"}}': "1x60 2x20"},
         "critical",
         f'{HERE}, gpu="0", xid="79"',
     ),
-    one("RtpLlmGpuMemory", "rtp_llm_gpu_ecc", "0x60 1x20", "critical", f'{HERE}, gpu="0"'),
-    one("RtpLlmGpuMemory", "rtp_llm_gpu_remap_failure", "0x60 1x20", "critical", f'{HERE}, gpu="0"'),
-    one("RtpLlmGpuSlow", "rtp_llm_gpu_clock", "0x40 1x40", "warning", f'{HERE}, gpu="0", reason="power brake"'),
+    case_for("RtpLlmGpuMemory", "rtp_llm_gpu_ecc", "0x60 1x20", "critical", f'{HERE}, gpu="0"'),
+    case_for("RtpLlmGpuMemory", "rtp_llm_gpu_remap_failure", "0x60 1x20", "critical", f'{HERE}, gpu="0"'),
+    case_for("RtpLlmGpuSlow", "rtp_llm_gpu_clock", "0x40 1x40", "warning", f'{HERE}, gpu="0", reason="power brake"'),
 ]
 
 
@@ -151,7 +151,7 @@ def run(folder: Path, differs: dict[str, str | None], firing: list[str], at: str
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def alert(play: Play) -> str:
+def alert(play: AlertCase) -> str:
     labels = f", {play.labels}" if play.labels else ""
     return f'ALERTS{{alertname="{play.alert}", alertstate="firing", severity="{play.severity}"{labels}}}'
 
@@ -164,13 +164,13 @@ def test_a_healthy_gang_alerts_nobody(tmp_path: Path) -> None:
     run(tmp_path, {}, [], AT)
 
 
-@pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.alert)
-def test_it_fires_alone(play: Play, tmp_path: Path) -> None:
-    run(tmp_path, play.differs, [alert(play)], play.at)
+@pytest.mark.parametrize("play", CASES, ids=lambda play: play.alert)
+def test_it_fires_alone(play: AlertCase, tmp_path: Path) -> None:
+    run(tmp_path, play.changes, [alert(play)], play.at)
 
 
 def test_every_rule_is_played_and_says_what_to_do() -> None:
-    assert {rule["alert"] for rule in rules()} == {play.alert for play in PLAYS}
+    assert {rule["alert"] for rule in rules()} == {play.alert for play in CASES}
     for rule in rules():
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert set(rule["annotations"]) == {"summary", "description"}

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from image.grafana.make_dashboard import dashboard
 from tests import random_model
-from tests.api.servers import running
+from tests.api.servers import running_server
 from tests.monitoring.promtool import REPOSITORY, promtool
 
 GRAFANA = REPOSITORY / "image" / "grafana"
@@ -34,7 +34,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Metric]]:
     folder = tmp_path_factory.mktemp("monitoring")
     random_model.write(folder / "model")
     settings = {"TP_SIZE": "2", "WORLD_SIZE": "2", "TEST_BLOCK_NUM": "64"}
-    with running(folder / "model", folder / "output", **settings) as server, server.client() as client:
+    with running_server(folder / "model", folder / "output", **settings) as server, server.client() as client:
         client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 4}).raise_for_status()
         yield list(text_string_to_metric_families(client.get("/metrics").text))
 

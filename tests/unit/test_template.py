@@ -208,7 +208,7 @@ def outcome(render: Callable[[], str]) -> tuple[str | None, str | None]:
 def test_the_prompt_is_that_of_transformers(make: Make, template: str, conversation: str, tools: Any) -> None:
     ours, theirs = make(TEMPLATES[template])
     messages = CONVERSATIONS[conversation]
-    chosen = ChatTemplate.select(ours, forced=None)
+    chosen = ChatTemplate.select(ours, explicit=None)
     for variables in ({}, {"enable_thinking": False, "date_string": "today", "bos_token": "<other>"}):
         for prompt in (True, False):
             options = {"tools": tools, "add_generation_prompt": prompt, **variables}
@@ -223,7 +223,7 @@ def test_most_of_those_prompts_are_no_errors(make: Make) -> None:
     """Guards the comparison above: two errors also agree."""
     rendered = 0
     for source in TEMPLATES.values():
-        chosen = ChatTemplate.select(make(source)[0], forced=None)
+        chosen = ChatTemplate.select(make(source)[0], explicit=None)
         for messages in CONVERSATIONS.values():
             try:
                 rendered += bool(chosen.render(messages))
@@ -235,27 +235,27 @@ def test_most_of_those_prompts_are_no_errors(make: Make) -> None:
 def test_tools_have_a_template_of_their_own_where_there_is_one(make: Make) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     ours, theirs = make(named)
-    chosen = ChatTemplate.select(ours, forced=None)
+    chosen = ChatTemplate.select(ours, explicit=None)
     assert chosen.render([USER]) == "plain" == theirs.apply_chat_template([USER], tokenize=False)
     assert chosen.render([USER], tools=TOOLS) == "tools"
     assert chosen.render([USER], tools=[]) == "plain"
-    assert ChatTemplate.select(ours, forced=None, default_key="tool_use").render([USER]) == "tools"
-    assert ChatTemplate.select(ours, forced=None, tool_key="none such").render([USER], tools=TOOLS) == "plain"
+    assert ChatTemplate.select(ours, explicit=None, default_key="tool_use").render([USER]) == "tools"
+    assert ChatTemplate.select(ours, explicit=None, tool_key="none such").render([USER], tools=TOOLS) == "plain"
 
 
 def test_forced_goes_before_the_checkpoints_own(make: Make, tmp_path: Path) -> None:
     ours, _ = make([{"name": "default", "template": "own"}, {"name": "tool_use", "template": "tools"}])
     path = tmp_path / "mine.jinja"
     path.write_text("mine {{ messages[0].content }}", encoding="utf-8")
-    assert ChatTemplate.select(ours, forced=str(path)).render([USER], tools=TOOLS) == "mine " + USER["content"]
-    chatml = ChatTemplate.select(ours, forced="qwen")
+    assert ChatTemplate.select(ours, explicit=str(path)).render([USER], tools=TOOLS) == "mine " + USER["content"]
+    chatml = ChatTemplate.select(ours, explicit="qwen")
     assert chatml.name == "built-in 'chatml'"
     assert chatml.render([USER]) == f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_forced_name_that_is_nothing_lists_the_names(make: Make) -> None:
     with pytest.raises(TemplateError, match=r"MODEL_TEMPLATE_TYPE=gpt9 .*chatml, llama2"):
-        ChatTemplate.select(make()[0], forced="gpt9")
+        ChatTemplate.select(make()[0], explicit="gpt9")
 
 
 @pytest.mark.parametrize(
@@ -271,18 +271,18 @@ def test_a_forced_name_that_is_nothing_lists_the_names(make: Make) -> None:
 )
 def test_a_checkpoint_without_template_gets_its_familys(make: Make, model_type: str, name: str) -> None:
     ours, _ = make()
-    chosen = ChatTemplate.select(ours, forced=None, model_type=model_type)
+    chosen = ChatTemplate.select(ours, explicit=None, model_type=model_type)
     assert chosen.name == f"built-in {name!r}"
-    assert chosen.render([SYSTEM, USER]) == ChatTemplate.select(ours, forced=name).render([SYSTEM, USER])
+    assert chosen.render([SYSTEM, USER]) == ChatTemplate.select(ours, explicit=name).render([SYSTEM, USER])
 
 
 def test_llama_generations_are_told_apart_by_their_tokens(make: Make) -> None:
     ours, _ = make(tokens=("<s>", "</s>", "<|start_header_id|>"))
-    assert ChatTemplate.select(ours, forced=None, model_type="llama").name == "built-in 'llama3'"
+    assert ChatTemplate.select(ours, explicit=None, model_type="llama").name == "built-in 'llama3'"
 
 
 def test_having_no_template_says_what_to_do(make: Make) -> None:
-    chosen = ChatTemplate.select(make()[0], forced=None, model_type="gpt_neox")
+    chosen = ChatTemplate.select(make()[0], explicit=None, model_type="gpt_neox")
     assert chosen.name == "none"
     with pytest.raises(TemplateError, match=r"MODEL_TEMPLATE_TYPE.*chatml.*/v1/completions"):
         chosen.render([USER])
@@ -304,7 +304,7 @@ BUILT_IN = {
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_templates(make: Make, name: str) -> None:
-    chosen = ChatTemplate.select(make()[0], forced=name)
+    chosen = ChatTemplate.select(make()[0], explicit=name)
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
     assert chosen.render([{"role": role, "content": content} for role, content in turns]) == BUILT_IN[name]
 
@@ -312,11 +312,11 @@ def test_built_in_templates(make: Make, name: str) -> None:
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
 def test_built_in_templates_of_turns_refuse_another_order(make: Make, name: str) -> None:
     with pytest.raises(TemplateError, match="must alternate"):
-        ChatTemplate.select(make()[0], forced=name).render([USER, USER])
+        ChatTemplate.select(make()[0], explicit=name).render([USER, USER])
 
 
 def test_built_in_chatml_with_tools(make: Make) -> None:
-    chosen = ChatTemplate.select(make()[0], forced="chatml")
+    chosen = ChatTemplate.select(make()[0], explicit="chatml")
     results = [{"role": "tool", "content": "9 °C"}, {"role": "tool", "content": "8 °C"}]
     call = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
     text = chosen.render([SYSTEM, USER, call, *results], tools=TOOLS)
@@ -332,7 +332,7 @@ def test_built_in_chatml_with_tools(make: Make) -> None:
 
 
 def test_parts_are_joined_for_templates_that_know_only_text(make: Make) -> None:
-    chosen = ChatTemplate.select(make()[0], forced="mistral")
+    chosen = ChatTemplate.select(make()[0], explicit="mistral")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chosen.render([{"role": "user", "content": parts}]) == "<s>[INST] ab [/INST]"
 
@@ -341,7 +341,7 @@ def test_parts_reach_templates_that_loop_over_them(make: Make) -> None:
     loop = (
         "{% for part in messages[0]['content'] | selectattr('type', 'equalto', 'text') %}[{{ part.text }}]{% endfor %}"
     )
-    chosen = ChatTemplate.select(make(loop)[0], forced=None)
+    chosen = ChatTemplate.select(make(loop)[0], explicit=None)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chosen.render([{"role": "user", "content": parts}]) == "[a][b]"
     assert chosen.render([{"role": "user", "content": "ab"}]) == "[ab]"  # such a template would render nothing of a str
@@ -350,7 +350,7 @@ def test_parts_reach_templates_that_loop_over_them(make: Make) -> None:
 def test_text_stays_text_for_templates_that_ask_which_it_is(make: Make) -> None:
     loop = "{% for part in messages[0].content %}part{% endfor %}"
     both = "{% if messages[0].content is string %}text{% else %}" + loop + "{% endif %}"
-    chosen = ChatTemplate.select(make(both)[0], forced=None)
+    chosen = ChatTemplate.select(make(both)[0], explicit=None)
     assert chosen.render([{"role": "user", "content": "a"}]) == "text"
     assert chosen.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}]) == "part"
 
@@ -368,39 +368,39 @@ def test_text_stays_text_for_templates_that_ask_which_it_is(make: Make) -> None:
     ],
 )
 def test_parts_that_are_not_text_are_refused_by_name(make: Make, template: str, part: Any, said: str) -> None:
-    chosen = ChatTemplate.select(make(template)[0], forced=None)
+    chosen = ChatTemplate.select(make(template)[0], explicit=None)
     with pytest.raises(TemplateError, match=said):
         chosen.render([{"role": "user", "content": [{"type": "text", "text": "see"}, part]}])
 
 
 def test_null_content_is_empty_text_except_where_the_template_asks_for_null(make: Make) -> None:
     null = [{"role": "assistant", "content": None}]
-    assert ChatTemplate.select(make("<{{ messages[0]['content'] }}>")[0], forced=None).render(null) == "<>"
+    assert ChatTemplate.select(make("<{{ messages[0]['content'] }}>")[0], explicit=None).render(null) == "<>"
     asks = "{{ 'null' if messages[0]['content'] is none else 'text' }}"
-    assert ChatTemplate.select(make(asks)[0], forced=None).render(null) == "null"
+    assert ChatTemplate.select(make(asks)[0], explicit=None).render(null) == "null"
 
 
 def test_arguments_sent_as_json_text_reach_the_template_as_an_object(make: Make) -> None:
     def call(arguments: str) -> list[dict[str, Any]]:
         return [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
-    chosen = ChatTemplate.select(make(CHATML_WITH_TOOLS)[0], forced=None)
+    chosen = ChatTemplate.select(make(CHATML_WITH_TOOLS)[0], explicit=None)
     assert '"arguments": {"a": "é"}}' in chosen.render(call('{"a":"\\u00e9"}'))
     for broken in ("{broken", "[" * 100_000, '{"a":' + "1" * 5000 + "}"):
         assert f'"arguments": {json.dumps(broken)}}}' in chosen.render(call(broken))
     joins = "{{ 'json ' + messages[1].tool_calls[0]['function']['arguments'] + '!' }}"
-    assert ChatTemplate.select(make(joins)[0], forced=None).render(call('{"a":1}')) == 'json {"a":1}!'
+    assert ChatTemplate.select(make(joins)[0], explicit=None).render(call('{"a":1}')) == 'json {"a":1}!'
 
 
 def test_a_message_that_is_no_object_is_refused(make: Make) -> None:
-    chosen = ChatTemplate.select(make("{{ messages }}")[0], forced=None)
+    chosen = ChatTemplate.select(make("{{ messages }}")[0], explicit=None)
     messages: Any = ["hello"]
     with pytest.raises(TemplateError, match="must be an object"):
         chosen.render(messages)
 
 
 def test_rendering_leaves_the_messages_alone(make: Make) -> None:
-    chosen = ChatTemplate.select(make(CHATML_WITH_TOOLS)[0], forced=None)
+    chosen = ChatTemplate.select(make(CHATML_WITH_TOOLS)[0], explicit=None)
     text = '{"city":"Bern"}'
     messages: list[dict[str, Any]]
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": text}}]}]
@@ -421,10 +421,10 @@ def test_rendering_leaves_the_messages_alone(make: Make) -> None:
 )
 def test_a_failing_template_is_one_sentence(make: Make, source: str, said: str) -> None:
     with pytest.raises(TemplateError, match=said) as raised:
-        ChatTemplate.select(make(source)[0], forced=None).render([USER])
+        ChatTemplate.select(make(source)[0], explicit=None).render([USER])
     assert "Traceback" not in str(raised.value)
 
 
 def test_a_syntax_error_is_found_when_the_template_is_chosen(make: Make) -> None:
     with pytest.raises(TemplateError, match=r"'default'.*line 2.*MODEL_TEMPLATE_TYPE"):
-        ChatTemplate.select(make("\n{% if %}")[0], forced=None)
+        ChatTemplate.select(make("\n{% if %}")[0], explicit=None)
