@@ -15,7 +15,7 @@ from rtp_llm.machine.gpus import read_gpus
 from tests.machine.fake_nvml import GIB, FakeNvml
 
 RANK_STATUS = {
-    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "seen": 0.0, "wait_s": None},
+    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "last_seen": 0.0, "wait_s": None},
     **{"weight_bytes": 0, "kv_bytes": 0, "startup_seconds": {}},
 }
 
