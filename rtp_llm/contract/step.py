@@ -83,8 +83,8 @@ class Step:
             num_logits,  # logits_indices
         )
         frame_length = NUM_HEADER_FIELDS + sum(lengths)
-        if len(flat) != frame_length:
-            raise ValueError(f"step frame has {len(flat)} numbers, its header says {frame_length}")
+        if len(flat) != frame_length or min(lengths) < 0:
+            raise ValueError(f"step frame has {len(flat)} numbers, its header says {lengths}")
         (
             token_ids,
             positions,
