@@ -36,7 +36,7 @@ from rtp_llm.parallel.wire import listen
 
 log = logging.getLogger("doctor.gang_service")
 
-# The roll call compares these as well, and its own word on them has a code of its own (69).
+# The rendezvous compares these as well, and reports a difference with its own exit code (69).
 CHECKED_AT_RENDEZVOUS = {"C-01", "C-02", "C-05", "C-07", "C-09", "C-11"}
 
 
@@ -57,7 +57,7 @@ async def serve(part_spec: PartSpec, ctx: CheckContext) -> None:
     responder = listen("0.0.0.0", plan.start_port + DOCTOR_PORT_OFFSET)
     async with serve_ports(plan.part, session.serve, responder, greeting_sockets(session)):
         deadline = time.monotonic() + part_spec.config.gang_timeout_min * 60
-        await session.run(probed_members(ctx, plan), deadline, log.debug)  # the roll call says who is missing
+        await session.run(probed_members(ctx, plan), deadline, log.debug)  # the rendezvous reports missing parts
         await asyncio.to_thread(_run_gang_checks, part_spec, ctx, session, before)
         await asyncio.Event().wait()
 

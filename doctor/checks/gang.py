@@ -175,14 +175,14 @@ def _format_ports(closed: Mapping[int, str], part_report: PartReport) -> str:
     symptoms=(
         "The client socket has timed out after …ms while trying to connect to (…)",
         "connect to …<…> failed : No route to host",
-        "roll call at …: Connection refused",
+        "rendezvous at …: Connection refused",
     ),
     needs=("C-09", "C-10"),
     repair=Repair.OPEN_PORT,
 )
 def planned_ports(ctx: CheckContext) -> CheckResult:
-    """All ports of the plan are dialled from every part: those below START_PORT on part 0 carry the roll call, the
-    steps and torch's rendezvous. A time-out means a filter, a refusal that nobody listens."""
+    """All ports of the plan are dialled from every part: those below START_PORT on part 0 carry the rendezvous, the
+    steps and torch's TCPStore. A time-out means a filter, a refusal that nobody listens."""
     view = _view(ctx)
     if view is None:
         return skip(NOT_RUN)
@@ -228,7 +228,7 @@ def planned_ports(ctx: CheckContext) -> CheckResult:
 )
 def ephemeral_ports(ctx: CheckContext) -> CheckResult:
     """NCCL and gloo listen on ports that the kernel picks from net.ipv4.ip_local_port_range. A firewall that opens only
-    the planned ports lets the roll call pass and the first collective hang."""
+    the planned ports lets the rendezvous pass and the first collective hang."""
     view = _view(ctx)
     if view is None:
         return skip(NOT_RUN)

@@ -22,7 +22,7 @@ P2P_STATUS = {
 
 def _pairs(ctx: CheckContext) -> list[GpuPair]:
     used = {gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]} if ctx.on_gpu else set()
-    return [pair for pair in ctx.gpus.pairs if {pair.one, pair.other} <= used]
+    return [pair for pair in ctx.gpus.pairs if {pair.a, pair.b} <= used]
 
 
 @check(
@@ -43,7 +43,7 @@ def nvml_p2p(ctx: CheckContext) -> CheckResult:
     if bad:
         pair = bad[0]
         why = P2P_STATUS.get(pair.p2p or 0, "no reason given")
-        return error(f"GPU {pair.one} and {pair.other}: {why}", "peer access over NVLink", "drain this machine")
+        return error(f"GPU {pair.a} and {pair.b}: {why}", "peer access over NVLink", "drain this machine")
     if all(pair.p2p is None for pair in pairs):
         return skip("these GPUs do not tell")
     able = sum(pair.p2p == 0 for pair in pairs)
@@ -97,9 +97,7 @@ def topology(ctx: CheckContext) -> CheckResult:
     far = [p for p in pairs if p.topology is not None and p.topology >= pynvml.NVML_TOPOLOGY_SYSTEM and p.nvlink != 0]
     if far:
         fix = "choose GPUs under one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
-        return warn(
-            f"GPU {far[0].one} and {far[0].other} are under different sockets, without NVLink", "one socket", fix
-        )
+        return warn(f"GPU {far[0].a} and {far[0].b} are under different sockets, without NVLink", "one socket", fix)
     return ok("no pair crosses the sockets without NVLink")
 
 

@@ -171,7 +171,7 @@ def names(ctx: CheckContext) -> CheckResult:
             )
             text = f"{member.name}: {member.ip}: {problem.strerror}"
             if ctx.starting:  # machines, containers and pods come one after another
-                return warn(text, "an IPv4 address before long: the roll call waits for it", fix, because="N-07")
+                return warn(text, "an IPv4 address before long: the rendezvous waits for it", fix, because="N-07")
             return error(text, "an IPv4 address", fix)
         if time.monotonic() - started > SLOW_NAME_SECONDS:
             slow.append(member.ip)

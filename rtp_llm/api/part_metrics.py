@@ -166,7 +166,7 @@ def _gpu_metrics(snapshot: GpuSnapshot, part: dict[str, str], ranks: Mapping[str
     up: Samples = [({"gpu": str(gpu.index)} | part, 1.0) for gpu in snapshot.gpus.all]
     up += [({"gpu": str(index)} | part, 0.0) for index, _ in snapshot.gpus.failed]
     yield _gauge("gpu_up", "1 while NVML can read the GPU", up)
-    yield _gauge("gpu_read_timestamp_seconds", "When NVML was last read", [(part, snapshot.at or None)])
+    yield _gauge("gpu_read_timestamp_seconds", "When NVML was last read", [(part, snapshot.read_at or None)])
     yield _gauge("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL", per_gpu(lambda g: g.utilization))
     yield _gauge(
         "gpu_memory_used_bytes",

@@ -76,7 +76,7 @@ class LeaderLoop:
             now = time.monotonic()
             if self.engine.has_work:
                 self._send_outputs(self.engine.step(), time.monotonic() - now)
-                self.rank_status.step(self.engine.num_steps, self.runner.group.wait_seconds)
+                self.rank_status.record_step(self.engine.num_steps, self.runner.group.wait_seconds)
             elif now >= next_tick:
                 next_tick = now + KEEPALIVE_INTERVAL_SECONDS
                 self.followers.send_keepalive()
@@ -156,5 +156,5 @@ def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankSta
             if step.epoch != epoch:
                 raise CommunicationError(f"a step of epoch {step.epoch} reached epoch {epoch}")
             runner.execute(step)
-            rank_status.step(step.number, runner.group.wait_seconds)
+            rank_status.record_step(step.number, runner.group.wait_seconds)
         rank_status.mark_progress()

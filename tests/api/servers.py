@@ -4,9 +4,7 @@ Its output goes to a file, which failing tests show. No traceback may appear in 
 """
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,10 +16,9 @@ from pathlib import Path
 import httpx
 
 import rtp_llm
+from tests.ports import free_start_port
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
-PORT_RANGE = range(31000, 39000)
-PORTS_BELOW, PORTS_ABOVE = 11, 9  # a part uses START_PORT-11 … START_PORT+9
 START_SECONDS, STOP_SECONDS = 120.0, 60.0
 POLL_SECONDS = 0.1
 
@@ -60,26 +57,6 @@ def running_server(checkpoint: Path, output: Path, **settings: str) -> Iterator[
     log = output.read_text(errors="replace")
     assert exit_code == 0, f"the server exited with {exit_code}:\n{log[-4000:]}"
     assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:4000]
-
-
-def free_start_port() -> int:
-    """Returns a START_PORT whose reserved ports are all free now."""
-    for _ in range(200):
-        port = random.randrange(PORT_RANGE.start + PORTS_BELOW, PORT_RANGE.stop - PORTS_ABOVE)
-        if all(_is_free(p) for p in range(port - PORTS_BELOW, port + PORTS_ABOVE + 1)):
-            return port
-    raise AssertionError(f"no free ports in {PORT_RANGE}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
 
 
 def _environment(checkpoint: Path, port: int, settings: dict[str, str]) -> dict[str, str]:

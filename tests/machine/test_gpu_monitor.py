@@ -44,7 +44,7 @@ def test_readings_stay_fresh_and_a_lost_gpu_is_told() -> None:
     nvml = FakeNvml(2)
     monitor = GpuMonitor(None, nvml, period=0.05)
     monitor.start()
-    until(lambda: monitor.snapshot.at > 0)
+    until(lambda: monitor.snapshot.read_at > 0)
     nvml.failed[1] = pynvml.NVML_ERROR_GPU_IS_LOST
     until(lambda: [index for index, _ in monitor.snapshot.gpus.failed] == [1])
     monitor.stop()

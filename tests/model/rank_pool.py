@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import select
 import socket
 import subprocess
@@ -18,9 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rtp_llm.contract.request import Request
-from rtp_llm.parallel.plan import STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET
 from rtp_llm.parallel.wire import FrameType, WireError, pack_json, recv_frame
 from tests.model.drive import Completion, Outcomes
+from tests.ports import free_start_port
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS, JOB_SECONDS = 120, 120
@@ -138,24 +137,6 @@ class RankPool:
     def close(self) -> None:
         self._end(patience=10)
         self._folder.cleanup()
-
-
-def free_start_port() -> int:
-    """A START_PORT whose ports for steps and torch.distributed are free at this moment."""
-    for _ in range(100):
-        port = random.randrange(20000, 60000)
-        if all(_is_free(port - offset) for offset in (STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET)):
-            return port
-    raise AssertionError("no free port found")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as sock:
-        try:
-            sock.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def _entry(request: Request) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.container.engine import no_engine
+from tests.container.engine import engine_unavailable_reason
 from tests.container.prometheus import build_prometheus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def _promtool_command(directory: Path) -> list[str]:
 
 @cache
 def _image() -> str:
-    reason = no_engine()
+    reason = engine_unavailable_reason()
     if reason:
         pytest.skip(f"promtool is not on PATH, and {reason}")
     return build_prometheus()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.parallel import parts
-from tests.parallel.parts import REPOSITORY, Part, free_start_port
+from tests.parallel.parts import REPOSITORY, Part
+from tests.ports import free_start_port
 
 PROMPT = {"prompt": "A large language model is", "max_tokens": 80, "ignore_eos": True}
 GREEDY: dict[str, Any] = {**PROMPT, "temperature": 0}

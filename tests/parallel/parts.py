@@ -6,17 +6,15 @@ that outlived its supervisor is found.
 
 import json
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,13 +22,12 @@ from typing import Any, Self, TypeVar
 
 import rtp_llm
 from tests.parallel.fetch import fetch
+from tests.ports import busy, reserved_ports
 
 T = TypeVar("T")
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
 DEADLINE = 90.0  # seconds for anything a part does; on an idle machine a start takes five
-PORTS = range(21000, 29000)
-BELOW, STRIDE = 11, 9  # a part uses START_PORT-11 … START_PORT+9*ranks-1
 MARK = "MARK_OF_TEST"
 POLL = 0.05
 MODULES = {
@@ -39,35 +36,7 @@ MODULES = {
     "api": " -m rtp_llm.api.main ",
 }
 
-_handed_out: list[range] = []
 running: list["Part"] = []  # whose output is of interest when a test fails
-
-
-def free_start_port(ranks: int = 1) -> int:
-    """A START_PORT whose whole block is free now, and was not given to anybody in this session."""
-    for _ in range(500):
-        first = random.randrange(PORTS.start, PORTS.stop - BELOW - STRIDE * ranks)
-        block = range(first, first + BELOW + STRIDE * ranks)
-        if any(block.start < other.stop and other.start < block.stop for other in _handed_out):
-            continue
-        if not busy(block):
-            _handed_out.append(block)
-            return first + BELOW
-    raise AssertionError(f"no free block of ports in {PORTS}")
-
-
-def busy(ports: Iterable[int]) -> list[int]:
-    """Those of the ports that cannot be listened on."""
-    found = []
-    for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("0.0.0.0", port))
-                probe.listen()
-            except OSError:
-                found.append(port)
-    return found
 
 
 def shared_memory() -> set[str]:
@@ -227,9 +196,8 @@ class Part:
         """No process of it lives, its ports are free, nothing new lies in /dev/shm, its temporary folder is empty."""
         self.assert_no_process_left()
         if not self.inside:
-            block = range(self.port - BELOW, self.port + STRIDE * self.ranks)
-            assert busy(block) == [], self.log
-        assert shared_memory() - self._shared_memory == set()
+            assert busy(reserved_ports(self.port, self.ranks)) == [], self.log
+        self._assert_no_shared_memory_left()
         assert list(self.temporary.iterdir()) == [], self.log
 
     def assert_no_process_left(self, seconds: float = 5) -> None:
@@ -238,6 +206,13 @@ class Part:
         while self.processes() and time.monotonic() < deadline:
             time.sleep(POLL)
         assert self.processes() == {}, self.log
+
+    def _assert_no_shared_memory_left(self, seconds: float = 5) -> None:
+        """`seconds`: a part of another test may be between creating a segment and mapping it."""
+        deadline = time.monotonic() + seconds
+        while (left := shared_memory() - self._shared_memory) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        assert left == set()
 
     def __enter__(self) -> Self:
         return self

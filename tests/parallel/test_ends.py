@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import pytest
 
 from tests.parallel.conftest import BODIES, GREEDY
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
 from tests.parallel.stream import Stream
+from tests.ports import free_start_port
 
 LOADING = "collectives use interface"
 

@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
+from tests.ports import free_start_port
 
 
 def test_four_ranks_say_what_one_says(settings: dict[str, str], expected: dict[str, str], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
+from tests.ports import free_start_port
 
 GIVE_UP = {"GANG_TIMEOUT_MIN": "0.1", "GANG_SLEEP_TIME": "1"}
 
@@ -93,4 +94,4 @@ def test_a_part_that_never_comes_is_named_again_and_again(gangs: dict[str, Gang]
     assert part.wait_end() == 69
     assert part.log.count(f"waiting for part{missing} (127.0.0.1:") >= 3
     assert f"gave up after 0.1 minutes (GANG_TIMEOUT_MIN): missing part{missing} (127.0.0.1:" in part.log
-    assert "no restart can mend that; the part ends with exit code 69" in part.log
+    assert "a restart cannot fix this; the part ends with exit code 69" in part.log

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
 from tests.parallel.stream import Stream
+from tests.ports import free_start_port
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rtp_llm.parallel.wire import listen
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
+from tests.ports import free_start_port
 
 AT_ONCE = 10.0  # seconds; it takes less than one, but not on a machine that is busy
 
@@ -68,7 +69,7 @@ def test_wrong_settings(
     assert all(word in log for word in words), log
 
 
-@pytest.mark.parametrize(("below", "purpose"), [(0, "HTTP"), (1, "roll call"), (11, "torch.distributed")])
+@pytest.mark.parametrize(("below", "purpose"), [(0, "HTTP"), (1, "rendezvous"), (11, "torch.distributed")])
 def test_a_port_in_use_names_its_holder(settings: dict[str, str], below: int, purpose: str) -> None:
     port = free_start_port(2)
     with closing(listen("127.0.0.1", port - below)), socket.socket():
@@ -121,4 +122,4 @@ def test_a_damaged_tokenizer_is_found_by_the_api_and_ends_the_part(
     env = {**settings, "CHECKPOINT_PATH": str(path), "TOKENIZER_PATH": str(path)}
     log = refused(env, code=65, seconds=60)
     assert "tokenizer.json" in log
-    assert "no restart can mend that; the part ends with exit code 65" in log
+    assert "a restart cannot fix this; the part ends with exit code 65" in log

@@ -78,7 +78,7 @@ def test_gather_keeps_the_order_of_ranks_between_reductions(segment: Path) -> No
 
 @pytest.mark.parametrize("segment", [2], indirect=True)
 def test_a_rank_that_does_not_come_is_named(segment: Path) -> None:
-    with pytest.raises(CommunicationError, match=r"ranks \[1\] did not come"):
+    with pytest.raises(CommunicationError, match=r"ranks \[1\] did not join a collective"):
         ShmCommunicator(segment, 0, 2, timeout=0.05).all_reduce(torch.ones(1))
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
 from tests.parallel.stream import Stream
+from tests.ports import free_start_port
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_a_link_that_leads_nowhere_names_its_target(kept: str, model: Path) -> N
     if kept == "index":
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     assert ids(model) == ["M-06"]
-    assert "it is a link to ../../blobs/0123abcd, which is not here" in str(find_errors(model)[0])
+    assert "it is a link to ../../blobs/0123abcd, which does not exist here" in str(find_errors(model)[0])
 
 
 def test_an_index_that_is_such_a_link(model: Path) -> None:

@@ -22,7 +22,7 @@ from rtp_llm import start_server
             "could not run: rtp-llm-doctor: cannot run",
         ),
         (3, "! M-09 the check failed: OSError\nincomplete: 1 crashed\n", "", "WARNING", "M-09 the check failed"),
-        (-9, "", "", "WARNING", "the doctor could not run: it ended with -9"),
+        (-9, "", "", "WARNING", "the doctor could not run: it exited with -9"),
     ],
 )
 def test_only_errors_stop_a_start(

@@ -216,7 +216,7 @@ def test_during_shutdown_it_lets_everything_end(tmp_path: Path) -> None:
     ids=["it refuses", "it failed itself"],
 )
 def test_only_a_refusal_of_the_doctor_ends_the_part(tmp_path: Path, status: int, calls: list[str]) -> None:
-    supervisor = Supervisor([process("rank0", "ranks"), process("checkup", "doctor", "EXITED", status)])
+    supervisor = Supervisor([process("rank0", "ranks"), process("gang-doctor", "doctor", "EXITED", status)])
     guarding(tmp_path, supervisor).handle()
     assert supervisor.calls == calls
     code = tmp_path / "exit_code"

@@ -164,8 +164,8 @@ def test_numbers_beyond_reason_are_refused_at_once(text: str) -> None:
     [
         ("name:x_part0,ip", "'ip' is not key:value"),
         ("name:x_part0,ip:a,ip:b", "duplicate key 'ip' in 'name:x_part0,ip:a,ip:b'"),
-        ("name:x_part0,ip:a;name:x_part0,ip:b", "a member's name stands twice"),
-        (";;", "holds no member"),
+        ("name:x_part0,ip:a;name:x_part0,ip:b", "two members have the same name"),
+        (";;", "contains no member"),
         ("ip:a,port:10000", "member '': the name must end in part<N>"),
         ("name:x_part0,ip:a,port:many", 'port is "many"'),
         ("name:x_part0,ip:a,port:", 'port is ""'),
@@ -186,7 +186,7 @@ def test_an_ipv6_address_is_refused_and_not_misread() -> None:
 
 def test_an_address_that_is_no_machines_is_refused() -> None:
     message = refusal(gang_config_string="name:x_part0,ip:0.0.0.0,port:10000")
-    assert "ip is '0.0.0.0', which is no machine's; allowed: its own address" in message
+    assert "ip is '0.0.0.0'; allowed: the address of one machine" in message
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

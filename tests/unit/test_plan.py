@@ -174,11 +174,11 @@ def test_the_fingerprint_tells_plans_apart(difference: dict[str, Any]) -> None:
         ({"json_gang_parts": parts("a:12000"), "tp_size": 1}, "START_PORT=10000, but member 'x_part0'"),
         (
             {"tp_size": 2, "local_world_size": 1, "json_gang_parts": parts("a:10000", "a:10000")},
-            "members 'x_part0' and 'x_part1' are both a:10000; give each its own",
+            "members 'x_part0' and 'x_part1' are both a:10000; give each its own port",
         ),
         (
             {"tp_size": 4, "local_world_size": 2, "json_gang_parts": parts("a:10000", "a:10017")},
-            "'x_part0' and 'x_part1' share a and their port blocks overlap: 9989-10017 and 10017-10034; move one",
+            "'x_part0' and 'x_part1' share a and their reserved ports overlap: 9989-10017 and 10017-10034; move one",
         ),
         (
             {"tp_size": 4, "local_world_size": 2, "json_gang_parts": parts("a:10000", "a:9972")},
@@ -201,10 +201,11 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], words: st
 
 
 def test_more_ranks_than_gpus() -> None:
-    words = "LOCAL_WORLD_SIZE=4: this machine shows 2 GPUs; allowed: at most 2"
+    words = "LOCAL_WORLD_SIZE=4: this machine has 2 visible GPUs; allowed: at most 2"
     assert refusal(2, tp_size=4, local_world_size=4) == words
     assert (
-        refusal(0, tp_size=2, rtp_device="cuda") == "LOCAL_WORLD_SIZE=2: this machine shows 0 GPUs; allowed: at most 0"
+        refusal(0, tp_size=2, rtp_device="cuda")
+        == "LOCAL_WORLD_SIZE=2: this machine has 0 visible GPUs; allowed: at most 0"
     )
     assert "no member list is given" in refusal(2, tp_size=4)
 
@@ -230,7 +231,7 @@ def test_the_address_of_another_member_is_refused() -> None:
 
 
 def test_an_address_that_nobody_here_has_is_a_warning() -> None:
-    assert "fine behind NAT only" in str(check_address(two_machines(0), {"127.0.0.1", "172.17.0.2"}))
+    assert "this is fine only behind NAT" in str(check_address(two_machines(0), {"127.0.0.1", "172.17.0.2"}))
 
 
 # Whatever is set, a sound plan or ConfigError comes out.

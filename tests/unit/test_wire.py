@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rtp_llm.parallel.wire import (
     HEADER,
-    MAX_PAYLOAD,
+    MAX_PAYLOAD_BYTES,
     Frame,
     FrameBuffer,
     FrameType,
@@ -82,13 +82,13 @@ def test_noise_gives_frames_or_an_error_and_nothing_else(noise: bytes) -> None:
     [
         b"GET / HTTP/1.1\r\n",
         b"\x16\x03\x01\x02\x00\x01",
-        HEADER.pack(MAX_PAYLOAD + 1, FrameType.STEP),
+        HEADER.pack(MAX_PAYLOAD_BYTES + 1, FrameType.STEP),
         HEADER.pack(0, 99),
     ],
     ids=["http", "tls", "oversized", "kind"],
 )
 def test_what_is_no_frame_is_refused_by_its_header(pair: Pair, noise: bytes) -> None:
-    with pytest.raises(WireError, match="is something else connecting to this port"):
+    with pytest.raises(WireError, match="is another program connecting to this port"):
         collect([noise])
     ours, theirs = pair
     theirs.sendall(noise)
@@ -97,7 +97,7 @@ def test_what_is_no_frame_is_refused_by_its_header(pair: Pair, noise: bytes) -> 
 
 
 def test_the_largest_payload_is_allowed() -> None:
-    assert parse_header(HEADER.pack(MAX_PAYLOAD, FrameType.STEP)) == (MAX_PAYLOAD, FrameType.STEP)
+    assert parse_header(HEADER.pack(MAX_PAYLOAD_BYTES, FrameType.STEP)) == (MAX_PAYLOAD_BYTES, FrameType.STEP)
 
 
 def test_a_frame_sent_byte_by_byte_arrives(pair: Pair) -> None:
