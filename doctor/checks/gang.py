@@ -56,7 +56,7 @@ def parts_respond(ctx: CheckContext) -> CheckResult:
         names = ", ".join(view.plan.describe_part(part) for part in view.absent)
         first = view.absent[0] * view.plan.local_world_size
         return error(
-            f"no word from {names}{_last_attempt(view)}",
+            f"no response from {names}{_last_attempt(view)}",
             "an answer from every part",
             Fix(
                 host=f"start it, with WORLD_RANK={first}, or run `rtp-llm-doctor gang` there as well",
@@ -95,7 +95,7 @@ def versions(ctx: CheckContext) -> CheckResult:
     if strangers:
         text = "; ".join(f"part{one} -> part{other}: something else answers at {at}" for one, other, at in strangers)
         return error(text, f"the doctor of part{strangers[0][1]}", _free(*strangers[0][1:]))
-    refusals = view.refusals()
+    refusals = view.protocol_errors()
     differing = view.differences("doctor.")
     if refusals or differing:
         fix = "the same image, by digest, and the same GANG_SECRET on every part"
@@ -144,7 +144,7 @@ def _probable_cause(view: GangView, one: PartReport, other: PartReport, closed: 
     """Who is to mend it, by what the opposite direction and the kind of failure say."""
     back = view.unreachable_ports(other, one)
     kinds = set(closed.values())
-    if kinds <= {"foreign"}:
+    if kinds <= {"not_doctor"}:
         return f"another program has what part{other.part} needs"
     if kinds <= {"refused"}:
         return f"nothing listens there, or part{other.part}'s firewall refuses"
@@ -160,7 +160,7 @@ def _incomplete(ways: list[tuple[PartReport, PartReport]], what: str) -> CheckRe
 
 
 def _format_ports(closed: Mapping[int, str], part_report: PartReport) -> str:
-    words = {"timeout": "times out", "unreachable": "is unreachable", "foreign": "is answered by something else"}
+    words = {"timeout": "times out", "unreachable": "is unreachable", "not_doctor": "is answered by something else"}
     return ", ".join(
         f"{port} ({part_report.planned_ports.get(port, 'chosen by the kernel, as NCCL does')}) {words.get(how, how)}"
         for port, how in sorted(closed.items())

@@ -1,7 +1,7 @@
-"""The API of one part inside the test's own process, on a free port, before a fake engine.
+"""The API of one part inside the test's process, on a free port, with a fake engine.
 
-The application is what `rtp_llm.api.main` builds, behind the server it uses. In one process with the test, its log
-can be watched: an error there fails the test, even where the client got a good answer.
+It is the application of `rtp_llm.api.main` on the same HTTP server. Since it shares the test's process, an error in its
+log fails the test, even if the client got a valid response.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ from tests.api.fake_engine import TIMEOUT_SECONDS, FakeEngine, Script
 
 
 class ApiServer:
-    """API and engine. `settings` are those of `Config`."""
+    """The API and its engine. `settings` are fields of `Config`."""
 
     def __init__(self, model: ByteModel, script: Script | None = None, *, sends_ready: bool = True, **settings: Any):
         self.model = model
-        # Not pytest's folder: the path of a unix socket may have 107 bytes.
+        # Not pytest's tmp_path: the path of a unix socket is limited to 107 bytes.
         self.run_dir = Path(tempfile.mkdtemp(prefix="rtp-api-"))
-        config = Config(checkpoint_path=str(model.folder), rtp_device="cpu", tp_size=1, **settings)
+        config = Config(checkpoint_path=str(model.directory), rtp_device="cpu", tp_size=1, **settings)
         self.part_spec = PartSpec(
             run_dir=self.run_dir,
             config=config,
@@ -82,7 +82,7 @@ class ApiServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:  # whatever the test did, no place in the queue is lost
+        if kind is None:  # no test may leak a slot
             self.wait_until(lambda: self._service.reserved_slots == 0 and self._service.client.num_in_flight == 0)
         self._server.should_exit = True
         self._thread.join(TIMEOUT_SECONDS)
@@ -94,7 +94,7 @@ class ApiServer:
             assert not self.errors.lines, self.errors.lines
 
     def new_engine(self, script: Script | None = None, **options: Any) -> FakeEngine:
-        """Another one on the same socket; the last one should have died."""
+        """Starts another engine on the same socket. The last one must be closed."""
         self.engine = FakeEngine(self.part_spec.engine_socket, script, **options)
         return self.engine
 
@@ -112,7 +112,7 @@ class ApiServer:
             return client.post(path, json=body)
 
     def stream(self, path: str, body: Any) -> bytes:
-        """The whole body of a stream."""
+        """Returns the whole body of a streamed response."""
         with self.client() as client, client.stream("POST", path, json=body) as response:
             return response.read()
 
@@ -122,7 +122,7 @@ class ApiServer:
             yield response
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series; 0 where there is none yet."""
+        """Returns the value of one series, 0 if it does not exist yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
@@ -132,32 +132,32 @@ class ApiServer:
             if condition():
                 return
             time.sleep(0.01)
-        raise AssertionError("what should have happened did not")
+        raise AssertionError(f"the condition was not met within {TIMEOUT_SECONDS} s")
 
     @property
     def num_connections(self) -> int:
-        """Clients whose connection the server has accepted."""
+        """Connections that the server has accepted."""
         return len(self._server.server_state.connections)
 
     @contextmanager
     def blocked_event_loop(self) -> Iterator[None]:
-        """The API's event loop stands still meanwhile: all that is sent arrives in one of its instants."""
-        standing, going = threading.Event(), threading.Event()
+        """Blocks the API's event loop, so that everything sent meanwhile arrives in one iteration."""
+        is_blocked, unblock = threading.Event(), threading.Event()
 
-        def stand() -> None:
-            standing.set()
-            going.wait(TIMEOUT_SECONDS)
+        def block() -> None:
+            is_blocked.set()
+            unblock.wait(TIMEOUT_SECONDS)
 
-        self._server.loop.call_soon_threadsafe(stand)
-        assert standing.wait(TIMEOUT_SECONDS)
+        self._server.loop.call_soon_threadsafe(block)
+        assert is_blocked.wait(TIMEOUT_SECONDS)
         try:
             yield
         finally:
-            going.set()
+            unblock.set()
 
     def write_gang_status(self, **rank_status: Any) -> None:
-        """What the part's rank posts twice a second."""
-        usual = {
+        """Writes the gang status file, which the part's rank writes twice a second."""
+        defaults = {
             "part": 0,
             "pid": 1,
             "phase": "serving",
@@ -170,12 +170,12 @@ class ApiServer:
             "kv_bytes": 2000,
             "startup_seconds": {"loading": 1.5},
         }
-        board = {"epoch": 1, "message": "", "ranks": {"0": {**usual, **rank_status}}}
-        self.part_spec.gang_status_path.write_text(json.dumps(board))
+        gang_status = {"epoch": 1, "message": "", "ranks": {"0": {**defaults, **rank_status}}}
+        self.part_spec.gang_status_path.write_text(json.dumps(gang_status))
 
 
 class _LoopTrackingServer(uvicorn.Server):
-    """Keeps its event loop in sight."""
+    """Exposes its event loop."""
 
     loop: asyncio.AbstractEventLoop
 
@@ -185,7 +185,7 @@ class _LoopTrackingServer(uvicorn.Server):
 
 
 class _ErrorLog(logging.Handler):
-    """Collects what is logged as an error, tracebacks above all."""
+    """Collects the log's errors, including tracebacks."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A client that hangs up: its sequences are aborted, whatever they were waiting for, and their room is free again."""
+"""Client disconnects: the sequences are aborted in every state, and their slots are freed."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.raw_http import RawHttpConnection
 from tests.api.servers import ServerProcess
-from tests.api.sse import frames
+from tests.api.sse import split_events
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 STREAMS: list[tuple[str, dict[str, Any], int]] = [
@@ -35,10 +35,10 @@ WHOLES: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-def assert_all_aborted(api: ApiServer, taken: list[Submission]) -> None:
-    assert {api.engine.next_abort() for _ in taken} == {s.id for s in taken}
+def assert_all_aborted(api: ApiServer, submissions: list[Submission]) -> None:
+    assert {api.engine.next_abort() for _ in submissions} == {s.id for s in submissions}
     aborted = {"finished_reason": "abort", "model_name": "fake"}
-    api.wait_until(lambda: api.metric("rtp_llm_request_success_total", **aborted) == len(taken))
+    api.wait_until(lambda: api.metric("rtp_llm_request_success_total", **aborted) == len(submissions))
     api.wait_until(lambda: api.metric("rtp_llm_http_requests_active") == 0)
     limit = api.part_spec.config.concurrency_limit
     assert api.get("/worker_status").json()["available_concurrency"] == limit
@@ -46,58 +46,64 @@ def assert_all_aborted(api: ApiServer, taken: list[Submission]) -> None:
 
 @pytest.mark.parametrize(("path", "body", "count"), STREAMS)
 @pytest.mark.parametrize("after_text", [True, False], ids=["after text", "before text"])
-def test_a_stream_is_cut(path: str, body: dict[str, Any], count: int, after_text: bool, start_api: StartApi) -> None:
-    """Before text: nothing would ever be written to this client that could fail, so the server must be listening."""
+def test_disconnect_during_a_stream_aborts_its_sequences(
+    path: str, body: dict[str, Any], count: int, after_text: bool, start_api: StartApi
+) -> None:
+    """Before text: the server must listen for the disconnect, since no write to this client can fail."""
     api = start_api()
     with api.open_stream(path, body) as response:
-        taken = [api.engine.next_submission() for _ in range(count)]
+        submissions = [api.engine.next_submission() for _ in range(count)]
         if after_text:
-            api.engine.send_frame(*(EngineOutput(s.id, tokens=api.model.tokens("some text")) for s in taken))
-            stream = frames(response.iter_raw())
+            api.engine.send_frame(*(EngineOutput(s.id, tokens=api.model.tokens("some text")) for s in submissions))
+            stream = split_events(response.iter_raw())
             while b"some text" not in next(stream):
                 pass
-    assert_all_aborted(api, taken)
+    assert_all_aborted(api, submissions)
 
 
 @pytest.mark.parametrize(("path", "body", "count"), WHOLES)
-def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, start_api: StartApi) -> None:
+def test_disconnect_before_a_whole_response_aborts_its_sequences(
+    path: str, body: dict[str, Any], count: int, start_api: StartApi
+) -> None:
     api = start_api()
     with RawHttpConnection(api.url).send(path, json.dumps(body).encode()):
-        taken = [api.engine.next_submission() for _ in range(count)]
-        api.engine.send_frame(EngineOutput(taken[0].id, tokens=api.model.tokens("some text")))
-    assert_all_aborted(api, taken)
+        submissions = [api.engine.next_submission() for _ in range(count)]
+        api.engine.send_frame(EngineOutput(submissions[0].id, tokens=api.model.tokens("some text")))
+    assert_all_aborted(api, submissions)
 
 
 @pytest.mark.parametrize(("path", "body", "count"), [*STREAMS, *WHOLES])
-def test_a_client_that_is_gone_before_it_is_served(
+def test_disconnect_before_the_sequences_start(
     path: str, body: dict[str, Any], count: int, start_api: StartApi
 ) -> None:
-    """It leaves while its long prompt is encoded: sequences that never start keep no places (the stack looks)."""
+    """It disconnects while its long prompt is encoded. Sequences that never start must not keep their slots, which
+    ApiServer checks at its end.
+    """
     api = start_api()
     api.engine.close()
     api.new_engine(max_seq_len=100_000)
     api.wait_until(lambda: api.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000)
-    raw = json.dumps(body).replace('"Hi"', f'"{"x" * 20_000}"').encode()
+    body_bytes = json.dumps(body).replace('"Hi"', f'"{"x" * 20_000}"').encode()
     for _ in range(3):
-        with RawHttpConnection(api.url) as line:
+        with RawHttpConnection(api.url) as connection:
             api.wait_until(lambda: api.num_connections == 1)
             with api.blocked_event_loop():
-                line.send(path, raw).close()
+                connection.send(path, body_bytes).close()
         api.wait_until(lambda: api.num_connections == 0)
     assert api.metric("rtp_llm_http_requests_total", method="POST", handler=path, status="500") == 0
 
 
-def test_a_client_that_does_not_read_is_cut(start_api: StartApi) -> None:
-    """The server waits for room in the socket's buffer then, and not for the engine."""
+def test_disconnect_of_a_client_that_does_not_read(start_api: StartApi) -> None:
+    """The server waits for space in the socket's buffer, not for the engine."""
     api = start_api()
     with RawHttpConnection(api.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
-        taken = api.engine.next_submission()
+        submissions = api.engine.next_submission()
         for _ in range(400):  # each event repeats the text so far: some 40 MB
-            api.engine.send_frame(EngineOutput(taken.id, tokens=api.model.tokens("x" * 500)))
-    assert_all_aborted(api, [taken])
+            api.engine.send_frame(EngineOutput(submissions.id, tokens=api.model.tokens("x" * 500)))
+    assert_all_aborted(api, [submissions])
 
 
-def test_one_of_two_is_cut(start_api: StartApi) -> None:
+def test_disconnect_of_one_client_does_not_abort_another(start_api: StartApi) -> None:
     api = start_api()
     with api.open_stream(*STREAMS[0][:2]) as kept:
         first = api.engine.next_submission()
@@ -109,20 +115,20 @@ def test_one_of_two_is_cut(start_api: StartApi) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/", "/tokenize", "/set_log_level"])
-def test_a_body_is_cut(path: str, start_api: StartApi) -> None:
-    """Nobody is left to answer, and nothing is wrong with the server: no error in its log, no 500 in its metrics."""
+def test_disconnect_within_the_body_is_not_an_error(path: str, start_api: StartApi) -> None:
+    """No error in the server's log, no 500 in its metrics."""
     api = start_api()
-    RawHttpConnection(api.url).send(path, b'{"prompt": "half', declared=1000).close()
+    RawHttpConnection(api.url).send(path, b'{"prompt": "half', content_length=1000).close()
     labels = {"method": "POST", "handler": path}
     api.wait_until(lambda: api.metric("rtp_llm_http_request_duration_seconds_count", **labels) == 1)
     assert api.metric("rtp_llm_http_requests_total", status="500", **labels) == 0
 
 
 def test_a_matched_stop_string_ends_the_sequence_in_the_engine(start_api: StartApi, byte_model: ByteModel) -> None:
-    """The engine knows no text: without an abort it would go on for nobody."""
+    """The engine has no text: without an abort it would continue."""
     api = start_api(lambda submission: [ScriptedOutput(byte_model.tokens("one END two"))])
-    answer = api.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
-    assert answer.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
+    response = api.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
+    assert response.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
     assert api.engine.next_abort() == api.engine.next_submission().id
     stopped = {"finished_reason": "stop", "model_name": "fake"}
     assert api.metric("rtp_llm_request_success_total", **stopped) == 1
@@ -132,19 +138,23 @@ def test_a_matched_stop_string_ends_the_sequence_in_the_engine(start_api: StartA
 
 
 @pytest.fixture
-def idle(http: httpx.Client) -> Callable[[], None]:
-    """Waits until nothing runs and no KV block is in use."""
+def wait_until_idle(http: httpx.Client) -> Callable[[], None]:
+    """Returns a function that waits until no sequence runs and no KV block is in use."""
 
     def wait() -> None:
-        numbers: dict[str, float] = {}
+        values: dict[str, float] = {}
         for _ in range(300):
-            lines = [line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
-            numbers = {name.split("{")[0]: float(value) for name, value in lines}
-            busy = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_cache_used_tokens")
-            if not any(numbers[f"rtp_llm_{name}"] for name in busy):
+            lines = [
+                connection.rsplit(" ", 1)
+                for connection in http.get("/metrics").text.splitlines()
+                if not connection.startswith("#")
+            ]
+            values = {name.split("{")[0]: float(value) for name, value in lines}
+            gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_cache_used_tokens")
+            if not any(values[f"rtp_llm_{name}"] for name in gauges):
                 return
             time.sleep(0.05)
-        raise AssertionError(numbers)
+        raise AssertionError(values)
 
     return wait
 
@@ -152,15 +162,17 @@ def idle(http: httpx.Client) -> Callable[[], None]:
 def tokens_generated(http: httpx.Client) -> float:
     text = http.get("/metrics").text
     return float(
-        next(line for line in text.splitlines() if line.startswith("rtp_llm_generation_tokens_total")).split()[1]
+        next(
+            connection for connection in text.splitlines() if connection.startswith("rtp_llm_generation_tokens_total")
+        ).split()[1]
     )
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_the_engine_stops_and_frees_its_blocks(
-    stream: bool, server: ServerProcess, http: httpx.Client, idle: Callable[[], None]
+    stream: bool, server: ServerProcess, http: httpx.Client, wait_until_idle: Callable[[], None]
 ) -> None:
-    idle()
+    wait_until_idle()
     before = tokens_generated(http)
     body = {**CHAT, "max_tokens": 1900, "ignore_eos": True, "stream": stream, "n": 8}
     with RawHttpConnection(server.url).send("/v1/chat/completions", json.dumps(body).encode()):
@@ -168,6 +180,6 @@ def test_the_engine_stops_and_frees_its_blocks(
             if tokens_generated(http) - before > 8 * 20:
                 break
             time.sleep(0.02)
-    idle()
+    wait_until_idle()
     assert 8 * 20 < tokens_generated(http) - before < 8 * 1900
     assert http.get("/worker_status").json()["available_concurrency"] == 32

@@ -1,4 +1,4 @@
-"""What probes, routers and dashboards ask: health, liveness, status, models, log level."""
+"""The endpoints of probes, routers and dashboards: health, liveness, status, models, log level."""
 
 import json
 import logging
@@ -22,18 +22,18 @@ LIVENESS = ("/liveness", "/frontend_health")
 
 @pytest.fixture(scope="module")
 def api(byte_model: ByteModel) -> Iterator[ApiServer]:
-    with ApiServer(byte_model) as started:
-        yield started
+    with ApiServer(byte_model) as api:
+        yield api
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("path", [*HEALTH, *LIVENESS])
 def test_a_serving_part_is_ok(path: str, method: str, api: ApiServer) -> None:
-    """The body is upstream's: a JSON string, quotes and all."""
+    """The body is upstream's: a JSON string with quotes."""
     api.write_gang_status()
     with api.client() as client:
-        answer = client.request(method, path)
-    assert (answer.status_code, answer.content) == (200, b'"ok"')
+        response = client.request(method, path)
+    assert (response.status_code, response.content) == (200, b'"ok"')
 
 
 UNHEALTHY = {
@@ -47,38 +47,38 @@ UNHEALTHY = {
 
 
 @pytest.mark.parametrize("name", UNHEALTHY)
-def test_a_part_that_does_not_serve_says_why(name: str, api: ApiServer) -> None:
-    """And lives all the same: a probe that kills a loading server would never let it finish."""
+def test_health_of_a_part_that_is_not_ready(name: str, api: ApiServer) -> None:
+    """/health is 503 with a reason. /liveness is 200, or a liveness probe would kill a server that is loading."""
     rank_status = UNHEALTHY[name]
     if rank_status is None:
         api.part_spec.gang_status_path.unlink(missing_ok=True)
     else:
         api.write_gang_status(**rank_status)
     for path in HEALTH:
-        answer = api.get(path)
-        assert answer.status_code == 503
-        assert int(answer.headers["Retry-After"]) >= 1
-        assert answer.json()["detail"]
+        response = api.get(path)
+        assert response.status_code == 503
+        assert int(response.headers["Retry-After"]) >= 1
+        assert response.json()["detail"]
     if rank_status and "progress" in rank_status:
-        assert answer.json()["phase"] == rank_status["phase"]
-        assert answer.json()["progress"] == rank_status["progress"]
+        assert response.json()["phase"] == rank_status["phase"]
+        assert response.json()["progress"] == rank_status["progress"]
     for path in LIVENESS:
         assert api.get(path).content == b'"ok"'
     assert api.metric("rtp_llm_ready") == 0
     assert api.metric("rtp_llm_live") == 1
 
 
-def test_a_board_that_nobody_writes_any_more(api: ApiServer) -> None:
+def test_a_stale_gang_status_is_unhealthy(api: ApiServer) -> None:
     api.write_gang_status()
     old = time.time() - STATUS_STALE_SECONDS - 1
     os.utime(api.part_spec.gang_status_path, (old, old))
-    answer = api.get("/health")
-    assert answer.status_code == 503
-    assert "no status" in answer.json()["detail"]
+    response = api.get("/health")
+    assert response.status_code == 503
+    assert "no status" in response.json()["detail"]
 
 
 def test_a_lost_connection_to_rank_0(start_api: StartApi) -> None:
-    """Not ready between the end of one engine and the next one's greeting, ready again afterwards."""
+    """Not ready until the next engine's READY frame."""
     api = start_api()
     api.write_gang_status()
     assert api.get("/health").status_code == 200
@@ -93,18 +93,18 @@ def test_a_lost_connection_to_rank_0(start_api: StartApi) -> None:
 
 
 def test_models(api: ApiServer, http: httpx.Client, server: ServerProcess) -> None:
-    for answer, name in ((api.get("/v1/models"), "fake"), (http.get("/v1/models"), "demo")):
-        [card] = answer.json()["data"]
-        assert answer.json()["object"] == "list"
+    for response, name in ((api.get("/v1/models"), "fake"), (http.get("/v1/models"), "demo")):
+        [card] = response.json()["data"]
+        assert response.json()["object"] == "list"
         assert (card["id"], card["object"], card["max_model_len"]) == (name, "model", 2048)
         assert abs(card["created"] - time.time()) < 24 * 3600
 
 
 def test_home(http: httpx.Client) -> None:
-    """GET / beside POST /; a browser gets a page where there is one."""
-    answer = http.get("/", headers={"Accept": "application/json"})
-    assert answer.status_code == 200
-    assert answer.json() == {"status": "home"}
+    """GET / besides POST /."""
+    response = http.get("/", headers={"Accept": "application/json"})
+    assert response.status_code == 200
+    assert response.json() == {"status": "home"}
 
 
 STATUS_KEYS = {
@@ -182,8 +182,8 @@ def test_log_level(level: str, api: ApiServer) -> None:
         root.setLevel(before)
 
 
-def test_every_origin_may_ask(api: ApiServer) -> None:
-    """As upstream: a page from anywhere may use the API."""
+def test_every_origin_is_allowed(api: ApiServer) -> None:
+    """As upstream: pages of any site may use the API."""
     headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
     with api.client() as client:
         assert client.options("/v1/chat/completions", headers=headers).headers["access-control-allow-origin"] == "*"
@@ -191,10 +191,10 @@ def test_every_origin_may_ask(api: ApiServer) -> None:
         assert client.get("/nothing", headers=headers).headers["access-control-allow-origin"] == "*"
 
 
-def test_a_browser_gets_a_page_and_a_program_upstreams_word(api: ApiServer) -> None:
+def test_home_is_a_page_for_browsers_and_json_for_programs(api: ApiServer) -> None:
     with api.client() as client:
         assert client.get("/").json() == {"status": "home"}
         page = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert page.headers["content-type"].startswith("text/html")
     assert "/v1/chat/completions" in page.text
-    assert "//" not in page.text.replace("// Server-sent", ""), "nothing is loaded from elsewhere"
+    assert "//" not in page.text.replace("// Server-sent", ""), "the page loads no external files"

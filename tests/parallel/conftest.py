@@ -1,5 +1,7 @@
 """Fixtures of the tests with real processes: a checkpoint, outputs of a single rank, logs of failed tests."""
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.parallel import parts
 from tests.parallel.parts import REPOSITORY, Part
@@ -47,7 +50,6 @@ def settings(checkpoint: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "WARM_UP": "0",
         "TEST_BLOCK_NUM": "64",
-        "HEARTBEAT_TIMEOUT": "3",
         "RESTART_LIMIT": "10",
     }
 
@@ -61,6 +63,16 @@ def single_rank(settings: dict[str, str]) -> Iterator[Part]:
 
 
 @pytest.fixture(scope="session")
-def expected(single_rank: Part) -> dict[str, str]:
-    """Outputs of a single rank for each of BODIES. Other numbers of ranks and recovered faults must not change them."""
-    return {name: single_rank.complete(body) for name, body in BODIES.items()}
+def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Outputs of a single rank for each of BODIES. Other numbers of ranks and recovered faults must not change them.
+
+    The first worker that needs them starts the part and leaves the outputs for the others.
+    """
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "expected.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            part: Part = request.getfixturevalue("single_rank")
+            path.write_text(json.dumps({name: part.complete(body) for name, body in BODIES.items()}))
+    outputs: dict[str, str] = json.loads(path.read_text())
+    return outputs

@@ -24,6 +24,7 @@ def gang(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     members = {f"x_part{n}": {"name": f"x_part{n}", "ip": "127.0.0.1", "port": port} for n, port in enumerate(ports)}
     file.write_text(json.dumps(members))
     common = {"DISTRIBUTE_CONFIG_FILE": str(file), "TP_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    common["HEARTBEAT_TIMEOUT"] = "5"  # a test waits until a frozen rank is killed
     parts = [
         Part({**common, **settings, "START_PORT": str(port), "WORLD_RANK": str(rank)}, port=port)
         for rank, port in enumerate(ports)
