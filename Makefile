@@ -1,52 +1,58 @@
-# Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's sources; nothing is
-# installed outside this folder. PYTHON=python3.12 chooses another Python, TORCH=<requirement or wheel> another torch.
+# Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's package sources, and
+# installs nothing outside this folder. PYTHON=python3.12 selects another Python, TORCH=<requirement or wheel> a torch.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint clean
-# A recipe that fails half-way must not leave a stamp that says it is done.
+.PHONY: help install serve test test-all lint clean
+# A recipe that fails must not leave its stamp file.
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
 CHECKPOINT_PATH ?= image/demo/model
 TOKENIZER_PATH ?= $(CHECKPOINT_PATH)
-# Two ranks show what this is about; a machine with a single GPU has room for one.
+# Two ranks by default, to show tensor parallelism; one on a machine with a single GPU.
 TP_SIZE ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
 PORT ?= $(or $(START_PORT),10000)
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests mostly wait for the processes that they start, so there are more workers than cores.
+WORKERS ?= $(shell echo $$((2 * $$(nproc))))
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/installed ## make .venv with what serving needs
+install: $(VENV)/installed ## create .venv with what serving needs
 
-serve: $(VENV)/installed ## serve CHECKPOINT_PATH (a small demo unless set) with TP_SIZE ranks on PORT (10000)
+serve: $(VENV)/installed ## serve CHECKPOINT_PATH (default: a demo model) with TP_SIZE ranks on PORT (10000)
 	@exec env CHECKPOINT_PATH='$(CHECKPOINT_PATH)' TOKENIZER_PATH='$(TOKENIZER_PATH)' START_PORT='$(PORT)' \
 	  TP_SIZE='$(TP_SIZE)' WORLD_SIZE='$(TP_SIZE)' $(BIN)/python -m rtp_llm.start_server
 
-test: $(VENV)/installed-dev ## run the tests; ARGS='-k name' chooses
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/installed-dev ## run every test, as CI does
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-clean: ## remove all that these targets made
+clean: ## remove everything that these targets created
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The stamps: one per layer, each older than what was made from it.
+# Stamp files, one per layer of .venv.
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make PYTHON=python3.12, say" >&2; exit 1; }
+	  { echo "Python 3.11 or newer is needed, but $(PYTHON) is older: try make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	  { echo "This Python cannot make virtual environments: apt install python3-venv" >&2; exit 1; }
+	  { echo "This Python cannot create virtual environments: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Before the rest, so that nothing else pulls in a torch that does not suit the machine.
+# Before the other packages, whose dependencies would otherwise install a torch build that does not fit the machine.
 $(VENV)/torch: $(VENV)/created image/install-torch pyproject.toml
 	$(BIN)/python image/install-torch
 	@touch $@

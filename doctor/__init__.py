@@ -1,1 +1,1 @@
-"""rtp-llm-doctor: says what is wrong with this machine, this plan and this gang before it costs anybody ten minutes."""
+"""rtp-llm-doctor: finds problems of this machine, the configuration and the gang before a model is loaded."""

@@ -1,4 +1,4 @@
-"""`python -m doctor`: the same as `rtp-llm-doctor`."""
+"""`python -m doctor` is the same as `rtp-llm-doctor`."""
 
 import sys
 

@@ -1,15 +1,14 @@
-"""`rtp-llm-doctor attach`: what a running part is doing. Reads its run directory and /proc; disturbs nothing."""
+"""`rtp-llm-doctor attach`: the state of a running part, read from its run directory and /proc."""
 
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import psutil
 from pydantic import BaseModel
@@ -30,7 +29,7 @@ STUCK_SECONDS = 10.0
 
 
 class _RankStatusView(BaseModel):
-    """What is shown of a rank's sign of life (parallel/pulse.py)."""
+    """The fields of a rank status (parallel/rank_status.py) that are shown."""
 
     part: int
     pid: int
@@ -39,153 +38,155 @@ class _RankStatusView(BaseModel):
     idle_s: float
     silent_s: float
 
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds without known progress: before the last heartbeat, and since then."""
+        return self.idle_s + self.silent_s
+
 
 class _GangStatusView(BaseModel):
-    """`gang.json`, as far as it is shown."""
+    """The fields of gang.json that are shown, and the file's age in seconds."""
 
     epoch: int
     ranks: dict[str, _RankStatusView]
     message: str = ""
+    age: float = 0.0
 
 
 def find_run_dirs() -> list[Path]:
-    """Run directories of parts that are running here, newest first: by the command lines of their processes."""
-    found: dict[Path, float] = {}
+    """Returns run directories of the parts that run on this machine, newest first, from process command lines."""
+    started: dict[Path, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
-        words = process.info["cmdline"] or []
-        for module, folder in pairwise(words):
-            path = Path(folder)
-            # Another user's may not be looked into; and what merely has these words in its command line is no part.
+        for module, argument in pairwise(process.info["cmdline"] or []):
+            path = Path(argument)
+            # Skips other users' parts, and other programs that have these words in their command line.
             if module == "rtp_llm.api.main" and os.access(path / "part.json", os.R_OK):
-                found[path] = process.info["create_time"]
-    return sorted(found, key=lambda path: -found[path])
+                started[path] = process.info["create_time"]
+    return sorted(started, key=lambda path: -started[path])
 
 
 def is_running(ctx: CheckContext) -> bool:
-    """Whether the part that these settings describe runs here, and not another deployment on its port."""
-    return any(_is_ours(ctx, folder) for folder in find_run_dirs())
+    """Returns whether the part with these settings runs here, and not another deployment on the same port."""
+    return any(_has_same_settings(ctx, run_dir) for run_dir in find_run_dirs())
 
 
-def _is_ours(ctx: CheckContext, folder: Path) -> bool:
+def _has_same_settings(ctx: CheckContext, run_dir: Path) -> bool:
     try:
-        there = _load(folder)
+        running = _load(run_dir)
     except ConfigError:
         return False
-    if there.plan.start_port != ctx.config.start_port or ctx.plan is None:
+    if running.plan.start_port != ctx.config.start_port or ctx.plan is None:
         return False
-    # Where CHECKPOINT_PATH is not set here, nothing speaks against it. The device is what the driver says today.
-    models = {str(Path(c.checkpoint_path).absolute()) for c in (there.config, ctx.config) if c.checkpoint_path}
-    return replace(there.plan, device=ctx.plan.device) == ctx.plan and len(models) < 2
+    # CHECKPOINT_PATH may be unset here. The device depends on what the driver reports now, so it is not compared.
+    checkpoints = {str(Path(c.checkpoint_path).absolute()) for c in (running.config, ctx.config) if c.checkpoint_path}
+    return replace(running.plan, device=ctx.plan.device) == ctx.plan and len(checkpoints) < 2
 
 
-def _load(folder: Path) -> PartSpec:
-    """Raises ConfigError where the folder's part.json is none."""
+def _load(run_dir: Path) -> PartSpec:
+    """Loads part.json. Raises ConfigError if it is invalid."""
     try:
-        return PartSpec.load(folder)
+        return PartSpec.load(run_dir)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{folder / 'part.json'}: is not what start_server writes: {why}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{run_dir / 'part.json'}: is not what start_server writes: {reason}") from None
 
 
 def attach(run_dir: str) -> int:
-    """Prints the state of a part; 1 where something of it is lost or stuck, 2 where there is none."""
-    folders = [Path(run_dir)] if run_dir else find_run_dirs()
-    if not folders or not (folders[0] / "part.json").exists():
-        where = f"in {run_dir}" if run_dir else "among the processes that can be seen here; --run-dir may name one"
-        print(f"rtp-llm-doctor: no running part {where}", file=sys.stderr)
+    """Prints the state of a part. Returns 1 if there is a problem, 2 if no part runs."""
+    run_dirs = [Path(run_dir)] if run_dir else find_run_dirs()
+    if not run_dirs or not (run_dirs[0] / "part.json").exists():
+        scope = f"in {run_dir}" if run_dir else "among the visible processes; set --run-dir to name its run directory"
+        print(f"rtp-llm-doctor: no running part {scope}", file=sys.stderr)
         return DoctorExitCode.CANNOT_RUN
-    part_spec = _load(folders[0])
-    lines, healthy = describe(part_spec)
+    lines, is_healthy = describe(_load(run_dirs[0]))
     write("\n".join(lines) + "\n")
-    return DoctorExitCode.READY if healthy else DoctorExitCode.ERRORS
+    return DoctorExitCode.READY if is_healthy else DoctorExitCode.ERRORS
 
 
 def describe(part_spec: PartSpec) -> tuple[list[str], bool]:
-    """(lines, whether all is well)."""
+    """Returns the lines to print, and whether the part is healthy."""
     plan = part_spec.plan
     gang_status = _gang_status(part_spec)
     lines = [f"{part_spec.label} of {plan.num_parts}, {plan.device}, state in {part_spec.run_dir}"]
-    ranks, troubles = _ranks(plan.world_size, gang_status)
-    ports, unheard = _ports(plan.local_ports())
-    troubles += unheard
-    lines += ["", "ranks", *ranks, "", "ports", *ports, "", "shared memory", *_memory()]
-    own = [rank_status for rank_status in gang_status["ranks"].values() if rank_status["part"] == plan.part]
-    stuck = [int(rank_status["pid"]) for rank_status in own if _idle(rank_status) + gang_status["age"] > STUCK_SECONDS]
+    ranks, problems = _ranks(plan.world_size, gang_status)
+    ports, port_problems = _ports(plan.local_ports())
+    problems += port_problems
+    lines += ["", "ranks", *ranks, "", "ports", *ports, "", "shared memory", _memory()]
+    stuck = [
+        rank.pid
+        for rank in gang_status.ranks.values()
+        if rank.part == plan.part and rank.idle_seconds + gang_status.age > STUCK_SECONDS
+    ]
     if stuck:
-        lines += ["", "stacks of the ranks that got nowhere", *_stack_dumps(stuck)]
-    lines += ["", f"not well: {'; '.join(troubles)}" if troubles else "well"]
-    return lines, not troubles
+        lines += ["", "stacks of ranks that make no progress", *_stack_dumps(stuck)]
+    lines += ["", f"unhealthy: {'; '.join(problems)}" if problems else "healthy"]
+    return lines, not problems
 
 
-def _gang_status(part_spec: PartSpec) -> dict[str, Any]:
+def _gang_status(part_spec: PartSpec) -> _GangStatusView:
     path = part_spec.gang_status_path
-    nothing = {"epoch": 0, "ranks": {}, "age": 0.0}
     if not path.exists():
-        return {**nothing, "message": "nothing was posted yet"}
+        return _GangStatusView(epoch=0, ranks={}, message=f"{path.name} was not written yet")
     try:
-        state = _GangStatusView.model_validate_json(files.read(path))
-        return {**state.model_dump(), "age": max(0.0, time.time() - path.stat().st_mtime)}
+        status = _GangStatusView.model_validate_json(files.read(path))
+        return status.model_copy(update={"age": max(0.0, time.time() - path.stat().st_mtime)})
     except (OSError, ValueError):
-        return {**nothing, "message": f"{path} is not what the ranks post"}
+        return _GangStatusView(epoch=0, ranks={}, message=f"{path} is not a valid status file")
 
 
-def _ranks(world: int, gang_status: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(lines, what is not well)."""
-    stale = gang_status["age"] > STALE_SECONDS
-    lines = [f"  epoch {gang_status['epoch']}, as of {gang_status['age']:.1f} s ago" + (" (stale)" if stale else "")]
-    if gang_status.get("message"):
-        lines.append(f"  {gang_status['message']}")
-    troubles = [f"nothing was heard of the ranks for {gang_status['age']:.1f} s"] if stale else []
-    for number in range(world):
-        rank_status = gang_status["ranks"].get(str(number))
-        if rank_status is None:
+def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], list[str]]:
+    """Returns (lines, problems)."""
+    age = gang_status.age
+    is_stale = age > STALE_SECONDS
+    lines = [f"  epoch {gang_status.epoch}, as of {age:.1f} s ago" + (" (stale)" if is_stale else "")]
+    if gang_status.message:
+        lines.append(f"  {gang_status.message}")
+    problems = [f"no status from the ranks for {age:.1f} s"] if is_stale else []
+    for number in range(world_size):
+        rank = gang_status.ranks.get(str(number))
+        if rank is None:
             lines.append(f"  rank {number}: no heartbeat")
-            troubles.append(f"rank {number} is not here")
+            problems.append(f"rank {number} is missing")
             continue
-        silent = rank_status["silent_s"] > STALE_SECONDS
+        is_silent = rank.silent_s > STALE_SECONDS
         lines.append(
-            f"  rank {number} (part{rank_status['part']}, pid {rank_status['pid']}): {rank_status['phase']}, step {rank_status['steps']},"
-            f" last progress {_idle(rank_status) + gang_status['age']:.1f} s ago, heartbeat {rank_status['silent_s']:.1f} s ago"
-            + (" (silent)" if silent else "")
+            f"  rank {number} (part{rank.part}, pid {rank.pid}): {rank.phase}, step {rank.steps}, last progress"
+            f" {rank.idle_seconds + age:.1f} s ago, heartbeat {rank.silent_s:.1f} s ago"
+            + (" (silent)" if is_silent else "")
         )
-        if silent:
-            troubles.append(f"rank {number} is silent")
-        elif rank_status["phase"] == "serving" and _idle(rank_status) > STUCK_SECONDS:
-            troubles.append(f"rank {number} gets nowhere")
-    return lines, troubles
-
-
-def _idle(rank_status: Mapping[str, Any]) -> float:
-    """Seconds without progress: up to its last heartbeat, and since then, when nobody knows."""
-    return float(rank_status["idle_s"] + rank_status["silent_s"])
+        if is_silent:
+            problems.append(f"rank {number} is silent")
+        elif rank.phase == "serving" and rank.idle_seconds > STUCK_SECONDS:
+            problems.append(f"rank {number} makes no progress")
+    return lines, problems
 
 
 def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], list[str]]:
-    """The planned ports and who listens on them; what is not well. Only HTTP needs a listener once the ranks met."""
+    """Returns (lines, problems). Only the first port, HTTP, must have a listener after the rendezvous."""
     try:
         listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.laddr and c.status == "LISTEN"}
     except psutil.AccessDenied:
-        return ["  who listens can only be seen as root"], []
-    lines, troubles = [], []
+        return ["  only root can see the listening processes"], []
+    lines, problems = [], []
     for number, port in enumerate(planned):
-        here = port.port in listening
-        lines.append(f"  {port.port} {port.purpose}: " + (f"pid {listening[port.port]}" if here else "no listener now"))
-        if number == 0 and not here:
-            troubles.append(f"nobody listens on port {port.port}")
-    return lines, troubles
+        is_open = port.port in listening
+        lines.append(f"  {port.port} {port.purpose}: " + (f"pid {listening[port.port]}" if is_open else "no listener"))
+        if number == 0 and not is_open:
+            problems.append(f"no process listens on port {port.port}")
+    return lines, problems
 
 
-def _memory() -> list[str]:
+def _memory() -> str:
     host = Host()
-    space, found = host.space(SHM), find_orphans(host)
-    return [
+    space, orphans = host.space(SHM), find_orphans(host)
+    return (
         f"  {format_bytes(space.free)} of {format_bytes(space.size)} free,"
-        f" {len(found.files)} abandoned files hold {format_bytes(found.bytes)}"
-    ]
+        f" {len(orphans.files)} orphaned files hold {format_bytes(orphans.bytes)}"
+    )
 
 
 def _stack_dumps(pids: Iterable[int]) -> list[str]:
-    """By py-spy, where it is installed and may look."""
+    """Returns the output of py-spy, if it is installed and permitted to trace."""
     program = shutil.which("py-spy")
     if not program:
         return ["  py-spy is not installed (pip install py-spy)"]
@@ -193,9 +194,9 @@ def _stack_dumps(pids: Iterable[int]) -> list[str]:
     for pid in pids:
         try:
             command = [program, "dump", "--pid", str(pid)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=STACK_SECONDS, check=False)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=STACK_SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            lines.append(f"  pid {pid}: py-spy gave no answer")
+            lines.append(f"  pid {pid}: py-spy did not finish within {STACK_SECONDS:g} s")
             continue
-        lines += [f"  {line}" for line in (done.stdout or done.stderr).splitlines()]
+        lines += [f"  {line}" for line in (process.stdout or process.stderr).splitlines()]
     return lines

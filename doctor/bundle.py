@@ -1,6 +1,6 @@
-"""`--bundle`: what somebody who helps needs to see, in one file, with every secret left out.
+"""`--bundle`: report, settings and logs for a support request in one file, without secrets.
 
-The same input gives the same bytes: times and owners in the archive are fixed.
+The archive is reproducible: the same input gives the same bytes, because times and owners are fixed.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from rtp_llm.config import Config, upstream_variables
 LOG_BYTES = 256 << 10
 STATE_FILES = ("gang.json", "guard.json", "part.json", "supervisord.log")
 ENV_PATTERN = re.compile(r"(NCCL_|GLOO_|CUDA_|NVIDIA_|TORCH_|RTP_|KUBERNETES_SERVICE_HOST$|HOSTNAME$|OMP_)")
-REDACTED = "(left out)"
+REDACTED = "(redacted)"
 NAME = rf"[\w-]{{0,40}}(?:{SECRET})[\w-]*"
 CREDENTIAL = re.compile(
     rf"(?i)(authorization\"?:\s*\"?(?:bearer|basic)\s+|bearer\s+|{NAME}[\"']?\s*[:=]\s*"
@@ -26,24 +26,18 @@ CREDENTIAL = re.compile(
     rf"({re.escape(REDACTED)}|\"[^\"]*\"|'[^']*'|[^\s\",;}}]+)"
 )
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^@\s/]+@")
-# Tokens of hubs, clouds and forges that are known by how they begin; JSON web tokens; private keys.
+# Tokens with a known prefix (Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google, NVIDIA), JWTs, private keys.
 TOKEN = re.compile(
     r"\b(?:hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza|nvapi-|eyJ[\w-]+\.eyJ)[\w.-]{8,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
     re.DOTALL,
 )
-MIN_SECRET_LENGTH = 4  # what is shorter is found in any text
-NON_SECRET_VALUES = {
-    "true",
-    "false",
-    "none",
-    "null",
-    "auto",
-}  # values of switches whose names merely sound like a secret
+MIN_SECRET_LENGTH = 4  # shorter values occur in any text
+NON_SECRET_VALUES = {"true", "false", "none", "null", "auto"}  # of switches whose names look like a secret's
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
-    """Writes a gzipped tar archive; returns the names in it. Raises OSError."""
+    """Writes a gzipped tar archive and returns the names in it. Raises OSError."""
     files = {"report.json": report.to_json(), "environment.txt": environment_listing(host)}
     for name in ("/proc/self/mountinfo", "/proc/self/limits", "/proc/self/cgroup", "/etc/nccl.conf"):
         text = host.read(name)
@@ -66,27 +60,31 @@ def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> l
 
 
 def environment_listing(host: Host) -> str:
-    """The variables that this server, NCCL or CUDA would read; no others, and no secrets."""
+    """Returns the variables that this server, NCCL or CUDA read, one per line, with secrets redacted."""
     known = {name.upper() for name in Config.model_fields} | upstream_variables().keys()
-    shown = {n: v for n, v in sorted(host.environ.items()) if (n in known or ENV_PATTERN.match(n))}
-    return "".join(f"{n}={REDACTED if is_secret(n) else v}\n" for n, v in shown.items())
+    return "".join(
+        f"{name}={REDACTED if is_secret(name) else value}\n"
+        for name, value in sorted(host.environ.items())
+        if name in known or ENV_PATTERN.match(name)
+    )
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """Takes out `secrets` wherever they stand, also as JSON, and what looks like a credential: bearer tokens,
-    key=value with a secret's name, passwords in URLs, private keys."""
-    telling = (
-        secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH and secret.lower() not in NON_SECRET_VALUES
-    )
-    forms = {form for secret in telling for form in (secret, json.dumps(secret)[1:-1])}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, REDACTED)
+    """Redacts `secrets`, also in JSON encoding, and text that looks like a credential.
+
+    Credentials are bearer tokens, known token formats, key=value with a secret's name, passwords in URLs and private
+    keys.
+    """
+    searchable = [s for s in secrets if len(s) >= MIN_SECRET_LENGTH and s.lower() not in NON_SECRET_VALUES]
+    spellings = {spelling for secret in searchable for spelling in (secret, json.dumps(secret)[1:-1])}
+    for spelling in sorted(spellings, key=len, reverse=True):  # a secret may contain a shorter one
+        text = text.replace(spelling, REDACTED)
     text = TOKEN.sub(REDACTED, text)
     text = CREDENTIAL.sub(lambda match: match[1] + _quoted_value(match[2]), text)
     return URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
 
 
 def _quoted_value(value: str) -> str:
-    """In the quotes of what it replaces, so that JSON stays JSON."""
+    """Returns the replacement in the same quotes as the value, so that JSON remains valid."""
     quote = value[0] if value[0] in "\"'" else ""
     return f"{quote}{REDACTED}{quote}"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from doctor import checks  # noqa: F401  # registers them
+from doctor import checks as _checks  # noqa: F401  # registers all checks
 from doctor.attach import attach
 from doctor.bundle import redact, write_bundle
 from doctor.check import REGISTRY, Check
@@ -29,53 +29,51 @@ TIERS = range(4)
 
 
 class UsageError(Exception):
-    """The command line asks for something that does not exist."""
+    """The command line is invalid."""
 
 
 class _DoctorParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        server = (
-            "; the server's flags follow after `--`" if message.startswith(("unrecognized", "argument command")) else ""
-        )
-        raise UsageError(message + server)
+        if message.startswith(("unrecognized", "argument command")):
+            message += "; the server's flags follow after `--`"
+        raise UsageError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code. What was asked for goes to stdout, everything else to stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs a command and returns the exit code. Results go to stdout, everything else to stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     _ensure_standard_streams()
     try:
-        own, server = _split(words)
+        doctor_flags, server_flags = _split(arguments)
         try:
-            return _run(_parser().parse_intermixed_args(own), server)
+            return _run(_parser().parse_intermixed_args(doctor_flags), server_flags)
         finally:
-            write("")  # what argparse has printed; where it cannot be written, that is an error as any other
+            write("")  # flushes argparse's output, so that a failed write is reported below
     except UsageError as error:
         return _print_error(str(error))
     except (OSError, FatalError) as error:
         return _print_error(f"cannot run: {error}")
     except KeyboardInterrupt:
         return DoctorExitCode.CANNOT_RUN
-    except Exception:  # Python would end with 1, which means that errors were found
+    except Exception:  # Python would exit with 1, which means that checks found errors
         return _print_error(f"cannot run:\n{traceback.format_exc().rstrip()}")
 
 
 def _print_error(text: str) -> DoctorExitCode:
-    """On stderr; where that takes nothing there is nobody left to tell."""
-    with suppress(OSError):
+    with suppress(OSError):  # stderr may be closed or full
         write(f"rtp-llm-doctor: {text}\n", sys.stderr)
     return DoctorExitCode.CANNOT_RUN
 
 
 def _ensure_standard_streams() -> None:
-    """Who starts this without a stdin or a stdout asks for the exit code alone: Python has None in their place."""
+    """Opens /dev/null for closed standard streams, which Python represents as None."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # as long as the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open until exit
 
 
-def seconds(text: str) -> float:
-    """Of --wait."""
+def parse_seconds(text: str) -> float:
+    """Parses the value of --wait."""
     try:
         value = float(text)
     except ValueError:
@@ -85,130 +83,121 @@ def seconds(text: str) -> float:
     return value
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """The doctor's own words, and after `--` the server's flags."""
-    if "--" not in words:
-        return words, []
-    at = words.index("--")
-    return words[:at], words[at + 1 :]
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the doctor's arguments and, after `--`, the server's flags."""
+    if "--" not in arguments:
+        return arguments, []
+    index = arguments.index("--")
+    return arguments[:index], arguments[index + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _DoctorParser(
         prog="rtp-llm-doctor",
-        description="Says what is wrong with this machine, this plan and this gang, and what to type. After `--`: the"
-        " server's flags. Exit codes: 0 ready, 1 an error, 2 could not run, 3 incomplete.",
+        description="Finds problems of this machine, the configuration and the gang, and prints how to fix them. After"
+        " `--`: the server's flags. Exit codes: 0 ready, 1 an error, 2 could not run, 3 incomplete.",
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", default="node", choices=COMMANDS, help="what to do (default: node)")
+    parser.add_argument("command", nargs="?", default="node", choices=COMMANDS, help="default: node")
     parser.add_argument("argument", nargs="?", default="", help="id for explain, file or - for explain-log")
     parser.add_argument("--tier", type=int, choices=TIERS, help="0 static, 1 uses GPUs and disk, 2 gang, 3 collective")
-    parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="form of the report")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what is well, too")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="format of the report")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also show checks that are ok")
     parser.add_argument(
         "--only",
         default="",
         metavar="IDS",
-        help="checks, or categories as far as the tier reaches, with commas between; one that it does not reach is"
-        " refused",
+        help="comma-separated checks or categories; invalid if the selected tiers contain none of its checks",
     )
-    parser.add_argument("--ignore", default="", metavar="IDS", help="checks whose errors count as warnings")
-    parser.add_argument("--strict", action="store_true", help="warnings end with 1")
-    parser.add_argument("--wait", type=seconds, default=30.0, metavar="S", help="seconds to wait for other parts (30)")
-    parser.add_argument("--fix", choices=("shm",), help="shm: remove abandoned segments of this server, and no others")
-    parser.add_argument("--bundle", metavar="FILE", help="write report, settings and logs, secrets left out, to a .tgz")
+    parser.add_argument(
+        "--ignore", default="", metavar="IDS", help="comma-separated checks whose errors count as warnings"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with 1 on warnings")
+    parser.add_argument(
+        "--wait", type=parse_seconds, default=30.0, metavar="S", help="seconds to wait for other parts (30)"
+    )
+    parser.add_argument("--fix", choices=("shm",), help="shm: remove orphaned segments of this server")
+    parser.add_argument("--bundle", metavar="FILE", help="write report, settings and logs without secrets to a .tgz")
     parser.add_argument("--run-dir", default="", metavar="DIR", help="attach: the running part's RTP_RUN_DIR")
-    parser.add_argument("--starting", action="store_true", help="a start follows: a part that runs here is in its way")
+    parser.add_argument("--starting", action="store_true", help="a start follows: report a running part as a conflict")
     parser.add_argument("--save", metavar="FILE", help="also write the JSON report to a file")
     return parser
 
 
-def _run(asked: argparse.Namespace, server: list[str]) -> int:
+def _run(args: argparse.Namespace, server_flags: list[str]) -> int:
+    if args.argument and args.command not in ("explain", "explain-log"):
+        raise UsageError(f"{args.command} takes no argument {args.argument!r}")
     simple = {"list": _list, "explain": _explain, "attach": _attach, "schema": _schema, "manual": _manual}
-    if asked.argument and asked.command not in ("explain", "explain-log"):
-        raise UsageError(f"{asked.command} takes no argument {asked.argument!r}")
-    if asked.command in simple:
-        return simple[asked.command](asked)
-    if asked.command == "explain-log":
-        return _explain_log(asked, server)
-    if asked.fix:
+    if args.command in simple:
+        return simple[args.command](args)
+    if args.command == "explain-log":
+        return _explain_log(args, server_flags)
+    if args.fix:
         _fix_shm()
-    return _report(asked, server, select(asked.only, _selected_tiers(asked)))
+    return _report(args, server_flags, select(args.only, _selected_tiers(args)))
 
 
-def _tier(asked: argparse.Namespace) -> int:
-    tier = asked.tier or 0
-    return max(tier, 2) if asked.command == "gang" else tier
+def _tier(args: argparse.Namespace) -> int:
+    tier = args.tier or 0
+    return max(tier, 2) if args.command == "gang" else tier
 
 
-def _selected_tiers(asked: argparse.Namespace) -> set[int]:
-    """The tiers that are examined: what the parts say together is not asked of one of them alone."""
-    tier = _tier(asked)
-    return {t for t in range(tier + 1) if t != 2 or tier == 2 or asked.command == "gang"}
+def _selected_tiers(args: argparse.Namespace) -> set[int]:
+    """Returns the tiers to run. --tier 3 excludes tier 2, which needs the doctors of all parts (command gang)."""
+    tier = _tier(args)
+    return {t for t in range(tier + 1) if t != 2 or tier == 2 or args.command == "gang"}
 
 
-def _report(asked: argparse.Namespace, server: list[str], chosen: list[Check] | None) -> int:
-    wanted = RunOptions(
-        tier=_tier(asked),
-        gang=2 in _selected_tiers(asked),
-        only=chosen,
-        ignore=tuple(_known(asked.ignore)),
-        strict=asked.strict,
-        wait=asked.wait,
-        starting=asked.starting,
+def _report(args: argparse.Namespace, server_flags: list[str], checks: list[Check] | None) -> int:
+    options = RunOptions(
+        tier=_tier(args),
+        gang=2 in _selected_tiers(args),
+        only=checks,
+        ignore=tuple(_parse_ids(args.ignore)),
+        strict=args.strict,
+        wait=args.wait,
+        starting=args.starting,
     )
-    report = run_doctor(Host(), server, wanted, lambda text: print(text, file=sys.stderr, flush=True))
-    _print_report(asked, report)
-    if asked.save:
-        save(report, Path(asked.save))
-    if asked.bundle:
-        names = write_bundle(Path(asked.bundle), report, Host(), asked.run_dir)
-        print(f"{asked.bundle}: {', '.join(names)}; read it before you pass it on", file=sys.stderr)
+    report = run_doctor(Host(), server_flags, options, lambda text: print(text, file=sys.stderr, flush=True))
+    style = Style.for_stream(sys.stdout)
+    verbose_table = args.output == "table" and args.verbose
+    write(table(report, style, verbose=True) if verbose_table else FORMATS[args.output](report, style))
+    if args.save:
+        report.save(Path(args.save))
+    if args.bundle:
+        names = write_bundle(Path(args.bundle), report, Host(), args.run_dir)
+        print(f"{args.bundle}: {', '.join(names)}; read it before you pass it on", file=sys.stderr)
     return report.exit_code
 
 
-def _print_report(asked: argparse.Namespace, report: Report) -> None:
-    style = Style.for_stream(sys.stdout)
-    write(
-        table(report, style, True)
-        if asked.output == "table" and asked.verbose
-        else FORMATS[asked.output](report, style)
-    )
+def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
+    """Returns the checks that --only names, by id or category, and their dependencies; None selects all.
 
-
-def save(report: Report, path: Path) -> None:
-    """Whole or not at all: the API process reads it at any time."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(report.to_json())
-    scratch.replace(path)
-
-
-def select(only: str, reach: Container[int] = (0,)) -> list[Check] | None:
-    """The checks that --only names, by id or category, with what they need; None for all. Raises UsageError where the
-    tiers in `reach` hold nothing of a word: what was not looked at must not be called ready."""
-    words = sorted({word.strip().upper() for word in only.split(",")} - {""})
-    if not words:
+    Raises UsageError if a name matches no check of `tiers`: skipping it silently would look like a pass.
+    """
+    names = sorted({name.strip().upper() for name in only.split(",")} - {""})
+    if not names:
         return None
-    named = {word: [c for c in REGISTRY.values() if word in (c.id, c.category.upper())] for word in words}
-    unknown = [word for word, found in named.items() if not found]
+    matches = {name: [c for c in REGISTRY.values() if name in (c.id, c.category.upper())] for name in names}
+    unknown = [name for name, checks in matches.items() if not checks]
     if unknown:
         raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
-    beyond = [c for found in named.values() if all(c.tier not in reach for c in found) for c in found]
-    if beyond:
+    excluded = [c for checks in matches.values() if all(c.tier not in tiers for c in checks) for c in checks]
+    if excluded:
         raise UsageError(
-            f"{', '.join(c.id for c in beyond)}: asked by {_command_for_tier(min(c.tier for c in beyond))}"
+            f"{', '.join(c.id for c in excluded)}: needs {_command_for_tier(min(c.tier for c in excluded))}"
         )
-    return with_dependencies([c for found in named.values() for c in found])
+    return with_dependencies([c for checks in matches.values() for c in checks])
 
 
 def _command_for_tier(tier: int) -> str:
     return "`rtp-llm-doctor gang` on every part" if tier == 2 else f"--tier {tier}"
 
 
-def with_dependencies(chosen: Sequence[Check]) -> list[Check]:
-    """The checks and, before them, whatever must be well for them to mean anything; in the registry's order."""
+def with_dependencies(checks: Sequence[Check]) -> list[Check]:
+    """Returns the checks and all that they need, directly or indirectly, in the registry's order."""
     ids: set[str] = set()
-    pending = [c.id for c in chosen]
+    pending = [c.id for c in checks]
     while pending:
         id = pending.pop()
         if id not in ids:
@@ -217,18 +206,19 @@ def with_dependencies(chosen: Sequence[Check]) -> list[Check]:
     return [c for c in REGISTRY.values() if c.id in ids]
 
 
-def _known(text: str) -> list[str]:
-    ids = [word.strip().upper() for word in text.split(",") if word.strip()]
+def _parse_ids(text: str) -> list[str]:
+    """Parses a comma-separated list of check ids. Raises UsageError if one does not exist."""
+    ids = [id.strip().upper() for id in text.split(",") if id.strip()]
     unknown = [id for id in ids if id not in REGISTRY]
     if unknown:
         raise UsageError(f"no check {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
     return ids
 
 
-def _list(asked: argparse.Namespace) -> int:
-    if asked.output not in ("table", "json"):
-        raise UsageError(f"list has no form {asked.output} (choose from 'table', 'json')")
-    if asked.output == "json":
+def _list(args: argparse.Namespace) -> int:
+    if args.output not in ("table", "json"):
+        raise UsageError(f"list has no format {args.output} (choose from 'table', 'json')")
+    if args.output == "json":
         rows = [
             {"id": c.id, "category": c.category, "tier": c.tier, "severity": c.severity, "title": c.title}
             for c in REGISTRY.values()
@@ -239,48 +229,47 @@ def _list(asked: argparse.Namespace) -> int:
     return DoctorExitCode.READY
 
 
-def _explain(asked: argparse.Namespace) -> int:
-    if not asked.argument:
+def _explain(args: argparse.Namespace) -> int:
+    if not args.argument:
         raise UsageError("explain needs the id of a check; `rtp-llm-doctor list` shows them")
-    if asked.argument.upper() not in REGISTRY:
-        raise UsageError(f"explain: no check {asked.argument!r}; `rtp-llm-doctor list` shows them")
-    write(explain(REGISTRY[asked.argument.upper()]))
+    if args.argument.upper() not in REGISTRY:
+        raise UsageError(f"explain: no check {args.argument!r}; `rtp-llm-doctor list` shows them")
+    write(explain(REGISTRY[args.argument.upper()]))
     return DoctorExitCode.READY
 
 
-def _explain_log(asked: argparse.Namespace, server: list[str]) -> int:
-    if not asked.argument:
+def _explain_log(args: argparse.Namespace, server_flags: list[str]) -> int:
+    if not args.argument:
         raise UsageError("explain-log needs a file, or - for stdin")
-    hits = find_symptoms(_log_text(asked.argument))
-    if not hits:
+    matches = find_symptoms(_log_text(args.argument))
+    if not matches:
         print(
-            "nothing in this log is a symptom that the doctor knows; `rtp-llm-doctor` looks at the machine itself",
-            file=sys.stdout if asked.output == "table" else sys.stderr,
+            "no line of this log is a known symptom; `rtp-llm-doctor` checks the machine itself",
+            file=sys.stdout if args.output == "table" else sys.stderr,
         )
-        return DoctorExitCode.READY if asked.output == "table" else _report(asked, server, None)
-    if asked.output == "table":
-        write(
-            "".join(
-                f"line {hit.number}: {_redacted_line(hit)}\n  {_check_label(hit, _selected_tiers(asked))}\n"
-                for hit in hits
-            )
-            + "\n"
-        )
-    return _report(asked, server, with_dependencies([hit.check for hit in hits]))
+        return DoctorExitCode.READY if args.output == "table" else _report(args, server_flags, None)
+    if args.output == "table":
+        tiers = _selected_tiers(args)
+        lines = (f"line {m.number}: {_redacted_line(m)}\n  {_check_label(m.check, tiers)}\n" for m in matches)
+        write("".join(lines) + "\n")
+    return _report(args, server_flags, with_dependencies([match.check for match in matches]))
 
 
 def _log_text(name: str) -> str:
-    """Of a file, of stdin (-), or of a FIFO that somebody has open for writing, as a shell's <(…) is."""
+    """Returns the text of a file, of stdin (-), or of a FIFO that is open for writing, as a shell's <(…) is.
+
+    Raises UsageError for other file types and for a FIFO without a writer, which would block forever.
+    """
     if name == "-":
         return sys.stdin.read()
     fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        kind = stat.S_IFMT(os.fstat(fd).st_mode)
-        if kind not in (stat.S_IFREG, stat.S_IFIFO):
-            raise UsageError(f"explain-log: {name} is no file that has an end; `explain-log -` reads stdin")
-        first = _first_bytes(fd)
-        if kind == stat.S_IFIFO and first == b"":
-            raise UsageError(f"explain-log: {name} is a FIFO that nobody writes to")
+        file_type = stat.S_IFMT(os.fstat(fd).st_mode)
+        if file_type not in (stat.S_IFREG, stat.S_IFIFO):
+            raise UsageError(f"explain-log: {name} is not a regular file; `explain-log -` reads stdin")
+        first = _read_available(fd)
+        if file_type == stat.S_IFIFO and first == b"":
+            raise UsageError(f"explain-log: {name} is a FIFO without a writer")
         os.set_blocking(fd, True)
         with os.fdopen(fd, "rb", closefd=False) as stream:
             return ((first or b"") + stream.read()).decode(errors="replace")
@@ -288,36 +277,38 @@ def _log_text(name: str) -> str:
         os.close(fd)
 
 
-def _first_bytes(fd: int) -> bytes | None:
-    """What can be read at once; empty at the end, or where nobody writes, None where somebody has yet to."""
+def _read_available(fd: int) -> bytes | None:
+    """Reads without blocking. Empty at the end of the file or without a writer; None if a writer has written nothing
+    yet.
+    """
     try:
         return os.read(fd, 1 << 16)
     except BlockingIOError:
         return None
 
 
-def _redacted_line(hit: SymptomMatch) -> str:
-    """A log may hold secrets, and bytes that a terminal takes for orders."""
+def _redacted_line(match: SymptomMatch) -> str:
+    """Returns the log line without secrets and without terminal escape sequences."""
     secrets = [value for name, value in os.environ.items() if is_secret(name)]
-    return escape_unprintable(redact(hit.line, secrets))[:160]
+    return escape_unprintable(redact(match.line, secrets))[:160]
 
 
-def _check_label(hit: SymptomMatch, reach: Container[int]) -> str:
-    check = hit.check
-    return f"{check.id} {check.title}" + ("" if check.tier in reach else f" (asked by {_command_for_tier(check.tier)})")
+def _check_label(check: Check, tiers: Container[int]) -> str:
+    hint = "" if check.tier in tiers else f" (needs {_command_for_tier(check.tier)})"
+    return f"{check.id} {check.title}{hint}"
 
 
-def _attach(asked: argparse.Namespace) -> int:
-    return attach(asked.run_dir)
+def _attach(args: argparse.Namespace) -> int:
+    return attach(args.run_dir)
 
 
-def _schema(asked: argparse.Namespace) -> int:
+def _schema(args: argparse.Namespace) -> int:
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     write(json.dumps(dialect | Report.model_json_schema(mode="serialization"), indent=1) + "\n")
     return DoctorExitCode.READY
 
 
-def _manual(asked: argparse.Namespace) -> int:
+def _manual(args: argparse.Namespace) -> int:
     write(manual())
     return DoctorExitCode.READY
 
@@ -326,4 +317,4 @@ def _fix_shm() -> None:
     removed = remove_orphans(Host())
     total = format_bytes(sum(orphan.bytes for orphan in removed))
     names = "".join(f"\n  {orphan.name}" for orphan in removed)
-    print(f"--fix shm: removed {len(removed)} abandoned segments, {total}{names}", file=sys.stderr)
+    print(f"--fix shm: removed {len(removed)} orphaned segments, {total}{names}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One examination: which checks, in which order, with the meeting and the collective between them."""
+"""Runs all selected checks: the local ones, the gang tier and the collective, and builds the report."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +14,18 @@ from doctor.gang.session import exchange_reports
 from doctor.host import Host
 from doctor.report import Finding, Report, make_report
 from rtp_llm.errors import FatalError
+from rtp_llm.parallel.plan import Plan
 
-# Asked again once the other parts have spoken.
+# These checks run a second time with the reports of the other parts.
 RERUN_WITH_GANG = ("C-01", "C-02", "G-10", "G-11")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What was asked for. `wait`: seconds for other parts to come; `starting`: a part that runs is in its way."""
+    """Options of the command line.
+
+    `wait`: seconds to wait for other parts. `starting`: a start follows, so a running part is a conflict.
+    """
 
     tier: int = 0
     gang: bool = False
@@ -32,35 +36,36 @@ class RunOptions:
     starting: bool = False
 
 
-def run_doctor(host: Host, argv: Sequence[str], wanted: RunOptions, say: Callable[[str], None]) -> Report:
-    """Runs it all. `say` takes progress for people."""
+def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress: Callable[[str], None]) -> Report:
+    """Runs the checks and returns the report. `on_progress` receives messages for the user."""
     started = time.time()
-    ctx = CheckContext(host, argv, 1 if wanted.tier in (1, 3) else 0)
-    ctx.ignored = frozenset(wanted.ignore)
+    ctx = CheckContext(host, argv, 1 if options.tier in (1, 3) else 0)
+    ctx.ignored = frozenset(options.ignore)
     ctx.preload_with_timeouts()
-    ctx.starting = wanted.starting
-    ctx.running = not wanted.starting and is_running(ctx)
-    checks = [c for c in (wanted.only or REGISTRY.values()) if c.tier <= wanted.tier and (c.tier != 2 or wanted.gang)]
-    alone = run_checks([c for c in checks if c.tier < 2], ctx)
-    findings = alone
-    if wanted.gang and _can_meet(ctx):
-        findings = _run_gang_checks(ctx, checks, alone, wanted, say)
-    elif wanted.gang:
-        _handle_missing_plan(ctx, alone, wanted, say)
-    if wanted.tier >= 3:
+    ctx.starting = options.starting
+    ctx.running = not options.starting and is_running(ctx)
+    checks = [
+        c for c in (options.only or REGISTRY.values()) if c.tier <= options.tier and (c.tier != 2 or options.gang)
+    ]
+    findings = run_checks([c for c in checks if c.tier < 2], ctx)
+    if options.gang:
+        plan = _configured_plan(ctx)
+        if plan is None:
+            _handle_missing_plan(ctx, findings, options, on_progress)
+        elif plan.is_multi_part:
+            findings = _run_gang_checks(ctx, plan, checks, findings, options, on_progress)
+    if options.tier >= 3:
         findings = _run_collective_checks(ctx, checks, findings)
-    rest = [c for c in checks if c.id not in {f.id for f in findings}]
-    findings += run_checks(rest, ctx, findings)
+    finished = {f.id for f in findings}
+    findings += run_checks([c for c in checks if c.id not in finished], ctx, findings)
     order = [c.id for c in checks]
     findings.sort(key=lambda f: order.index(f.id))
-    return make_report(ctx, findings, started=started, ignored=wanted.ignore, strict=wanted.strict)
+    return make_report(ctx, findings, started=started, ignored=options.ignore, strict=options.strict)
 
 
-def _can_meet(ctx: CheckContext) -> bool:
-    """Whether the plan is what the operator meant, and names other parts: a guess would talk to the wrong ones."""
-    return bool(
-        ctx.plan and ctx.plan.is_multi_part and not ctx.plan_result.config_error and not ctx.parsed_config.config_errors
-    )
+def _configured_plan(ctx: CheckContext) -> Plan | None:
+    """Returns the plan, or None if it is only a guess: reports must not be sent to the wrong parts."""
+    return None if ctx.plan_result.config_error or ctx.parsed_config.config_errors else ctx.plan
 
 
 def errors_by_id(findings: Sequence[Finding]) -> dict[str, str]:
@@ -68,47 +73,42 @@ def errors_by_id(findings: Sequence[Finding]) -> dict[str, str]:
 
 
 def _run_gang_checks(
-    ctx: CheckContext, checks: Sequence[Check], alone: list[Finding], wanted: RunOptions, say: Callable[[str], None]
+    ctx: CheckContext,
+    plan: Plan,
+    checks: Sequence[Check],
+    local_findings: list[Finding],
+    options: RunOptions,
+    on_progress: Callable[[str], None],
 ) -> list[Finding]:
-    assert ctx.plan
     try:
-        ctx.gang = exchange_reports(ctx, ctx.plan, errors_by_id(alone), wanted.wait, say)
+        ctx.gang = exchange_reports(ctx, plan, errors_by_id(local_findings), options.wait, on_progress)
     except (OSError, FatalError) as error:
         ctx.gang_failure = str(error)
-    again = [c for c in checks if c.tier == 2 or c.id in RERUN_WITH_GANG]
-    kept = [f for f in alone if f.id not in RERUN_WITH_GANG]
-    return [*kept, *run_checks(again, ctx, kept)]
+    gang_checks = [c for c in checks if c.tier == 2 or c.id in RERUN_WITH_GANG]
+    kept = [f for f in local_findings if f.id not in RERUN_WITH_GANG]
+    return [*kept, *run_checks(gang_checks, ctx, kept)]
 
 
 def _handle_missing_plan(
-    ctx: CheckContext, alone: list[Finding], wanted: RunOptions, say: Callable[[str], None]
+    ctx: CheckContext, local_findings: list[Finding], options: RunOptions, on_progress: Callable[[str], None]
 ) -> None:
-    """What stands for the meeting where this part has no plan: the others hear why, and here nothing is called well."""
-    single = (
-        ctx.plan
-        and not ctx.plan.is_multi_part
-        and not ctx.plan_result.config_error
-        and not ctx.parsed_config.config_errors
-    )
-    wrong = errors_by_id(alone)
-    if single:
-        return
-    if not wrong.keys() - ctx.ignored:
-        ctx.gang_failure = "this part has no plan of its own"
-    if wrong and not ctx.running:
+    """Handles a missing plan: sends this part's errors to the others. No gang check passes."""
+    errors = errors_by_id(local_findings)
+    if not errors.keys() - ctx.ignored:
+        ctx.gang_failure = "this part has no valid plan"
+    if errors and not ctx.running:
         try:
-            report_local_errors(ctx, wrong, wanted.wait, say)
+            report_local_errors(ctx, errors, options.wait, on_progress)
         except (OSError, FatalError) as error:
-            say(f"the other parts could not be told: {error}")
+            on_progress(f"cannot send the errors to the other parts: {error}")
 
 
 def _run_collective_checks(ctx: CheckContext, checks: Sequence[Check], findings: list[Finding]) -> list[Finding]:
-    """Forms the group, unless something is wrong already: then it would only wait for its time-out."""
+    """Runs an all-reduce, unless a check has failed: then the process group would only wait for its timeout."""
     plan = ctx.plan
-    bad = (Status.ERROR, Status.CRASH)
-    wrong = [f.id for f in findings if f.status in bad and f.id not in ctx.ignored]
-    if wrong:
-        ctx.collective = {"skipped": f"because {wrong[0]}"}
+    failed = [f.id for f in findings if f.status in (Status.ERROR, Status.CRASH) and f.id not in ctx.ignored]
+    if failed:
+        ctx.collective = {"skipped": f"because {failed[0]}"}
     elif plan is None:
         ctx.collective = {"unasked": "there is no plan"}
     elif plan.world_size == 1:

@@ -1,7 +1,7 @@
-"""Runs checks in a child process that can be killed, one after another, and reads what they found from a pipe.
+"""Runs checks one after another in a child process, which sends each finding through a pipe.
 
-A driver, a name server or a network disk may hang a check, and a broken library may crash it: the child is then
-replaced by another one that goes on with the rest, and the check's finding says what happened.
+A driver, a DNS server or a network file system may hang a check, and a broken library may crash it. Then the child is
+killed and a new one runs the remaining checks; the check's finding says what happened.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from typing import Any, NoReturn
 
 from doctor.check import Check, CheckResult, Status, unknown
@@ -20,22 +21,22 @@ from doctor.context import CheckContext
 from doctor.report import Finding, make_finding
 from rtp_llm.machine.process import die_with_parent
 
-# After these a check that needs it is pointless: what gave no answer to one will give none to the next.
+# A check is skipped if a check that it needs has one of these statuses.
 BLOCKING = {Status.ERROR, Status.CRASH, Status.UNKNOWN}
 
 
 @dataclass
 class _Worker:
-    """A forked process and the pipe it writes a line of JSON to before and after each check."""
+    """A forked process and the pipe to which it writes a line of JSON after each check."""
 
     pid: int
     pipe: int
     buffer: bytes = b""
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def next(self, seconds: float) -> dict[str, Any] | None:
-        """Its next line; None at the end of its output. Raises TimeoutError."""
-        deadline = time.monotonic() + seconds
+    def next_finding(self, timeout: float) -> dict[str, Any] | None:
+        """Returns the next finding, or None at the end of the output. Raises TimeoutError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(self.pipe, selectors.EVENT_READ)
             while not self.lines:
@@ -44,12 +45,12 @@ class _Worker:
                 data = os.read(self.pipe, 1 << 16)
                 if not data:
                     return None
-                *whole, self.buffer = (self.buffer + data).split(b"\n")
-                self.lines += [json.loads(line) for line in whole]
+                *lines, self.buffer = (self.buffer + data).split(b"\n")
+                self.lines += [json.loads(line) for line in lines]
         return self.lines.pop(0)
 
     def kill_and_wait(self) -> int:
-        """Kills it and returns what waitpid says; a process stuck in the kernel is left behind, not waited for."""
+        """Kills the process and returns its wait status, or 0 if it is still blocked in the kernel after 0.5 s."""
         os.close(self.pipe)
         os.kill(self.pid, signal.SIGKILL)
         for _ in range(50):
@@ -61,97 +62,97 @@ class _Worker:
 
 
 def run_checks(checks: Sequence[Check], ctx: CheckContext, earlier: Sequence[Finding] = ()) -> list[Finding]:
-    """One finding for each check, in order. `earlier`: findings of another run, for what these checks need."""
-    found: dict[str, Finding] = {f.id: f for f in earlier}
+    """Returns one finding per check, in the same order.
+
+    `earlier`: findings of a previous run, for checks that these need.
+    """
+    findings = {finding.id: finding for finding in earlier}
     pending = topological_order(checks)
     while pending:
-        child = _start(pending, ctx, found)
+        worker = _start_worker(pending, ctx, findings)
         try:
-            failed = _collect(child, pending, found)
+            failure = _collect(worker, pending, findings)
         finally:
-            status = child.kill_and_wait()
-        if failed:
-            current, (outcome, seconds) = pending.pop(0), failed
-            found[current.id] = make_finding(current, outcome or _crash_result(status), seconds)
-    return [found[check.id] for check in checks]
+            status = worker.kill_and_wait()
+        if failure:
+            check, (result, seconds) = pending.pop(0), failure
+            findings[check.id] = make_finding(check, result or _crash_result(status), seconds)
+    return [findings[check.id] for check in checks]
 
 
 def topological_order(checks: Sequence[Check]) -> list[Check]:
-    """The same checks, each after those that it needs, whatever the order of categories in the report."""
+    """Returns the checks in an order in which each one follows those that it needs."""
     by_id = {check.id: check for check in checks}
-    ordered: dict[str, Check] = {}
-
-    def place(check: Check) -> None:
-        for need in check.needs:
-            if need in by_id and need not in ordered:
-                place(by_id[need])
-        ordered.setdefault(check.id, check)
-
-    for check in checks:
-        place(check)
-    return list(ordered.values())
+    dependencies = {check.id: [id for id in check.needs if id in by_id] for check in checks}
+    return [by_id[id] for id in TopologicalSorter(dependencies).static_order()]
 
 
 def _collect(
-    child: _Worker, pending: list[Check], found: dict[str, Finding]
+    worker: _Worker, pending: list[Check], findings: dict[str, Finding]
 ) -> tuple[CheckResult | None, float] | None:
-    """Moves finished checks from `pending` to `found`. Returns None at the orderly end, else what became of the check
-    that is now first (None: its process died), and the seconds it took."""
+    """Moves finished checks from `pending` to `findings`.
+
+    Returns None after the last one. If the first pending check fails, returns its result (None: the worker died) and
+    the seconds that it took.
+    """
     while pending:
-        current, started = pending[0], time.monotonic()
+        check, started = pending[0], time.monotonic()
         try:
-            line = child.next(current.timeout)
+            data = worker.next_finding(check.timeout)
         except TimeoutError:
-            return unknown(f"gave no answer within {current.timeout:g} s and was killed"), current.timeout
-        if line is None:
+            return unknown(f"did not finish within {check.timeout:g} s and was killed"), check.timeout
+        if data is None:
             return None, time.monotonic() - started
-        found[current.id] = Finding.model_validate(line)
+        findings[check.id] = Finding.model_validate(data)
         pending.pop(0)
     return None
 
 
 def _crash_result(status: int) -> CheckResult:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    how = f"signal {number} ({signal.Signals(number).name})" if number else f"status {status}"
-    return CheckResult(Status.CRASH, f"the check's process died: {how}")
+    reason = f"signal {number} ({signal.Signals(number).name})" if number else f"status {status}"
+    return CheckResult(Status.CRASH, f"the check's process died: {reason}")
 
 
-def _start(pending: Sequence[Check], ctx: CheckContext, found: dict[str, Finding]) -> _Worker:
-    sys.stdout.flush()
-    read, write = os.pipe()
+def _start_worker(pending: Sequence[Check], ctx: CheckContext, findings: dict[str, Finding]) -> _Worker:
+    sys.stdout.flush()  # else the child would have a copy of the buffered output
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid:
-        os.close(write)
-        return _Worker(pid, read)
-    os.close(read)
-    _worker_main(pending, ctx, dict(found), write)
+        os.close(write_end)
+        return _Worker(pid, read_end)
+    os.close(read_end)
+    _worker_main(pending, ctx, dict(findings), write_end)
 
 
-def _worker_main(pending: Sequence[Check], ctx: CheckContext, found: dict[str, Finding], pipe: int) -> NoReturn:
-    """The child: leaves by _exit, so that nothing of the parent's is ended twice, and never outlives it."""
+def _worker_main(pending: Sequence[Check], ctx: CheckContext, findings: dict[str, Finding], pipe: int) -> NoReturn:
+    """Runs the checks in the child. Exits by os._exit, so that the parent's exit handlers do not run twice."""
     die_with_parent()
-    logging.disable(logging.CRITICAL)  # the findings speak
+    logging.disable(logging.CRITICAL)  # the findings contain all results
     try:
-        for current in pending:
+        for check in pending:
             started = time.monotonic()
-            outcome = _run_check(current, ctx, found)
-            found[current.id] = make_finding(current, outcome, time.monotonic() - started)
-            os.write(pipe, found[current.id].model_dump_json().encode() + b"\n")
+            result = _run_check(check, ctx, findings)
+            findings[check.id] = make_finding(check, result, time.monotonic() - started)
+            os.write(pipe, findings[check.id].model_dump_json().encode() + b"\n")
     finally:
         os._exit(0)
 
 
-def _failed_dependency(need: Finding) -> str:
-    """The id that makes checks pointless which need this one: itself, or what it was skipped for; empty where none."""
-    return need.id if need.status in BLOCKING else str(need.evidence.get("because", ""))
+def _failed_dependency(finding: Finding) -> str:
+    """Returns the id of the check that blocks those which need this one: itself, or the cause of its own skip.
+
+    Empty if nothing blocks them.
+    """
+    return finding.id if finding.status in BLOCKING else str(finding.evidence.get("because", ""))
 
 
-def _run_check(check: Check, ctx: CheckContext, found: dict[str, Finding]) -> CheckResult:
-    asked = (id for id in check.needs if id in found and id not in ctx.ignored)
-    cause = next(filter(None, (_failed_dependency(found[id]) for id in asked)), "")
+def _run_check(check: Check, ctx: CheckContext, findings: dict[str, Finding]) -> CheckResult:
+    dependencies = (findings[id] for id in check.needs if id in findings and id not in ctx.ignored)
+    cause = next(filter(None, map(_failed_dependency, dependencies)), "")
     if cause:
         return CheckResult(Status.SKIP, f"because {cause}", evidence={"because": cause})
     try:
         return check.run(ctx)
-    except Exception as error:  # a finding, never a crash of the doctor
+    except Exception as error:  # a bug in one check must not end the doctor
         return CheckResult(Status.CRASH, f"the check failed: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""What the doctor can say without looking at anything: a check explained, a log read for symptoms, the manual page."""
+"""Commands that inspect no machine: `explain`, `explain-log` and `manual`."""
 
 import re
 import textwrap
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from doctor import checks  # noqa: F401  # registers them
+from doctor import checks as _checks  # noqa: F401  # registers all checks
 from doctor.check import REGISTRY, Check
 from rtp_llm.errors import ExitCode
 
 WIDTH = 100
-# This server's own codes: what each of them may come from.
+# Checks that may explain each of this server's exit codes.
 EXIT_CODES = {
     64: ("M-14", "C-01", "C-02", "M-08"),
     65: ("M-04", "M-05", "M-06", "M-07", "M-12"),
@@ -20,23 +20,23 @@ EXIT_CODES = {
     72: ("N-02", "P-01", "C-06"),
     73: ("G-04", "G-14", "G-15", "G-16"),
 }
-# Of processes that the kernel ended: SIGBUS, and SIGKILL where memory ran out.
+# Exit codes of processes killed by SIGBUS, or by SIGKILL when memory ran out.
 KILLED = {135: "S-01", -7: "S-01", 137: "L-05", -9: "L-05"}
-KILLED_WORDS = {"Signal 7 (SIGBUS)": "S-01", "Signal 9 (SIGKILL)": "L-05", "(killed by a signal)": "L-05"}
+KILLED_TEXT = {"Signal 7 (SIGBUS)": "S-01", "Signal 9 (SIGKILL)": "L-05", "(killed by a signal)": "L-05"}
 EXIT_CODE_TEXT = re.compile(
     r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)\"?[ :=]+(-?\d+)|\bExited \((\d+)\)", re.IGNORECASE
 )
-# What this server says while all is well, in either form of its log, behind whatever a runtime puts before it.
+# Log lines of this server that report no problem, as text or JSON, after any prefix of the container runtime.
 INFO_LINE = re.compile(
     r"\[(?:start_server|part\d[^\]]*)\] [\d:]+ (?:INFO|DEBUG) |\{\"time\": .*\"level\": \"(?:INFO|DEBUG)\""
 )
-COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 WAITING_TEXT, FORMED_TEXT = "waiting for part", "ranks are here and agree"
 
 
 @dataclass(frozen=True)
 class SymptomMatch:
-    """A line of a log and the check that it speaks of."""
+    """A log line and the check for its symptom."""
 
     number: int
     line: str
@@ -44,59 +44,62 @@ class SymptomMatch:
 
 
 def find_symptoms(text: str) -> list[SymptomMatch]:
-    """The first line for each check whose symptom is in the text, in order of lines.
+    """Returns the first line with a symptom of each check, in order of lines.
 
-    That this server waits for a part is a symptom only where nothing tells that it came. Its exit code says less than
-    any message: the last one names its checks where nothing else names any.
+    "waiting for part…" counts only if no later line reports that all ranks joined. The exit code is less specific than
+    any message: if nothing else matches, the checks for the last one are returned.
     """
-    patterns = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
-    found: dict[str, SymptomMatch] = {}
+    symptoms = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
+    matches: dict[str, SymptomMatch] = {}
     waiting: dict[str, SymptomMatch] = {}
-    last: tuple[int, str, tuple[str, ...]] = (0, "", ())
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = COLOUR.sub("", raw).strip().replace('\\"', '"')  # a line of JSON
-        into = found
+    by_exit_code: list[SymptomMatch] = []
+    for number, raw_line in enumerate(text.splitlines(), 1):
+        line = ANSI_COLOUR.sub("", raw_line).strip().replace('\\"', '"')  # quotes are escaped in JSON logs
+        target = matches
         if INFO_LINE.search(line):
             if FORMED_TEXT in line:
                 waiting.clear()
             if WAITING_TEXT not in line:
                 continue
-            into = waiting
-        for check, word, pattern in patterns:
-            if word in line and check.id not in into and pattern.search(line):  # `in` alone is fast
-                into[check.id] = SymptomMatch(number, line, check)
+            target = waiting
+        for check, longest_word, pattern in symptoms:
+            # The substring test is much faster than the pattern.
+            if longest_word in line and check.id not in target and pattern.search(line):
+                target[check.id] = SymptomMatch(number, line, check)
         for id in _killed(line):
-            into.setdefault(id, SymptomMatch(number, line, REGISTRY[id]))
-        own = [code for code in _exit_codes(line) if code in list(ExitCode)]
-        last = (number, line, EXIT_CODES.get(own[-1], ())) if own else last
-    hits = waiting | found or {id: SymptomMatch(last[0], last[1], REGISTRY[id]) for id in last[2]}
-    return sorted(hits.values(), key=lambda hit: hit.number)
+            target.setdefault(id, SymptomMatch(number, line, REGISTRY[id]))
+        server_codes = [code for code in _exit_codes(line) if code in list(ExitCode)]
+        if server_codes:
+            ids = EXIT_CODES.get(server_codes[-1], ())
+            by_exit_code = [SymptomMatch(number, line, REGISTRY[id]) for id in ids]
+    found = list((waiting | matches).values()) or by_exit_code
+    return sorted(found, key=lambda match: match.number)
 
 
 def _exit_codes(line: str) -> list[int]:
-    """As this server's guard, container runtimes and torch print them."""
-    return [int(code or other) for code, other in EXIT_CODE_TEXT.findall(line)]
+    """Returns exit codes in the formats of this server's guard, container runtimes and torch."""
+    return [int(code or docker_code) for code, docker_code in EXIT_CODE_TEXT.findall(line)]
 
 
 def _killed(line: str) -> Iterable[str]:
-    """The checks for what the kernel ends a process for."""
+    """Yields the ids of checks that explain why the kernel killed a process."""
     yield from (KILLED[code] for code in _exit_codes(line) if code in KILLED)
-    yield from (id for words, id in KILLED_WORDS.items() if words in line)
+    yield from (id for text, id in KILLED_TEXT.items() if text in line)
 
 
 def explain(check: Check) -> str:
-    """All that is known of a check, as text."""
+    """Returns the text of `rtp-llm-doctor explain`."""
     lines = [f"{check.id}  {check.title}", f"category {check.category}, tier {check.tier}, {check.severity}", ""]
-    lines += ["\n\n".join(textwrap.fill(part, WIDTH) for part in check.explanation.split("\n\n"))]
+    lines += ["\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in check.explanation.split("\n\n"))]
     if check.symptoms:
         lines += ["", "Seen in logs as:", *(f"  {symptom.text}" for symptom in check.symptoms)]
     if check.needs:
-        lines += ["", f"Is not asked where one of these found an error: {', '.join(check.needs)}"]
+        lines += ["", f"Skipped if one of these fails: {', '.join(check.needs)}"]
     return "\n".join(lines) + "\n"
 
 
 def manual() -> str:
-    """docs/doctor.md."""
+    """Returns the text of docs/doctor.md."""
     lines = [MANUAL_HEAD]
     for category, group in groupby(REGISTRY.values(), key=lambda check: check.category):
         lines.append(f"\n## {category.capitalize()}\n")
@@ -116,18 +119,18 @@ Generated from the registry of checks by `rtp-llm-doctor manual`; do not edit.
 ```
 rtp-llm-doctor                      this part: settings, plan, ports, memory, limits, GPUs, checkpoint; under a second
 rtp-llm-doctor --tier 1             also computes on every GPU, verifies peer writes, reserves memory, reads the disk
-rtp-llm-doctor gang [--wait 30]     on every part at once: tries the network between them, and compares them
-rtp-llm-doctor --tier 3             also forms the process group and sums numbers (with `gang`: over all parts)
+rtp-llm-doctor gang [--wait 30]     on every part at once: probes the network between them, and compares settings
+rtp-llm-doctor --tier 3             also forms the process group and runs an all-reduce (with `gang`: over all parts)
 rtp-llm-doctor -- --tp_size 2       with the server's flags
 rtp-llm-doctor list | explain S-01 | explain-log server.log | attach | schema
 rtp-llm-doctor -o table|short|json|junit|prom   --only IDS  --ignore IDS  --strict  --fix shm  --bundle out.tgz
 ```
 
 It reads the environment and the files that the server would read, with the server's own code. Exit codes: **0** ready
-(warnings allowed) · **1** an error · **2** the doctor could not run · **3** incomplete: a part is absent, or something
-could not be read. `--strict` makes warnings 1. `start_server` runs it before anything else starts: `RTP_DOCTOR=warn`
-only logs what it finds, `off` leaves it out.
+(warnings allowed) · **1** an error · **2** the doctor could not run · **3** incomplete: a part is absent, or a value
+could not be read. `--strict` exits with 1 on warnings. `start_server` runs it before anything else starts:
+`RTP_DOCTOR=warn` only logs its findings, `off` skips it.
 
-A check that depends on another is skipped where that found an error, so the first red line is the cause. Checks run in
-a process that is killed when one hangs; what cannot be read is unknown, and never green.
+A check is skipped if one that it depends on failed, so the first error in the report is the cause. Checks run in a
+process that is killed if one hangs; a value that cannot be read is unknown, and its check does not pass.
 """

@@ -28,22 +28,13 @@ RLIMITS = {
 }
 CAPABILITIES = {"IPC_LOCK": 14, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_NICE": 23}  # capability.h
 SECRET_WORDS = (
-    "secret",
-    "token",
-    "password",
-    "passwd",
-    "passphrase",
-    "passcode",
-    "api_key",
-    "apikey",
-    "credential",
-    "access_key",
-    "private",
+    *("secret", "token", "password", "passwd", "passphrase", "passcode", "private", "credential"),
+    *("access_key", "api_key", "api-key", "apikey"),
 )
 # Excludes this server's settings whose names only look like secrets: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE,
 # DEFAULT_CHAT_TEMPLATE_KEY. The short words match only at the end of a longer name: MYKEY, DB_PASS; not KEYBOARD.
 SHORT_WORDS = r"(?<=[\w-])(?<!by)(?<!template[_-])(?:pass|keys?|creds?)(?![a-z])"
-SECRET = "|".join([*SECRET_WORDS, "api-key", SHORT_WORDS]).replace("token", "token(?!iz|s)")
+SECRET = "|".join([*SECRET_WORDS, SHORT_WORDS]).replace("token", "token(?!iz|s)")
 MAX_KERNEL_RECORDS = 50_000  # more than the kernel's buffer holds
 
 

@@ -1,9 +1,10 @@
-"""The report for people (table, short) and for machines (JSON, JUnit, Prometheus text)."""
+"""Formats of the report: table and short for people; JSON, JUnit and Prometheus text for programs."""
 
 import os
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from doctor.check import Status
 from doctor.report import Finding, Report
 
-DEFAULT_WIDTH = 118  # where there is no terminal to ask
+DEFAULT_WIDTH = 118  # if the output is not a terminal
 MIN_WIDTH, MAX_WIDTH = 72, 140
 STATUS_NUMBERS = {
     Status.SKIP: -1,
@@ -28,7 +29,7 @@ STATUS_NUMBERS = {
 
 @dataclass(frozen=True)
 class Style:
-    """Symbols and colours of a terminal; plain text elsewhere."""
+    """Symbols, colours and line width of the output."""
 
     symbols: Mapping[Status, str]
     colour: bool
@@ -36,11 +37,11 @@ class Style:
 
     @classmethod
     def for_stream(cls, stream: TextIO, environ: Mapping[str, str] = os.environ) -> "Style":
-        """Colour on a TTY unless NO_COLOR is set (no-color.org); ASCII where the encoding has no symbols."""
+        """Uses colour on a TTY unless NO_COLOR is set (no-color.org), and ASCII if the encoding lacks the symbols."""
         encoding = (stream.encoding or "ascii").lower()
-        tty = stream.isatty() and environ.get("TERM") != "dumb"
         width = min(max(shutil.get_terminal_size().columns, MIN_WIDTH), MAX_WIDTH) if stream.isatty() else DEFAULT_WIDTH
-        return cls(UNICODE if "utf" in encoding else ASCII, tty and not environ.get("NO_COLOR"), width)
+        colour = stream.isatty() and environ.get("TERM") != "dumb" and not environ.get("NO_COLOR")
+        return cls(UNICODE if "utf" in encoding else ASCII, colour, width)
 
     def colorize(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self.colour else text
@@ -73,8 +74,8 @@ COLOURS = {
     Status.CRASH: "35",
     Status.SKIP: "2",
 }
-WORST = (Status.ERROR, Status.CRASH, Status.UNKNOWN, Status.WARN, Status.OK, Status.SKIP)
-COUNT_WORDS = (
+BY_SEVERITY = (Status.ERROR, Status.CRASH, Status.UNKNOWN, Status.WARN, Status.OK, Status.SKIP)
+STATUS_NAMES = (
     (Status.ERROR, "error", "errors"),
     (Status.CRASH, "crashed", "crashed"),
     (Status.UNKNOWN, "unknown", "unknown"),
@@ -85,15 +86,15 @@ COUNT_WORDS = (
 
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
-    """One line a category, and under it whatever is not well; `verbose` shows every check."""
+    """One line per category, followed by its problems. `verbose`: by all its checks."""
     lines = [*(style.colorize(line, "1") for line in _header(report, style)), ""]
     for category in dict.fromkeys(f.category for f in report.checks):
         findings = [f for f in report.checks if f.category == category]
-        worst = min((f.status for f in findings), key=WORST.index)
+        worst = min((f.status for f in findings), key=BY_SEVERITY.index)
         lines.append(f"{style.symbol(worst)} {category:<16} {_counts(findings)}")
-        for each in findings:
-            if verbose or each.status not in (Status.OK, Status.SKIP):
-                lines += _entry(each, report, style)
+        for finding in findings:
+            if verbose or finding.status not in (Status.OK, Status.SKIP):
+                lines += _entry(finding, report, style)
     if report.drift:
         lines += ["", "the parts differ in", *_drift(report)]
     lines += [""]
@@ -104,7 +105,7 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
 
 
 def short(report: Report, style: Style) -> str:
-    """What is not well, a line each, and the verdict."""
+    """One line per problem, then the verdict."""
     lines = [f"{style.symbol(f.status)} {f.id} {_sentence(f)}" for f in report.problems()]
     return "\n".join([*lines, _summary_line(report, style)]) + "\n"
 
@@ -114,7 +115,7 @@ def json_text(report: Report, style: Style) -> str:
 
 
 def junit(report: Report, style: Style) -> str:
-    """A test case a check, for CI systems."""
+    """One test case per check, for CI systems."""
     counts = report.counts()
     suite = ElementTree.Element(
         "testsuite",
@@ -125,22 +126,26 @@ def junit(report: Report, style: Style) -> str:
         skipped=str(counts[Status.SKIP]),
         time=str(report.duration_s),
     )
-    kinds = {Status.ERROR: "failure", Status.UNKNOWN: "error", Status.CRASH: "error", Status.SKIP: "skipped"}
-    for each in report.checks:
-        seconds = f"{each.duration_ms / 1000:.4f}"
-        case = ElementTree.SubElement(suite, "testcase", classname=each.category, name=f"{each.id} {each.name}")
-        case.set("time", seconds)
-        if each.status in kinds:
-            result = ElementTree.SubElement(case, kinds[each.status], message=_sentence(each))
-            result.text = each.fix.text(report.node.runtime) or None
-        elif each.status == Status.WARN:
-            ElementTree.SubElement(case, "system-out").text = f"warning: {_sentence(each)}"
+    tags = {Status.ERROR: "failure", Status.UNKNOWN: "error", Status.CRASH: "error", Status.SKIP: "skipped"}
+    for finding in report.checks:
+        case = ElementTree.SubElement(
+            suite,
+            "testcase",
+            classname=finding.category,
+            name=f"{finding.id} {finding.name}",
+            time=f"{finding.duration_ms / 1000:.4f}",
+        )
+        if finding.status in tags:
+            result = ElementTree.SubElement(case, tags[finding.status], message=_sentence(finding))
+            result.text = finding.fix.text(report.node.runtime) or None
+        elif finding.status == Status.WARN:
+            ElementTree.SubElement(case, "system-out").text = f"warning: {_sentence(finding)}"
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def prometheus(report: Report, style: Style) -> str:
-    """For node_exporter's text file collector; the server exposes the same names itself."""
+    """Metrics for node_exporter's textfile collector. The server exposes the same names itself."""
     registry = CollectorRegistry()
     status = Gauge(
         "rtp_llm_doctor_check_status",
@@ -149,10 +154,10 @@ def prometheus(report: Report, style: Style) -> str:
         registry=registry,
     )
     part = "" if report.node.part is None else str(report.node.part)
-    for each in report.checks:
-        status.labels(check=each.id, part=part).set(STATUS_NUMBERS[each.status])
-    Gauge("rtp_llm_doctor_last_run_timestamp_seconds", "When", registry=registry).set(report.started)
-    Gauge("rtp_llm_doctor_duration_seconds", "How long", registry=registry).set(report.duration_s)
+    for finding in report.checks:
+        status.labels(check=finding.id, part=part).set(STATUS_NUMBERS[finding.status])
+    Gauge("rtp_llm_doctor_last_run_timestamp_seconds", "Time of the last run", registry=registry).set(report.started)
+    Gauge("rtp_llm_doctor_duration_seconds", "Duration of the last run", registry=registry).set(report.duration_s)
     return generate_latest(registry).decode()
 
 
@@ -166,17 +171,17 @@ FORMATS: dict[str, Callable[[Report, Style], str]] = {
 
 
 def _header(report: Report, style: Style) -> list[str]:
-    """One line where the width allows, else one for each piece."""
+    """Returns one line if the width allows, else one per section."""
     node = report.node
-    words = [f"rtp-llm-doctor {report.tool_version}"]
+    sections = [f"rtp-llm-doctor {report.tool_version}"]
     if node.part is not None:
-        who = f"part{node.part} of {node.parts}" + (f" ({node.name})" if node.parts and node.parts > 1 else "")
+        part = f"part{node.part} of {node.parts}" + (f" ({node.name})" if node.parts and node.parts > 1 else "")
         ranks = f"rank {node.ranks[0]}" if len(node.ranks) == 1 else f"ranks {node.ranks[0]}-{node.ranks[-1]}"
-        words.append(f"{who}, {ranks} on {node.device}")
+        sections.append(f"{part}, {ranks} on {node.device}")
     facts = [f"{'' if name == 'gpus' else name + ' '}{value}" for name, value in node.facts.items()]
-    words.append(", ".join([node.runtime.value, *facts]))
-    whole = "   ".join(words)
-    return [whole] if len(whole) <= style.width else [line for word in words for line in _wrap("", word, style)]
+    sections.append(", ".join([node.runtime.value, *facts]))
+    line = "   ".join(sections)
+    return [line] if len(line) <= style.width else [row for section in sections for row in _wrap("", section, style)]
 
 
 def _sentence(finding: Finding) -> str:
@@ -193,9 +198,9 @@ def _entry(finding: Finding, report: Report, style: Style) -> list[str]:
         return lines
     if finding.symptom:
         lines += _wrap(f"{indent}seen as ", f'"{finding.symptom[0]}"', style)
-    # Never wrapped here: what a terminal wraps by itself can be copied whole.
+    # Not wrapped, so that a command can be copied as one line.
     fixes = finding.fix.text(report.node.runtime).splitlines()
-    return lines + [f"{indent}{'fix' if number == 0 else '':<8}{row}" for number, row in enumerate(fixes)]
+    return lines + [f"{indent}{'fix' if number == 0 else '':<8}{fix}" for number, fix in enumerate(fixes)]
 
 
 def _wrap(head: str, text: str, style: Style) -> list[str]:
@@ -204,8 +209,12 @@ def _wrap(head: str, text: str, style: Style) -> list[str]:
 
 
 def _counts(findings: list[Finding]) -> str:
-    found = [(sum(f.status == status for f in findings), one, many) for status, one, many in COUNT_WORDS]
-    return ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in found if count)
+    counts = Counter(f.status for f in findings)
+    return ", ".join(
+        f"{counts[status]} {singular if counts[status] == 1 else plural}"
+        for status, singular, plural in STATUS_NAMES
+        if counts[status]
+    )
 
 
 def _drift(report: Report) -> list[str]:
@@ -213,14 +222,17 @@ def _drift(report: Report) -> list[str]:
 
 
 def _summary_line(report: Report, style: Style) -> str:
-    words = {"ok": "ready", "warn": "ready, with warnings", "error": "not ready", "incomplete": "incomplete"}
+    text = {"ok": "ready", "warn": "ready, with warnings", "error": "not ready", "incomplete": "incomplete"}
     colours = {"ok": "32", "warn": "33", "error": "31", "incomplete": "35"}
-    verdict = style.colorize(words[report.verdict], f"1;{colours[report.verdict]}")
+    verdict = style.colorize(text[report.verdict], f"1;{colours[report.verdict]}")
     return f"{verdict}: {_counts(report.checks)} in {report.duration_s:.1f} s (exit {report.exit_code})"
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """To stdout. A reader that closes its end early (`| head`) is no error, nor is an encoding that lacks a letter."""
+    """Writes to stdout or `stream`. Ignores a closed pipe (`| head`) and replaces characters that cannot be encoded.
+
+    Raises OSError for other failures, such as a full disk.
+    """
     stream = stream or sys.stdout
     try:
         text.encode(stream.encoding or "ascii")
@@ -230,7 +242,7 @@ def write(text: str, stream: TextIO | None = None) -> None:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        # Else Python would try again at its end, and end with a code of its own.
+        # Else Python would flush again at exit, fail, and exit with 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if not isinstance(error, BrokenPipeError):
             raise

@@ -1,9 +1,11 @@
-"""The report: findings, a verdict, an exit code. Its JSON form is an interface, versioned, with a published schema."""
+"""The report: findings, verdict and exit code. Its JSON form is versioned and has a published schema."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,12 +17,12 @@ from doctor.runtime import Runtime
 from rtp_llm import __version__
 
 SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"
-# What is always written is required in the published schema.
+# Fields with defaults are always written, so the published schema requires them.
 MODEL = ConfigDict(frozen=True, extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class DoctorExitCode(IntEnum):
-    """What `rtp-llm-doctor` ends with."""
+    """Exit codes of `rtp-llm-doctor`."""
 
     READY = 0
     ERRORS = 1
@@ -29,7 +31,7 @@ class DoctorExitCode(IntEnum):
 
 
 class FixModel(BaseModel):
-    """The same remedy in the language of each runtime."""
+    """The fix as commands or settings of each runtime."""
 
     model_config = MODEL
 
@@ -43,19 +45,19 @@ class FixModel(BaseModel):
 
 
 class Finding(BaseModel):
-    """What one check said."""
+    """The result of one check."""
 
     model_config = MODEL
 
-    id: str = Field(description="stable; the failure catalogue's own")
+    id: str = Field(description="stable id in the failure catalogue")
     name: str
     category: str
     tier: int
-    severity: Literal["warn", "error"] = Field(description="the worst this check can find")
+    severity: Literal["warn", "error"] = Field(description="the worst status that this check can have")
     status: Status
-    actual: str = Field(description="what was seen; for skip, unknown and crash: why")
+    actual: str = Field(description="the observed state; for skip, unknown and crash: the reason")
     expected: str = ""
-    symptom: list[str] = Field(default=[], description="text of logs that this would cause; … stands for anything")
+    symptom: list[str] = Field(default=[], description="log text that this problem causes; … matches any text")
     fix: FixModel = FixModel()
     repair: Repair = Repair.NONE
     evidence: dict[str, Any] = Field(default={})
@@ -63,7 +65,7 @@ class Finding(BaseModel):
 
 
 class NodeInfo(BaseModel):
-    """Who was examined."""
+    """The part and the machine that were checked."""
 
     model_config = MODEL
 
@@ -77,7 +79,7 @@ class NodeInfo(BaseModel):
 
 
 class Drift(BaseModel):
-    """A value in which the parts differ, by part."""
+    """A fact that differs between the parts, with its value on each part."""
 
     model_config = MODEL
 
@@ -86,7 +88,7 @@ class Drift(BaseModel):
 
 
 class Report(BaseModel):
-    """All that one run of the doctor has to say."""
+    """The result of one run of the doctor."""
 
     model_config = MODEL
 
@@ -100,42 +102,48 @@ class Report(BaseModel):
     verdict: Literal["ok", "warn", "error", "incomplete"]
     exit_code: int
     checks: list[Finding]
-    members: list[str] = Field(default=[], description="parts that answered (gang tier)")
+    members: list[str] = Field(default=[], description="parts that responded (gang tier)")
     drift: list[Drift] = []
 
     def counts(self) -> Counter[Status]:
         return Counter(finding.status for finding in self.checks)
 
     def problems(self) -> list[Finding]:
-        """Everything but what is well and what there was nothing to look at."""
+        """Returns the findings that are neither ok nor skipped."""
         return [f for f in self.checks if f.status not in (Status.OK, Status.SKIP)]
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, by_alias=True)
 
+    def save(self, path: Path) -> None:
+        """Writes the JSON form atomically, because the API process may read it at any time."""
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(self.to_json())
+        scratch.replace(path)
+
 
 def escape_unprintable(text: str) -> str:
-    """What a terminal, XML or UTF-8 cannot take (a path may hold any byte) is written as an escape."""
+    """Escapes characters that a terminal, XML or UTF-8 cannot represent: a path may contain any byte."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def make_finding(check: Check, outcome: CheckResult, seconds: float) -> Finding:
-    bad = outcome.status in (Status.WARN, Status.ERROR)
+def make_finding(check: Check, result: CheckResult, seconds: float) -> Finding:
+    needs_repair = result.status in (Status.WARN, Status.ERROR)
     return Finding(
         id=check.id,
         name=check.title,
         category=check.category,
         tier=check.tier,
         severity="error" if check.severity == Status.ERROR else "warn",
-        status=outcome.status,
-        actual=escape_unprintable(outcome.actual),
-        expected=escape_unprintable(outcome.expected),
+        status=result.status,
+        actual=escape_unprintable(result.actual),
+        expected=escape_unprintable(result.expected),
         symptom=[s.text for s in check.symptoms],
-        fix=FixModel(**{name: escape_unprintable(text) for name, text in vars(outcome.fix).items()}),
-        repair=check.repair if bad else Repair.NONE,
-        evidence=outcome.evidence,
+        fix=FixModel(**{name: escape_unprintable(text) for name, text in vars(result.fix).items()}),
+        repair=check.repair if needs_repair else Repair.NONE,
+        evidence=result.evidence,
         duration_ms=round(seconds * 1000, 1),
     )
 
@@ -143,10 +151,10 @@ def make_finding(check: Check, outcome: CheckResult, seconds: float) -> Finding:
 def make_report(
     ctx: CheckContext, findings: Sequence[Finding], *, started: float, ignored: Sequence[str] = (), strict: bool = False
 ) -> Report:
-    """`ignored`: ids whose errors count as warnings; `strict`: warnings count as errors in the exit code."""
+    """Returns the report. `ignored`: ids of errors that become warnings. `strict`: exit with 1 on warnings."""
     checks = [_as_warning(f) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
-    statuses = {f.status for f in checks}
-    verdict, code = _verdict(statuses, any(f.id == "C-09" and f.status == Status.ERROR for f in checks), strict)
+    part_is_absent = any(f.id == "C-09" and f.status == Status.ERROR for f in checks)
+    verdict, code = _verdict({f.status for f in checks}, part_is_absent, strict)
     view = ctx.gang
     return Report(
         started=round(started, 3),
@@ -156,7 +164,7 @@ def make_report(
         exit_code=code,
         checks=checks,
         members=view.present_names if view else [],
-        drift=[Drift(key=key, values=values) for key, values in (view.drift() if view else {}).items()],
+        drift=[Drift(key=key, values=values) for key, values in (view.differences("") if view else {}).items()],
     )
 
 
@@ -167,9 +175,9 @@ def _as_warning(finding: Finding) -> Finding:
 Verdict = Literal["ok", "warn", "error", "incomplete"]
 
 
-def _verdict(statuses: set[Status], absent: bool, strict: bool) -> tuple[Verdict, DoctorExitCode]:
-    """An absent part is an error by its finding and an incomplete run by its exit code: nothing else was proved."""
-    if absent:
+def _verdict(statuses: set[Status], part_is_absent: bool, strict: bool) -> tuple[Verdict, DoctorExitCode]:
+    """Returns verdict and exit code. An absent part makes the run incomplete, although its finding is an error."""
+    if part_is_absent:
         return "incomplete", DoctorExitCode.INCOMPLETE
     if Status.ERROR in statuses:
         return "error", DoctorExitCode.ERRORS

@@ -1,6 +1,6 @@
-"""Every way this product can fail, by name: exit codes of processes, errors of requests.
+"""All errors: exit codes of processes and errors of requests.
 
-Failure is a value here: a process ends with one of `ExitCode`, a request with one terminal event.
+A process ends with an `ExitCode`, a failed request with one `RequestError`.
 """
 
 from enum import IntEnum
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ExitCode(IntEnum):
-    """What a process of ours ends with; start_server hands it to the container's runtime."""
+    """Exit codes of all processes. start_server passes them on to the container runtime."""
 
     OK = 0
     BAD_CONFIG = 64
@@ -22,14 +22,14 @@ class ExitCode(IntEnum):
 
     @property
     def is_final(self) -> bool:
-        """True where a restart in place cannot help: the same input would fail in the same way.
+        """True if a restart of the ranks cannot help, because the same input fails again.
 
-        69 belongs here because the roll call has already waited GANG_TIMEOUT_MIN, or found parts that disagree.
+        69 is final because the rendezvous has already waited GANG_TIMEOUT_MIN, or found parts that disagree.
         """
-        return self in _FINAL
+        return self in _FINAL_CODES
 
 
-_FINAL = {
+_FINAL_CODES = {
     ExitCode.BAD_CONFIG,
     ExitCode.BAD_CHECKPOINT,
     ExitCode.GANG_INCOMPLETE,
@@ -39,9 +39,9 @@ _FINAL = {
 
 
 class FatalError(Exception):
-    """An error that ends the process with a documented exit code and one readable message, no traceback.
+    """Ends the process with a documented exit code and one message, without a traceback.
 
-    `check`: the doctor's id of what is wrong, where it knows it; the doctor reports the same error under it.
+    `check`: id of the doctor's check that reports the same error; empty if there is none.
     """
 
     exit_code = ExitCode.RANK_CRASHED
@@ -52,9 +52,9 @@ class FatalError(Exception):
 
 
 class ConfigError(FatalError):
-    """Input the operator must mend: names the file or variable, the key, the value and what is allowed.
+    """Invalid input. The message has the file or variable, the key, the value and the allowed values.
 
-    `names`: the variables at fault, where it is about single ones.
+    `names`: the invalid variables, if single variables are invalid.
     """
 
     exit_code = ExitCode.BAD_CONFIG
@@ -65,40 +65,40 @@ class ConfigError(FatalError):
 
 
 class CheckpointError(FatalError):
-    """A checkpoint or tokenizer that cannot be served as it lies on disk."""
+    """The checkpoint or the tokenizer is damaged or not supported."""
 
     exit_code = ExitCode.BAD_CHECKPOINT
 
 
 class GangError(FatalError):
-    """The parts disagree, or one never came."""
+    """The parts disagree, or a part did not join in time."""
 
     exit_code = ExitCode.GANG_INCOMPLETE
 
 
 class DoctorError(FatalError):
-    """The doctor found what a start would fail or hang on."""
+    """The doctor found an error with which the server would fail or hang."""
 
     exit_code = ExitCode.DOCTOR
 
 
 class CommunicationError(FatalError):
-    """A peer that had joined is gone, or spoke out of turn."""
+    """A joined peer disconnected or sent an unexpected message."""
 
     exit_code = ExitCode.COMMUNICATION
 
 
 class GpuError(FatalError):
-    """The device failed; another start on it is not worth a try."""
+    """The GPU failed. A restart on the same GPU would fail again."""
 
     exit_code = ExitCode.GPU_FAULT
 
 
 class RequestError(Exception):
-    """A request that ends in an error answer.
+    """A request that ends with an error response.
 
-    `status` is the HTTP status, `code`/`name` upstream's `error_code` (reference: alibaba/rtp-llm,
-    config/exceptions.py), `param` the field at fault where there is one.
+    `status` is the HTTP status, `code` and `name` are upstream's `error_code` (reference: alibaba/rtp-llm,
+    config/exceptions.py), `param` is the invalid field if there is one.
     """
 
     def __init__(self, status: int, code: int, name: str, message: str, *, param: str | None = None):
@@ -106,29 +106,29 @@ class RequestError(Exception):
         self.status, self.code, self.name, self.message, self.param = status, code, name, message, param
 
     def body(self) -> dict[str, Any]:
-        """Upstream's three fields, and OpenAI's object, which its clients show to their users."""
-        kinds = {429: "rate_limit_error"} | dict.fromkeys(range(400, 429), "invalid_request_error")
-        kind = kinds.get(self.status, "server_error")
+        """Returns upstream's three fields, and OpenAI's error object, which OpenAI clients display."""
+        types = {429: "rate_limit_error"} | dict.fromkeys(range(400, 429), "invalid_request_error")
+        error_type = types.get(self.status, "server_error")
         return {
             "error_code": self.code,
             "error_code_str": f"{self.code}_{self.name}",
             "message": self.message,
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.name.lower()},
+            "error": {"message": self.message, "type": error_type, "param": self.param, "code": self.name.lower()},
         }
 
 
 def invalid_format(message: str, param: str | None = None) -> RequestError:
-    """400: the body is not what the endpoint takes."""
+    """400: the body does not match the endpoint's schema."""
     return RequestError(400, 507, "ERROR_INPUT_FORMAT_ERROR", message, param=param)
 
 
 def invalid_params(message: str, param: str | None = None) -> RequestError:
-    """400: a field has a value that cannot be used."""
+    """400: a field has an invalid value."""
     return RequestError(400, 605, "INVALID_PARAMS", message, param=param)
 
 
 def unsupported(message: str, param: str | None = None) -> RequestError:
-    """400: a known field whose feature this server does not have."""
+    """400: the field is known, but this server does not implement its feature."""
     return RequestError(400, 515, "UNSUPPORTED_OPERATION", message, param=param)
 
 
@@ -141,7 +141,7 @@ def long_prompt(message: str) -> RequestError:
 
 
 def overloaded(message: str) -> RequestError:
-    """429: the bounded queue is full."""
+    """429: the request queue is full."""
     return RequestError(429, 409, "CONCURRENCY_LIMIT_ERROR", message)
 
 
@@ -150,10 +150,10 @@ def timed_out(message: str) -> RequestError:
 
 
 def execution_failed(message: str) -> RequestError:
-    """500: the model failed on this request; sending it again would not help."""
+    """500: the model failed on this request; a retry would fail again."""
     return RequestError(500, 606, "EXECUTION_EXCEPTION", message)
 
 
 def engine_gone(message: str) -> RequestError:
-    """503: the ranks did not come back in time, or never came up."""
+    """503: the ranks did not start, or did not restart in time."""
     return RequestError(503, 606, "EXECUTION_EXCEPTION", message)

@@ -1,13 +1,13 @@
-"""Files that an operator names, read with bounds: a FIFO that nobody writes to, or a device without an end, must not
-hold the server before it has said a word.
+"""Reads files with a size limit, and only regular ones: reading a FIFO without a writer, or an endless device, would
+block the start.
 """
 
 import os
 import stat
 from pathlib import Path
 
-MAX_FILE_BYTES = 16 << 20  # bytes of a settings file; the member list of 4096 parts takes less than one
-_KINDS = {
+MAX_FILE_BYTES = 16 << 20  # of a settings file; the member list of 4096 parts takes less than 1 MiB
+_FILE_TYPES = {
     stat.S_IFIFO: "it is a FIFO",
     stat.S_IFCHR: "it is a device",
     stat.S_IFBLK: "it is a device",
@@ -17,40 +17,44 @@ _KINDS = {
 
 
 class NotRegularFileError(OSError):
-    """It is there, and no file of the kind that is read here; `strerror` says what it is and what is allowed."""
+    """The path is not a regular file, or the file is too large. `strerror` has the reason and what is allowed."""
 
 
-def read(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file. Raises OSError, whose `strerror` says why not."""
-    check_regular(path, most)
-    # The path may have become another thing meanwhile: opened so, even a FIFO lets go at once.
+def read(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Returns the content of a regular file. Raises OSError, with the reason in `strerror`."""
+    check_regular(path, max_bytes)
+    # The file may have been replaced since the check: O_NONBLOCK keeps the open of a FIFO from blocking.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-        data = stream.read(most + 1)  # files below /proc say that they have no size
-    if len(data) > most:
-        raise _too_large(path, most)
+        data = stream.read(max_bytes + 1)  # st_size is 0 for files in /proc
+    if len(data) > max_bytes:
+        raise _too_large(path, max_bytes)
     return data
 
 
-def check_regular(path: Path, most: int | None = None) -> None:
-    """Raises OSError where the path is none of a regular file, or of one that is larger than `most`. /dev/null, under
-    whatever name it is mounted, is an empty file."""
-    seen = path.stat()
-    if stat.S_ISCHR(seen.st_mode) and seen.st_rdev == os.stat(os.devnull).st_rdev:
+def check_regular(path: Path, max_bytes: int | None = None) -> None:
+    """Raises OSError if the path is not a regular file of at most `max_bytes`.
+
+    /dev/null counts as an empty file, also if it is bind-mounted under another name.
+    """
+    file_stat = path.stat()
+    if stat.S_ISCHR(file_stat.st_mode) and file_stat.st_rdev == os.stat(os.devnull).st_rdev:
         return
-    kind = _KINDS.get(stat.S_IFMT(seen.st_mode))
-    if kind:
-        raise NotRegularFileError(0, f"{kind}; allowed: a regular file", str(path))
-    if most is not None and seen.st_size > most:
-        raise _too_large(path, most)
+    file_type = _FILE_TYPES.get(stat.S_IFMT(file_stat.st_mode))
+    if file_type:
+        raise NotRegularFileError(0, f"{file_type}; allowed: a regular file", str(path))
+    if max_bytes is not None and file_stat.st_size > max_bytes:
+        raise _too_large(path, max_bytes)
 
 
-def _too_large(path: Path, most: int) -> NotRegularFileError:
-    return NotRegularFileError(0, f"it is larger than {most >> 20} MiB, which is allowed at most", str(path))
+def _too_large(path: Path, max_bytes: int) -> NotRegularFileError:
+    return NotRegularFileError(0, f"it is larger than {max_bytes >> 20} MiB, the maximum", str(path))
 
 
 def explain_missing(path: Path) -> str:
-    """Why a path leads to nothing: it is not there, or is a link whose target is not, as where a snapshot of a
-    Hugging Face cache was mounted without its blobs."""
+    """Returns the reason why a path does not exist: no such file, or a symbolic link without its target.
+
+    The latter happens if a snapshot of a Hugging Face cache is mounted without its blobs.
+    """
     if path.is_symlink():
-        return f"it is a link to {path.readlink()}, which is not here: mount the folder that holds both"
+        return f"it is a link to {path.readlink()}, which does not exist here: mount the folder that holds both"
     return "No such file or directory"

@@ -1,4 +1,4 @@
-"""Logging set up in one place: one line an event, prefixed with the part and the process it comes from, or JSON."""
+"""Sets up logging: one line per event with the part and process as prefix, or one JSON object per line."""
 
 import json
 import logging
@@ -17,20 +17,20 @@ Format = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: time (UTC), level, who ("part0 rank1"), logger, message, and exception where there is one."""
+    """Formats a record as a JSON object: time (UTC), level, who ("part0 rank1"), logger, message, exception if any."""
 
     converter = time.gmtime  # type: ignore[assignment]  # the documented way to log in UTC
 
-    def __init__(self, who: str):
+    def __init__(self, process: str):
         super().__init__()
-        self.who = who
+        self.process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
+        seconds = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
         event = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname,
-            "who": self.who,
+            "who": self.process,
             "logger": record.name,
             "message": record.getMessage(),
         }
@@ -39,18 +39,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(event, ensure_ascii=False)
 
 
-def setup(who: str, level: str = "INFO", stream: TextIO = sys.stdout, style: Format = "text") -> None:
-    """Sends records of `level` and above to `stream`: as `[who] time LEVEL module: text`, or as JSON.
+def setup(process: str, level: str = "INFO", stream: TextIO = sys.stdout, style: Format = "text") -> None:
+    """Logs records of `level` and above to `stream`, as `[process] time LEVEL module: text` or as JSON.
 
-    `who` is "part0", "part0 rank1", "part0 api" …; the supervisor passes the lines through unchanged.
+    `process` is "part0", "part0 rank1", "part0 api" …; supervisord passes the lines on unchanged.
     """
     handler = logging.StreamHandler(stream)
-    text = logging.Formatter(f"[{who}] %(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
-    handler.setFormatter(JsonFormatter(who) if style == "json" else text)
+    text_formatter = logging.Formatter(f"[{process}] %(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonFormatter(process) if style == "json" else text_formatter)
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
     logging.captureWarnings(True)
 
 
 def set_level(level: str) -> None:
-    """Changes the level of this process. Raises KeyError on a name that is not in LEVELS."""
+    """Changes the log level of this process. Raises KeyError if the name is not in LEVELS."""
     logging.getLogger().setLevel(LEVELS[level.upper()])

@@ -1,7 +1,7 @@
-"""`python3 -m rtp_llm.start_server`: the front process of one part.
+"""`python3 -m rtp_llm.start_server`: the main process of one part.
 
-Checks everything that can be checked without a GPU, writes the plan down, runs supervisord, forwards signals to it,
-and ends with the code that says why: supervisord alone would always end with 0.
+Validates all input that can be checked without a GPU, writes the part spec, runs supervisord and forwards signals to
+it. Exits with a code for the reason, because supervisord itself always exits with 0.
 """
 
 import fcntl
@@ -35,15 +35,15 @@ from rtp_llm.supervise.supervisord import supervisord_config
 log = logging.getLogger("rtp_llm.start_server")
 
 SHM = Path("/dev/shm")
-DOCTOR_SECONDS = 60
-MAX_OPEN_FILES = 1 << 20  # that may be open: some programs close every number up to the limit
+DOCTOR_TIMEOUT_SECONDS = 60
+MAX_OPEN_FILES = 1 << 20  # some programs close all file descriptors up to the limit, so it must not be huge
 
 
 def main() -> int:
-    """Runs the part to its end and returns its exit code."""
+    """Runs the part until it ends. Returns its exit code."""
     _append_to_stdout()
     logs.setup("start_server")
-    stopper = SignalForwarder()
+    forwarder = SignalForwarder()
     try:
         loaded = load(sys.argv[1:], os.environ)
         logs.setup("start_server", loaded.config.log_level, style=loaded.config.log_format)
@@ -52,9 +52,9 @@ def main() -> int:
         for warning in loaded.warnings:
             log.warning("%s", warning)
         plan = make_plan(loaded.config, visible_gpus())
-        nat = check_address(plan, local_addresses())
-        if nat:
-            log.warning("%s", nat)
+        nat_warning = check_address(plan, local_addresses())
+        if nat_warning:
+            log.warning("%s", nat_warning)
         checkpoint, spec = _check_model(loaded.config, plan)
         _check_ports_free(plan)
         with _run_dir(loaded.config) as run_dir:
@@ -66,32 +66,34 @@ def main() -> int:
                 fingerprint=_fingerprint(loaded.config, plan, checkpoint, spec),
                 tty=sys.stdout.isatty(),
             )
-            found = _run_doctor_process(loaded.config.rtp_doctor, part_spec.doctor_report_path)
-            if found == 1 and loaded.config.rtp_doctor == "enforce":
-                raise DoctorError("the doctor found errors; mend them, or start all the same with RTP_DOCTOR=warn")
-            return _supervise(part_spec, stopper)
+            doctor_exit_code = _run_doctor_process(loaded.config.rtp_doctor, part_spec.doctor_report_path)
+            if doctor_exit_code == 1 and loaded.config.rtp_doctor == "enforce":
+                raise DoctorError("the doctor found the errors above; fix them, or set RTP_DOCTOR=warn to start anyway")
+            return _supervise(part_spec, forwarder)
     except FatalError as error:
-        if not isinstance(error, DoctorError):  # what else is wrong, so that it need not be found one by one
+        if not isinstance(error, DoctorError):  # show all other errors too, so that they can be fixed at once
             _run_doctor_process(os.environ.get("RTP_DOCTOR", ""))
         log.critical("%s", error)
         return error.exit_code
 
 
 def _append_to_stdout() -> None:
-    """Where stdout is a file, supervisord opens it again for every program: without O_APPEND they would overwrite each
-    other's lines."""
+    """Sets O_APPEND on stdout.
+
+    supervisord reopens its stdout for each program. If it is a file, programs would overwrite each other's lines.
+    """
     fd = sys.stdout.fileno()
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
 
 
 def _check_model(config: Config, plan: Plan) -> tuple[Checkpoint, ModelSpec]:
-    """Opens the checkpoint by its headers, and checks that plan, model and tokenizer fit together."""
+    """Reads the checkpoint's headers, and validates TP size, model and tokenizer against each other."""
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(plan.tp_size)
     tokenizer = Path(config.tokenizer_path or config.checkpoint_path)
     if plan.part == 0 and not tokenizer.is_dir():
-        raise ConfigError(f"TOKENIZER_PATH={tokenizer}: is no folder; allowed: a folder with tokenizer.json")
+        raise ConfigError(f"TOKENIZER_PATH={tokenizer}: is not a folder; allowed: a folder with tokenizer.json")
     if plan.part == 0:
         check_tokenizer(tokenizer)
     return checkpoint, spec
@@ -102,8 +104,8 @@ def _model_name(config: Config) -> str:
 
 
 def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
-    """What all parts must have in common, by name, so that a difference can be told in one line."""
-    shared = ("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "warm_up", "test_block_num")
+    """Returns the values that must be equal on all parts, by name. A difference is reported as one line per name."""
+    shared_settings = ("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "warm_up", "test_block_num")
     return {
         "version": __version__,
         **{f"plan.{key}": value for key, value in plan.fingerprint().items()},
@@ -111,56 +113,54 @@ def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: Model
         "model.dtype": spec.dtype,
         "model.layers": spec.num_layers,
         "model.overrides": config.json_model_override_args,
-        **{f"config.{name.upper()}": getattr(config, name) for name in shared},
+        **{f"config.{name.upper()}": getattr(config, name) for name in shared_settings},
     }
 
 
 def _check_ports_free(plan: Plan) -> None:
-    """Raises ConfigError naming the port, what it is for, and who has it."""
+    """Raises ConfigError with the port, its purpose and its current owner if a planned port is in use."""
     for planned in plan.local_ports():
-        why = port_conflict(planned)
-        if why:
+        conflict = port_conflict(planned)
+        if conflict:
             raise ConfigError(
-                f"port {planned.port}, wanted for {planned.purpose}: {why}; free it or choose another START_PORT",
+                f"port {planned.port}, wanted for {planned.purpose}: {conflict}; free it or choose another START_PORT",
                 check="N-08",
             )
 
 
 def _run_doctor_process(mode: str, report: Path | None = None) -> int:
-    """Runs the doctor on this part, in a process of its own, and shows what it finds. Its exit code: 1 for errors.
-    What it could not find out (3), or a fault of its own, is a warning: only what is known to be wrong stops a start.
+    """Runs the doctor on this part in a separate process and logs its findings. Returns its exit code, 1 for errors.
 
-    `report`: where it leaves its findings for the API and for the part's own doctor.
+    Incomplete results (3) or a crash of the doctor are logged as warnings: only known errors prevent a start.
+    `mode`: RTP_DOCTOR. `report`: path for the findings, which the API and the gang's doctor read.
     """
     if mode == "off":
         return 0
     save = ("--save", str(report)) if report else ()
     command = [sys.executable, "-m", "doctor", "--starting", *save, "--", *sys.argv[1:]]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_SECONDS, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        log.warning("the doctor gave no answer within %d s; going on without it", DOCTOR_SECONDS)
+        log.warning("the doctor did not finish within %d s; starting without its checks", DOCTOR_TIMEOUT_SECONDS)
         return 0
-    if done.returncode not in (0, 1, 3):
-        why = done.stderr.strip() or f"it ended with {done.returncode}"
-        log.warning("the doctor could not run: %s", why)
-    elif done.returncode == 0 and " warning" not in done.stdout:
-        log.info("doctor: %s", done.stdout.strip().splitlines()[-1])
+    if completed.returncode not in (0, 1, 3):
+        reason = completed.stderr.strip() or f"it exited with {completed.returncode}"
+        log.warning("the doctor could not run: %s", reason)
+    elif completed.returncode == 0 and " warning" not in completed.stdout:
+        log.info("doctor: %s", completed.stdout.strip().splitlines()[-1])
     else:
-        log.warning("doctor:\n%s", done.stdout.rstrip())
-    return done.returncode
+        log.warning("doctor:\n%s", completed.stdout.rstrip())
+    return completed.returncode
 
 
 @contextmanager
 def _run_dir(config: Config) -> Iterator[Path]:
-    """RTP_RUN_DIR, or a temporary folder that goes with the part. Unix socket paths end at 107 bytes."""
+    """Yields RTP_RUN_DIR, or a temporary folder that is removed at the end. Unix socket paths have up to 107 bytes."""
     if not config.rtp_run_dir:
         try:
             parent = tempfile.gettempdir()
         except FileNotFoundError:
-            raise ConfigError(
-                "no folder for temporary files can be written; mount a tmpfs at /tmp", check="L-11"
-            ) from None
+            raise ConfigError("no temporary folder is writable; mount a tmpfs at /tmp", check="L-11") from None
         path = Path(tempfile.mkdtemp(prefix="rtp-llm-", dir=parent if len(parent) <= 60 else "/tmp"))
         try:
             yield path
@@ -173,7 +173,7 @@ def _run_dir(config: Config) -> Iterator[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"RTP_RUN_DIR={path}: cannot be made: {error.strerror}") from None
+        raise ConfigError(f"RTP_RUN_DIR={path}: cannot be created: {error.strerror}") from None
     for stale in (
         "exit_code",
         "doctor.json",
@@ -189,21 +189,21 @@ def _run_dir(config: Config) -> Iterator[Path]:
 
 
 def _remove_stale_segments(prefix: str) -> None:
-    """What ranks leave in /dev/shm that were killed in the instant between making a segment and unlinking it."""
+    """Removes segments of ranks that were killed between creating and unlinking them."""
     for stale in SHM.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
 
 
-def raise_open_files() -> None:
-    """As far as this user may: every connection is a file, and what is allowed at first is often 1024."""
+def raise_open_files_limit() -> None:
+    """Raises the soft limit of open files to the hard limit. It is often 1024, and each connection is a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    reach = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < reach:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (reach, hard))
+    limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def _supervise(part_spec: PartSpec, stopper: "SignalForwarder") -> int:
-    raise_open_files()
+def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
+    raise_open_files_limit()
     part_spec.save()
     conf = part_spec.run_dir / "supervisord.conf"
     conf.write_text(supervisord_config(part_spec))
@@ -218,36 +218,41 @@ def _supervise(part_spec: PartSpec, stopper: "SignalForwarder") -> int:
         plan.start_port,
         part_spec.run_dir,
     )
-    stopper.defer()
+    forwarder.defer()
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
         **_child_stdio(),
         env=_child_environment(part_spec.config),
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
+        start_new_session=True,  # Ctrl-C then reaches only this process, which stops the others in order
         preexec_fn=die_with_parent,
     )
-    stopper.set_child(child, part_spec.run_dir)
+    forwarder.set_child(child, part_spec.run_dir)
     code = child.wait()
     _remove_stale_segments(part_spec.shm_prefix)
     if part_spec.exit_code_file.exists():
         return int(part_spec.exit_code_file.read_text())
-    if stopper.num_signals and code <= 0:  # below 0: it had not set up its signals yet, or was asked for the third time
+    if forwarder.num_signals and code <= 0:  # below 0: a signal before its handlers were set, or the third signal
         return ExitCode.OK
     log.critical(
-        "supervisord ended by itself with %d; its log ends:\n%s", code, _tail(part_spec.run_dir / "supervisord.log")
+        "supervisord exited with %d without a stop signal; end of its log:\n%s",
+        code,
+        _tail(part_spec.run_dir / "supervisord.log"),
     )
     return ExitCode.RANK_CRASHED
 
 
 def _child_environment(config: Config) -> dict[str, str]:
-    """Ours, with GANG_SECRET in it where a flag had given that: it is written to no file."""
+    """Returns this process's environment, with GANG_SECRET if it was given as a flag: it must not be in a file."""
     secret = config.gang_secret.get_secret_value()
     return {**os.environ, "GANG_SECRET": secret} if secret else dict(os.environ)
 
 
 def _child_stdio() -> dict[str, Any]:
-    """supervisord opens its stdout anew for every program. A socket (systemd's journal) cannot be opened: then it
-    gets a pipe, and `cat` carries what comes through to where it belongs."""
+    """Returns stdio arguments for supervisord.
+
+    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald); a pipe to `cat` relays
+    the output instead.
+    """
     try:
         os.close(os.open("/dev/fd/1", os.O_WRONLY | os.O_APPEND))
     except OSError:
@@ -261,10 +266,10 @@ def _tail(path: Path, lines: int = 10) -> str:
 
 
 class SignalForwarder:
-    """Passes SIGTERM, SIGINT and SIGHUP on as supervisord's orderly stop; a third one ends everything at once."""
+    """Forwards SIGTERM, SIGINT and SIGHUP to supervisord: as SIGTERM, which stops it in order, the third as SIGKILL."""
 
     def __init__(self) -> None:
-        """From now on; until there is something to `watch` they end this process, with 0 as well."""
+        """Installs the handlers. Before `defer` or `set_child`, a signal ends this process with exit code 0."""
         self.num_signals = 0
         self._deferred = False
         self._child: subprocess.Popen[bytes] | None = None
@@ -274,7 +279,7 @@ class SignalForwarder:
                 signal.signal(number, self._stop)
 
     def defer(self) -> None:
-        """Until there is something to watch, signals are only counted: what a handler raises in a fork is swallowed."""
+        """Counts signals until `set_child`, because an exception from a handler during a fork is ignored."""
         self._deferred = True
 
     def set_child(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:

@@ -1,9 +1,9 @@
-"""A small checkpoint of random weights, the same bytes on every machine, for tests that want a model in a second.
+"""A small checkpoint with random weights in Hugging Face format, written in a second, for tests.
 
-It is a real one, in the format of the Hugging Face hub, and says nothing sensible. Every part of a gang must hold the
-same model, so the same seed gives the same bytes everywhere: the weights come from raw 64-bit words and exact float32
-arithmetic, not from a library's idea of a normal distribution, and the tokenizer is trained on the text in this file.
-Its head is loud: the best token wins by more than another order of summing can change, wherever the text wanders.
+Every part of a gang must have the same model, so the same seed gives the same bytes on all machines: the weights are
+computed from raw 64-bit words with exact float32 arithmetic, not with a library's normal distribution, and the
+tokenizer is trained on the text in this file. The head has a large gain: the best token leads by more than a different
+order of summation can change, so greedy output is the same for all batch and TP sizes.
 
     python -m tests.random_model FOLDER [--seed N]
 """
@@ -30,7 +30,7 @@ VOCAB = 1024
 CONTEXT = 2048
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # a token's id is its place here
+SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # in order of token id
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -97,7 +97,7 @@ return sample(model(batch)) # that is all. {"model": "demo", "stream": true, "ma
 """
 
 
-def config(seed: int) -> dict[str, Any]:
+def make_config(seed: int) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -125,7 +125,7 @@ def config(seed: int) -> dict[str, Any]:
     }
 
 
-def generation_config() -> dict[str, Any]:
+def make_generation_config() -> dict[str, Any]:
     return {
         "bos_token_id": SPECIALS.index(END_OF_TEXT),
         "do_sample": False,
@@ -134,7 +134,7 @@ def generation_config() -> dict[str, Any]:
     }
 
 
-def tokenizer_config() -> dict[str, Any]:
+def make_tokenizer_config() -> dict[str, Any]:
     return {
         "add_prefix_space": False,
         "chat_template": CHAT_TEMPLATE,
@@ -146,91 +146,90 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def tokenizer() -> Tokenizer:
-    """Byte-level BPE. Training counts pairs and breaks ties by token id, so threads and hash seeds do not matter."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+def make_tokenizer() -> Tokenizer:
+    """Trains a byte-level BPE tokenizer. Ties are broken by token id, so threads and hash seeds have no effect."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([CORPUS], trainer)
-    return made
+    tokenizer.train_from_iterator([CORPUS], trainer)
+    return tokenizer
 
 
-def matrices() -> Iterator[tuple[str, tuple[int, int], float]]:
-    """Name, shape and gain (size of the output over size of the input) of each matrix.
-
-    The head is loud, so that the best token wins by more than another order of summing can change.
-    """
+def matrix_shapes() -> Iterator[tuple[str, tuple[int, int], float]]:
+    """Yields name, shape and gain (standard deviation of the output over that of the input) of each matrix."""
     yield "model.embed_tokens", (VOCAB, HIDDEN), math.sqrt(HIDDEN)
     for layer in range(LAYERS):
-        block = f"model.layers.{layer}"
-        yield f"{block}.self_attn.q_proj", (HEADS * HEAD_DIM, HIDDEN), 1.0
-        yield f"{block}.self_attn.k_proj", (KV_HEADS * HEAD_DIM, HIDDEN), 1.0
-        yield f"{block}.self_attn.v_proj", (KV_HEADS * HEAD_DIM, HIDDEN), 1.0
-        yield f"{block}.self_attn.o_proj", (HIDDEN, HEADS * HEAD_DIM), 1.0
-        yield f"{block}.mlp.gate_proj", (INTERMEDIATE, HIDDEN), 1.0
-        yield f"{block}.mlp.up_proj", (INTERMEDIATE, HIDDEN), 1.0
-        yield f"{block}.mlp.down_proj", (HIDDEN, INTERMEDIATE), 0.5
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.self_attn.q_proj", (HEADS * HEAD_DIM, HIDDEN), 1.0
+        yield f"{prefix}.self_attn.k_proj", (KV_HEADS * HEAD_DIM, HIDDEN), 1.0
+        yield f"{prefix}.self_attn.v_proj", (KV_HEADS * HEAD_DIM, HIDDEN), 1.0
+        yield f"{prefix}.self_attn.o_proj", (HIDDEN, HEADS * HEAD_DIM), 1.0
+        yield f"{prefix}.mlp.gate_proj", (INTERMEDIATE, HIDDEN), 1.0
+        yield f"{prefix}.mlp.up_proj", (INTERMEDIATE, HIDDEN), 1.0
+        yield f"{prefix}.mlp.down_proj", (HIDDEN, INTERMEDIATE), 0.5
     yield "lm_head", (VOCAB, HIDDEN), 3.0
 
 
-def norms() -> Iterator[tuple[str, int, float]]:
-    """Name, size and mean of each norm. Those of queries and keys are large: with flat attention no token would matter
-    more than another, and an answer computed from a wrong cache would look like the right one."""
+def norm_shapes() -> Iterator[tuple[str, int, float]]:
+    """Yields name, size and mean of each norm.
+
+    Query and key norms are large, because with uniform attention a wrong KV cache would hardly change the output.
+    """
     for layer in range(LAYERS):
-        block = f"model.layers.{layer}"
-        yield f"{block}.input_layernorm", HIDDEN, 1.0
-        yield f"{block}.self_attn.q_norm", HEAD_DIM, 1.5
-        yield f"{block}.self_attn.k_norm", HEAD_DIM, 1.5
-        yield f"{block}.post_attention_layernorm", HIDDEN, 1.0
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm", HIDDEN, 1.0
+        yield f"{prefix}.self_attn.q_norm", HEAD_DIM, 1.5
+        yield f"{prefix}.self_attn.k_norm", HEAD_DIM, 1.5
+        yield f"{prefix}.post_attention_layernorm", HIDDEN, 1.0
     yield "model.norm", HIDDEN, 1.0
 
 
 def uniform(source: np.random.BitGenerator, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Numbers in [-1, 1) from the upper 24 bits of each word: every step is exact, so every machine gets the same."""
+    """Returns float32 numbers in [-1, 1) from the upper 24 bits of each word; exact, so equal on all machines."""
     words: NDArray[np.uint64] = source.random_raw(math.prod(shape))
     return ((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)).reshape(shape)
 
 
-def weights(seed: int) -> dict[str, NDArray[np.float32]]:
+def make_weights(seed: int) -> dict[str, NDArray[np.float32]]:
     source = np.random.PCG64(seed)
     tensors: dict[str, NDArray[np.float32]] = {}
-    for name, shape, gain in matrices():
+    for name, shape, gain in matrix_shapes():
         scale = gain * math.sqrt(3 / shape[1])  # a uniform number in [-1, 1) has variance 1/3
         tensors[f"{name}.weight"] = uniform(source, shape) * np.float32(scale)
-    for name, size, mean in norms():  # not all alike: a norm that is left out must change the answer
+    for name, size, mean in norm_shapes():  # random, so that a missing norm changes the output
         tensors[f"{name}.weight"] = uniform(source, (size,)) * np.float32(0.25) + np.float32(mean)
     return tensors
 
 
-def files(seed: int) -> dict[str, bytes]:
-    """The checkpoint, by file name."""
-    described = {
-        "config.json": config(seed),
-        "generation_config.json": generation_config(),
-        "tokenizer_config.json": tokenizer_config(),
+def make_files(seed: int) -> dict[str, bytes]:
+    """Returns the contents of the checkpoint by file name."""
+    json_files = {
+        "config.json": make_config(seed),
+        "generation_config.json": make_generation_config(),
+        "tokenizer_config.json": make_tokenizer_config(),
     }
-    made = {name: f"{json.dumps(content, indent=2)}\n".encode() for name, content in described.items()}
-    made["tokenizer.json"] = tokenizer().to_str(pretty=True).encode()
-    made["model.safetensors"] = save(weights(seed), metadata={"format": "pt"})
-    return made
+    contents = {name: f"{json.dumps(content, indent=2)}\n".encode() for name, content in json_files.items()}
+    contents["tokenizer.json"] = make_tokenizer().to_str(pretty=True).encode()
+    contents["model.safetensors"] = save(make_weights(seed), metadata={"format": "pt"})
+    return contents
 
 
-def write(folder: Path, seed: int = 0) -> None:
-    """Writes the checkpoint into the folder, which is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files(seed).items():
-        (folder / name).write_bytes(content)
+def write(directory: Path, seed: int = 0) -> None:
+    """Writes the checkpoint into the directory, and creates it if it is missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in make_files(seed).items():
+        (directory / name).write_bytes(content)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="tests.random_model", description="Writes a checkpoint with random weights.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="other weights for another number (default 0)")
-    given = parser.parse_args()
-    write(given.folder, given.seed)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    args = parser.parse_args()
+    write(args.folder, args.seed)

@@ -1,4 +1,4 @@
-"""The arrows of the architecture, enforced: who may import whom, read from the source without running it."""
+"""Enforces the layers of the architecture: reads the imports of each module from its source."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "rtp_llm"
 DOCTOR = ROOT.parent / "doctor"
 
-# The layers, lowest first: a module imports its own package and lower ones, and of those only what ALLOWED lists.
+# The layers, lowest first: a module imports from its own package and lower ones, and only what ALLOWED lists.
 LAYERS = (
     *("errors", "files", "log", "metrics", "config"),
     *("contract", "machine", "parallel", "kernels", "layers", "model", "runner", "engine"),
@@ -19,7 +19,7 @@ LAYERS = (
 BASE = {"rtp_llm", "config", "errors", "files", "log", "metrics"}
 TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint"}
 SCHEDULING = {"engine.blocks", "engine.scheduler", "engine.step_builder", "engine.engine"}
-# Packages, and single modules that are stricter than their package.
+# By package, and by module if its rule is stricter than the package's.
 ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "files"},
     "errors": set(),
@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "supervise": BASE | {"supervise", "machine", "parallel.part_spec"},
     "start_server": BASE | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
 }
-# The doctor reads what the server reads (settings, plan, checkpoint) with the server's code, and never loads torch.
+# The doctor reads settings, plan and checkpoint with the server's code, and does not import torch.
 DOCTOR_MAY_IMPORT = BASE | {"machine", "parallel", *TORCH_FREE_MODEL}
 TORCH = {"torch", "triton", "safetensors", "safetensors.torch"}
 MAY_USE_TORCH = {
@@ -51,8 +51,8 @@ MAY_USE_TORCH = {
     *("engine.loop", "engine.rank", "parallel.group", "parallel.shared_memory"),
 }
 TORCH_FREE = {"layers.rope_spec", *TORCH_FREE_MODEL}
-# The one import inside a function: torch must not be loaded before the gang has formed (see the comment there).
-LATE = {("engine.main", "engine.rank")}
+# The only import inside a function: torch must not be imported before the gang has formed (see the comment there).
+IMPORTED_LATE = {("engine.main", "engine.rank")}
 
 
 def modules(root: Path = ROOT) -> list[str]:
@@ -61,9 +61,9 @@ def modules(root: Path = ROOT) -> list[str]:
 
 
 def imports(module: str, root: Path = ROOT) -> Iterator[tuple[str, bool]]:
-    """(imported module, whether inside a function) of every import statement."""
+    """Yields (imported module, is inside a function) for every import statement."""
     tree = ast.parse((root / Path(*module.split("."))).with_suffix(".py").read_text())
-    inside = {
+    in_function = {
         id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
     }
     for node in ast.walk(tree):
@@ -71,22 +71,22 @@ def imports(module: str, root: Path = ROOT) -> Iterator[tuple[str, bool]]:
             names = [node.module or ""]
             if node.module and node.module.split(".")[0] in ("rtp_llm", "doctor") and not is_module(node.module):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from ((name, id(node) in inside) for name in names)
+            yield from ((name, id(node) in in_function) for name in names)
         elif isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in inside) for alias in node.names)
+            yield from ((alias.name, id(node) in in_function) for alias in node.names)
 
 
 def is_module(name: str) -> bool:
     return (ROOT.parent / Path(*name.split("."))).with_suffix(".py").exists()
 
 
-def ours(name: str) -> str:
-    """`rtp_llm.api.client` to `api.client`; `rtp_llm.__version__` to `rtp_llm`."""
-    rest = name.removeprefix("rtp_llm").removeprefix(".")
-    return rest if rest and not rest.startswith("__") else "rtp_llm"
+def relative_name(name: str) -> str:
+    """Converts `rtp_llm.api.client` to `api.client` and `rtp_llm.__version__` to `rtp_llm`."""
+    relative = name.removeprefix("rtp_llm").removeprefix(".")
+    return relative if relative and not relative.startswith("__") else "rtp_llm"
 
 
-def covered(name: str, allowed: set[str]) -> bool:
+def is_covered(name: str, allowed: set[str]) -> bool:
     return name in allowed or name.split(".")[0] in allowed
 
 
@@ -97,14 +97,14 @@ def test_imports_only_what_the_architecture_allows(module: str) -> None:
         assert name.split(".")[0] != "doctor", f"{module} must not import the doctor"
         if not name.startswith("rtp_llm"):
             continue
-        target = ours(name)
-        assert not late or (module, target) in LATE, f"{module} imports {target} inside a function"
-        assert covered(target, allowed), f"{module} must not import {target}"
+        target = relative_name(name)
+        assert not late or (module, target) in IMPORTED_LATE, f"{module} imports {target} inside a function"
+        assert is_covered(target, allowed), f"{module} must not import {target}"
 
 
 @pytest.mark.parametrize("module", modules())
-def test_torch_stays_where_the_device_work_is(module: str) -> None:
-    if covered(module, MAY_USE_TORCH) and module not in TORCH_FREE:
+def test_only_device_modules_import_torch(module: str) -> None:
+    if is_covered(module, MAY_USE_TORCH) and module not in TORCH_FREE:
         return
     assert not [name for name, _ in imports(module) if name in TORCH or name.startswith(("torch.", "triton."))]
 
@@ -115,13 +115,13 @@ def test_contract_and_scheduling_use_no_sockets(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", modules(DOCTOR))
-def test_the_doctor_judges_with_the_servers_own_code_and_without_torch(module: str) -> None:
+def test_doctor_imports_only_torch_free_server_code(module: str) -> None:
     for name, late in imports(module, DOCTOR):
-        if late and module == "all_reduce":  # one rank of tier 3 is a process of its own
+        if late and module == "all_reduce":  # each rank of tier 3 is a separate process
             continue
         assert name.split(".")[0] not in TORCH, f"doctor.{module} imports {name}"
         assert name not in ("rtp_llm.parallel.group", "rtp_llm.parallel.shared_memory")
-        assert not name.startswith("rtp_llm") or covered(ours(name), DOCTOR_MAY_IMPORT), (
+        assert not name.startswith("rtp_llm") or is_covered(relative_name(name), DOCTOR_MAY_IMPORT), (
             f"doctor.{module} imports {name}"
         )
 
@@ -130,7 +130,7 @@ def test_every_package_is_listed() -> None:
     assert {m.split(".")[0] for m in modules()} == {name.split(".")[0] for name in ALLOWED} == set(LAYERS)
 
 
-@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("name", sorted(ALLOWED))
 def test_no_allowed_import_points_up(name: str) -> None:
     package = LAYERS.index(name.split(".")[0])
     assert not {t for t in ALLOWED[name] - {"rtp_llm"} if LAYERS.index(t.split(".")[0]) > package}

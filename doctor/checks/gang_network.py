@@ -30,7 +30,7 @@ def _unreachable_links(view: GangView, ephemeral: bool) -> list[UnreachableLink]
 def _probable_cause(view: GangView, source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
     """Returns the probable cause, which follows from the opposite direction and from how the connections failed."""
     outcomes = set(ports.values())
-    if outcomes <= {"foreign"}:
+    if outcomes <= {"not_doctor"}:
         return f"another program has what part{target.part} needs"
     if outcomes <= {"refused"}:
         return f"nothing listens there, or part{target.part}'s firewall refuses"
@@ -40,7 +40,7 @@ def _probable_cause(view: GangView, source: PartReport, target: PartReport, port
 
 
 def _describe_link(source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
-    texts = {"timeout": "times out", "unreachable": "is unreachable", "foreign": "is answered by something else"}
+    texts = {"timeout": "times out", "unreachable": "is unreachable", "not_doctor": "is answered by something else"}
     failures = ", ".join(
         f"{port} ({target.planned_ports.get(port, 'chosen by the kernel, as NCCL does')}) {texts.get(outcome, outcome)}"
         for port, outcome in sorted(ports.items())
@@ -58,7 +58,7 @@ def _incomplete(links: Sequence[tuple[PartReport, PartReport]], reason: str) -> 
 @symptoms(
     "The client socket has timed out after …ms while trying to connect to (…)",
     "connect to …<…> failed : No route to host",
-    "roll call at …: Connection refused",
+    "rendezvous at …: Connection refused",
 )
 def planned_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResult:
     """Every part connects to all ports of the plan on every other part: those below START_PORT on part 0 are for the

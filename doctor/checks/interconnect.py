@@ -24,7 +24,7 @@ P2P_STATUS = {  # nvml.h, nvmlGpuP2PStatus_t
 
 def _pairs(ctx: CheckContext) -> list[GpuPair]:
     used = {gpu.index for gpu in ctx.used_gpus}
-    return [pair for pair in ctx.gpus.pairs if {pair.one, pair.other} <= used]
+    return [pair for pair in ctx.gpus.pairs if {pair.a, pair.b} <= used]
 
 
 @interconnect_check("P-02", "GPUs connected by NVLink have peer access", needs=("G-09", "G-16"), repair=Repair.REPLACE)
@@ -38,7 +38,7 @@ def nvlink_has_peer_access(ctx: CheckContext) -> CheckResult:
     for pair in pairs:
         if pair.nvlink == 0 and pair.p2p not in (None, 0):
             reason = P2P_STATUS.get(pair.p2p or 0, "no reason given")
-            return error(f"GPU {pair.one} and {pair.other}: {reason}", "peer access over NVLink", "drain this machine")
+            return error(f"GPU {pair.a} and {pair.b}: {reason}", "peer access over NVLink", "drain this machine")
     if all(pair.p2p is None for pair in pairs):
         return skip("these GPUs do not report it")
     num_able = sum(pair.p2p == 0 for pair in pairs)
@@ -87,7 +87,7 @@ def gpus_share_socket(ctx: CheckContext) -> CheckResult:
         return skip(FEWER_THAN_TWO_GPUS)
     for pair in pairs:
         if (pair.topology or 0) >= pynvml.NVML_TOPOLOGY_SYSTEM and pair.nvlink != 0:
-            actual = f"GPU {pair.one} and {pair.other} are under different sockets, without NVLink"
+            actual = f"GPU {pair.a} and {pair.b} are under different sockets, without NVLink"
             fix = "choose GPUs under one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
             return warn(actual, "GPUs under one socket", fix)
     return ok("no pair crosses the sockets without NVLink")

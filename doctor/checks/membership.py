@@ -45,7 +45,7 @@ def doctors_are_compatible(ctx: CheckContext, view: GangView) -> CheckResult:
         _, part, address = listeners[0]
         port = int(address.rpartition(":")[2])
         return error(actual, f"the doctor of part{part}", fixes.free_doctor_port(part, port))
-    refusals, differences = view.refusals(), view.differences("doctor.")
+    refusals, differences = view.protocol_errors(), view.differences("doctor.")
     if refusals or differences:
         actual = refusals[0] if refusals else format_differences(differences)
         fix = "the same image, by digest, and the same GANG_SECRET on every part"

@@ -1,1 +1,1 @@
-"""The gang tier: the parts' doctors meet, try the network between them in both directions, and compare notes."""
+"""The gang tier: the parts' doctors exchange reports, probe the network in both directions and compare settings."""

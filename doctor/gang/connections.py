@@ -1,4 +1,4 @@
-"""Connections between parts: dialled, listened on, filled with bytes, and ended without waiting for what got stuck."""
+"""TCP connections between the doctors of the parts: connect, serve, transfer, and close without blocking."""
 
 import asyncio
 import contextlib
@@ -12,10 +12,10 @@ from doctor.gang.messages import Greeting, new_nonce
 
 DIAL_SECONDS = 3.0
 CLOSE_SECONDS = 0.5
-SMALL_MSS = 536  # bytes: what every IPv4 link must carry (RFC 9293, 3.7.1)
+SMALL_MSS = 536  # bytes: the default MSS of IPv4, which every link carries (RFC 9293, 3.7.1)
 CHUNK_BYTES = 1 << 16
 NUM_EPHEMERAL_PORTS = 3
-REFUSALS = {
+CONNECT_ERRORS = {
     errno.ECONNREFUSED: "refused",
     errno.EHOSTUNREACH: "unreachable",
     errno.ENETUNREACH: "unreachable",
@@ -26,12 +26,16 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-async def connect(host: str, port: int, *, small: bool = False) -> Stream:
-    """`small`: both ends keep to segments that pass where larger ones are lost. Raises OSError, TimeoutError."""
+async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
+    """Opens a TCP connection.
+
+    `small_mss`: both ends send segments of at most SMALL_MSS bytes, which pass if larger ones are dropped. Raises
+    OSError or TimeoutError.
+    """
     sock = socket.socket()
     try:
         sock.setblocking(False)
-        if small:
+        if small_mss:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SMALL_MSS)
         async with asyncio.timeout(DIAL_SECONDS):
             await asyncio.get_running_loop().sock_connect(sock, (host, port))
@@ -42,43 +46,48 @@ async def connect(host: str, port: int, *, small: bool = False) -> Stream:
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """What is still unsent is given up after a moment: where large segments are lost it would never go."""
+    """Closes a connection, and aborts it if unsent bytes remain after CLOSE_SECONDS.
+
+    On a link that drops large segments they would never be sent.
+    """
     writer.close()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await writer.wait_closed()
-    except OSError:  # TimeoutError is one
+    except OSError:  # includes TimeoutError
         writer.transport.abort()
 
 
 def classify_error(error: OSError) -> str:
-    """What became of a connection that was not made: refused, timeout, unreachable, reset."""
-    return "timeout" if isinstance(error, TimeoutError) else REFUSALS.get(error.errno or 0, "unreachable")
+    """Returns why a connection failed: refused, timeout, unreachable or reset."""
+    return "timeout" if isinstance(error, TimeoutError) else CONNECT_ERRORS.get(error.errno or 0, "unreachable")
 
 
-async def dial(host: str, port: int, *, greeted: bool = True) -> str:
-    """What becomes of a connection: open, refused, timeout, unreachable, reset; foreign where a doctor was to greet and
-    somebody else listens."""
+async def dial(host: str, port: int, *, expect_greeting: bool = True) -> str:
+    """Returns the result of a connection attempt: open, refused, timeout, unreachable, reset or not_doctor.
+
+    not_doctor: connected, but no doctor's greeting arrived although `expect_greeting` is set.
+    """
     try:
         reader, writer = await connect(host, port)
     except OSError as error:
         return classify_error(error)
     try:
-        if greeted:
+        if expect_greeting:
             async with asyncio.timeout(DIAL_SECONDS):
                 await Greeting.read(reader)
         return "open"
     except OSError:
-        return "foreign"
+        return "not_doctor"
     finally:
         await close(writer)
 
 
 @asynccontextmanager
 async def serve_ports(
-    part: int, serve: Handler, responder: socket.socket | None, greeters: list[socket.socket]
+    part: int, handle: Handler, responder: socket.socket | None, greeting_sockets: list[socket.socket]
 ) -> AsyncIterator[None]:
-    """Serves the responder's port in full; the others greet and hang up."""
+    """Serves requests on the responder's socket. The other sockets send a greeting and close the connection."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -87,64 +96,75 @@ async def serve_ports(
         await close(writer)
 
     async with AsyncExitStack() as stack:
-        if responder:
-            await stack.enter_async_context(_serve_socket(serve, responder))
-        for sock in greeters:
+        for sock in greeting_sockets:
             await stack.enter_async_context(_serve_socket(greet, sock))
+        # Last, because a peer dials the other ports as soon as it has a reply.
+        if responder:
+            await stack.enter_async_context(_serve_socket(handle, responder))
         yield
 
 
 @asynccontextmanager
 async def _serve_socket(handle: Handler, sock: socket.socket) -> AsyncIterator[None]:
-    """Ends with all its connections: each is cut off, and its task waited for. Cancelled, asyncio would print it."""
-    tasks: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+    """Serves a socket. On exit it aborts all connections and waits for their handlers.
 
-    async def taken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    Handlers are not cancelled, because asyncio logs the cancellation of a connection handler as an error.
+    """
+    connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+
+    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task
-        tasks[task] = writer
+        connections[task] = writer
         try:
             await handle(reader, writer)
         finally:
-            del tasks[task]
+            del connections[task]
 
-    server = await asyncio.start_server(taken, sock=sock)
+    server = await asyncio.start_server(on_connection, sock=sock)
     try:
         yield
     finally:
         server.close()
-        await asyncio.sleep(0)  # whoever was accepted just now
-        for writer in tasks.values():
+        await asyncio.sleep(0)  # starts the handlers of connections that were accepted just now
+        for writer in connections.values():
             writer.transport.abort()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*connections)
 
 
 def bind_ephemeral(address: str) -> list[socket.socket]:
-    """Ports as NCCL takes them: whatever the kernel gives, on the address that it would use."""
-    found = []
+    """Returns sockets bound to ephemeral ports of this address, as NCCL binds its own."""
+    sockets = []
     for _ in range(NUM_EPHEMERAL_PORTS):
         sock = socket.socket()
         sock.bind((address, 0))
-        found.append(sock)
-    return found
+        sockets.append(sock)
+    return sockets
 
 
 async def send_bytes(writer: asyncio.StreamWriter, count: int, stall_timeout: float | None = None) -> None:
-    """Raises TimeoutError where nothing more is taken for `patience` seconds."""
-    piece = os.urandom(CHUNK_BYTES)  # what a link compresses would look faster than it is
-    for _ in range(count // len(piece)):
-        writer.write(piece)
+    """Sends random bytes, `count` rounded down to whole chunks.
+
+    Raises TimeoutError if the peer accepts no more bytes for `stall_timeout` seconds.
+    """
+    chunk = os.urandom(CHUNK_BYTES)  # incompressible: a compressing tunnel would look faster than it is
+    for _ in range(count // len(chunk)):
+        writer.write(chunk)
         async with asyncio.timeout(stall_timeout):
             await writer.drain()
 
 
 async def receive_bytes(reader: asyncio.StreamReader, count: int, stall_timeout: float | None = None) -> int:
-    """Reads as many bytes and drops them. Raises TimeoutError where nothing more comes for `patience` seconds."""
-    left = count
-    while left:
+    """Receives and discards `count` bytes; returns `count`.
+
+    Raises TimeoutError if no bytes arrive for `stall_timeout` seconds, ConnectionResetError if the peer closes the
+    connection early.
+    """
+    remaining = count
+    while remaining:
         async with asyncio.timeout(stall_timeout):
-            data = await reader.read(min(left, CHUNK_BYTES))
+            data = await reader.read(min(remaining, CHUNK_BYTES))
         if not data:
             raise ConnectionResetError("the connection was closed")
-        left -= len(data)
+        remaining -= len(data)
     return count

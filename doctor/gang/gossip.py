@@ -1,8 +1,7 @@
-"""The meeting: each part listens, dials every other, tries ports, large transfers and clocks, and passes on what it
-knows until everybody knows everything.
+"""Gossip between the parts' doctors: each part listens, probes the others and passes on every report it has.
 
-Nobody leads. A question carries the asker's rows and the answer the other's, so one open direction between two parts
-is enough for both to hear of each other; each keeps asking until all rows are complete, or the time is up.
+No part leads. A request carries the sender's reports and the reply those of the receiver, so one open direction between
+two parts is enough to exchange reports. Each part repeats this until all reports are complete, or until its deadline.
 """
 
 import asyncio
@@ -21,182 +20,180 @@ log = logging.getLogger("doctor.gang")
 
 TRANSFER_BYTES = 8 << 20
 TRANSFER_SECONDS = 8.0
-TRANSFER_ROUNDS = range(3, 20)  # a machine that starts a server at the same time is not always at its best
-MIN_MEASURE_SECONDS = 2.0  # to see whether a link that looks slow is
+MIN_TRANSFERS, MAX_TRANSFERS = 3, 20  # the best one counts: a machine that starts a server is busy at times
+MIN_MEASURE_SECONDS = 2.0  # for a link that looks slow
 SLOW_BYTES = 125_000_000  # per second: 1 Gbit/s
-STALL_SECONDS = 4.0  # without a byte's progress
-REPLY_SECONDS = 2.0  # a doctor answers at once: after that, shorter segments are tried
+STALL_SECONDS = 4.0  # without progress of a transfer
+REPLY_SECONDS = 2.0  # a doctor replies at once; after this timeout, requests are sent in small segments
 SMALL_MSS_REPLY_SECONDS = 5.0
 RETRY_INTERVAL_SECONDS = 0.2
-ABSENT_GRACE_SECONDS = 6.0  # of the whole time, for those that are here when another never comes
-FINAL_GOSSIP_SECONDS = 1.0  # of the whole time, for those that ask once more to hear that all is known
+PROGRESS_INTERVAL_SECONDS = 3.0
+ABSENT_GRACE_SECONDS = 6.0  # of the total time, for gossip between the present parts if another one is absent
+FINAL_GOSSIP_SECONDS = 1.0  # of the total time, for parts that have not yet received all reports
 CLOCK_ROUNDS = 5
 
 
 class ReplyTimeoutError(TimeoutError):
-    """It greeted, and the answer did not come."""
+    """The peer sent a greeting but no reply before the timeout."""
 
 
 class WrongPartError(ProtocolError):
-    """Another part answers under this one's address."""
+    """Another part answers at this member's address."""
 
 
 class GossipSession:
-    """One part's side. `secret` signs everything that is said. `observing`: a running part's own doctor has spoken for
-    it already, so this one looks and says nothing."""
+    """One part's side of the gossip. `secret` signs all messages.
 
-    def __init__(self, plan: Plan, part_report: PartReport, secret: bytes, *, observing: bool = False):
-        self.plan, self.part_report, self.secret, self.observe_only = plan, part_report, secret, observing
+    `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
+    """
+
+    def __init__(self, plan: Plan, part_report: PartReport, secret: bytes, *, observe_only: bool = False):
+        self.plan, self.part_report, self.secret, self.observe_only = plan, part_report, secret, observe_only
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
-        self.small_mss_members: set[int] = set()  # members whom only small segments reach
+        self.small_mss_members: set[int] = set()  # members that only small segments reach
 
-    # Listening
+    # Server side
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection to the responder: questions until the other closes."""
+        """Serves the requests of one connection until the peer closes it."""
         nonce = new_nonce()
         try:
             writer.write(Greeting(self.plan.part, nonce).pack())
             while True:
-                question = await read_signed(reader, nonce, self.secret)
-                await self._reply(question, reader, writer)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a stranger may send
+                request = await read_signed(reader, nonce, self.secret)
+                await self._reply(request, reader, writer)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # any program may connect
             log.debug("doctor's port: %s", error)
         finally:
             await close(writer)
 
-    async def _reply(
-        self, question: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        what, nonce = question["what"], str(question["nonce"])
-        if what == "reports":
-            self.merge_reports(question["reports"])
-            answer: dict[str, Any] = {"reports": self._all_reports()}
-        elif what == "clock":
-            answer = {"time": time.time()}
-        elif what == "upload":
-            answer = {"bytes": await receive_bytes(reader, min(int(question["bytes"]), TRANSFER_BYTES))}
-        elif what == "download":
-            await send_bytes(writer, min(int(question["bytes"]), TRANSFER_BYTES))
-            answer = {}
+    async def _reply(self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        operation, nonce = request["operation"], str(request["nonce"])
+        if operation == "reports":
+            self.merge_reports(request["reports"])
+            reply: dict[str, Any] = {"reports": self._all_reports()}
+        elif operation == "clock":
+            reply = {"time": time.time()}
+        elif operation == "upload":
+            reply = {"bytes": await receive_bytes(reader, min(int(request["bytes"]), TRANSFER_BYTES))}
+        elif operation == "download":
+            await send_bytes(writer, min(int(request["bytes"]), TRANSFER_BYTES))
+            reply = {}
         else:
-            raise ProtocolError(f"no such question: {what}")
-        writer.write(pack_signed(answer, nonce, self.secret))
+            raise ProtocolError(f"unknown operation: {operation}")
+        writer.write(pack_signed(reply, nonce, self.secret))
         await writer.drain()
 
-    def merge_reports(self, part_reports: list[dict[str, Any]]) -> None:
-        """Takes over rows of other parts; a row that is done is never replaced by one of the same run that is not."""
-        for data in part_reports:
-            part_report = PartReport.from_json(data)
-            known = self.part_reports.get(part_report.part)
-            if part_report.part == self.plan.part or not 0 <= part_report.part < self.plan.num_parts:
+    def merge_reports(self, reports: list[dict[str, Any]]) -> None:
+        """Stores reports of other parts. An older report never replaces a newer one of the same run."""
+        for data in reports:
+            received = PartReport.from_json(data)
+            if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:
                 continue
-            if (
-                known
-                and known.run_id == part_report.run_id
-                and (known.probing_done, len(known.received_from))
-                >= (part_report.probing_done, len(part_report.received_from))
-            ):
-                continue
-            self.part_reports[part_report.part] = part_report
-        self.part_report.received_from = sorted(
-            part for part, part_report in self.part_reports.items() if part_report.probing_done
-        )
+            stored = self.part_reports.get(received.part)
+            if stored is None or stored.run_id != received.run_id or stored.progress < received.progress:
+                self.part_reports[received.part] = received
+        self.part_report.received_from = sorted(part for part, r in self.part_reports.items() if r.probing_done)
 
     def _all_reports(self) -> list[dict[str, Any]]:
         return [] if self.observe_only else [part_report.to_json() for part_report in self.part_reports.values()]
 
-    # Asking
+    # Client side
 
-    async def ask(self, member: Member, what: str, **more: Any) -> dict[str, Any]:
-        """One question on a connection of its own. Raises OSError where nobody takes it, Stranger, Misled or
-        ProtocolError where the wrong one does, Stuck where a doctor greets and its answer is lost."""
-        small = member.index in self.small_mss_members
-        reader, writer = await connect(member.ip, member.port + DOCTOR_PORT_OFFSET, small=small)
+    async def _request(self, member: Member, operation: str, **fields: Any) -> dict[str, Any]:
+        """Sends one request on a new connection and returns the reply.
+
+        Raises ReplyTimeoutError if a doctor sends a greeting but no reply, NotADoctorError, WrongPartError or
+        ProtocolError if a wrong peer answers, and OSError if the connection fails.
+        """
+        small_mss = member.index in self.small_mss_members
+        reader, writer = await connect(member.ip, member.port + DOCTOR_PORT_OFFSET, small_mss=small_mss)
         try:
-            greeting = await _greeting(reader, member)
-            async with asyncio.timeout(SMALL_MSS_REPLY_SECONDS if small else REPLY_SECONDS):
+            greeting = await _read_greeting(reader, member)
+            async with asyncio.timeout(SMALL_MSS_REPLY_SECONDS if small_mss else REPLY_SECONDS):
                 nonce = new_nonce()
-                writer.write(pack_signed({"what": what, "nonce": nonce, **more}, greeting.nonce, self.secret))
+                request = {"operation": operation, "nonce": nonce, **fields}
+                writer.write(pack_signed(request, greeting.nonce, self.secret))
                 return await read_signed(reader, nonce, self.secret)
         except TimeoutError:
             raise ReplyTimeoutError from None
         except ConnectionResetError:
-            raise ProtocolError("it closes the connection: is GANG_SECRET the same?") from None
+            raise ProtocolError("the peer closed the connection: is GANG_SECRET the same on both parts?") from None
         finally:
             await close(writer)
 
     async def probe_member(self, member: Member, deadline: float) -> None:
-        """Knocks until the member's responder answers or its row came another way, then tries every way to it."""
+        """Retries until the member's report arrives, directly or through another part, then probes every port of it.
+
+        `deadline`: monotonic seconds; ends the retries.
+        """
         link = self.part_report.links.setdefault(member.index, LinkResult())
-        how = await self._exchange_reports(member, link)
-        while not self._no_retry_needed(member, link, how) and time.monotonic() < deadline:
+        result = await self._exchange_reports(member, link)
+        while not self._no_retry_needed(member, result) and time.monotonic() < deadline:
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-            how = await self._exchange_reports(member, link)
+            result = await self._exchange_reports(member, link)
         part_report = self.part_reports.get(member.index)
         if part_report is None:
-            link.ports = {member.port + DOCTOR_PORT_OFFSET: how}
-            link.foreign_address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}" if how == "foreign" else ""
+            port = member.port + DOCTOR_PORT_OFFSET
+            link.ports = {port: result}
+            link.foreign_address = f"{member.ip}:{port}" if result == "not_doctor" else ""
         elif part_report.has_valid_plan and not link.wrong_part:
             await self._probe_links(member, part_report, link)
 
     async def _exchange_reports(self, member: Member, link: LinkResult) -> str:
-        """One try to hear what the member knows. What became of it, in the words of a dialled port, or answered, stuck,
-        misled, odd."""
+        """Exchanges reports with a member once.
+
+        Returns replied, reply_timeout, not_doctor, wrong_part, protocol_error, or a result of `classify_error`.
+        """
         try:
-            answer = await self.ask(member, "reports", reports=self._all_reports())
-            self.merge_reports(answer["reports"])
+            reply = await self._request(member, "reports", reports=self._all_reports())
+            self.merge_reports(reply["reports"])
         except ReplyTimeoutError:
             link.reply_timed_out = True
             self.small_mss_members.add(member.index)
-            return "stuck"
+            return "reply_timeout"
         except NotADoctorError:
-            return "foreign"
+            return "not_doctor"
         except WrongPartError as error:
             link.wrong_part = str(error)
-            return "misled"
+            return "wrong_part"
         except ProtocolError as error:
-            link.refusal = str(error)
-            return "odd"
+            link.protocol_error = str(error)
+            return "protocol_error"
         except OSError as error:
             return classify_error(error)
-        link.answered, link.refusal, link.reply_timed_out = True, "", False
-        return "answered"
+        link.replied, link.protocol_error, link.reply_timed_out = True, "", False
+        return "replied"
 
-    def _no_retry_needed(self, member: Member, link: LinkResult, how: str) -> bool:
-        """Whether another try would bring nothing new."""
-        if how == "stuck":
+    def _no_retry_needed(self, member: Member, result: str) -> bool:
+        if result == "reply_timeout":  # the next request is sent in small segments
             return False
-        return member.index in self.part_reports or how in ("misled", "odd")
+        return member.index in self.part_reports or result in ("wrong_part", "protocol_error")
 
     async def _probe_unlisted_part(self, part: int, deadline: float) -> None:
-        """Where only the leader's address was given, the others are known once they have spoken."""
+        """Waits for the report of a part whose address is not configured (LEADER_ADDRESS only), then probes it."""
         while part not in self.part_reports and time.monotonic() < deadline:
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-        part_report = self.part_reports.get(part)
-        if part_report:
-            await self.probe_member(
-                Member(part, part_report.name, part_report.address, part_report.start_port), deadline
-            )
+        report = self.part_reports.get(part)
+        if report:
+            await self.probe_member(Member(part, report.name, report.address, report.start_port), deadline)
 
     async def _probe_links(self, member: Member, part_report: PartReport, link: LinkResult) -> None:
-        """Every port of theirs, then transfers and the clock, which need the responder."""
-        ports = [*part_report.planned_ports, *part_report.ephemeral_ports]
-        # A running part's own servers would wait for what a stranger has to say: there a connection is proof enough.
-        outcomes = await asyncio.gather(
-            *(
-                dial(member.ip, port, greeted=part_report.listening or port in part_report.ephemeral_ports)
-                for port in ports
-            )
+        """Dials every port of the member, then measures transfers and the clock if its responder replies."""
+        ephemeral = part_report.ephemeral_ports
+        ports = [*part_report.planned_ports, *ephemeral]
+        # The servers of a running part send no greeting: there an open connection is sufficient.
+        results = await asyncio.gather(
+            *(dial(member.ip, port, expect_greeting=part_report.listening or port in ephemeral) for port in ports)
         )
-        link.ports = dict(zip(ports, outcomes, strict=True))
-        if link.answered:
-            await self._transfer(member, link)
+        link.ports = dict(zip(ports, results, strict=True))
+        if link.replied:
+            await self._measure_transfers(member, link)
             await self._compare_clocks(member, link)
 
-    async def _transfer(self, member: Member, link: LinkResult) -> None:
-        """8 MiB each way: what is lost for its size gets stuck here, after all the small messages went through."""
-        # Stands where the time is up before a transfer has shown the same.
+    async def _measure_transfers(self, member: Member, link: LinkResult) -> None:
+        """Transfers 8 MiB in each direction. Detects links that drop large segments and pass small ones."""
+        # Remains set if the deadline ends this function early.
         link.transfer_error = (
             "long messages stalled, short ones passed" if member.index in self.small_mss_members else ""
         )
@@ -210,24 +207,24 @@ class GossipSession:
         link.transfer_error = ""
 
     async def _best_throughput(self, member: Member, direction: str) -> float:
-        """Bytes per second, of several rounds."""
-        fastest, began = 0.0, time.monotonic()
-        for number in range(TRANSFER_ROUNDS.stop):
+        """Returns the best throughput of several transfers, in bytes per second."""
+        best, first_started = 0.0, time.monotonic()
+        for number in range(MAX_TRANSFERS):
             started = time.monotonic()
-            if number >= TRANSFER_ROUNDS.start and (fastest > SLOW_BYTES or started > began + MIN_MEASURE_SECONDS):
+            if number >= MIN_TRANSFERS and (best > SLOW_BYTES or started > first_started + MIN_MEASURE_SECONDS):
                 break
             async with asyncio.timeout(TRANSFER_SECONDS):
                 await self._transfer_once(member, direction)
-            fastest = max(fastest, TRANSFER_BYTES / max(time.monotonic() - started, 1e-6))
-        return fastest
+            best = max(best, TRANSFER_BYTES / max(time.monotonic() - started, 1e-6))
+        return best
 
     async def _transfer_once(self, member: Member, direction: str) -> None:
         reader, writer = await connect(member.ip, member.port + DOCTOR_PORT_OFFSET)
         try:
-            greeting, nonce = await _greeting(reader, member), new_nonce()
-            what = "upload" if direction == "sent" else "download"
-            question = {"what": what, "nonce": nonce, "bytes": TRANSFER_BYTES}
-            writer.write(pack_signed(question, greeting.nonce, self.secret))
+            greeting, nonce = await _read_greeting(reader, member), new_nonce()
+            operation = "upload" if direction == "sent" else "download"
+            request = {"operation": operation, "nonce": nonce, "bytes": TRANSFER_BYTES}
+            writer.write(pack_signed(request, greeting.nonce, self.secret))
             if direction == "sent":
                 await send_bytes(writer, TRANSFER_BYTES, STALL_SECONDS)
             else:
@@ -237,111 +234,120 @@ class GossipSession:
             await close(writer)
 
     async def _compare_clocks(self, member: Member, link: LinkResult) -> None:
-        """The round with the shortest way says most: offset as in NTP (RFC 5905, section 8), half the way its error."""
-        best: tuple[float, float] | None = None
+        """Measures the clock offset as NTP does (RFC 5905, section 8). The round with the shortest RTT counts."""
+        samples: list[tuple[float, float]] = []
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
             try:
-                theirs = float((await self.ask(member, "clock"))["time"])
+                remote_time = float((await self._request(member, "clock"))["time"])
             except OSError:
                 continue
             received = time.time()
-            best = min(best or (9e9, 0.0), (received - sent, theirs - (sent + received) / 2))
-        if best:
-            link.rtt, link.clock_offset = round(best[0], 6), round(best[1], 6)
-            link.clock_error = round(best[0] / 2, 6)
+            samples.append((received - sent, remote_time - (sent + received) / 2))
+        if samples:
+            rtt, offset = min(samples)
+            link.rtt, link.clock_offset, link.clock_error = round(rtt, 6), round(offset, 6), round(rtt / 2, 6)
 
-    # Until all know all
+    # Convergence
 
-    def converged(self, late: bool) -> bool:
-        """Whether every part that is here has tried every way and holds the rows of all that are. Until it is `late`,
-        those that are not here yet are waited for."""
-        here = set(self.part_reports)
-        if len(here) < self.plan.num_parts and not late:
+    def converged(self, ignore_absent: bool) -> bool:
+        """Returns whether every present part has probed its links and has the final reports of all present parts.
+
+        Unless `ignore_absent` is set, all parts of the plan must be present.
+        """
+        present = set(self.part_reports)
+        if len(present) < self.plan.num_parts and not ignore_absent:
             return False
-        return all(
-            part_report.probing_done and here <= set(part_report.received_from)
-            for part_report in self.part_reports.values()
-        )
+        return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
-    async def run(self, members: list[Member], deadline: float, report: Callable[[str], None]) -> None:
-        """The whole meeting: visits all members, then passes rows on until everybody knows all. Ends by `deadline`
-        (monotonic); what is unfinished then is not `done`."""
-        whole = max(0.0, deadline - time.monotonic())
-        parting = min(FINAL_GOSSIP_SECONDS, whole / 10)
-        say = asyncio.create_task(self._report_absent(members, report))
+    async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
+        """Probes all members, then exchanges reports until the session has converged.
+
+        Ends by `deadline` (monotonic seconds); a part that is not finished then has `probing_done` unset.
+        """
+        total = max(0.0, deadline - time.monotonic())
+        final = min(FINAL_GOSSIP_SECONDS, total / 10)
+        progress = asyncio.create_task(self._report_absent(members, on_progress))
         try:
-            async with asyncio.timeout(whole - parting):
-                await self._run_session(members, deadline - min(ABSENT_GRACE_SECONDS, whole / 2))
+            async with asyncio.timeout(total - final):
+                await self._run_session(members, deadline - min(ABSENT_GRACE_SECONDS, total / 2))
         except TimeoutError:
-            log.debug("the time is up")
+            log.debug("the gossip session timed out")
         finally:
-            say.cancel()
+            progress.cancel()
         if not self.observe_only:
-            await self._linger(members, parting)
+            await self._linger(members, final)
 
-    async def _run_session(self, members: list[Member], waiting: float) -> None:
-        """Those that are not here yet are waited for until `waiting` (monotonic)."""
+    async def _run_session(self, members: list[Member], absent_deadline: float) -> None:
+        """Probes, then gossips. Waits for absent parts until `absent_deadline` (monotonic seconds)."""
         unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
         await asyncio.gather(
-            *(self.probe_member(member, waiting) for member in members),
-            *(self._probe_unlisted_part(part, waiting) for part in sorted(unlisted)),
+            *(self.probe_member(member, absent_deadline) for member in members),
+            *(self._probe_unlisted_part(part, absent_deadline) for part in sorted(unlisted)),
         )
-        # Done with those that came; one that never did leaves this row done as well.
-        self.part_report.probing_done = True
-        self.merge_reports([])
-        while not self.observe_only and not self.converged(time.monotonic() > waiting):
+        self._set_probing_done()
+        while not self.observe_only and not self.converged(ignore_absent=time.monotonic() > absent_deadline):
             await self._gossip(members)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
 
-    async def report_errors(self, members: list[Member], deadline: float) -> None:
-        """A part without a plan of its own tries nothing: it tells the others what is wrong with it, until all have
-        heard, or until `deadline` (monotonic)."""
-        whole = max(0.0, deadline - time.monotonic())
+    def _set_probing_done(self) -> None:
         self.part_report.probing_done = True
-        self.merge_reports([])
+        self.merge_reports([])  # updates received_from, which includes this part
+
+    async def report_errors(self, members: list[Member], deadline: float) -> None:
+        """Sends this part's errors until all parts have them, or until `deadline` (monotonic seconds).
+
+        For a part without a valid plan, which probes no links.
+        """
+        self._set_probing_done()
         try:
-            async with asyncio.timeout(whole):
-                while not self.converged(late=False):
-                    await self._gossip(members, everybody=True)
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                while not self.converged(ignore_absent=False):
+                    await self._gossip(members, include_unresponsive=True)
                     await asyncio.sleep(RETRY_INTERVAL_SECONDS)
                 await self._linger(members, FINAL_GOSSIP_SECONDS)
         except TimeoutError:
-            log.debug("the time is up")
+            log.debug("the gossip session timed out")
 
     async def _linger(self, members: list[Member], seconds: float) -> None:
-        """Says once more what is known, for not everybody can ask this part, and stays a moment for those that do."""
+        """Sends the final reports to the members, some of which may be unable to connect to this part.
+
+        Then keeps serving until `seconds` have passed, for parts that still send requests.
+        """
         end = time.monotonic() + seconds
         try:
             async with asyncio.timeout(seconds):
                 await self._gossip(members)
         except TimeoutError:
-            log.debug("somebody does not hear that all is known")
+            log.debug("a part did not receive the final reports in time")
         await asyncio.sleep(max(0.0, end - time.monotonic()))
 
-    async def _gossip(self, members: list[Member], everybody: bool = False) -> None:
-        """`everybody`: also those that have not answered yet."""
+    async def _gossip(self, members: list[Member], include_unresponsive: bool = False) -> None:
+        """Exchanges reports once with all members that have replied before, or with all."""
         links = self.part_report.links
-        known = [m for m in members if everybody or (m.index in links and links[m.index].answered)]
+        targets = [m for m in members if include_unresponsive or (m.index in links and links[m.index].replied)]
         await asyncio.gather(
-            *(self._exchange_reports(member, links.setdefault(member.index, LinkResult())) for member in known)
+            *(self._exchange_reports(member, links.setdefault(member.index, LinkResult())) for member in targets)
         )
 
-    async def _report_absent(self, members: list[Member], report: Callable[[str], None]) -> None:
+    async def _report_absent(self, members: list[Member], on_progress: Callable[[str], None]) -> None:
         while True:
-            await asyncio.sleep(3)
-            missing = [f"{m.name} ({m.ip}:{m.port})" for m in members if m.index not in self.part_reports]
-            if missing:
-                report("waiting for the doctor of " + ", ".join(missing))
+            await asyncio.sleep(PROGRESS_INTERVAL_SECONDS)
+            absent = [f"{m.name} ({m.ip}:{m.port})" for m in members if m.index not in self.part_reports]
+            if absent:
+                on_progress("waiting for the doctor of " + ", ".join(absent))
 
 
-async def _greeting(reader: asyncio.StreamReader, member: Member) -> Greeting:
-    """Raises Stranger where nobody greets, Misled where it is another part."""
+async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeting:
+    """Reads the greeting of a member's responder.
+
+    Raises NotADoctorError if there is none, WrongPartError if another part sent it.
+    """
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             greeting = await Greeting.read(reader)
     except (TimeoutError, ConnectionResetError) as error:
-        raise NotADoctorError("whoever listens there says nothing") from error
+        raise NotADoctorError("the program that listens there sends no greeting") from error
     if greeting.part != member.index:
         raise WrongPartError(f"part{greeting.part} answers at {member.ip}:{member.port + DOCTOR_PORT_OFFSET}")
     return greeting

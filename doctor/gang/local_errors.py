@@ -1,6 +1,6 @@
-"""A part that has no plan it can believe in, and still tells the others what is wrong with it.
+"""Sends this part's errors to the other parts if its plan is invalid.
 
-It would otherwise be gone at once, and they would wait for it and call it absent.
+Otherwise they would wait for it and report it as absent.
 """
 
 import asyncio
@@ -19,45 +19,47 @@ from rtp_llm.parallel.wire import listen
 
 
 def report_local_errors(
-    ctx: CheckContext, problems: dict[str, str], wait: float, report: Callable[[str], None]
+    ctx: CheckContext, errors: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> None:
-    """Until the others have heard, or for `wait` seconds; at once where no member of the list is this machine.
-    Raises ConfigError, OSError."""
-    plan = _likely_plan_member(ctx)
+    """Sends errors (text by check id) until all other parts have them, or for `wait_seconds`.
+
+    Returns at once if no listed member has an address of this machine. Raises ConfigError or OSError.
+    """
+    plan = _plan_of_local_member(ctx)
     if plan is None:
         return
-    for id, text in problems.items():
-        report(f"{id} {text}")
-    report(f"telling the other parts, for {wait:g} s at most")
-    asyncio.run(_send_errors(ctx, plan, problems, wait))
+    for id, text in errors.items():
+        on_progress(f"{id} {text}")
+    on_progress(f"sending these errors to the other parts, for {wait_seconds:g} s at most")
+    asyncio.run(_send_errors(ctx, plan, errors, wait_seconds))
 
 
-async def _send_errors(ctx: CheckContext, plan: Plan, problems: dict[str, str], wait: float) -> None:
-    part_report = local_part_report(ctx, plan, problems, listening=False)
+async def _send_errors(ctx: CheckContext, plan: Plan, errors: dict[str, str], wait_seconds: float) -> None:
+    part_report = local_part_report(ctx, plan, errors, listening=False)
     part_report.has_valid_plan = False
     session = GossipSession(plan, part_report, secret(ctx.config))
     with listen("0.0.0.0", plan.start_port + DOCTOR_PORT_OFFSET) as responder:
         async with serve_ports(plan.part, session.serve, responder, []):
-            others = [member for member in plan.members if member.index != plan.part]
-            await session.report_errors(others, time.monotonic() + wait)
+            peers = [member for member in plan.members if member.index != plan.part]
+            await session.report_errors(peers, time.monotonic() + wait_seconds)
 
 
-def _likely_plan_member(ctx: CheckContext) -> Plan | None:
-    """The member that this machine most likely is, by its addresses, and by START_PORT where several share one."""
+def _plan_of_local_member(ctx: CheckContext) -> Plan | None:
+    """Returns a plan for the listed member with an address of this machine; START_PORT decides if there are several."""
     try:
         members = read_members(ctx.config)
     except ConfigError:
         return None
-    own = [member for member in members if _is_here(ctx, member)]
-    if len(own) > 1:
-        own = [member for member in own if member.port == ctx.config.start_port]
-    if len(own) != 1 or len(members) < 2:
+    local = [member for member in members if _is_local(ctx, member)]
+    if len(local) > 1:
+        local = [member for member in local if member.port == ctx.config.start_port]
+    if len(local) != 1 or len(members) < 2:
         return None
-    [member], count = own, len(members)
+    [member], count = local, len(members)
     return Plan(members, member.index, count, count, 1, member.port, ctx.config.worker_info_port_num, "cpu")
 
 
-def _is_here(ctx: CheckContext, member: Member) -> bool:
+def _is_local(ctx: CheckContext, member: Member) -> bool:
     try:
         return bool(set(ctx.host.resolve(member.ip)) & ctx.host.addresses)
     except OSError:

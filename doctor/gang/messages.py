@@ -1,7 +1,7 @@
-"""What doctors say to each other: length-framed JSON, signed where there is a GANG_SECRET, and bytes to fill a pipe.
+"""Wire format between the parts' doctors: length-prefixed JSON, signed with GANG_SECRET.
 
-Whoever accepts a connection greets first, with a nonce. A question is signed over that nonce, and an answer over the
-nonce in the question, so that nothing recorded can be played again.
+The side that accepts a connection sends a greeting with a nonce. A request is signed over that nonce, the reply over
+the nonce in the request, so recorded messages cannot be replayed.
 """
 
 import asyncio
@@ -16,40 +16,42 @@ from typing import Any
 PROTOCOL = "rtp-llm-doctor"
 VERSION = 3
 LENGTH = struct.Struct("<I")
-MAX_MESSAGE = 4 << 20  # bytes; a row has some kilobytes
-SIGNATURE = 32
+MAX_MESSAGE_BYTES = 4 << 20  # a part's report has some kilobytes
+SIGNATURE_BYTES = 32
 
 
 class ProtocolError(ConnectionError):
-    """The other end is not a doctor of this version, or signs with another secret."""
+    """The peer is not a doctor of this version, or signs with another secret."""
 
 
 class NotADoctorError(ProtocolError):
-    """Whoever listens there is no doctor."""
+    """Another program listens on the doctor's port."""
+
+    def __init__(self, message: str = "another program listens there") -> None:
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """Who listens: a part's number, -1 on a port that stands in for one not in use yet."""
+    """The first message on a connection, from the listening side."""
 
     part: int
     nonce: str
     version: int = VERSION
 
     def pack(self) -> bytes:
-        said = {"protocol": PROTOCOL, "version": self.version, "part": self.part, "nonce": self.nonce}
-        return _frame(json.dumps(said).encode())
+        message = {"protocol": PROTOCOL, "version": self.version, "part": self.part, "nonce": self.nonce}
+        return _frame(json.dumps(message).encode())
 
     @classmethod
     async def read(cls, reader: asyncio.StreamReader) -> "Greeting":
-        """Raises Stranger where somebody else listens on this port, ProtocolError where it is a doctor of another
-        release."""
-        said = _json(await _receive(reader))
-        if said.get("protocol") != PROTOCOL:
-            raise NotADoctorError("something else listens there")
-        if said.get("version") != VERSION:
-            raise ProtocolError(f"its doctor speaks version {said.get('version')}, this one {VERSION}")
-        return cls(int(said["part"]), str(said["nonce"]))
+        """Reads a greeting. Raises NotADoctorError if another program listens, ProtocolError if versions differ."""
+        message = _parse_object(await _receive(reader))
+        if message.get("protocol") != PROTOCOL:
+            raise NotADoctorError
+        if message.get("version") != VERSION:
+            raise ProtocolError(f"its doctor has protocol version {message.get('version')}, this one {VERSION}")
+        return cls(int(message["part"]), str(message["nonce"]))
 
 
 def new_nonce() -> str:
@@ -62,15 +64,16 @@ def pack_signed(message: dict[str, Any], nonce: str, secret: bytes) -> bytes:
 
 
 async def read_signed(reader: asyncio.StreamReader, nonce: str, secret: bytes) -> dict[str, Any]:
-    """Raises ProtocolError where the signature is not that of our secret."""
+    """Reads a signed message. Raises ProtocolError if it was signed with another secret."""
     data = await _receive(reader)
-    if not hmac.compare_digest(data[:SIGNATURE], _sign(data[SIGNATURE:], nonce, secret)):
+    signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
+    if not hmac.compare_digest(signature, _sign(body, nonce, secret)):
         raise ProtocolError("GANG_SECRET is not the same on both parts")
-    return _json(data[SIGNATURE:])
+    return _parse_object(body)
 
 
 def _sign(body: bytes, nonce: str, secret: bytes) -> bytes:
-    """Without a secret this is a checksum: it tells a part that has one from a part that has none."""
+    """Returns the HMAC. With an empty secret it still differs from that of a part that has a secret."""
     return hmac.new(secret, nonce.encode() + body, hashlib.sha256).digest()
 
 
@@ -81,18 +84,18 @@ def _frame(data: bytes) -> bytes:
 async def _receive(reader: asyncio.StreamReader) -> bytes:
     try:
         (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        if length > MAX_MESSAGE:
-            raise NotADoctorError("something else listens there")
+        if length > MAX_MESSAGE_BYTES:
+            raise NotADoctorError
         return await reader.readexactly(length)
     except asyncio.IncompleteReadError:
         raise ConnectionResetError("the connection was closed") from None
 
 
-def _json(data: bytes) -> dict[str, Any]:
+def _parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError:
-        raise NotADoctorError("something else listens there") from None
+        raise NotADoctorError from None
     if not isinstance(value, dict):
-        raise NotADoctorError("something else listens there")
+        raise NotADoctorError
     return value

@@ -1,4 +1,4 @@
-"""One part's contribution to the gang's picture: who it is, what it holds, and how it found the way to the others."""
+"""The report that each part sends to the others: its identity, its settings and the results of its probes."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,18 +6,19 @@ from typing import Any
 
 @dataclass
 class LinkResult:
-    """What one part found on its way to another. Speeds in bytes/s, times in seconds.
+    """Results of one part's probes of another. Speeds in bytes/s, times in seconds.
 
-    `ports`: outcome by port: open, refused, timeout, unreachable, reset, foreign. `blob`: what became of the large
-    transfers, empty where both went through, or none was made.
+    `ports`: result by port: open, refused, timeout, unreachable, reset, not_doctor; instead of these, the
+    responder's port alone may have protocol_error, reply_timeout or wrong_part. `transfer_error`: empty if the large
+    transfers succeeded or were not tried.
     """
 
     ports: dict[int, str] = field(default_factory=dict)
-    answered: bool = False  # the responder talked to us
-    refusal: str = ""  # why the responder would not: version, secret
-    foreign_address: str = ""  # the address where something that is no doctor answers in its place
-    wrong_part: str = ""  # which other part answers under this one's address
-    reply_timed_out: bool = False  # it greeted, and then nothing came that is longer
+    replied: bool = False  # the responder replied to a request
+    protocol_error: str = ""  # another version or secret
+    foreign_address: str = ""  # ip:port at which another program answers instead of the doctor
+    wrong_part: str = ""  # which other part answers at this member's address
+    reply_timed_out: bool = False  # the peer sent a greeting but no reply
     transfer_error: str = ""
     sent_speed: float = 0.0
     received_speed: float = 0.0
@@ -28,15 +29,16 @@ class LinkResult:
 
 @dataclass
 class PartReport:
-    """`facts`: comparable values by dotted name; `identity`: what tells machines, namespaces and GPUs apart.
+    """One part's report.
 
-    `random_ports`: chosen by the kernel, as NCCL's are; `done`: it has tried every way, `seen`: the parts whose done
-    rows it holds. `fit`: whether it has a plan that can be believed; else it tells its problems, and nothing is tried.
+    `facts`: comparable values by dotted name. `identity`: values that tell machines, namespaces and GPUs apart.
+    `probing_done`: all links of this part were probed. `received_from`: parts whose final reports this part has.
+    `has_valid_plan`: if False, the report only carries `problems` and its links are not probed.
     """
 
     part: int
     name: str
-    run_id: str  # a random id: a part that was started again is another one
+    run_id: str  # random, so that a restarted part replaces its earlier report
     address: str
     start_port: int
     interface: str
@@ -46,21 +48,35 @@ class PartReport:
     planned_ports: dict[int, str]
     ephemeral_ports: list[int]
     port_range: str
-    problems: dict[str, str]  # what this part's own checks found: error by id
-    listening: bool  # whether stand-ins listen on the planned ports, or the real ones may not be there yet
+    problems: dict[str, str]  # errors of this part's own checks, by id
+    listening: bool  # placeholder sockets listen on the planned ports; if False, the server may not listen yet
     has_valid_plan: bool = True
     probing_done: bool = False
     received_from: list[int] = field(default_factory=list)
     links: dict[int, LinkResult] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"part{self.part}"
+
+    @property
+    def progress(self) -> tuple[bool, int]:
+        """Grows during a run: of two reports with the same `run_id`, the one with the larger value is newer."""
+        return self.probing_done, len(self.received_from)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "PartReport":
-        """JSON has no integer keys. Raises TypeError, KeyError or ValueError on what is no row."""
+        """Parses a report; converts keys to integers, which JSON does not have.
+
+        Raises TypeError, KeyError, ValueError or AttributeError if the data is invalid.
+        """
         links = {
-            int(part): LinkResult(**{**link, "ports": {int(p): str(o) for p, o in link["ports"].items()}})
+            int(part): LinkResult(
+                **{**link, "ports": {int(port): str(result) for port, result in link["ports"].items()}}
+            )
             for part, link in data["links"].items()
         }
         ports = {int(port): str(purpose) for port, purpose in data["planned_ports"].items()}

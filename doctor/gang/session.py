@@ -1,4 +1,4 @@
-"""Holds the meeting for this part: sockets, the wait, and the view that comes of it."""
+"""Runs a gossip session for this part: opens sockets, exchanges reports and returns the view of the gang."""
 
 import asyncio
 import contextlib
@@ -17,59 +17,61 @@ from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, Plan
 from rtp_llm.parallel.wire import listen
 
-MESH_PARTS = 8  # beyond that each part tries its neighbours and part 0 only
+MAX_FULL_MESH_PARTS = 8  # in larger gangs a part probes only part 0 and its neighbours
 
 
 def exchange_reports(
-    ctx: CheckContext, plan: Plan, problems: dict[str, str], wait: float, report: Callable[[str], None]
+    ctx: CheckContext, plan: Plan, problems: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> GangView:
-    """Returns when every part knows all, or after `wait` seconds. `problems`: errors this part found by itself.
-    Raises ConfigError, OSError.
+    """Exchanges reports until every part has all of them, or for `wait_seconds`.
+
+    `problems`: errors of this part's own checks, by id. Raises ConfigError or OSError.
     """
-    return asyncio.run(_exchange_reports(ctx, plan, problems, wait, report))
+    return asyncio.run(_run_session(ctx, plan, problems, wait_seconds, on_progress))
 
 
-async def _exchange_reports(
-    ctx: CheckContext, plan: Plan, problems: dict[str, str], wait: float, report: Callable[[str], None]
+async def _run_session(
+    ctx: CheckContext, plan: Plan, problems: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> GangView:
-    if ctx.running:  # its own doctor answers for it
-        session = open_session(ctx, plan, problems, listening=False)
-        session.observe_only = True
-        await session.run(probed_members(ctx, plan), time.monotonic() + wait, report)
-        return GangView(dict(session.part_reports), plan)
-    with _sockets(plan) as (responder, stand_ins):
-        session = open_session(ctx, plan, problems, listening=True)
-        async with serve_ports(plan.part, session.serve, responder, [*stand_ins, *greeting_sockets(session)]):
-            await session.run(probed_members(ctx, plan), time.monotonic() + wait, report)
+    # The doctor of a running part listens already, and sends that part's report.
+    session = open_session(ctx, plan, problems, listening=not ctx.running, observe_only=ctx.running)
+    async with contextlib.AsyncExitStack() as stack:
+        if not ctx.running:
+            responder, placeholders = stack.enter_context(_planned_sockets(plan))
+            sockets = [*placeholders, *greeting_sockets(session)]
+            await stack.enter_async_context(serve_ports(plan.part, session.serve, responder, sockets))
+        await session.run(probed_members(ctx, plan), time.monotonic() + wait_seconds, on_progress)
     return GangView(dict(session.part_reports), plan)
 
 
-def open_session(ctx: CheckContext, plan: Plan, problems: dict[str, str], *, listening: bool) -> GossipSession:
-    """`listening`: whether this part's planned ports have stand-ins that answer."""
-    return GossipSession(plan, local_part_report(ctx, plan, problems, listening), secret(ctx.config))
+def open_session(
+    ctx: CheckContext, plan: Plan, problems: dict[str, str], *, listening: bool, observe_only: bool = False
+) -> GossipSession:
+    """Returns a session. `listening`: placeholder sockets listen on this part's planned ports."""
+    part_report = local_part_report(ctx, plan, problems, listening)
+    return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only)
 
 
 def greeting_sockets(session: GossipSession) -> list[socket.socket]:
-    """Random ports on the address that the collectives would use, entered into the row."""
-    found = bind_ephemeral(session.part_report.address)
-    session.part_report.ephemeral_ports = [sock.getsockname()[1] for sock in found]
-    return found
+    """Binds ephemeral ports on the address that the collectives would use, and adds them to the part's report."""
+    sockets = bind_ephemeral(session.part_report.address)
+    session.part_report.ephemeral_ports = [sock.getsockname()[1] for sock in sockets]
+    return sockets
 
 
 def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
-    """Whom this part visits: everybody up to eight parts, beyond that part 0 and its neighbours."""
-    if plan.num_parts <= MESH_PARTS:
+    """Returns the members that this part probes: all, or part 0 and the neighbours in a large gang."""
+    if plan.num_parts <= MAX_FULL_MESH_PARTS:
         return ctx.peers
-    near = {0, (plan.part + 1) % plan.num_parts, (plan.part - 1) % plan.num_parts}
-    return [member for member in ctx.peers if member.index in near]
+    parts = {0, (plan.part + 1) % plan.num_parts, (plan.part - 1) % plan.num_parts}
+    return [member for member in ctx.peers if member.index in parts]
 
 
 @contextlib.contextmanager
-def _sockets(plan: Plan) -> Iterator[tuple[socket.socket | None, list[socket.socket]]]:
-    """Listening sockets on this part's planned ports. Where the running part itself has them, its own responder
-    answers in our place."""
+def _planned_sockets(plan: Plan) -> Iterator[tuple[socket.socket | None, list[socket.socket]]]:
+    """Yields (responder, placeholder listeners) on this part's planned ports. Skips ports that are in use."""
     responder: socket.socket | None = None
-    stand_ins: list[socket.socket] = []
+    placeholders: list[socket.socket] = []
     with contextlib.ExitStack() as stack:
         for planned in plan.local_ports():
             try:
@@ -77,9 +79,9 @@ def _sockets(plan: Plan) -> Iterator[tuple[socket.socket | None, list[socket.soc
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                continue  # N-08 names who has it
+                continue  # N-08 reports the process that holds the port
             if planned.port == plan.start_port + DOCTOR_PORT_OFFSET:
                 responder = sock
             else:
-                stand_ins.append(sock)
-        yield responder, stand_ins
+                placeholders.append(sock)
+        yield responder, placeholders

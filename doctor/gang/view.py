@@ -1,187 +1,184 @@
-"""All rows together: what every part can work out in the same way, so that all print the same verdict."""
+"""All parts' reports together. Every part computes the same results from them, so all print the same verdict."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 from doctor.gang.part_report import LinkResult, PartReport
 from rtp_llm.parallel.plan import Plan
 
-FILTERED = ("timeout", "unreachable")
+Identity = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class GangView:
-    """`rows` by part. Nothing here depends on which part looks at it."""
+    """`part_reports` by part. No result depends on the part that computes it."""
 
     part_reports: Mapping[int, PartReport]
     plan: Plan
 
-    @property
+    @cached_property
     def comparable(self) -> list[PartReport]:
-        """The parts that have a plan and look for the others where they are (N-04); of another nothing can be compared
-        but its problems."""
-        return [
-            part_report
-            for _, part_report in sorted(self.part_reports.items())
-            if part_report.has_valid_plan and "N-04" not in part_report.problems
-        ]
+        """Reports of parts with a valid plan and correct member addresses (N-04). Of other parts, only the problems
+        are meaningful.
+        """
+        return [r for _, r in sorted(self.part_reports.items()) if r.has_valid_plan and "N-04" not in r.problems]
 
     @property
     def absent(self) -> list[int]:
-        """Parts of which nothing was heard; where somebody answers, though in words we cannot accept, it is another
-        check's matter."""
-        met = {
+        """Parts without a report. Excludes parts at whose address something answers: other checks report those."""
+        answering = {
             part
             for part_report in self.part_reports.values()
             for part, link in part_report.links.items()
-            if link.refusal or link.foreign_address or link.wrong_part or link.reply_timed_out
+            if link.protocol_error or link.foreign_address or link.wrong_part or link.reply_timed_out
         }
-        return [part for part in range(self.plan.num_parts) if part not in self.part_reports and part not in met]
+        return [part for part in range(self.plan.num_parts) if part not in self.part_reports and part not in answering]
 
     def _links_to_missing(self) -> Iterable[tuple[PartReport, int, LinkResult]]:
-        """(from, part, link) of the ways to parts whose rows never came."""
-        for _, part_report in sorted(self.part_reports.items()):
-            for part, link in sorted(part_report.links.items()):
+        """Yields (source, target part, link) for targets without a report."""
+        for _, source in sorted(self.part_reports.items()):
+            for part, link in sorted(source.links.items()):
                 if part not in self.part_reports:
-                    yield part_report, part, link
+                    yield source, part, link
 
-    def refusals(self) -> list[str]:
-        """Who would not talk to whom, and why."""
+    def _link_errors(self, error_of: Callable[[LinkResult], str]) -> list[str]:
+        """Returns "part0 -> part1: error" for the links of comparable parts that have this kind of error."""
         return [
-            f"part{part_report.part} -> part{part}: {link.refusal}"
-            for part_report, part, link in self._links_to_missing()
-            if link.refusal
+            f"{source.label} -> part{part}: {error_of(link)}"
+            for source in self.comparable
+            for part, link in sorted(source.links.items())
+            if error_of(link)
+        ]
+
+    def protocol_errors(self) -> list[str]:
+        """Returns "part0 -> part1: error" for parts whose doctor has another version or secret."""
+        return [
+            f"{source.label} -> part{part}: {link.protocol_error}"
+            for source, part, link in self._links_to_missing()
+            if link.protocol_error
         ]
 
     def foreign_listeners(self) -> list[tuple[int, int, str]]:
-        """(from, to, address) where something answers that is no doctor, and nothing was heard of the part."""
+        """Returns (source part, target part, address) of programs that listen in place of a missing part's doctor."""
         return [
-            (part_report.part, part, link.foreign_address)
-            for part_report, part, link in self._links_to_missing()
+            (source.part, part, link.foreign_address)
+            for source, part, link in self._links_to_missing()
             if link.foreign_address
         ]
 
     def wrong_part_links(self) -> list[str]:
-        """Ways that lead to another part than was meant."""
-        return [
-            f"part{part_report.part} -> part{part}: {link.wrong_part}"
-            for part_report in self.comparable
-            for part, link in sorted(part_report.links.items())
-            if link.wrong_part
-        ]
+        """Returns "part0 -> part1: error" for links that lead to another part than configured."""
+        return self._link_errors(lambda link: link.wrong_part)
 
     def stalled(self) -> list[str]:
-        """Ways on which short messages pass and long ones do not."""
-        return [
-            f"part{part_report.part} -> part{part}: {link.transfer_error or 'it greets, and sends no answer'}"
-            for part_report in self.comparable
-            for part, link in sorted(part_report.links.items())
-            if link.transfer_error or (link.reply_timed_out and not link.answered)
-        ]
+        """Returns "part0 -> part1: error" for links that pass short messages and drop long ones."""
+
+        def error_of(link: LinkResult) -> str:
+            no_reply = "it sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""
+            return link.transfer_error or no_reply
+
+        return self._link_errors(error_of)
 
     def unprobed(self) -> list[tuple[PartReport, PartReport]]:
-        """Ways that a part had not tried when the time was up."""
+        """Returns (source, target) of links that were not probed before the deadline."""
         return [
-            (one, other)
-            for one in self.comparable
-            for other in self.comparable
-            if one is not other and not one.probing_done and not one.links.get(other.part, LinkResult()).ports
+            (source, target)
+            for source in self.comparable
+            for target in self.comparable
+            if source is not target
+            and not source.probing_done
+            and not source.links.get(target.part, LinkResult()).ports
         ]
 
     def links_without_transfer(self) -> list[tuple[PartReport, PartReport]]:
-        """Ways on which no large transfer came to an end. Where another program has the responder's port, that part
-        has said so (N-08)."""
-        found = [
-            (one, other)
-            for one, other, link in self.links()
-            if not (link.sent_speed and link.received_speed) and "N-08" not in other.problems
+        """Returns (source, target) of links on which no large transfer finished.
+
+        Excludes targets that report another program on the responder's port (N-08).
+        """
+        without_transfer = [
+            (source, target)
+            for source, target, link in self.links()
+            if not (link.sent_speed and link.received_speed) and "N-08" not in target.problems
         ]
-        return found + [way for way in self.unprobed() if way not in found]
+        return without_transfer + [link for link in self.unprobed() if link not in without_transfer]
 
     @property
     def present_names(self) -> list[str]:
-        return [
-            f"part{part_report.part} {part_report.name} {part_report.address}"
-            for _, part_report in sorted(self.part_reports.items())
-        ]
+        return [f"{r.label} {r.name} {r.address}" for _, r in sorted(self.part_reports.items())]
 
     def links(self) -> Iterable[tuple[PartReport, PartReport, LinkResult]]:
-        """(from, to, link) for every direction between parts that are here and have a plan."""
-        for part_report in self.comparable:
-            for other, link in sorted(part_report.links.items()):
-                if self.part_reports.get(other) in self.comparable and not link.wrong_part:
-                    yield part_report, self.part_reports[other], link
+        """Yields (source, target, link) for every probed direction between comparable parts."""
+        targets = {part_report.part: part_report for part_report in self.comparable}
+        for source in self.comparable:
+            for part, link in sorted(source.links.items()):
+                if part in targets and not link.wrong_part:
+                    yield source, targets[part], link
 
-    def unreachable_ports(self, part_report: PartReport, other: PartReport) -> dict[int, str]:
-        """Ports of `other` that `row` cannot reach. A refusal only counts where something was listening."""
-        link = part_report.links.get(other.part)
+    def unreachable_ports(self, source: PartReport, target: PartReport) -> dict[int, str]:
+        """Returns the ports of `target` that `source` cannot reach, with the result of each connection attempt."""
+        link = source.links.get(target.part)
         if link is None:
             return {}
-        bad = {p: o for p, o in link.ports.items() if o != "open"}
-        if "N-08" in other.problems:  # it has said itself who has its ports
-            bad = {p: o for p, o in bad.items() if o != "foreign"}
-        if not other.listening:  # the real listeners may come later: a refusal shows that the way is open
-            bad = {p: o for p, o in bad.items() if o not in ("refused", "foreign") or p in other.ephemeral_ports}
-        return bad
+        ports = {port: result for port, result in link.ports.items() if result != "open"}
+        if "N-08" in target.problems:  # the target itself reports the program that holds its ports
+            ports = {port: result for port, result in ports.items() if result != "not_doctor"}
+        if not target.listening:  # the server may listen later: a refusal shows that no firewall drops packets
+            ports = {
+                port: result
+                for port, result in ports.items()
+                if result not in ("refused", "not_doctor") or port in target.ephemeral_ports
+            }
+        return ports
 
     def differences(self, prefix: str) -> dict[str, dict[str, str]]:
-        """Facts of this prefix that are not the same on all parts, by part."""
-        keys = sorted({k for part_report in self.comparable for k in part_report.facts if k.startswith(prefix)})
-        found = {}
-        for key in keys:
-            values = {
-                f"part{part_report.part}": part_report.facts.get(key, "(unset)") for part_report in self.comparable
-            }
-            if len(set(values.values())) > 1:
-                found[key] = values
-        return found
+        """Returns the facts with this prefix that differ between parts: {name: {part label: value}}."""
+        names = sorted({name for r in self.comparable for name in r.facts if name.startswith(prefix)})
+        values = {name: {r.label: r.facts.get(name, "(unset)") for r in self.comparable} for name in names}
+        return {name: by_part for name, by_part in values.items() if len(set(by_part.values())) > 1}
 
-    def drift(self) -> dict[str, dict[str, str]]:
-        return self.differences("")
+    # GPUs of all parts
 
-    # GPUs over parts
+    def _gpus(self) -> Iterable[tuple[PartReport, Mapping[str, Any]]]:
+        return ((r, gpu) for r in self.comparable for gpu in r.identity.get("gpus", []))
 
     def gpu_kinds(self) -> dict[str, tuple[str, int, tuple[int, int] | None]]:
-        kinds = {}
-        for part_report in self.comparable:
-            for gpu in part_report.identity.get("gpus", []):
-                capability = tuple(gpu["capability"]) if gpu["capability"] else None
-                kinds[gpu["uuid"]] = (gpu["name"], gpu["total"], capability)
-        return kinds
+        """Returns (model name, memory in bytes, compute capability) by GPU UUID."""
+        return {
+            gpu["uuid"]: (gpu["name"], gpu["total"], tuple(gpu["capability"]) if gpu["capability"] else None)
+            for _, gpu in self._gpus()
+        }
 
     def shared_gpus(self) -> dict[str, list[str]]:
-        """Parts by GPU, for GPUs that more than one part wants to use."""
+        """Returns part labels by GPU UUID, for GPUs that more than one part uses."""
         users: dict[str, list[str]] = {}
-        for part_report in self.comparable:
-            for gpu in part_report.identity.get("gpus", []):
-                users.setdefault(gpu["uuid"], []).append(f"part{part_report.part}")
-        return {uuid: parts for uuid, parts in users.items() if len(parts) > 1}
+        for part_report, gpu in self._gpus():
+            users.setdefault(gpu["uuid"], []).append(part_report.label)
+        return {uuid: labels for uuid, labels in users.items() if len(labels) > 1}
 
-    # Machines over parts
+    # Machines of all parts
 
     def hosts_sharing_nccl_id(self) -> list[tuple[str, str]]:
-        """Pairs of parts that NCCL would take for one machine, and that share no memory."""
-        return self._pairs(lambda a, b: _host_id(a) == _host_id(b) and _memory(a) != _memory(b))
+        """Returns pairs of parts that NCCL takes for one machine although they share no memory."""
+        return self._pairs(lambda a, b: _nccl_host_id(a) == _nccl_host_id(b) and _shared_memory(a) != _shared_memory(b))
 
     def separated_hosts(self) -> list[tuple[str, str]]:
-        """Pairs of parts on one machine that NCCL would take for two."""
-        return self._pairs(lambda a, b: a.get("boot_id") == b.get("boot_id") != "" and _host_id(a) != _host_id(b))
+        """Returns pairs of parts on one machine that NCCL takes for two."""
+        return self._pairs(
+            lambda a, b: a.get("boot_id") == b.get("boot_id") != "" and _nccl_host_id(a) != _nccl_host_id(b)
+        )
 
-    def _pairs(self, judge: Any) -> list[tuple[str, str]]:
-        return [
-            (f"part{one.part}", f"part{other.part}")
-            for n, one in enumerate(self.comparable)
-            for other in self.comparable[n + 1 :]
-            if judge(one.identity, other.identity)
-        ]
+    def _pairs(self, matches: Callable[[Identity, Identity], bool]) -> list[tuple[str, str]]:
+        return [(a.label, b.label) for a, b in combinations(self.comparable, 2) if matches(a.identity, b.identity)]
 
 
-def _host_id(identity: Mapping[str, Any]) -> tuple[str, str]:
-    """As NCCL makes it: NCCL_HOSTID, or host name and boot id (src/misc/utils.cc)."""
-    chosen = str(identity.get("nccl_hostid", ""))
-    return (chosen, "") if chosen else (str(identity.get("hostname")), str(identity.get("boot_id")))
+def _nccl_host_id(identity: Identity) -> tuple[str, str]:
+    """Returns what NCCL hashes: NCCL_HOSTID, or host name and boot id (src/misc/utils.cc)."""
+    configured = str(identity.get("nccl_hostid", ""))
+    return (configured, "") if configured else (str(identity.get("hostname")), str(identity.get("boot_id")))
 
 
-def _memory(identity: Mapping[str, Any]) -> tuple[str, str]:
+def _shared_memory(identity: Identity) -> tuple[str, str]:
     return str(identity.get("ipc")), str(identity.get("shm_device"))

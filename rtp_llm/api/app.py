@@ -1,4 +1,4 @@
-"""The FastAPI application: routers, error answers, middleware."""
+"""Builds the FastAPI application: routers, error handlers, middleware."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -31,7 +31,7 @@ from rtp_llm.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-BODIES: list[type[BaseModel]] = [
+BODY_MODELS: list[type[BaseModel]] = [
     schema.ChatRequest,
     schema.CompletionRequest,
     schema.NativeRequest,
@@ -53,13 +53,15 @@ ERROR_SCHEMA = {
     },
 }
 ERROR_RESPONSE = {
-    "description": "What was wrong, in one sentence; `error` is OpenAI's object",
+    "description": "The error in one sentence; `error` has OpenAI's format",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
 
 
 def create_app(config: Config, state: PartState, metrics: Metrics, service: Service | None) -> FastAPI:
-    """`service`: the model on part 0; None on other parts, which answer health and metrics only."""
+    """Returns the application of one part. `service` is None on parts other than 0: these serve health and metrics
+    only.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -72,71 +74,72 @@ def create_app(config: Config, state: PartState, metrics: Metrics, service: Serv
     app = FastAPI(title="rtp-llm", version=__version__, lifespan=lifespan)
     app.include_router(status_router(state, metrics))
     if service:
-        stop_words = StopWords.read(config, service.tokenizer)
+        stop_words = StopWords.from_config(config, service.tokenizer)
         app.include_router(engine_router(service, state))
         app.include_router(openai_router(service, stop_words))
         app.include_router(native_router(service, stop_words))
-    _answer_errors(app, config)
-    _describe_bodies(app)
+    _add_error_handlers(app, config)
+    _extend_openapi(app)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])  # as upstream
     app.add_middleware(BodySizeMiddleware, limit=int(config.max_body_mb * 2**20))
     app.add_middleware(MetricsMiddleware, metrics=metrics, access_log=not config.disable_access_log)
     return app
 
 
-def _answer_errors(app: FastAPI, config: Config) -> None:
-    """One shape for every error, and never a traceback."""
+def _add_error_handlers(app: FastAPI, config: Config) -> None:
+    """Registers handlers that return every error in one JSON format, without tracebacks."""
 
-    def answer(error: RequestError) -> JSONResponse:
+    def error_response(error: RequestError) -> JSONResponse:
         status = 500 if config.legacy_http_status else error.status
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body(), status_code=status, headers=headers)
 
     async def request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return answer(error)
+        return error_response(error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        name = {404: "no such path", 405: "method not allowed"}.get(error.status_code, str(error.detail))
-        made = RequestError(
-            error.status_code, 507, "ERROR_INPUT_FORMAT_ERROR", f"{name}: {request.method} {request.url.path}"
-        )
-        response = answer(made)
+        reason = {404: "no such path", 405: "method not allowed"}.get(error.status_code, str(error.detail))
+        message = f"{reason}: {request.method} {request.url.path}"
+        response = error_response(RequestError(error.status_code, 507, "ERROR_INPUT_FORMAT_ERROR", message))
         response.headers.update(error.headers or {})
         return response
 
     async def validation_error(request: Request, error: Exception) -> Response:
-        return answer(invalid_format(str(error)))
+        return error_response(invalid_format(str(error)))
 
     async def disconnected(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; the number is for the log
+        return Response(status_code=499)  # nginx's "client closed request", for the access log only
 
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer(RequestError(500, 514, "UNKNOWN_ERROR", "internal error; the server's log has the details"))
+        message = "internal error; the server's log has the details"
+        return error_response(RequestError(500, 514, "UNKNOWN_ERROR", message))
 
     app.add_exception_handler(RequestError, request_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
-    for gone in (ClientDisconnected, ClientDisconnect):
-        app.add_exception_handler(gone, disconnected)
+    for error_type in (ClientDisconnected, ClientDisconnect):
+        app.add_exception_handler(error_type, disconnected)
     app.add_exception_handler(Exception, unexpected)
 
 
-def _describe_bodies(app: FastAPI) -> None:
-    """Adds the schemas of the bodies that `json_body` reads and of errors, which FastAPI does not see by itself."""
+def _extend_openapi(app: FastAPI) -> None:
+    """Adds the schemas of request bodies and errors to the OpenAPI document. FastAPI cannot infer them, since
+    `json_body` reads the raw request.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            components = described.setdefault("components", {}).setdefault("schemas", {})
-            components.update(component_schemas(BODIES))
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            components = document.setdefault("components", {}).setdefault("schemas", {})
+            components.update(component_schemas(BODY_MODELS))
             components["Error"] = ERROR_SCHEMA
-            for operation in (o for path in described["paths"].values() for o in path.values()):
+            for operation in (o for path in document["paths"].values() for o in path.values()):
                 if "requestBody" in operation:
                     operation["responses"]["default"] = ERROR_RESPONSE
-            app.openapi_schema = described
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend it

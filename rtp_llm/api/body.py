@@ -1,6 +1,4 @@
-"""Request bodies: read whatever the content type says (`curl -d` sends a form's), checked by a schema, refused with
-a sentence.
-"""
+"""Reads JSON request bodies, ignores their content type (`curl -d` declares a form) and validates them."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -16,7 +14,10 @@ REF = "#/components/schemas/{model}"
 
 
 def json_body(model: type[Model], *, optional: bool = False) -> Callable[[Request], Awaitable[Model]]:
-    """A FastAPI dependency that gives the body as `model`. Raises RequestError 400 with the field and what it takes."""
+    """Returns a FastAPI dependency that reads the body as `model`; `optional` accepts an empty body.
+
+    The dependency raises RequestError 400, which names the invalid field and what it accepts.
+    """
 
     async def parse(request: Request) -> Model:
         raw = await request.body()
@@ -26,19 +27,19 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[[Reques
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object, or (as upstream takes it) a JSON string that holds one. Raises RequestError 400."""
+    """Returns a JSON object, which may be wrapped in a JSON string (upstream accepts that). Raises RequestError 400."""
     if not raw.strip():
         raise invalid_format("the body is empty: send a JSON object")
-    data = _loads(raw)
+    data = _parse_json(raw)
     if isinstance(data, str):
-        data = _loads(data.encode(errors="replace"))
+        data = _parse_json(data.encode(errors="replace"))
     if not isinstance(data, dict):
-        raise invalid_format(f"the body is a JSON {_json_name(data)}: send a JSON object")
+        raise invalid_format(f"the body is a JSON {_json_type_name(data)}: send a JSON object")
     return data
 
 
 def validate(model: type[Model], data: dict[str, Any]) -> Model:
-    """Raises RequestError 400 naming the first field at fault."""
+    """Returns `data` as `model`. Raises RequestError 400 with the first invalid field."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -48,7 +49,7 @@ def validate(model: type[Model], data: dict[str, Any]) -> Model:
 
 
 def body_schema(model: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
-    """`openapi_extra` for a route whose body `json_body` reads; `streams`: it can answer with events."""
+    """Returns `openapi_extra` for a route that uses `json_body`; `streams` documents a text/event-stream response."""
     schema = {"$ref": REF.format(model=model.__name__)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     if streams:
@@ -57,7 +58,7 @@ def body_schema(model: type[BaseModel], *, streams: bool = False) -> dict[str, A
 
 
 def component_schemas(models: list[type[BaseModel]]) -> dict[str, Any]:
-    """The schemas of these models and of all they refer to, by name."""
+    """Returns the JSON schemas of `models` and of the models that they reference, by name."""
     components: dict[str, Any] = {}
     for model in models:
         schema = model.model_json_schema(ref_template=REF)
@@ -66,24 +67,24 @@ def component_schemas(models: list[type[BaseModel]]) -> dict[str, Any]:
     return components
 
 
-def _loads(raw: bytes) -> Any:
+def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw, parse_constant=_refuse_constant)
+        return json.loads(raw, parse_constant=_reject_constant)
     except UnicodeDecodeError:
         raise invalid_format("the body is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise invalid_format(f"the body is malformed JSON at {where}: {error.msg}") from None
+        position = f"line {error.lineno}, column {error.colno}"
+        raise invalid_format(f"the body is malformed JSON at {position}: {error.msg}") from None
     except RecursionError:
         raise invalid_format("the body is JSON nested too deeply") from None
-    except ValueError as error:  # an integer with thousands of digits
+    except ValueError as error:  # int() rejects thousands of digits
         raise invalid_format(f"the body is malformed JSON: {error}") from None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise invalid_format(f"the body is malformed JSON: {name} is no JSON number")
+def _reject_constant(name: str) -> NoReturn:
+    raise invalid_format(f"the body is malformed JSON: {name} is not a JSON number")
 
 
-def _json_name(value: Any) -> str:
+def _json_type_name(value: Any) -> str:
     names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), "value")

@@ -1,4 +1,4 @@
-"""The JSON of OpenAI's answers: whole objects and stream chunks, with their logprobs in both endpoints' shapes."""
+"""JSON of OpenAI responses: whole objects and stream chunks, with the logprobs of both endpoints."""
 
 import codecs
 import time
@@ -9,69 +9,71 @@ from typing import Any
 
 from rtp_llm.api.generation import Choice, GenerationRequest
 from rtp_llm.api.service import OutputChunk
-from rtp_llm.api.stream import dumps
+from rtp_llm.api.stream import compact_json
 from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # stands for a logprob of minus infinity, which JSON cannot say
+MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent
 
 
 @dataclass(frozen=True)
 class ResponseHeader:
-    """What all objects of one answer have in common."""
+    """Fields that the response and all its stream chunks share."""
 
     id: str
-    kind: str
+    object_type: str
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def full(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return self._head(self.kind) | {"choices": choices, "usage": usage}
+    def response(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return self._fields(self.object_type) | {"choices": choices, "usage": usage}
 
-    def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> str:
-        kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-        body = self._head(kind) | {"choices": choices} | ({"usage": usage} if with_usage else {})
-        return f"data: {dumps(body)}\n\n"
+    def stream_event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> str:
+        """Returns one server-sent event; `with_usage` includes the "usage" field, null if `usage` is None."""
+        is_chat = self.object_type == "chat.completion"
+        object_type = "chat.completion.chunk" if is_chat else self.object_type
+        body = self._fields(object_type) | {"choices": choices} | ({"usage": usage} if with_usage else {})
+        return f"data: {compact_json(body)}\n\n"
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _fields(self, object_type: str) -> dict[str, Any]:
+        return {"id": self.id, "object": object_type, "created": self.created, "model": self.model}
 
 
 class ChatFormatter:
-    """The choices of a chat stream's events."""
+    """Formats the choices of a chat stream."""
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
-    def first(self, index: int, sequence: Choice) -> list[dict[str, Any]]:
+    def initial_choices(self, index: int, sequence: Choice) -> list[dict[str, Any]]:
         return [self._choice(index, {"role": "assistant", "content": ""}, None, None)]
 
-    def next(self, index: int, sequence: Choice, chunk: OutputChunk) -> list[dict[str, Any]]:
+    def chunk_choices(self, index: int, sequence: Choice, chunk: OutputChunk) -> list[dict[str, Any]]:
         choices = []
         logprobs = {"content": chat_logprobs([chunk], self.tokenizer)} if self.logprobs else None
         if chunk.text or (self.logprobs and chunk.tokens):
             choices.append(self._choice(index, {"content": chunk.text}, logprobs, None))
-        if chunk.finish:
-            choices.append(self._choice(index, {}, None, chunk.finish))
+        if chunk.finish_reason:
+            choices.append(self._choice(index, {}, None, chunk.finish_reason))
         return choices
 
-    def _choice(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    def _choice(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 class CompletionFormatter:
-    """The choices of a completion, whole or as a stream."""
+    """Formats the choices of a completion, whole or streamed."""
 
     def __init__(self, tokenizer: Tokenizer, generation: GenerationRequest, logprobs: bool, echo: bool):
         self.tokenizer, self.logprobs, self.echo, self.prompt_only = tokenizer, logprobs, echo, generation.prompt_only
-        self.skip_special_tokens = generation.text.skip_special_tokens
-        self._places: defaultdict[int, _TextOffset] = defaultdict(self._start)
+        self.skip_special_tokens = generation.text_params.skip_special_tokens
+        self._text_offsets: defaultdict[int, _TextOffset] = defaultdict(self._new_text_offset)
 
-    def _start(self) -> "_TextOffset":
+    def _new_text_offset(self) -> "_TextOffset":
         return _TextOffset(self.tokenizer.special_ids if self.skip_special_tokens else frozenset())
 
-    def full(self, index: int, sequence: Choice) -> dict[str, Any]:
-        table = _LogprobTable(self.tokenizer, self._start())
+    def full_choice(self, index: int, sequence: Choice) -> dict[str, Any]:
+        table = _LogprobTable(self.tokenizer, self._new_text_offset())
         text = ""
         if self.echo:
             text = self._prompt_text(sequence)
@@ -80,99 +82,103 @@ class CompletionFormatter:
             text += sequence.text
             for chunk in sequence.chunks:
                 table.add(chunk.tokens, chunk.logprobs)
-        finish = "length" if self.prompt_only else sequence.finish
-        return self._choice(index, text, table if self.logprobs else None, finish)
+        finish_reason = "length" if self.prompt_only else sequence.finish_reason
+        return self._choice(index, text, table if self.logprobs else None, finish_reason)
 
-    def first(self, index: int, sequence: Choice) -> list[dict[str, Any]]:
-        # With logprobs the prompt's come with the first token, and the prompt's text with them.
+    def initial_choices(self, index: int, sequence: Choice) -> list[dict[str, Any]]:
+        # The prompt's logprobs arrive with the first token, so with logprobs its text is sent then too.
         if not self.echo or self.logprobs:
             return []
         return [self._choice(index, self._prompt_text(sequence), None, None)]
 
-    def next(self, index: int, sequence: Choice, chunk: OutputChunk) -> list[dict[str, Any]]:
-        table = _LogprobTable(self.tokenizer, self._places[index])
-        text, tokens = ("", 0) if self.prompt_only else (chunk.text, len(chunk.tokens))
+    def chunk_choices(self, index: int, sequence: Choice, chunk: OutputChunk) -> list[dict[str, Any]]:
+        table = _LogprobTable(self.tokenizer, self._text_offsets[index])
+        text, tokens = ("", []) if self.prompt_only else (chunk.text, chunk.tokens)
         if self.echo and self.logprobs and len(sequence.chunks) == 1:
             text = self._prompt_text(sequence) + text
             table.add_prompt(sequence)
-        if tokens:
-            table.add(chunk.tokens, chunk.logprobs)
-        finish = "length" if self.prompt_only and chunk.finish else chunk.finish
-        if not text and not finish and not (self.logprobs and table.tokens):
+        table.add(tokens, chunk.logprobs)
+        finish_reason = "length" if self.prompt_only and chunk.finish_reason else chunk.finish_reason
+        if not text and not finish_reason and not (self.logprobs and table.tokens):
             return []
-        return [self._choice(index, text, table if self.logprobs else None, finish)]
+        return [self._choice(index, text, table if self.logprobs else None, finish_reason)]
 
     def _prompt_text(self, sequence: Choice) -> str:
         return self.tokenizer.decode(sequence.prompt, self.skip_special_tokens)
 
-    def _choice(self, index: int, text: str, table: "_LogprobTable | None", finish: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, table: "_LogprobTable | None", finish_reason: str | None
+    ) -> dict[str, Any]:
         return {
             "index": index,
             "text": text,
             "logprobs": table.to_json() if table else None,
-            "finish_reason": finish,
+            "finish_reason": finish_reason,
         }
 
 
 class _TextOffset:
-    """How many characters of a text its tokens so far make; one that spans tokens counts where it is complete."""
+    """Counts the characters of the tokens so far. A character that spans tokens counts with its last token."""
 
-    def __init__(self, hidden: frozenset[int]):
+    def __init__(self, skipped_ids: frozenset[int]):
         self.characters = 0
-        self._hidden = hidden
+        self._skipped_ids = skipped_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def move(self, token: int, spelled: bytes) -> None:
-        if token not in self._hidden:
-            self.characters += len(self._utf8.decode(spelled))
+    def advance(self, token: int, token_bytes: bytes) -> None:
+        if token not in self._skipped_ids:
+            self.characters += len(self._utf8.decode(token_bytes))
 
 
 @dataclass
 class _LogprobTable:
-    """Completions' parallel lists; `place` is where in the text the next token begins."""
+    """The parallel lists of a completion's logprobs; `text_offset` is the offset of the next token in the text."""
 
     tokenizer: Tokenizer
-    place: _TextOffset
+    text_offset: _TextOffset
     tokens: list[str] = field(default_factory=list)
-    values: list[float | None] = field(default_factory=list)
-    tops: list[dict[str, float] | None] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offsets: list[int] = field(default_factory=list)
 
     def add_prompt(self, sequence: Choice) -> None:
-        """The first token has no logprob: nothing comes before it."""
+        """Adds the prompt's tokens. The first one has no logprob."""
         self._append(sequence.prompt[0], None)
-        records = sequence.chunks[0].prompt_logprobs if sequence.chunks else []
-        self.add(sequence.prompt[1:], records)
+        logprobs = sequence.chunks[0].prompt_logprobs if sequence.chunks else []
+        self.add(sequence.prompt[1:], logprobs)
 
-    def add(self, tokens: Sequence[int], records: Sequence[Logprob]) -> None:
-        for token, record in zip(tokens, records, strict=False):
-            self._append(token, record)
+    def add(self, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> None:
+        for token, logprob in zip(tokens, logprobs, strict=False):
+            self._append(token, logprob)
 
-    def _append(self, token: int, record: Logprob | None) -> None:
-        text = self.tokenizer.token_text(token)
-        self.tokens.append(text)
-        self.values.append(max(record[0], MIN_LOGPROB) if record else None)
-        self.tops.append(self._likeliest(token, record) if record else None)
-        self.offsets.append(self.place.characters)
-        self.place.move(token, self.tokenizer.token_bytes(token))
+    def _append(self, token: int, logprob: Logprob | None) -> None:
+        self.tokens.append(self.tokenizer.token_text(token))
+        self.token_logprobs.append(max(logprob[0], MIN_LOGPROB) if logprob else None)
+        self.top_logprobs.append(self._top_logprobs_by_text(token, logprob) if logprob else None)
+        self.text_offsets.append(self.text_offset.characters)
+        self.text_offset.advance(token, self.tokenizer.token_bytes(token))
 
-    def _likeliest(self, token: int, record: Logprob) -> dict[str, float]:
-        """By text, which several tokens may share (all parts of characters do): the first one then keeps its place."""
-        found: dict[str, float] = {}
-        for other, value in ((token, record[0]), *record[2]):
-            found.setdefault(self.tokenizer.token_text(int(other)), max(value, MIN_LOGPROB))
-        return found
+    def _top_logprobs_by_text(self, token: int, logprob: Logprob) -> dict[str, float]:
+        """Returns {text: logprob} of `token` and the top tokens. Several tokens may have the same text (all partial
+        characters do); the first one is kept, so that `token` keeps its own value.
+        """
+        values: dict[str, float] = {}
+        for token_id, value in ((token, logprob[0]), *logprob[2]):
+            values.setdefault(self.tokenizer.token_text(int(token_id)), max(value, MIN_LOGPROB))
+        return values
 
     def to_json(self) -> dict[str, Any]:
         return {
             "tokens": self.tokens,
-            "token_logprobs": self.values,
-            "top_logprobs": self.tops,
-            "text_offset": self.offsets,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offsets,
         }
 
 
 def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Returns the `logprobs.content` of a chat choice, one entry per token."""
+
     def entry(token: int, value: float) -> dict[str, Any]:
         return {
             "token": tokenizer.token_text(token),
@@ -181,7 +187,7 @@ def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> list[d
         }
 
     return [
-        entry(token, record[0]) | {"top_logprobs": [entry(int(t), v) for t, v in record[2]]}
+        entry(token, logprob[0]) | {"top_logprobs": [entry(int(t), v) for t, v in logprob[2]]}
         for chunk in chunks
-        for token, record in zip(chunk.tokens, chunk.logprobs, strict=False)
+        for token, logprob in zip(chunk.tokens, chunk.logprobs, strict=False)
     ]

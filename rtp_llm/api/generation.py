@@ -1,4 +1,4 @@
-"""One request to an OpenAI endpoint while it is answered: its choices, and what they have produced so far."""
+"""One request to an OpenAI endpoint: its choices and their output so far."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -26,31 +26,32 @@ class Choice:
         return sum(len(c.tokens) for c in self.chunks)
 
     @property
-    def finish(self) -> str | None:
-        return self.chunks[-1].finish if self.chunks else None
+    def finish_reason(self) -> str | None:
+        return self.chunks[-1].finish_reason if self.chunks else None
 
 
 @dataclass
 class GenerationRequest:
-    """All sequences of one request, in the order of their choices; `prompts` counts distinct prompts."""
+    """All sequences of one request, in the order of their choices (n per prompt)."""
 
     sequences: list[Choice]
-    text: TextParams
+    text_params: TextParams
     prompts: list[list[int]]
-    admission: SlotReservation
-    prompt_only: bool = False  # echo with max_tokens=0: the token that is computed is not the client's
+    reservation: SlotReservation
+    prompt_only: bool = False  # echo with max_tokens=0: the one generated token is not returned
 
     def start(self, service: Service) -> AsyncGenerator[tuple[int, OutputChunk]]:
-        return merge([service.generate(s.prompt, s.params, self.text, self.admission) for s in self.sequences])
+        return merge([service.generate(s.prompt, s.params, self.text_params, self.reservation) for s in self.sequences])
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(len(p) for p in self.prompts)
-        completion = 0 if self.prompt_only else sum(s.num_tokens for s in self.sequences)
-        per_prompt = max(1, len(self.sequences) // len(self.prompts))
-        cached = sum(c.cached_tokens for s in self.sequences[::per_prompt] for c in s.chunks[:1])
+        """Returns OpenAI's usage object. Each prompt counts once, however many choices it has."""
+        prompt_tokens = sum(len(p) for p in self.prompts)
+        completion_tokens = 0 if self.prompt_only else sum(s.num_tokens for s in self.sequences)
+        choices_per_prompt = max(1, len(self.sequences) // len(self.prompts))
+        cached_tokens = sum(c.cached_tokens for s in self.sequences[::choices_per_prompt] for c in s.chunks[:1])
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }

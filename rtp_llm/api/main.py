@@ -28,12 +28,11 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger("rtp_llm.api")
 
-FLUSH_SECONDS = 1.0  # for what was ended early to be said to its client
+FLUSH_SECONDS = 1.0  # reserved at the end of a drain to send errors to the remaining clients
 DRAIN_POLL_SECONDS = 0.05
-STATUS_PROPAGATION_SECONDS = (
-    1.5  # until a request that just began has been heard of on other parts: two beats and the board
-)
-GRACEFUL_SHUTDOWN_SECONDS = 3  # for answers that are being written when the drain is over
+# Time until the other parts see a new request: two heartbeats and one status write.
+STATUS_PROPAGATION_SECONDS = 1.5
+GRACEFUL_SHUTDOWN_SECONDS = 3  # for responses that are still being written when the drain ends
 
 
 def main(run_dir: Path) -> None:
@@ -73,9 +72,9 @@ def main(run_dir: Path) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn that drains: on SIGTERM it still answers, /health with 503, until what was accepted has ended.
+    """uvicorn that drains: after SIGTERM it runs until the accepted requests finish, with 503 on /health.
 
-    The parts that do not serve the model wait as well while rank 0 computes, since its streams need their ranks.
+    Parts without the model's endpoints also wait while rank 0 has open requests, which need the ranks of all parts.
     """
 
     def __init__(self, state: PartState, service: Service | None, config: uvicorn.Config):
@@ -89,10 +88,10 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is None or self._state.draining:  # the second signal does not wait
+        if self._loop is None or self._state.is_draining:  # a second signal skips the drain
             super().handle_exit(sig, frame)
             return
-        self._state.draining = True
+        self._state.is_draining = True
         self._loop.call_soon_threadsafe(self._start_drain, sig)
 
     def _start_drain(self, sig: int) -> None:
@@ -112,14 +111,14 @@ class DrainingServer(uvicorn.Server):
     def _has_open_requests(self) -> bool:
         if self._service:
             return bool(self._service.client.num_in_flight or self._service.reserved_slots)
-        return bool(self._state.open_requests)
+        return bool(self._state.num_open_requests)
 
 
 def _template(config: Config, tokenizer: Tokenizer, family: str) -> ChatTemplate:
     try:
         return ChatTemplate.select(
             tokenizer,
-            forced=config.model_template_type or None,
+            explicit=config.model_template_type or None,
             default_key=config.default_chat_template_key,
             tool_key=config.default_tool_use_template_key,
             model_type=config.model_type or family,

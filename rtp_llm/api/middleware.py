@@ -1,4 +1,4 @@
-"""What surrounds every request: a limit on its body, its log line, its metrics."""
+"""ASGI middleware: body size limit, access log and HTTP metrics."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ UNMEASURED_PATHS = {"/metrics", "/health", "/liveness"}
 
 
 class BodySizeMiddleware:
-    """Refuses bodies of more than `limit` bytes, declared or not, before they fill the memory."""
+    """Rejects bodies of more than `limit` bytes while they arrive, with or without a Content-Length."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit
@@ -24,12 +24,12 @@ class BodySizeMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        content_length = dict(scope["headers"]).get(b"content-length", b"0")
         total = 0
 
-        async def limited() -> Message:
+        async def receive_limited() -> Message:
             nonlocal total
-            if declared.isdigit() and int(declared) > self.limit:
+            if content_length.isdigit() and int(content_length) > self.limit:
                 raise self._error()
             message = await receive()
             total += len(message.get("body", b""))
@@ -37,17 +37,17 @@ class BodySizeMiddleware:
                 raise self._error()
             return message
 
-        await self.app(scope, limited, send)
+        await self.app(scope, receive_limited, send)
 
     def _error(self) -> RequestError:
-        limit = self.limit / 2**20
-        return RequestError(
-            413, 507, "ERROR_INPUT_FORMAT_ERROR", f"the body is larger than {limit:g} MiB (MAX_BODY_MB)"
-        )
+        message = f"the body is larger than {self.limit / 2**20:g} MiB (MAX_BODY_MB)"
+        return RequestError(413, 507, "ERROR_INPUT_FORMAT_ERROR", message)
 
 
 class MetricsMiddleware:
-    """Counts and times requests by route template, never by raw path, and writes the access log."""
+    """Counts and times requests and writes the access log. The `handler` label is the route template: raw paths would
+    create any number of series.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool):
         self.app, self.metrics, self.access_log = app, metrics, access_log
@@ -59,7 +59,7 @@ class MetricsMiddleware:
         status = 500
         started = time.monotonic()
 
-        async def watched(message: Message) -> None:
+        async def send_recorded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -67,7 +67,7 @@ class MetricsMiddleware:
 
         self.metrics.http_active.inc()
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send_recorded)
         finally:
             self.metrics.http_active.dec()
             self._record(scope, status, time.monotonic() - started)

@@ -1,6 +1,6 @@
 """Upstream's native endpoints: POST /, /batch_infer, /tokenize, /tokenizer/encode (alibaba/rtp-llm, frontend_app.py).
 
-All take any content type: upstream's README posts with a bare `curl -d`.
+All accept any content type, since upstream's README uses a plain `curl -d`.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 
 from rtp_llm.api.body import body_schema, json_body, validate
 from rtp_llm.api.openai import render_chat
-from rtp_llm.api.params import StopWords, native_sampling, sampling_params, text_params
+from rtp_llm.api.params import StopWords, native_to_openai, sampling_params, text_params
 from rtp_llm.api.schema import (
     BatchInferRequest,
     EncodeRequest,
@@ -26,7 +26,7 @@ from rtp_llm.api.schema import (
     TokenizeRequest,
 )
 from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
-from rtp_llm.api.stream import EventStream, cancel_on_disconnect, dumps, merge
+from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json, merge
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, empty_prompt, invalid_format, long_prompt, unsupported
 
@@ -36,22 +36,22 @@ _ALIASES = {
 }
 
 
-# Lists by nature: everywhere else a list has one value per prompt of a batch.
-_LISTS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_str", "select_tokens_id"}
+# Fields whose value is a list. In all other fields a list holds one value per prompt of a batch.
+_LIST_FIELDS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_str", "select_tokens_id"}
 
 
 @dataclass
 class NativeSequence:
-    """One sequence of one prompt, as far as it has come."""
+    """One sequence of one prompt and its output so far."""
 
     prompt: list[int]
     params: SamplingParams
     config: GenerateConfig
     aux_string: str
-    started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
     first_token_ms: float = 0.0
     chunks: list[OutputChunk] = field(default_factory=list)
-    num_shown: int = 0  # chunks whose text the client has
+    num_sent_chunks: int = 0  # chunks whose text has been sent
 
     def add(self, chunk: OutputChunk) -> None:
         if not self.chunks:
@@ -60,12 +60,12 @@ class NativeSequence:
 
     @property
     def finished(self) -> bool:
-        return bool(self.chunks and self.chunks[-1].finish)
+        return bool(self.chunks and self.chunks[-1].finish_reason)
 
-    def show(self) -> str:
-        """The text so far, or with return_incremental what has come since the last call."""
-        start = self.num_shown if self.config.return_incremental else 0
-        self.num_shown = len(self.chunks)
+    def response_text(self) -> str:
+        """Returns the text so far, or with return_incremental the text since the last call."""
+        start = self.num_sent_chunks if self.config.return_incremental else 0
+        self.num_sent_chunks = len(self.chunks)
         return "".join(c.text for c in self.chunks[start:])
 
     @property
@@ -73,30 +73,30 @@ class NativeSequence:
         return [t for c in self.chunks for t in c.tokens]
 
     def _elapsed_ms(self) -> float:
-        return round((time.monotonic() - self.started) * 1000, 3)
+        return round((time.monotonic() - self.started_at) * 1000, 3)
 
     def _logprobs(self) -> list[float]:
-        return [record[0] for c in self.chunks for record in c.logprobs]
+        return [logprob[0] for c in self.chunks for logprob in c.logprobs]
 
     def aux_info(self) -> dict[str, Any]:
-        first = self.chunks[0] if self.chunks else OutputChunk("", [])
-        reused = first.cached_tokens
+        first_chunk = self.chunks[0] if self.chunks else OutputChunk("", [])
+        cached_tokens = first_chunk.cached_tokens
         cumulative = [sum(self._logprobs())] if self.config.return_cum_log_probs else []
         return {
             "cost_time": self._elapsed_ms(),
             "iter_count": len(self.chunks),
-            "prefix_len": reused,
+            "prefix_len": cached_tokens,
             "input_len": len(self.prompt),
             "output_len": len(self.tokens),
             "step_output_len": len(self.chunks[-1].tokens) if self.chunks else 0,
             "first_token_cost_time": self.first_token_ms,
-            "wait_time": round(first.queue_ms, 3),
+            "wait_time": round(first_chunk.queue_ms, 3),
             "pd_sep": False,
             "cum_log_probs": cumulative,
             "beam_responses": [],
             "softmax_probs": [math.exp(v) for v in self._logprobs()] if self.config.return_softmax_probs else [],
-            "reuse_len": reused,
-            "local_reuse_len": reused,
+            "reuse_len": cached_tokens,
+            "local_reuse_len": cached_tokens,
             "remote_reuse_len": 0,
             "memory_reuse_len": 0,
             "aux_string": self.aux_string,
@@ -113,35 +113,35 @@ class NativeSequence:
 
 @dataclass
 class NativeResponse:
-    """What one POST / answers: per prompt one answer, or several with num_return_sequences."""
+    """The response to one request. `groups` holds the sequences of each prompt: one, or num_return_sequences."""
 
-    answers: list[list[NativeSequence]]
-    text: TextParams
-    batch: bool
-    admission: SlotReservation
+    groups: list[list[NativeSequence]]
+    text_params: TextParams
+    is_batch: bool
+    reservation: SlotReservation
 
     @property
-    def flat(self) -> list[NativeSequence]:
-        return [a for group in self.answers for a in group]
+    def sequences(self) -> list[NativeSequence]:
+        return [sequence for group in self.groups for sequence in group]
 
     def start(self, service: Service) -> AsyncGenerator[tuple[int, OutputChunk]]:
-        return merge([service.generate(a.prompt, a.params, self.text, self.admission) for a in self.flat])
+        return merge([service.generate(s.prompt, s.params, self.text_params, self.reservation) for s in self.sequences])
 
     def to_json(self) -> dict[str, Any]:
-        bodies = [_single(group) for group in self.answers]
-        return {"response_batch": bodies} if self.batch else bodies[0]
+        bodies = [_group_json(group) for group in self.groups]
+        return {"response_batch": bodies} if self.is_batch else bodies[0]
 
 
-def _single(group: Sequence[NativeSequence]) -> dict[str, Any]:
+def _group_json(group: Sequence[NativeSequence]) -> dict[str, Any]:
     first = group[0]
-    several = first.config.num_return_sequences > 0
+    has_lists = first.config.num_return_sequences > 0
     body = {
-        "response": [a.show() for a in group] if several else first.show(),
-        "finished": all(a.finished for a in group),
+        "response": [s.response_text() for s in group] if has_lists else first.response_text(),
+        "finished": all(s.finished for s in group),
         **first.extras(),
     }
     if first.config.aux_info:
-        body["aux_info"] = [a.aux_info() for a in group] if several else first.aux_info()
+        body["aux_info"] = [s.aux_info() for s in group] if has_lists else first.aux_info()
     return body
 
 
@@ -160,7 +160,7 @@ def native_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class NativeEndpoints:
-    """The endpoints of one service."""
+    """The native endpoints of one service."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words
@@ -169,16 +169,17 @@ class NativeEndpoints:
         self, request: Request, body: Annotated[NativeRequest, Depends(json_body(NativeRequest))]
     ) -> Response:
         config = _generate_config(body)
-        yields = body.yield_generator or config.yield_generator
-        streaming = yields or body.stream or config.is_streaming
-        if config.return_incremental and not streaming:
+        yield_generator = body.yield_generator or config.yield_generator
+        is_stream = yield_generator or body.stream or config.is_streaming
+        if config.return_incremental and not is_stream:
             raise invalid_format("return_incremental needs yield_generator or stream", "return_incremental")
-        prompts, batch = await self._prompts(body)
-        reply = self._make_response(prompts, config, batch)
-        if streaming:
-            return EventStream(self._stream(reply, openai_framing=body.stream and not yields), reply.admission)
-        await cancel_on_disconnect(request, self._collect(reply), reply.admission)
-        return JSONResponse(reply.to_json())
+        prompts, is_batch = await self._prompts(body)
+        response = self._make_response(prompts, config, is_batch)
+        if is_stream:
+            events = self._stream(response, openai_framing=body.stream and not yield_generator)
+            return EventStream(events, response.reservation)
+        await cancel_on_disconnect(request, self._collect(response), response.reservation)
+        return JSONResponse(response.to_json())
 
     async def batch_infer(
         self, request: Request, body: Annotated[BatchInferRequest, Depends(json_body(BatchInferRequest))]
@@ -186,9 +187,9 @@ class NativeEndpoints:
         config = _generate_config(validate(NativeRequest, body.model_dump()))
         self.service.check_capacity(len(body.prompt_batch))
         prompts = [await self._encode(text, config) for text in body.prompt_batch]
-        reply = self._make_response(prompts, config, batch=True)
-        await cancel_on_disconnect(request, self._collect(reply), reply.admission)
-        return JSONResponse(reply.to_json())
+        response = self._make_response(prompts, config, is_batch=True)
+        await cancel_on_disconnect(request, self._collect(response), response.reservation)
+        return JSONResponse(response.to_json())
 
     async def tokenize(self, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]) -> dict[str, Any]:
         if body.messages:
@@ -201,11 +202,11 @@ class NativeEndpoints:
     async def encode(self, body: Annotated[EncodeRequest, Depends(json_body(EncodeRequest))]) -> dict[str, Any]:
         await self.service.encode(body.prompt)
         ids, tokens, offsets = await asyncio.to_thread(self.service.tokenizer.encode_with_offsets, body.prompt)
-        answer = {"token_ids": ids, "tokens": tokens, "error": ""}
-        return answer | ({"offset_mapping": offsets} if body.return_offsets_mapping else {})
+        response = {"token_ids": ids, "tokens": tokens, "error": ""}
+        return response | ({"offset_mapping": offsets} if body.return_offsets_mapping else {})
 
     async def _prompts(self, body: NativeRequest) -> tuple[list[list[int]], bool]:
-        """Token ids of every prompt, and whether the answer is a batch. Raises RequestError 400."""
+        """Returns the token ids of each prompt, and whether the response is a batch. Raises RequestError 400."""
         config = _generate_config(body)
         if body.urls or body.images:
             raise unsupported("urls and images are not supported: this is a language model", "urls")
@@ -222,7 +223,7 @@ class NativeEndpoints:
             raise RequestError(
                 400, 509, "NO_PROMPT_ERROR", "no prompt: send prompt, text, prompt_batch or messages", param="prompt"
             )
-        if isinstance(text, list):  # upstream answers the first of a list that is no prompt_batch
+        if isinstance(text, list):  # as upstream: only prompt_batch makes a batch, other lists use their first item
             text = text[0] if text else ""
         return [await self._encode(text, config)], False
 
@@ -233,10 +234,10 @@ class NativeEndpoints:
         self.service.check_prompt(prompt)
         return prompt
 
-    def _make_response(self, prompts: list[list[int]], config: GenerateConfig, batch: bool) -> NativeResponse:
-        body = native_sampling(config, self.service.tokenizer)
-        copies = body.n or 1
-        wants_probs = config.return_cum_log_probs or config.return_softmax_probs
+    def _make_response(self, prompts: list[list[int]], config: GenerateConfig, is_batch: bool) -> NativeResponse:
+        body = native_to_openai(config, self.service.tokenizer)
+        n = body.n or 1
+        needs_logprobs = config.return_cum_log_probs or config.return_softmax_probs
         groups = []
         for prompt in prompts:
             if config.max_new_tokens == 0:
@@ -248,49 +249,49 @@ class NativeEndpoints:
                 prompt,
                 max_tokens=config.max_new_tokens,
                 temperature=1.0,
-                logprobs=0 if wants_probs else None,
+                logprobs=0 if needs_logprobs else None,
             )
-            aux = self.service.config.aux_string
+            aux_string = self.service.config.aux_string
             groups.append(
-                [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux) for i in range(copies)]
+                [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux_string) for i in range(n)]
             )
-        text = text_params(body, self.stop_words, config.timeout_ms)
-        admission = self.service.admit(copies * len(prompts))
-        self.service.metrics.params_n.observe(copies)
-        return NativeResponse(groups, text, batch, admission)
+        reservation = self.service.admit(n * len(prompts))
+        self.service.metrics.params_n.observe(n)
+        return NativeResponse(groups, text_params(body, self.stop_words, config.timeout_ms), is_batch, reservation)
 
-    async def _collect(self, reply: NativeResponse) -> None:
-        answers = reply.flat
-        async with aclosing(reply.start(self.service)) as chunks:
+    async def _collect(self, response: NativeResponse) -> None:
+        sequences = response.sequences
+        async with aclosing(response.start(self.service)) as chunks:
             async for index, chunk in chunks:
-                answers[index].add(chunk)
+                sequences[index].add(chunk)
 
-    async def _stream(self, reply: NativeResponse, openai_framing: bool) -> AsyncGenerator[str]:
-        """Whole response objects, one an event. Upstream's framing has no space after `data:` and ends with
-        `[done]`; with a top-level `stream` it has the space and no end."""
+    async def _stream(self, response: NativeResponse, openai_framing: bool) -> AsyncGenerator[str]:
+        """Yields server-sent events, each with a whole response object. Upstream's framing has no space after `data:`
+        and a final `[done]` event; its framing for a top-level `stream` has the space and no final event.
+        """
         prefix = "data: " if openai_framing else "data:"
-        answers = reply.flat
+        sequences = response.sequences
         try:
-            async with aclosing(reply.start(self.service)) as chunks:
+            async with aclosing(response.start(self.service)) as chunks:
                 async for index, chunk in chunks:
-                    answers[index].add(chunk)
-                    yield f"{prefix}{dumps(reply.to_json())}\r\n\r\n"
+                    sequences[index].add(chunk)
+                    yield f"{prefix}{compact_json(response.to_json())}\r\n\r\n"
         except RequestError as error:
-            yield f"{prefix}{dumps(error.body())}\r\n\r\n"
+            yield f"{prefix}{compact_json(error.body())}\r\n\r\n"
         if not openai_framing:
             yield "data:[done]\r\n\r\n"
 
 
 def _generate_config(body: NativeRequest) -> GenerateConfig:
-    """The nested object, under either name, with top-level fields laid over it. Raises RequestError 400."""
+    """Merges generate_config, generation_config and top-level fields; later ones win. Raises RequestError 400."""
     fields = GenerateConfig.model_fields.keys()
     nested = (body.generate_config or {}) | (body.generation_config or {})
-    top = body.model_extra or {}
+    top_level = body.model_extra or {}
     merged: dict[str, Any] = {}
-    for name, value in itertools.chain(nested.items(), top.items()):
+    for name, value in itertools.chain(nested.items(), top_level.items()):
         name = _ALIASES.get(name, name)
-        # Upstream takes a list where a batch shares the value; the first stands for all.
-        scalar = not isinstance(value, list) or name in _LISTS
+        # Upstream accepts a list with a value per prompt; only the first one is used here.
+        is_per_prompt = isinstance(value, list) and name not in _LIST_FIELDS
         if name in fields and value is not None:
-            merged[name] = value if scalar or not value else value[0]
+            merged[name] = value[0] if is_per_prompt and value else value
     return validate(GenerateConfig, merged)

@@ -15,7 +15,7 @@ from rtp_llm.api.generation import Choice, GenerationRequest
 from rtp_llm.api.params import StopWords, merge_extra_configs, sampling_params, text_params
 from rtp_llm.api.schema import ChatMessage, ChatRequest, CompletionRequest, OpenAIRequest
 from rtp_llm.api.service import Service
-from rtp_llm.api.stream import EventStream, cancel_on_disconnect, dumps
+from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, empty_prompt, invalid_params, unsupported
 
@@ -38,7 +38,7 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class OpenAIEndpoints:
-    """The endpoints of one service."""
+    """The OpenAI endpoints of one service."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words
@@ -46,11 +46,11 @@ class OpenAIEndpoints:
     async def models(self) -> dict[str, Any]:
         engine = self.service.client.info
         card = {
-            "id": self.service.name,
+            "id": self.service.model_name,
             "object": "model",
             "created": self.service.created,
             "owned_by": "rtp-llm",
-            "root": self.service.name,
+            "root": self.service.model_name,
             "parent": None,
             "permission": [],
             "max_model_len": engine.max_seq_len if engine else None,
@@ -61,28 +61,28 @@ class OpenAIEndpoints:
 
     async def chat(self, request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> Response:
         generation = await self._chat_generation(body)
-        made = ResponseHeader(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.name)
+        header = ResponseHeader(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.model_name)
         if body.stream:
-            frames = ChatFormatter(self.service.tokenizer, bool(body.logprobs))
-            return EventStream(self._stream(frames, made, generation, body), generation.admission)
-        await cancel_on_disconnect(request, _collect(generation, self.service), generation.admission)
+            formatter = ChatFormatter(self.service.tokenizer, bool(body.logprobs))
+            return EventStream(self._stream(formatter, header, generation, body), generation.reservation)
+        await cancel_on_disconnect(request, _collect(generation, self.service), generation.reservation)
         choices = [self._chat_choice(i, s, bool(body.logprobs)) for i, s in enumerate(generation.sequences)]
-        return JSONResponse(made.full(choices, generation.usage()))
+        return JSONResponse(header.response(choices, generation.usage()))
 
     async def render(self, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> dict[str, Any]:
-        """What the model would be given, for debugging (upstream's DebugInfo)."""
+        """Returns the rendered prompt and the parameters of a chat request, for debugging (upstream's DebugInfo)."""
         prompt = self._render(body)
         generation = await self._chat_generation(body)
-        generation.admission.release()
+        generation.reservation.release()
         return {
             "input_prompt": prompt,
             "input_ids": generation.prompts[0],
             "input_urls": [],
             "tokenizer_info": str(self.service.config.tokenizer_path or self.service.config.checkpoint_path),
-            "max_seq_len": self.service.engine.max_seq_len,
+            "max_seq_len": self.service.engine_info.max_seq_len,
             "eos_token_id": min(self.service.tokenizer.eos_ids, default=None),
             "stop_word_ids_list": [[i] for i in generation.sequences[0].params.stop_token_ids],
-            "stop_words_list": list(generation.text.stop),
+            "stop_words_list": list(generation.text_params.stop),
             "renderer_info": {"class_name": "ChatTemplate", "template": self.service.template.name},
             "generate_config": generation.sequences[0].params.to_json(),
         }
@@ -123,7 +123,7 @@ class OpenAIEndpoints:
             "index": index,
             "message": {"role": "assistant", "content": sequence.text},
             "logprobs": {"content": chat_logprobs(sequence.chunks, self.service.tokenizer)} if logprobs else None,
-            "finish_reason": sequence.finish,
+            "finish_reason": sequence.finish_reason,
         }
 
     # Completions
@@ -132,13 +132,13 @@ class OpenAIEndpoints:
         self, request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))]
     ) -> Response:
         generation = await self._completion_generation(body)
-        made = ResponseHeader(f"cmpl-{secrets.token_hex(12)}", "text_completion", self.service.name)
-        frames = CompletionFormatter(self.service.tokenizer, generation, body.logprobs is not None, bool(body.echo))
+        header = ResponseHeader(f"cmpl-{secrets.token_hex(12)}", "text_completion", self.service.model_name)
+        formatter = CompletionFormatter(self.service.tokenizer, generation, body.logprobs is not None, bool(body.echo))
         if body.stream:
-            return EventStream(self._stream(frames, made, generation, body), generation.admission)
-        await cancel_on_disconnect(request, _collect(generation, self.service), generation.admission)
-        choices = [frames.full(i, s) for i, s in enumerate(generation.sequences)]
-        return JSONResponse(made.full(choices, generation.usage()))
+            return EventStream(self._stream(formatter, header, generation, body), generation.reservation)
+        await cancel_on_disconnect(request, _collect(generation, self.service), generation.reservation)
+        choices = [formatter.full_choice(i, s) for i, s in enumerate(generation.sequences)]
+        return JSONResponse(header.response(choices, generation.usage()))
 
     async def _completion_generation(self, body: CompletionRequest) -> GenerationRequest:
         if body.suffix:
@@ -166,19 +166,20 @@ class OpenAIEndpoints:
         return generation
 
     async def _prompts(self, body: CompletionRequest) -> list[list[int]]:
-        given = body.prompt
-        if isinstance(given, str):
-            prompts = [await self.service.encode(given)]
-        elif not given:
+        prompt_field = body.prompt
+        if isinstance(prompt_field, str):
+            prompts = [await self.service.encode(prompt_field)]
+        elif not prompt_field:
             raise empty_prompt("prompt is an empty list: send a text, texts, token ids or lists of token ids")
         else:
             prompts = []
-            self.service.check_capacity(1 if isinstance(given[0], int) else len(given) * (body.n or 1))
-            if isinstance(given[0], int):
-                prompts = [[int(t) for t in given]]
+            is_token_ids = isinstance(prompt_field[0], int)
+            self.service.check_capacity(1 if is_token_ids else len(prompt_field) * (body.n or 1))
+            if isinstance(prompt_field[0], int):
+                prompts = [[int(t) for t in prompt_field]]
             else:
-                for one in given:
-                    prompts.append(await self.service.encode(one) if isinstance(one, str) else list(one))
+                for item in prompt_field:
+                    prompts.append(await self.service.encode(item) if isinstance(item, str) else list(item))
         for prompt in prompts:
             self.service.check_prompt(prompt)
         return prompts
@@ -190,39 +191,42 @@ class OpenAIEndpoints:
     ) -> GenerationRequest:
         n = body.n or 1
         sequences = [
-            Choice(prompt, replace(one, seed=one.seed + i))
-            for prompt, one in zip(prompts, params, strict=True)
+            Choice(prompt, replace(prompt_params, seed=prompt_params.seed + i))
+            for prompt, prompt_params in zip(prompts, params, strict=True)
             for i in range(n)
         ]
-        text = text_params(body, self.stop_words, timeout_ms)
-        admission = self.service.admit(len(sequences))
+        reservation = self.service.admit(len(sequences))
         self.service.metrics.params_n.observe(n)
-        return GenerationRequest(sequences, text, prompts, admission)
+        return GenerationRequest(sequences, text_params(body, self.stop_words, timeout_ms), prompts, reservation)
 
     async def _stream(
         self,
-        frames: ChatFormatter | CompletionFormatter,
-        made: ResponseHeader,
+        formatter: ChatFormatter | CompletionFormatter,
+        header: ResponseHeader,
         generation: GenerationRequest,
         body: OpenAIRequest,
     ) -> AsyncGenerator[str]:
         options = body.stream_options
-        usage = bool(options and options.include_usage)
-        each = usage and bool(options and options.continuous_usage_stats)
+        with_usage = bool(options and options.include_usage)
+        continuous_usage = with_usage and bool(options and options.continuous_usage_stats)
+
+        def event(choice: dict[str, Any]) -> str:
+            return header.stream_event([choice], generation.usage() if continuous_usage else None, with_usage)
+
         try:
             for index, sequence in enumerate(generation.sequences):
-                for choice in frames.first(index, sequence):
-                    yield made.event([choice], generation.usage() if each else None, usage)
+                for choice in formatter.initial_choices(index, sequence):
+                    yield event(choice)
             async with aclosing(generation.start(self.service)) as chunks:
                 async for index, chunk in chunks:
                     sequence = generation.sequences[index]
                     sequence.chunks.append(chunk)
-                    for choice in frames.next(index, sequence, chunk):
-                        yield made.event([choice], generation.usage() if each else None, usage)
-            if usage:
-                yield made.event([], generation.usage(), usage)
+                    for choice in formatter.chunk_choices(index, sequence, chunk):
+                        yield event(choice)
+            if with_usage:
+                yield header.stream_event([], generation.usage(), with_usage)
         except RequestError as error:
-            yield f"data: {dumps(error.body())}\n\n"
+            yield f"data: {compact_json(error.body())}\n\n"
         yield "data: [DONE]\n\n"
 
 
@@ -233,10 +237,11 @@ def render_chat(
     add_generation_prompt: bool = True,
     kwargs: dict[str, Any] | None = None,
 ) -> str:
-    """Messages through the chat template. Raises RequestError 400."""
+    """Returns the prompt that the chat template makes of the messages. Raises RequestError 400."""
     reserved = {"messages", "tools", "add_generation_prompt"} & (kwargs or {}).keys()
     if reserved:
-        raise invalid_params(f"chat_template_kwargs: {min(reserved)!r} has a field of its own", "chat_template_kwargs")
+        message = f"chat_template_kwargs: {min(reserved)!r} is reserved; use the request field of that name"
+        raise invalid_params(message, "chat_template_kwargs")
     plain = [m.model_dump(exclude_unset=True) for m in messages]
     return service.render(plain, tools=tools or None, add_generation_prompt=add_generation_prompt, **(kwargs or {}))
 

@@ -1,22 +1,23 @@
-"""From what clients ask to what engine and text layer do: the defaults, the limits and the refusals of both APIs."""
+"""Converts request bodies of both APIs to SamplingParams and TextParams: defaults, limits, unsupported fields."""
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rtp_llm.api.schema import NATIVE_REFUSED, GenerateConfig, OpenAIRequest
+from rtp_llm.api.schema import NATIVE_UNSUPPORTED, GenerateConfig, OpenAIRequest
 from rtp_llm.api.service import Service, TextParams
 from rtp_llm.config import Config
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import ConfigError, invalid_params, unsupported
 from rtp_llm.text.tokenizer import Tokenizer
 
-MAX_ID_DIGITS = 10  # of a token id; int() refuses to read thousands
-MIN_TEMPERATURE = 1e-5  # below, logits divided by it leave the range of numbers: the likeliest token is meant
+MAX_ID_DIGITS = 10  # of a token id; int() rejects thousands
+MIN_TEMPERATURE = 1e-5  # lower ones mean greedy: logits divided by them would overflow
 
-_NATIVE_NAMES = {
+# OpenAI's name of each native field with an equivalent.
+_OPENAI_NAME = {
     "min_new_tokens": "min_tokens",
     "random_seed": "seed",
     "stop_words_str": "stop",
@@ -26,9 +27,9 @@ _NATIVE_NAMES = {
     **{n: n for n in ("repetition_penalty", "presence_penalty", "frequency_penalty")},
 }
 
-# Which fields of a chat request each native field sets.
-_OVERLAID: dict[str, tuple[str, ...]] = {
-    **{ours: (theirs,) for ours, theirs in _NATIVE_NAMES.items()},
+# The chat request's fields that each native field of `extra_configs` overrides.
+_OVERRIDDEN_FIELDS: dict[str, tuple[str, ...]] = {
+    **{native: (openai,) for native, openai in _OPENAI_NAME.items()},
     "do_sample": ("temperature",),
     "stop_words_list": ("stop", "stop_token_ids"),
 }
@@ -36,28 +37,30 @@ _OVERLAID: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class StopWords:
-    """Where answers end for this model and server, whatever a request says."""
+    """Stop token ids and stop strings of the model and the server, which apply to every request."""
 
     token_ids: frozenset[int]
     strings: tuple[str, ...]
 
     @classmethod
-    def read(cls, config: Config, tokenizer: Tokenizer) -> "StopWords":
-        """From STOP_WORDS_STR, STOP_WORDS_LIST and FORCE_STOP_WORDS. Raises ConfigError on bad JSON."""
+    def from_config(cls, config: Config, tokenizer: Tokenizer) -> "StopWords":
+        """Reads STOP_WORDS_STR, STOP_WORDS_LIST and FORCE_STOP_WORDS. Raises ConfigError if one is invalid."""
         strings = _json_list("STOP_WORDS_STR", config.stop_words_str, str)
         sequences = _json_list("STOP_WORDS_LIST", config.stop_words_list, list)
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for s in sequences for i in s):
             raise ConfigError(f"STOP_WORDS_LIST={config.stop_words_list!r}: allowed: lists of token ids, 0 or more")
         ids, texts = split_stop_ids(sequences, tokenizer)
-        own = frozenset() if config.force_stop_words else tokenizer.eos_ids
-        return cls(own | ids, (*strings, *texts))
+        eos_ids = frozenset() if config.force_stop_words else tokenizer.eos_ids
+        return cls(eos_ids | ids, (*strings, *texts))
 
 
 def split_stop_ids(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Single ids end a sequence in the engine; longer ones are looked for in the text, as the string they spell."""
-    single = frozenset(s[0] for s in sequences if len(s) == 1)
-    spelled = (tokenizer.decode(list(s), skip_special_tokens=False) for s in sequences if len(s) > 1)
-    return single, tuple(text for text in spelled if text)
+    """Returns (stop token ids, stop strings). The engine stops at single ids; longer sequences are decoded, since stop
+    strings are matched in the text.
+    """
+    single_ids = frozenset(s[0] for s in sequences if len(s) == 1)
+    texts = (tokenizer.decode(list(s), skip_special_tokens=False) for s in sequences if len(s) > 1)
+    return single_ids, tuple(text for text in texts if text)
 
 
 def sampling_params(
@@ -71,99 +74,103 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: bool = False,
 ) -> SamplingParams:
-    """`max_tokens` None: all the room there is; `temperature`: the endpoint's default. Raises RequestError 400."""
-    room = service.remaining_tokens(prompt)
-    wanted = _or(body.temperature, temperature)
-    limit = min(max(1, max_tokens), room) if max_tokens is not None else room
-    ends = frozenset() if body.ignore_eos else stop_words.token_ids
+    """Returns the engine's parameters for one prompt. Raises RequestError 400.
+
+    max_tokens   None: up to MAX_SEQ_LEN
+    temperature  the endpoint's default
+    """
+    remaining_tokens = service.remaining_tokens(prompt)
+    limit = min(max(1, max_tokens), remaining_tokens) if max_tokens is not None else remaining_tokens
+    temperature = _or_default(body.temperature, temperature)
+    default_stop_ids = frozenset() if body.ignore_eos else stop_words.token_ids
     params = SamplingParams(
         max_tokens=limit,
-        temperature=wanted if wanted >= MIN_TEMPERATURE else 0.0,
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=max(0, body.top_k or 0),
-        top_p=_or(body.top_p, 1.0),
-        min_p=_or(body.min_p, 0.0),
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
-        presence_penalty=_or(body.presence_penalty, 0.0),
-        frequency_penalty=_or(body.frequency_penalty, 0.0),
-        logit_bias=_logit_bias(body.logit_bias or {}, service.engine.vocab_size),
+        top_p=_or_default(body.top_p, 1.0),
+        min_p=_or_default(body.min_p, 0.0),
+        repetition_penalty=_or_default(body.repetition_penalty, 1.0),
+        presence_penalty=_or_default(body.presence_penalty, 0.0),
+        frequency_penalty=_or_default(body.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, service.engine_info.vocab_size),
         seed=body.seed if body.seed is not None else secrets.randbits(63),
         min_tokens=body.min_tokens or 0,
-        stop_token_ids=tuple(sorted(ends | set(body.stop_token_ids or ()))),
+        stop_token_ids=tuple(sorted(default_stop_ids | set(body.stop_token_ids or ()))),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    _check_ids(params.stop_token_ids, service.engine.vocab_size)
+    _check_ids(params.stop_token_ids, service.engine_info.vocab_size)
     if params.min_tokens > limit:
         raise invalid_params(f"min_tokens={params.min_tokens} is more than max_tokens={limit}", "min_tokens")
     return params
 
 
 def text_params(body: OpenAIRequest, stop_words: StopWords, timeout_ms: int = 0) -> TextParams:
-    own = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop_strings = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return TextParams(
-        stop=(*own, *stop_words.strings),
+        stop=(*stop_strings, *stop_words.strings),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         timeout_ms=timeout_ms,
     )
 
 
-def native_sampling(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequest:
-    """A native generate_config in the names of the OpenAI endpoints. Raises RequestError 400 for what is not served."""
-    for name in NATIVE_REFUSED:
+def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequest:
+    """Returns a native generate_config as an OpenAI request. Raises RequestError 400 if a field is not supported."""
+    for name in NATIVE_UNSUPPORTED:
         if getattr(config, name):
             raise unsupported(f"{name} is not supported", name)
     if config.num_beams > 1:
         raise unsupported(f"num_beams={config.num_beams}: beam search is not supported; allowed: 1", "num_beams")
-    values = {theirs: getattr(config, ours) for ours, theirs in _NATIVE_NAMES.items()}
+    values = {openai: getattr(config, native) for native, openai in _OPENAI_NAME.items()}
     ids, texts = split_stop_ids(config.stop_words_list, tokenizer)
     values["stop_token_ids"] = sorted(ids)
     values["stop"] = [*config.stop_words_str, *texts]
     values["n"] = max(1, config.num_return_sequences)
-    values["top_p"] = config.top_p or 1.0  # upstream takes 0 for "no limit"
+    values["top_p"] = config.top_p or 1.0  # upstream: 0 means no limit
     if not config.do_sample:
         values["temperature"] = 0.0
     return OpenAIRequest.model_construct(**values)
 
 
 def merge_extra_configs(body: OpenAIRequest, config: GenerateConfig | None, tokenizer: Tokenizer) -> OpenAIRequest:
-    """A chat request with its `extra_configs` laid over it: only what the client has set there."""
+    """Returns a chat request with the fields that the client set in `extra_configs` merged over its own."""
     if config is None:
         return body
-    translated = native_sampling(config, tokenizer)
-    given = {name for ours in config.model_fields_set for name in _OVERLAID.get(ours, ())}
+    overrides = native_to_openai(config, tokenizer)
+    names = {name for native in config.model_fields_set for name in _OVERRIDDEN_FIELDS.get(native, ())}
     if config.do_sample and "temperature" not in config.model_fields_set:
-        given.discard("temperature")  # sampling is what a chat request does by itself, at its own temperature
-    return body.model_copy(update={name: getattr(translated, name) for name in given})
+        names.discard("temperature")  # do_sample=true is the chat default and keeps the request's temperature
+    return body.model_copy(update={name: getattr(overrides, name) for name in names})
 
 
-def _or(value: float | None, default: float) -> float:
+def _or_default(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
-    wrong = next((key for key in bias if not key.isdecimal() or len(key) > MAX_ID_DIGITS), None)
-    if wrong is not None:
-        raise invalid_params(f"logit_bias: key {wrong[:40]!r} is no token id", "logit_bias")
-    table = {int(key): value for key, value in bias.items()}
-    _check_ids(table, vocab_size, "logit_bias")
-    return table
+    invalid_key = next((key for key in bias if not key.isdecimal() or len(key) > MAX_ID_DIGITS), None)
+    if invalid_key is not None:
+        raise invalid_params(f"logit_bias: key {invalid_key[:40]!r} is not a token id", "logit_bias")
+    bias_by_id = {int(key): value for key, value in bias.items()}
+    _check_ids(bias_by_id, vocab_size, "logit_bias")
+    return bias_by_id
 
 
-def _check_ids(ids: Any, vocab_size: int, param: str = "stop_token_ids") -> None:
-    wrong = next((i for i in ids if i >= vocab_size), None)
-    if wrong is not None:
-        raise invalid_params(f"{param}: token id {wrong} is outside the vocabulary of {vocab_size}", param)
+def _check_ids(ids: Iterable[int], vocab_size: int, param: str = "stop_token_ids") -> None:
+    invalid_id = next((i for i in ids if i >= vocab_size), None)
+    if invalid_id is not None:
+        raise invalid_params(f"{param}: token id {invalid_id} is outside the vocabulary of {vocab_size}", param)
 
 
-def _json_list(name: str, text: str, kind: type) -> list[Any]:
+def _json_list(name: str, text: str, item_type: type) -> list[Any]:
     if not text:
         return []
     try:
         value = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{name}: malformed JSON: {error}") from None
-    if not isinstance(value, list) or not all(isinstance(v, kind) and v for v in value):
-        what = "strings" if kind is str else "lists of token ids"
-        raise ConfigError(f"{name}={text!r}: allowed: a JSON list of non-empty {what}")
+    if not isinstance(value, list) or not all(isinstance(v, item_type) and v for v in value):
+        items = "strings" if item_type is str else "lists of token ids"
+        raise ConfigError(f"{name}={text!r}: allowed: a JSON list of non-empty {items}")
     return value

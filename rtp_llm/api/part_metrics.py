@@ -1,6 +1,6 @@
-"""Metrics read at scrape time from what the part knows of the gang, its processes, its container, its GPUs, its doctor.
+"""Metrics of the gang, processes, container, GPUs and doctor of one part, collected at each scrape.
 
-A new one is a line in the function of its subject.
+To add a metric, add a line to the function of its subject.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +16,9 @@ from rtp_llm.machine.cgroup import UNLIMITED, Cgroup
 from rtp_llm.machine.gpu_monitor import GpuSnapshot
 from rtp_llm.metrics import Metrics
 
-STATES = ("rendezvous", "loading", "warmup", "serving", "draining", "failed")
-USUAL_REASONS = ("signal", "rank_crashed", "communication", "hang")  # see supervise/guard.py
-# How the doctor's findings are written as numbers.
+PART_STATES = ("rendezvous", "loading", "warmup", "serving", "draining", "failed")
+RESTART_REASONS = ("signal", "rank_crashed", "communication", "hang")  # see supervise/guard.py
+# The values of doctor_check_status.
 DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}
 
 Samples = list[tuple[dict[str, str], float | None]]
@@ -26,16 +26,14 @@ JsonObject = Mapping[str, Any]
 
 
 def register(metrics: Metrics, state: PartState, config: Config) -> None:
-    """Adds what is read at scrape time to the registry of the part."""
+    """Adds the collectors of the part to its registry."""
     metrics.registry.register(PartCollector(state.metrics_snapshot))
     if config.metrics_vllm_aliases:
         metrics.registry.register(VllmMetricAliases(metrics.registry))
 
 
 class PartCollector(Collector):
-    """`read` returns {"part", "ready", "state", "expected": ranks, "ranks": {rank: pulse}, "processes": {program:
-    numbers}, "guard", "cgroup", "shm": {size, free, orphan}, "gpus", "doctor"}; see `PartState.for_metrics`.
-    """
+    """Collects the metrics of one part. `read` is `PartState.metrics_snapshot`."""
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read
@@ -43,11 +41,11 @@ class PartCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         state = self._read()
         part = {"part": str(state["part"])}
-        yield _gauge("ready", "1 while requests are served; the same truth as /health", [({}, float(state["ready"]))])
-        yield _gauge("live", "1: this process answers", [({}, 1.0)])
-        phases: Samples = [({"state": s}, float(s == state["state"])) for s in STATES]
-        yield _gauge("state", "1 on the current state", phases)
-        yield _gauge("gang_members_expected", "Ranks of all parts", [({}, float(state["expected"]))])
+        yield _gauge("ready", "1 while the part serves requests, as /health reports", [({}, float(state["ready"]))])
+        yield _gauge("live", "1: the API process responds", [({}, 1.0)])
+        states: Samples = [({"state": s}, float(s == state["state"])) for s in PART_STATES]
+        yield _gauge("state", "1 for the current state", states)
+        yield _gauge("gang_members_expected", "Number of ranks of all parts", [({}, float(state["expected"]))])
         yield from _rank_metrics(state["ranks"], state["expected"])
         yield from _process_metrics(state["processes"])
         yield from _guard_metrics(state["guard"], state["processes"])
@@ -59,7 +57,7 @@ class PartCollector(Collector):
 
 
 def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Metric]:
-    def each(value: Callable[[JsonObject], float | None]) -> Samples:
+    def per_rank(value: Callable[[JsonObject], float | None]) -> Samples:
         return [
             ({"rank": rank, "part": str(rank_status["part"])}, value(rank_status))
             for rank, rank_status in sorted(ranks.items())
@@ -67,158 +65,179 @@ def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Me
 
     up: Samples = [({"world_rank": str(r)}, float(str(r) in ranks)) for r in range(expected)]
     yield _gauge("gang_member_up", "1 while the rank sends heartbeats", up)
-    yield _gauge("gang_heartbeat_age_seconds", "Since the rank's last heartbeat", each(lambda p: p["silent_s"]))
-    yield _gauge("rank_idle_seconds", "Since the rank's main thread last got anywhere", each(lambda p: p["idle_s"]))
-    yield _gauge("rank_steps", "Steps the rank has computed in this epoch", each(lambda p: p["steps"]))
     yield _gauge(
-        "last_step_timestamp_seconds", "When the rank last got anywhere", each(lambda p: p["seen"] - p["idle_s"])
+        "gang_heartbeat_age_seconds", "Time since the rank's last heartbeat", per_rank(lambda r: r["silent_s"])
     )
-    longest = max((p["wait_s"] for p in ranks.values() if p["wait_s"] is not None), default=0.0)
+    yield _gauge(
+        "rank_idle_seconds", "Time since the rank's main thread last made progress", per_rank(lambda r: r["idle_s"])
+    )
+    yield _gauge("rank_steps", "Steps that the rank has computed in this epoch", per_rank(lambda r: r["steps"]))
+    yield _gauge(
+        "last_step_timestamp_seconds",
+        "When the rank last made progress",
+        per_rank(lambda r: r["last_seen"] - r["idle_s"]),
+    )
+    # The rank that waits longest in the all-reduces arrives first.
+    max_wait = max((r["wait_s"] for r in ranks.values() if r["wait_s"] is not None), default=0.0)
     yield _gauge(
         "rank_lag_seconds",
-        "How much later than the first rank it comes to the sums of a step; not measured over NCCL",
-        each(lambda p: None if p["wait_s"] is None else longest - p["wait_s"]),
+        "How much later than the first rank this rank enters the all-reduces of a step; not measured over NCCL",
+        per_rank(lambda r: None if r["wait_s"] is None else max_wait - r["wait_s"]),
     )
-    yield _gauge("weight_memory_bytes", "Weights read by the rank", each(lambda p: p["weight_bytes"]))
-    yield _gauge("kv_cache_memory_bytes", "KV cache of the rank", each(lambda p: p["kv_bytes"]))
+    yield _gauge("weight_memory_bytes", "Weights loaded by the rank", per_rank(lambda r: r["weight_bytes"]))
+    yield _gauge("kv_cache_memory_bytes", "Size of the rank's KV cache", per_rank(lambda r: r["kv_bytes"]))
     startup: Samples = [
         ({"rank": rank, "phase": phase}, seconds)
         for rank, rank_status in sorted(ranks.items())
         for phase, seconds in rank_status["startup_seconds"].items()
     ]
-    yield _gauge("startup_seconds", "Duration of each phase of the start", startup)
+    yield _gauge("startup_seconds", "Duration of each startup phase", startup)
 
 
 def _process_metrics(processes: Mapping[str, JsonObject]) -> Iterable[Metric]:
-    def each(key: str) -> Samples:
+    def per_process(key: str) -> Samples:
         return [
-            ({"program": name, "rank": name.removeprefix("rank") if name.startswith("rank") else ""}, numbers.get(key))
-            for name, numbers in sorted(processes.items())
+            ({"program": name, "rank": name.removeprefix("rank") if name.startswith("rank") else ""}, stats.get(key))
+            for name, stats in sorted(processes.items())
         ]
 
-    yield _gauge("process_up", "1 while the process runs", each("up"))
-    yield _gauge("process_start_time_seconds", "When the process started", each("start_time"))
-    yield _gauge("process_resident_memory_bytes", "Resident memory", each("rss"))
-    yield _gauge("process_open_fds", "Open files", each("fds"))
-    yield _gauge("process_max_fds", "Files that may be open", each("max_fds"))
-    yield _gauge("process_threads", "Threads", each("threads"))
-    yield _counter("process_cpu_seconds", "CPU time", each("cpu"))
+    yield _gauge("process_up", "1 while the process runs", per_process("up"))
+    yield _gauge("process_start_time_seconds", "When the process started", per_process("start_time"))
+    yield _gauge("process_resident_memory_bytes", "Resident memory", per_process("rss"))
+    yield _gauge("process_open_fds", "Open files", per_process("fds"))
+    yield _gauge("process_max_fds", "Limit of open files", per_process("max_fds"))
+    yield _gauge("process_threads", "Threads", per_process("threads"))
+    yield _counter("process_cpu_seconds", "CPU time", per_process("cpu"))
 
 
 def _guard_metrics(guard: Mapping[str, Mapping[str, int]], programs: Iterable[str]) -> Iterable[Metric]:
-    """A series that begins at 1 has no increase for Prometheus: those of the usual reasons begin at 0."""
-    counts = {(name, reason): 0 for name in programs for reason in USUAL_REASONS}
+    """Yields the metrics of the guard's restarts. The series of common reasons start at 0, because Prometheus'
+    increase() misses the first restart of a series that starts at 1.
+    """
+    counts = {(name, reason): 0 for name in programs for reason in RESTART_REASONS}
     counts |= {(key.split(" ")[0], key.split(" ")[1]): count for key, count in guard["restarts"].items()}
-    restarts: Samples = [({"program": name, "reason": why}, count) for (name, why), count in sorted(counts.items())]
-    yield _counter("process_restarts", "Restarts by the guard, by what the process had ended with", restarts)
+    restarts: Samples = [
+        ({"program": name, "reason": reason}, count) for (name, reason), count in sorted(counts.items())
+    ]
+    yield _counter("process_restarts", "Restarts by the guard, by the reason of the exit", restarts)
     exits: Samples = [({"program": program}, float(code)) for program, code in sorted(guard["last_exit"].items())]
-    yield _gauge("process_last_exit_code", "What the process last ended with; -1: a signal", exits)
+    yield _gauge("process_last_exit_code", "Last exit code of the process; -1: killed by a signal", exits)
 
 
 def _shm_metrics(shm: Mapping[str, float], part: dict[str, str]) -> Iterable[Metric]:
     yield _gauge("shm_size_bytes", "Size of /dev/shm", [(part, shm["size"])])
     yield _gauge("shm_free_bytes", "Free bytes of /dev/shm", [(part, shm["free"])])
-    yield _gauge("shm_orphan_bytes", "This server's segments there that nobody holds any more", [(part, shm["orphan"])])
+    yield _gauge("shm_orphan_bytes", "Orphaned segments of this server in /dev/shm", [(part, shm["orphan"])])
 
 
 def _cgroup_metrics(cgroup: Cgroup, part: dict[str, str]) -> Iterable[Metric]:
-    """A limit that there is not has no sample."""
+    """Yields the metrics of the container's cgroup. Omits the sample if no limit is set."""
 
-    def limit(value: int | None) -> Samples:
+    def sample(value: int | None) -> Samples:
         return [(part, None if value is None or value >= UNLIMITED else float(value))]
 
-    yield _gauge("cgroup_memory_usage_bytes", "Memory in use, page cache included", limit(cgroup.memory_current))
-    yield _gauge("cgroup_memory_limit_bytes", "Memory that the container may use", limit(cgroup.memory_max))
-    yield _gauge("cgroup_pids_current", "Processes and threads of the container", limit(cgroup.pids_current))
-    yield _gauge("cgroup_pids_max", "Processes and threads that it may have", limit(cgroup.pids_max))
-    yield _counter("cgroup_oom_kills", "Processes that the kernel killed for memory", limit(cgroup.oom_kills))
-    yield _counter("cgroup_cpu_throttled_periods", "Periods in which the CPU quota was spent", limit(cgroup.throttled))
+    yield _gauge("cgroup_memory_usage_bytes", "Memory in use, page cache included", sample(cgroup.memory_current))
+    yield _gauge("cgroup_memory_limit_bytes", "Memory limit of the container", sample(cgroup.memory_max))
+    yield _gauge("cgroup_pids_current", "Processes and threads of the container", sample(cgroup.pids_current))
+    yield _gauge("cgroup_pids_max", "Limit of processes and threads of the container", sample(cgroup.pids_max))
+    yield _counter("cgroup_oom_kills", "Processes killed by the kernel's OOM killer", sample(cgroup.oom_kills))
+    yield _counter(
+        "cgroup_cpu_throttled_periods", "Periods in which the CPU quota was exhausted", sample(cgroup.throttled)
+    )
 
 
-def _gpu_metrics(seen: GpuSnapshot, part: dict[str, str], ranks: Mapping[str, JsonObject]) -> Iterable[Metric]:
-    """NVML's readings, those that the GPU has; in the help, what dcgm-exporter calls them. Ranks take the visible GPUs
-    in order."""
-    own = sorted((int(r) for r, rank_status in ranks.items() if str(rank_status["part"]) == part["part"]))
-    places = {gpu.index: str(rank) for rank, gpu in zip(own, seen.gpus.visible, strict=False)}
+def _gpu_metrics(snapshot: GpuSnapshot, part: dict[str, str], ranks: Mapping[str, JsonObject]) -> Iterable[Metric]:
+    """Yields NVML's readings; omits those that a GPU does not support. The help names dcgm-exporter's equivalent.
+    Ranks use the visible GPUs in order.
+    """
+    local_ranks = sorted((int(r) for r, rank_status in ranks.items() if str(rank_status["part"]) == part["part"]))
+    rank_by_gpu = {gpu.index: str(rank) for rank, gpu in zip(local_ranks, snapshot.gpus.visible, strict=False)}
 
-    def each(value: Callable[[Any], float | None]) -> Samples:
-        return [(_names(gpu, places, part), value(gpu)) for gpu in seen.gpus.all]
+    def per_gpu(value: Callable[[Any], float | None]) -> Samples:
+        return [(_gpu_labels(gpu, rank_by_gpu, part), value(gpu)) for gpu in snapshot.gpus.all]
 
-    def labelled(name: str, values: Callable[[Any], Mapping[str, float | None]]) -> Samples:
+    def per_gpu_and(label: str, values: Callable[[Any], Mapping[str, float | None]]) -> Samples:
         return [
-            (_names(gpu, places, part) | {name: key}, value)
-            for gpu in seen.gpus.all
+            (_gpu_labels(gpu, rank_by_gpu, part) | {label: key}, value)
+            for gpu in snapshot.gpus.all
             for key, value in values(gpu).items()
         ]
 
-    up: Samples = [({"gpu": str(gpu.index)} | part, 1.0) for gpu in seen.gpus.all]
-    up += [({"gpu": str(index)} | part, 0.0) for index, _ in seen.gpus.failed]
-    yield _gauge("gpu_up", "1 while the GPU answers", up)
-    yield _gauge("gpu_read_timestamp_seconds", "When NVML last answered", [(part, seen.at or None)])
-    yield _gauge("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL", each(lambda g: g.utilization))
+    up: Samples = [({"gpu": str(gpu.index)} | part, 1.0) for gpu in snapshot.gpus.all]
+    up += [({"gpu": str(index)} | part, 0.0) for index, _ in snapshot.gpus.failed]
+    yield _gauge("gpu_up", "1 while NVML can read the GPU", up)
+    yield _gauge("gpu_read_timestamp_seconds", "When NVML was last read", [(part, snapshot.read_at or None)])
+    yield _gauge("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL", per_gpu(lambda g: g.utilization))
     yield _gauge(
         "gpu_memory_used_bytes",
         "DCGM_FI_DEV_FB_USED and reserved",
-        each(lambda g: g.memory_total - g.memory_free),
+        per_gpu(lambda g: g.memory_total - g.memory_free),
     )
-    yield _gauge("gpu_memory_free_bytes", "DCGM_FI_DEV_FB_FREE", each(lambda g: g.memory_free))
-    yield _gauge("gpu_memory_total_bytes", "All of the GPU's memory", each(lambda g: g.memory_total))
-    yield _gauge("gpu_temperature_celsius", "DCGM_FI_DEV_GPU_TEMP", each(lambda g: g.temperature))
-    yield _gauge("gpu_memory_temperature_celsius", "DCGM_FI_DEV_MEMORY_TEMP", each(lambda g: g.memory_temperature))
-    yield _gauge("gpu_power_watts", "DCGM_FI_DEV_POWER_USAGE", each(lambda g: g.power))
-    yield _counter("gpu_energy_joules", "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", each(lambda g: g.energy))
+    yield _gauge("gpu_memory_free_bytes", "DCGM_FI_DEV_FB_FREE", per_gpu(lambda g: g.memory_free))
+    yield _gauge("gpu_memory_total_bytes", "Total memory of the GPU", per_gpu(lambda g: g.memory_total))
+    yield _gauge("gpu_temperature_celsius", "DCGM_FI_DEV_GPU_TEMP", per_gpu(lambda g: g.temperature))
+    yield _gauge("gpu_memory_temperature_celsius", "DCGM_FI_DEV_MEMORY_TEMP", per_gpu(lambda g: g.memory_temperature))
+    yield _gauge("gpu_power_watts", "DCGM_FI_DEV_POWER_USAGE", per_gpu(lambda g: g.power))
+    yield _counter("gpu_energy_joules", "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", per_gpu(lambda g: g.energy))
     yield _gauge(
-        "gpu_clock_hertz", "DCGM_FI_DEV_SM_CLOCK, DCGM_FI_DEV_MEM_CLOCK", labelled("domain", lambda g: g.clocks)
+        "gpu_clock_hertz", "DCGM_FI_DEV_SM_CLOCK, DCGM_FI_DEV_MEM_CLOCK", per_gpu_and("domain", lambda g: g.clocks)
     )
     yield _gauge(
-        "gpu_clock_event", "1 while the reason slows the GPU down", labelled("reason", lambda g: g.throttle_reasons)
+        "gpu_clock_event", "1 while the reason throttles the GPU", per_gpu_and("reason", lambda g: g.throttle_reasons)
     )
-    yield _counter("gpu_ecc_uncorrected", "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL", each(lambda g: g.ecc_uncorrected))
+    yield _counter("gpu_ecc_uncorrected", "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL", per_gpu(lambda g: g.ecc_uncorrected))
     yield _counter(
         "gpu_remapped_rows",
         "DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS and …CORRECTABLE…",
-        labelled("kind", lambda g: g.remapped_rows),
+        per_gpu_and("kind", lambda g: g.remapped_rows),
     )
-    yield _gauge("gpu_remap_failure", "DCGM_FI_DEV_ROW_REMAP_FAILURE", each(lambda g: float(g.remap_failure)))
-    yield _gauge("gpu_remap_pending", "1: a row is remapped at the next reset", each(lambda g: float(g.remap_pending)))
+    yield _gauge("gpu_remap_failure", "DCGM_FI_DEV_ROW_REMAP_FAILURE", per_gpu(lambda g: float(g.remap_failure)))
+    yield _gauge(
+        "gpu_remap_pending", "1: a row is remapped at the next reset", per_gpu(lambda g: float(g.remap_pending))
+    )
     yield _counter(
-        "gpu_nvlink_bytes", "DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL", labelled("direction", lambda g: g.nvlink_bytes)
+        "gpu_nvlink_bytes", "DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL", per_gpu_and("direction", lambda g: g.nvlink_bytes)
     )
-    yield _counter("gpu_nvlink_errors", "Of all links of the GPU", labelled("kind", lambda g: g.nvlink_errors))
-    yield _counter("gpu_pcie_replays", "DCGM_FI_DEV_PCIE_REPLAY_COUNTER", each(lambda g: g.pcie_replays))
+    yield _counter(
+        "gpu_nvlink_errors", "NVLink errors of all links of the GPU", per_gpu_and("kind", lambda g: g.nvlink_errors)
+    )
+    yield _counter("gpu_pcie_replays", "DCGM_FI_DEV_PCIE_REPLAY_COUNTER", per_gpu(lambda g: g.pcie_replays))
     xids: Samples = [
-        ({"gpu": str(index), "xid": str(xid)} | part, float(count)) for (index, xid), count in sorted(seen.xids.items())
+        ({"gpu": str(index), "xid": str(xid)} | part, float(count))
+        for (index, xid), count in sorted(snapshot.xids.items())
     ]
-    yield _counter("gpu_xid_errors", "Xids since this part started; DCGM_FI_DEV_XID_ERRORS has only the last", xids)
+    yield _counter("gpu_xid_errors", "Xids since the part started; DCGM_FI_DEV_XID_ERRORS holds only the last", xids)
 
 
-def _names(gpu: Any, places: Mapping[int, str], part: dict[str, str]) -> dict[str, str]:
-    return {"gpu": str(gpu.index), "uuid": gpu.uuid, "rank": places.get(gpu.index, "")} | part
+def _gpu_labels(gpu: Any, rank_by_gpu: Mapping[int, str], part: dict[str, str]) -> dict[str, str]:
+    return {"gpu": str(gpu.index), "uuid": gpu.uuid, "rank": rank_by_gpu.get(gpu.index, "")} | part
 
 
 def _doctor_metrics(report: JsonObject, part: dict[str, str]) -> Iterable[Metric]:
-    """`report`: the doctor's, as its JSON form has it."""
+    """Yields the metrics of the doctor's last report, in the format of docs/doctor-schema.json."""
     statuses: Samples = [({"check": c["id"]} | part, float(DOCTOR_STATUS[c["status"]])) for c in report["checks"]]
     yield _gauge("doctor_check_status", "0 ok, 1 warning, 2 error, 3 unknown or crashed, -1 skipped", statuses)
     yield _gauge("doctor_last_run_timestamp_seconds", "When the doctor last ran", [(part, report["started"])])
-    yield _gauge("doctor_duration_seconds", "How long that took", [(part, report["duration_s"])])
+    yield _gauge("doctor_duration_seconds", "Duration of the doctor's last run", [(part, report["duration_s"])])
 
 
-def _gauge(name: str, text: str, samples: Samples) -> Metric:
-    return _add_samples(GaugeMetricFamily(f"rtp_llm_{name}", text, labels=_labels(samples)), samples)
+def _gauge(name: str, description: str, samples: Samples) -> Metric:
+    family = GaugeMetricFamily(f"rtp_llm_{name}", description, labels=_label_names(samples))
+    return _add_samples(family, samples)
 
 
-def _counter(name: str, text: str, samples: Samples) -> Metric:
-    return _add_samples(CounterMetricFamily(f"rtp_llm_{name}", text, labels=_labels(samples)), samples)
+def _counter(name: str, description: str, samples: Samples) -> Metric:
+    family = CounterMetricFamily(f"rtp_llm_{name}", description, labels=_label_names(samples))
+    return _add_samples(family, samples)
 
 
-def _labels(samples: Samples) -> list[str]:
+def _label_names(samples: Samples) -> list[str]:
     return list(samples[0][0]) if samples else []
 
 
-def _add_samples(family: Any, samples: Samples) -> Metric:
+def _add_samples(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+    """Adds the samples that have a value and returns `family`."""
     for labels, value in samples:
         if value is not None:
             family.add_metric(list(labels.values()), value)
-    made: Metric = family
-    return made
+    return family

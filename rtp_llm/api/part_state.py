@@ -1,4 +1,4 @@
-"""What this part knows of itself and the gang: the one truth behind /health, /metrics and /worker_status."""
+"""State of this part and of the gang, as /health, /metrics and /worker_status report it."""
 
 import json
 import os
@@ -17,87 +17,88 @@ from rtp_llm.machine.gpu_monitor import GpuMonitor
 from rtp_llm.parallel import segment
 from rtp_llm.parallel.part_spec import PartSpec
 
-STATUS_STALE_SECONDS = 3.0  # the board is posted twice a second
+STATUS_STALE_SECONDS = 3.0  # the status file is written twice a second
 PHASES = ("rendezvous", "loading", "warmup", "serving")
-IDLE_LIMIT_SECONDS = 60.0  # a rank that got nowhere for so long is not healthy, whatever its heartbeat says
+MAX_IDLE_SECONDS = 60.0  # a rank without progress for so long is unhealthy, even if it sends heartbeats
 
 
 @dataclass(frozen=True)
 class Health:
-    """`ready` is what /health says; `detail` is for people, `phase` and `progress` (0 … 1) for probes."""
+    """The content of /health: `detail` for humans, `phase` and `progress` (0 … 1) for programs."""
 
-    ready: bool
+    is_ready: bool
     phase: str
     progress: float
     detail: str
 
 
 class PartState:
-    """Reads the gang board that the part's first rank posts, and the processes of the part."""
+    """Reads the gang status file, which the part's first rank writes, and the processes of the part."""
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
         self.part_spec, self.client = part_spec, client
-        self.draining = False  # asked to stop
+        self.is_draining = False
         self.gpus = GpuMonitor(os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._processes: dict[int, psutil.Process] = {}
 
     def gang_status(self) -> dict[str, Any]:
-        """The gang's last known state, with `age`, seconds since it was posted; no ranks where it is stale or
-        absent.
-        """
+        """Returns the last gang status and its `age` in seconds; without ranks if the file is missing or stale."""
         path = self.part_spec.gang_status_path
         try:
             age = time.time() - path.stat().st_mtime
-            state: dict[str, Any] = json.loads(path.read_text())
+            status: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
             return {"epoch": 0, "ranks": {}, "message": "the ranks are starting", "age": 0.0}
         if age > STATUS_STALE_SECONDS:
-            state |= {"ranks": {}, "message": f"the ranks of this part have been silent for {age:.0f} s"}
-        return state | {"age": age}
+            status |= {"ranks": {}, "message": f"the ranks of this part have written no status for {age:.0f} s"}
+        return status | {"age": age}
 
     def health(self) -> Health:
-        """200 or 503, and why. Every rank of every part must be serving and have got somewhere lately."""
-        if self.draining:
-            return Health(False, "draining", 1.0, "the server is stopping: open requests end, new ones are refused")
+        """Returns the health of the gang. It is ready if all ranks of all parts serve and made progress recently."""
+        if self.is_draining:
+            detail = "the server is stopping: open requests finish, new ones are rejected"
+            return Health(False, "draining", 1.0, detail)
         gang_status = self.gang_status()
         ranks: Mapping[str, Mapping[str, Any]] = gang_status["ranks"]
         expected = self.part_spec.plan.world_size
         if not ranks:
             return Health(False, "rendezvous", 0.0, gang_status.get("message") or "waiting for the ranks")
-        phase = min((p["phase"] for p in ranks.values()), key=PHASES.index)
+        phase = min((r["phase"] for r in ranks.values()), key=PHASES.index)
         if len(ranks) < expected:
             missing = [r for r in range(expected) if str(r) not in ranks]
             return Health(False, phase, 0.0, f"no heartbeat yet from ranks {missing}")
         if phase != "serving":
-            progress = sum(p["progress"] if p["phase"] == phase else 1.0 for p in ranks.values()) / expected
+            progress = sum(r["progress"] if r["phase"] == phase else 1.0 for r in ranks.values()) / expected
             return Health(False, phase, progress, f"{phase}: {progress:.0%}")
         for rank, rank_status in ranks.items():
-            if rank_status["silent_s"] > self.part_spec.config.heartbeat_timeout:
-                return Health(
-                    False, "failed", 1.0, f"no heartbeat from rank {rank} for {rank_status['silent_s']:.0f} s"
-                )
-            if rank_status["idle_s"] > IDLE_LIMIT_SECONDS:
-                return Health(False, "failed", 1.0, f"rank {rank} got nowhere for {rank_status['idle_s']:.0f} s")
-        if self.client is not None and not self.client.connected:
+            silent_seconds, idle_seconds = rank_status["silent_s"], rank_status["idle_s"]
+            if silent_seconds > self.part_spec.config.heartbeat_timeout:
+                return Health(False, "failed", 1.0, f"no heartbeat from rank {rank} for {silent_seconds:.0f} s")
+            if idle_seconds > MAX_IDLE_SECONDS:
+                return Health(False, "failed", 1.0, f"rank {rank} made no progress for {idle_seconds:.0f} s")
+        if self.client is not None and not self.client.is_connected:
             return Health(False, "warmup", 1.0, "the API is connecting to rank 0")
         return Health(True, "serving", 1.0, "ok")
 
     def metrics_snapshot(self) -> dict[str, Any]:
-        """What part_metrics.PartCollector reads."""
+        """Returns the state that `part_metrics.PartCollector` exports."""
         health, gang_status = self.health(), self.gang_status()
         shm = os.statvfs(segment.DIRECTORY)
-        seen = time.time() - gang_status["age"]
+        status_time = time.time() - gang_status["age"]
         return {
             "part": self.part_spec.plan.part,
-            "ready": health.ready,
+            "ready": health.is_ready,
             "state": health.phase,
             "expected": self.part_spec.plan.world_size,
-            "ranks": {r: p | {"seen": seen - p["silent_s"]} for r, p in gang_status["ranks"].items()},
+            "ranks": {
+                rank: rank_status | {"last_seen": status_time - rank_status["silent_s"]}
+                for rank, rank_status in gang_status["ranks"].items()
+            },
             "processes": self._all_process_stats(gang_status["ranks"]),
-            "guard": self._guard(),
-            "doctor": self.doctor(),
-            "cgroup": Cgroup.read(_read),
+            "guard": self._guard_record(),
+            "doctor": self.doctor_report(),
+            "cgroup": Cgroup.read(_read_text),
             "shm": {
                 "size": shm.f_frsize * shm.f_blocks,
                 "free": shm.f_frsize * shm.f_bavail,
@@ -106,41 +107,44 @@ class PartState:
             "gpus": self.gpus.snapshot,
         }
 
-    def doctor(self) -> dict[str, Any] | None:
-        """The doctor's last report (its schema: docs/doctor-schema.json); None where it has not run."""
+    def doctor_report(self) -> dict[str, Any] | None:
+        """Returns the doctor's last report (docs/doctor-schema.json), None if it has not run."""
         path = self.part_spec.doctor_report_path
         report: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return report
 
     @property
-    def open_requests(self) -> int:
-        """What the gang still computes, as rank 0 last said."""
+    def num_open_requests(self) -> int:
+        """Requests that rank 0 has not finished, from its last heartbeat."""
         rank_status = self.gang_status()["ranks"].get("0")
         return int(rank_status["open"]) if rank_status else 0
 
-    def _guard(self) -> dict[str, dict[str, int]]:
-        """What the guard has recorded: restarts by "program reason", last exit codes by program."""
+    def _guard_record(self) -> dict[str, dict[str, int]]:
+        """Returns the guard's record: restarts by "program reason" and last exit codes by program."""
         path = self.part_spec.guard_record_path
         record: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
         return {"restarts": record.get("restarts", {}), "last_exit": record.get("last_exit", {})}
 
     def _all_process_stats(self, ranks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         part = self.part_spec.plan.part
-        pids = {f"rank{r}": int(p["pid"]) for r, p in ranks.items() if p["part"] == part} | self._helper_pids()
-        gone: dict[str, dict[str, float]] = {f"rank{r}": {"up": 0.0} for r in self.part_spec.plan.ranks}
-        return gone | {name: self._process_stats(pid) for name, pid in pids.items()}
+        rank_pids = {f"rank{rank}": int(status["pid"]) for rank, status in ranks.items() if status["part"] == part}
+        pids = rank_pids | self._helper_pids()
+        missing: dict[str, dict[str, float]] = {f"rank{rank}": {"up": 0.0} for rank in self.part_spec.plan.ranks}
+        return missing | {name: self._process_stats(pid) for name, pid in pids.items()}
 
     def _helper_pids(self) -> dict[str, int]:
-        """Pids of what is not a rank. The guard's own is looked for, since nobody is told it."""
-        pid = _read(str(self.part_spec.run_dir / "supervisord.pid"))
+        """Returns the pids of the processes that are not ranks. Finds the guard by its command line, since it writes
+        no pid file.
+        """
+        pid = _read_text(str(self.part_spec.run_dir / "supervisord.pid"))
         if pid is None:
             return {"api": os.getpid()}
-        found = {"api": os.getpid(), "supervisord": int(pid)}
+        pids = {"api": os.getpid(), "supervisord": int(pid)}
         with suppress(psutil.Error):
             for child in psutil.Process(int(pid)).children():
                 if "rtp_llm.supervise.guard" in child.cmdline():
-                    found["guard"] = child.pid
-        return found
+                    pids["guard"] = child.pid
+        return pids
 
     def _process_stats(self, pid: int) -> dict[str, float]:
         try:
@@ -161,7 +165,7 @@ class PartState:
             return {"up": 0.0}
 
 
-def _read(path: str) -> str | None:
+def _read_text(path: str) -> str | None:
     try:
         return Path(path).read_text()
     except OSError:

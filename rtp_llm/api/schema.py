@@ -1,4 +1,4 @@
-"""The bodies that clients may send. Known fields are checked, unknown ones ignored, as OpenAI's own service does."""
+"""Schemas of request bodies. Known fields are validated, unknown ones ignored, as in OpenAI's API."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,24 +10,24 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
-MAX_STOPS = 64  # each is looked for at every token
+MAX_STOPS = 64  # each is searched for after every token
 MAX_BIASES = 4096
 MAX_ITEMS = 65536  # prompts of a batch, messages of a chat
 
 
-def _few_biases(value: Any) -> Any:
+def _limit_biases(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise PydanticCustomError("too_long", f"at most {MAX_BIASES} token ids may have a bias")
     return value
 
 
-# fail_fast, and the check before: a body has room for millions of wrong items, and an error for each takes a minute in
-# which nobody else is served.
+# fail_fast and `_limit_biases` bound the number of errors: a body can hold millions of invalid items, and collecting an
+# error for each blocks the event loop for a minute.
 Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_ITEMS)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 Stops = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)]
-Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)]
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_limit_biases)]
 
 
 class RequestBody(BaseModel):
@@ -40,8 +40,8 @@ class StreamOptions(RequestBody):
 
 
 class GenerateConfig(RequestBody):
-    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py); the fields with an effect here, and
-    those refused.
+    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py): the supported fields and those that are
+    rejected if set.
     """
 
     max_new_tokens: int = Field(32000, ge=0, lt=2**31)
@@ -71,7 +71,7 @@ class GenerateConfig(RequestBody):
     return_softmax_probs: bool = False
     timeout_ms: int = Field(-1, lt=2**31)
     aux_info: bool = True
-    # Known, and not served: a value other than the default is refused.
+    # Unsupported: a value other than the default is rejected.
     adapter_name: Any = None
     bad_words_list: Any = None
     calculate_loss: Any = 0
@@ -89,7 +89,7 @@ class GenerateConfig(RequestBody):
     structural_tag: Any = None
 
 
-NATIVE_REFUSED = (
+NATIVE_UNSUPPORTED = (
     *("adapter_name", "bad_words_list", "calculate_loss", "no_repeat_ngram_size", "return_all_probs"),
     *("return_hidden_states", "return_all_hidden_states", "return_logits", "select_tokens_str", "select_tokens_id"),
     *("variable_num_beams", "json_schema", "regex", "ebnf", "structural_tag"),
@@ -97,7 +97,7 @@ NATIVE_REFUSED = (
 
 
 class OpenAIRequest(RequestBody):
-    """What both OpenAI endpoints take; the second half are common extensions."""
+    """Fields of both OpenAI endpoints. Those after `user` are common extensions."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=128)
@@ -129,7 +129,7 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn; fields beyond these reach the chat template as they are."""
+    """One turn of a chat. Further fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -175,7 +175,7 @@ class CompletionRequest(OpenAIRequest):
 
 
 class NativeRequest(BaseModel):
-    """POST /. Any field of generate_config may also stand at the top level, and wins there."""
+    """POST /. Fields of generate_config may also be set at the top level, which takes precedence."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -201,7 +201,7 @@ class BatchInferRequest(BaseModel):
 
 
 class TokenizeRequest(RequestBody):
-    """POST /tokenize: a prompt, or the messages of a chat."""
+    """POST /tokenize: a prompt or chat messages."""
 
     prompt: str | None = None
     messages: Messages | None = None

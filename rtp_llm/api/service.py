@@ -1,4 +1,4 @@
-"""Text in, text out: the tokenizer, the chat template and the engine client together, for all endpoints alike."""
+"""Generates text for all endpoints: combines the tokenizer, the chat template and the engine client."""
 
 import asyncio
 import logging
@@ -31,35 +31,35 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LONG_TEXT = 4096  # characters from which on encoding leaves the event loop to a thread
+MAX_INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, to not block the event loop
 
 
 @dataclass(frozen=True)
 class TextParams:
-    """What the engine does not know of: stop strings, and how ids become text."""
+    """Parameters of the text, which the API process applies: stop strings, detokenization, timeout."""
 
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
-    timeout_ms: int = 0  # 0: the server's own limit
+    timeout_ms: int = 0  # 0: MAX_RPC_TIMEOUT_MS
 
 
 @dataclass
 class OutputChunk:
-    """New text of one sequence; the last one has a finish reason."""
+    """New text of one sequence. Only the last chunk has a finish reason."""
 
     text: str
     tokens: list[int]
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
-    finish: FinishReason | None = None
+    finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     queue_ms: float = 0.0
 
 
 class SlotReservation:
-    """Places that were promised to the sequences of one request. A sequence that starts takes its own; `release`
-    gives back those that never did.
+    """Slots reserved for the sequences of one request. A sequence uses its slot when it starts; `release` frees the
+    slots of sequences that did not start.
     """
 
     def __init__(self, service: "Service", slots: int):
@@ -89,177 +89,184 @@ class Service:
         metrics: Metrics,
         client: EngineClient,
     ):
-        self.config, self.name, self.tokenizer, self.template = config, name, tokenizer, template
+        self.config, self.model_name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
         self.created = int(time.time())
-        self.reserved_slots = 0  # slots of admitted sequences that have not started: they are in no ledger yet
+        self.reserved_slots = 0  # of admitted sequences that have not started, which the client does not count
 
     # Before a request is accepted
 
     @property
-    def engine(self) -> EngineInfo:
-        """Raises RequestError 503 until the ranks have loaded for the first time."""
-        if self.client.info is None:
-            raise engine_gone("the model is still loading: see /health")
+    def engine_info(self) -> EngineInfo:
+        """The current or last engine. Raises RequestError 503 until the ranks have loaded for the first time."""
         if self.client.info is None:
             raise engine_gone("the model is still loading: see /health")
         return self.client.info
 
     def admit(self, sequences: int) -> SlotReservation:
-        """A place for each sequence. Raises RequestError 429 where batch and queue are full."""
+        """Reserves a slot for each sequence. Raises RequestError 429 if batch and queue are full."""
         self.check_capacity(sequences)
         return SlotReservation(self, sequences)
 
     def check_capacity(self, sequences: int) -> None:
-        """As `admit`, without taking the slots: called before the work of encoding what could only be refused."""
-        if self.client.draining:
-            raise engine_gone("the server is stopping: send this again, or elsewhere")
-        taken = self.client.num_in_flight + self.reserved_slots
-        if sequences > self.config.concurrency_limit + self.config.queue_limit - taken:
+        """Raises as `admit`, without a reservation. Endpoints call it before they encode large batches."""
+        if self.client.is_draining:
+            raise engine_gone("the server is stopping: retry, or use another server")
+        used_slots = self.client.num_in_flight + self.reserved_slots
+        if sequences > self.config.concurrency_limit + self.config.queue_limit - used_slots:
             self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()
             raise overloaded(
-                f"{taken} sequences are open, {sequences} more do not fit: CONCURRENCY_LIMIT="
+                f"{used_slots} sequences are open, {sequences} more do not fit: CONCURRENCY_LIMIT="
                 f"{self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}; try again later"
             )
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises RequestError 400 for text that is not Unicode."""
+        """Returns the token ids of `text`. Raises RequestError 400 if it is not valid Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise invalid_format(
                 f"the text has a lone surrogate at character {error.start}: not valid Unicode"
             ) from None
-        if len(text) < LONG_TEXT:
+        if len(text) < MAX_INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     def render(self, messages: Sequence[dict[str, Any]], /, **options: Any) -> str:
-        """Raises RequestError 400 with the template's own complaint."""
+        """Returns the prompt of a chat. Raises RequestError 400 with the template's message."""
         try:
             return self.template.render(messages, **options)
         except TemplateError as error:
             raise invalid_params(str(error), "messages") from None
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises RequestError 400: empty, too long to leave room for one token, or an id the model does not have."""
-        limit, vocab = self.engine.max_seq_len, self.engine.vocab_size
+        """Raises RequestError 400 if the prompt is empty, longer than MAX_SEQ_LEN - 1 tokens or has an id outside the
+        vocabulary.
+        """
+        limit, vocab_size = self.engine_info.max_seq_len, self.engine_info.vocab_size
         if not prompt:
             raise empty_prompt()
         if len(prompt) >= limit:
             raise long_prompt(f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit (MAX_SEQ_LEN={limit})")
-        wrong = next((t for t in prompt if not 0 <= t < vocab), None)
-        if wrong is not None:
-            raise invalid_params(f"token id {wrong} is outside the vocabulary of {vocab}", "prompt")
+        invalid_id = next((t for t in prompt if not 0 <= t < vocab_size), None)
+        if invalid_id is not None:
+            raise invalid_params(f"token id {invalid_id} is outside the vocabulary of {vocab_size}", "prompt")
 
     def remaining_tokens(self, prompt: Sequence[int]) -> int:
-        """Tokens that can still be generated behind this prompt."""
-        return self.engine.max_seq_len - len(prompt)
+        """Returns how many tokens can be generated after this prompt."""
+        return self.engine_info.max_seq_len - len(prompt)
 
     # A request
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, text: TextParams, admission: SlotReservation
+        self, prompt: list[int], params: SamplingParams, text_params: TextParams, reservation: SlotReservation
     ) -> AsyncGenerator[OutputChunk]:
-        """Chunks of one sequence. Raises RequestError 503 or 504 where it cannot be finished; leaving early aborts
-        it.
+        """Yields the chunks of one sequence. Closing the generator early aborts the sequence.
+
+        Raises RequestError 503 if the engine is lost, 504 at the timeout, 500 if the sequence fails.
         """
-        admission.start_one()  # nothing is awaited between here and its entry in the ledger
-        watch = RequestTimer(self.metrics, len(prompt), params)
-        detokenizer = Detokenizer(self.tokenizer, text.skip_special_tokens, prompt)
-        checker = StopChecker(text.stop, text.include_stop)
-        events = self.client.generate(secrets.token_hex(8), prompt, params)
-        seconds = self._seconds(text)
-        deadline = asyncio.get_running_loop().time() + seconds if seconds else None
-        produced = 0
+        reservation.start_one()  # no await until the client counts the sequence, or its slot could be given away
+        timer = RequestTimer(self.metrics, len(prompt), params)
+        detokenizer = Detokenizer(self.tokenizer, text_params.skip_special_tokens, prompt)
+        checker = StopChecker(text_params.stop, text_params.include_stop)
+        outputs = self.client.generate(secrets.token_hex(8), prompt, params)
+        timeout = self._timeout_seconds(text_params)
+        deadline = asyncio.get_running_loop().time() + timeout if timeout else None
+        num_tokens = 0
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
-                    event = await anext(events)
-                watch.on(event)
-                produced += len(event.tokens)
-                chunk = self._chunk(event, detokenizer, checker, params, text, produced)
+                    output = await anext(outputs)
+                timer.on_output(output)
+                num_tokens += len(output.tokens)
+                chunk = self._chunk(output, detokenizer, checker, params, text_params, num_tokens)
                 yield chunk
-                if chunk.finish:
-                    watch.finished(chunk.finish, produced)
+                if chunk.finish_reason:
+                    timer.on_finish(chunk.finish_reason, num_tokens)
                     return
         except TimeoutError:
-            watch.finished("error", produced)
-            raise timed_out(f"not finished within {seconds:g} s") from None
+            timer.on_finish("error", num_tokens)
+            raise timed_out(f"not finished within {timeout:g} s") from None
         except RequestError:
-            watch.finished("error", produced)
+            timer.on_finish("error", num_tokens)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            watch.finished("abort", produced)
+            timer.on_finish("abort", num_tokens)
             raise
         finally:
-            await events.aclose()
+            await outputs.aclose()
 
     def _chunk(
         self,
-        event: EngineOutput,
+        output: EngineOutput,
         detokenizer: Detokenizer,
         checker: StopChecker,
         params: SamplingParams,
-        text: TextParams,
-        produced: int,
+        text_params: TextParams,
+        num_tokens: int,
     ) -> OutputChunk:
-        shown = event.tokens
-        if event.finish == "stop" and not text.include_stop:
-            shown = shown[:-1]  # the stop token itself
-        new = detokenizer.push(shown) + (detokenizer.flush() if event.finish else "")
-        # Stop strings count from min_tokens on, as stop tokens do.
-        safe, matched = checker.push(new) if produced > params.min_tokens else (new, None)
-        if event.finish and not matched:
-            safe += checker.flush()
+        """Converts an output to text. `num_tokens` includes the output's."""
+        tokens = output.tokens
+        if output.finish == "stop" and not text_params.include_stop:
+            tokens = tokens[:-1]  # without the stop token
+        new_text = detokenizer.push(tokens) + (detokenizer.flush() if output.finish else "")
+        # min_tokens disables stop strings as well as stop tokens.
+        text, matched = checker.push(new_text) if num_tokens > params.min_tokens else (new_text, None)
+        if output.finish and not matched:
+            text += checker.flush()
             matched = checker.matched
-        finish: FinishReason | None = "stop" if matched else event.finish
         return OutputChunk(
-            safe, event.tokens, event.logprobs, event.prompt_logprobs, finish, event.cached_tokens, event.queue_ms
+            text,
+            output.tokens,
+            output.logprobs,
+            output.prompt_logprobs,
+            "stop" if matched else output.finish,
+            output.cached_tokens,
+            output.queue_ms,
         )
 
-    def _seconds(self, text: TextParams) -> float | None:
-        limit = text.timeout_ms if text.timeout_ms > 0 else self.config.max_rpc_timeout_ms
-        return limit / 1000 if limit > 0 else None
+    def _timeout_seconds(self, text_params: TextParams) -> float | None:
+        timeout_ms = text_params.timeout_ms if text_params.timeout_ms > 0 else self.config.max_rpc_timeout_ms
+        return timeout_ms / 1000 if timeout_ms > 0 else None
 
 
 class RequestTimer:
-    """Feeds the latency histograms of one sequence."""
+    """Records the metrics of one sequence."""
 
     def __init__(self, metrics: Metrics, prompt_tokens: int, params: SamplingParams):
         self.metrics = metrics
-        self.started = self.last = time.monotonic()
-        self.first = 0.0
-        self.queue = 0.0
-        self.done = False
+        self.started_at = self.last_token_at = time.monotonic()
+        self.first_token_at = 0.0
+        self.queue_seconds = 0.0
+        self.is_done = False
         metrics.prompt_tokens.inc(prompt_tokens)
         metrics.request_prompt_tokens.observe(prompt_tokens)
         metrics.params_max_tokens.observe(params.max_tokens)
 
-    def on(self, event: EngineOutput) -> None:
+    def on_output(self, output: EngineOutput) -> None:
         now = time.monotonic()
-        if event.tokens:
-            self.metrics.generation_tokens.inc(len(event.tokens))
-            if self.first:
-                self.metrics.itl.observe(now - self.last)
+        if output.tokens:
+            self.metrics.generation_tokens.inc(len(output.tokens))
+            if self.first_token_at:
+                self.metrics.itl.observe(now - self.last_token_at)
             else:
-                self.first, self.queue = now, event.queue_ms / 1000
-                self.metrics.ttft.observe(now - self.started)
-                self.metrics.prompt_tokens_cached.inc(event.cached_tokens)
-            self.last = now
+                self.first_token_at, self.queue_seconds = now, output.queue_ms / 1000
+                self.metrics.ttft.observe(now - self.started_at)
+                self.metrics.prompt_tokens_cached.inc(output.cached_tokens)
+            self.last_token_at = now
 
-    def finished(self, reason: str, tokens: int) -> None:
-        if self.done:
+    def on_finish(self, reason: str, num_tokens: int) -> None:
+        if self.is_done:
             return
-        self.done = True
+        self.is_done = True
         metrics, now = self.metrics, time.monotonic()
         metrics.success.labels(finished_reason=reason).inc()
-        metrics.e2e.observe(now - self.started)
-        metrics.request_generation_tokens.observe(tokens)
-        if self.first:
-            metrics.queue_time.observe(self.queue)
-            metrics.prefill_time.observe(max(0.0, self.first - self.started - self.queue))
-            metrics.decode_time.observe(self.last - self.first)
-            metrics.inference_time.observe(max(0.0, self.last - self.started - self.queue))
-            if tokens > 1:
-                metrics.tpot.observe((self.last - self.first) / (tokens - 1))
+        metrics.e2e.observe(now - self.started_at)
+        metrics.request_generation_tokens.observe(num_tokens)
+        if self.first_token_at:
+            metrics.queue_time.observe(self.queue_seconds)
+            metrics.prefill_time.observe(max(0.0, self.first_token_at - self.started_at - self.queue_seconds))
+            metrics.decode_time.observe(self.last_token_at - self.first_token_at)
+            metrics.inference_time.observe(max(0.0, self.last_token_at - self.started_at - self.queue_seconds))
+            if num_tokens > 1:
+                metrics.tpot.observe((self.last_token_at - self.first_token_at) / (num_tokens - 1))

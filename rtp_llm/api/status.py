@@ -22,42 +22,42 @@ log = logging.getLogger(__name__)
 
 HEALTH_PATHS = ("/health", "/status", "/health_check", "/GraphService/cm2_status", "/SearchService/cm2_status")
 LIVENESS_PATHS = ("/liveness", "/frontend_health")
-_BOTH = ["GET", "POST"]
+_METHODS = ["GET", "POST"]
 
 
 def status_router(state: PartState, metrics: Metrics) -> APIRouter:
-    """What every part answers."""
+    """Returns the router of the endpoints that every part serves."""
     router = APIRouter()
 
     async def health() -> Response:
-        """`"ok"`, or 503 with the reason."""
-        now = state.health()
-        if now.ready:
+        """Returns `"ok"`, or 503 with the reason."""
+        current = state.health()
+        if current.is_ready:
             return JSONResponse("ok")
-        body = {"detail": now.detail, "phase": now.phase, "progress": round(now.progress, 3)}
+        body = {"detail": current.detail, "phase": current.phase, "progress": round(current.progress, 3)}
         return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
     async def liveness() -> Response:
-        """`"ok"` while this process answers; never depends on the ranks, so that no probe kills a loading server."""
+        """Returns `"ok"`, independent of the ranks, so that a liveness probe does not kill a server that is loading."""
         return JSONResponse("ok")
 
-    scraping = asyncio.Lock()
+    scrape_lock = asyncio.Lock()
 
     async def scrape() -> Response:
-        """Beside the event loop: reading processes and writing 50 KB takes longer than a token."""
-        async with scraping:
+        """Returns the metrics. Runs in a thread, since collecting them takes longer than generating a token."""
+        async with scrape_lock:
             text = await run_in_threadpool(generate_latest, metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def doctor() -> Response:
-        """What the doctor found when this part was started, and what the parts' doctors found together."""
-        report = state.doctor()
+        """Returns the doctor's report of this part's start, with the results of the gang's checks."""
+        report = state.doctor_report()
         if report is None:
             return JSONResponse({"detail": "the doctor has not run: RTP_DOCTOR=off"}, status_code=404)
         return JSONResponse(report)
 
     router.add_api_route("/doctor", doctor, methods=["GET"])
-    for method in _BOTH:  # one by one: an operation's id in the OpenAPI document must be its own
+    for method in _METHODS:  # one route per method, since OpenAPI needs a unique operation id for each
         for path in HEALTH_PATHS:
             router.add_api_route(path, health, methods=[method], include_in_schema=path == "/health")
         for path in LIVENESS_PATHS:
@@ -67,12 +67,12 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
 
 
 def engine_router(service: Service, state: PartState) -> APIRouter:
-    """What part 0 answers about its engine."""
+    """Returns the router of the engine's status endpoints, which part 0 serves."""
     router = APIRouter()
     page = files("rtp_llm").joinpath("api/console.html").read_text()
 
     async def home(request: Request) -> Response:
-        """A page to try the model for browsers, upstream's word for everybody else."""
+        """Returns a chat page to browsers, upstream's JSON to other clients."""
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page)
         return JSONResponse({"status": "home"})
@@ -84,12 +84,12 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
         return _cache_status(service)
 
     async def set_log_level(body: Annotated[LogLevelRequest, Depends(json_body(LogLevelRequest))]) -> dict[str, str]:
-        """Of the API process."""
+        """Sets the log level of the API process."""
         logs.set_level(body.log_level)
         return {"status": "ok"}
 
     router.add_api_route("/", home, methods=["GET"])
-    for method, prefix in itertools.product(_BOTH, ("", "/rtp_llm")):
+    for method, prefix in itertools.product(_METHODS, ("", "/rtp_llm")):
         router.add_api_route(f"{prefix}/worker_status", worker_status, methods=[method], include_in_schema=not prefix)
         router.add_api_route(f"{prefix}/cache_status", cache_status, methods=[method], include_in_schema=not prefix)
     router.add_api_route("/set_log_level", set_log_level, methods=["POST"], openapi_extra=body_schema(LogLevelRequest))
@@ -105,7 +105,7 @@ def _worker_status(service: Service, state: PartState) -> dict[str, Any]:
         "server_port": plan.start_port,
         "http_port": plan.start_port,
         "grpc_port": 0,
-        "alive": state.health().ready,
+        "alive": state.health().is_ready,
         "tp_size": plan.tp_size,
         "dp_size": 1,
         "dp_rank": 0,
@@ -121,14 +121,14 @@ def _worker_status(service: Service, state: PartState) -> dict[str, Any]:
         "frontend_available_concurrency": max(0, limit - service.client.num_in_flight),
         "frontend_concurrency_limit": limit,
         "status_version": stats.get("steps", 0),
-        **_cache_numbers(service),
+        **_cache_tokens(service),
     }
 
 
 def _cache_status(service: Service) -> dict[str, Any]:
     engine = service.client.info
     return {
-        **_cache_numbers(service),
+        **_cache_tokens(service),
         "block_size": engine.block_size if engine else 0,
         "version": service.client.stats.get("steps", 0),
         "dp_size": 1,
@@ -136,8 +136,8 @@ def _cache_status(service: Service) -> dict[str, Any]:
     }
 
 
-def _cache_numbers(service: Service) -> dict[str, int]:
-    """In tokens."""
+def _cache_tokens(service: Service) -> dict[str, int]:
+    """Returns the size of the KV cache and its free part, in tokens."""
     engine = service.client.info
     total = engine.num_blocks * engine.block_size if engine else 0
     used = service.client.stats.get("kv_used", 0) * engine.block_size if engine else 0

@@ -1,4 +1,4 @@
-"""Server-sent events, several sequences merged into one stream, and the client that hangs up."""
+"""Server-sent events, merging of several sequences into one stream, and cancellation when the client disconnects."""
 
 import asyncio
 import json
@@ -15,31 +15,32 @@ from rtp_llm.api.service import OutputChunk, SlotReservation
 T = TypeVar("T")
 
 
-def dumps(value: Any) -> str:
+def compact_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 class EventStream(StreamingResponse):
-    """`events` are complete frames, separators included. However the response ends, they end with it, and what they
-    did not take of `admission` is free again.
+    """A response of server-sent events; `events` are complete, with their separators.
+
+    Closes `events` when the response ends, also early, and releases the unused slots of `reservation`.
     """
 
-    def __init__(self, events: AsyncGenerator[str], admission: SlotReservation):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may buffer them
+    def __init__(self, events: AsyncGenerator[str], reservation: SlotReservation):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer the events
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events, self._admission = events, admission
+        self._events, self._reservation = events, reservation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
         finally:
-            self._admission.release()
+            self._reservation.release()
 
 
 async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenerator[tuple[int, OutputChunk]]:
-    """Chunks of all sequences as they come, each with its sequence's number. Leaving early, or one failing, ends
-    all.
+    """Yields (index of the sequence, chunk) for all sequences as their chunks arrive. Closing the generator, or an
+    error in one sequence, ends all of them.
     """
     if len(sequences) == 1:
         async with aclosing(sequences[0]) as chunks:
@@ -70,25 +71,25 @@ async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenera
 
 
 class ClientDisconnected(Exception):
-    """The client has gone; nobody reads the answer."""
+    """The client disconnected before the response was complete."""
 
 
-async def cancel_on_disconnect(request: Request, work: Awaitable[T], admission: SlotReservation) -> T:
-    """The result of `work`, which is cancelled when the client hangs up first. Raises Disconnected then. What it did
-    not take of `admission` is free again afterwards.
+async def cancel_on_disconnect(request: Request, work: Awaitable[T], reservation: SlotReservation) -> T:
+    """Returns the result of `work` and releases the unused slots of `reservation`. If the client disconnects first,
+    cancels `work` and raises ClientDisconnected.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_wait_for_disconnect(request))
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnected
     finally:
-        for pending in (task, gone):
+        for pending in (task, disconnect):
             pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-        admission.release()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
+        reservation.release()
 
 
 async def _wait_for_disconnect(request: Request) -> None:

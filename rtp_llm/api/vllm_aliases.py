@@ -1,4 +1,4 @@
-"""The serving metrics once more under vLLM's names (vLLM 0.33), so that dashboards made for it work unchanged."""
+"""Exports the serving metrics again under vLLM's names (vLLM 0.33), so that vLLM dashboards work unchanged."""
 
 from collections.abc import Iterable
 from copy import copy
@@ -7,9 +7,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-OURS, THEIRS = "rtp_llm_", "vllm:"
-# What vLLM has too, by our name without prefix; its own where it differs. It calls a histogram `…_total`.
-SHARED = {
+PREFIX, VLLM_PREFIX = "rtp_llm_", "vllm:"
+# {name without prefix: vLLM's name without prefix} of the metrics that vLLM has too. One histogram of vLLM is called
+# `…_total`.
+VLLM_NAMES = {
     name: name
     for name in (
         *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
@@ -22,36 +23,38 @@ SHARED = {
         *("estimated_flops_per_gpu", "estimated_read_bytes_per_gpu", "estimated_write_bytes_per_gpu"),
     )
 } | {"iteration_tokens": "iteration_tokens_total"}
-ENGINE = {"engine": "0"}  # vLLM counts its data-parallel engines
+ENGINE_LABEL = {"engine": "0"}  # vLLM's index of the data-parallel engine
 
 
 class VllmMetricAliases(Collector):
-    """Renames what the registry's other collectors give. Registered last, and silent while it asks them."""
+    """Renames the metrics of the registry's other collectors. Yields nothing while it collects them, since the
+    registry then calls this collector too.
+    """
 
     def __init__(self, registry: CollectorRegistry):
-        self._registry, self._asking = registry, False
+        self._registry, self._is_collecting = registry, False
 
     def describe(self) -> Iterable[Metric]:
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        if self._asking:
+        if self._is_collecting:
             return
-        self._asking = True
+        self._is_collecting = True
         try:
-            found = list(self._registry.collect())
+            families = list(self._registry.collect())
         finally:
-            self._asking = False
-        for family in found:
-            name = SHARED.get(family.name.removeprefix(OURS))
+            self._is_collecting = False
+        for family in families:
+            name = VLLM_NAMES.get(family.name.removeprefix(PREFIX))
             if name:
-                yield _renamed(family, THEIRS + name)
+                yield _with_name(family, VLLM_PREFIX + name)
 
 
-def _renamed(family: Metric, name: str) -> Metric:
-    made = copy(family)
-    made.name = name
-    made.samples = [
-        s._replace(name=name + s.name.removeprefix(family.name), labels=s.labels | ENGINE) for s in family.samples
+def _with_name(family: Metric, name: str) -> Metric:
+    alias = copy(family)
+    alias.name = name
+    alias.samples = [
+        s._replace(name=name + s.name.removeprefix(family.name), labels=s.labels | ENGINE_LABEL) for s in family.samples
     ]
-    return made
+    return alias

@@ -1,1 +1,1 @@
-"""Plain data that crosses packages: requests, steps, outputs. No torch, no sockets."""
+"""Plain data shared by all packages: requests, steps, outputs. The lowest package: no torch, no sockets."""

@@ -1,17 +1,17 @@
-"""What rank 0 tells the API process about the engine."""
+"""What rank 0 sends to the API process when a connection opens (the READY frame)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What rank 0 says of itself when the connection opens."""
+    """Properties of the engine that stay constant during an epoch. The field names are keys of the READY frame."""
 
     epoch: int
-    max_seq_len: int
+    max_seq_len: int  # tokens, prompt and output together
     vocab_size: int
-    block_size: int
-    num_blocks: int
+    block_size: int  # tokens per KV block
+    num_blocks: int  # KV blocks, equal on all ranks
     prefix_caching: bool
-    family: str
-    dtype: str
+    family: str  # a key of model.spec.FAMILIES
+    dtype: str  # of weights and KV cache: fp32, bf16 or fp16

@@ -1,12 +1,24 @@
-"""A request inside the engine. Tokens only, no text."""
+"""A request inside the engine: token ids, no text."""
 
 from rtp_llm.contract.engine_output import FinishReason, Logprob
 from rtp_llm.contract.sampling_params import SamplingParams
 
 
 class Request:
-    """State of one sequence on rank 0. `num_computed` must catch up with `num_tokens`; that is all the scheduler
-    knows.
+    """State of one sequence on rank 0.
+
+    Each step computes some of the `num_uncomputed_tokens`; once none is left, the next token is sampled and appended.
+
+    id: chosen by the client, unique while the request runs.
+    tokens: token ids of prompt and output; `num_prompt_tokens` of them are the prompt.
+    num_computed_tokens: tokens from the start whose keys and values are in the KV cache.
+    cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
+    block_ids: KV blocks in order of position (the request's block table).
+    block_hashes: prefix-cache keys of its first full blocks, 16 bytes each; computed on demand.
+    cache_salt: at most 16 bytes; requests share cached blocks only if their salts are equal.
+    prompt_logprobs: of prompt[1:], as far as computed and not yet returned.
+    arrival_time: time.monotonic() when the scheduler received it, in seconds.
+    queue_ms: milliseconds from arrival to the first schedule; 0 before.
     """
 
     __slots__ = (
@@ -25,7 +37,7 @@ class Request:
     )
 
     def __init__(self, id: str, prompt: list[int], params: SamplingParams, output: list[int] | None = None):
-        """`output`: tokens already produced in an earlier epoch; generation goes on behind them."""
+        """`output`: tokens already generated in an earlier epoch; generation continues after them."""
         self.id, self.params = id, params
         self.tokens = prompt + (output or [])
         self.num_prompt_tokens = len(prompt)
@@ -40,28 +52,31 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
+        """Returns the number of tokens of prompt and output."""
         return len(self.tokens)
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        """Returns the number of tokens whose keys and values are not in the KV cache; 1 while decoding."""
         return len(self.tokens) - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
+        """Returns the number of generated tokens, those of earlier epochs included."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def output(self) -> list[int]:
+        """Returns a copy of the generated tokens."""
         return self.tokens[self.num_prompt_tokens :]
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Until they are complete, prompt positions need logits and may not come from the prefix cache."""
+        """Returns whether prompt positions still need logits. Such a request cannot use the prefix cache."""
         return self.params.prompt_logprobs and not self.num_output_tokens
 
     def finish_reason(self, max_seq_len: int) -> FinishReason | None:
-        """Whether the newest token ends the request. Stop strings are the API's: the engine knows no text."""
+        """Returns why the newest token ends the request, or None. Stop strings are checked by the API process."""
         if not self.num_output_tokens:
             return None
         if self.tokens[-1] in self.params.stop_token_ids and self.num_output_tokens > self.params.min_tokens:

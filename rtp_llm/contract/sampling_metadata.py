@@ -1,4 +1,4 @@
-"""What rank 0 wants from the logits of a step, and what it gets: between the engine and the sampler."""
+"""The sampler's input and output on rank 0, besides the logits."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,11 @@ from rtp_llm.contract.request import Request
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One chosen token, with its logprob record where one was asked for; None where the logits were not numbers."""
+    """One sampled token.
+
+    token_id: None if the logits contain NaN.
+    logprob: None unless the request asks for logprobs.
+    """
 
     token_id: int | None
     logprob: Logprob | None = None
@@ -16,12 +20,13 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """What rank 0 wants from the logits of a step; indices count the step's `rows`.
+    """How the logits [R, vocab] of a step are used. A logits row is an index into R.
 
-    `requests[i]` gets its next token from logits row `rows[i]`; `prompt_rows` are (row, token, number of likeliest)
-    whose logprobs are wanted.
+    logits_rows: one row per request; the next token of `requests[i]` is sampled from row `logits_rows[i]`.
+    requests: the requests whose tokens are all computed after this step.
+    prompt_logits_rows: (row, id of the next prompt token, top N) for each prompt logprob of this step.
     """
 
-    rows: list[int]
+    logits_rows: list[int]
     requests: list[Request]
-    prompt_rows: list[tuple[int, int, int]]
+    prompt_logits_rows: list[tuple[int, int, int]]

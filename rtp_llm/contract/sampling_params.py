@@ -1,4 +1,4 @@
-"""What a client asks of the sampler."""
+"""How the tokens of a request are sampled and when it ends."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,38 +6,41 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. Validated at the API; the engine trusts it."""
+    """Sampling parameters of one request. The API validates them; the engine does not check them again."""
 
-    max_tokens: int
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0: no limit
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output (Keskar et al. 2019, arXiv 1909.05858)
+    max_tokens: int  # of output
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # over prompt and output (Keskar et al. 2019, arXiv 1909.05858); 1: off
     presence_penalty: float = 0.0  # over output
     frequency_penalty: float = 0.0  # over output
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id to a number added to its logit
     seed: int = 0
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # end of sequence among them, unless ignored
-    logprobs: int | None = None  # None: none; N: the chosen token's and the N likeliest
+    min_tokens: int = 0  # of output; before that many, stop_token_ids cannot be sampled
+    stop_token_ids: tuple[int, ...] = ()  # includes the end-of-sequence ids unless the client ignores them
+    logprobs: int | None = None  # None: off; N: of the sampled token and the N most likely tokens
     prompt_logprobs: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the parameters as a JSON object of the SUBMIT frame."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SamplingParams":
-        bias = {int(token): float(bias) for token, bias in data["logit_bias"].items()}
-        return cls(**{**data, "stop_token_ids": tuple(data["stop_token_ids"]), "logit_bias": bias})
+        """Builds the parameters from the object that `to_json` returned; JSON has string keys and no tuples."""
+        logit_bias = {int(token): float(bias) for token, bias in data["logit_bias"].items()}
+        return cls(**{**data, "stop_token_ids": tuple(data["stop_token_ids"]), "logit_bias": logit_bias})
 
     @property
     def is_greedy(self) -> bool:
+        """Returns whether the most likely token is always chosen."""
         return self.temperature == 0 or self.top_k == 1
 
     @property
     def needs_logits_processing(self) -> bool:
-        """Whether logits must be edited before a token is chosen."""
+        """Returns whether penalties, biases or min_tokens change the logits before sampling."""
         return bool(
             self.repetition_penalty != 1
             or self.presence_penalty

@@ -1,4 +1,4 @@
-"""One step as flat int32 arrays: all that a rank must know to compute it, and the bytes that carry it there."""
+"""One forward step as flat int32 arrays: the input of every rank, and the frame that rank 0 broadcasts."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
+NUM_HEADER_FIELDS = 7
 
 
 @dataclass(frozen=True)
 class Step:
-    """T tokens of S sequences, decodes first. All arrays int32.
+    """T tokens of S sequences, R of which need logits. Sequences with one token (decodes) come first.
 
-    ids[T], positions[T], slots[T] (block x block_size + offset, where keys and values go); query_starts[S+1] (each
-    sequence's tokens are query_starts[i]:query_starts[i+1]); context_lens[S] (tokens it will have in the cache after
-    this step); prompt_lens[S]; tables[S, W] (its blocks, padded with 0); rows[R] (tokens whose logits are wanted);
-    num_decodes: sequences with one token each.
+    epoch: number of the gang's epoch.
+    number: of the step in the epoch, counted from 1; the warm-up step has 0.
+    num_decodes: the first `num_decodes` sequences have one token each.
+    token_ids: [T] int32.
+    positions: [T] int32, of each token in its sequence.
+    slot_mapping: [T] int32, KV cache slot that each token is written to: block id * block_size + offset in the block.
+    query_start_loc: [S + 1] int32; sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
+    seq_lens: [S] int32, tokens of each sequence in the KV cache after this step.
+    prompt_lens: [S] int32, tokens of each prompt.
+    block_tables: [S, W] int32, block ids of each sequence in order of position, padded with 0.
+    logits_indices: [R] int32, indices into T of the tokens whose logits are needed.
     """
 
     epoch: int
@@ -32,33 +40,71 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
+        """Returns T."""
         return len(self.token_ids)
 
     @property
     def num_sequences(self) -> int:
+        """Returns S."""
         return len(self.seq_lens)
 
     def to_bytes(self) -> bytes:
+        """Returns the frame: a header (epoch, number, num_decodes, T, S, W, R), then the arrays, all int32."""
         sizes = (self.num_tokens, self.num_sequences, self.block_tables.shape[1], len(self.logits_indices))
         header = np.array((self.epoch, self.number, self.num_decodes, *sizes), dtype=np.int32)
         arrays = (
+            header,
             self.token_ids,
             self.positions,
             self.slot_mapping,
             self.query_start_loc,
             self.seq_lens,
             self.prompt_lens,
+            self.block_tables,
+            self.logits_indices,
         )
-        return b"".join(a.tobytes() for a in (header, *arrays, self.block_tables, self.logits_indices))
+        return b"".join(array.tobytes() for array in arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Step":
-        """Raises ValueError where the length does not fit the header."""
-        flat = np.frombuffer(bytearray(data), dtype=np.int32)  # a copy: torch wants memory it may write
-        epoch, number, num_decodes, tokens, sequences, width, rows = (int(n) for n in flat[:7])
-        lengths = (tokens, tokens, tokens, sequences + 1, sequences, sequences, sequences * width, rows)
-        if len(flat) != 7 + sum(lengths):
-            raise ValueError(f"step frame has {len(flat)} numbers, its header says {7 + sum(lengths)}")
-        ids, positions, slots, starts, contexts, prompts, tables, wanted = np.split(flat[7:], np.cumsum(lengths)[:-1])
-        tables = tables.reshape(sequences, width)
-        return cls(epoch, number, num_decodes, ids, positions, slots, starts, contexts, prompts, tables, wanted)
+        """Parses a frame. Raises ValueError if its length does not match its header."""
+        flat = np.frombuffer(bytearray(data), dtype=np.int32)  # a copy, because torch requires writable memory
+        epoch, number, num_decodes, num_tokens, num_sequences, width, num_logits = (
+            int(n) for n in flat[:NUM_HEADER_FIELDS]
+        )
+        lengths = (
+            num_tokens,  # token_ids
+            num_tokens,  # positions
+            num_tokens,  # slot_mapping
+            num_sequences + 1,  # query_start_loc
+            num_sequences,  # seq_lens
+            num_sequences,  # prompt_lens
+            num_sequences * width,  # block_tables
+            num_logits,  # logits_indices
+        )
+        frame_length = NUM_HEADER_FIELDS + sum(lengths)
+        if len(flat) != frame_length or min(lengths) < 0:
+            raise ValueError(f"step frame has {len(flat)} numbers, its header says {lengths}")
+        (
+            token_ids,
+            positions,
+            slot_mapping,
+            query_start_loc,
+            seq_lens,
+            prompt_lens,
+            block_tables,
+            logits_indices,
+        ) = np.split(flat[NUM_HEADER_FIELDS:], np.cumsum(lengths)[:-1])
+        return cls(
+            epoch,
+            number,
+            num_decodes,
+            token_ids,
+            positions,
+            slot_mapping,
+            query_start_loc,
+            seq_lens,
+            prompt_lens,
+            block_tables.reshape(num_sequences, width),
+            logits_indices,
+        )

@@ -1,1 +1,1 @@
-"""Requests, blocks, scheduler, step and the loop that drives them."""
+"""KV blocks, scheduler, step builder, and the loops that run them."""

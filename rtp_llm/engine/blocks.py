@@ -1,7 +1,8 @@
-"""KV blocks: who holds which, which hold a known prefix, and which may be taken next.
+"""KV block pool: reference counts, prefix cache and LRU eviction.
 
-A full block is known by a hash chained over everything before it, so equal hash means equal prefix. Freed blocks keep
-their content and go to the end of the free list; the longest unused is taken first. All operations are O(1) per block.
+A full block is identified by a hash chained over all tokens before it, so equal hashes mean equal prefixes. Freed
+blocks keep their content at the end of the free list; the least recently used block is allocated first. All operations
+are O(1) per block.
 """
 
 from array import array
@@ -11,87 +12,89 @@ from hashlib import blake2b
 
 
 def hash_block(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
-    """16 bytes that identify `tokens` (one full block) behind the prefix that `parent` identifies (b"" at the
-    start).
-    """
+    """Returns the 16-byte hash of `tokens` (one full block) after the prefix with hash `parent` (b"" for none)."""
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=16, salt=salt).digest()
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens each, with reference counts and a prefix cache."""
+    """Pool of `num_blocks` KV blocks of `block_size` tokens each. `enable_caching`: reuse blocks of equal prefixes."""
 
-    def __init__(self, num_blocks: int, block_size: int, caching: bool = True):
-        self.num_blocks, self.block_size, self.caching = num_blocks, block_size, caching
-        self._refs = [0] * num_blocks
-        self._hash: list[bytes | None] = [None] * num_blocks
-        self._by_hash: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True):
+        self.num_blocks, self.block_size, self.enable_caching = num_blocks, block_size, enable_caching
+        self._ref_counts = [0] * num_blocks
+        self._hash_of_block: list[bytes | None] = [None] * num_blocks
+        self._block_of_hash: dict[bytes, int] = {}
+        self._free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Returns the number of blocks without references, cached ones included."""
+        return len(self._free_blocks)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        """Returns the number of referenced blocks."""
+        return self.num_blocks - len(self._free_blocks)
 
     def num_blocks_for(self, num_tokens: int) -> int:
+        """Returns the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def find_cached_prefix(self, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks that hold the longest cached prefix of these hashes. Takes no reference: see `take`."""
-        found = []
-        for key in hashes if self.caching else ():
-            block = self._by_hash.get(key)
+        """Returns the blocks of the longest cached prefix of `hashes`. Adds no reference: see `acquire`."""
+        blocks = []
+        for block_hash in hashes if self.enable_caching else ():
+            block = self._block_of_hash.get(block_hash)
             if block is None:
                 break
-            found.append(block)
-        return found
-
-    def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """How many of these blocks nobody holds: taking them shrinks the free list."""
-        return sum(1 for b in blocks if not self._refs[b])
-
-    def acquire(self, blocks: Sequence[int]) -> None:
-        """Adds a reference to blocks that `match` found."""
-        for block in blocks:
-            if not self._refs[block]:
-                del self._free[block]
-            self._refs[block] += 1
-
-    def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each; what they cached is forgotten. The caller has checked `num_free`."""
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
-        for block in blocks:
-            self._refs[block] = 1
-            self._evict(block)
+            blocks.append(block)
         return blocks
 
-    def cache_block(self, block: int, key: bytes) -> None:
-        """The block is full and computed: it may serve other requests from now on. The first holder of a key stays."""
-        if self.caching and key not in self._by_hash:
-            self._evict(block)
-            self._by_hash[key] = block
-            self._hash[block] = key
+    def num_unreferenced(self, blocks: Sequence[int]) -> int:
+        """Returns how many of these blocks are on the free list; acquiring them removes them from it."""
+        return sum(1 for block in blocks if not self._ref_counts[block])
+
+    def acquire(self, blocks: Sequence[int]) -> None:
+        """Adds a reference to each block that `find_cached_prefix` returned."""
+        for block in blocks:
+            if not self._ref_counts[block]:
+                del self._free_blocks[block]
+            self._ref_counts[block] += 1
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Returns free blocks with one reference each and evicts their content. The caller has checked `num_free`."""
+        blocks = [self._free_blocks.popitem(last=False)[0] for _ in range(num_blocks)]
+        for block in blocks:
+            self._ref_counts[block] = 1
+            self._evict_block(block)
+        return blocks
+
+    def cache_block(self, block: int, block_hash: bytes) -> None:
+        """Adds a full, computed block to the prefix cache. A hash that is cached already keeps its first block."""
+        if self.enable_caching and block_hash not in self._block_of_hash:
+            self._evict_block(block)
+            self._block_of_hash[block_hash] = block
+            self._hash_of_block[block] = block_hash
 
     def evict(self, blocks: Sequence[int]) -> None:
-        """What these blocks hold serves nobody who does not hold them already."""
+        """Evicts these blocks from the prefix cache. Requests that hold them keep them."""
         for block in blocks:
-            self._evict(block)
+            self._evict_block(block)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up one reference each. The tail goes first to the free list: a prefix's head is worth keeping
-        longer.
+        """Removes one reference from each block of a request, last block first.
+
+        The tail of a prefix is thus evicted before its head, which more requests can reuse.
         """
         for block in reversed(blocks):
-            self._refs[block] -= 1
-            if not self._refs[block]:
-                self._free[block] = None
-                if self._hash[block] is None:
-                    self._free.move_to_end(block, last=False)
+            self._ref_counts[block] -= 1
+            if not self._ref_counts[block]:
+                self._free_blocks[block] = None
+                if self._hash_of_block[block] is None:
+                    self._free_blocks.move_to_end(block, last=False)
 
-    def _evict(self, block: int) -> None:
-        key = self._hash[block]
-        if key is not None:
-            del self._by_hash[key]
-            self._hash[block] = None
+    def _evict_block(self, block: int) -> None:
+        block_hash = self._hash_of_block[block]
+        if block_hash is not None:
+            del self._block_of_hash[block_hash]
+            self._hash_of_block[block] = None

@@ -1,4 +1,6 @@
-"""The loops of the ranks. Rank 0: take requests, step, send events. The others: receive a step, compute it."""
+"""The main loops of the ranks. The leader (rank 0) receives requests, runs steps and sends outputs; followers receive
+and compute steps.
+"""
 
 import logging
 import socket
@@ -18,21 +20,24 @@ from rtp_llm.runner.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-KEEPALIVE_INTERVAL_SECONDS = 0.5  # an idle rank 0 still says so, to the other ranks and to the API
+KEEPALIVE_INTERVAL_SECONDS = 0.5  # between messages of an idle rank 0 to followers and API
 
 
 class FollowerConnections:
     """Rank 0's connections to the other ranks."""
 
     def __init__(self, peers: dict[int, socket.socket], timeout: float):
+        """`peers`: one connected socket per rank. `timeout`: seconds per send."""
         self._peers = peers
         for sock in peers.values():
             sock.settimeout(timeout)
 
     def broadcast(self, step: Step) -> None:
+        """Sends a step to all followers. Raises CommunicationError if a follower is lost."""
         self._send(pack_frame(FrameType.STEP, step.to_bytes()))
 
     def send_keepalive(self) -> None:
+        """Sends a keepalive to all followers. Raises CommunicationError if a follower is lost."""
         self._send(pack_frame(FrameType.KEEPALIVE))
 
     def _send(self, frame: bytes) -> None:
@@ -44,7 +49,7 @@ class FollowerConnections:
 
 
 class LeaderLoop:
-    """Rank 0's loop: between two steps it takes what the API sent, and never waits while there is work."""
+    """Rank 0's loop. Receives requests between steps, and waits for them only if the engine is idle."""
 
     def __init__(
         self,
@@ -55,30 +60,29 @@ class LeaderLoop:
         runner: ModelRunner,
         cache_salt_above: int,
     ):
-        """`runner`: the engine's own, for its numbers. `cache_salt_above`: prompts longer than this are computed
-        differently by their length (dynamic rope); 0: none are.
+        """`runner`: the engine's runner, for the metrics.
+
+        `cache_salt_above`: tokens. Keys of longer prompts depend on the prompt's length (dynamic rope), so the prefix
+        cache shares their blocks only between prompts of equal length. 0: off.
         """
-        self.engine, self.request_server, self.followers, self.rank_status, self.runner = (
-            engine,
-            request_server,
-            followers,
-            rank_status,
-            runner,
-        )
-        self.cache_salt_above = cache_salt_above
+        self.engine, self.request_server, self.followers = engine, request_server, followers
+        self.rank_status, self.runner, self.cache_salt_above = rank_status, runner, cache_salt_above
         self._client_of_request: dict[str, ClientConnection] = {}
 
     def run(self) -> None:
-        next_tick = 0.0
+        """Runs until the process ends. Raises CommunicationError if a follower is lost or a client violates the
+        protocol.
+        """
+        next_keepalive = 0.0
         while True:
             for message in self.request_server.poll(0 if self.engine.has_work else KEEPALIVE_INTERVAL_SECONDS):
                 self._handle_message(message)
             now = time.monotonic()
             if self.engine.has_work:
                 self._send_outputs(self.engine.step(), time.monotonic() - now)
-                self.rank_status.step(self.engine.num_steps, self.runner.group.wait_seconds)
-            elif now >= next_tick:
-                next_tick = now + KEEPALIVE_INTERVAL_SECONDS
+                self.rank_status.record_step(self.engine.num_steps, self.runner.group.wait_seconds)
+            elif now >= next_keepalive:
+                next_keepalive = now + KEEPALIVE_INTERVAL_SECONDS
                 self.followers.send_keepalive()
                 self._send_outputs([], 0.0)
             self.rank_status.open = len(self._client_of_request)
@@ -90,10 +94,10 @@ class LeaderLoop:
         elif message.frame_type == FrameType.ABORT:
             self._abort(str(message.body["id"]))
         elif message.frame_type is None:
-            for request_id in [r for r, owner in self._client_of_request.items() if owner is message.connection]:
+            for request_id in [r for r, client in self._client_of_request.items() if client is message.connection]:
                 self._abort(request_id)
         else:
-            raise CommunicationError(f"{message.frame_type.name} on the request socket")
+            raise CommunicationError(f"unexpected {message.frame_type.name} frame on the request socket")
 
     def _submit(self, connection: ClientConnection, body: dict[str, Any]) -> None:
         params = SamplingParams.from_json(body["params"])
@@ -101,38 +105,40 @@ class LeaderLoop:
         if 0 < self.cache_salt_above < request.num_prompt_tokens:
             request.cache_salt = request.num_prompt_tokens.to_bytes(8, "little")
         self._client_of_request[request.id] = connection
-        ended = self.engine.add(request)
-        if ended:
-            self._send_outputs([ended], 0.0)
+        final_output = self.engine.add(request)
+        if final_output:
+            self._send_outputs([final_output], 0.0)
 
     def _abort(self, request_id: str) -> None:
         if self.engine.abort(request_id):
             self._client_of_request.pop(request_id, None)
 
-    def _send_outputs(self, events: list[EngineOutput], step_seconds: float) -> None:
-        """One frame to every client: its own events, and the numbers of the step (0 seconds: there was none)."""
-        shares: dict[ClientConnection, list[Any]] = {connection: [] for connection in self.request_server.connections}
-        for event in events:
-            owner = (
-                self._client_of_request.pop(event.request_id)
-                if event.finish
-                else self._client_of_request[event.request_id]
+    def _send_outputs(self, outputs: list[EngineOutput], step_seconds: float) -> None:
+        """Sends each client one frame: the outputs of its requests, and the stats. `step_seconds`: 0 for no step."""
+        outputs_of_client: dict[ClientConnection, list[Any]] = {
+            connection: [] for connection in self.request_server.connections
+        }
+        for output in outputs:
+            client = (
+                self._client_of_request.pop(output.request_id)
+                if output.finish
+                else self._client_of_request[output.request_id]
             )
-            shares[owner].append(event.to_json())
+            outputs_of_client[client].append(output.to_json())
         stats = self._stats(step_seconds)
-        for connection, share in shares.items():
-            self.request_server.send(connection, FrameType.EVENTS, {"events": share, "stats": stats})
+        for client, client_outputs in outputs_of_client.items():
+            self.request_server.send(client, FrameType.EVENTS, {"events": client_outputs, "stats": stats})
 
     def _stats(self, step_seconds: float) -> dict[str, Any]:
         scheduler = self.engine.scheduler
-        counters = scheduler.stats
+        stats = scheduler.stats
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "kv_used": scheduler.blocks.num_used,
-            "preemptions": counters.preemptions,
-            "prefix_queries": counters.prefix_queries,
-            "prefix_hits": counters.prefix_hits,
+            "preemptions": stats.preemptions,
+            "prefix_queries": stats.prefix_queries,
+            "prefix_hits": stats.prefix_hits,
             "flops": self.runner.cost.flops,
             "read_bytes": self.runner.cost.read_bytes,
             "write_bytes": self.runner.cost.write_bytes,
@@ -143,18 +149,21 @@ class LeaderLoop:
 
 
 def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankStatus, epoch: int) -> None:
-    """A follower's loop. Raises CommunicationError when rank 0 is gone, or speaks of another epoch."""
+    """Computes the steps that rank 0 sends.
+
+    Raises CommunicationError if rank 0 is lost or sends a step of another epoch.
+    """
     while True:
         try:
-            kind, payload = recv_frame(sock)
+            frame_type, payload = recv_frame(sock)
         except OSError as error:
             raise CommunicationError(f"lost rank 0: {error}") from error
-        if rank_status.phase != "serving":  # rank 0 has all connections and serves
+        if rank_status.phase != "serving":  # rank 0 sends its first frame once all ranks are connected
             rank_status.set_phase("serving")
-        if kind == FrameType.STEP:
+        if frame_type == FrameType.STEP:
             step = Step.from_bytes(payload)
             if step.epoch != epoch:
                 raise CommunicationError(f"a step of epoch {step.epoch} reached epoch {epoch}")
             runner.execute(step)
-            rank_status.step(step.number, runner.group.wait_seconds)
+            rank_status.record_step(step.number, runner.group.wait_seconds)
         rank_status.mark_progress()

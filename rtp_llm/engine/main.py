@@ -13,11 +13,12 @@ from rtp_llm.parallel.rank_status import RankStatus
 
 
 def main(run_dir: Path, rank: int) -> None:
+    """Joins the gang, then serves as one rank until the process ends. Raises FatalError."""
     part_spec = PartSpec.load(run_dir)
     log.setup(f"{part_spec.label} rank{rank}", part_spec.config.log_level, style=part_spec.config.log_format)
     gang = GangClient(part_spec.plan, RankStatus(rank, part_spec.plan.part), part_spec.config, run_dir, exit_process)
     gang.join(part_spec.fingerprint)
-    # Only now torch: its import takes seconds, and a gang that disagrees must say so within a few.
+    # Imports torch after the rendezvous: the import takes seconds, and a mismatch between parts must show sooner.
     from rtp_llm.engine.rank import serve_rank
 
     serve_rank(part_spec, gang)
@@ -25,5 +26,5 @@ def main(run_dir: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     exit_with_supervisord(Path(sys.argv[1]))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # until the rank knows its share of the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # serve_rank sets the number of threads later
     run_main(partial(main, Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""From a seat in the gang to a serving rank: group, weights, KV cache, loop."""
+"""Runs one rank after the rendezvous: process group, weights, KV cache, main loop."""
 
 import logging
 import socket
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def serve_rank(part_spec: PartSpec, gang: GangClient) -> None:
-    """Runs until the process is ended, or a peer is lost. Raises FatalError with the reason."""
+    """Runs one rank until the process ends. Raises FatalError, for example if a peer is lost."""
     try:
         _serve(part_spec, gang)
     except torch.AcceleratorError as error:
@@ -36,7 +36,7 @@ def serve_rank(part_spec: PartSpec, gang: GangClient) -> None:
 
 def _serve(part_spec: PartSpec, gang: GangClient) -> None:
     config, plan, rank = part_spec.config, part_spec.plan, gang.rank_status.rank
-    device = _device(part_spec, rank)
+    device = _select_device(part_spec, rank)
     torch.set_num_threads(config.rtp_threads or max(1, usable_cores() // plan.local_world_size))
     group = init_group(
         plan,
@@ -48,16 +48,16 @@ def _serve(part_spec: PartSpec, gang: GangClient) -> None:
         device=device,
         shm_prefix=part_spec.shm_prefix,
     )
-    runner = _load(part_spec, gang, group, device)
+    runner = _load_model(part_spec, gang, group, device)
     if rank == 0:
         _run_leader(part_spec, gang, runner)
     else:
-        sock = _connect_steps(part_spec, gang)
+        sock = _connect_to_leader(part_spec, gang)
         log.info("rank %d follows", rank)
         follower_loop(runner, sock, gang.rank_status, gang.epoch)
 
 
-def _device(part_spec: PartSpec, rank: int) -> torch.device:
+def _select_device(part_spec: PartSpec, rank: int) -> torch.device:
     if part_spec.plan.device != "cuda":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -67,21 +67,23 @@ def _device(part_spec: PartSpec, rank: int) -> torch.device:
     return device
 
 
-def _load(part_spec: PartSpec, gang: GangClient, group: Group, device: torch.device) -> ModelRunner:
+def _load_model(part_spec: PartSpec, gang: GangClient, group: Group, device: torch.device) -> ModelRunner:
     config, plan, rank_status = part_spec.config, part_spec.plan, gang.rank_status
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     rank_status.set_phase("loading")
-    bar = ProgressBar(f"[{part_spec.label}] weights", tty=part_spec.tty, silent=rank_status.rank != plan.first_rank)
+    progress_bar = ProgressBar(
+        f"[{part_spec.label}] weights", tty=part_spec.tty, silent=rank_status.rank != plan.first_rank
+    )
 
-    def progress(share: float) -> None:
-        rank_status.progress = share
+    def on_progress(fraction: float) -> None:
+        rank_status.progress = fraction
         rank_status.mark_progress()
-        bar(share)
+        progress_bar(fraction)
 
     runner = ModelRunner(config, spec, group, device, config.max_seq_len or spec.max_positions)
-    report = runner.load(checkpoint, progress)
-    rank_status.weight_bytes = report.bytes
+    load_stats = runner.load(checkpoint, on_progress)
+    rank_status.weight_bytes = load_stats.bytes
     rank_status.set_phase("warmup")
     gang.wait_until_loaded()
     runner.allocate_kv_cache(plan.local_world_size if device.type == "cpu" else 1)
@@ -99,15 +101,15 @@ def _run_leader(part_spec: PartSpec, gang: GangClient, runner: ModelRunner) -> N
     followers = FollowerConnections(peers, config.dist_comm_timeout)
     blocks = BlockPool(runner.num_blocks, runner.block_size, config.reuse_cache)
     scheduler = Scheduler(
-        blocks, SchedulerConfig(runner.max_tokens, config.max_sequences, config.max_context_batch_size)
+        blocks, SchedulerConfig(runner.max_num_batched_tokens, config.max_sequences, config.max_context_batch_size)
     )
     engine = Engine(scheduler, runner, runner.max_seq_len, gang.epoch, followers.broadcast)
     request_server = RequestServer(part_spec.engine_socket, asdict(_engine_info(gang, runner)))
     gang.rank_status.set_phase("serving")
     rope = runner.spec.rope
     log.info("serving: epoch %d, sequences of up to %d tokens", gang.epoch, runner.max_seq_len)
-    salt_above = rope.original_max if rope.kind == "dynamic" else 0
-    LeaderLoop(engine, request_server, followers, gang.rank_status, runner, salt_above).run()
+    cache_salt_above = rope.original_max if rope.kind == "dynamic" else 0
+    LeaderLoop(engine, request_server, followers, gang.rank_status, runner, cache_salt_above).run()
 
 
 def _engine_info(gang: GangClient, runner: ModelRunner) -> EngineInfo:
@@ -123,7 +125,7 @@ def _engine_info(gang: GangClient, runner: ModelRunner) -> EngineInfo:
     )
 
 
-def _connect_steps(part_spec: PartSpec, gang: GangClient) -> socket.socket:
+def _connect_to_leader(part_spec: PartSpec, gang: GangClient) -> socket.socket:
     plan, timeout = part_spec.plan, part_spec.config.dist_comm_timeout
     sock = retry_connect(lambda: connect(leader_host(plan), plan.leader_port(STEP_PORT_OFFSET), timeout), timeout)
     sock.sendall(pack_json(FrameType.JOIN, {"rank": gang.rank_status.rank, "epoch": gang.epoch}))

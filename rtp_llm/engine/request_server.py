@@ -1,4 +1,4 @@
-"""The engine's door: a unix socket where the API process submits requests and receives one frame of events per step."""
+"""Unix socket server of the engine: the API process submits requests and receives one frame of outputs per step."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class ClientConnection:
-    """One client; what it does not read yet waits in `outgoing`, so that it can never hold up a step."""
+    """One client. `outgoing` buffers what it has not read yet, so that a slow client never blocks a step."""
 
     sock: socket.socket
     incoming: FrameBuffer = field(default_factory=FrameBuffer)
@@ -24,7 +24,7 @@ class ClientConnection:
 
 @dataclass(frozen=True)
 class ClientMessage:
-    """A frame from a client; `kind` None: it hung up."""
+    """A frame from a client. `frame_type`: None if the client disconnected."""
 
     connection: ClientConnection
     frame_type: FrameType | None
@@ -32,10 +32,11 @@ class ClientMessage:
 
 
 class RequestServer:
-    """Accepts clients, greets them with `ready`, and never blocks longer than asked."""
+    """Accepts clients, sends each a READY frame first, and does all I/O without blocking."""
 
-    def __init__(self, path: Path, ready: dict[str, Any]):
-        self._ready = ready
+    def __init__(self, path: Path, engine_info: dict[str, Any]):
+        """`path`: of the socket; replaced if it exists. `engine_info`: body of the READY frame."""
+        self._engine_info = engine_info
         self.connections: set[ClientConnection] = set()
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -47,7 +48,7 @@ class RequestServer:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
     def poll(self, timeout: float) -> list[ClientMessage]:
-        """What clients sent; waits up to `timeout` seconds for the first of it."""
+        """Returns what clients sent. Waits up to `timeout` seconds if there is nothing yet."""
         messages: list[ClientMessage] = []
         for key, events in self._selector.select(timeout):
             connection = key.data
@@ -59,8 +60,9 @@ class RequestServer:
                 self._flush(connection)
         return messages
 
-    def send(self, connection: ClientConnection, kind: FrameType, body: dict[str, Any]) -> None:
-        connection.outgoing += pack_json(kind, body)
+    def send(self, connection: ClientConnection, frame_type: FrameType, body: dict[str, Any]) -> None:
+        """Sends a frame, or as much of it as the socket takes; `poll` sends the rest."""
+        connection.outgoing += pack_json(frame_type, body)
         self._flush(connection)
 
     def _accept(self) -> None:
@@ -69,7 +71,7 @@ class RequestServer:
         connection = ClientConnection(sock)
         self._selector.register(sock, selectors.EVENT_READ, connection)
         self.connections.add(connection)
-        self.send(connection, FrameType.READY, self._ready)
+        self.send(connection, FrameType.READY, self._engine_info)
 
     def _read(self, connection: ClientConnection) -> list[ClientMessage]:
         try:
@@ -77,7 +79,7 @@ class RequestServer:
             if not data:
                 raise WireError("closed")
             frames = list(connection.incoming.feed(data))
-            return [ClientMessage(connection, kind, json.loads(payload)) for kind, payload in frames]
+            return [ClientMessage(connection, frame_type, json.loads(payload)) for frame_type, payload in frames]
         except BlockingIOError:
             return []
         except (OSError, ValueError) as error:
@@ -95,6 +97,6 @@ class RequestServer:
         except BlockingIOError:
             pass
         except OSError:
-            connection.outgoing.clear()  # the next read sees the end and reports it
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
-        self._selector.modify(connection.sock, wanted, connection)
+            connection.outgoing.clear()  # the next read reports the disconnect
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
+        self._selector.modify(connection.sock, events, connection)

@@ -1,8 +1,7 @@
-"""Decides what the next step computes: one token budget, running requests first, no prefill and decode phases.
+"""Decides what the next step computes: one token budget, running requests first, no separate prefill and decode phases.
 
-Each request has `num_computed` tokens that must catch up with `num_tokens`; a decode is the case where one is missing,
-a prompt the case where many are, a chunk of a prompt the case where the budget ends first. Pure Python over ints;
-knows neither torch nor sockets.
+Each step computes some of the uncomputed tokens of each request: a decode has one of them, a prefill many, a chunk as
+many as the budget allows (chunked prefill). Plain Python over ints: no torch, no sockets.
 """
 
 import time
@@ -13,26 +12,27 @@ from dataclasses import dataclass, field
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.blocks import BlockPool, hash_block
 
-PROMPT_LOGPROB_CHUNK = 256
+PROMPT_LOGPROB_CHUNK = 256  # tokens
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Bounds of one step: tokens, sequences, prompts; and tokens one prompt may take while others decode."""
+    """Limits of one step."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
-    max_num_prefills: int = 0  # 0: any
-    max_mixed_chunk: int = 0  # 0: half of the tokens
+    max_num_prefills: int = 0  # 0: no limit
+    max_mixed_chunk: int = 0  # tokens of one prefill in a step with decodes; 0: half of max_num_batched_tokens
 
     @property
     def mixed_prefill_chunk(self) -> int:
+        """Returns the maximum tokens of one prefill in a step with decodes."""
         return self.max_mixed_chunk or max(1, self.max_num_batched_tokens // 2)
 
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """`count` tokens of one request, from `start` on, that this step computes."""
+    """The tokens [start, start + num_tokens) of one request, which this step computes."""
 
     request: Request
     start: int
@@ -40,164 +40,167 @@ class ScheduledChunk:
 
     @property
     def is_last_chunk(self) -> bool:
-        """Whether the request has caught up after this step, so that its next token can be sampled."""
+        """Returns whether all tokens are computed after this step, so that the next token can be sampled."""
         return self.start + self.num_tokens == self.request.num_tokens
 
 
 @dataclass
 class SchedulerStats:
-    """Totals since the start, read by the metrics."""
+    """Counters since the start of the epoch, for the metrics."""
 
     preemptions: int = 0
-    prefix_queries: int = 0  # tokens looked up
-    prefix_hits: int = 0  # tokens found
+    prefix_queries: int = 0  # tokens looked up in the prefix cache
+    prefix_hits: int = 0  # tokens found there
 
 
 @dataclass
 class Scheduler:
-    """Holds the waiting and the running requests and hands out the tokens of each step."""
+    """Keeps the waiting and the running requests, each in order of arrival, and schedules the chunks of each step."""
 
     blocks: BlockPool
     config: SchedulerConfig
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     stats: SchedulerStats = field(default_factory=SchedulerStats)
-    _preempted: bool = False  # in this step: then nobody new is let in
+    _has_preempted: bool = False  # in this step, which then admits no request
 
     def add(self, request: Request) -> None:
+        """Appends a request to the waiting queue."""
         request.arrival_time = time.monotonic()
         self.waiting.append(request)
 
     def remove(self, request_id: str) -> Request | None:
-        """Forgets a request and frees its blocks; None where it is not known (any more)."""
+        """Removes a request and frees its blocks. Returns it, or None if it has ended."""
         for queue in (self.running, self.waiting):
             for request in queue:
                 if request.id == request_id:
                     queue.remove(request)
-                    self._release(request)
+                    self._release_blocks(request)
                     return request
         return None
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The slices of the next step, in order; empty where there is nothing to do."""
-        slices = self._continue_running()
-        if not self._preempted:
-            slices += self._admit_waiting(slices)
-        return slices
+        """Returns the chunks of the next step, running requests first; empty if there is no request."""
+        chunks = self._schedule_running()
+        if not self._has_preempted:
+            chunks += self._admit_waiting(chunks)
+        return chunks
 
-    def update_after_step(self, slices: Iterable[ScheduledChunk]) -> None:
-        """After the step: its tokens are computed, and blocks that became full may be shared."""
-        for piece in slices:
-            piece.request.num_computed_tokens = piece.start + piece.num_tokens
-            self._cache_full_blocks(piece)
+    def update_after_step(self, chunks: Iterable[ScheduledChunk]) -> None:
+        """Marks the tokens of a step as computed and adds the blocks that it filled to the prefix cache."""
+        for chunk in chunks:
+            chunk.request.num_computed_tokens = chunk.start + chunk.num_tokens
+            self._cache_full_blocks(chunk)
 
     def finish_invalid(self, request: Request) -> None:
-        """Ends a request whose keys and values are not to be trusted: nobody may find them in the cache."""
+        """Ends a request whose keys and values are invalid, and evicts its blocks from the prefix cache."""
         self.blocks.evict(request.block_ids)
         self.finish(request)
 
     def finish(self, request: Request) -> None:
+        """Ends a running request and frees its blocks."""
         self.running.remove(request)
-        self._release(request)
+        self._release_blocks(request)
 
     # Running requests
 
-    def _continue_running(self) -> list[ScheduledChunk]:
-        self._preempted = False
-        slices: list[ScheduledChunk] = []
+    def _schedule_running(self) -> list[ScheduledChunk]:
+        self._has_preempted = False
+        chunks: list[ScheduledChunk] = []
         budget = self.config.max_num_batched_tokens
-        decodes = sum(1 for r in self.running if r.num_uncomputed_tokens == 1)
-        chunk = self.config.mixed_prefill_chunk if decodes else self.config.max_num_batched_tokens
+        num_decodes = sum(1 for r in self.running if r.num_uncomputed_tokens == 1)
+        chunk_limit = self.config.mixed_prefill_chunk if num_decodes else self.config.max_num_batched_tokens
         index = 0
         while index < len(self.running) and budget:
             request = self.running[index]
-            missing = request.num_uncomputed_tokens
-            if missing == 1:
-                decodes -= 1
-            # What is left of `decodes` comes later in the list and keeps its one token each.
-            count = 1 if missing == 1 else min(missing, chunk, budget - decodes, self._max_chunk(request))
-            if count > 0:
-                if not self._allocate_slots(request, count):
-                    break  # it was the last one left to preempt
-                slices.append(ScheduledChunk(request, request.num_computed_tokens, count))
-                budget -= count
+            num_uncomputed = request.num_uncomputed_tokens
+            if num_uncomputed == 1:
+                num_decodes -= 1
+                num_tokens = 1
+            else:
+                # Reserves one token for each of the decodes that follow in the list.
+                num_tokens = min(num_uncomputed, chunk_limit, budget - num_decodes, self._max_chunk(request))
+            if num_tokens > 0:
+                if not self._allocate_slots(request, num_tokens):
+                    break  # the request itself was preempted; it was the last in the list
+                chunks.append(ScheduledChunk(request, request.num_computed_tokens, num_tokens))
+                budget -= num_tokens
             index += 1
-        return slices
+        return chunks
 
     def _max_chunk(self, request: Request) -> int:
-        """Tokens one step may compute for it: with prompt logprobs each costs a row of logits as wide as the
-        vocabulary.
-        """
+        """Returns the maximum tokens per step of a request. Each prompt logprob needs a logits row of vocab_size."""
         return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.config.max_num_batched_tokens
 
-    def _allocate_slots(self, request: Request, count: int) -> bool:
-        """Blocks for `count` more tokens, by preempting the youngest requests where needed. False: it preempted
-        itself.
+    def _allocate_slots(self, request: Request, num_tokens: int) -> bool:
+        """Allocates blocks for `num_tokens` more tokens, preempting the newest requests if none are free.
+
+        Returns False if `request` itself was preempted.
         """
-        need = self.blocks.num_blocks_for(request.num_computed_tokens + count) - len(request.block_ids)
-        while need > self.blocks.num_free:
+        num_new_blocks = self.blocks.num_blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
+        while num_new_blocks > self.blocks.num_free:
             victim = self.running.pop()
             self._preempt(victim)
             if victim is request:
                 return False
-        request.block_ids += self.blocks.allocate(max(0, need))
+        request.block_ids += self.blocks.allocate(max(0, num_new_blocks))
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Gives its blocks away; it will recompute prompt and output later, from the prefix cache where that still
-        holds.
+        """Frees the blocks of a request and returns it to the head of the queue.
+
+        Its prompt and output are recomputed later, except for the prefix that is then still cached.
         """
-        self._release(request)
+        self._release_blocks(request)
         request.num_computed_tokens = 0
         request.prompt_logprobs.clear()
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
-        self._preempted = True
+        self._has_preempted = True
 
     # Waiting requests
 
-    def _admit_waiting(self, slices: list[ScheduledChunk]) -> list[ScheduledChunk]:
+    def _admit_waiting(self, scheduled: list[ScheduledChunk]) -> list[ScheduledChunk]:
         admitted: list[ScheduledChunk] = []
-        budget = self.config.max_num_batched_tokens - sum(s.num_tokens for s in slices)
-        chunk = (
+        budget = self.config.max_num_batched_tokens - sum(c.num_tokens for c in scheduled)
+        chunk_limit = (
             self.config.mixed_prefill_chunk
-            if any(s.is_last_chunk for s in slices)
+            if any(c.is_last_chunk for c in scheduled)
             else self.config.max_num_batched_tokens
         )
-        prompts = sum(1 for s in slices if s.num_tokens > 1)
-        while self.waiting and budget > 0 and self._can_admit(prompts + len(admitted)):
+        num_prefills = sum(1 for c in scheduled if c.num_tokens > 1)
+        while self.waiting and budget > 0 and self._can_admit(num_prefills + len(admitted)):
             request = self.waiting[0]
-            hits = self._cached_prefix(request)
-            start = len(hits) * self.blocks.block_size
-            count = min(request.num_tokens - start, budget, chunk, self._max_chunk(request))
-            need = self.blocks.num_blocks_for(start + count) - len(hits)
-            if need + self.blocks.num_unreferenced(hits) > self.blocks.num_free:
-                break  # first come, first served: nobody overtakes
+            cached_blocks = self._find_cached_prefix(request)
+            start = len(cached_blocks) * self.blocks.block_size
+            num_tokens = min(request.num_tokens - start, budget, chunk_limit, self._max_chunk(request))
+            num_new_blocks = self.blocks.num_blocks_for(start + num_tokens) - len(cached_blocks)
+            if num_new_blocks + self.blocks.num_unreferenced(cached_blocks) > self.blocks.num_free:
+                break  # first come, first served: smaller requests further back wait too
             self.waiting.popleft()
-            self._start(request, hits, need)
-            admitted.append(ScheduledChunk(request, start, count))
-            budget -= count
+            self._start_request(request, cached_blocks, num_new_blocks)
+            admitted.append(ScheduledChunk(request, start, num_tokens))
+            budget -= num_tokens
         return admitted
 
-    def _can_admit(self, prompts: int) -> bool:
-        if self.config.max_num_prefills and prompts >= self.config.max_num_prefills:
+    def _can_admit(self, num_prefills: int) -> bool:
+        if self.config.max_num_prefills and num_prefills >= self.config.max_num_prefills:
             return False
         return len(self.running) < self.config.max_num_seqs
 
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """Cached blocks of the request's prefix; at least one token is left to compute, for its logits."""
+    def _find_cached_prefix(self, request: Request) -> list[int]:
+        """Returns the cached blocks of the request's prefix. They exclude its last token, whose logits are needed."""
         if request.wants_prompt_logprobs:
             return []
-        size = self.blocks.block_size
-        full = (request.num_tokens - 1) // size
-        self._hash_up_to(request, full)
-        return self.blocks.find_cached_prefix(request.block_hashes[:full])
+        num_full_blocks = (request.num_tokens - 1) // self.blocks.block_size
+        self._hash_full_blocks(request, num_full_blocks)
+        return self.blocks.find_cached_prefix(request.block_hashes[:num_full_blocks])
 
-    def _start(self, request: Request, hits: list[int], need: int) -> None:
-        self.blocks.acquire(hits)
-        request.block_ids = hits + self.blocks.allocate(need)
-        request.num_computed_tokens = len(hits) * self.blocks.block_size
-        if not request.queue_ms:  # the first time, not when it comes back from a preemption
+    def _start_request(self, request: Request, cached_blocks: list[int], num_new_blocks: int) -> None:
+        self.blocks.acquire(cached_blocks)
+        request.block_ids = cached_blocks + self.blocks.allocate(num_new_blocks)
+        request.num_computed_tokens = len(cached_blocks) * self.blocks.block_size
+        if not request.queue_ms:  # only at the first start, not after a preemption
             request.queue_ms = (time.monotonic() - request.arrival_time) * 1000 or 0.001
             request.cached_tokens = request.num_computed_tokens
             self.stats.prefix_queries += request.num_tokens
@@ -206,22 +209,23 @@ class Scheduler:
 
     # Blocks
 
-    def _hash_up_to(self, request: Request, full: int) -> None:
-        size, hashes = self.blocks.block_size, request.block_hashes
-        while len(hashes) < full:
-            start = len(hashes) * size
+    def _hash_full_blocks(self, request: Request, num_blocks: int) -> None:
+        """Extends `request.block_hashes` to its first `num_blocks` blocks."""
+        block_size, hashes = self.blocks.block_size, request.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * block_size
             parent = hashes[-1] if hashes else b""
-            hashes.append(hash_block(parent, request.tokens[start : start + size], request.cache_salt))
+            hashes.append(hash_block(parent, request.tokens[start : start + block_size], request.cache_salt))
 
-    def _cache_full_blocks(self, piece: ScheduledChunk) -> None:
-        if not self.blocks.caching:
+    def _cache_full_blocks(self, chunk: ScheduledChunk) -> None:
+        if not self.blocks.enable_caching:
             return
-        request, size = piece.request, self.blocks.block_size
-        full = request.num_computed_tokens // size
-        self._hash_up_to(request, full)
-        for index in range(piece.start // size, full):
+        request, block_size = chunk.request, self.blocks.block_size
+        num_full_blocks = request.num_computed_tokens // block_size
+        self._hash_full_blocks(request, num_full_blocks)
+        for index in range(chunk.start // block_size, num_full_blocks):
             self.blocks.cache_block(request.block_ids[index], request.block_hashes[index])
 
-    def _release(self, request: Request) -> None:
+    def _release_blocks(self, request: Request) -> None:
         self.blocks.release(request.block_ids)
         request.block_ids = []

@@ -9,66 +9,67 @@ from rtp_llm.contract.step import Ints, Step
 from rtp_llm.engine.scheduler import ScheduledChunk
 
 
-def build_step(slices: Sequence[ScheduledChunk], block_size: int, epoch: int, number: int) -> Step:
-    """The step that computes these slices. They must be ordered with decodes (count 1) first: see `decodes_first`."""
-    counts = np.array([s.num_tokens for s in slices], dtype=np.int32)
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    ids, positions, slots, rows = [], [], [], []
-    width = max(len(s.request.block_ids) for s in slices)
-    tables = np.zeros((len(slices), width), dtype=np.int32)
-    for index, piece in enumerate(slices):
-        blocks = np.array(piece.request.block_ids, dtype=np.int32)
-        place = np.arange(piece.start, piece.start + piece.num_tokens, dtype=np.int32)
-        tables[index, : len(blocks)] = blocks
-        ids.append(np.array(piece.request.tokens[piece.start : piece.start + piece.num_tokens], dtype=np.int32))
-        positions.append(place)
-        slots.append(blocks[place // block_size] * block_size + place % block_size)
-        rows.append(logits_offsets(piece) + starts[index])
+def build_step(chunks: Sequence[ScheduledChunk], block_size: int, epoch: int, number: int) -> Step:
+    """Returns the step that computes these chunks. Decodes must come first: see `sort_decodes_first`."""
+    counts = np.array([c.num_tokens for c in chunks], dtype=np.int32)
+    query_start_loc = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    token_ids, positions, slot_mapping, logits_indices = [], [], [], []
+    width = max(len(c.request.block_ids) for c in chunks)
+    block_tables = np.zeros((len(chunks), width), dtype=np.int32)
+    for index, chunk in enumerate(chunks):
+        block_ids = np.array(chunk.request.block_ids, dtype=np.int32)
+        end = chunk.start + chunk.num_tokens
+        chunk_positions = np.arange(chunk.start, end, dtype=np.int32)
+        block_tables[index, : len(block_ids)] = block_ids
+        token_ids.append(np.array(chunk.request.tokens[chunk.start : end], dtype=np.int32))
+        positions.append(chunk_positions)
+        slot_mapping.append(block_ids[chunk_positions // block_size] * block_size + chunk_positions % block_size)
+        logits_indices.append(logits_offsets(chunk) + query_start_loc[index])
     return Step(
         epoch=epoch,
         number=number,
-        num_decodes=sum(1 for s in slices if s.num_tokens == 1),
-        token_ids=np.concatenate(ids),
+        num_decodes=sum(1 for c in chunks if c.num_tokens == 1),
+        token_ids=np.concatenate(token_ids),
         positions=np.concatenate(positions),
-        slot_mapping=np.concatenate(slots),
-        query_start_loc=starts,
-        seq_lens=np.array([s.start + s.num_tokens for s in slices], dtype=np.int32),
-        prompt_lens=np.array([s.request.num_prompt_tokens for s in slices], dtype=np.int32),
-        block_tables=tables,
-        logits_indices=np.concatenate(rows).astype(np.int32),
+        slot_mapping=np.concatenate(slot_mapping),
+        query_start_loc=query_start_loc,
+        seq_lens=np.array([c.start + c.num_tokens for c in chunks], dtype=np.int32),
+        prompt_lens=np.array([c.request.num_prompt_tokens for c in chunks], dtype=np.int32),
+        block_tables=block_tables,
+        logits_indices=np.concatenate(logits_indices).astype(np.int32),
     )
 
 
-def decodes_first(slices: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
-    """Attention kernels want the sequences with a single query together and in front."""
-    return sorted(slices, key=lambda s: s.num_tokens != 1)
+def sort_decodes_first(chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
+    """Returns the chunks with one token first, else in order: attention kernels compute all decodes at once."""
+    return sorted(chunks, key=lambda c: c.num_tokens != 1)
 
 
-def logits_offsets(piece: ScheduledChunk) -> Ints:
-    """Offsets within the slice whose logits are wanted: the last token's where it completes, all for prompt
-    logprobs.
+def logits_offsets(chunk: ScheduledChunk) -> Ints:
+    """Returns the offsets in the chunk of the tokens whose logits are needed.
+
+    All tokens for prompt logprobs; otherwise the last token of a last chunk, and none of other chunks.
     """
-    if piece.request.wants_prompt_logprobs:
-        return np.arange(piece.num_tokens, dtype=np.int32)
-    return np.arange(
-        piece.num_tokens - 1, piece.num_tokens if piece.is_last_chunk else piece.num_tokens - 1, dtype=np.int32
-    )
+    if chunk.request.wants_prompt_logprobs:
+        return np.arange(chunk.num_tokens, dtype=np.int32)
+    last = chunk.num_tokens - 1
+    return np.arange(last, chunk.num_tokens if chunk.is_last_chunk else last, dtype=np.int32)
 
 
-def build_sampling_metadata(slices: Sequence[ScheduledChunk]) -> SamplingMetadata:
-    """Which logits rows of the step become tokens, and which give prompt logprobs; mirrors `step.wanted_rows`."""
-    plan = SamplingMetadata([], [], [])
+def build_sampling_metadata(chunks: Sequence[ScheduledChunk]) -> SamplingMetadata:
+    """Returns which logits rows are sampled and which give prompt logprobs; rows as in `logits_offsets`."""
+    metadata = SamplingMetadata([], [], [])
     row = 0
-    for piece in slices:
-        request = piece.request
+    for chunk in chunks:
+        request = chunk.request
         if request.wants_prompt_logprobs:
             top = request.params.logprobs or 0
-            targets = request.tokens[piece.start + 1 : piece.start + piece.num_tokens + 1]
-            plan.prompt_rows.extend((row + i, token, top) for i, token in enumerate(targets))
-            row += piece.num_tokens
-        elif piece.is_last_chunk:
+            next_tokens = request.tokens[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+            metadata.prompt_logits_rows.extend((row + i, token, top) for i, token in enumerate(next_tokens))
+            row += chunk.num_tokens
+        elif chunk.is_last_chunk:
             row += 1
-        if piece.is_last_chunk:
-            plan.rows.append(row - 1)
-            plan.requests.append(request)
-    return plan
+        if chunk.is_last_chunk:
+            metadata.logits_rows.append(row - 1)
+            metadata.requests.append(request)
+    return metadata

@@ -1,1 +1,1 @@
-"""Attention behind one small interface, with a torch reference that every kernel is tested against."""
+"""Attention kernels behind one interface, with a torch reference that all of them are tested against."""

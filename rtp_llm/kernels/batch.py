@@ -1,4 +1,4 @@
-"""A step's tensors on the device, and the interface of every attention backend."""
+"""Input tensors of the forward pass, and the interface of attention backends."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,8 +11,10 @@ from rtp_llm.contract.step import Step
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """`contract.step.Step` on the device. T tokens of S sequences, decodes first; `host` keeps the numbers that shape
-    the launch.
+    """A `contract.step.Step` on the device; see there for the fields that both have.
+
+    rope_lens: sequence length that dynamic rope scaling uses for each token, see `layers.rope`.
+    cpu_step: the step in CPU memory, for sizes that a kernel launch needs without waiting for the device.
     """
 
     token_ids: Tensor  # [T] int64
@@ -20,37 +22,39 @@ class ForwardBatch:
     slot_mapping: Tensor  # [T] int64
     query_start_loc: Tensor  # [S + 1] int64
     seq_lens: Tensor  # [S] int64
-    rope_lens: Tensor  # [T] int64, length that dynamic rope scaling goes by: see layers.rope
+    rope_lens: Tensor  # [T] int64
     block_tables: Tensor  # [S, W] int64
     logits_indices: Tensor  # [R] int64
     cpu_step: Step
 
     @classmethod
     def from_step(cls, step: Step, device: torch.device) -> "ForwardBatch":
-        def move(array: object) -> Tensor:
+        """Copies the arrays of a step to the device."""
+
+        def to_device(array: object) -> Tensor:
             return torch.as_tensor(array).to(device=device, dtype=torch.int64, non_blocking=True)
 
         counts = step.query_start_loc[1:] - step.query_start_loc[:-1]
         rope_lens = torch.maximum(torch.as_tensor(step.prompt_lens.repeat(counts)), torch.as_tensor(step.positions + 1))
         return cls(
-            token_ids=move(step.token_ids),
-            positions=move(step.positions),
-            slot_mapping=move(step.slot_mapping),
-            query_start_loc=move(step.query_start_loc),
-            seq_lens=move(step.seq_lens),
-            rope_lens=move(rope_lens),
-            block_tables=move(step.block_tables),
-            logits_indices=move(step.logits_indices),
+            token_ids=to_device(step.token_ids),
+            positions=to_device(step.positions),
+            slot_mapping=to_device(step.slot_mapping),
+            query_start_loc=to_device(step.query_start_loc),
+            seq_lens=to_device(step.seq_lens),
+            rope_lens=to_device(rope_lens),
+            block_tables=to_device(step.block_tables),
+            logits_indices=to_device(step.logits_indices),
             cpu_step=step,
         )
 
 
 @dataclass(frozen=True)
 class LayerKVCache:
-    """Keys and values of one layer: [num_blocks, block_size, kv_heads, head_dim] each, in the model's dtype."""
+    """KV cache of one layer, in the model's dtype."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # [num_blocks, block_size, kv_heads, head_dim]
+    values: Tensor  # [num_blocks, block_size, kv_heads, head_dim]
 
 
 class AttentionBackend(Protocol):
@@ -67,9 +71,12 @@ class AttentionBackend(Protocol):
         window: int,
         scale: float,
     ) -> Tensor:
-        """Writes key and value [T, kv_heads, head_dim] to the batch's slots, then attends.
+        """Writes key and value to the cache (`batch.slot_mapping`), then returns the attention output.
 
-        query [T, heads, head_dim]; head j uses KV head j // (heads / kv_heads); `window` > 0 limits each query to that
-        many newest keys, its own included. Returns [T, heads, head_dim].
+        query: [T, heads, head_dim]; head j attends to KV head j // (heads / kv_heads).
+        key, value: [T, kv_heads, head_dim].
+        window: each query attends to at most this many newest keys, its own included; 0: no limit.
+        scale: factor of the attention scores.
+        Returns [T, heads, head_dim].
         """
         ...

@@ -1,4 +1,4 @@
-"""Attention in plain torch: runs anywhere, and is the oracle that every other backend is tested against."""
+"""Reference attention backend in plain torch. Runs on any device; other backends are tested against it."""
 
 import torch
 from torch import Tensor
@@ -6,78 +6,89 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
-TILE = 256  # queries at once: with a mask torch may hold the scores of all of them, heads x queries x context
+QUERIES_PER_TILE = 256  # bounds the scores [heads, queries, keys] that torch may materialise because of the mask
 
 
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, cache: LayerKVCache, batch: ForwardBatch, *, window: int, scale: float
 ) -> Tensor:
-    """See `AttentionBackend`. Gathers the pages of each sequence and calls torch's scaled_dot_product_attention."""
+    """Implements `AttentionBackend`: gathers the blocks of each sequence, then calls scaled_dot_product_attention."""
     cache.keys.flatten(0, 1).index_copy_(0, batch.slot_mapping, key)
     cache.values.flatten(0, 1).index_copy_(0, batch.slot_mapping, value)
     out = torch.empty_like(query)
-    decodes = batch.cpu_step.num_decodes
-    if decodes:
-        out[:decodes] = _decode(query[:decodes], cache, batch, decodes, window, scale)
-    for index in range(decodes, batch.cpu_step.num_sequences):
+    num_decodes = batch.cpu_step.num_decodes
+    if num_decodes:
+        out[:num_decodes] = _attend_decodes(query[:num_decodes], cache, batch, window, scale)
+    for index in range(num_decodes, batch.cpu_step.num_sequences):
         start, end = (int(n) for n in batch.cpu_step.query_start_loc[index : index + 2])
-        out[start:end] = _chunk(query[start:end], cache, batch, index, window, scale)
+        out[start:end] = _attend_chunk(query[start:end], cache, batch, index, window, scale)
     return out
 
 
-def _decode(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, count: int, window: int, scale: float) -> Tensor:
-    """One query per sequence, all sequences at once, padded to the longest.
+def _attend_decodes(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, window: int, scale: float) -> Tensor:
+    """Returns the attention output of the first sequences of the batch, which have one query each.
 
-    The query heads of a KV head stand in as its queries: ten times faster on CPU than enable_gqa, same result.
+    query: [S, heads, head_dim]. Pads all sequences to the longest. Treats the query heads of a KV head as its queries,
+    which on CPU is ten times as fast as enable_gqa.
     """
+    count = len(query)
     kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
     width = -(-int(batch.cpu_step.seq_lens[:count].max()) // block_size)
-    tables = batch.block_tables[:count, :width]
-    keys, values = (_gather_pages(pages, tables) for pages in (cache.keys, cache.values))
+    block_tables = batch.block_tables[:count, :width]
+    keys, values = (_gather_blocks(blocks, block_tables) for blocks in (cache.keys, cache.values))
     positions = torch.arange(width * block_size, device=query.device)
-    lengths = batch.seq_lens[:count, None]
-    visible = positions < lengths
+    seq_lens = batch.seq_lens[:count, None]
+    mask = positions < seq_lens
     if window:
-        visible &= positions >= lengths - window
-    grouped = query.unflatten(1, (kv_heads, -1))
-    mask = visible[:, None, None, :]
-    if query.is_cuda:  # where asking afterwards, as below, would wait for the device
-        keys, values = _zero_masked(keys, visible), _zero_masked(values, visible)
-    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    if not query.is_cuda and out.sum().isnan():  # any of them: much cheaper than looking at each
-        keys, values = _zero_masked(keys, visible), _zero_masked(values, visible)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        mask &= positions >= seq_lens - window
+    grouped_query = query.unflatten(1, (kv_heads, -1))
+    attn_mask = mask[:, None, None, :]
+    if query.is_cuda:  # always, because the NaN check below would wait for the device
+        keys, values = _zero_masked(keys, mask), _zero_masked(values, mask)
+    out = scaled_dot_product_attention(grouped_query, keys, values, attn_mask=attn_mask, scale=scale)
+    if not query.is_cuda and out.sum().isnan():  # the sum is much cheaper than out.isnan().any()
+        keys, values = _zero_masked(keys, mask), _zero_masked(values, mask)
+        out = scaled_dot_product_attention(grouped_query, keys, values, attn_mask=attn_mask, scale=scale)
     return out.flatten(1, 2)
 
 
-def _zero_masked(pages: Tensor, mask: Tensor) -> Tensor:
-    """A masked NaN is still one (0 x NaN), and unseen slots hold what other requests have left there."""
-    return pages.masked_fill(~mask[:, None, :, None], 0)
+def _zero_masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Returns keys or values [S, kv_heads, positions, head_dim] with zeros where `mask` [S, positions] is False.
+
+    A NaN left in a slot by another request would propagate through the attention mask (0 * NaN is NaN).
+    """
+    return tensor.masked_fill(~mask[:, None, :, None], 0)
 
 
-def _chunk(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, index: int, window: int, scale: float) -> Tensor:
-    """Several consecutive queries of one sequence."""
+def _attend_chunk(
+    query: Tensor, cache: LayerKVCache, batch: ForwardBatch, index: int, window: int, scale: float
+) -> Tensor:
+    """Returns the attention output of sequence `index`, whose queries [tokens, heads, head_dim] are consecutive."""
     block_size = cache.keys.shape[1]
-    length = int(batch.cpu_step.seq_lens[index])
-    table = batch.block_tables[index : index + 1, : -(-length // block_size)]
-    keys, values = (_gather_pages(pages, table)[:, :, :length] for pages in (cache.keys, cache.values))
-    positions = torch.arange(length, device=query.device)
+    seq_len = int(batch.cpu_step.seq_lens[index])
+    block_table = batch.block_tables[index : index + 1, : -(-seq_len // block_size)]
+    keys, values = (_gather_blocks(blocks, block_table)[:, :, :seq_len] for blocks in (cache.keys, cache.values))
+    positions = torch.arange(seq_len, device=query.device)
     tiles = []
-    first = length - len(query)
-    for tile in query.split(TILE):
-        own = positions[first : first + len(tile), None]
-        first += len(tile)
-        visible = positions <= own
+    start = seq_len - len(query)
+    for tile in query.split(QUERIES_PER_TILE):
+        query_positions = positions[start : start + len(tile), None]
+        start += len(tile)
+        mask = positions <= query_positions
         if window:
-            visible &= positions > own - window
+            mask &= positions > query_positions - window
         out = scaled_dot_product_attention(
-            tile.transpose(0, 1)[None], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+            tile.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
         )
         tiles.append(out[0].transpose(0, 1))
     return torch.cat(tiles)
 
 
-def _gather_pages(pages: Tensor, tables: Tensor) -> Tensor:
-    """[blocks, block_size, heads, dim] by [S, W] to [S, heads, W x block_size, dim]."""
-    picked = pages.index_select(0, tables.flatten())  # copies whole pages: much faster than pages[tables]
-    return picked.unflatten(0, tables.shape).flatten(1, 2).transpose(1, 2)
+def _gather_blocks(blocks: Tensor, block_tables: Tensor) -> Tensor:
+    """Returns keys or values in order of position.
+
+    blocks: [num_blocks, block_size, kv_heads, head_dim]. block_tables: [S, W].
+    Returns [S, kv_heads, W * block_size, head_dim].
+    """
+    gathered = blocks.index_select(0, block_tables.flatten())  # much faster than blocks[block_tables]
+    return gathered.unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)

@@ -1,1 +1,1 @@
-"""The parts a decoder is made of, each aware of its tensor-parallel share."""
+"""Layers of a decoder, sharded over the tensor-parallel group, and the sampler."""

@@ -1,6 +1,4 @@
-"""Vocabulary cut over the tensor-parallel group: the embedding sums its shares, the head gathers its logits on rank
-0.
-"""
+"""Vocabulary-parallel embedding and output head. The embedding is summed over ranks; logits are gathered on rank 0."""
 
 import torch
 from torch import Tensor, nn
@@ -14,41 +12,47 @@ from rtp_llm.parallel.sharding import padded_vocab, shard_vocab
 
 
 def vocab_parameter(name: str, vocab_size: int, hidden_size: int, group: Group) -> ShardedParameter:
-    """[padded vocabulary / ranks, hidden]: this rank's rows, zeros where the vocabulary has ended."""
-    share = shard_vocab(vocab_size, group.size, group.rank)
-    rows = padded_vocab(vocab_size, group.size) // group.size
-    piece = WeightSlice(name, 0, share, range(len(share)))
-    return sharded_parameter((rows, hidden_size), [piece], {name: (vocab_size, hidden_size)})
+    """Returns this rank's rows of the tensor: [padded vocabulary / ranks, hidden]. Padding rows are zero."""
+    shard = shard_vocab(vocab_size, group.size, group.rank)
+    num_rows = padded_vocab(vocab_size, group.size) // group.size
+    weight_slice = WeightSlice(name, 0, shard, range(len(shard)))
+    return sharded_parameter((num_rows, hidden_size), [weight_slice], {name: (vocab_size, hidden_size)})
 
 
 class VocabParallelEmbedding(nn.Module):
-    """ids [T] to [T, hidden]; each rank looks up its own rows, the others count as zero."""
+    """Embedding of token ids [T] as [T, hidden], equal on all ranks. Each rank looks up the tokens of its shard."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group):
         super().__init__()
         self.group = group
         self.weight = vocab_parameter("model.embed_tokens.weight", vocab_size, hidden_size, group)
-        self.first = group.rank * len(self.weight)
+        self.vocab_start = group.rank * len(self.weight)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [T] int64. Returns [T, hidden]."""
         if self.group.size == 1:
-            return embedding(ids, self.weight)
-        local = ids - self.first
-        foreign = (local < 0) | (local >= len(self.weight))
-        rows = embedding(local.masked_fill(foreign, 0), self.weight)
-        return self.group.all_reduce(rows.masked_fill(foreign[:, None], 0))
+            return embedding(token_ids, self.weight)
+        local_ids = token_ids - self.vocab_start
+        outside_shard = (local_ids < 0) | (local_ids >= len(self.weight))
+        rows = embedding(local_ids.masked_fill(outside_shard, 0), self.weight)
+        return self.group.all_reduce(rows.masked_fill(outside_shard[:, None], 0))
 
 
 class ParallelLMHead(PrepackedLinear):
-    """Hidden states [R, hidden] to logits [R, vocab] in float32 on rank 0, None on the others."""
+    """Output head. `tied_weight`: the embedding's parameter if the checkpoint ties them, else None."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: ShardedParameter | None):
+    def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied_weight: ShardedParameter | None):
         super().__init__()
         self.group, self.vocab_size = group, vocab_size
-        self.weight = tied if tied is not None else vocab_parameter("lm_head.weight", vocab_size, hidden_size, group)
+        self.weight = (
+            tied_weight
+            if tied_weight is not None
+            else vocab_parameter("lm_head.weight", vocab_size, hidden_size, group)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor | None:
-        parts = self.group.gather(linear(hidden, self.weight, prepacked=self.prepacked))
-        if parts is None:
+        """hidden: [R, hidden]. Returns logits [R, vocab] float32 on rank 0, None on the other ranks."""
+        shards = self.group.gather(linear(hidden, self.weight, prepacked=self.prepacked))
+        if shards is None:
             return None
-        return torch.cat(parts, dim=-1)[:, : self.vocab_size].float()
+        return torch.cat(shards, dim=-1)[:, : self.vocab_size].float()

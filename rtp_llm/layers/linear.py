@@ -1,5 +1,5 @@
-"""Linear layers cut over the tensor-parallel group (Shoeybi et al. 2019, arXiv 1909.08053): columns out, rows in,
-one all-reduce.
+"""Tensor-parallel linear layers (Shoeybi et al. 2019, arXiv 1909.08053): a column-parallel layer, whose outputs are
+sharded, feeds a row-parallel one, whose partial sums need one all-reduce.
 """
 
 import torch
@@ -10,9 +10,12 @@ from rtp_llm.layers.parameter import ShardedParameter, WeightSlice, replicated_p
 from rtp_llm.parallel.group import Group
 from rtp_llm.parallel.sharding import HeadShard
 
+Slices = list[tuple[range, range]]  # (range in the checkpoint tensor, range in the parameter)
+Columns = list[tuple[str, int, Slices]]  # (tensor name without ".weight", its output size, the slices of this rank)
+
 
 class PrepackedLinear(nn.Module):
-    """A weight [out, in] that may be laid out for the processor once it is loaded."""
+    """A linear layer whose weight [out, in] can be prepacked for the CPU after loading."""
 
     weight: ShardedParameter
 
@@ -21,94 +24,85 @@ class PrepackedLinear(nn.Module):
         self.prepacked: Tensor | None = None
 
     def prepack(self, *, shared: bool = False) -> None:
-        """Call after loading. The plain weight goes, unless it is `shared` with another layer."""
+        """Prepacks the weight if supported, then frees the original unless another layer uses it (`shared`)."""
         self.prepacked = prepack_weight(self.weight)
         if self.prepacked is not None and not shared:
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
 
 class ColumnParallelLinear(PrepackedLinear):
-    """y = x Wᵀ + b with the output features cut: x [T, in] whole on all ranks, y [T, own out].
+    """y = x Wᵀ + b with sharded output features. `columns`: the checkpoint tensors that are stacked in W."""
 
-    Several checkpoint tensors may be stacked: `columns` lists (tensor name, its full output size, pieces as (source,
-    target)).
-    """
-
-    def __init__(
-        self, in_size: int, out_size: int, columns: list[tuple[str, int, list[tuple[range, range]]]], bias: bool
-    ):
+    def __init__(self, in_size: int, out_size: int, columns: Columns, bias: bool):
         super().__init__()
         self.weight = sharded_parameter(
             (out_size, in_size),
-            [WeightSlice(f"{name}.weight", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
-            {f"{name}.weight": (full, in_size) for name, full, _ in columns},
+            [WeightSlice(f"{name}.weight", 0, src, dst) for name, _, slices in columns for src, dst in slices],
+            {f"{name}.weight": (full_size, in_size) for name, full_size, _ in columns},
         )
         self.bias = (
             sharded_parameter(
                 (out_size,),
-                [WeightSlice(f"{name}.bias", 0, src, dst) for name, _, cuts in columns for src, dst in cuts],
-                {f"{name}.bias": (full,) for name, full, _ in columns},
+                [WeightSlice(f"{name}.bias", 0, src, dst) for name, _, slices in columns for src, dst in slices],
+                {f"{name}.bias": (full_size,) for name, full_size, _ in columns},
             )
             if bias
             else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [T, in], equal on all ranks. Returns [T, local out]."""
         return linear(x, self.weight, self.bias, self.prepacked)
 
 
 class RowParallelLinear(PrepackedLinear):
-    """y = x Wᵀ + b with the input features cut: x [T, own in], y [T, out] summed over ranks; the bias is added once,
-    after the sum.
-    """
+    """y = x Wᵀ + b with sharded input features. Adds the bias after the all-reduce, so that it counts once."""
 
     def __init__(
         self,
         name: str,
-        full_in: int,
-        own_in: int,
+        full_in_size: int,
+        local_in_size: int,
         out_size: int,
-        cuts: list[tuple[range, range]],
+        slices: Slices,
         bias: bool,
         group: Group,
     ):
         super().__init__()
         self.group = group
         self.weight = sharded_parameter(
-            (out_size, own_in),
-            [WeightSlice(f"{name}.weight", 1, src, dst) for src, dst in cuts],
-            {f"{name}.weight": (out_size, full_in)},
+            (out_size, local_in_size),
+            [WeightSlice(f"{name}.weight", 1, src, dst) for src, dst in slices],
+            {f"{name}.weight": (out_size, full_in_size)},
         )
         self.bias = replicated_parameter(f"{name}.bias", out_size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [T, local in]. Returns [T, out], equal on all ranks."""
         y = self.group.all_reduce(linear(x, self.weight, prepacked=self.prepacked))
         return y if self.bias is None else y + self.bias
 
 
-def merged_columns(names: list[str], full: int, share: range) -> list[tuple[str, int, list[tuple[range, range]]]]:
-    """The same columns of several tensors, stacked: gate and up."""
-    width = len(share)
-    return [(name, full, [(share, range(i * width, (i + 1) * width))]) for i, name in enumerate(names)]
+def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
+    """Returns the same output features of several tensors, stacked in order (gate and up)."""
+    width = len(shard)
+    return [(name, full_size, [(shard, range(i * width, (i + 1) * width))]) for i, name in enumerate(names)]
 
 
-def qkv_columns(
-    prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int
-) -> list[tuple[str, int, list[tuple[range, range]]]]:
-    """Query heads (padded to whole groups), then key heads, then value heads, of one rank."""
-    query = [(_rows(head, head_dim), _rows(slot, head_dim)) for slot, head in heads.slots()]
-    columns = [(f"{prefix}.q_proj", num_heads * head_dim, query)]
+def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int) -> Columns:
+    """Returns the output features of this rank's query heads (each KV head's group padded), key and value heads."""
+    columns = [(f"{prefix}.q_proj", num_heads * head_dim, query_head_slices(heads, head_dim))]
     for index, name in enumerate(("k_proj", "v_proj")):
         base = heads.num_heads + index * len(heads.kv_heads)
-        cuts = [(_rows(kv, head_dim), _rows(base + i, head_dim)) for i, kv in enumerate(heads.kv_heads)]
-        columns.append((f"{prefix}.{name}", num_kv_heads * head_dim, cuts))
+        slices = [(_head_range(kv, head_dim), _head_range(base + i, head_dim)) for i, kv in enumerate(heads.kv_heads)]
+        columns.append((f"{prefix}.{name}", num_kv_heads * head_dim, slices))
     return columns
 
 
-def head_rows(heads: HeadShard, head_dim: int) -> list[tuple[range, range]]:
-    """Which input columns of the output projection belong to a rank's query heads."""
-    return [(_rows(head, head_dim), _rows(slot, head_dim)) for slot, head in heads.slots()]
+def query_head_slices(heads: HeadShard, head_dim: int) -> Slices:
+    """Returns the features of this rank's query heads: outputs of q_proj, inputs of o_proj."""
+    return [(_head_range(head, head_dim), _head_range(slot, head_dim)) for slot, head in heads.slots()]
 
 
-def _rows(head: int, head_dim: int) -> range:
+def _head_range(head: int, head_dim: int) -> range:
     return range(head * head_dim, (head + 1) * head_dim)

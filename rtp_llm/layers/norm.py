@@ -7,7 +7,7 @@ from rtp_llm.layers.parameter import replicated_parameter
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 and returned in x's dtype."""
+    """x / rms(x) * weight over the last dimension. The quotient is computed in float32."""
 
     def __init__(self, name: str, size: int, eps: float):
         super().__init__()
@@ -15,11 +15,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        """x: [..., size]. Returns the same shape and dtype."""
+        x_float32 = x.float()
+        normalized = x_float32 * torch.rsqrt(x_float32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(x.dtype)
 
     def forward_with_residual(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
+        """x, residual: [T, size]; None counts as zero. Returns (norm(x + residual), x + residual)."""
         total = x if residual is None else x + residual
         return self(total), total

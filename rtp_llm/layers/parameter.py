@@ -1,4 +1,4 @@
-"""A parameter that knows which bytes of the checkpoint are its own: weights are pulled, not pushed."""
+"""Parameters that list the slices of the checkpoint that they hold; `model.weights` reads only these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """Rows (`dim` 0) or columns (`dim` 1) `source` of checkpoint tensor `name`, which go to `target` of the
-    parameter.
+    """A slice of a checkpoint tensor and its place in the parameter.
+
+    name: of the checkpoint tensor. dim: 0 for rows, 1 for columns.
+    source: indices of `dim` in the checkpoint tensor. target: indices of `dim` in the parameter.
     """
 
     name: str
@@ -20,16 +22,16 @@ class WeightSlice:
 
 
 class ShardedParameter(nn.Parameter):
-    """One rank's share of one or several checkpoint tensors; what no piece covers stays zero (padding)."""
+    """One rank's shard of one or several checkpoint tensors. Elements outside all slices stay zero (padding)."""
 
     slices: tuple[WeightSlice, ...]
-    full_shapes: dict[str, tuple[int, ...]]  # of the checkpoint tensors, to check them against
+    full_shapes: dict[str, tuple[int, ...]]  # expected shapes of the checkpoint tensors, by name
 
 
 def sharded_parameter(
     shape: Sequence[int], slices: Sequence[WeightSlice], full_shapes: dict[str, tuple[int, ...]]
 ) -> ShardedParameter:
-    """A zeroed parameter in torch's default dtype and device."""
+    """Returns a zeroed parameter of torch's default dtype and device."""
     parameter = ShardedParameter(torch.zeros(*shape), requires_grad=False)
     parameter.slices = tuple(slices)
     parameter.full_shapes = full_shapes
@@ -37,5 +39,5 @@ def sharded_parameter(
 
 
 def replicated_parameter(name: str, size: int) -> ShardedParameter:
-    """A vector that every rank holds entirely: a norm's weight, a row-parallel bias."""
+    """Returns a vector [size] that every rank holds entirely: a norm's weight or a row-parallel bias."""
     return sharded_parameter((size,), [WeightSlice(name, 0, range(size), range(size))], {name: (size,)})

@@ -1,7 +1,7 @@
-"""Rotary position embedding and its scalings, as cosines and sines that all layers of a step share.
+"""Rotary position embedding (RoPE) with its scaling methods; all layers of a step share its cosines and sines.
 
-Formulas: linear (Chen et al. 2023, arXiv 2306.15595), dynamic NTK (as Hugging Face transformers defines it), yarn
-(Peng et al. 2023, arXiv 2309.00071), llama3 (Llama 3.1's frequency bands).
+Linear: Chen et al. 2023, arXiv 2306.15595. Dynamic NTK: as in Hugging Face transformers. YaRN: Peng et al. 2023, arXiv
+2309.00071. llama3: the frequency bands of Llama 3.1.
 """
 
 import math
@@ -13,35 +13,38 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class RotaryEmbedding:
-    """cos and sin for positions of a step."""
+    """Computes cos and sin for the positions of a step."""
 
     def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device, dtype: torch.dtype):
         self.spec, self.head_dim, self.dtype = spec, head_dim, dtype
-        self.scale = _attention_factor(spec) if spec.kind == "yarn" else 1.0
-        self.frequencies = _frequencies(spec, head_dim).to(device)
+        self.scale = _yarn_attention_factor(spec) if spec.kind == "yarn" else 1.0
+        self.inv_freq = _compute_inv_freq(spec, head_dim).to(device)
 
     def cos_sin(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [T, 1, head_dim / 2] in the model's dtype.
+        """Returns (cos, sin), each [T, 1, head_dim / 2] in the model's dtype.
 
-        `rope_lens` [T]: the length dynamic scaling goes by. A prompt's tokens go by the prompt's length and each later
-        token by its own position, which is what transformers' cache holds too; so neither chunks nor batches change a
-        token.
+        positions: [T]. rope_lens: [T], the sequence length for dynamic scaling: the prompt's length for prompt tokens,
+        position + 1 for later ones. These are the lengths behind the keys in transformers' cache, and they do not
+        depend on chunks or on the batch.
         """
-        frequencies = self._dynamic(rope_lens) if self.spec.kind == "dynamic" else self.frequencies
-        angle = positions[:, None].float() * frequencies
-        return (angle.cos() * self.scale).to(self.dtype)[:, None], (angle.sin() * self.scale).to(self.dtype)[:, None]
+        inv_freq = self._dynamic_inv_freq(rope_lens) if self.spec.kind == "dynamic" else self.inv_freq
+        angles = positions[:, None].float() * inv_freq
+        return (angles.cos() * self.scale).to(self.dtype)[:, None], (angles.sin() * self.scale).to(self.dtype)[:, None]
 
-    def _dynamic(self, rope_lens: Tensor) -> Tensor:
-        """[T, head_dim / 2]: the base grows with the length, from the trained length on."""
+    def _dynamic_inv_freq(self, rope_lens: Tensor) -> Tensor:
+        """Returns [T, head_dim / 2] float32. The base grows with the length if it exceeds the trained length."""
         spec, dim = self.spec, self.head_dim
-        length = rope_lens.clamp(min=spec.original_max).double()
-        stretch = spec.factor * length / spec.original_max - (spec.factor - 1)
+        lengths = rope_lens.clamp(min=spec.original_max).double()
+        stretch = spec.factor * lengths / spec.original_max - (spec.factor - 1)
         base = spec.theta * stretch ** (dim / (dim - 2))
         return (base[:, None] ** -_exponents(dim).to(base)).float()
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates [T, heads, head_dim]; halves are paired (i, i + head_dim / 2), as in all Hugging Face checkpoints."""
+    """Rotates each pair (i, i + head_dim / 2), the layout of Hugging Face checkpoints.
+
+    x: [T, heads, head_dim]. cos, sin: [T, 1, head_dim / 2]. Returns [T, heads, head_dim].
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -50,47 +53,47 @@ def _exponents(dim: int) -> Tensor:
     return torch.arange(0, dim, 2, dtype=torch.float64) / dim
 
 
-def _frequencies(spec: RopeSpec, dim: int) -> Tensor:
-    """[dim / 2] float32: radians per position of each pair."""
-    plain = spec.theta ** -_exponents(dim)
+def _compute_inv_freq(spec: RopeSpec, dim: int) -> Tensor:
+    """Returns [dim / 2] float32: the rotation of each pair per position, in radians."""
+    inv_freq = spec.theta ** -_exponents(dim)
     if spec.kind == "linear":
-        plain = plain / spec.factor
+        inv_freq = inv_freq / spec.factor
     elif spec.kind == "llama3":
-        plain = _llama3(spec, plain)
+        inv_freq = _llama3_inv_freq(spec, inv_freq)
     elif spec.kind == "yarn":
-        plain = _yarn(spec, plain, dim)
-    return plain.float()
+        inv_freq = _yarn_inv_freq(spec, inv_freq, dim)
+    return inv_freq.float()
 
 
-def _llama3(spec: RopeSpec, plain: Tensor) -> Tensor:
-    """Long waves are slowed by the factor, short ones kept, those between blended."""
-    turns = spec.original_max * plain / (2 * math.pi)  # full rotations within the trained length
-    blend = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return blend * plain + (1 - blend) * plain / spec.factor
+def _llama3_inv_freq(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
+    """Divides low frequencies by the factor, keeps high ones and interpolates between."""
+    num_rotations = spec.original_max * inv_freq / (2 * math.pi)  # within the trained length
+    smooth = (num_rotations - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return smooth * inv_freq + (1 - smooth) * inv_freq / spec.factor
 
 
-def _yarn(spec: RopeSpec, plain: Tensor, dim: int) -> Tensor:
-    """Pairs that turn often keep their frequency, pairs that turn seldom are interpolated, a ramp lies between."""
-    low, high = (_pair_with_turns(turns, spec, dim) for turns in (spec.beta_fast, spec.beta_slow))
+def _yarn_inv_freq(spec: RopeSpec, inv_freq: Tensor, dim: int) -> Tensor:
+    """Keeps frequencies above beta_fast rotations, divides those below beta_slow by the factor; linear ramp between."""
+    low, high = (_find_correction_index(beta, spec, dim) for beta in (spec.beta_fast, spec.beta_slow))
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return ramp * plain / spec.factor + (1 - ramp) * plain
+    return ramp * inv_freq / spec.factor + (1 - ramp) * inv_freq
 
 
-def _pair_with_turns(turns: float, spec: RopeSpec, dim: int) -> float:
-    """Index of the pair that makes this many rotations within the trained length."""
-    return dim * math.log(spec.original_max / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+def _find_correction_index(num_rotations: float, spec: RopeSpec, dim: int) -> float:
+    """Returns the (fractional) index of the pair that makes `num_rotations` rotations within the trained length."""
+    return dim * math.log(spec.original_max / (num_rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
 
 
-def _attention_factor(spec: RopeSpec) -> float:
+def _yarn_attention_factor(spec: RopeSpec) -> float:
     if spec.attention_factor is not None:
         return spec.attention_factor
 
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(spec.factor) + 1.0 if spec.factor > 1 else 1.0
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(spec.factor) + 1.0 if spec.factor > 1 else 1.0
 
     if spec.mscale and spec.mscale_all_dim:
         return scale(spec.mscale) / scale(spec.mscale_all_dim)

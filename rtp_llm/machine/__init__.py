@@ -1,1 +1,1 @@
-"""What the kernel and NVML say of this machine: devices, addresses, the limits of the container. No torch."""
+"""Facts about this machine from the kernel and NVML: GPUs, addresses, container limits. Does not import torch."""

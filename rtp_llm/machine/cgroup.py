@@ -1,4 +1,5 @@
-"""The container's limits: cgroup v2 where it is mounted, else v1 (kernel documentation, admin-guide/cgroup-v2)."""
+"""Limits of the container, from cgroup v2 if it is mounted, otherwise v1 (kernel documentation,
+admin-guide/cgroup-v2)."""
 
 import re
 from collections.abc import Callable
@@ -12,21 +13,21 @@ V1_UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest multiple of a page
 
 @dataclass(frozen=True)
 class Cgroup:
-    """Bytes and counts; None where the kernel does not say, UNLIMITED where there is no limit."""
+    """Limits and usage, in bytes and counts. None if the kernel has no such file, UNLIMITED if no limit is set."""
 
-    version: int  # 0: none can be seen
+    version: int  # 1 or 2; 0: no cgroup file system is visible
     memory_max: int | None = None
     memory_current: int | None = None
     reclaimable: int = 0  # page cache within memory_current
     oom_kills: int | None = None
     pids_max: int | None = None
     pids_current: int | None = None
-    cpus: float | None = None  # cores that the quota leaves
-    throttled: int = 0  # periods in which the quota was spent
+    cpus: float | None = None  # quota, in cores; None: no quota
+    throttled: int = 0  # periods in which the quota was used up
 
     @property
     def available_memory(self) -> int:
-        """Bytes of memory until the limit; the page cache counts as used, and is given up when asked for."""
+        """Bytes of memory below the limit. Counts the page cache as available, since the kernel reclaims it."""
         if self.memory_max is None or self.memory_max >= UNLIMITED:
             return UNLIMITED
         return min(UNLIMITED, max(0, self.memory_max - (self.memory_current or 0) + self.reclaimable))
@@ -38,73 +39,80 @@ class Cgroup:
         return max(0, self.pids_max - (self.pids_current or 0))
 
     @classmethod
-    def read(cls, read: Callable[[str], str | None]) -> "Cgroup":
-        """`read` gives the text of a file, None where it cannot. Inside a container the root shows its own limits;
-        elsewhere they stand below the path that /proc/self/cgroup names."""
-        own = parse_proc_cgroup(read("/proc/self/cgroup") or "")
-        if read(f"{ROOT}/cgroup.controllers") is not None:
-            return _v2(lambda name: _first(read, ROOT, own.get("", "/"), name))
-        if any(read(f"{ROOT}/{c}") is not None for c in ("memory/memory.limit_in_bytes", "pids/cgroup.procs")):
-            return _v1(lambda controller, name: _first(read, f"{ROOT}/{controller}", own.get(controller, "/"), name))
+    def read(cls, read_text: Callable[[str], str | None]) -> "Cgroup":
+        """Reads the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
+
+        In a container the limits are in the root of the mount, otherwise in the directory from /proc/self/cgroup.
+        """
+        paths = parse_proc_cgroup(read_text("/proc/self/cgroup") or "")
+        if read_text(f"{ROOT}/cgroup.controllers") is not None:
+            return _read_v2(lambda name: _read_first(read_text, ROOT, paths.get("", "/"), name))
+        if any(read_text(f"{ROOT}/{c}") is not None for c in ("memory/memory.limit_in_bytes", "pids/cgroup.procs")):
+            return _read_v1(
+                lambda controller, name: _read_first(
+                    read_text, f"{ROOT}/{controller}", paths.get(controller, "/"), name
+                )
+            )
         return cls(0)
 
 
 def parse_proc_cgroup(text: str) -> dict[str, str]:
-    """Path by controller; the unified hierarchy (v2) is the controller ""."""
-    found: dict[str, str] = {}
+    """Parses /proc/<pid>/cgroup. Returns paths by controller; the unified hierarchy (v2) has the key ""."""
+    paths: dict[str, str] = {}
     for line in text.splitlines():
-        parts = line.split(":", 2)
-        if len(parts) == 3:
-            found |= dict.fromkeys(parts[1].split(","), parts[2])
-    return found
+        fields = line.split(":", 2)
+        if len(fields) == 3:
+            paths |= dict.fromkeys(fields[1].split(","), fields[2])
+    return paths
 
 
-def _first(read: Callable[[str], str | None], mount: str, path: str, name: str) -> str | None:
-    own = read(f"{mount}/{path.strip('/')}/{name}") if path.strip("/") else None
-    return own if own is not None else read(f"{mount}/{name}")
+def _read_first(read_text: Callable[[str], str | None], mount: str, path: str, name: str) -> str | None:
+    """Returns the file from the process's cgroup directory, otherwise from the root of the mount."""
+    text = read_text(f"{mount}/{path.strip('/')}/{name}") if path.strip("/") else None
+    return text if text is not None else read_text(f"{mount}/{name}")
 
 
-def _v2(read: Callable[[str], str | None]) -> Cgroup:
+def _read_v2(read: Callable[[str], str | None]) -> Cgroup:
     quota = (read("cpu.max") or "").split()
     cpus = int(quota[0]) / int(quota[1]) if len(quota) == 2 and all(map(_NUMBER.fullmatch, quota)) else None
-    stat = _table(read("memory.stat"))
+    stat = _parse_table(read("memory.stat"))
     return Cgroup(
         version=2,
-        memory_max=_limit(read("memory.max")),
-        memory_current=_limit(read("memory.current")),
+        memory_max=_parse_limit(read("memory.max")),
+        memory_current=_parse_limit(read("memory.current")),
         reclaimable=stat.get("inactive_file", 0) + stat.get("active_file", 0),
-        oom_kills=_table(read("memory.events")).get("oom_kill"),
-        pids_max=_limit(read("pids.max")),
-        pids_current=_limit(read("pids.current")),
+        oom_kills=_parse_table(read("memory.events")).get("oom_kill"),
+        pids_max=_parse_limit(read("pids.max")),
+        pids_current=_parse_limit(read("pids.current")),
         cpus=cpus,
-        throttled=_table(read("cpu.stat")).get("nr_throttled", 0),
+        throttled=_parse_table(read("cpu.stat")).get("nr_throttled", 0),
     )
 
 
-def _v1(read: Callable[[str, str], str | None]) -> Cgroup:
-    quota, period = _limit(read("cpu", "cpu.cfs_quota_us")), _limit(read("cpu", "cpu.cfs_period_us"))
-    stat = _table(read("memory", "memory.stat"))
-    limit = _limit(read("memory", "memory.limit_in_bytes"))
+def _read_v1(read: Callable[[str, str], str | None]) -> Cgroup:
+    quota, period = _parse_limit(read("cpu", "cpu.cfs_quota_us")), _parse_limit(read("cpu", "cpu.cfs_period_us"))
+    stat = _parse_table(read("memory", "memory.stat"))
+    limit = _parse_limit(read("memory", "memory.limit_in_bytes"))
     return Cgroup(
         version=1,
         memory_max=UNLIMITED if limit is not None and limit >= V1_UNLIMITED else limit,
-        memory_current=_limit(read("memory", "memory.usage_in_bytes")),
+        memory_current=_parse_limit(read("memory", "memory.usage_in_bytes")),
         reclaimable=stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0),
-        oom_kills=_table(read("memory", "memory.oom_control")).get("oom_kill"),
-        pids_max=_limit(read("pids", "pids.max")),
-        pids_current=_limit(read("pids", "pids.current")),
+        oom_kills=_parse_table(read("memory", "memory.oom_control")).get("oom_kill"),
+        pids_max=_parse_limit(read("pids", "pids.max")),
+        pids_current=_parse_limit(read("pids", "pids.current")),
         cpus=quota / period if quota and period and quota > 0 else None,
-        throttled=_table(read("cpu", "cpu.stat")).get("nr_throttled", 0),
+        throttled=_parse_table(read("cpu", "cpu.stat")).get("nr_throttled", 0),
     )
 
 
-def _limit(text: str | None) -> int | None:
+def _parse_limit(text: str | None) -> int | None:
     text = (text or "").strip()
     if text == "max":
         return UNLIMITED
     return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
 
 
-def _table(text: str | None) -> dict[str, int]:
+def _parse_table(text: str | None) -> dict[str, int]:
     pairs = (line.split() for line in (text or "").splitlines())
     return {p[0]: int(p[1]) for p in pairs if len(p) == 2 and re.fullmatch(r"[0-9]+", p[1])}

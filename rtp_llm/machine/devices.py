@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, found out without creating a CUDA context, and network addresses."""
+"""GPUs, network addresses and CPU cores of this machine. Creates no CUDA context."""
 
 import os
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ import pynvml
 
 @dataclass(frozen=True)
 class VisibleDevices:
-    """Which GPUs CUDA would show, by NVML index, in CUDA's order; `problem` says why there are fewer than listed."""
+    """NVML indices of the GPUs visible to CUDA, in CUDA's order. `problem`: reason if some listed GPUs are not."""
 
     indices: tuple[int, ...]
     problem: str = ""
 
 
 def visible_gpus() -> int:
-    """Number of GPUs visible to CUDA: NVML's, narrowed by CUDA_VISIBLE_DEVICES. 0 without a driver."""
+    """Returns the number of GPUs visible to CUDA, with CUDA_VISIBLE_DEVICES applied. 0 without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -26,7 +26,7 @@ def visible_gpus() -> int:
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-    except pynvml.NVMLError:  # one of them has fallen off the bus; the doctor says which
+    except pynvml.NVMLError:  # one GPU has fallen off the bus; the doctor reports which
         return 0
     finally:
         pynvml.nvmlShutdown()
@@ -34,21 +34,23 @@ def visible_gpus() -> int:
 
 
 def apply_cuda_visible_devices(uuids: Sequence[str], visible: str | None) -> VisibleDevices:
-    """Reads CUDA_VISIBLE_DEVICES as CUDA does: indices or beginnings of UUIDs, up to the first that is not valid
-    (CUDA programming guide, environment variables). A MIG instance counts as the GPU that nobody can index: -1.
+    """Parses CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes, up to the first invalid entry (CUDA
+    programming guide, environment variables).
+
+    `uuids` by NVML index; `visible`: the variable's value, None if unset. A MIG instance has the index -1.
     """
     if visible is None:
         return VisibleDevices(tuple(range(len(uuids))))
-    found: list[int] = []
+    indices: list[int] = []
     for entry in (e.strip() for e in visible.split(",")):
         index = _device_index(entry, uuids)
         if index is None:
-            why = "is empty" if not entry else f"{entry!r} is no GPU of the {len(uuids)} here"
-            return VisibleDevices(tuple(found), f"{why}; CUDA ignores it and all after it")
-        if index in found and index >= 0:
-            return VisibleDevices((), f"{entry!r} names GPU {index} twice; CUDA then shows none at all")
-        found.append(index)
-    return VisibleDevices(tuple(found))
+            reason = "is empty" if not entry else f"{entry!r} is not one of the {len(uuids)} GPUs here"
+            return VisibleDevices(tuple(indices), f"{reason}; CUDA ignores it and all after it")
+        if index in indices and index >= 0:
+            return VisibleDevices((), f"{entry!r} lists GPU {index} twice; CUDA then hides all GPUs")
+        indices.append(index)
+    return VisibleDevices(tuple(indices))
 
 
 def _device_index(entry: str, uuids: Sequence[str]) -> int | None:
@@ -61,23 +63,23 @@ def _device_index(entry: str, uuids: Sequence[str]) -> int | None:
 
 
 def local_addresses() -> set[str]:
-    """Every address of every interface, without scope: `10.0.0.2`, `fe80::1`."""
+    """Returns the addresses of all interfaces, without scope: `10.0.0.2`, `fe80::1`."""
     return {entry.address.split("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that holds this address; None where none does."""
-    wanted = address.split("%")[0]
-    if wanted.startswith("127."):  # all of 127.0.0.0/8 is loopback, whether listed or not
+    """Returns the name of the interface with this address; None if no interface has it."""
+    address = address.split("%")[0]
+    if address.startswith("127."):  # the kernel accepts all of 127.0.0.0/8 on loopback, but lists one address
         return "lo"
     for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address.split("%")[0] == wanted for entry in entries):
+        if any(entry.address.split("%")[0] == address for entry in entries):
             return str(name)
     return None
 
 
 def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: its affinity, and below that the container's CPU quota (cgroup v2)."""
+    """Returns the number of cores available to this process: CPU affinity, limited by the cgroup v2 CPU quota."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = (root / "cpu.max").read_text().split()

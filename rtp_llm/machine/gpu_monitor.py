@@ -1,4 +1,4 @@
-"""A thread that keeps the GPUs' readings fresh and counts their Xids, so that a scrape never waits for the driver."""
+"""Reads the GPUs and counts Xids in a background thread, so that a metrics scrape does not wait for the driver."""
 
 import logging
 import threading
@@ -19,19 +19,17 @@ PERIOD_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class GpuSnapshot:
-    """The last readings, when they were taken (seconds since the epoch, 0 never), and how often each Xid was reported:
-    (GPU's index, Xid) to count.
-    """
+    """The latest readings of all GPUs."""
 
     gpus: GpuInventory = field(default_factory=GpuInventory)
-    at: float = 0.0
-    xids: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    read_at: float = 0.0  # seconds since the epoch; 0: not read yet
+    xids: Mapping[tuple[int, int], int] = field(default_factory=dict)  # (GPU index, Xid) to count
 
 
 class GpuMonitor:
-    """Reads every few seconds; while it waits it listens for Xids, which NVML tells only to those who wait.
+    """Reads the GPUs every few seconds, and waits for Xid events in between, since NVML does not queue them.
 
-    A driver that hangs holds this thread and nothing else: the readings then grow old, and the age tells.
+    A hung driver blocks only this thread; the age of the snapshot shows it.
     """
 
     def __init__(self, visible: str | None, nvml: Any = pynvml, period: float = PERIOD_SECONDS):
@@ -54,17 +52,17 @@ class GpuMonitor:
             log.info("no GPU metrics: %s", error)
             return
         try:
-            events, indices = self._listen()
+            events, indices = self._register_events()
             while not self._stop.is_set():
                 self.snapshot = GpuSnapshot(read_gpus(self._nvml, self._visible), time.time(), dict(self._xids))
-                self._wait(events, indices)
+                self._wait_for_xid(events, indices)
         except pynvml.NVMLError as error:
             log.warning("no more GPU metrics: %s", error)
         finally:
             self._nvml.nvmlShutdown()
 
-    def _listen(self) -> tuple[Any, dict[str, int]]:
-        """An event set for the Xids of every GPU that reports them, and their indices by UUID."""
+    def _register_events(self) -> tuple[Any, dict[str, int]]:
+        """Returns an event set with the Xids of all GPUs that support them, and GPU indices by UUID."""
         events, indices = self._nvml.nvmlEventSetCreate(), {}
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
@@ -75,13 +73,13 @@ class GpuMonitor:
                 log.info("Xids of GPU %d are not counted: %s", index, error)
         return events, indices
 
-    def _wait(self, events: Any, indices: Mapping[str, int]) -> None:
-        """Until the next reading is due, or an Xid came, which is a reason to read at once."""
+    def _wait_for_xid(self, events: Any, indices: Mapping[str, int]) -> None:
+        """Blocks until the next reading is due, or an Xid event arrives. Counts the Xid."""
         try:
             event = self._nvml.nvmlEventSetWait_v2(events, int(self._period * 1000))
         except pynvml.NVMLError_Timeout:
             return
-        except pynvml.NVMLError as error:  # of a GPU that is gone, again and again
+        except pynvml.NVMLError as error:  # returned repeatedly once a GPU is lost
             log.debug("waiting for Xids: %s", error)
             self._stop.wait(self._period)
             return

@@ -1,6 +1,6 @@
-"""What NVML tells about this machine's GPUs, read once, without a CUDA context.
+"""Reads the GPUs of this machine through NVML, without a CUDA context.
 
-A reading that a GPU or driver does not support is None: it is left out of judgement, never taken for good or bad.
+A reading that the GPU or driver does not support is None. Checks treat it as unknown, neither good nor bad.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ import pynvml
 from rtp_llm.machine.devices import VisibleDevices, apply_cuda_visible_devices
 
 DRIVER_TIMEOUT_SECONDS = 5.0
-KILL_SECONDS = 0.5
+KILL_WAIT_SECONDS = 0.5
 DRIVER_TIMEOUT = int(pynvml.NVML_ERROR_TIMEOUT)
-P2P_READ = 0  # pynvml's own constant for it is a tuple by mistake
-NVLINK_LINKS = 18  # of the newest boards; links beyond a board's own answer "not supported"
+P2P_READ = 0  # pynvml's constant is a tuple by mistake
+MAX_NVLINKS = 18  # per GPU; NVML reports "not supported" for links that a GPU does not have
 
-# nvml.h, clocks event reasons. The newer library calls them "event reasons", the older ones "throttle reasons".
+# nvml.h, clocks event reasons, which older versions call throttle reasons.
 THROTTLE_REASONS = {
     0x08: "hardware slowdown",
     0x20: "thermal slowdown (software)",
@@ -31,7 +31,7 @@ THROTTLE_REASONS = {
 }
 APPLICATION_CLOCKS = 0x02
 CLOCKS = {"sm": pynvml.NVML_CLOCK_SM, "memory": pynvml.NVML_CLOCK_MEM}
-ALL_LINKS = 0xFFFFFFFF  # scope of a field: the sum over the GPU's NVLinks
+ALL_LINKS = 0xFFFFFFFF  # scope ID of a field value: sum over the GPU's NVLinks
 NVLINK_BYTES = {
     "transmitted": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
     "received": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
@@ -46,7 +46,7 @@ NVLINK_ERRORS = {
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """`memory` in bytes. NVML gives host pids, which another pid namespace cannot resolve."""
+    """A process that uses a GPU. `memory` in bytes; `pid` in the host's namespace, which a container cannot resolve."""
 
     pid: int
     memory: int
@@ -78,8 +78,8 @@ class Gpu:
     pcie_width_max: int | None = None
     pcie_replays: int | None = None
     fabric_state: int | None = None  # nvml.h, NVML_GPU_FABRIC_STATE_*: 0 not supported, 3 completed
-    nvlinks: tuple[int, int] = (0, 0)  # (up, there at all)
-    utilization: float | None = None  # share of the last sampling period in which a kernel ran
+    nvlinks: tuple[int, int] = (0, 0)  # (active, total)
+    utilization: float | None = None  # fraction of the last sampling period in which a kernel ran, 0 … 1
     memory_temperature: int | None = None
     power: float | None = None
     energy: float | None = None  # since the driver was loaded
@@ -95,7 +95,7 @@ class Gpu:
 
     @property
     def throttle_reasons(self) -> dict[str, float]:
-        """1 for each reason that slows it down now, 0 for the others."""
+        """1 for each active throttle reason, 0 for the others; empty if not supported."""
         if self.clock_reasons is None:
             return {}
         return {name: float(bool(self.clock_reasons & bit)) for bit, name in THROTTLE_REASONS.items()}
@@ -103,38 +103,38 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuPair:
-    """Two GPUs: nvmlGpuP2PStatus of reading (0 is OK), of NVLink, and nvmlGpuTopologyLevel between them."""
+    """Connection between GPUs `a` and `b` (NVML indices)."""
 
-    one: int
-    other: int
-    p2p: int | None
-    nvlink: int | None
-    topology: int | None
+    a: int
+    b: int
+    p2p: int | None  # nvmlGpuP2PStatus of reads; 0 is OK
+    nvlink: int | None  # nvmlGpuP2PStatus of NVLink; 0 is OK
+    topology: int | None  # nvmlGpuTopologyLevel
 
 
 @dataclass(frozen=True)
 class GpuInventory:
-    """`failure`: NVML's code where it did not start, `broken`: (index, code) of GPUs that could not be opened."""
+    """All GPUs of this machine, and those visible to CUDA."""
 
-    failure: int = 0
+    failure: int = 0  # NVML's error code if it could not be initialized
     driver: str = ""
-    cuda: tuple[int, int] = (0, 0)  # the newest CUDA that this driver serves
+    cuda: tuple[int, int] = (0, 0)  # newest CUDA version that the driver supports
     all: tuple[Gpu, ...] = ()
-    failed: tuple[tuple[int, int], ...] = ()
+    failed: tuple[tuple[int, int], ...] = ()  # (index, error code) of GPUs that could not be opened
     pairs: tuple[GpuPair, ...] = ()
     selection: VisibleDevices = field(default_factory=lambda: VisibleDevices(()))
 
     @property
     def visible(self) -> list[Gpu]:
-        """In CUDA's order; a MIG instance, which has no index of its own, stands as the first GPU with MIG on."""
+        """GPUs visible to CUDA, in CUDA's order. A MIG instance (index -1) is represented by the first MIG GPU."""
         by_index = {gpu.index: gpu for gpu in self.all}
-        sliced = next((gpu for gpu in self.all if gpu.mig), None)
-        chosen = [by_index.get(i) if i >= 0 else sliced for i in self.selection.indices]
-        return [gpu for gpu in chosen if gpu]
+        mig_gpu = next((gpu for gpu in self.all if gpu.mig), None)
+        selected = [by_index.get(i) if i >= 0 else mig_gpu for i in self.selection.indices]
+        return [gpu for gpu in selected if gpu]
 
 
 def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
-    """`nvml`: pynvml, or what a test plays in its place; `visible`: CUDA_VISIBLE_DEVICES."""
+    """Reads all GPUs. `nvml`: pynvml by default, or a fake; `visible`: value of CUDA_VISIBLE_DEVICES."""
     nvml = nvml or pynvml
     try:
         nvml.nvmlInit()
@@ -146,22 +146,23 @@ def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
         nvml.nvmlShutdown()
 
 
-def completes_within(question: Callable[[], object], seconds: float = DRIVER_TIMEOUT_SECONDS) -> bool:
-    """Whether it comes to an end in time, tried in a forked process: a driver that hangs holds its caller for ever."""
+def completes_within(operation: Callable[[], object], seconds: float = DRIVER_TIMEOUT_SECONDS) -> bool:
+    """Runs `operation` in a forked process, which a hung driver may block forever. Returns True if it ends in time."""
     pid = os.fork()
     if pid == 0:
         try:
-            question()
+            operation()
         finally:
             os._exit(0)
-    if _ended(pid, seconds):
+    if _wait_for_exit(pid, seconds):
         return True
     os.kill(pid, signal.SIGKILL)
-    _ended(pid, KILL_SECONDS)  # unless it is stuck in the kernel
+    _wait_for_exit(pid, KILL_WAIT_SECONDS)  # a process blocked in the kernel does not exit
     return False
 
 
-def _ended(pid: int, seconds: float) -> bool:
+def _wait_for_exit(pid: int, seconds: float) -> bool:
+    """Waits up to `seconds`. Returns True if the process has exited."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if os.waitpid(pid, os.WNOHANG)[0]:
@@ -172,73 +173,72 @@ def _ended(pid: int, seconds: float) -> bool:
 
 def _read(nvml: Any, visible: str | None) -> GpuInventory:
     count = int(nvml.nvmlDeviceGetCount())
-    found: list[Gpu] = []
+    gpus: list[Gpu] = []
     handles: dict[int, Any] = {}
-    broken: list[tuple[int, int]] = []
+    failed: list[tuple[int, int]] = []
     for index in range(count):
         try:
             handles[index] = nvml.nvmlDeviceGetHandleByIndex(index)
-            found.append(_gpu(nvml, handles[index], index))
+            gpus.append(_read_gpu(nvml, handles[index], index))
         except pynvml.NVMLError as error:
-            broken.append((index, int(error.value)))
-    # A GPU that cannot be opened keeps its place in CUDA's numbering.
-    uuids = {gpu.index: gpu.uuid for gpu in found}
+            failed.append((index, int(error.value)))
+    # A GPU that cannot be opened still has an index in CUDA's numbering.
+    uuids = {gpu.index: gpu.uuid for gpu in gpus}
     version = int(_query(nvml.nvmlSystemGetCudaDriverVersion_v2) or 0)
-    whole = [gpu.index for gpu in found]
     return GpuInventory(
         driver=str(_query(nvml.nvmlSystemGetDriverVersion) or ""),
         cuda=(version // 1000, version % 1000 // 10),
-        all=tuple(found),
-        failed=tuple(broken),
-        pairs=tuple(_pair(nvml, handles, a, b) for a, b in combinations(whole, 2)),
+        all=tuple(gpus),
+        failed=tuple(failed),
+        pairs=tuple(_read_pair(nvml, handles, a, b) for a, b in combinations([gpu.index for gpu in gpus], 2)),
         selection=apply_cuda_visible_devices([uuids.get(i, "") for i in range(count)], visible),
     )
 
 
-def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
-    """Raises NVMLError where the GPU does not answer; what it merely does not support is None."""
+def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
+    """Reads one GPU. Readings that it does not support are None. Raises NVMLError if the GPU does not respond."""
 
-    def ask(name: str, *arguments: Any) -> Any:
+    def query(name: str, *arguments: Any) -> Any:
         return _query(lambda: getattr(nvml, name)(handle, *arguments))
 
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    rows = ask("nvmlDeviceGetRemappedRows")  # corrected, uncorrected, pending, failed
+    rows = query("nvmlDeviceGetRemappedRows")  # corrected, uncorrected, pending, failed
     remapped = rows or (0, 0, 0, 0)
-    fields = _fields(nvml, handle, [*NVLINK_BYTES.values(), *NVLINK_ERRORS.values()])
-    utilization, power = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetPowerUsage")
-    energy = ask("nvmlDeviceGetTotalEnergyConsumption")
-    clocks = {name: ask("nvmlDeviceGetClockInfo", domain) for name, domain in CLOCKS.items()}
-    mig = ask("nvmlDeviceGetMigMode")
-    persistence = ask("nvmlDeviceGetPersistenceMode")
-    processes = ask("nvmlDeviceGetComputeRunningProcesses") or []
+    fields = _read_fields(nvml, handle, [*NVLINK_BYTES.values(), *NVLINK_ERRORS.values()])
+    utilization, power = query("nvmlDeviceGetUtilizationRates"), query("nvmlDeviceGetPowerUsage")
+    energy = query("nvmlDeviceGetTotalEnergyConsumption")
+    clocks = {name: query("nvmlDeviceGetClockInfo", domain) for name, domain in CLOCKS.items()}
+    mig = query("nvmlDeviceGetMigMode")
+    persistence = query("nvmlDeviceGetPersistenceMode")
+    processes = query("nvmlDeviceGetComputeRunningProcesses") or []
     return Gpu(
         index=index,
         uuid=str(nvml.nvmlDeviceGetUUID(handle)),
         name=str(nvml.nvmlDeviceGetName(handle)),
-        bus=_bus(nvml.nvmlDeviceGetPciInfo(handle).busId),
+        bus=_normalize_pci_address(nvml.nvmlDeviceGetPciInfo(handle).busId),
         memory_total=int(memory.total),
         memory_free=int(memory.free),
-        capability=ask("nvmlDeviceGetCudaComputeCapability"),
+        capability=query("nvmlDeviceGetCudaComputeCapability"),
         processes=tuple(GpuProcess(int(p.pid), int(p.usedGpuMemory or 0)) for p in processes),
-        compute_mode=ask("nvmlDeviceGetComputeMode"),
+        compute_mode=query("nvmlDeviceGetComputeMode"),
         mig=bool(mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE),
-        ecc_uncorrected=ask(
+        ecc_uncorrected=query(
             "nvmlDeviceGetTotalEccErrors", pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
         ),
         remap_pending=bool(remapped[2]),
         remap_failure=bool(remapped[3]),
-        retired_pending=bool(ask("nvmlDeviceGetRetiredPagesPendingStatus")),
-        clock_reasons=ask("nvmlDeviceGetCurrentClocksEventReasons"),
-        temperature=ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
-        slowdown_temperature=ask("nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
+        retired_pending=bool(query("nvmlDeviceGetRetiredPagesPendingStatus")),
+        clock_reasons=query("nvmlDeviceGetCurrentClocksEventReasons"),
+        temperature=query("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+        slowdown_temperature=query("nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
         persistence=None if persistence is None else bool(persistence),
-        pcie_width=ask("nvmlDeviceGetCurrPcieLinkWidth"),
-        pcie_width_max=ask("nvmlDeviceGetMaxPcieLinkWidth"),
-        pcie_replays=ask("nvmlDeviceGetPcieReplayCounter"),
-        fabric_state=_fabric(nvml, handle),
-        nvlinks=_nvlinks(nvml, handle),
+        pcie_width=query("nvmlDeviceGetCurrPcieLinkWidth"),
+        pcie_width_max=query("nvmlDeviceGetMaxPcieLinkWidth"),
+        pcie_replays=query("nvmlDeviceGetPcieReplayCounter"),
+        fabric_state=_read_fabric_state(nvml, handle),
+        nvlinks=_count_nvlinks(nvml, handle),
         utilization=None if utilization is None else utilization.gpu / 100,
-        memory_temperature=_fields(nvml, handle, [pynvml.NVML_FI_DEV_MEMORY_TEMP], scope=0).get(
+        memory_temperature=_read_fields(nvml, handle, [pynvml.NVML_FI_DEV_MEMORY_TEMP], scope=0).get(
             pynvml.NVML_FI_DEV_MEMORY_TEMP
         ),
         power=None if power is None else power / 1000,
@@ -250,24 +250,24 @@ def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
     )
 
 
-def _query(question: Callable[[], Any]) -> Any:
-    """The answer, or None where this GPU or driver has none. A GPU that is gone is another matter: NVMLError."""
+def _query(call: Callable[[], Any]) -> Any:
+    """Returns the result of the NVML call, None if it is not supported. Raises NVMLError if the GPU is lost."""
     try:
-        return question()
+        return call()
     except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):
         raise
     except (pynvml.NVMLError, AttributeError):
         return None
 
 
-def _fields(nvml: Any, handle: Any, keys: Iterable[int], scope: int = ALL_LINKS) -> dict[int, int]:
-    """Field values (nvml.h, nvmlFieldValue_t) that this GPU has; each comes with a code and a type of its own."""
-    answers = _query(lambda: nvml.nvmlDeviceGetFieldValues(handle, [(key, scope) for key in keys])) or []
-    return {int(a.fieldId): _field_value(a) for a in answers if a.nvmlReturn == pynvml.NVML_SUCCESS}
+def _read_fields(nvml: Any, handle: Any, keys: Iterable[int], scope: int = ALL_LINKS) -> dict[int, int]:
+    """Returns the field values (nvml.h, nvmlFieldValue_t) that this GPU supports, by field id."""
+    fields = _query(lambda: nvml.nvmlDeviceGetFieldValues(handle, [(key, scope) for key in keys])) or []
+    return {int(f.fieldId): _field_value(f) for f in fields if f.nvmlReturn == pynvml.NVML_SUCCESS}
 
 
-def _field_value(answer: Any) -> int:
-    value = answer.value
+def _field_value(field_value: Any) -> int:
+    value = field_value.value
     return int(
         {
             pynvml.NVML_VALUE_TYPE_DOUBLE: value.dVal,
@@ -275,37 +275,37 @@ def _field_value(answer: Any) -> int:
             pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG: value.ulVal,
             pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: value.ullVal,
             pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: value.sllVal,
-        }.get(answer.valueType, value.siVal)
+        }.get(field_value.valueType, value.siVal)
     )
 
 
-def _bus(text: Any) -> str:
-    """NVML writes the domain with eight digits, /sys with four, and small."""
-    name = (text.decode() if isinstance(text, bytes) else str(text)).lower()
-    return name[4:] if len(name.split(":")[0]) == 8 else name
+def _normalize_pci_address(text: Any) -> str:
+    """Converts NVML's PCI address with an eight-digit domain to the form in /sys: four digits, lower case."""
+    address = (text.decode() if isinstance(text, bytes) else str(text)).lower()
+    return address[4:] if len(address.split(":")[0]) == 8 else address
 
 
-def _fabric(nvml: Any, handle: Any) -> int | None:
+def _read_fabric_state(nvml: Any, handle: Any) -> int | None:
     info = pynvml.c_nvmlGpuFabricInfoV_t()
-    answered = _query(lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, ctypes.byref(info)) or True)
-    return int(info.state) if answered else None
+    supported = _query(lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, ctypes.byref(info)) or True)
+    return int(info.state) if supported else None
 
 
-def _nvlinks(nvml: Any, handle: Any) -> tuple[int, int]:
-    states = [_query(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link)) for link in range(NVLINK_LINKS)]  # type: ignore[misc]
-    there = [state for state in states if state is not None]
-    return sum(map(bool, there)), len(there)
+def _count_nvlinks(nvml: Any, handle: Any) -> tuple[int, int]:
+    states = [_query(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link)) for link in range(MAX_NVLINKS)]  # type: ignore[misc]
+    existing = [state for state in states if state is not None]
+    return sum(map(bool, existing)), len(existing)
 
 
-def _pair(nvml: Any, handles: dict[int, Any], one: int, other: int) -> GpuPair:
-    def ask(name: str, *arguments: Any) -> int | None:
-        answer = _query(lambda: getattr(nvml, name)(handles[one], handles[other], *arguments))
-        return None if answer is None else int(answer)
+def _read_pair(nvml: Any, handles: dict[int, Any], a: int, b: int) -> GpuPair:
+    def query(name: str, *arguments: Any) -> int | None:
+        status = _query(lambda: getattr(nvml, name)(handles[a], handles[b], *arguments))
+        return None if status is None else int(status)
 
     return GpuPair(
-        one,
-        other,
-        p2p=ask("nvmlDeviceGetP2PStatus", P2P_READ),
-        nvlink=ask("nvmlDeviceGetP2PStatus", pynvml.NVML_P2P_CAPS_INDEX_NVLINK),
-        topology=ask("nvmlDeviceGetTopologyCommonAncestor"),
+        a,
+        b,
+        p2p=query("nvmlDeviceGetP2PStatus", P2P_READ),
+        nvlink=query("nvmlDeviceGetP2PStatus", pynvml.NVML_P2P_CAPS_INDEX_NVLINK),
+        topology=query("nvmlDeviceGetTopologyCommonAncestor"),
     )

@@ -1,4 +1,4 @@
-"""Ties a process's life to its parent's and its end to a documented exit code."""
+"""Lifecycle of a process: ends it with its parent and with a documented exit code."""
 
 import ctypes
 import faulthandler
@@ -19,14 +19,15 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends, however it ends: no orphan keeps a port or a GPU."""
+    """Makes the kernel kill this process when its parent exits, so that no orphan holds a port or a GPU."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def exit_with_supervisord(run_dir: Path) -> None:
-    """A process of the part dies with supervisord, and does not begin where the part is ending already.
+    """Ties this process to supervisord: exits with it, and exits at once if the part is already stopping.
 
-    Both can happen while Python starts: the kernel is then asked too late, and a SIGTERM between fork and exec is lost.
+    Both can happen while Python starts: supervisord may be gone before the prctl call, and a SIGTERM between fork and
+    exec is lost.
     """
     die_with_parent()
     pid_file = run_dir / "supervisord.pid"
@@ -36,16 +37,14 @@ def exit_with_supervisord(run_dir: Path) -> None:
 
 
 def stopping_file(run_dir: Path) -> Path:
-    """There from the moment on that start_server was asked to stop."""
+    """Returns the path of a file that start_server creates when it receives a stop signal."""
     return run_dir / "stopping"
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs a process's main and ends it with its code. Leaves by _exit: a thread or a collective that hangs cannot
-    hold it.
-    """
+    """Runs `main` and exits with its exit code. Uses os._exit, so that a hung thread or collective cannot block it."""
     faulthandler.enable()
-    threading.excepthook = _thread_failed
+    threading.excepthook = _on_thread_failed
     code: int = ExitCode.OK
     try:
         main()
@@ -60,8 +59,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     _exit(code)
 
 
-def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """A process must not go on without one of its threads."""
+def _on_thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Exits the process: it must not continue without one of its threads."""
     log.critical("thread %s failed", failure.thread.name if failure.thread else "?", exc_info=failure.exc_value)
     _exit(ExitCode.RANK_CRASHED)
 

@@ -1,1 +1,1 @@
-"""Models as data: the spec, the decoder it describes, and its weights."""
+"""Models: specification, decoder, checkpoint and weights."""

@@ -1,7 +1,6 @@
-"""A checkpoint folder, read from headers only: which tensors it has, where their bytes lie, and whether the files
-are whole.
+"""Checkpoint files, read by their headers only: which tensors exist, in which file, and whether files are complete.
 
-Imports no torch, so that start_server can refuse a bad checkpoint within a second and the doctor can share the checks.
+No torch, so that start_server can reject a bad checkpoint within a second and the doctor can use the same checks.
 """
 
 import hashlib
@@ -19,12 +18,12 @@ from rtp_llm.config import Config
 from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.model.spec import ModelSpec, spec_from_config
 
-_LFS = b"version https://git-lfs"
-_MAX_HEADER_BYTES = 100 << 20  # bytes; the format's own limit (safetensors, format description)
-_MAX_INDEX_BYTES = 64 << 20  # bytes; of a model with 60 layers of 256 experts it has nine
-_MAX_TOKENIZER_BYTES = 256 << 20  # bytes; the largest of today have some 35 MB
+_LFS_PREFIX = b"version https://git-lfs"
+_MAX_HEADER_BYTES = 100 << 20  # limit of the safetensors format
+_MAX_INDEX_BYTES = 64 << 20  # a model with 60 layers of 256 experts needs 9 MB
+_MAX_TOKENIZER_BYTES = 256 << 20  # the largest common tokenizers need 35 MB
 _MAX_SHARDS = 10_000
-_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+_NUMBERED_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -35,7 +34,7 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies; `dtype` in safetensors' spelling: F32, BF16, F16 …"""
+    """A tensor of a safetensors file. `dtype` as safetensors names it: F32, BF16, F16 …"""
 
     file: Path
     dtype: str
@@ -44,25 +43,26 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has passed the header checks."""
+    """A checkpoint directory that has passed the header checks."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    digest: str  # of config.json and all headers: equal on parts that hold the same checkpoint
+    digest: str  # hash of config.json and all headers; parts compare it
 
     @classmethod
     def open(cls, settings: Config) -> "Checkpoint":
-        """Raises ConfigError where CHECKPOINT_PATH cannot be one, CheckpointError where its files are not whole."""
+        """Reads the headers in CHECKPOINT_PATH. Raises ConfigError if it is not a directory, else CheckpointError."""
         path = checkpoint_directory(settings)
         digest = hashlib.sha256()
         config = _read_json(path / "config.json", digest)
         tensors: dict[str, TensorInfo] = {}
-        for file in _shards(path):
+        for file in _find_shards(path):
             tensors |= _read_header(file, digest)
-        return cls(path, config | _overrides(settings), tensors, digest.hexdigest()[:16])
+        return cls(path, config | _read_overrides(settings), tensors, digest.hexdigest()[:16])
 
     def spec(self, settings: Config) -> ModelSpec:
+        """Returns the model's spec with the overrides of `settings`. Raises CheckpointError or ConfigError."""
         return spec_from_config(
             self.config,
             model_type=settings.model_type,
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def checkpoint_directory(settings: Config) -> Path:
-    """CHECKPOINT_PATH, which must be a folder. Raises ConfigError."""
+    """Returns CHECKPOINT_PATH. Raises ConfigError if it is not a directory."""
     if not settings.checkpoint_path:
         raise ConfigError(
             "CHECKPOINT_PATH is not set; allowed: a folder with config.json and *.safetensors", check="M-06"
@@ -87,57 +87,63 @@ def checkpoint_directory(settings: Config) -> Path:
 
 
 def find_errors(path: Path) -> list[CheckpointError]:
-    """Everything that is wrong with the files of a checkpoint folder, where `Checkpoint.open` stops at the first."""
-    found: list[CheckpointError] = []
+    """Returns all errors in the files of a checkpoint directory; `Checkpoint.open` raises the first."""
+    errors: list[CheckpointError] = []
 
-    def attempt(read: Callable[[], Any]) -> Any:
+    def collect(read: Callable[[], Any]) -> Any:
         try:
             return read()
         except CheckpointError as error:
-            found.append(error)
+            errors.append(error)
 
-    attempt(lambda: _read_json(path / "config.json"))
-    shards = attempt(lambda: _shards(path))
+    collect(lambda: _read_json(path / "config.json"))
+    shards = collect(lambda: _find_shards(path))
     for file in sorted(path.glob("*.safetensors")):
         if shards is None and not file.exists():
-            continue  # named already
-        attempt(lambda file=file: _read_header(file, hashlib.sha256()))  # type: ignore[misc]
-    return found
+            continue  # _find_shards has reported it
+        collect(lambda file=file: _read_header(file, hashlib.sha256()))  # type: ignore[misc]
+    return errors
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises CheckpointError where the API process could not load the tokenizer of this folder. That its inner tables
-    fit each other is only known to the library which reads them."""
-    file, configs = folder / "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
+def check_tokenizer(directory: Path) -> None:
+    """Raises CheckpointError if the API process could not load the tokenizer of this directory.
+
+    Inconsistent tables inside tokenizer.json are not detected: only the tokenizers library checks them.
+    """
+    file, configs = directory / "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
     if not file.exists() and not file.is_symlink():
-        other = ", only the sentencepiece file tokenizer.model" if (folder / "tokenizer.model").exists() else ""
-        raise CheckpointError(f"{folder}: no tokenizer.json{other}", check="M-07")
-    if not _has_vocabulary(_read_json(file, most=_MAX_TOKENIZER_BYTES, check="M-07")):
+        hint = ", only the sentencepiece file tokenizer.model" if (directory / "tokenizer.model").exists() else ""
+        raise CheckpointError(f"{directory}: no tokenizer.json{hint}", check="M-07")
+    if not _has_vocabulary(_read_json(file, max_bytes=_MAX_TOKENIZER_BYTES, check="M-07")):
         raise CheckpointError(f"{file}: has no vocabulary (model.vocab, added_tokens); copy it again", check="M-07")
     for name in configs:
-        path = folder / name
+        path = directory / name
         config = _read_json(path, check="M-07") if path.exists() or path.is_symlink() else {}
-        if not _are_templates(config.get("chat_template")):
+        if not _is_chat_template(config.get("chat_template")):
             raise CheckpointError(
                 f'{path}: chat_template must be text or a list of {{"name": …, "template": …}}', check="M-07"
             )
 
 
-def _has_vocabulary(table: dict[str, Any]) -> bool:
-    """Tokens with their ids, or (in a unigram model) a list of them in order."""
-    model, added = table.get("model"), table.get("added_tokens") or []
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    numbered = isinstance(vocabulary, dict) and all(type(id) is int for id in vocabulary.values())
-    known = isinstance(added, list) and all(isinstance(t, dict) and type(t.get("id")) is int for t in added)
-    return known and (numbered or isinstance(vocabulary, list))
+def _has_vocabulary(tokenizer: dict[str, Any]) -> bool:
+    """Returns whether model.vocab maps tokens to ids, or lists them (unigram models), and added_tokens have ids."""
+    model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    has_ids = isinstance(vocab, dict) and all(type(id) is int for id in vocab.values())
+    added_have_ids = isinstance(added_tokens, list) and all(
+        isinstance(token, dict) and type(token.get("id")) is int for token in added_tokens
+    )
+    return added_have_ids and (has_ids or isinstance(vocab, list))
 
 
-def _are_templates(value: Any) -> bool:
-    named = isinstance(value, list) and all(isinstance(v, dict) and {"name", "template"} <= v.keys() for v in value)
-    return not value or isinstance(value, str) or named
+def _is_chat_template(value: Any) -> bool:
+    """Returns whether `value` is a template, a list of named templates, or empty."""
+    is_named = isinstance(value, list) and all(isinstance(v, dict) and {"name", "template"} <= v.keys() for v in value)
+    return not value or isinstance(value, str) or is_named
 
 
-def _overrides(settings: Config) -> dict[str, Any]:
+def _read_overrides(settings: Config) -> dict[str, Any]:
+    """Parses JSON_MODEL_OVERRIDE_ARGS. Raises ConfigError."""
     if not settings.json_model_override_args:
         return {}
     try:
@@ -146,7 +152,7 @@ def _overrides(settings: Config) -> dict[str, Any]:
         raise ConfigError(
             f"JSON_MODEL_OVERRIDE_ARGS: malformed JSON at column {error.colno}: {error.msg}", check="M-14"
         ) from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+    except (RecursionError, ValueError) as error:  # too deeply nested, or an integer of thousands of digits
         raise ConfigError(f"JSON_MODEL_OVERRIDE_ARGS: malformed JSON: {error}", check="M-14") from None
     if not isinstance(value, dict):
         raise ConfigError("JSON_MODEL_OVERRIDE_ARGS: must be a JSON object of config.json keys", check="M-14")
@@ -154,30 +160,35 @@ def _overrides(settings: Config) -> dict[str, Any]:
 
 
 def _read_json(
-    path: Path, digest: Any = None, *, most: int = files.MAX_FILE_BYTES, check: str = "M-04"
+    path: Path, digest: Any = None, *, max_bytes: int = files.MAX_FILE_BYTES, check: str = "M-04"
 ) -> dict[str, Any]:
-    """`check`: the id of a file that is damaged; one that is not there, or only a pointer, has the same everywhere."""
+    """Reads a file that holds a JSON object, and adds its bytes to `digest`.
+
+    Raises CheckpointError: with the id `check` if the file is damaged, M-06 if it is missing, M-11 if access is denied,
+    M-05 if it is a git-lfs pointer.
+    """
     try:
-        raw = files.read(path, most)
+        raw = files.read(path, max_bytes)
     except OSError as error:
-        raise _unreadable(path, error, check) from None
-    if raw.startswith(_LFS):
+        raise _make_read_error(path, error, check) from None
+    if raw.startswith(_LFS_PREFIX):
         raise CheckpointError(_lfs_message(path), check="M-05")
     if digest is not None:
         digest.update(raw)
     try:
         value = json.loads(raw)
-    except (RecursionError, ValueError) as error:  # also what is no text, nested too deeply, a number without an end
+    except (RecursionError, ValueError) as error:  # invalid JSON or UTF-8, too deeply nested, or a huge integer
         raise CheckpointError(f"{path}: malformed JSON: {error}", check=check) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object", check=check)
     return value
 
 
-def _unreadable(path: Path, error: OSError, damaged: str = "M-04") -> CheckpointError:
+def _make_read_error(path: Path, error: OSError, check: str = "M-04") -> CheckpointError:
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path}: cannot be read: {files.explain_missing(path)}", check="M-06")
-    check = "M-11" if isinstance(error, PermissionError) else damaged
+    if isinstance(error, PermissionError):
+        check = "M-11"
     return CheckpointError(f"{path}: cannot be read: {error.strerror}", check=check)
 
 
@@ -185,85 +196,92 @@ def _lfs_message(path: Path) -> str:
     return f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` in {path.parent}"
 
 
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files that make up the model: those of the index where there is one."""
+def _find_shards(path: Path) -> list[Path]:
+    """Returns the safetensors files of the model: those of the index if there is one, else all in the directory."""
     index = path / "model.safetensors.index.json"
     if index.exists() or index.is_symlink():
-        weight_map = _read_json(index, most=_MAX_INDEX_BYTES).get("weight_map")
+        weight_map = _read_json(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map", check="M-06")
         shards = [path / name for name in sorted(set(map(str, weight_map.values())))]
         _check_present(index, shards)
         return shards
     shards = sorted(path.glob("*.safetensors"))
-    _check_present(path, _numbered(shards))
+    _check_present(path, _expected_shards(shards))
     if not shards:
-        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
-        found = f"; found {others[0]}: convert it with transformers' save_pretrained" if others else ""
-        raise CheckpointError(f"{path}: no *.safetensors file{found}", check="M-06")
+        names = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
+        hint = f"; found {names[0]}: convert it with transformers' save_pretrained" if names else ""
+        raise CheckpointError(f"{path}: no *.safetensors file{hint}", check="M-06")
     return shards
 
 
 def _check_present(source: Path, shards: list[Path]) -> None:
+    """Raises CheckpointError if any of the shards that `source` (an index or a directory) names is missing."""
     missing = [file for file in shards if not file.exists()]
     if missing:
         names = ", ".join(file.name for file in missing)
-        link = next((f" ({files.explain_missing(file)})" for file in missing if file.is_symlink()), "")
-        raise CheckpointError(f"{source}: names {len(shards)} shards, missing: {names}{link}", check="M-06")
+        hint = next((f" ({files.explain_missing(file)})" for file in missing if file.is_symlink()), "")
+        raise CheckpointError(f"{source}: names {len(shards)} shards, missing: {names}{hint}", check="M-06")
 
 
-def _numbered(shards: Iterable[Path]) -> list[Path]:
-    """All that belong to files called `model-00001-of-00003.safetensors`: where there is no index, their names say how
-    many there are."""
-    found = {(m[1], len(m[2]), m[3], file.parent) for file in shards if (m := _NUMBERED.fullmatch(file.name))}
+def _expected_shards(shards: Iterable[Path]) -> list[Path]:
+    """Returns all shards that the names of these announce: `model-00001-of-00003.safetensors` is one of three."""
+    sets = {(m[1], len(m[2]), m[3], file.parent) for file in shards if (m := _NUMBERED_SHARD.fullmatch(file.name))}
     return [
-        folder / f"{stem}-{number:0{digits}}-of-{total}.safetensors"
-        for stem, digits, total, folder in sorted(found)
+        directory / f"{stem}-{number:0{digits}}-of-{total}.safetensors"
+        for stem, digits, total, directory in sorted(sets)
         for number in range(1, min(int(total), _MAX_SHARDS) + 1)
     ]
 
 
 def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
-    """One file's table of tensors, checked against the file's size."""
+    """Reads the header of a safetensors file and adds it to `digest`.
+
+    Returns the tensors by name. Raises CheckpointError if the header is invalid or does not match the file's size.
+    """
     try:
         files.check_regular(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
-            head = stream.read(8)
-            if head == _LFS[:8]:
+            prefix = stream.read(8)
+            if prefix == _LFS_PREFIX[:8]:
                 raise CheckpointError(_lfs_message(file), check="M-05")
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 0 < length <= min(_MAX_HEADER_BYTES, size):
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, size):
                 raise CheckpointError(f"{file}: not a safetensors file, or cut off: {size} bytes", check="M-04")
-            raw = stream.read(length)
-            table = json.loads(raw)
+            raw = stream.read(header_bytes)
+            header = json.loads(raw)
     except OSError as error:
-        raise _unreadable(file, error) from None
+        raise _make_read_error(file, error) from None
     except (RecursionError, ValueError):
         raise CheckpointError(f"{file}: its header is damaged", check="M-04") from None
     digest.update(raw)
     try:
-        table.pop("__metadata__", None)
-        tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}
-        end = _end((tuple(entry["data_offsets"]), tensors[name]) for name, entry in table.items())
+        header.pop("__metadata__", None)
+        tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        data_bytes = _validate_offsets((tuple(entry["data_offsets"]), tensors[name]) for name, entry in header.items())
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: its header is damaged", check="M-04") from None
-    if size != 8 + length + end:
-        kind = "cut off" if size < 8 + length + end else "too long"
+    expected_size = 8 + header_bytes + data_bytes
+    if size != expected_size:
+        kind = "cut off" if size < expected_size else "too long"
         raise CheckpointError(
-            f"{file}: {kind}: {size} bytes, its header says {8 + length + end}; copy it again", check="M-04"
+            f"{file}: {kind}: {size} bytes, its header says {expected_size}; copy it again", check="M-04"
         )
     return tensors
 
 
-def _end(spans: Iterable[tuple[tuple[int, int], TensorInfo]]) -> int:
-    """Where the last tensor ends. Raises ValueError unless they lie one after another, each as long as its shape
-    says, as the library that reads them demands."""
+def _validate_offsets(tensors: Iterable[tuple[tuple[int, int], TensorInfo]]) -> int:
+    """Returns the bytes of all tensors, given as (data_offsets, tensor).
+
+    Raises ValueError unless they follow each other without gaps, each as long as its shape and dtype require. The
+    safetensors library rejects the same files.
+    """
     end = 0
-    for (begin, stop), tensor in sorted(spans, key=lambda span: span[0]):
-        if begin != end or stop < begin or any(type(n) is not int or n < 0 for n in (begin, stop, *tensor.shape)):
+    for (start, stop), tensor in sorted(tensors, key=lambda item: item[0]):
+        if start != end or stop < start or any(type(n) is not int or n < 0 for n in (start, stop, *tensor.shape)):
             raise ValueError(tensor)
-        if stop - begin != prod(tensor.shape) * _ITEM_BYTES.get(tensor.dtype, 0) and tensor.dtype in _ITEM_BYTES:
+        if stop - start != prod(tensor.shape) * _ITEM_BYTES.get(tensor.dtype, 0) and tensor.dtype in _ITEM_BYTES:
             raise ValueError(tensor)
         end = stop
     return end

@@ -1,4 +1,4 @@
-"""The decoder that a ModelSpec describes: embedding, N blocks, norm, head."""
+"""The decoder that a ModelSpec describes: embedding, N layers, norm, output head."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from rtp_llm.layers.linear import (
     ColumnParallelLinear,
     PrepackedLinear,
     RowParallelLinear,
-    head_rows,
     merged_columns,
     qkv_columns,
+    query_head_slices,
 )
 from rtp_llm.layers.norm import RMSNorm
 from rtp_llm.layers.rope import RotaryEmbedding, apply_rotary_emb
@@ -39,19 +39,20 @@ class Attention(nn.Module):
             spec.num_heads * dim,
             self.num_heads * dim,
             spec.hidden_size,
-            head_rows(heads, dim),
+            query_head_slices(heads, dim),
             spec.o_bias,
             group,
         )
         self.q_norm = RMSNorm(f"{prefix}.q_norm", dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerKVCache, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerKVCache, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        """x: [T, hidden]. cos_sin: [T, 1, head_dim / 2] each. Returns [T, hidden]."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary_emb(q, *angles), apply_rotary_emb(k, *angles)
+        q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
         out = self.backend(q, k, v, cache, batch, window=self.window, scale=self.scale)
         return self.o_proj(out.flatten(1))
 
@@ -61,27 +62,28 @@ class MLP(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()
-        prefix, full = f"model.layers.{layer}.mlp", spec.intermediate_size
-        share = shard_mlp(full, group.size, group.rank)
-        columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full, share)
-        self.gate_up_proj = ColumnParallelLinear(spec.hidden_size, 2 * len(share), columns, spec.mlp_bias)
+        prefix, full_size = f"model.layers.{layer}.mlp", spec.intermediate_size
+        shard = shard_mlp(full_size, group.size, group.rank)
+        columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full_size, shard)
+        self.gate_up_proj = ColumnParallelLinear(spec.hidden_size, 2 * len(shard), columns, spec.mlp_bias)
         self.down_proj = RowParallelLinear(
             f"{prefix}.down_proj",
-            full,
-            len(share),
+            full_size,
+            len(shard),
             spec.hidden_size,
-            [(share, range(len(share)))],
+            [(shard, range(len(shard)))],
             spec.mlp_bias,
             group,
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [T, hidden]. Returns [T, hidden]."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    """One layer: attention and MLP, each behind a norm and beside the residual."""
+    """Attention and MLP with pre-normalization and residual connections."""
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend):
         super().__init__()
@@ -97,16 +99,17 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         batch: ForwardBatch,
         cache: LayerKVCache,
-        angles: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
+        """Returns (output, residual), [T, hidden] each; the next layer or the last norm adds them."""
         x, residual = self.input_layernorm.forward_with_residual(x, residual)
-        x = self.self_attn(x, batch, cache, angles)
+        x = self.self_attn(x, batch, cache, cos_sin)
         x, residual = self.post_attention_layernorm.forward_with_residual(x, residual)
         return self.mlp(x), residual
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states; `logits` turns chosen rows into logits on rank 0."""
+    """Computes hidden states with `forward`, and logits of selected tokens with `logits`."""
 
     def __init__(self, spec: ModelSpec, group: Group, backend: AttentionBackend):
         super().__init__()
@@ -114,25 +117,25 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(spec, i, group, backend) for i in range(spec.num_layers))
         self.norm = RMSNorm("model.norm", spec.hidden_size, spec.norm_eps)
         self.local_kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, group.size, group.rank).kv_heads)
-        tied = self.embed_tokens.weight if spec.tie_embeddings else None
-        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied)
+        tied_weight = self.embed_tokens.weight if spec.tie_embeddings else None
+        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied_weight)
         weight = self.norm.weight
         self.rope = RotaryEmbedding(spec.rope, spec.head_dim, weight.device, weight.dtype)
 
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerKVCache]) -> Tensor:
-        """[T, hidden], after the last norm."""
-        angles = self.rope.cos_sin(batch.positions, batch.rope_lens)
+        """Returns the hidden states [T, hidden] after the last norm, equal on all ranks. `caches`: one per layer."""
+        cos_sin = self.rope.cos_sin(batch.positions, batch.rope_lens)
         x, residual = self.embed_tokens(batch.token_ids), None
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, batch, cache, angles)
+            x, residual = layer(x, residual, batch, cache, cos_sin)
         return self.norm.forward_with_residual(x, residual)[0]
 
     def prepack(self) -> None:
-        """After loading: lays the weights out for this processor, one layer at a time."""
+        """Prepacks the weights after loading, one layer at a time to limit peak memory."""
         for module in self.modules():
             if isinstance(module, PrepackedLinear):
                 module.prepack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """[R, hidden] to [R, vocab] float32 on rank 0, None on the other ranks."""
+        """hidden: [R, hidden]. Returns logits [R, vocab] float32 on rank 0, None on the other ranks."""
         return self.lm_head(hidden)

@@ -1,4 +1,4 @@
-"""How many bytes a model takes on one rank, from its spec alone. Imports no torch, so the doctor can say it first."""
+"""Memory of a model on one rank, computed from its spec. No torch, so that the doctor can use it before the start."""
 
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.sharding import padded_vocab, shard_heads, shard_mlp
@@ -7,17 +7,17 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
-    """Of the rank that holds most, as `layers` allocates them; norms and biases, some kilobytes, are left out."""
+    """Returns the bytes of the largest shard, as `layers` allocates it, without norms and biases (some kilobytes)."""
     embeddings = head_weights(spec, tp_size) * (1 if spec.tie_embeddings else 2)
     return (layer_weights(spec, tp_size) + embeddings) * ITEM_BYTES[spec.dtype]
 
 
 def layer_weights(spec: ModelSpec, tp_size: int) -> int:
-    """Elements of the matrices of all layers, of the rank that holds most."""
-    return max(_rank_layers(spec, tp_size, rank) for rank in range(tp_size))
+    """Returns the number of elements of all layers' matrices in the largest shard."""
+    return max(_rank_layer_weights(spec, tp_size, rank) for rank in range(tp_size))
 
 
-def _rank_layers(spec: ModelSpec, tp_size: int, rank: int) -> int:
+def _rank_layer_weights(spec: ModelSpec, tp_size: int, rank: int) -> int:
     heads = shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, rank)
     attention = spec.hidden_size * spec.head_dim * 2 * (heads.num_heads + len(heads.kv_heads))  # q and o, k and v
     mlp = 3 * spec.hidden_size * len(shard_mlp(spec.intermediate_size, tp_size, rank))
@@ -25,11 +25,11 @@ def _rank_layers(spec: ModelSpec, tp_size: int, rank: int) -> int:
 
 
 def head_weights(spec: ModelSpec, tp_size: int) -> int:
-    """Elements of a rank's share of the output head, and as many of the embedding."""
+    """Returns the number of elements of a rank's shard of the output head; the embedding's shard has as many."""
     return padded_vocab(spec.vocab_size, tp_size) // tp_size * spec.hidden_size
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:
-    """Of the rank that holds most KV heads: a key and a value in every layer."""
+    """Returns the bytes of one token's keys and values in all layers, on the rank with the most KV heads."""
     heads = max(len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, rank).kv_heads) for rank in range(tp_size))
     return 2 * spec.num_layers * heads * spec.head_dim * ITEM_BYTES[spec.dtype]

@@ -1,6 +1,6 @@
-"""ModelSpec: a checkpoint's config.json turned into the data that one decoder is built from. Imports no torch.
+"""ModelSpec: a checkpoint's config.json, parsed into the data that the decoder is built from. No torch.
 
-Families differ by flags here, not by copied files. To add one: a function in FAMILIES, and a test against transformers.
+Model families differ by flags of the spec. To add one: a function in FAMILIES, and a test against transformers.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _DTYPES: dict[str, DType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: sizes in elements, biases and norms as flags."""
+    """A decoder. Sizes in elements; flags for biases and norms."""
 
     family: str
     vocab_size: int
@@ -28,27 +28,27 @@ class ModelSpec:
     intermediate_size: int
     norm_eps: float
     rope: RopeSpec
-    max_positions: int
+    max_positions: int  # tokens
     dtype: DType
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
-    fused_qkv: bool = False  # internlm2's wqkv and tensor names
+    fused_qkv: bool = False  # wqkv and other tensor names of InternLM2
     sliding_window: int = 0  # 0: none
-    window_layers: tuple[bool, ...] = ()  # which layers it holds for
+    window_layers: tuple[bool, ...] = ()  # per layer, whether it uses the window
 
     def window(self, layer: int) -> int:
-        """Keys that layer `layer` sees, its own token included; 0: all."""
+        """Returns the number of newest keys that a token attends to in this layer, its own included; 0: all."""
         return self.sliding_window if self.sliding_window and self.window_layers[layer] else 0
 
     def valid_tp_sizes(self) -> range:
-        """TP sizes this model can be split into: query heads, MLP and vocabulary pad, KV heads replicate."""
+        """Returns the supported TP sizes. Query heads, MLP and vocabulary are padded, KV heads replicated."""
         return range(1, self.num_heads + 1)
 
     def check_tp(self, tp_size: int) -> None:
-        """Raises ConfigError with the sizes that fit."""
+        """Raises ConfigError if the TP size is not supported."""
         if tp_size not in self.valid_tp_sizes():
             raise ConfigError(
                 f"TP_SIZE={tp_size}: the model has {self.num_heads} query heads; allowed: 1 to {self.num_heads}",
@@ -66,12 +66,12 @@ def _llama(config: Json) -> dict[str, Any]:
 
 
 def _mistral(config: Json) -> dict[str, Any]:
-    return _window(config, lambda layer: True)
+    return _window_flags(config, lambda layer: True)
 
 
 def _qwen2(config: Json) -> dict[str, Any]:
-    first = config.get("max_window_layers", 0)
-    window = _window(config, lambda layer: layer >= first) if config.get("use_sliding_window") else {}
+    first_layer = config.get("max_window_layers", 0)
+    window = _window_flags(config, lambda layer: layer >= first_layer) if config.get("use_sliding_window") else {}
     return {"qkv_bias": True} | window
 
 
@@ -104,51 +104,51 @@ ARCHITECTURES = {
 
 
 def spec_from_config(config: Json, *, model_type: str = "", act_type: str = "", num_layers: int = 0) -> ModelSpec:
-    """Reads a Hugging Face config.json of either generation (`rope_theta`/`rope_scaling`/`torch_dtype`,
-    `rope_parameters`/`dtype`).
+    """Parses a Hugging Face config.json, written by transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) or 5
+    (`rope_parameters`, `dtype`).
 
-    `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override where set.
-    Raises CheckpointError naming the key, ConfigError for a MODEL_TYPE that is not known or does not fit.
+    `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override it if set.
+    Raises CheckpointError naming the key, ConfigError if MODEL_TYPE is unknown or contradicts the architectures.
     """
-    family = _family(config, model_type)
+    family = _select_family(config, model_type)
     try:
-        spec = _read(config, family)
+        spec = _parse_config(config, family)
     except KeyError as error:
         raise CheckpointError(f"config.json: key {error} is missing; a {family} checkpoint needs it") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json: cannot be read as a {family} model: {error}") from None
     if act_type:
-        spec = replace(spec, dtype=act_type)  # type: ignore[arg-type]  # Config allows just these
+        spec = replace(spec, dtype=act_type)  # type: ignore[arg-type]  # Config has validated it
     if 0 < num_layers < spec.num_layers:
         spec = replace(spec, num_layers=num_layers)
     return spec
 
 
-def _family(config: Json, model_type: str) -> str:
+def _select_family(config: Json, model_type: str) -> str:
     architectures = config.get("architectures") or []
-    found = next((ARCHITECTURES[a] for a in architectures if a in ARCHITECTURES), "")
+    detected = next((ARCHITECTURES[a] for a in architectures if a in ARCHITECTURES), "")
     if model_type:
-        asked = ALIASES.get(model_type, model_type)
-        if asked not in FAMILIES:
-            known = ", ".join(sorted([*FAMILIES, *ALIASES]))
+        family = ALIASES.get(model_type, model_type)
+        if family not in FAMILIES:
+            names = ", ".join(sorted([*FAMILIES, *ALIASES]))
             raise ConfigError(
-                f"MODEL_TYPE={model_type!r}: not a model type this server knows; allowed: {known}", check="M-14"
+                f"MODEL_TYPE={model_type!r}: not a model type this server knows; allowed: {names}", check="M-14"
             )
-        if found and found != asked and {found, asked} != {"llama", "mistral"}:
+        if detected and detected != family and {detected, family} != {"llama", "mistral"}:
             raise ConfigError(
-                f"MODEL_TYPE={model_type!r}: config.json says architectures={architectures}, which is {found};"
-                f" allowed: {found}, or leave MODEL_TYPE unset",
+                f"MODEL_TYPE={model_type!r}: config.json says architectures={architectures}, which is {detected};"
+                f" allowed: {detected}, or leave MODEL_TYPE unset",
                 check="M-14",
             )
-        return asked
-    if not found:
+        return family
+    if not detected:
         raise CheckpointError(
             f"config.json: architectures={architectures} is none this server knows; allowed: {', '.join(ARCHITECTURES)}"
         )
-    return found
+    return detected
 
 
-def _read(config: Json, family: str) -> ModelSpec:
+def _parse_config(config: Json, family: str) -> ModelSpec:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
         raise CheckpointError(
@@ -156,91 +156,98 @@ def _read(config: Json, family: str) -> ModelSpec:
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"config.json: hidden_act={config['hidden_act']!r}; supported: silu")
-    heads = _count(config, "num_attention_heads")
-    hidden = _count(config, "hidden_size")
-    positions = _count(config, "max_position_embeddings")
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    if heads % kv_heads:
+    num_heads = _read_size(config, "num_attention_heads")
+    hidden_size = _read_size(config, "hidden_size")
+    max_positions = _read_size(config, "max_position_embeddings")
+    num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+    if num_heads % num_kv_heads:
         raise CheckpointError(
-            f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            f"config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
     return ModelSpec(
         family=family,
-        vocab_size=_count(config, "vocab_size"),
-        hidden_size=hidden,
-        num_layers=_count(config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        intermediate_size=_count(config, "intermediate_size"),
+        vocab_size=_read_size(config, "vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=_read_size(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        intermediate_size=_read_size(config, "intermediate_size"),
         norm_eps=float(config["rms_norm_eps"]),
-        rope=_rope(config, positions),
-        max_positions=_max_positions(config, positions),
-        dtype=_dtype(config),
+        rope=_read_rope(config, max_positions),
+        max_positions=_read_max_positions(config, max_positions),
+        dtype=_read_dtype(config),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         **FAMILIES[family](config),
     )
 
 
-def _count(config: Json, key: str) -> int:
+def _read_size(config: Json, key: str) -> int:
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"config.json: {key}={value!r}; allowed: an integer of 1 or more")
     return value
 
 
-def _window(config: Json, holds: Callable[[int], bool]) -> dict[str, Any]:
-    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+def _window_flags(config: Json, has_window: Callable[[int], bool]) -> dict[str, Any]:
+    """Returns the sliding-window fields of ModelSpec. `has_window`: by layer, used if there are no layer_types."""
+    window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
     if not window:
         return {}
-    kinds = config.get("layer_types")
-    flags = tuple(k == "sliding_attention" for k in kinds) if kinds else tuple(holds(i) for i in range(layers))
+    layer_types = config.get("layer_types")
+    flags = (
+        tuple(t == "sliding_attention" for t in layer_types)
+        if layer_types
+        else tuple(has_window(layer) for layer in range(num_layers))
+    )
     return {"sliding_window": int(window), "window_layers": flags}
 
 
-def _dtype(config: Json) -> DType:
+def _read_dtype(config: Json) -> DType:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if name not in _DTYPES:
         raise CheckpointError(f"config.json: dtype={name!r}; supported: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
-def _scaling(config: Json) -> Json:
-    """The rope settings of either generation as one object."""
+def _rope_settings(config: Json) -> Json:
+    """Returns the rope settings of a transformers 4 or 5 config.json as one object."""
     parameters = config.get("rope_parameters")
     if parameters:
         return dict(parameters)
     return {"rope_theta": config.get("rope_theta", 10000.0)} | (config.get("rope_scaling") or {})
 
 
-def _rope(config: Json, positions: int) -> RopeSpec:
-    raw = _scaling(config)
-    kind = _rope_kind(raw)
-    original = raw.get("original_max_position_embeddings") if kind in ("llama3", "yarn") else None
-    theta = float(raw.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if kind != "default" and raw.get("factor") is None:
+def _read_rope(config: Json, max_positions: int) -> RopeSpec:
+    settings = _rope_settings(config)
+    kind = _read_rope_kind(settings)
+    original = settings.get("original_max_position_embeddings") if kind in ("llama3", "yarn") else None
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind != "default" and settings.get("factor") is None:
         raise KeyError(f"factor of rope type {kind}")
-    known = {k: v for k, v in raw.items() if k in _ROPE_FIELDS and v is not None}
-    return RopeSpec(theta, kind, original_max=int(original or positions), **known)
+    scaling = {k: v for k, v in settings.items() if k in _ROPE_FIELDS and v is not None}
+    return RopeSpec(theta, kind, original_max=int(original or max_positions), **scaling)
 
 
 _ROPE_FIELDS = set(RopeSpec.__dataclass_fields__) - {"theta", "kind", "original_max"}
 
 
-def _rope_kind(raw: Json) -> RopeKind:
-    kind = raw.get("rope_type") or raw.get("type") or "default"
-    for known in get_args(RopeKind):
-        if kind == known:
-            return cast(RopeKind, known)
-    raise CheckpointError(f"config.json: rope type {kind!r}; supported: {', '.join(get_args(RopeKind))}")
+def _read_rope_kind(settings: Json) -> RopeKind:
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind not in get_args(RopeKind):
+        raise CheckpointError(f"config.json: rope type {kind!r}; supported: {', '.join(get_args(RopeKind))}")
+    return cast(RopeKind, kind)
 
 
-def _max_positions(config: Json, positions: int) -> int:
-    """Longest sequence the checkpoint is meant for, in tokens. linear and dynamic scaling stretch the trained length
-    by their factor; yarn and llama3 checkpoints state the stretched length themselves."""
-    raw = _scaling(config)
-    kind = _rope_kind(raw)
-    original = raw.get("original_max_position_embeddings")
-    if kind in ("linear", "dynamic") or (kind == "yarn" and original in (None, positions)):
-        return int(positions * float(raw.get("factor", 1.0)))
-    return positions
+def _read_max_positions(config: Json, max_positions: int) -> int:
+    """Returns the longest sequence that the checkpoint supports, in tokens.
+
+    Linear and dynamic scaling multiply the trained length by their factor. llama3 checkpoints give the resulting
+    length as max_position_embeddings, and so do yarn ones unless it equals the trained length.
+    """
+    settings = _rope_settings(config)
+    kind = _read_rope_kind(settings)
+    original = settings.get("original_max_position_embeddings")
+    if kind in ("linear", "dynamic") or (kind == "yarn" and original in (None, max_positions)):
+        return int(max_positions * float(settings.get("factor", 1.0)))
+    return max_positions

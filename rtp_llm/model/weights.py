@@ -1,4 +1,4 @@
-"""Fills a decoder from safetensors: each parameter pulls its own rectangles, and no rank reads more than that."""
+"""Loads safetensors weights. Each rank reads only the slices that its parameters need."""
 
 import logging
 import time
@@ -18,12 +18,12 @@ from rtp_llm.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-ProgressCallback = Callable[[float], None]  # share loaded, 0 … 1
+ProgressCallback = Callable[[float], None]  # gets the fraction loaded, 0 … 1
 
 
 @dataclass(frozen=True)
 class LoadStats:
-    """What one rank read."""
+    """Amount and duration of one rank's reads."""
 
     bytes: int
     seconds: float
@@ -31,7 +31,7 @@ class LoadStats:
 
 @dataclass(frozen=True)
 class _SliceRead:
-    """A piece translated to the checkpoint's own names."""
+    """A WeightSlice in the names and layout of the checkpoint, and the parameter that it is copied to."""
 
     parameter: ShardedParameter
     name: str
@@ -40,35 +40,36 @@ class _SliceRead:
     target: range
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, progress: ProgressCallback) -> LoadStats:
-    """Raises CheckpointError naming every tensor that is missing or has another shape; nothing is read then."""
+def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
+    """Loads all parameters of the model.
+
+    Raises CheckpointError, before reading anything, if tensors are missing or have unexpected shapes.
+    """
     started = time.monotonic()
     reads = _plan_reads(model, spec)
-    _check(model, checkpoint, spec)
+    _check_tensors(model, checkpoint, spec)
     total = sum(len(r.target) for r in reads) or 1
-    done, count = 0, 0
+    done, num_bytes = 0, 0
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
         for read in reads:
             file = checkpoint.tensors[read.name].file
             if file not in files:
                 files[file] = stack.enter_context(safe_open(file, framework="pt"))
-            count += _copy_slice(read, files[file])
+            num_bytes += _copy_slice(read, files[file])
             done += len(read.target)
-            progress(done / total)
-    return LoadStats(count, time.monotonic() - started)
+            on_progress(done / total)
+    return LoadStats(num_bytes, time.monotonic() - started)
 
 
 def _copy_slice(read: _SliceRead, file: Any) -> int:
-    """Copies one rectangle; returns the bytes read. safetensors maps the file, so only the slice's pages are
-    touched.
-    """
+    """Copies one slice into its parameter. Returns its bytes; the file is memory-mapped, so no others are read."""
     view = file.get_slice(read.name)
     start, stop = read.source.start, read.source.stop
-    part = view[start:stop] if read.dim == 0 else view[:, start:stop]
+    tensor = view[start:stop] if read.dim == 0 else view[:, start:stop]
     target = slice(read.target.start, read.target.stop)
-    (read.parameter.data[target] if read.dim == 0 else read.parameter.data[:, target]).copy_(part)
-    return int(part.numel() * part.element_size())
+    (read.parameter.data[target] if read.dim == 0 else read.parameter.data[:, target]).copy_(tensor)
+    return int(tensor.numel() * tensor.element_size())
 
 
 def _parameters(model: nn.Module) -> Iterator[ShardedParameter]:
@@ -80,15 +81,15 @@ def _parameters(model: nn.Module) -> Iterator[ShardedParameter]:
 def _plan_reads(model: nn.Module, spec: ModelSpec) -> list[_SliceRead]:
     translate = _internlm2_slice if spec.fused_qkv else _identity_slice
     return [
-        _SliceRead(parameter, *translate(piece, spec), piece.target)
+        _SliceRead(parameter, *translate(weight_slice, spec), weight_slice.target)
         for parameter in _parameters(model)
-        for piece in parameter.slices
-        if len(piece.source)
+        for weight_slice in parameter.slices
+        if len(weight_slice.source)
     ]
 
 
-def _identity_slice(piece: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
-    return piece.name, piece.dim, piece.source
+def _identity_slice(weight_slice: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
+    return weight_slice.name, weight_slice.dim, weight_slice.source
 
 
 _INTERNLM2_NAMES = (
@@ -106,46 +107,49 @@ _INTERNLM2_NAMES = (
 )
 
 
-def _internlm2_slice(piece: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
-    """InternLM2 stores per KV head: its query heads, its key, its value, in one tensor `wqkv`."""
-    name = _internlm2_name(piece.name)
-    for kind, part in enumerate((".q_proj", ".k_proj", ".v_proj")):
-        if part in piece.name:
-            head = piece.source.start // spec.head_dim
+def _internlm2_slice(weight_slice: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
+    """Translates to InternLM2, whose tensor `wqkv` stacks for each KV head its query heads, its key and its value."""
+    name = _internlm2_name(weight_slice.name)
+    for kind, infix in enumerate((".q_proj", ".k_proj", ".v_proj")):
+        if infix in weight_slice.name:
+            head = weight_slice.source.start // spec.head_dim
             row = _wqkv_row(kind, head, spec.num_heads // spec.num_kv_heads) * spec.head_dim
-            return name, 0, range(row, row + len(piece.source))
-    return name, piece.dim, piece.source
+            return name, 0, range(row, row + len(weight_slice.source))
+    return name, weight_slice.dim, weight_slice.source
 
 
 def _internlm2_name(name: str) -> str:
-    for ours, theirs in _INTERNLM2_NAMES:
-        name = name.replace(ours, theirs)
+    for llama_name, internlm2_name in _INTERNLM2_NAMES:
+        name = name.replace(llama_name, internlm2_name)
     return name
 
 
-def _wqkv_row(kind: int, head: int, group: int) -> int:
-    """Position of a query (0), key (1) or value (2) head in wqkv, in heads."""
+def _wqkv_row(kind: int, head: int, group_size: int) -> int:
+    """Returns the position in wqkv, in heads, of a query (`kind` 0), key (1) or value (2) head."""
     if kind == 0:
-        return head // group * (group + 2) + head % group
-    return head * (group + 2) + group + kind - 1
+        return head // group_size * (group_size + 2) + head % group_size
+    return head * (group_size + 2) + group_size + kind - 1
 
 
-def _check(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    have, wanted = checkpoint.tensors, _shapes(model, spec)
-    missing = sorted(wanted.keys() - have.keys())
+def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises CheckpointError if tensors are missing or have unexpected shapes. Logs unused ones."""
+    tensors, shapes = checkpoint.tensors, _expected_shapes(model, spec)
+    missing = sorted(shapes.keys() - tensors.keys())
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(f"{checkpoint.path}: tensors missing for a {spec.family} model: {shown}")
-    for name, shape in wanted.items():
-        if have[name].shape != shape:
-            raise CheckpointError(f"{checkpoint.path}: {name} has shape {have[name].shape}, config.json says {shape}")
-    extra = [n for n in have.keys() - wanted.keys() if not _expected_extra(n, spec)]
-    if extra:
-        log.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(extra), min(extra))
+        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(f"{checkpoint.path}: tensors missing for a {spec.family} model: {names}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {tensors[name].shape}, config.json says {shape}"
+            )
+    unused = [name for name in tensors.keys() - shapes.keys() if not _is_expected_extra(name, spec)]
+    if unused:
+        log.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(unused), min(unused))
 
 
-def _shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """What the checkpoint must hold, in its own names; those that are one tensor there add up their rows."""
+def _expected_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that the checkpoint must have, by its names. Rows that it stacks in one tensor add up."""
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter in _parameters(model):
         for name, shape in parameter.full_shapes.items():
@@ -155,9 +159,9 @@ def _shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _expected_extra(name: str, spec: ModelSpec) -> bool:
-    """Tensors that are rightly left alone: tied heads, stored rope tables, layers cut off by HACK_LAYER_NUM."""
+def _is_expected_extra(name: str, spec: ModelSpec) -> bool:
+    """Returns whether an unused tensor is normal: a tied head, a rope table, a layer beyond HACK_LAYER_NUM."""
     if name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight"):
         return True
-    parts = name.split(".")
-    return len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= spec.num_layers
+    path = name.split(".")
+    return len(path) > 2 and path[1] == "layers" and path[2].isdigit() and int(path[2]) >= spec.num_layers

@@ -1,1 +1,1 @@
-"""Who is rank what, and how ranks talk to each other."""
+"""The plan of the gang, and the communication between its ranks."""

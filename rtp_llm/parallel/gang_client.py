@@ -1,7 +1,7 @@
-"""A rank's membership in the gang: the roll call before anything heavy starts, the heartbeat after it.
+"""A rank's membership in the gang: the rendezvous before torch is imported, then heartbeats.
 
-A gang lives in numbered epochs. When any rank is lost the epoch is over for all: everyone leaves with a code that says
-why, and the supervisors of all parts start the next one.
+The lifetime of a gang is divided into numbered epochs. Losing any rank ends the epoch for all ranks: they exit with a
+code for the reason, and the guards of all parts restart them in the next epoch.
 """
 
 import json
@@ -28,24 +28,27 @@ CONNECT_TIMEOUT_SECONDS = 3.0
 
 
 class GangClient:
-    """One rank's seat in the current epoch; `join` blocks until every rank of every part has one."""
+    """One rank's connection to the coordinator. `join` blocks until all ranks of all parts have joined."""
 
     def __init__(self, plan: Plan, rank_status: RankStatus, config: Config, run_dir: Path, on_lost: OnRankLost):
         self.plan, self.rank_status, self.config = plan, rank_status, config
         self.epoch = 0
-        self.address = ""  # this machine as the other parts see it; known once joined
-        self._ranks: dict[str, dict[str, Any]] = {}  # the newest pulses of all ranks, from the hub
+        self.address = ""  # of this machine as other parts reach it; set by `join`
+        self._rank_statuses: dict[str, dict[str, Any]] = {}  # by rank, latest from the coordinator
         self._on_lost = on_lost
-        self._board = GangStatusFile(run_dir) if rank_status.rank == plan.first_rank else None
-        self._hub: Coordinator | None = None
+        self._status_file = GangStatusFile(run_dir) if rank_status.rank == plan.first_rank else None
+        self._coordinator: Coordinator | None = None
         self._sock: socket.socket | None = None
-        self._say_again = 0.0
+        self._next_report_at = 0.0
 
     def join(self, fingerprint: dict[str, Any]) -> None:
-        """Raises GangError where parts disagree or one never comes; every part raises the same text."""
+        """Blocks until all ranks have joined the epoch. `fingerprint`: values that must be equal on all parts.
+
+        Raises GangError if parts disagree or one does not join in time, with the same message on all parts.
+        """
         deadline = time.monotonic() + self.config.gang_timeout_min * 60
         if self.rank_status.rank == 0:
-            self._hub = self._open_coordinator()
+            self._coordinator = self._open_coordinator()
         while True:
             try:
                 self._sock = self._connect(deadline)
@@ -55,32 +58,39 @@ class GangClient:
                 welcome = self._wait_welcome(self._sock)
                 break
             except OSError as error:
-                # Part 0 went away before the roll was complete: it will come back, so call again.
+                # Part 0 may have been restarted before all ranks had joined: connect again.
                 if self._sock:
                     self._sock.close()
                 if time.monotonic() > deadline:
-                    raise self._join_error(f"roll call interrupted: {error}") from None
-                self._report(f"roll call interrupted: {error}")
+                    raise self._join_error(f"rendezvous interrupted: {error}") from None
+                self._report(f"rendezvous interrupted: {error}")
                 time.sleep(CONNECT_RETRY_SECONDS)
         self.epoch = int(welcome["epoch"])
-        own = str(self._sock.getsockname()[0])
-        self.address = str(welcome["part0_address"]) if self.plan.part == 0 else own
+        local_address = str(self._sock.getsockname()[0])
+        self.address = str(welcome["part0_address"]) if self.plan.part == 0 else local_address
         log.info("epoch %d: all %d ranks are here and agree", self.epoch, self.plan.world_size)
-        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
-        threading.Thread(target=self._listen, name="gang", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._receive_gang_status, name="gang-status", daemon=True).start()
 
     def wait_until_loaded(self) -> None:
-        """Returns when every rank has its weights. Disks differ by minutes, and a collective would give up waiting;
-        here a rank that stops making progress is the hub's to notice."""
-        while sum(p["phase"] not in ("rendezvous", "loading") for p in self._ranks.values()) < self.plan.world_size:
+        """Blocks until all ranks have loaded their weights.
+
+        Disks differ in speed, and a fast rank could wait in a collective beyond its timeout. The coordinator detects a
+        rank that makes no progress.
+        """
+        while not self._all_loaded():
             self.rank_status.mark_progress()
             time.sleep(0.05)
+
+    def _all_loaded(self) -> bool:
+        statuses = self._rank_statuses.values()
+        return sum(status["phase"] not in ("rendezvous", "loading") for status in statuses) >= self.plan.world_size
 
     def _open_coordinator(self) -> Coordinator:
         config = self.config
         host = "0.0.0.0" if self.plan.is_multi_part else "127.0.0.1"
         listener = listen(host, self.plan.leader_port(RENDEZVOUS_PORT_OFFSET))
-        epoch = self._board.next_epoch() if self._board else 1
+        epoch = self._status_file.next_epoch() if self._status_file else 1
         timeouts = Timeouts(config.gang_timeout_min * 60, config.heartbeat_timeout, config.dist_comm_timeout)
         return Coordinator(self.plan, epoch, listener, timeouts, self._on_lost)
 
@@ -93,7 +103,7 @@ class GangClient:
                 reason = error.strerror or str(error) or type(error).__name__
             if time.monotonic() > deadline:
                 raise self._join_error(f"{host}:{port}: {reason}")
-            self._report(f"waiting for {self.plan.describe_part(0)}: roll call at {host}:{port}: {reason}")
+            self._report(f"waiting for {self.plan.describe_part(0)}: rendezvous at {host}:{port}: {reason}")
             time.sleep(CONNECT_RETRY_SECONDS)
 
     def _join_error(self, reason: str) -> GangError:
@@ -105,25 +115,25 @@ class GangClient:
     def _wait_welcome(self, sock: socket.socket) -> dict[str, Any]:
         sock.settimeout(max(self.config.heartbeat_timeout, 5))
         while True:
-            kind, payload = recv_frame(sock)
+            frame_type, payload = recv_frame(sock)
             message: dict[str, Any] = json.loads(payload)
-            if kind == FrameType.WELCOME:
+            if frame_type == FrameType.WELCOME:
                 return message
-            if kind == FrameType.REJECTED:
+            if frame_type == FrameType.REJECTED:
                 raise GangError(str(message["message"]))
-            if kind == FrameType.WAITING and message["missing"]:
+            if frame_type == FrameType.WAITING and message["missing"]:
                 self._report(f"waiting for {message['missing']}")
 
     def _report(self, text: str) -> None:
-        """Says who is missing every few seconds, once per part, and leaves word for /health."""
-        if self._board is None:
+        """Logs the text every few seconds and writes it to the gang status for /health; one rank per part does."""
+        if self._status_file is None:
             return
-        self._board.write({"epoch": self.epoch, "ranks": {}, "message": text})
-        if time.monotonic() >= self._say_again:
-            self._say_again = time.monotonic() + min(3.0, self.config.gang_sleep_time)
+        self._status_file.write({"epoch": self.epoch, "ranks": {}, "message": text})
+        if time.monotonic() >= self._next_report_at:
+            self._next_report_at = time.monotonic() + min(3.0, self.config.gang_sleep_time)
             log.info("%s", text)
 
-    def _heartbeat(self) -> None:
+    def _send_heartbeats(self) -> None:
         assert self._sock is not None
         while True:
             try:
@@ -132,74 +142,78 @@ class GangClient:
                 self._lost(f"lost part 0: {error}", ExitCode.COMMUNICATION)
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
 
-    def _listen(self) -> None:
-        """Reads the state of the gang that the hub sends with every beat, and posts it for this part's API."""
+    def _receive_gang_status(self) -> None:
+        """Writes each gang status from the coordinator to the status file for this part's API."""
         assert self._sock is not None
         self._sock.settimeout(self.config.heartbeat_timeout)
         while True:
             try:
-                kind, payload = recv_frame(self._sock)
+                frame_type, payload = recv_frame(self._sock)
             except TimeoutError:
-                self._lost(f"no word from rank 0 for {self.config.heartbeat_timeout:.0f} s", ExitCode.HANG)
+                self._lost(f"no message from rank 0 for {self.config.heartbeat_timeout:.0f} s", ExitCode.HANG)
                 return
             except OSError as error:
                 self._lost(f"lost part 0: {error}", ExitCode.COMMUNICATION)
                 return
-            if kind != FrameType.GANG_STATUS:
+            if frame_type != FrameType.GANG_STATUS:
                 continue
-            state = json.loads(payload)
-            self._ranks = state["ranks"]
-            if self._board:
-                self._board.write(state | {"message": ""})
+            gang_status = json.loads(payload)
+            self._rank_statuses = gang_status["ranks"]
+            if self._status_file:
+                self._status_file.write(gang_status | {"message": ""})
 
     def _lost(self, message: str, code: ExitCode) -> None:
-        # Rank 0's own hub has the better reason and reports it itself; give it the first word.
-        if self._hub:
+        # The coordinator in this process has the exact reason: let it report first.
+        if self._coordinator:
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
         self._on_lost(message, code)
 
 
 class GangStatusFile:
-    """`gang.json` in the run directory: what the local API process knows of the gang. Its age tells whether it still
-    holds.
-    """
+    """`gang.json` in the run directory: the gang status for the local API process, which checks its age."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "gang.json"
         self._epoch_path = run_dir / "epoch"
 
-    def write(self, state: dict[str, Any]) -> None:
-        scratch = self._path.with_suffix(".tmp")
+    def write(self, gang_status: dict[str, Any]) -> None:
+        temporary = self._path.with_suffix(".tmp")
         try:
-            scratch.write_text(json.dumps(state))
-            os.replace(scratch, self._path)
-        except OSError as error:  # a full disk: /health will say that this is stale, and the ranks compute on
+            temporary.write_text(json.dumps(gang_status))
+            os.replace(temporary, self._path)
+        except OSError as error:  # on a full disk the ranks continue, and /health reports a stale status
             log.error("%s: not written: %s", self._path, error.strerror)
 
     def next_epoch(self) -> int:
-        """The number of the epoch that rank 0 now opens; counted over restarts of its process."""
+        """Returns the number of a new epoch. The counter is a file, so that it survives restarts of rank 0."""
         last = int(self._epoch_path.read_text()) if self._epoch_path.exists() else 0
         self._epoch_path.write_text(str(last + 1))
         return last + 1
 
 
 def leader_host(plan: Plan) -> str:
-    """Where this part reaches part 0. On part 0 itself loopback, whatever the file calls it: behind NAT its own
-    published address may not lead back (alibaba/rtp-llm issue 82)."""
+    """Returns the host at which this part reaches part 0.
+
+    Part 0 itself uses loopback: behind NAT its published address may not route back (alibaba/rtp-llm issue 82).
+    """
     return "127.0.0.1" if plan.part == 0 else plan.leader.ip
 
 
 def exit_process(message: str, code: ExitCode) -> None:
-    """The default answer to a loss: say so and go, past any collective that hangs. The supervisor does the rest."""
+    """Logs the message and exits with `code`.
+
+    Uses os._exit because a hung collective blocks a normal exit; the guard restarts the ranks.
+    """
     log.critical("%s: leaving the epoch (exit code %d)", message, code)
     logging.shutdown()
     os._exit(code)
 
 
 def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float) -> dict[int, socket.socket]:
-    """Rank 0: takes the step connections of all other ranks, each of which names its rank and epoch.
+    """Accepts the step connections of all other ranks on rank 0. Returns sockets by rank.
 
-    Raises CommunicationError where one does not come within `timeout` seconds.
+    Each connection starts with a JOIN frame. Raises CommunicationError if a rank does not connect within `timeout`
+    seconds.
     """
     peers: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout
@@ -220,11 +234,11 @@ def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float
 
 
 def _read_join(sock: socket.socket, epoch: int) -> int | None:
-    """The rank that a new step connection belongs to; None for a stranger and for a rank of another epoch."""
+    """Returns the rank of a new step connection; None if it is not a rank, or one of another epoch."""
     sock.settimeout(CONNECT_TIMEOUT_SECONDS)
     try:
-        kind, payload = recv_frame(sock)
-        message = json.loads(payload) if kind == FrameType.JOIN else {}
+        frame_type, payload = recv_frame(sock)
+        message = json.loads(payload) if frame_type == FrameType.JOIN else {}
         if message["epoch"] == epoch:
             return int(message["rank"])
         log.warning("step port: dropped a connection from another epoch: %s", message)
@@ -234,7 +248,7 @@ def _read_join(sock: socket.socket, epoch: int) -> int | None:
 
 
 def retry_connect(dial: Callable[[], socket.socket], timeout: float) -> socket.socket:
-    """Dials until the peer listens. Raises CommunicationError after `timeout` seconds."""
+    """Calls `dial` until it connects. Raises CommunicationError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         try:

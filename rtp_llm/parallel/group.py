@@ -1,6 +1,7 @@
-"""Collectives of the tensor-parallel group behind one small interface.
+"""Collectives of the tensor-parallel group.
 
-Nothing at TP=1, NCCL on GPUs; on CPU gloo forms the group, and ranks of one machine then reduce through shared memory.
+No communication at TP=1, NCCL on GPUs, gloo on CPU. CPU ranks on one machine use shared memory instead of gloo for the
+collectives of a step.
 """
 
 import functools
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class Group(Protocol):
-    """`size` ranks, this one is `rank`. Every call is made by all ranks in the same order, and fails after a
-    deadline.
+    """A process group of `size` ranks; this process is `rank`.
+
+    All ranks must make the same calls in the same order. A call fails after a timeout.
     """
 
     rank: int
@@ -38,26 +40,26 @@ class Group(Protocol):
 
     @property
     def wait_seconds(self) -> float | None:
-        """Seconds that this rank has waited for others in collectives of steps; None where it cannot be told."""
+        """Total seconds that this rank has waited for other ranks in collectives of steps; None if not measured."""
         ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; returns its argument."""
+        """Sums the tensor over all ranks in place. Returns the same tensor."""
         ...
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Rank 0 gets the tensors of all ranks (equal shapes) in order of rank, the others None."""
+        """Returns the tensors of all ranks in rank order on rank 0, None on the others. All shapes must be equal."""
         ...
 
     def min(self, value: int) -> int:
-        """The smallest of all ranks' values, on all ranks."""
+        """Returns the minimum over all ranks, on all ranks."""
         ...
 
     def close(self) -> None: ...
 
 
 class SingleRankGroup:
-    """TP=1: there is nobody to talk to."""
+    """The group of a single rank (TP=1): no communication."""
 
     rank, size = 0, 1
     wait_seconds: float | None = None
@@ -76,14 +78,14 @@ class SingleRankGroup:
 
 
 def _raises_communication_error(collective: Callable[P, R]) -> Callable[P, R]:
-    """torch reports a lost peer as RuntimeError; here it is the end of the epoch, with its own exit code."""
+    """Converts torch's RuntimeError for a lost peer to CommunicationError, which has its own exit code."""
 
     @functools.wraps(collective)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return collective(*args, **kwargs)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # RuntimeErrors as well, but nobody was lost
+            raise  # subclasses of RuntimeError that are not caused by a lost peer
         except RuntimeError as error:
             raise CommunicationError(f"collective {collective.__name__} failed: {error}") from error
 
@@ -91,9 +93,9 @@ def _raises_communication_error(collective: Callable[P, R]) -> Callable[P, R]:
 
 
 class TorchGroup:
-    """torch.distributed over NCCL or gloo."""
+    """The default process group of torch.distributed, over NCCL or gloo."""
 
-    wait_seconds: float | None = None  # the device waits, not the process
+    wait_seconds: float | None = None  # NCCL waits on the device, which this process cannot measure
 
     def __init__(self, rank: int, size: int, device: torch.device):
         self.rank, self.size, self.device = rank, size, device
@@ -105,9 +107,9 @@ class TorchGroup:
 
     @_raises_communication_error
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(tensor.contiguous(), parts, dst=0)
-        return parts
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(tensor.contiguous(), tensors, dst=0)
+        return tensors
 
     @_raises_communication_error
     def min(self, value: int) -> int:
@@ -120,21 +122,21 @@ class TorchGroup:
 
 
 class SharedMemoryGroup(TorchGroup):
-    """Ranks of one machine on CPU: gloo has formed the group, the steps go through shared memory."""
+    """CPU ranks on one machine: collectives of steps use shared memory, everything else uses gloo."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, memory: ShmCommunicator):
+    def __init__(self, rank: int, size: int, device: torch.device, communicator: ShmCommunicator):
         super().__init__(rank, size, device)
-        self._memory = memory
+        self._communicator = communicator
 
     @property
     def wait_seconds(self) -> float | None:  # type: ignore[override]
-        return self._memory.wait_seconds
+        return self._communicator.wait_seconds
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._memory.all_reduce(tensor)
+        return self._communicator.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        return self._memory.gather(tensor)
+        return self._communicator.gather(tensor)
 
 
 def init_group(
@@ -148,70 +150,72 @@ def init_group(
     device: torch.device,
     shm_prefix: str = "",
 ) -> Group:
-    """Forms the group of an epoch. `host`: where part 0 is reached; `address`: this machine as the others see it.
+    """Initializes the process group of an epoch.
 
-    `timeout` (seconds) bounds forming it and every collective. `shm_prefix`: how files in /dev/shm may be named; empty
-    keeps gloo for everything. Raises CommunicationError.
+    `host` is part 0's, `address` this machine's as other parts reach it. `timeout` in seconds applies to the
+    initialization and to every collective. `shm_prefix` is the prefix of file names in /dev/shm; empty: gloo for all
+    collectives. Raises CommunicationError.
     """
     if plan.world_size == 1:
         return SingleRankGroup()
-    _choose_interface(address)
+    _set_collective_interface(address)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _init(plan, rank, epoch, host, timeout, backend, device)
+        store = _init_torch_group(plan, rank, epoch, host, timeout, backend, device)
         if shm_prefix and backend == "gloo" and not plan.is_multi_part and is_supported():
-            return SharedMemoryGroup(
-                rank, plan.world_size, device, _share_memory(store, plan, rank, timeout, shm_prefix)
-            )
+            communicator = _open_communicator(store, plan, rank, timeout, shm_prefix)
+            return SharedMemoryGroup(rank, plan.world_size, device, communicator)
     except (RuntimeError, OSError) as error:
         port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
         raise CommunicationError(f"{backend} group at {host}:{port} could not be formed: {error}") from error
     return TorchGroup(rank, plan.world_size, device)
 
 
-def _init(
+def _init_torch_group(
     plan: Plan, rank: int, epoch: int, host: str, timeout: float, backend: str, device: torch.device
 ) -> dist.Store:
-    """torch.distributed's own rendezvous on part 0; every epoch has its own keys."""
-    deadline = timedelta(seconds=timeout)
+    """Initializes torch.distributed with a TCPStore on part 0. Keys have the epoch as prefix. Returns the store."""
+    duration = timedelta(seconds=timeout)
     port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
-    # The store would listen on all interfaces, for a single machine too: it gets a socket that does not.
-    listener = listen("0.0.0.0" if plan.is_multi_part else "127.0.0.1", port).detach() if rank == 0 else None
-    tcp = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=deadline, master_listen_fd=listener)
-    store = dist.PrefixStore(f"epoch{epoch}", tcp)
+    # By itself the TCPStore listens on all interfaces, also on a single machine: pass it a socket on loopback then.
+    fd = listen("0.0.0.0" if plan.is_multi_part else "127.0.0.1", port).detach() if rank == 0 else None
+    tcp_store = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=duration, master_listen_fd=fd)
+    store = dist.PrefixStore(f"epoch{epoch}", tcp_store)
     dist.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=plan.world_size,
-        timeout=deadline,
+        timeout=duration,
         device_id=device if device.type == "cuda" else None,
     )
     return store
 
 
-def _share_memory(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> ShmCommunicator:
-    """All ranks open the segment, then its name goes: whatever dies later, nothing stays behind in /dev/shm."""
+def _open_communicator(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> ShmCommunicator:
+    """Opens the shared segment on all ranks, then unlinks it, so that a killed rank leaves no file in /dev/shm."""
     if rank != 0:
-        memory = ShmCommunicator(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
+        communicator = ShmCommunicator(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
         dist.barrier()
-        return memory
-    path, lock = create_segment(prefix, secrets.token_hex(4), plan.world_size)
+        return communicator
+    path, lock_fd = create_segment(prefix, secrets.token_hex(4), plan.world_size)
     try:
         store.set("segment", str(path))
-        memory = ShmCommunicator(path, rank, plan.world_size, timeout)
+        communicator = ShmCommunicator(path, rank, plan.world_size, timeout)
         dist.barrier()
         path.unlink()
     finally:
-        os.close(lock)
-    return memory
+        os.close(lock_fd)
+    return communicator
 
 
-def _choose_interface(address: str) -> None:
-    """Both libraries would guess the interface from the host name, which /etc/hosts often maps to 127.0.1.1. The
-    operator's own choice stands."""
+def _set_collective_interface(address: str) -> None:
+    """Sets the network interface of gloo and NCCL to the one with this address, unless the operator has set one.
+
+    gloo resolves the host name by default, which /etc/hosts often maps to 127.0.1.1.
+    """
     interface = interface_of(address)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" eth1 would match eth10 too
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # "=": exact match; eth1 alone also matches eth10
     log.info("collectives use interface %s (%s)", os.environ.get("GLOO_SOCKET_IFNAME", "?"), address)

@@ -1,7 +1,6 @@
-"""The members of a gang, one per part, read from a distribute file, GANG_CONFIG_STRING or JSON_GANG_PARTS.
+"""Reads the members of a gang, one per part, from a distribute file, GANG_CONFIG_STRING or JSON_GANG_PARTS.
 
-Everything that can be wrong with such a list is found here, before anything heavy starts, and said with source, key
-and value.
+All validation of the list happens here, before the ranks start. Errors name the source, the key and the value.
 """
 
 import json
@@ -19,7 +18,7 @@ _PART = re.compile(r"part([0-9]{1,6})\Z")
 
 @dataclass(frozen=True)
 class Member:
-    """One part: `index` N of `…_partN`, the address the others reach it by, and its HTTP port."""
+    """One part: `index` is N of `…_partN`, `ip` its address for the other parts, `port` its HTTP port."""
 
     index: int
     name: str
@@ -35,9 +34,9 @@ class _RawMember:
 
 
 def read_members(config: Config) -> tuple[Member, ...]:
-    """The members in order of their number; empty where no list is configured.
+    """Returns the members sorted by index; empty if no list is configured.
 
-    Raises ConfigError naming the source, the key and what is allowed.
+    Raises ConfigError with the source, the key and the allowed values.
     """
     if config.distribute_config_file:
         source = f"DISTRIBUTE_CONFIG_FILE {config.distribute_config_file}"
@@ -53,7 +52,7 @@ def read_members(config: Config) -> tuple[Member, ...]:
     if config.zone_name:
         entries = [e for e in entries if e.name.split("_")[-2:-1] == [config.zone_name]]
         source += f" (ZONE_NAME={config.zone_name})"
-    return _order(entries, source, config.start_port)
+    return _sort_by_index(entries, source, config.start_port)
 
 
 def _read(path: Path) -> str:
@@ -66,7 +65,7 @@ def _read(path: Path) -> str:
 
 def _parse_json(text: str, source: str) -> list[_RawMember]:
     try:
-        table = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
+        table = json.loads(text, object_pairs_hook=lambda pairs: _reject_duplicate_keys(pairs, source))
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{source}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}", check="C-02"
@@ -82,15 +81,15 @@ def _parse_json(text: str, source: str) -> list[_RawMember]:
     return [_raw_member(key, value, source) for key, value in table.items()]
 
 
-def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    table: dict[str, Any] = {}
     for key, value in pairs:
-        if key in seen:
+        if key in table:
             raise ConfigError(
-                f"{source}: duplicate key {key!r}: each member and each field may stand once", check="C-02"
+                f"{source}: duplicate key {key!r}: each member and each field may appear once", check="C-02"
             )
-        seen[key] = value
-    return seen
+        table[key] = value
+    return table
 
 
 def _parse_string(text: str) -> list[_RawMember]:
@@ -109,46 +108,52 @@ def _parse_string(text: str) -> list[_RawMember]:
             fields[key] = int(value) if key == "port" and re.fullmatch("[0-9]{1,9}", value) else value
         entries.append(_raw_member(str(fields.get("name", "")), fields, source))
     if len({e.name for e in entries}) != len(entries):
-        raise ConfigError(f"{source}: a member's name stands twice; each part needs its own …_partN", check="C-02")
+        raise ConfigError(f"{source}: two members have the same name; each part needs its own …_partN", check="C-02")
     if not entries:
-        raise ConfigError(f"{source}: holds no member; allowed: name:x_part0,ip:…,port:…;name:x_part1,…", check="C-02")
+        raise ConfigError(
+            f"{source}: contains no member; allowed: name:x_part0,ip:…,port:…;name:x_part1,…", check="C-02"
+        )
     return entries
 
 
 def _raw_member(key: str, value: Any, source: str) -> _RawMember:
-    where = f"{source}: member {key!r}"
+    prefix = f"{source}: member {key!r}"
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: is {json.dumps(value)}; allowed: an object with name, ip and port", check="C-02")
+        raise ConfigError(f"{prefix}: is {json.dumps(value)}; allowed: an object with name, ip and port", check="C-02")
     unknown = sorted(value.keys() - {"name", "ip", "port"})
     if unknown:
-        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; allowed: name, ip, port", check="C-02")
+        raise ConfigError(f"{prefix}: unknown field {unknown[0]!r}; allowed: name, ip, port", check="C-02")
     name = value.get("name", key)
     if name != key:
-        raise ConfigError(f"{where}: its name is {name!r}; key and name must be the same", check="C-02")
+        raise ConfigError(f"{prefix}: its name is {name!r}; key and name must be the same", check="C-02")
     ip = value.get("ip")
     if not isinstance(ip, str) or not ip.strip() or re.search(r"[\s/]", ip):
-        raise ConfigError(f"{where}: ip is {json.dumps(ip)}; allowed: an address or host name as text", check="C-02")
+        raise ConfigError(f"{prefix}: ip is {json.dumps(ip)}; allowed: an address or host name as text", check="C-02")
     if ip.strip() in ("0.0.0.0", "255.255.255.255"):
-        raise ConfigError(f"{where}: ip is {ip!r}, which is no machine's; allowed: its own address", check="C-02")
+        raise ConfigError(f"{prefix}: ip is {ip!r}; allowed: the address of one machine", check="C-02")
     if ":" in ip:
         raise ConfigError(
-            f"{where}: ip is {ip!r}; IPv6 is not supported yet; allowed: an IPv4 address or a host name", check="C-02"
+            f"{prefix}: ip is {ip!r}; IPv6 is not supported yet; allowed: an IPv4 address or a host name", check="C-02"
         )
     port = value.get("port")
     if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535):
         raise ConfigError(
-            f"{where}: port is {json.dumps(port)}; allowed: an integer from 1 to 65535 without quotes", check="C-02"
+            f"{prefix}: port is {json.dumps(port)}; allowed: an integer from 1 to 65535 without quotes", check="C-02"
         )
     if not _PART.search(key):
-        raise ConfigError(f"{where}: the name must end in part<N>, as in 'x_part0'", check="C-02")
+        raise ConfigError(f"{prefix}: the name must end in part<N>, as in 'x_part0'", check="C-02")
     return _RawMember(key, ip, port)
 
 
-def _order(entries: list[_RawMember], source: str, start_port: int) -> tuple[Member, ...]:
-    """By number, so that part2 comes before part10. A missing port is part 0's (or START_PORT if that has none)."""
+def _sort_by_index(entries: list[_RawMember], source: str, start_port: int) -> tuple[Member, ...]:
+    """Sorts numerically, so that part2 comes before part10.
+
+    The port defaults to part 0's, or to START_PORT if part 0 has none. Raises ConfigError if an index is missing or
+    used twice.
+    """
     by_index: dict[int, _RawMember] = {}
     for entry in entries:
-        index = int(_PART.search(entry.name)[1])  # type: ignore[index]  # _entry has matched the same pattern
+        index = int(_PART.search(entry.name)[1])  # type: ignore[index]  # _raw_member has checked the pattern
         if index in by_index:
             raise ConfigError(
                 f"{source}: {by_index[index].name!r} and {entry.name!r} are both part {index}", check="C-02"
@@ -164,5 +169,5 @@ def _order(entries: list[_RawMember], source: str, start_port: int) -> tuple[Mem
             f"{source}: part {gaps[0]} is missing; parts must be numbered 0 … {max(by_index)} without gaps",
             check="C-02",
         )
-    default = by_index[0].port or start_port
-    return tuple(Member(i, e.name, e.ip, e.port or default) for i, e in sorted(by_index.items()))
+    default_port = by_index[0].port or start_port
+    return tuple(Member(i, e.name, e.ip, e.port or default_port) for i, e in sorted(by_index.items()))

@@ -1,6 +1,4 @@
-"""What start_server hands to every process of its part: the settings, the plan, and the fingerprint the gang
-compares.
-"""
+"""The part spec: settings, plan and fingerprint, which start_server writes for all processes of its part."""
 
 import hashlib
 import json
@@ -15,7 +13,7 @@ from rtp_llm.parallel.plan import Plan
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the API process tells of the model before the engine can."""
+    """Model facts that the API process can report before the engine is ready."""
 
     name: str
     family: str
@@ -25,9 +23,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """Lies as `part.json` in the run directory, beside the sockets `engine.sock` and `supervisor.sock` and the state
-    files.
-    """
+    """`part.json` in the run directory, which also holds sockets and state files."""
 
     run_dir: Path
     config: Config
@@ -54,17 +50,17 @@ class PartSpec:
 
     @property
     def doctor_report_path(self) -> Path:
-        """What the doctor last found; see doctor/report.py for its form."""
+        """The doctor's last report; schema in doctor/report.py."""
         return self.run_dir / "doctor.json"
 
     @property
     def exit_code_file(self) -> Path:
-        """Where the guard leaves the code that start_server ends with."""
+        """The file in which the guard passes start_server its exit code."""
         return self.run_dir / "exit_code"
 
     @property
     def shm_prefix(self) -> str:
-        """How this part's files in /dev/shm begin; nobody else's do."""
+        """The prefix of this part's files in /dev/shm, unique per run directory."""
         return f"rtp-llm-{hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:12]}-"
 
     @property

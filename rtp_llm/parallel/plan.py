@@ -1,6 +1,6 @@
-"""The plan: which ranks this part runs, where every other part is, and which port serves what.
+"""The plan: the ranks of this part, the addresses of all parts and the purpose of each port.
 
-Worked out once by start_server from configuration and member list; every other process is handed the result.
+start_server makes it from the settings and the member list; other processes read it from the part spec.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,15 +11,15 @@ from rtp_llm.config import MIN_START_PORT, Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.members import Member, read_members
 
-# Offsets below part 0's START_PORT, inside the block that upstream reserves there.
+# Below part 0's START_PORT, within the range that upstream reserves there.
 RENDEZVOUS_PORT_OFFSET, STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET = 1, 2, 11
-# Above each part's own.
+# Above each part's START_PORT.
 DOCTOR_PORT_OFFSET = 3
 
 
 @dataclass(frozen=True)
 class PlannedPort:
-    """A TCP port that a part listens on. `host`: "0.0.0.0", or loopback for what stays within the machine."""
+    """A TCP port on which a part listens. `host` is "0.0.0.0", or loopback if no other machine connects."""
 
     port: int
     purpose: str
@@ -28,8 +28,8 @@ class PlannedPort:
 
 @dataclass(frozen=True)
 class Plan:
-    """One part's view of the gang. Ranks are numbered 0 … world_size-1 over all parts; rank = part x
-    local_world_size + local.
+    """One part's view of the gang. Ranks are 0 … world_size-1 over all parts; rank = part x local_world_size + local
+    rank.
     """
 
     members: tuple[Member, ...]
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def ranks(self) -> range:
-        """World ranks that run on this part."""
+        """World ranks of this part."""
         return range(self.first_rank, self.first_rank + self.local_world_size)
 
     @property
@@ -66,58 +66,46 @@ class Plan:
         return rank // self.local_world_size
 
     def describe_part(self, part: int) -> str:
-        """`part1 (10.0.0.2:20000, ranks 2-3)`; the address is left out where only part 0's is known."""
+        """Returns `part1 (10.0.0.2:20000, ranks 2-3)`, without the address if only part 0's is known."""
         first = part * self.local_world_size
         last = first + self.local_world_size - 1
         ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
-        known = next((m for m in self.members if m.index == part), None)
-        return f"part{part} ({known.ip}:{known.port}, {ranks})" if known else f"part{part} ({ranks})"
+        member = next((m for m in self.members if m.index == part), None)
+        return f"part{part} ({member.ip}:{member.port}, {ranks})" if member else f"part{part} ({ranks})"
 
     def leader_port(self, offset: int) -> int:
-        """Port on part 0 that lies `offset` below its START_PORT: ROLL_CALL, STEP or TORCH_INIT."""
+        """Returns a port of part 0. `offset`: RENDEZVOUS_, STEP_ or TORCH_STORE_PORT_OFFSET."""
         return self.leader.port - offset
 
     def ports(self, member: Member) -> list[PlannedPort]:
-        """All that this member's part listens on, HTTP first."""
+        """Returns all ports on which this member's part listens, HTTP first."""
         host = "0.0.0.0" if self.is_multi_part else "127.0.0.1"
         ports = [PlannedPort(member.port, "HTTP (START_PORT)")]
-        if member.index == 0:
-            ports.append(
-                PlannedPort(
-                    member.port - RENDEZVOUS_PORT_OFFSET, f"roll call (START_PORT - {RENDEZVOUS_PORT_OFFSET})", host
-                )
-            )
-            if self.world_size > 1:
-                ports.append(
-                    PlannedPort(member.port - STEP_PORT_OFFSET, f"steps (START_PORT - {STEP_PORT_OFFSET})", host)
-                )
-                ports.append(
-                    PlannedPort(
-                        member.port - TORCH_STORE_PORT_OFFSET,
-                        f"torch.distributed (START_PORT - {TORCH_STORE_PORT_OFFSET})",
-                        host,
-                    )
-                )
+        below = {"rendezvous": RENDEZVOUS_PORT_OFFSET} if member.index == 0 else {}
+        if member.index == 0 and self.world_size > 1:
+            below |= {"steps": STEP_PORT_OFFSET, "torch.distributed": TORCH_STORE_PORT_OFFSET}
+        for purpose, offset in below.items():
+            ports.append(PlannedPort(member.port - offset, f"{purpose} (START_PORT - {offset})", host))
         if self.is_multi_part:
             ports.append(PlannedPort(member.port + DOCTOR_PORT_OFFSET, f"doctor (START_PORT + {DOCTOR_PORT_OFFSET})"))
         return ports
 
     def local_ports(self) -> list[PlannedPort]:
-        """Those of this part; its entry may be missing where only the leader's address is known."""
-        own = next((m for m in self.members if m.index == self.part), None)
-        return self.ports(own or Member(self.part, f"part{self.part}", "", self.start_port))
+        """Returns the ports of this part, which is not in the member list if only the leader's address is known."""
+        member = next((m for m in self.members if m.index == self.part), None)
+        return self.ports(member or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:
-        """All ports that are reserved for this member's part, used or not."""
+        """Returns all ports reserved for this member's part, used or unused."""
         below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same on every part."""
+        """Returns the fields that must be equal on all parts."""
         shared = asdict(self)
-        for own in ("part", "start_port", "members"):
-            del shared[own]
-        # With LEADER_ADDRESS alone each part may spell the leader in its own way.
+        for name in ("part", "start_port", "members"):
+            del shared[name]
+        # With LEADER_ADDRESS alone each part may have a different name or address for the leader.
         listed = self.members if len(self.members) == self.num_parts else ()
         return shared | {"members": [f"{m.name} {m.ip}:{m.port}" for m in listed]}
 
@@ -127,19 +115,19 @@ class Plan:
 
 
 def make_plan(config: Config, gpus: int) -> Plan:
-    """Checks everything that several settings say together. `gpus`: GPUs visible on this machine.
+    """Makes the plan and validates the settings together. `gpus`: number of visible GPUs on this machine.
 
-    Raises ConfigError naming the settings, their values and what would fit.
+    Raises ConfigError with the settings, their values and the allowed ones.
     """
     device = config.rtp_device or ("cuda" if gpus else "cpu")
-    world, tp = _sizes(config)
+    world, tp = _world_and_tp_size(config)
     members = read_members(config)
     local = _local_world_size(config, world, gpus if device == "cuda" else 0, len(members))
     if device == "cuda" and local > gpus:
         raise ConfigError(
-            f"LOCAL_WORLD_SIZE={local}: this machine shows {gpus} GPUs; allowed: at most {gpus}", check="M-02"
+            f"LOCAL_WORLD_SIZE={local}: this machine has {gpus} visible GPUs; allowed: at most {gpus}", check="M-02"
         )
-    part = _part(config, world, local, tp)
+    part = _part_index(config, world, local, tp)
     parts = world // local
     if members and len(members) != parts:
         raise ConfigError(
@@ -147,31 +135,31 @@ def make_plan(config: Config, gpus: int) -> Plan:
             f" allowed: {parts} members, _part0 to _part{parts - 1}",
             check="C-01",
         )
-    members = members or _implied_members(config, parts)
+    members = members or _default_members(config, parts)
     plan = Plan(members, part, tp, world, local, config.start_port, config.worker_info_port_num, device)
     _check_ports(plan)
     return plan
 
 
-def check_address(plan: Plan, own: set[str]) -> str | None:
-    """A warning where this part's member has an address that the machine does not (`own`), as behind NAT.
+def check_address(plan: Plan, addresses: set[str]) -> str | None:
+    """Returns a warning if this part's member has none of the machine's `addresses`, as behind NAT; otherwise None.
 
-    Raises ConfigError where another member has one of them instead: then WORLD_RANK is that of another machine.
+    Raises ConfigError if another member has one of them: WORLD_RANK then belongs to another machine.
     """
     member = next((m for m in plan.members if m.index == plan.part), None)
-    if member is None or member.ip in own or not member.ip.replace(".", "").isdigit():
+    if member is None or member.ip in addresses or not member.ip.replace(".", "").isdigit():
         return None
-    mine = next((m for m in plan.members if m.ip in own), None)
-    if mine:
+    local = next((m for m in plan.members if m.ip in addresses), None)
+    if local:
         raise ConfigError(
             f"WORLD_RANK={plan.first_rank} means member {member.name!r} at {member.ip}, but this machine has"
-            f" {mine.ip}, which is member {mine.name!r}; set WORLD_RANK={mine.index * plan.local_world_size}",
+            f" {local.ip}, which is member {local.name!r}; set WORLD_RANK={local.index * plan.local_world_size}",
             check="C-01",
         )
-    return f"member {member.name!r} is this part, but no interface here has {member.ip}; fine behind NAT only"
+    return f"member {member.name!r} is this part, but no interface here has {member.ip}; this is fine only behind NAT"
 
 
-def _sizes(config: Config) -> tuple[int, int]:
+def _world_and_tp_size(config: Config) -> tuple[int, int]:
     world, tp, dp = config.world_size, config.tp_size, config.dp_size
     if dp != 1:
         raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not served yet; allowed: 1", check="C-01")
@@ -187,12 +175,12 @@ def _sizes(config: Config) -> tuple[int, int]:
 
 
 def _local_world_size(config: Config, world: int, gpus: int, members: int) -> int:
-    """LOCAL_WORLD_SIZE; unset it is min(GPUs, WORLD_SIZE), on a CPU-only machine WORLD_SIZE."""
+    """Returns LOCAL_WORLD_SIZE, by default min(GPUs, WORLD_SIZE), or WORLD_SIZE on a machine without GPUs."""
     local = config.local_world_size or (min(gpus, world) if gpus else world)
     if local > world or world % local:
-        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        allowed = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise ConfigError(
-            f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {fits}", check="C-01"
+            f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {allowed}", check="C-01"
         )
     if not config.local_world_size and members > 1 and world // local != members:
         raise ConfigError(
@@ -203,7 +191,7 @@ def _local_world_size(config: Config, world: int, gpus: int, members: int) -> in
     return local
 
 
-def _part(config: Config, world: int, local: int, tp: int) -> int:
+def _part_index(config: Config, world: int, local: int, tp: int) -> int:
     rank = config.world_rank
     if rank is None and config.world_index is not None:
         rank = config.world_index * local
@@ -214,10 +202,10 @@ def _part(config: Config, world: int, local: int, tp: int) -> int:
     if rank is None:
         rank = config.tp_rank or 0
     if rank >= world or rank % local:
-        fits = ", ".join(str(r) for r in range(0, world, local))
+        allowed = ", ".join(str(r) for r in range(0, world, local))
         raise ConfigError(
             f"WORLD_RANK={rank}: must be the part's number x LOCAL_WORLD_SIZE={local}, below WORLD_SIZE={world};"
-            f" allowed: {fits}",
+            f" allowed: {allowed}",
             check="C-01",
         )
     if config.tp_rank is not None and config.tp_rank != rank % tp:
@@ -227,7 +215,7 @@ def _part(config: Config, world: int, local: int, tp: int) -> int:
     return rank // local
 
 
-def _implied_members(config: Config, parts: int) -> tuple[Member, ...]:
+def _default_members(config: Config, parts: int) -> tuple[Member, ...]:
     if config.leader_address:
         return (Member(0, "leader_part0", config.leader_address, config.start_port),)
     if parts > 1:
@@ -247,33 +235,34 @@ def _check_ports(plan: Plan) -> None:
                 f" has port {member.port}; make them the same",
                 check="C-01",
             )
-        top = member.port + plan.port_stride * plan.local_world_size - 1
-        if member.port < (MIN_START_PORT if member.index == 0 else 1024) or top > 65535:
+        last_port = member.port + plan.port_stride * plan.local_world_size - 1
+        if member.port < (MIN_START_PORT if member.index == 0 else 1024) or last_port > 65535:
             raise ConfigError(
                 f"member {member.name!r}: port {member.port} needs the ports {_describe_reserved_ports(plan, member)};"
                 f" all must lie between 1024 and 65535",
                 check="N-09",
             )
-    for one, other in combinations(plan.members, 2):
-        if one.ip != other.ip:
+    for a, b in combinations(plan.members, 2):
+        if a.ip != b.ip:
             continue
-        if one.port == other.port:
+        if a.port == b.port:
             raise ConfigError(
-                f"members {one.name!r} and {other.name!r} are both {one.ip}:{one.port}; give each its own", check="C-02"
+                f"members {a.name!r} and {b.name!r} are both {a.ip}:{a.port}; give each its own port", check="C-02"
             )
-        if _overlap(plan, one, other):
+        if _overlap(plan, a, b):
             raise ConfigError(
-                f"members {one.name!r} and {other.name!r} share {one.ip} and their port blocks overlap:"
-                f" {_describe_reserved_ports(plan, one)} and {_describe_reserved_ports(plan, other)}; move one START_PORT further away",
+                f"members {a.name!r} and {b.name!r} share {a.ip} and their reserved ports overlap:"
+                f" {_describe_reserved_ports(plan, a)} and {_describe_reserved_ports(plan, b)};"
+                " move one START_PORT further away",
                 check="N-09",
             )
 
 
 def _describe_reserved_ports(plan: Plan, member: Member) -> str:
-    block = plan.reserved_ports(member)
-    return f"{block.start}-{block.stop - 1}"
+    ports = plan.reserved_ports(member)
+    return f"{ports.start}-{ports.stop - 1}"
 
 
-def _overlap(plan: Plan, one: Member, other: Member) -> bool:
-    a, b = plan.reserved_ports(one), plan.reserved_ports(other)
-    return a.start < b.stop and b.start < a.stop
+def _overlap(plan: Plan, a: Member, b: Member) -> bool:
+    ports_a, ports_b = plan.reserved_ports(a), plan.reserved_ports(b)
+    return ports_a.start < ports_b.stop and ports_b.start < ports_a.stop

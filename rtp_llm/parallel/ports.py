@@ -1,4 +1,4 @@
-"""Whether the planned ports can be listened on, and who has those that cannot."""
+"""Checks that planned ports are free, and names the process that has a port in use."""
 
 import errno
 import socket
@@ -10,15 +10,15 @@ from rtp_llm.parallel.plan import PlannedPort
 
 
 def port_conflict(planned: PlannedPort) -> str:
-    """Why this port cannot be listened on: "in use by pid 7 (nginx: master …)"; empty where it can."""
+    """Returns the reason why listening on this port fails, "in use by pid 7 (nginx: master …)"; empty if it works."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((planned.host, planned.port))
             probe.listen()
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            return f"in use{_port_owner(planned.port)}" if taken else str(error.strerror)
+            in_use = error.errno == errno.EADDRINUSE
+            return f"in use{_port_owner(planned.port)}" if in_use else str(error.strerror)
     return ""
 
 

@@ -1,6 +1,6 @@
-"""A rank's sign of life: what it is doing and when it last got anywhere.
+"""The content of a heartbeat: the phase of a rank, and the time since it last made progress.
 
-The sender turns moments into ages, so that no two machines have to agree on the time.
+The sender converts timestamps to ages, so that machines do not need synchronized clocks.
 """
 
 import os
@@ -8,48 +8,50 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-WINDOW_STEPS = 12
+WAIT_WINDOW_STEPS = 12  # of the moving average `wait_s`
 Phase = Literal["rendezvous", "loading", "warmup", "serving"]
 
 
 @dataclass
 class RankStatus:
-    """State of one rank, written by its main thread and sent by its heartbeat thread."""
+    """Status of one rank, written by its main thread and sent by its heartbeat thread. The field names are JSON keys
+    of gang.json."""
 
     rank: int
     part: int
     phase: Phase = "rendezvous"
     progress: float = 0.0  # of the phase, 0 … 1
     steps: int = 0
-    open: int = 0  # requests that rank 0 holds
+    open: int = 0  # unfinished requests, on rank 0
     weight_bytes: int = 0
     kv_bytes: int = 0
-    wait_s: float | None = None  # for other ranks in a step's sums, lately; None where it cannot be told
+    wait_s: float | None = None  # for other ranks in the collectives of a step, moving average; None if not measured
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase
     pid: int = field(default_factory=os.getpid)
-    _touched: float = field(default_factory=time.monotonic, repr=False)
-    _entered: float = field(default_factory=time.monotonic, repr=False)
-    _waited: float = field(default=0.0, repr=False)
+    _last_progress: float = field(default_factory=time.monotonic, repr=False)
+    _phase_start: float = field(default_factory=time.monotonic, repr=False)
+    _total_wait_seconds: float = field(default=0.0, repr=False)
 
     def mark_progress(self) -> None:
-        """The main thread got somewhere."""
-        self._touched = time.monotonic()
+        """Records that the main thread made progress."""
+        self._last_progress = time.monotonic()
 
-    def step(self, number: int, wait_seconds: float | None) -> None:
-        """A step is done; `waited`: seconds for other ranks in all steps so far. `wait_s` follows the last dozen."""
+    def record_step(self, number: int, total_wait_seconds: float | None) -> None:
+        """Records a finished step. `total_wait_seconds`: for other ranks in all steps so far, None if not measured."""
         self.steps = number
-        if wait_seconds is not None:
-            lately, self._waited = wait_seconds - self._waited, wait_seconds
-            self.wait_s = lately if self.wait_s is None else self.wait_s + (lately - self.wait_s) / WINDOW_STEPS
+        if total_wait_seconds is not None:
+            waited = total_wait_seconds - self._total_wait_seconds
+            self._total_wait_seconds = total_wait_seconds
+            self.wait_s = waited if self.wait_s is None else self.wait_s + (waited - self.wait_s) / WAIT_WINDOW_STEPS
 
     def set_phase(self, phase: Phase) -> None:
         now = time.monotonic()
-        self.startup_seconds[self.phase] = round(now - self._entered, 3)
-        self.phase, self.progress, self._entered = phase, 0.0, now
+        self.startup_seconds[self.phase] = round(now - self._phase_start, 3)
+        self.phase, self.progress, self._phase_start = phase, 0.0, now
         self.mark_progress()
 
     def to_json(self) -> dict[str, Any]:
-        """As sent: with `idle_s`, seconds since the last progress, in place of a moment."""
+        """Returns the public fields and `idle_s`, seconds since the last progress."""
         data = asdict(self)
-        del data["_touched"], data["_entered"], data["_waited"]
-        return data | {"idle_s": round(time.monotonic() - self._touched, 3)}
+        del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]
+        return data | {"idle_s": round(time.monotonic() - self._last_progress, 3)}

@@ -1,7 +1,6 @@
-"""The file in /dev/shm through which the ranks of one machine reduce on CPU: its size, its making, its lock.
+"""The shared-memory segment of CPU ranks on one machine, a locked file in /dev/shm.
 
-Imports no torch, so that the doctor can tell before a start whether there is room for it, and afterwards whether a
-file that lies there still belongs to anybody.
+Does not import torch, because the doctor uses it to check free space before a start and to find orphaned segments.
 """
 
 import fcntl
@@ -14,26 +13,25 @@ from rtp_llm.errors import CommunicationError
 
 DIRECTORY = Path("/dev/shm")
 SLOT_BYTES = 1 << 20
-COUNTER_BYTES = 64  # one cache line each, so that a spinning reader does not slow a writer
-NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # prefix of the part (Handover.shm_prefix), then random
+COUNTER_BYTES = 64  # one cache line per counter, to avoid false sharing between ranks
+NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # PartSpec.shm_prefix and a random suffix
 
 
 def is_supported() -> bool:
-    """Whether this processor keeps the order of stores that the counters rely on."""
+    """Returns True on processors that keep stores in order, as the counters require (x86)."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
 def segment_bytes(size: int) -> int:
-    """Of the segment of `size` ranks."""
+    """Returns the size in bytes of the segment of `size` ranks."""
     return size * (COUNTER_BYTES + 2 * SLOT_BYTES)
 
 
 def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
-    """Makes the file, all of its pages reserved: a full /dev/shm is an error here and not a bus error later.
+    """Creates the file and reserves its pages, so that a full /dev/shm is an error here instead of SIGBUS later.
 
-    Removes what an earlier epoch that was killed may have left under the same prefix. Returns its path and a
-    descriptor that holds a lock: while anybody holds one, the file has an owner (see `abandoned`).
-    Raises CommunicationError.
+    Removes files with the same prefix, which a killed epoch may have left. Returns the path and a file descriptor that
+    holds a shared lock: the segment is orphaned if no process holds one. Raises CommunicationError.
     """
     for stale in DIRECTORY.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
@@ -48,13 +46,13 @@ def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
             raise
     except OSError as error:
         path.unlink(missing_ok=True)
-        need = segment_bytes(size) >> 20
-        raise CommunicationError(f"{path}: cannot reserve {need} MiB: {error.strerror}; enlarge /dev/shm") from None
+        mib = segment_bytes(size) >> 20
+        raise CommunicationError(f"{path}: cannot reserve {mib} MiB: {error.strerror}; enlarge /dev/shm") from None
     return path, fd
 
 
 def is_orphaned(path: Path) -> bool:
-    """Whether no living process, in whatever namespace, holds this segment of ours. False where it cannot be known."""
+    """Returns True if no process in any namespace holds the lock of this segment. False if that cannot be read."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -69,6 +67,6 @@ def is_orphaned(path: Path) -> bool:
 
 
 def orphan_bytes() -> int:
-    """Bytes of abandoned segments of ours, whichever part made them."""
-    found = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
-    return sum(path.stat().st_blocks * 512 for path in found if path.exists())
+    """Returns the bytes of orphaned segments of all parts."""
+    orphans = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
+    return sum(path.stat().st_blocks * 512 for path in orphans if path.exists())

@@ -1,7 +1,7 @@
-"""How one rank's share of a model is cut: which heads, which MLP columns, which vocabulary rows. Plain Python.
+"""Computes which heads, MLP columns and vocabulary rows belong to one rank. Does not import torch.
 
-Any TP size up to the number of query heads works. Where KV heads are fewer than ranks they are replicated; where query
-heads do not divide, some ranks compute a head of zeros less or more.
+Any TP size up to the number of query heads works. KV heads are replicated if there are fewer of them than ranks. If
+the TP size does not divide the query heads, the number of zero-padded heads differs between ranks.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from math import gcd
 
 @dataclass(frozen=True)
 class HeadShard:
-    """One rank's heads: `groups[i]` are the query heads that attend with KV head `kv_heads[i]`.
+    """One rank's heads. `groups[i]` are the query heads that use KV head `kv_heads[i]`.
 
-    All groups are padded to `group_size`, so that local query head j uses local KV head j // group_size.
+    All groups are padded to `group_size`: local query head j uses local KV head j // group_size.
     """
 
     kv_heads: tuple[int, ...]
@@ -24,50 +24,54 @@ class HeadShard:
 
     @property
     def num_heads(self) -> int:
-        """Local query heads, padding included."""
+        """Number of local query heads, including padding."""
         return len(self.groups) * self.group_size
 
     def slots(self) -> list[tuple[int, int]]:
-        """(local position, query head) of every real query head."""
+        """Returns (local index, query head) for every query head that is not padding."""
         return [(i * self.group_size + j, head) for i, group in enumerate(self.groups) for j, head in enumerate(group)]
 
 
-def even_split(total: int, parts: int, index: int) -> range:
-    """Part `index` of `total` items cut into contiguous parts whose sizes differ by at most one."""
-    base, extra = divmod(total, parts)
+def even_split(total: int, num_ranges: int, index: int) -> range:
+    """Splits `total` items into contiguous ranges whose sizes differ by at most one. Returns range `index`."""
+    base, extra = divmod(total, num_ranges)
     start = index * base + min(index, extra)
     return range(start, start + base + (index < extra))
 
 
 def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadShard:
-    """Cuts so that a KV head's group stays on as few ranks as can be: first whole chunks of KV heads (as many as
-    divide both the KV heads and the ranks), then each chunk's query heads evenly over the chunk's ranks."""
-    group = num_heads // num_kv_heads
-    chunks = gcd(num_kv_heads, tp_size)
-    ranks = tp_size // chunks
-    chunk, within = divmod(tp_rank, ranks)
-    heads_per_chunk = num_heads // chunks
-    own = even_split(heads_per_chunk, ranks, within)
-    heads = [chunk * heads_per_chunk + h for h in own]
-    kv_heads = sorted({h // group for h in heads})
-    return HeadShard(tuple(kv_heads), tuple(tuple(h for h in heads if h // group == kv) for kv in kv_heads))
+    """Returns the heads of one rank; each KV head is on as few ranks as possible.
+
+    Splits the KV heads into gcd(KV heads, ranks) chunks, then the query heads of a chunk evenly over its ranks.
+    """
+    group_size = num_heads // num_kv_heads
+    num_chunks = gcd(num_kv_heads, tp_size)
+    ranks_per_chunk = tp_size // num_chunks
+    chunk, rank_in_chunk = divmod(tp_rank, ranks_per_chunk)
+    heads_per_chunk = num_heads // num_chunks
+    heads = [chunk * heads_per_chunk + h for h in even_split(heads_per_chunk, ranks_per_chunk, rank_in_chunk)]
+    kv_heads = sorted({h // group_size for h in heads})
+    return HeadShard(tuple(kv_heads), tuple(tuple(h for h in heads if h // group_size == kv) for kv in kv_heads))
 
 
 def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
-    """Columns of gate and up (rows of down), cut at multiples of 64 where there are enough, which matrix units like."""
+    """Returns one rank's columns of gate and up, which are the rows of down.
+
+    Boundaries are multiples of 64 if each rank gets at least 64, since matrix units compute in such tiles.
+    """
     unit = next(u for u in (64, 32, 16, 8, 4, 2, 1) if intermediate_size % u == 0 and intermediate_size // u >= tp_size)
-    share = even_split(intermediate_size // unit, tp_size, tp_rank)
-    return range(share.start * unit, share.stop * unit)
+    units = even_split(intermediate_size // unit, tp_size, tp_rank)
+    return range(units.start * unit, units.stop * unit)
 
 
 def shard_vocab(vocab_size: int, tp_size: int, tp_rank: int) -> range:
-    """Rows of embedding and head. All ranks hold `padded_vocab / tp_size` rows; the range gives the real ones."""
+    """Returns one rank's rows of embedding and LM head, without the padding to `padded_vocab / tp_size` rows."""
     rows = padded_vocab(vocab_size, tp_size) // tp_size
     start = min(tp_rank * rows, vocab_size)
     return range(start, min(start + rows, vocab_size))
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary rounded up to a multiple of the ranks (and of 8 rows each)."""
+    """Returns the vocabulary size rounded up to a multiple of 8 rows per rank."""
     unit = 8 * tp_size
     return -(-vocab_size // unit) * unit

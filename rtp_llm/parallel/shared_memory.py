@@ -1,10 +1,11 @@
-"""All-reduce and gather between ranks of one machine through a shared segment: on CPU, gloo's 0.5 ms per call would
-dominate a step.
+"""All-reduce and gather between CPU ranks on one machine through a shared-memory segment.
 
-Each rank owns a slot in two alternating buffers, and a counter. An operation is: write the own slot, raise the own
-counter, wait until all counters are as high, read all slots. A slot is written again two operations later, by when
-every rank has raised its counter for the operation between, so it has read the slot. x86 keeps stores in order;
-elsewhere `segment.usable` says no and gloo does the work.
+gloo takes 0.5 ms per call, which would dominate a step.
+
+Each rank has a slot in each of two alternating buffers, and a counter. One operation: write the local slot, increment
+the local counter, wait until all counters have the same value, read all slots. A slot is overwritten two operations
+later. Every rank has incremented its counter for the operation in between by then, so it has read the slot. This needs
+stores in order, as on x86; `segment.is_supported` is False elsewhere, and gloo is used.
 """
 
 import mmap
@@ -30,58 +31,61 @@ class ShmCommunicator:
         self.rank, self.size, self.timeout = rank, size, timeout
         with path.open("r+b") as file:
             memory = mmap.mmap(file.fileno(), segment_bytes(size))
-        head = size * COUNTER_BYTES
-        self._counters = np.frombuffer(memory, np.int64, head // 8).reshape(size, -1)[:, 0]
-        body = torch.frombuffer(memory, dtype=torch.uint8, offset=head)
-        self._slots = body.view(2, size, SLOT_BYTES)
+        counters_bytes = size * COUNTER_BYTES
+        self._counters = np.frombuffer(memory, np.int64, counters_bytes // 8).reshape(size, -1)[:, 0]
+        self._slots = torch.frombuffer(memory, dtype=torch.uint8, offset=counters_bytes).view(2, size, SLOT_BYTES)
         self._sequence = 0
-        self.wait_seconds = 0.0  # seconds, for the other ranks, in all
+        self.wait_seconds = 0.0  # total, for other ranks
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place, added up in float32 and in the order of ranks: the same bits on all of them."""
+        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
         flat = tensor.view(-1)
-        for piece in torch.split(flat, SLOT_BYTES // flat.element_size()):
-            shares = self._exchange(piece)
-            piece.copy_(shares.sum(0, dtype=torch.float32 if piece.is_floating_point() else None))
+        for chunk in torch.split(flat, SLOT_BYTES // flat.element_size()):
+            chunks = self._exchange(chunk)
+            chunk.copy_(chunks.sum(0, dtype=torch.float32 if chunk.is_floating_point() else None))
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Rank 0 gets everyone's tensor (equal shapes), the others None."""
+        """Returns the tensors of all ranks in rank order on rank 0, None on the others. All shapes must be equal."""
         flat = tensor.contiguous().view(-1)
-        parts = [torch.empty_like(flat) for _ in range(self.size)] if self.rank == 0 else []
-        step = SLOT_BYTES // flat.element_size()
-        for start in range(0, len(flat), step):
-            shares = self._exchange(flat[start : start + step])
-            for part, share in zip(parts, shares, strict=False):
-                part[start : start + step] = share
-        return [part.view(tensor.shape) for part in parts] if parts else None
+        gathered = [torch.empty_like(flat) for _ in range(self.size)] if self.rank == 0 else []
+        chunk_size = SLOT_BYTES // flat.element_size()
+        for start in range(0, len(flat), chunk_size):
+            chunks = self._exchange(flat[start : start + chunk_size])
+            for target, chunk in zip(gathered, chunks, strict=False):
+                target[start : start + chunk_size] = chunk
+        return [target.view(tensor.shape) for target in gathered] if gathered else None
 
-    def _exchange(self, piece: Tensor) -> Tensor:
-        """Everyone's piece as [size, len(piece)], valid until the next call."""
+    def _exchange(self, chunk: Tensor) -> Tensor:
+        """Returns the chunks of all ranks as [size, len(chunk)], valid until the next call."""
         self._sequence += 1
-        count = len(piece) * piece.element_size()
-        shares = self._slots[self._sequence & 1, :, :count].view(piece.dtype)
-        shares[self.rank] = piece
+        num_bytes = len(chunk) * chunk.element_size()
+        chunks = self._slots[self._sequence & 1, :, :num_bytes].view(chunk.dtype)
+        chunks[self.rank] = chunk
         self._counters[self.rank] = self._sequence
         self._wait()
-        return shares
+        return chunks
 
     def _wait(self) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         self._wait_for_all()
-        self.wait_seconds += time.perf_counter() - began
+        self.wait_seconds += time.perf_counter() - start
 
     def _wait_for_all(self) -> None:
-        """Spins first, since the others are usually microseconds away, then gives the core to whoever needs it."""
-        counters, turn = self._counters, self._sequence
+        """Blocks until all counters reach the local sequence number.
+
+        Spins first, since the other ranks usually follow within microseconds, then yields the core, then sleeps.
+        Raises CommunicationError after the timeout.
+        """
+        counters, sequence = self._counters, self._sequence
         for spin in range(SPIN_ITERATIONS + YIELD_ITERATIONS):
-            if counters.min() >= turn:
+            if counters.min() >= sequence:
                 return
             if spin >= SPIN_ITERATIONS:
                 os.sched_yield()
         deadline = time.monotonic() + self.timeout
-        while counters.min() < turn:
+        while counters.min() < sequence:
             if time.monotonic() > deadline:
-                late = [rank for rank, value in enumerate(counters) if value < turn]
-                raise CommunicationError(f"ranks {late} did not come to a collective within {self.timeout:.0f} s")
+                late_ranks = [rank for rank, value in enumerate(counters) if value < sequence]
+                raise CommunicationError(f"ranks {late_ranks} did not join a collective within {self.timeout:.0f} s")
             time.sleep(SLEEP_SECONDS)

@@ -1,4 +1,4 @@
-"""Length-prefixed frames over stream sockets: one kind byte and raw bytes. JSON or int32 inside, never pickle."""
+"""Length-prefixed frames over stream sockets: one type byte and a payload of JSON or int32, never pickle."""
 
 import json
 import socket
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
-HEADER = struct.Struct("<IB")  # payload length in bytes, kind
-MAX_PAYLOAD = 256 << 20
+HEADER = struct.Struct("<IB")  # payload length in bytes, frame type
+MAX_PAYLOAD_BYTES = 256 << 20
 Frame = tuple["FrameType", bytes]
 
 
 class FrameType(IntEnum):
-    """What a frame carries. JSON unless another form is named."""
+    """Types of frames. The payload is JSON unless noted."""
 
-    # roll call and heartbeat, rank <-> hub
+    # rendezvous and heartbeats: rank <-> coordinator
     HELLO = 1
     WAITING = 2
     WELCOME = 3
     REJECTED = 4
     HEARTBEAT = 5
     GANG_STATUS = 6
-    # steps, rank 0 -> the others
+    # steps: JOIN from the other ranks to rank 0, then rank 0 -> the other ranks
     JOIN = 10
     STEP = 11  # flat int32, see contract.step
-    KEEPALIVE = 12  # empty: nothing to do, still here
-    # requests, api <-> rank 0
+    KEEPALIVE = 12  # empty; sent while rank 0 is idle
+    # requests: API <-> rank 0
     READY = 20
     SUBMIT = 21
     ABORT = 22
@@ -34,65 +34,65 @@ class FrameType(IntEnum):
 
 
 class WireError(ConnectionError):
-    """The peer closed the connection, or sent what is no frame."""
+    """The peer closed the connection or sent an invalid frame."""
 
 
-def pack_frame(kind: FrameType, payload: bytes = b"") -> bytes:
-    return HEADER.pack(len(payload), kind) + payload
+def pack_frame(frame_type: FrameType, payload: bytes = b"") -> bytes:
+    return HEADER.pack(len(payload), frame_type) + payload
 
 
-def pack_json(kind: FrameType, message: Any) -> bytes:
-    return pack_frame(kind, json.dumps(message, separators=(",", ":")).encode())
+def pack_json(frame_type: FrameType, message: Any) -> bytes:
+    return pack_frame(frame_type, json.dumps(message, separators=(",", ":")).encode())
 
 
 def parse_header(header: bytes | bytearray) -> tuple[int, FrameType]:
-    """(payload length, kind). Raises WireError where the bytes are not from one of us."""
-    length, kind = HEADER.unpack(header)
-    if length > MAX_PAYLOAD or kind not in FrameType.__members__.values():
-        raise WireError(f"not a frame: length {length}, kind {kind}; is something else connecting to this port?")
-    return length, FrameType(kind)
+    """Returns (payload length in bytes, frame type). Raises WireError if the peer does not use this protocol."""
+    length, number = HEADER.unpack(header)
+    if length > MAX_PAYLOAD_BYTES or number not in FrameType.__members__.values():
+        raise WireError(f"not a frame: length {length}, type {number}; is another program connecting to this port?")
+    return length, FrameType(number)
 
 
 def recv_frame(sock: socket.socket) -> Frame:
-    """One frame from a blocking socket. Raises WireError on EOF, TimeoutError after the socket's timeout."""
-    length, kind = parse_header(_recv_exactly(sock, HEADER.size))
-    return kind, bytes(_recv_exactly(sock, length))
+    """Reads one frame from a blocking socket. Raises WireError on EOF, TimeoutError after the socket's timeout."""
+    length, frame_type = parse_header(_recv_exactly(sock, HEADER.size))
+    return frame_type, bytes(_recv_exactly(sock, length))
 
 
 def _recv_exactly(sock: socket.socket, count: int) -> bytearray:
     data = bytearray(count)
     view = memoryview(data)
     while view:
-        got = sock.recv_into(view)
-        if not got:
+        received = sock.recv_into(view)
+        if not received:
             raise WireError("the peer closed the connection")
-        view = view[got:]
+        view = view[received:]
     return data
 
 
 class FrameBuffer:
-    """Collects bytes of one connection and gives out the frames that are complete."""
+    """Buffers the bytes of one connection and yields complete frames."""
 
-    def __init__(self, limit: int = MAX_PAYLOAD) -> None:
-        """`limit`: largest payload in bytes; a longer one is no frame of ours here."""
-        self._data, self._limit = bytearray(), limit
+    def __init__(self, max_payload: int = MAX_PAYLOAD_BYTES) -> None:
+        """`max_payload` in bytes; a longer frame raises WireError."""
+        self._data, self._max_payload = bytearray(), max_payload
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         self._data += data
         while len(self._data) >= HEADER.size:
-            length, kind = parse_header(bytes(self._data[: HEADER.size]))
-            if length > self._limit:
-                raise WireError(f"a frame of {length} bytes where at most {self._limit} are taken")
+            length, frame_type = parse_header(bytes(self._data[: HEADER.size]))
+            if length > self._max_payload:
+                raise WireError(f"a frame of {length} bytes; allowed: at most {self._max_payload}")
             end = HEADER.size + length
             if len(self._data) < end:
                 return
             payload = bytes(self._data[HEADER.size : end])
             del self._data[:end]
-            yield kind, payload
+            yield frame_type, payload
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises OSError naming the port where it is taken."""
+    """Returns a listening TCP socket. Raises OSError with the address if the port is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -106,7 +106,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """A connected TCP socket without Nagle's delay: a step frame must leave at once."""
+    """Returns a connected TCP socket with TCP_NODELAY: Nagle's algorithm would delay step frames."""
     sock = socket.create_connection((host, port), timeout=timeout)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock

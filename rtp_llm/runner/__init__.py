@@ -1,1 +1,1 @@
-"""One rank's device work."""
+"""Device work of one rank: weights, KV cache, and the execution of steps."""

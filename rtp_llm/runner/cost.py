@@ -1,4 +1,4 @@
-"""What the steps of a rank have cost, estimated from the sizes of the model: the floor that a device is measured by."""
+"""Roofline cost model: FLOPs and memory traffic of the steps of a rank, estimated from the sizes of the model."""
 
 import numpy as np
 
@@ -8,22 +8,22 @@ from rtp_llm.model.spec import ModelSpec
 
 
 class CostEstimate:
-    """Totals of this epoch: floating-point operations, and bytes of weights and KV cache, of the rank that holds most.
+    """Totals of this epoch for the rank with the largest shard: FLOPs, and bytes of weights and KV cache.
 
-    A matrix costs two operations per weight and token, attention four per head dimension and key that a token sees.
-    Sliding windows count as if they were whole.
+    Counts 2 FLOPs per matrix element and token; for attention, 4 per dimension of a query head and attended key.
+    Sliding windows are ignored.
     """
 
     def __init__(self, spec: ModelSpec, tp_size: int):
-        self._layers, self._head = layer_weights(spec, tp_size), head_weights(spec, tp_size)
+        self._num_layer_weights, self._num_head_weights = layer_weights(spec, tp_size), head_weights(spec, tp_size)
         self._weight_bytes, self._kv_bytes = weight_bytes(spec, tp_size), kv_bytes_per_token(spec, tp_size)
-        self._per_key = 4 * spec.num_layers * -(-spec.num_heads // tp_size) * spec.head_dim
+        self._flops_per_key = 4 * spec.num_layers * -(-spec.num_heads // tp_size) * spec.head_dim
         self.flops = self.read_bytes = self.write_bytes = 0
 
     def add(self, step: Step) -> None:
-        keys_seen = int(np.sum(step.positions, dtype=np.int64)) + step.num_tokens
-        self.flops += (
-            2 * (self._layers * step.num_tokens + self._head * len(step.logits_indices)) + self._per_key * keys_seen
-        )
+        """Adds the cost of one step to the totals."""
+        num_keys = int(np.sum(step.positions, dtype=np.int64)) + step.num_tokens
+        matrix_elements = self._num_layer_weights * step.num_tokens + self._num_head_weights * len(step.logits_indices)
+        self.flops += 2 * matrix_elements + self._flops_per_key * num_keys
         self.read_bytes += self._weight_bytes + self._kv_bytes * int(np.sum(step.seq_lens, dtype=np.int64))
         self.write_bytes += self._kv_bytes * step.num_tokens

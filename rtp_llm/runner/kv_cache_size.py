@@ -1,4 +1,4 @@
-"""How many KV blocks fit, from measured memory, with the arithmetic in the log so that nobody has to guess."""
+"""Sizes the KV cache from the measured free memory and logs the arithmetic."""
 
 import logging
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from rtp_llm.model.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-UNLIMITED = 1 << 62
+UNLIMITED_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """What one rank can hold."""
+    """KV cache of one rank, all layers together."""
 
     num_blocks: int
     bytes_per_block: int
@@ -36,66 +36,68 @@ def size_kv_cache(
     device: torch.device,
     num_ranks_on_host: int,
 ) -> KVCacheConfig:
-    """This rank's own count; the gang then takes the smallest. `sharers`: ranks that share this machine's memory.
+    """Returns the KV cache size of this rank; the gang then uses the smallest of all ranks.
 
-    Raises ConfigError where not even one block fits.
+    block_size: tokens. max_seq_len: tokens. itemsize: bytes of one element. num_ranks_on_host: ranks that share the
+    memory of this machine (CPU only). Raises ConfigError if not even one block fits.
     """
-    per_block = 2 * spec.num_layers * block_size * local_kv_heads * spec.head_dim * itemsize
+    bytes_per_block = 2 * spec.num_layers * block_size * local_kv_heads * spec.head_dim * itemsize
     if config.test_block_num:
-        return KVCacheConfig(config.test_block_num, per_block)
+        return KVCacheConfig(config.test_block_num, bytes_per_block)
     if config.kv_cache_mem_mb > 0:
-        budget, how = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
+        budget_bytes, source = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
     else:
-        budget, how = _measured_memory(config, device, num_ranks_on_host)
-    # More than every sequence at full length is never used.
+        budget_bytes, source = _measure_budget(config, device, num_ranks_on_host)
+    # Enough for max_sequences sequences of max_seq_len; more would never be used.
     max_useful_blocks = config.max_sequences * -(-max_seq_len // block_size)
-    blocks = min(budget // per_block, max_useful_blocks)
+    num_blocks = min(budget_bytes // bytes_per_block, max_useful_blocks)
     log.info(
         "KV cache: %s; 2 x %d layers x %d tokens x %d heads x %d x %d B = %.1f KiB a block; %d fit, %d are useful",
-        how,
+        source,
         spec.num_layers,
         block_size,
         local_kv_heads,
         spec.head_dim,
         itemsize,
-        per_block / 1024,
-        budget // per_block,
+        bytes_per_block / 1024,
+        budget_bytes // bytes_per_block,
         max_useful_blocks,
     )
-    if blocks < 1:
+    if num_blocks < 1:
         raise ConfigError(
-            f"no memory for a KV cache: {how} is less than one block of {per_block / MIB:.1f} MiB;"
+            f"no memory for a KV cache: {source} is less than one block of {bytes_per_block / MIB:.1f} MiB;"
             " lower RESERVER_RUNTIME_MEM_MB, raise TP_SIZE, or free memory"
         )
-    return KVCacheConfig(int(blocks), per_block)
+    return KVCacheConfig(int(num_blocks), bytes_per_block)
 
 
-def _measured_memory(config: Config, device: torch.device, num_ranks_on_host: int) -> tuple[int, str]:
+def _measure_budget(config: Config, device: torch.device, num_ranks_on_host: int) -> tuple[int, str]:
+    """Returns the bytes available for the KV cache, and how they were computed."""
     reserve = config.reserver_runtime_mem_mb * MIB
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # The warm-up's peak is not free any more: the allocator keeps it for the steps to come.
+        # Excludes the peak of the warm-up, which the caching allocator keeps for later steps.
         return max(0, free - reserve), f"{free / MIB:.0f} MiB free after warm-up - {reserve / MIB:.0f} reserved"
-    # A small machine cannot spare what a GPU can.
+    # The reserve is sized for a GPU; on a small machine it is limited to a quarter.
     available = min(psutil.virtual_memory().available, _cgroup_available_memory())
     reserve = min(reserve, available // num_ranks_on_host // 4)
-    budget = (available // num_ranks_on_host - reserve) // 2
-    how = f"(({available / MIB:.0f} MiB available) / {num_ranks_on_host} ranks - {reserve / MIB:.0f} reserved) / 2"
-    return budget, how + f" = {budget / MIB:.0f} MiB"
+    budget_bytes = (available // num_ranks_on_host - reserve) // 2
+    source = f"(({available / MIB:.0f} MiB available) / {num_ranks_on_host} ranks - {reserve / MIB:.0f} reserved) / 2"
+    return budget_bytes, source + f" = {budget_bytes / MIB:.0f} MiB"
 
 
 def _cgroup_available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes left below the cgroup v2 memory limit; unlimited where there is none.
+    """Returns the bytes left below the cgroup v2 memory limit, or UNLIMITED_BYTES if there is none.
 
-    The page cache counts as usage, and reading a checkpoint fills it, but the kernel gives it up when asked for memory.
+    Counts page cache (filled by reading the checkpoint) as available, because the kernel reclaims it on demand.
     """
     try:
         text = (root / "memory.max").read_text().strip()
         if text == "max":
-            return UNLIMITED
+            return UNLIMITED_BYTES
         usage = int((root / "memory.current").read_text())
         stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     except OSError:
-        return UNLIMITED
+        return UNLIMITED_BYTES
     reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
     return max(0, int(text) - usage + reclaimable)

@@ -1,6 +1,4 @@
-"""One rank's device work, the same code on all ranks: load, size the KV cache, and compute the steps that rank 0
-decides.
-"""
+"""Device work of one rank, the same code on all ranks: loads weights, allocates the KV cache, executes steps."""
 
 import logging
 from collections.abc import Callable
@@ -32,58 +30,59 @@ DEFAULT_BLOCK_SIZE = 16  # tokens
 
 
 class ModelRunner:
-    """Model, KV cache and group of one rank. Use `load`, then `allocate`, then `run` on rank 0 and `follow` on the
-    others.
+    """Model, KV cache and process group of one rank.
+
+    Call `load`, then `allocate_kv_cache`, then per step `execute_and_sample` on rank 0 and `execute` on the others.
     """
 
     def __init__(self, config: Config, spec: ModelSpec, group: Group, device: torch.device, max_seq_len: int):
         self.config, self.spec, self.group, self.device, self.max_seq_len = config, spec, group, device, max_seq_len
         self.dtype = DTYPES[spec.dtype]
         self.block_size = config.seq_size_per_block or DEFAULT_BLOCK_SIZE
-        self.max_tokens = config.max_batch_tokens_size or (8192 if device.type == "cuda" else 512)
-        self.caches: list[LayerKVCache] = []
+        self.max_num_batched_tokens = config.max_batch_tokens_size or (8192 if device.type == "cuda" else 512)
+        self.kv_caches: list[LayerKVCache] = []
         self.num_blocks = 0
         self.kv_bytes = 0
         self.cost = CostEstimate(spec, group.size)
-        self.model = self._build()
+        self.model = self._build_model()
 
-    def _build(self) -> Decoder:
-        before = torch.get_default_dtype()
+    def _build_model(self) -> Decoder:
+        default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
                 return Decoder(self.spec, self.group, reference_attention).eval()
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
 
-    def load(self, checkpoint: Checkpoint, progress: Callable[[float], None]) -> LoadStats:
-        """Reads this rank's weights. Raises CheckpointError."""
-        report = load_weights(self.model, checkpoint, self.spec, progress)
+    def load(self, checkpoint: Checkpoint, on_progress: Callable[[float], None]) -> LoadStats:
+        """Loads this rank's weights. `on_progress` gets the fraction loaded, 0 … 1. Raises CheckpointError."""
+        stats = load_weights(self.model, checkpoint, self.spec, on_progress)
         self.model.prepack()
-        rate = report.bytes / max(report.seconds, 1e-6) / 1e6
-        log.info("read %.1f MB of weights in %.2f s (%.0f MB/s)", report.bytes / 1e6, report.seconds, rate)
-        return report
+        mb_per_second = stats.bytes / max(stats.seconds, 1e-6) / 1e6
+        log.info("read %.1f MB of weights in %.2f s (%.0f MB/s)", stats.bytes / 1e6, stats.seconds, mb_per_second)
+        return stats
 
     def allocate_kv_cache(self, num_ranks_on_host: int) -> None:
-        """Warms up, sizes the KV cache to the smallest rank's room, and allocates it. Collective: all ranks call it.
+        """Warms up, then allocates as many KV blocks as fit on every rank. Collective: all ranks must call it.
 
-        Raises ConfigError where the cache cannot hold one sequence of MAX_SEQ_LEN, if that was asked for.
+        Raises ConfigError if MAX_SEQ_LEN is set and one sequence of that length does not fit.
         """
         if self.config.warm_up:
             self._warm_up()
-        plan = self._size_kv_cache(num_ranks_on_host)
-        self.num_blocks = self.group.min(plan.num_blocks)
-        self.kv_bytes = self.num_blocks * plan.bytes_per_block
-        self._allocate(self.num_blocks)
-        tokens = self.num_blocks * self.block_size
+        kv_cache_config = self._size_kv_cache(num_ranks_on_host)
+        self.num_blocks = self.group.min(kv_cache_config.num_blocks)
+        self.kv_bytes = self.num_blocks * kv_cache_config.bytes_per_block
+        self._allocate_kv_caches(self.num_blocks)
+        num_tokens = self.num_blocks * self.block_size
         log.info(
-            "KV cache: %d blocks = %d tokens, %.1f MiB on this rank", self.num_blocks, tokens, self.kv_bytes / 2**20
+            "KV cache: %d blocks = %d tokens, %.1f MiB on this rank", self.num_blocks, num_tokens, self.kv_bytes / 2**20
         )
-        if self.config.max_seq_len and tokens < self.max_seq_len:
+        if self.config.max_seq_len and num_tokens < self.max_seq_len:
             raise ConfigError(
-                f"MAX_SEQ_LEN={self.max_seq_len}: the KV cache holds {tokens} tokens; allowed: at most {tokens}"
+                f"MAX_SEQ_LEN={self.max_seq_len}: the KV cache holds {num_tokens} tokens; allowed: at most {num_tokens}"
             )
-        self.max_seq_len = min(self.max_seq_len, tokens)
+        self.max_seq_len = min(self.max_seq_len, num_tokens)
 
     def _size_kv_cache(self, num_ranks_on_host: int) -> KVCacheConfig:
         return size_kv_cache(
@@ -97,45 +96,60 @@ class ModelRunner:
             num_ranks_on_host=num_ranks_on_host,
         )
 
-    def _allocate(self, num_blocks: int) -> None:
+    def _allocate_kv_caches(self, num_blocks: int) -> None:
         shape = (num_blocks, self.block_size, self.model.local_kv_heads, self.spec.head_dim)
-        self.caches = [
+        self.kv_caches = [
             LayerKVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
             for _ in range(self.spec.num_layers)
         ]
 
     def _warm_up(self) -> None:
-        """Computes one step of the largest size on a throwaway cache: what fails then would fail the first user."""
-        tokens = min(self.max_tokens, self.max_seq_len)
-        blocks = -(-tokens // self.block_size)
-        self._allocate(blocks)
-        place = np.arange(tokens, dtype=np.int32)
-        one = np.array([tokens], dtype=np.int32)
-        tables = np.arange(blocks, dtype=np.int32)[None]
-        ids, starts = np.zeros_like(place), np.array([0, tokens], dtype=np.int32)
-        rows = place[-self.config.max_sequences :]
-        self._forward(Step(0, 0, 0, ids, place, place, starts, one, one, tables, rows))
-        self.caches = []
+        """Executes one step of maximum size on a temporary KV cache.
+
+        Memory use reaches its peak, and errors appear before the first request.
+        """
+        num_tokens = min(self.max_num_batched_tokens, self.max_seq_len)
+        num_blocks = -(-num_tokens // self.block_size)
+        self._allocate_kv_caches(num_blocks)
+        positions = np.arange(num_tokens, dtype=np.int32)
+        seq_lens = np.array([num_tokens], dtype=np.int32)
+        step = Step(
+            epoch=0,
+            number=0,
+            num_decodes=0,
+            token_ids=np.zeros_like(positions),
+            positions=positions,
+            slot_mapping=positions,
+            query_start_loc=np.array([0, num_tokens], dtype=np.int32),
+            seq_lens=seq_lens,
+            prompt_lens=seq_lens,
+            block_tables=np.arange(num_blocks, dtype=np.int32)[None],
+            logits_indices=positions[-self.config.max_sequences :],
+        )
+        self._forward(step)
+        self.kv_caches = []
 
     @torch.inference_mode()
     def _forward(self, step: Step) -> Tensor | None:
-        """Logits of the step's rows, [R, vocab] float32, on rank 0; None on the others, or where no row is wanted."""
+        """Returns logits [R, vocab] float32 on rank 0; None on the other ranks, or if R is 0."""
         batch = ForwardBatch.from_step(step, self.device)
-        hidden = self.model(batch, self.caches)
+        hidden = self.model(batch, self.kv_caches)
         if not len(step.logits_indices):
             return None
         logits: Tensor | None = self.model.logits(hidden[batch.logits_indices])
         return logits
 
-    def execute_and_sample(self, step: Step, sampling: SamplingMetadata) -> tuple[list[SampledToken], list[Logprob]]:
-        """Rank 0: computes the step and chooses tokens."""
+    def execute_and_sample(
+        self, step: Step, sampling_metadata: SamplingMetadata
+    ) -> tuple[list[SampledToken], list[Logprob]]:
+        """Computes a step and samples its tokens (rank 0). See `engine.StepExecutor`."""
         logits = self._forward(step)
         self.cost.add(step)
         if logits is None:
             return [], []
         with torch.inference_mode():
-            return sample(logits, sampling)
+            return sample(logits, sampling_metadata)
 
     def execute(self, step: Step) -> None:
-        """The other ranks: the same computation, whose logits go to rank 0."""
+        """Computes a step (other ranks). Its logits go to rank 0."""
         self._forward(step)

@@ -1,4 +1,4 @@
-"""Says how far loading is: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of loading weights: a bar on a terminal, otherwise a log line every few seconds."""
 
 import logging
 import sys
@@ -6,26 +6,29 @@ import time
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS, BAR_SECONDS, BAR_WIDTH = 3.0, 0.1, 40
+LOG_INTERVAL_SECONDS, REDRAW_INTERVAL_SECONDS, BAR_WIDTH = 3.0, 0.1, 40
 
 
 class ProgressBar:
-    """Call it with the share done, 0 … 1. Says nothing where `silent` (all ranks but the part's first)."""
+    """Callback that shows the fraction done, 0 … 1.
+
+    `silent`: show nothing (every rank of a part except its first).
+    """
 
     def __init__(self, label: str, *, tty: bool, silent: bool):
         self.label, self.tty, self.silent = label, tty, silent
         self._started = time.monotonic()
-        self._next = self._started + (BAR_SECONDS if tty else LINE_SECONDS)
+        self._next_update = self._started + (REDRAW_INTERVAL_SECONDS if tty else LOG_INTERVAL_SECONDS)
 
-    def __call__(self, share: float) -> None:
+    def __call__(self, fraction: float) -> None:
         now = time.monotonic()
-        if self.silent or (now < self._next and share < 1):
+        if self.silent or (now < self._next_update and fraction < 1):
             return
-        self._next = now + (BAR_SECONDS if self.tty else LINE_SECONDS)
+        self._next_update = now + (REDRAW_INTERVAL_SECONDS if self.tty else LOG_INTERVAL_SECONDS)
         if self.tty:
-            filled = round(share * BAR_WIDTH)
+            filled = round(fraction * BAR_WIDTH)
             bar = "#" * filled + "-" * (BAR_WIDTH - filled)
-            sys.stdout.write(f"\r{self.label} [{bar}] {share:4.0%}" + ("\n" if share >= 1 else ""))
+            sys.stdout.write(f"\r{self.label} [{bar}] {fraction:4.0%}" + ("\n" if fraction >= 1 else ""))
             sys.stdout.flush()
-        elif share < 1:
-            log.info("%s: %.0f%% after %.0f s", self.label, share * 100, now - self._started)
+        elif fraction < 1:
+            log.info("%s: %.0f%% after %.0f s", self.label, fraction * 100, now - self._started)

@@ -1,1 +1,1 @@
-"""supervisord's configuration, and the guard that decides what a lost process means."""
+"""supervisord's configuration, and the guard, its event listener that restarts processes or ends the part."""

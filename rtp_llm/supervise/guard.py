@@ -1,8 +1,8 @@
-"""`python -m rtp_llm.supervise.guard RUN_DIR`: supervisord's event listener, which decides what a lost process means.
+"""`python -m rtp_llm.supervise.guard RUN_DIR`: the event listener of supervisord, which restarts lost processes.
 
-A rank lost means all ranks of the part start again: one cannot be restarted into a live communicator. A budget bounds
-that; a code that a restart cannot mend ends the part at once. stdout belongs to supervisord's protocol, so this
-process logs to stderr.
+If a rank exits, the guard restarts all ranks of the part, because a rank cannot join an existing communicator. The
+number of restarts is limited. Exit codes that a restart cannot fix end the part at once. This process logs to stderr,
+because supervisord's event protocol uses stdout.
 """
 
 import json
@@ -27,9 +27,9 @@ from rtp_llm.parallel.part_spec import PartSpec
 log = logging.getLogger("rtp_llm.guard")
 
 WINDOW_SECONDS = 600.0
-SETTLE_SECONDS = 2.0  # for the other ranks to notice and leave by themselves, with codes that tell more
-DOWN = {"EXITED", "FATAL", "BACKOFF"}
-HEARTBEAT_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT: the other ranks have the first word
+SETTLE_SECONDS = 2.0  # time for the other ranks to exit by themselves, with more specific codes
+DOWN_STATES = {"EXITED", "FATAL", "BACKOFF"}
+HEARTBEAT_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT, so that the other ranks report first
 
 
 @dataclass
@@ -40,7 +40,7 @@ class RestartBudget:
     _times: deque[float] = field(default_factory=deque)
 
     def next_delay(self, now: float) -> float | None:
-        """Seconds to pause before the restart that is now due; None where the budget is spent."""
+        """Consumes one restart. Returns the delay before it in seconds; None if the budget is spent."""
         while self._times and now - self._times[0] > WINDOW_SECONDS:
             self._times.popleft()
         if len(self._times) >= self.limit:
@@ -50,29 +50,26 @@ class RestartBudget:
 
 
 def incident_exit_code(codes: list[int]) -> ExitCode:
-    """The one code for an incident in which processes ended with these (-1: by a signal).
+    """Returns one exit code for the incident. `codes`: exit codes of the processes, -1 if killed by a signal.
 
-    A code that no restart mends wins, then a crash, then a hang; that peers lost their connection is only the echo.
+    Priority: final codes, crash, hang, communication (usually a consequence of the others).
     """
-    known = {ExitCode(c) for c in codes if c in ExitCode.__members__.values()}
-    final = sorted(c for c in known if c.is_final)
-    if final:
-        return final[0]
-    echoes = {ExitCode.COMMUNICATION, ExitCode.HANG}
-    if any(c not in echoes for c in codes):
+    known_codes = {ExitCode(c) for c in codes if c in ExitCode.__members__.values()}
+    final_codes = sorted(c for c in known_codes if c.is_final)
+    if final_codes:
+        return final_codes[0]
+    if any(c not in (ExitCode.COMMUNICATION, ExitCode.HANG) for c in codes):
         return ExitCode.RANK_CRASHED
-    return ExitCode.HANG if ExitCode.HANG in known else ExitCode.COMMUNICATION
+    return ExitCode.HANG if ExitCode.HANG in known_codes else ExitCode.COMMUNICATION
 
 
 @dataclass
 class RestartHistory:
-    """`guard.json` in the run directory: restarts and last exit codes, for the metrics; kept when the guard
-    restarts.
-    """
+    """`guard.json` in the run directory: restarts and last exit codes for the metrics, across restarts of the guard."""
 
     path: Path
     restarts: dict[str, int] = field(default_factory=dict)  # by "program reason"
-    last_exit: dict[str, int] = field(default_factory=dict)  # by program; -1: a signal
+    last_exit: dict[str, int] = field(default_factory=dict)  # by program; -1: killed by a signal
 
     @classmethod
     def open(cls, path: Path) -> "RestartHistory":
@@ -84,108 +81,111 @@ class RestartHistory:
             reason = f"{name} {_reason(status)}"
             self.restarts[reason] = self.restarts.get(reason, 0) + 1
             self.last_exit[name] = status
-        scratch = self.path.with_suffix(".tmp")
+        temporary = self.path.with_suffix(".tmp")
         try:
-            scratch.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
-            scratch.replace(self.path)
-        except OSError as error:  # a full disk must not keep ranks from being restarted
+            temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
+            temporary.replace(self.path)
+        except OSError as error:  # a full disk must not prevent restarts
             log.error("%s: not written: %s", self.path, error.strerror)
 
 
 class Guard:
-    """Acts on supervisord through its RPC interface."""
+    """Restarts process groups, or ends the part, through supervisord's RPC interface."""
 
     def __init__(self, part_spec: PartSpec, rpc: Any):
         self.part_spec, self.rpc = part_spec, rpc
         self._history = RestartHistory.open(part_spec.guard_record_path)
         limit = part_spec.config.restart_limit
-        self._ranks, self._api = RestartBudget(limit), RestartBudget(max(limit, 1))
-        # Where all that happened here is that peers of another part were lost, the fault is theirs, and their budget
-        # ends
-        # it; this one is only there so that nothing goes on for ever.
+        self._rank_budget, self._api_budget = RestartBudget(limit), RestartBudget(max(limit, 1))
+        # For incidents in which ranks only lost their peers on another part. The budget of that part limits the
+        # restarts; this larger one prevents an endless loop.
         self._peer_loss_budget = RestartBudget(limit * 5)
-        self._killed_rank = ""  # the rank that this guard has ended
+        self._killed_rank = ""  # process name of the rank that this guard killed
 
     def handle(self) -> None:
-        """Looks at the processes rather than at the event: several events may tell of one incident."""
-        if not self._running():
+        """Handles an event: examines the states of all processes, because one incident causes several events."""
+        if not self._is_running():
             return
         if any(i["exitstatus"] == ExitCode.DOCTOR for i in self._down("doctor")):
-            self._give_up("the doctor refuses", ExitCode.DOCTOR)
+            self._end_part("the doctor found errors", ExitCode.DOCTOR)
         elif self._down("ranks"):
-            self._restart("ranks", self._ranks, settle=SETTLE_SECONDS)
+            self._restart("ranks", self._rank_budget, settle=SETTLE_SECONDS)
         elif self._down("service"):
-            self._restart("service", self._api, settle=0)
+            self._restart("service", self._api_budget, settle=0)
         else:
             self._kill_frozen_rank()
 
     def _kill_frozen_rank(self) -> None:
-        """Ends the part's first rank where it had a heartbeat and lost it. The other ranks notice too and leave, but
-        where they are all on other parts, nobody but the guard can end it.
+        """Kills the part's first rank if its heartbeats stopped.
+
+        The other ranks detect this as well and exit. If all of them run on other parts, only the guard can kill it.
         """
         name = f"rank{self.part_spec.plan.first_rank}"
         info = next((i for i in self.rpc.supervisor.getAllProcessInfo() if i["name"] == name), None)
-        silent = self._seconds_since_status(info["start"]) if info else 0.0
-        if silent > self.part_spec.config.heartbeat_timeout + HEARTBEAT_MARGIN_SECONDS and self._can_write():
-            log.error("no heartbeat from %s for %.0f s: it is ended (exit code %d)", name, silent, ExitCode.HANG)
+        silent_seconds = self._seconds_since_status(info["start"]) if info else 0.0
+        if silent_seconds > self.part_spec.config.heartbeat_timeout + HEARTBEAT_MARGIN_SECONDS and self._can_write():
+            log.error("no heartbeat from %s for %.0f s: killing it (exit code %d)", name, silent_seconds, ExitCode.HANG)
             self._killed_rank = name
             self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
 
-    def _seconds_since_status(self, started: float) -> float:
-        """Seconds since the first rank posted what it hears of the gang; 0 where it has not since it `started`."""
-        gang_status = self.part_spec.gang_status_path
+    def _seconds_since_status(self, start_time: float) -> float:
+        """Returns seconds since the first rank wrote the gang status; 0 if it has not since its start.
+
+        `start_time` in seconds since the epoch.
+        """
+        path = self.part_spec.gang_status_path
         try:
-            posted, ranks = gang_status.stat().st_mtime, json.loads(gang_status.read_text())["ranks"]
+            written_at, ranks = path.stat().st_mtime, json.loads(path.read_text())["ranks"]
         except FileNotFoundError:
             return 0.0
-        return time.time() - posted if ranks and posted > started else 0.0
+        return time.time() - written_at if ranks and written_at > start_time else 0.0
 
     def _can_write(self) -> bool:
-        """False on a full disk, where silence does not mean that a rank is frozen."""
+        """Returns False if the disk is full: the gang status is then old although the rank is not frozen."""
         try:
             (self.part_spec.run_dir / "guard.probe").write_text("x")
         except OSError:
             return False
         return True
 
-    def _running(self) -> bool:
-        """False from the moment on that supervisord was asked to stop."""
+    def _is_running(self) -> bool:
+        """Returns False once supervisord has received a stop request."""
         try:
             return bool(self.rpc.supervisor.getState()["statename"] == "RUNNING")
-        except xmlrpc.client.Fault:  # it no longer says anything: SHUTDOWN_STATE
+        except xmlrpc.client.Fault:  # SHUTDOWN_STATE
             return False
 
     def _down(self, group: str) -> list[dict[str, Any]]:
-        infos: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
-        return [i for i in infos if i["group"] == group and i["statename"] in DOWN]
+        processes: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
+        return [i for i in processes if i["group"] == group and i["statename"] in DOWN_STATES]
 
     def _restart(self, group: str, budget: RestartBudget, settle: float) -> None:
         time.sleep(settle)
         down = self._down(group)
-        what = ", ".join(f"{i['name']} ({_describe(i['exitstatus'])})" for i in down)
+        exits = ", ".join(f"{i['name']} ({_describe(i['exitstatus'])})" for i in down)
         code = incident_exit_code([ExitCode.HANG if i["name"] == self._killed_rank else i["exitstatus"] for i in down])
         self._killed_rank = ""
         if code.is_final:
-            self._give_up(f"{what}: no restart can mend that", code)
+            self._end_part(f"{exits}: a restart cannot fix this", code)
             return
         if code == ExitCode.COMMUNICATION and self.part_spec.plan.is_multi_part:
             budget = self._peer_loss_budget
-        pause = budget.next_delay(time.monotonic())
-        if pause is None:
-            self._give_up(f"{what}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
+        delay = budget.next_delay(time.monotonic())
+        if delay is None:
+            self._end_part(f"{exits}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
             return
-        if not self._running():
+        if not self._is_running():
             return
         self._history.add(down)
-        log.error("lost %s; starting all of group %s again in %.1f s", what, group, pause)
+        log.error("lost %s; restarting group %s in %.1f s", exits, group, delay)
         self.rpc.supervisor.stopProcessGroup(group, True)
-        time.sleep(pause)
-        if self._running():
+        time.sleep(delay)
+        if self._is_running():
             self.rpc.supervisor.startProcessGroup(group, False)
 
-    def _give_up(self, reason: str, code: ExitCode) -> None:
-        if not self._running():
-            return  # it was asked to stop in the meantime, and ends with 0
+    def _end_part(self, reason: str, code: ExitCode) -> None:
+        if not self._is_running():
+            return  # stopped in the meantime: the part ends with 0
         log.critical("%s; the part ends with exit code %d", reason, code)
         try:
             self.part_spec.exit_code_file.write_text(str(int(code)))
@@ -198,14 +198,14 @@ def _describe(exit_status: int) -> str:
 
 
 def _reason(exit_status: int) -> str:
-    """The class of an exit code, for people and for a metric's label."""
+    """Returns the name of an exit code, for log lines and as a metric label."""
     if exit_status < 0:
         return "signal"
     return ExitCode(exit_status).name.lower() if exit_status in ExitCode.__members__.values() else "other"
 
 
 def open_rpc(part_spec: PartSpec) -> Any:
-    """supervisord's RPC interface, over its unix socket."""
+    """Returns a client of supervisord's XML-RPC interface, over its unix socket."""
     transport = SupervisorTransport(None, None, f"unix://{part_spec.supervisor_socket}")
     return xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
 

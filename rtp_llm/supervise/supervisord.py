@@ -1,7 +1,7 @@
-"""supervisord's configuration for one part, generated from the plan.
+"""Generates supervisord's configuration for one part from the plan.
 
-Groups, because supervisord stops them one after another, the highest priority number first, and the members of a group
-together. So `api` ends its open streams while the ranks still compute, then all `ranks` go at once.
+supervisord stops groups one after another, highest priority number first, and all programs of a group together. So
+`api` ends its open streams while the ranks still compute, then all `ranks` stop at once.
 """
 
 import configparser
@@ -12,20 +12,20 @@ import sys
 from rtp_llm.parallel.part_spec import PartSpec
 
 RANK_STOP_SECONDS = 5
-DRAIN_MARGIN_SECONDS = 5  # what uvicorn may need beyond its own limit
+DRAIN_MARGIN_SECONDS = 5  # that uvicorn may take beyond its own timeout
 
 
 def supervisord_config(part_spec: PartSpec) -> str:
-    """The text of supervisord.conf."""
+    """Returns the text of supervisord.conf."""
     run_dir, socket = part_spec.run_dir, part_spec.supervisor_socket
-    word = shlex.quote(str(run_dir))
-    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {word} {r}" for r in part_spec.plan.ranks}
-    stop = part_spec.config.drain_seconds + DRAIN_MARGIN_SECONDS
+    run_dir_arg = shlex.quote(str(run_dir))
+    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {run_dir_arg} {r}" for r in part_spec.plan.ranks}
+    api_stop_seconds = part_spec.config.drain_seconds + DRAIN_MARGIN_SECONDS
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
             "nodaemon": "true",
             "logfile": run_dir / "supervisord.log",
-            "silent": "true",  # its own lines are of interest only where it fails: see start_server
+            "silent": "true",  # start_server shows the end of the log file if supervisord fails
             "loglevel": "info",
             "pidfile": run_dir / "supervisord.pid",
             "childlogdir": run_dir,
@@ -37,9 +37,9 @@ def supervisord_config(part_spec: PartSpec) -> str:
         },
         "group:ranks": {"programs": ",".join(ranks), "priority": 100},
         "group:service": {"programs": "api", "priority": 900},
-        "program:api": _program(f"-m rtp_llm.api.main {word}", stop),
+        "program:api": _program(f"-m rtp_llm.api.main {run_dir_arg}", api_stop_seconds),
         "eventlistener:guard": {
-            **_program(f"-m rtp_llm.supervise.guard {word}", 2),
+            **_program(f"-m rtp_llm.supervise.guard {run_dir_arg}", 2),
             "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL,TICK_5",
             "buffer_size": 1000,
             "autorestart": "true",
@@ -49,20 +49,23 @@ def supervisord_config(part_spec: PartSpec) -> str:
         },
     }
     if runs_doctor(part_spec):
-        sections["group:doctor"] = {"programs": "checkup", "priority": 50}
-        sections["program:checkup"] = _program(f"-m doctor.gang_service {word}", 2)
+        sections["group:doctor"] = {"programs": "gang-doctor", "priority": 50}
+        sections["program:gang-doctor"] = _program(f"-m doctor.gang_service {run_dir_arg}", 2)
     del sections["eventlistener:guard"]["stdout_logfile"], sections["eventlistener:guard"]["stdout_logfile_maxbytes"]
     sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in ranks.items()}
     return _render(sections)
 
 
 def runs_doctor(part_spec: PartSpec) -> bool:
-    """Whether the part's doctor meets those of other parts: where there are others, and nobody has switched it off."""
+    """Returns True if the doctor runs beside the ranks: there are other parts, and RTP_DOCTOR is not off."""
     return part_spec.plan.is_multi_part and part_spec.config.rtp_doctor != "off"
 
 
 def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
-    """The guard decides about restarts, so supervisord makes none: it would respawn for ever and without a pause."""
+    """Returns the options of one program.
+
+    supervisord itself does not restart it, because it would do so without limit or delay; the guard does.
+    """
     return {
         "command": f"{shlex.quote(sys.executable)} {arguments}",
         "autostart": "true",
@@ -82,7 +85,7 @@ def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
 def _render(sections: dict[str, dict[str, object]]) -> str:
     parser = configparser.RawConfigParser()
     for name, options in sections.items():
-        # supervisord expands %(…)s in values, so a % in a path must be doubled.
+        # supervisord expands %(…)s in values: escape a % in a path as %%.
         parser[name] = {key: str(value).replace("%", "%%") for key, value in options.items()}
     text = io.StringIO()
     parser.write(text)

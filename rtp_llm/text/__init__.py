@@ -1,1 +1,1 @@
-"""Everything between text and token ids: tokenizer, chat template, detokenizer, stop strings."""
+"""Conversion between text and token ids: tokenizer, chat template, detokenizer, stop strings."""

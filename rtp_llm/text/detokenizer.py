@@ -1,7 +1,8 @@
-"""Text from token ids as they arrive, each piece handed out once and only when no later token can change it.
+"""Incremental detokenization: converts token ids to text as they arrive, and returns text that later tokens cannot
+change.
 
-A character may span tokens, and sentencepiece drops a space at the start of a text but not in its middle, so decoding
-each step by itself is wrong, and decoding everything at each step is quadratic.
+Decoding each step separately is wrong, since a character may span tokens and sentencepiece drops a space at the start
+of a text only. Decoding all tokens at each step takes quadratic time.
 """
 
 import codecs
@@ -14,28 +15,28 @@ from rtp_llm.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text stream of one request.
 
-    All pushes and the flush joined are the text of `prompt_ids` + all ids, less the text of `prompt_ids`. A character
-    that the prompt leaves unfinished is given whole, once it is complete.
+    The results of all pushes and the flush join to the text of `prompt_ids` + all ids without the text of
+    `prompt_ids`. A character that starts in the prompt is returned whole when it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()):
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._token_bytes = tokenizer.token_bytes
         stream = _ByteStream if tokenizer.byte_level else _WindowStream
-        # Lazy and from the end: a stream reads only as much of a long prompt as bears on what follows.
-        self._stream: _Stream = stream(tokenizer, self._shown(reversed(prompt_ids)))
+        # An iterator from the end, since only the last tokens of a long prompt are needed as context.
+        self._stream: _Stream = stream(tokenizer, self._ids_with_text(reversed(prompt_ids)))
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that has become certain with these ids; never a part of a character."""
-        return self._stream.push(self._shown(token_ids))
+        """Returns the text that is final after these ids. It contains no incomplete character."""
+        return self._stream.push(self._ids_with_text(token_ids))
 
     def flush(self) -> str:
-        """What is still held, with U+FFFD for what never became a character. Nothing may be pushed afterwards."""
+        """Returns the remaining text, with U+FFFD for incomplete characters. Call it once, after the last push."""
         return self._stream.flush()
 
-    def _shown(self, ids: Iterable[int]) -> Iterator[int]:
-        """Leaves out what has no text, padding rows of the embedding included: it would be no context for others."""
-        return (token_id for token_id in ids if token_id not in self._hidden and self._token_bytes(token_id))
+    def _ids_with_text(self, ids: Iterable[int]) -> Iterator[int]:
+        """Yields the ids that have text. Skipped special tokens and padding ids cannot serve as context."""
+        return (token_id for token_id in ids if token_id not in self._skipped_ids and self._token_bytes(token_id))
 
 
 class _Stream(Protocol):
@@ -44,18 +45,18 @@ class _Stream(Protocol):
 
 
 class _ByteStream:
-    """Byte-level tokens: their bytes in a row are UTF-8, and an unfinished character waits in the codec."""
+    """Decodes byte-level tokens: their bytes are UTF-8. The codec buffers an incomplete character."""
 
-    def __init__(self, tokenizer: Tokenizer, backwards: Iterable[int]):
+    def __init__(self, tokenizer: Tokenizer, reversed_prompt: Iterable[int]):
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         tail = b""
-        for token_id in backwards:
+        for token_id in reversed_prompt:
             tail = tokenizer.token_bytes(token_id) + tail
-            if len(tail) >= 4:  # no character is longer
+            if len(tail) >= 4:  # the longest character in UTF-8
                 break
         self._utf8.decode(tail)
-        self._begun_by_prompt = bool(self._utf8.getstate()[0])
+        self._prompt_ends_in_character = bool(self._utf8.getstate()[0])
 
     def push(self, ids: Iterable[int]) -> str:
         return self._strip_prompt_remainder(self._utf8.decode(b"".join(map(self._token_bytes, ids))))
@@ -64,32 +65,32 @@ class _ByteStream:
         return self._strip_prompt_remainder(self._utf8.decode(b"", final=True))
 
     def _strip_prompt_remainder(self, text: str) -> str:
-        if not (self._begun_by_prompt and text):
+        if not (self._prompt_ends_in_character and text):
             return text
-        self._begun_by_prompt = False
-        # The prompt's bytes came to nothing: their U+FFFD is the prompt's, not ours.
+        self._prompt_ends_in_character = False
+        # If the prompt's last bytes are invalid, their U+FFFD belongs to the prompt's text.
         return text.removeprefix("\ufffd")
 
 
 class _WindowStream:
-    """Any other decoder: decodes what is new behind one token of context, so the work per id is constant.
+    """Decodes the tokens of any other decoder after one token of context, in constant time per id.
 
-    Only a run of `<0xNN>` tokens is held: sentencepiece's decoder judges such a run as a whole, and one bad byte turns
-    all of it into U+FFFD. Context keeps the decoder from taking new text for the start of a text.
+    Buffers only a run of `<0xNN>` tokens: sentencepiece decodes such a run as a unit, and one invalid byte turns all of
+    it into U+FFFD. The context prevents that the decoder treats new text as the start of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, backwards: Iterable[int]):
+    def __init__(self, tokenizer: Tokenizer, reversed_prompt: Iterable[int]):
         self._tokenizer = tokenizer
-        self._context = _last_run(tokenizer, backwards)
+        self._context = _context_from_prompt(tokenizer, reversed_prompt)
         self._pending: list[int] = []
-        self._certain = 0  # how many of `_pending` end before the run of bytes that may go on
+        self._num_stable = 0  # tokens of `_pending` before its last run of byte tokens, which may continue
 
     def push(self, ids: Iterable[int]) -> str:
         for token_id in ids:
             self._pending.append(token_id)
             if token_id not in self._tokenizer.byte_ids:
-                self._certain = len(self._pending)
-        return self._emit_stable(self._certain)
+                self._num_stable = len(self._pending)
+        return self._emit_stable(self._num_stable)
 
     def flush(self) -> str:
         return self._emit_stable(len(self._pending))
@@ -101,18 +102,18 @@ class _WindowStream:
         after = self._tokenizer.decode(self._context + self._pending[:count], skip_special_tokens=False)
         self._context = self._pending[count - 1 : count]
         del self._pending[:count]
-        self._certain = 0
-        # New bytes may complete, or spoil, the run of bytes at the prompt's end: what still stands is not repeated.
+        self._num_stable = 0
+        # New bytes may complete or invalidate the prompt's last run of byte tokens. Skip the text that is unchanged.
         while not after.startswith(before):
             before = before[:-1]
         return after[len(before) :]
 
 
-def _last_run(tokenizer: Tokenizer, backwards: Iterable[int]) -> list[int]:
-    """The last token that is no byte token, and the byte tokens behind it."""
-    run: list[int] = []
-    for token_id in backwards:
-        run.append(token_id)
+def _context_from_prompt(tokenizer: Tokenizer, reversed_prompt: Iterable[int]) -> list[int]:
+    """Returns the prompt's last token that is not a byte token, and the byte tokens after it."""
+    reversed_context: list[int] = []
+    for token_id in reversed_prompt:
+        reversed_context.append(token_id)
         if token_id not in tokenizer.byte_ids:
             break
-    return run[::-1]
+    return reversed_context[::-1]

@@ -1,21 +1,23 @@
-"""Stop strings, found in text that arrives in pieces.
+"""Finds stop strings in streamed text.
 
-A stop string may span pieces, so text that could still begin one is held back: what has been sent cannot be taken back.
+A stop string may span chunks, so text that could be the start of one is buffered until more text arrives.
 """
 
 from collections.abc import Sequence
 
 
 class StopChecker:
-    """Cuts the text of one request at the first stop string.
+    """Truncates the text of one request at the first stop string.
 
-    The match that starts earliest wins; of those that start at the same place, the longest. However the text is split,
-    the answer is the same, so with stops "a" and "ab" the text "a" is undecided until more comes or `flush` is called.
-    `include_stop` keeps the matched string at the end of the text. `matched` is that string, None before a match.
+    The earliest match wins, of those with the same start the longest. The result does not depend on how the text is
+    split: with the stop strings "a" and "ab", the text "a" stays buffered until the next `push` or `flush`.
+
+    include_stop  keeps the matched string at the end of the text
+    matched       the matched string, None before a match
     """
 
     def __init__(self, stop: Sequence[str], include_stop: bool = False):
-        """Raises ValueError on an empty stop string: it would match everywhere."""
+        """Raises ValueError if a stop string is empty, since it would match everywhere."""
         if "" in stop:
             raise ValueError("a stop string must not be empty")
         self._stops = sorted(set(stop), key=len, reverse=True)
@@ -24,40 +26,42 @@ class StopChecker:
         self.matched: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is now safe to send, and the stop string once one has matched; later text is dropped."""
+        """Returns the text that can be sent, and the matched stop string or None. Drops the text after a match."""
         if self.matched is not None:
             return "", self.matched
         self._buffer += text
-        start, stop = self._first_match()
-        undecided = self._partial_match_start()
-        if stop is not None and start < undecided:
-            return self._cut(start, stop), stop
-        safe, self._buffer = self._buffer[:undecided], self._buffer[undecided:]
-        return safe, None
+        start, stop = self._find_match()
+        partial_start = self._partial_match_start()
+        if stop is not None and start < partial_start:
+            return self._end_at_match(start, stop), stop
+        sendable, self._buffer = self._buffer[:partial_start], self._buffer[partial_start:]
+        return sendable, None
 
     def flush(self) -> str:
-        """The held text, at the end of the stream. A shorter match that was waiting for a longer one is made now:
-        look at `matched` afterwards."""
-        start, stop = self._first_match()
+        """Returns the buffered text at the end of the stream. May set `matched`, if a shorter match was waiting for a
+        longer one.
+        """
+        start, stop = self._find_match()
         if stop is not None:
-            return self._cut(start, stop)
+            return self._end_at_match(start, stop)
         rest, self._buffer = self._buffer, ""
         return rest
 
-    def _cut(self, start: int, stop: str) -> str:
+    def _end_at_match(self, start: int, stop: str) -> str:
         text = self._buffer[:start] + (stop if self._include_stop else "")
         self._buffer, self.matched = "", stop
         return text
 
-    def _first_match(self) -> tuple[int, str | None]:
-        """Where the earliest whole stop string starts, and which it is (the longest there: `min` keeps the first)."""
-        found = ((self._buffer.find(stop), stop) for stop in self._stops)
-        return min(((at, stop) for at, stop in found if at >= 0), key=lambda match: match[0], default=(-1, None))
+    def _find_match(self) -> tuple[int, str | None]:
+        """Returns the start of the earliest full match and its stop string, or (-1, None)."""
+        matches = ((self._buffer.find(stop), stop) for stop in self._stops)
+        # The longest of those with the same start: `_stops` is sorted and `min` returns the first.
+        return min(((at, stop) for at, stop in matches if at >= 0), key=lambda match: match[0], default=(-1, None))
 
     def _partial_match_start(self) -> int:
-        """Where the longest suffix starts that is the beginning, and not the whole, of a stop string."""
+        """Returns the start of the longest suffix that is a proper prefix of a stop string."""
         return len(self._buffer) - max((self._overlap(stop) for stop in self._stops), default=0)
 
     def _overlap(self, stop: str) -> int:
-        longest = min(len(stop) - 1, len(self._buffer))
-        return next((n for n in range(longest, 0, -1) if self._buffer.endswith(stop[:n])), 0)
+        max_length = min(len(stop) - 1, len(self._buffer))
+        return next((n for n in range(max_length, 0, -1) if self._buffer.endswith(stop[:n])), 0)

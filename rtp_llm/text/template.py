@@ -1,7 +1,7 @@
-"""Chat messages to prompt text, through the checkpoint's Jinja template.
+"""Renders chat messages to prompt text with the checkpoint's Jinja template.
 
-Templates are written for Hugging Face's documented environment, so this file offers the same one: the sandbox, the
-whitespace rules, the functions, and messages shaped as templates expect them rather than as OpenAI clients send them.
+Templates expect Hugging Face's documented environment: its sandbox, whitespace rules and functions. Messages are
+normalized, since OpenAI clients send other formats than templates expect.
 """
 
 import json
@@ -24,17 +24,17 @@ Message = Mapping[str, Any]
 
 
 class TemplateError(ValueError):
-    """Messages that cannot be rendered, or a template that cannot be used; one sentence for the client or operator."""
+    """The messages cannot be rendered or the template is invalid. The text is for the client or operator."""
 
 
 class ChatTemplate:
-    """The templates one server renders with: the usual one, and one for requests with tools where there is one."""
+    """The templates of one server: the default, and optionally one for requests with tools."""
 
     def __init__(self, name: str, source: str | None, tool_source: str | None, variables: Mapping[str, str]):
-        """`variables` are the named special tokens. Raises TemplateError on a template with a syntax error."""
+        """`variables` are the named special tokens. Raises TemplateError if a template has a syntax error."""
         self.name = name
-        self._plain = None if source is None else _Compiled(name, source)
-        self._with_tools = self._plain if tool_source is None else _Compiled(name, tool_source)
+        self._default = None if source is None else _CompiledTemplate(name, source)
+        self._with_tools = self._default if tool_source is None else _CompiledTemplate(name, tool_source)
         self._variables = dict(variables)
 
     @classmethod
@@ -42,21 +42,22 @@ class ChatTemplate:
         cls,
         tokenizer: Tokenizer,
         *,
-        forced: str | None,
+        explicit: str | None,
         default_key: str = "default",
         tool_key: str = "tool_use",
         model_type: str = "",
     ) -> "ChatTemplate":
-        """`forced` (a built-in name or a path) > the checkpoint's own > a built-in one by `model_type` > none.
+        """Returns the first of: `explicit` (a built-in name or a path), the checkpoint's, a built-in for `model_type`.
 
-        Raises TemplateError where `forced` names nothing, and on a syntax error; having none is an error at `render`.
+        Raises TemplateError if `explicit` does not exist or a template has a syntax error. Without any template,
+        `render` raises.
         """
-        if forced:
-            return cls(*_explicit_template(forced), None, tokenizer.special_tokens)
-        own, tool_use = tokenizer.templates.get(default_key), tokenizer.templates.get(tool_key)
-        if own is not None:
-            return cls(f"the checkpoint's {default_key!r}", own, tool_use, tokenizer.special_tokens)
-        built_in = _by_model_type(model_type, tokenizer)
+        if explicit:
+            return cls(*_explicit_template(explicit), None, tokenizer.special_tokens)
+        default, tool_use = tokenizer.templates.get(default_key), tokenizer.templates.get(tool_key)
+        if default is not None:
+            return cls(f"the checkpoint's {default_key!r}", default, tool_use, tokenizer.special_tokens)
+        built_in = _built_in_for_model_type(model_type, tokenizer)
         name = f"built-in {built_in!r}" if built_in else "none"
         return cls(name, _BUILT_IN.get(built_in or ""), tool_use, tokenizer.special_tokens)
 
@@ -69,11 +70,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The prompt's text; encode it with add_special_tokens=False, for a template writes its own bos.
+        """Returns the prompt text. Encode it with add_special_tokens=False: the template adds the bos token.
 
         `kwargs` are further template variables (a request's chat_template_kwargs). Raises TemplateError.
         """
-        template = self._with_tools if tools else self._plain
+        template = self._with_tools if tools else self._default
         if template is None:
             raise TemplateError(
                 "this checkpoint has no chat template: set MODEL_TEMPLATE_TYPE to one of "
@@ -90,8 +91,8 @@ class ChatTemplate:
         return template.render(variables)
 
 
-class _Compiled:
-    """One template, and what its source shows of the message shape it was written for."""
+class _CompiledTemplate:
+    """One template, and the message format that it expects, inferred from its source."""
 
     def __init__(self, name: str, source: str):
         try:
@@ -102,46 +103,48 @@ class _Compiled:
                 f"the chat template ({name}) has an error in line {error.lineno}: {error.message}; "
                 "MODEL_TEMPLATE_TYPE can name another one"
             ) from error
-        self._takes_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
-        asks_for_text = any(test.name == "string" for test in tree.find_all(nodes.Test))
-        self._needs_parts = self._takes_parts and not asks_for_text
-        self._takes_null = _ASKS_FOR_NULL.search(source) is not None
-        self._joins_arguments = _JOINS_ARGUMENTS.search(source) is not None
+        self._accepts_parts = any(_iterates_content(loop.iter) for loop in tree.find_all(nodes.For))
+        tests_for_string = any(test.name == "string" for test in tree.find_all(nodes.Test))
+        self._requires_parts = self._accepts_parts and not tests_for_string
+        self._accepts_null = _TESTS_FOR_NULL.search(source) is not None
+        self._concatenates_arguments = _CONCATENATES_ARGUMENTS.search(source) is not None
 
     def normalize_message(self, message: Message) -> dict[str, Any]:
-        """A message as this template expects it. Keys that are null go: templates ask whether a key is there."""
-        if not isinstance(message, Mapping):  # the native endpoints pass on what the client sent
+        """Returns the message in the format that this template expects. Removes null values, since templates test
+        whether a key is defined.
+        """
+        if not isinstance(message, Mapping):  # not validated by all callers
             raise TemplateError(f"a message must be an object with a role and content, not {type(message).__name__}")
-        shaped = {key: value for key, value in message.items() if value is not None}
+        normalized = {key: value for key, value in message.items() if value is not None}
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, str):
-            texts = [_text_of(part) for part in content]
-            shaped["content"] = list(content) if self._takes_parts else "".join(texts)
-        elif isinstance(content, str) and self._needs_parts:
-            shaped["content"] = [{"type": "text", "text": content}]
+            texts = [_part_text(part) for part in content]
+            normalized["content"] = list(content) if self._accepts_parts else "".join(texts)
+        elif isinstance(content, str) and self._requires_parts:
+            normalized["content"] = [{"type": "text", "text": content}]
         elif content is None:
-            shaped["content"] = None if self._takes_null else ""
-        if isinstance(shaped.get("tool_calls"), list) and not self._joins_arguments:
-            shaped["tool_calls"] = [_with_parsed_arguments(call) for call in shaped["tool_calls"]]
-        return shaped
+            normalized["content"] = None if self._accepts_null else ""
+        if isinstance(normalized.get("tool_calls"), list) and not self._concatenates_arguments:
+            normalized["tool_calls"] = [_with_parsed_arguments(call) for call in normalized["tool_calls"]]
+        return normalized
 
     def render(self, variables: Mapping[str, Any]) -> str:
         try:
             return self._template.render(variables)
         except _TemplateRaised as error:
             raise TemplateError(f"the chat template does not accept these messages: {error}") from error
-        except Exception as error:  # a template is a program: it can raise whatever its operators and filters raise
+        except Exception as error:  # the template's expressions and filters can raise any exception
             raise TemplateError(f"the chat template failed on these messages: {error}") from error
 
 
-# `content is none`, in any spelling: then the null content of an assistant turn that only calls tools stays null.
-_ASKS_FOR_NULL = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b", re.IGNORECASE)
-# Templates that put a call's arguments into a string as they are, where all others expect the object.
-_JOINS_ARGUMENTS = re.compile(r"\barguments['\"]?\]?\s*[+~]")
+# `content is none`, in any spelling: these templates need the null content of an assistant turn that only calls tools.
+_TESTS_FOR_NULL = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b", re.IGNORECASE)
+# Templates that concatenate a call's arguments to a string need JSON text; all others expect an object.
+_CONCATENATES_ARGUMENTS = re.compile(r"\barguments['\"]?\]?\s*[+~]")
 
 
-def _is_content(node: nodes.Node) -> bool:
-    """True where a loop runs over a message's content (through any filters), so that content may be a list of parts."""
+def _iterates_content(node: nodes.Node) -> bool:
+    """Returns True if a loop over `node` iterates over a message's content, also through filters."""
     while isinstance(node, nodes.Filter) and node.node is not None:
         node = node.node
     if isinstance(node, nodes.Getitem):
@@ -149,10 +152,10 @@ def _is_content(node: nodes.Node) -> bool:
     return getattr(node, "attr", getattr(node, "name", None)) == "content"
 
 
-def _text_of(part: object) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind != "text":
-        raise TemplateError(f"a content part of type {kind!r} cannot be served here: this model reads text parts only")
+def _part_text(part: object) -> str:
+    part_type = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if part_type != "text":
+        raise TemplateError(f"content parts of type {part_type!r} are not supported: this model reads text only")
     text = part.get("text") if isinstance(part, Mapping) else None
     if not isinstance(text, str):
         raise TemplateError('a content part of type "text" needs its "text" as a string')
@@ -160,23 +163,25 @@ def _text_of(part: object) -> str:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """OpenAI's clients send a call's arguments as JSON text; templates write them with `tojson` or loop over them."""
+    """Returns the call with its arguments parsed. OpenAI clients send them as JSON text, but templates use `tojson` or
+    iterate over them.
+    """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
         parsed = json.loads(function["arguments"])
     except (ValueError, RecursionError):
-        return call  # what a model once wrote need not be JSON: the template gets it as it was
+        return call  # arguments that a model generated may be invalid JSON; the template gets them unchanged
     return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
 
 
 class _TemplateRaised(jinja2.TemplateError):
-    """A template's own raise_exception."""
+    """Raised by `raise_exception` in a template."""
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks assistant text for training; here it only has to render its body."""
+class _GenerationTag(Extension):
+    """Renders the body of `{% generation %}`, which marks assistant text for training."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it an instance variable, so it cannot be a ClassVar
 
@@ -200,13 +205,13 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML, which no model has been trained on."""
+    """Replaces Jinja's filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -216,29 +221,29 @@ def _environment() -> ImmutableSandboxedEnvironment:
 _ENVIRONMENT = _environment()
 
 
-def _explicit_template(forced: str) -> tuple[str, str]:
-    """Name and source of the template that MODEL_TEMPLATE_TYPE asks for."""
-    name = _ALIASES.get(forced, forced)
+def _explicit_template(explicit: str) -> tuple[str, str]:
+    """Returns name and source of the template that MODEL_TEMPLATE_TYPE sets. Raises TemplateError."""
+    name = _ALIASES.get(explicit, explicit)
     if name in _BUILT_IN:
         return f"built-in {name!r}", _BUILT_IN[name]
     try:
-        return forced, files.read(Path(forced)).decode()
+        return explicit, files.read(Path(explicit)).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(
-            f"MODEL_TEMPLATE_TYPE={forced} is neither a built-in template ({', '.join([*_BUILT_IN, *_ALIASES])}) "
+            f"MODEL_TEMPLATE_TYPE={explicit} is neither a built-in template ({', '.join([*_BUILT_IN, *_ALIASES])}) "
             f"nor a readable file: {error}"
         ) from error
 
 
-def _by_model_type(model_type: str, tokenizer: Tokenizer) -> str | None:
+def _built_in_for_model_type(model_type: str, tokenizer: Tokenizer) -> str | None:
     name = model_type.lower().replace("-", "_")
-    if name == "llama":  # the architecture is called so for every generation; the control tokens tell them apart
+    if name == "llama":  # the model type of every Llama generation; the control tokens differ
         return "llama2" if tokenizer.token_id("<|start_header_id|>") is None else "llama3"
-    return next((built_in for prefix, built_in in _MODEL_TYPES.items() if name.startswith(prefix)), None)
+    return next((built_in for prefix, built_in in _BUILT_IN_BY_MODEL_TYPE.items() if name.startswith(prefix)), None)
 
 
 _ALIASES = {"default": "chatml", "qwen": "chatml"}
-_MODEL_TYPES = {
+_BUILT_IN_BY_MODEL_TYPE = {
     "qwen": "chatml",
     "llama_2": "llama2",
     "llama2": "llama2",
@@ -249,11 +254,11 @@ _MODEL_TYPES = {
     "internlm2": "internlm2",
 }
 
-# With Hermes-style tools, as Qwen's chat models are trained on.
+# With Hermes-style tools, which Qwen's chat models are trained on.
 _CHATML = """\
-{%- set led = messages and messages[0].role == 'system' %}
+{%- set has_system = messages and messages[0].role == 'system' %}
 {%- if tools %}
-{{- '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if led else '') ~ '# Tools\n\n' }}
+{{- '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if has_system else '') ~ '# Tools\n\n' }}
 {{- 'You may call one or more functions to assist with the user query.\n\n' }}
 {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
 {%- for tool in tools %}{{ '\n' ~ tool | tojson }}{% endfor %}
@@ -261,7 +266,7 @@ _CHATML = """\
 {{- '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": ' }}
 {{- '<args-json-object>}\n</tool_call><|im_end|>\n' }}
 {%- endif %}
-{%- for message in messages[1 if led and tools else 0:] %}
+{%- for message in messages[1 if has_system and tools else 0:] %}
 {%- if message.role == 'tool' %}
 {{- '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' else '' }}
 {{- '\n<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}
@@ -291,10 +296,10 @@ _LLAMA3 = """\
 {%- endfor %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}"""
 
-# Llama 2 and Mistral know only user and assistant, in turns; the system text goes into the first turn.
-_TURNS = """\
-{%- set led = messages and messages[0].role == 'system' %}
-{%- for message in messages[1 if led else 0:] %}
+# Llama 2 and Mistral support alternating user and assistant turns only; the system text goes into the first turn.
+_ALTERNATING_TURNS = """\
+{%- set has_system = messages and messages[0].role == 'system' %}
+{%- for message in messages[1 if has_system else 0:] %}
 {%- if message.role != ('user' if loop.index0 is even else 'assistant') %}
 {{- raise_exception('after at most one system message the roles must alternate user, assistant, user, …') }}
 {%- endif %}
@@ -303,7 +308,7 @@ _TURNS = """\
 _LLAMA2 = """\
 {%- if message.role == 'user' %}
 {{- bos_token ~ '[INST] ' }}
-{{- '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' if led and loop.first else '' }}
+{{- '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' if has_system and loop.first else '' }}
 {{- (message.content | trim) ~ ' [/INST]' }}
 {%- else %}{{ ' ' ~ (message.content | trim) ~ ' ' ~ eos_token }}
 {%- endif %}
@@ -312,15 +317,15 @@ _LLAMA2 = """\
 _MISTRAL = """\
 {%- if message.role == 'user' %}
 {{- bos_token if loop.first else '' }}
-{{- '[INST] ' ~ (messages[0].content ~ '\n\n' if led and loop.first else '') ~ message.content ~ ' [/INST]' }}
+{{- '[INST] ' ~ (messages[0].content ~ '\n\n' if has_system and loop.first else '') ~ message.content ~ ' [/INST]' }}
 {%- else %}{{ ' ' ~ (message.content | trim) ~ eos_token }}
 {%- endif %}
 {%- endfor %}"""
 
 _BUILT_IN = {
     "chatml": _CHATML,
-    "llama2": _TURNS + _LLAMA2,
+    "llama2": _ALTERNATING_TURNS + _LLAMA2,
     "llama3": _LLAMA3,
-    "mistral": _TURNS + _MISTRAL,
+    "mistral": _ALTERNATING_TURNS + _MISTRAL,
     "internlm2": _INTERNLM2,
 }

@@ -1,7 +1,7 @@
-"""The API of one part inside the test's own process, on a free port, before a fake engine.
+"""The API of one part inside the test's process, on a free port, with a fake engine.
 
-The application is what `rtp_llm.api.main` builds, behind the server it uses. In one process with the test, its log
-can be watched: an error there fails the test, even where the client got a good answer.
+It is the application of `rtp_llm.api.main` on the same HTTP server. Since it shares the test's process, an error in its
+log fails the test, even if the client got a valid response.
 """
 
 import asyncio
@@ -32,17 +32,17 @@ from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import make_plan
 from rtp_llm.text.template import ChatTemplate
 from tests.api.byte_model import ByteModel
-from tests.api.fake_engine import PATIENCE, FakeEngine, Script
+from tests.api.fake_engine import TIMEOUT_SECONDS, FakeEngine, Script
 
 
 class ApiServer:
-    """API and engine. `settings` are those of `Config`."""
+    """The API and its engine. `settings` are fields of `Config`."""
 
-    def __init__(self, model: ByteModel, script: Script | None = None, *, greets: bool = True, **settings: Any):
+    def __init__(self, model: ByteModel, script: Script | None = None, *, sends_ready: bool = True, **settings: Any):
         self.model = model
-        # Not pytest's folder: the path of a unix socket may have 107 bytes.
+        # Not pytest's tmp_path: the path of a unix socket is limited to 107 bytes.
         self.run_dir = Path(tempfile.mkdtemp(prefix="rtp-api-"))
-        config = Config(checkpoint_path=str(model.folder), rtp_device="cpu", tp_size=1, **settings)
+        config = Config(checkpoint_path=str(model.directory), rtp_device="cpu", tp_size=1, **settings)
         self.part_spec = PartSpec(
             run_dir=self.run_dir,
             config=config,
@@ -52,19 +52,19 @@ class ApiServer:
             tty=False,
         )
         self.metrics = Metrics("fake", 2048)
-        self.errors = _Errors()
+        self.errors = _ErrorLog()
         self._server = self._make_server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self.engine = self.new_engine(script, greets=greets)
+        self.engine = self.new_engine(script, sends_ready=sends_ready)
 
-    def _make_server(self, config: Config) -> "_Server":
+    def _make_server(self, config: Config) -> "_LoopTrackingServer":
         client = EngineClient(self.part_spec.engine_socket, self.metrics, config.resume_timeout)
-        template = ChatTemplate.select(self.model.tokenizer, forced=config.model_template_type or None)
+        template = ChatTemplate.select(self.model.tokenizer, explicit=config.model_template_type or None)
         self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
         self.state = PartState(self.part_spec, client)
         register(self.metrics, self.state, config)
         app = create_app(config, self.state, self.metrics, self._service)
-        return _Server(
+        return _LoopTrackingServer(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_keep_alive=5)
         )
 
@@ -72,20 +72,20 @@ class ApiServer:
         logging.getLogger().addHandler(self.errors)
         self._thread.start()
         self.engine.wait_for_connection()
-        self.until(lambda: self._server.started)
+        self.wait_until(lambda: self._server.started)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         if self.engine.sends_ready:
-            self.until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
+            self.wait_until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:  # whatever the test did, no place in the queue is lost
-            self.until(lambda: self._service.reserved_slots == 0 and self._service.client.num_in_flight == 0)
+        if kind is None:  # no test may leak a slot
+            self.wait_until(lambda: self._service.reserved_slots == 0 and self._service.client.num_in_flight == 0)
         self._server.should_exit = True
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT_SECONDS)
         self.engine.close()
         logging.getLogger().removeHandler(self.errors)
         shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -94,13 +94,13 @@ class ApiServer:
             assert not self.errors.lines, self.errors.lines
 
     def new_engine(self, script: Script | None = None, **options: Any) -> FakeEngine:
-        """Another one on the same socket; the last one should have died."""
+        """Starts another engine on the same socket. The last one must be closed."""
         self.engine = FakeEngine(self.part_spec.engine_socket, script, **options)
         return self.engine
 
     # The client's side
 
-    def client(self, timeout: float = PATIENCE) -> httpx.Client:
+    def client(self, timeout: float = TIMEOUT_SECONDS) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
 
     def get(self, path: str) -> httpx.Response:
@@ -112,7 +112,7 @@ class ApiServer:
             return client.post(path, json=body)
 
     def stream(self, path: str, body: Any) -> bytes:
-        """The whole body of a stream."""
+        """Returns the whole body of a streamed response."""
         with self.client() as client, client.stream("POST", path, json=body) as response:
             return response.read()
 
@@ -122,42 +122,42 @@ class ApiServer:
             yield response
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series; 0 where there is none yet."""
+        """Returns the value of one series, 0 if it does not exist yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits until `condition()` is true."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             if condition():
                 return
             time.sleep(0.01)
-        raise AssertionError("what should have happened did not")
+        raise AssertionError(f"the condition was not met within {TIMEOUT_SECONDS} s")
 
     @property
     def num_connections(self) -> int:
-        """Clients whose connection the server has accepted."""
+        """Connections that the server has accepted."""
         return len(self._server.server_state.connections)
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """The API's event loop stands still meanwhile: all that is sent arrives in one of its instants."""
-        standing, going = threading.Event(), threading.Event()
+    def blocked_event_loop(self) -> Iterator[None]:
+        """Blocks the API's event loop, so that everything sent meanwhile arrives in one iteration."""
+        is_blocked, unblock = threading.Event(), threading.Event()
 
-        def stand() -> None:
-            standing.set()
-            going.wait(PATIENCE)
+        def block() -> None:
+            is_blocked.set()
+            unblock.wait(TIMEOUT_SECONDS)
 
-        self._server.loop.call_soon_threadsafe(stand)
-        assert standing.wait(PATIENCE)
+        self._server.loop.call_soon_threadsafe(block)
+        assert is_blocked.wait(TIMEOUT_SECONDS)
         try:
             yield
         finally:
-            going.set()
+            unblock.set()
 
-    def post_board(self, **rank_status: Any) -> None:
-        """What the part's rank posts twice a second."""
-        usual = {
+    def write_gang_status(self, **rank_status: Any) -> None:
+        """Writes the gang status file, which the part's rank writes twice a second."""
+        defaults = {
             "part": 0,
             "pid": 1,
             "phase": "serving",
@@ -170,12 +170,12 @@ class ApiServer:
             "kv_bytes": 2000,
             "startup_seconds": {"loading": 1.5},
         }
-        board = {"epoch": 1, "message": "", "ranks": {"0": {**usual, **rank_status}}}
-        self.part_spec.gang_status_path.write_text(json.dumps(board))
+        gang_status = {"epoch": 1, "message": "", "ranks": {"0": {**defaults, **rank_status}}}
+        self.part_spec.gang_status_path.write_text(json.dumps(gang_status))
 
 
-class _Server(uvicorn.Server):
-    """Keeps its event loop in sight."""
+class _LoopTrackingServer(uvicorn.Server):
+    """Exposes its event loop."""
 
     loop: asyncio.AbstractEventLoop
 
@@ -184,8 +184,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
 
-class _Errors(logging.Handler):
-    """Collects what is logged as an error, tracebacks above all."""
+class _ErrorLog(logging.Handler):
+    """Collects the log's errors, including tracebacks."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -1,7 +1,7 @@
-"""A model folder whose tokens are bytes: every test text has a spelling that no tokenizer's training can change.
+"""A model directory with one token per byte, so that the tokens of a text are known.
 
-There are no weights: it is served by `fake_engine`, which plays tokens from a script. A character of more than one byte
-is more than one token, so every such text is a test of half characters.
+It has no weights: `fake_engine` sends tokens from a script. A character of several bytes is several tokens, so such
+texts test incomplete characters.
 """
 
 import json
@@ -21,18 +21,18 @@ TEMPLATE = (
 
 
 class ByteModel:
-    """The folder, and its tokens by the bytes they stand for."""
+    """The directory and its tokens by their bytes."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(_backend().to_str())
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(_backend().to_str())
         config = {"eos_token": END, "chat_template": TEMPLATE, "model_max_length": 2048}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder)
+        return Tokenizer.load(self.directory)
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:
@@ -45,15 +45,15 @@ class ByteModel:
         return self._ids[END.encode()]
 
     def tokens(self, text: str | bytes) -> list[int]:
-        """One token per byte; bytes may also be what is no UTF-8."""
+        """Returns one token per byte; `bytes` need not be valid UTF-8."""
         raw = text.encode() if isinstance(text, str) else text
         return [self._ids[bytes([value])] for value in raw]
 
 
 def _backend() -> Backend:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([END, TURN])
-    return made
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END, TURN])
+    return backend

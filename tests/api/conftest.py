@@ -1,4 +1,4 @@
-"""What the tests of the API share: two real servers for the whole session, and the API alone before a fake engine."""
+"""Fixtures of the API tests: two real servers per session, and the API alone with a fake engine."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,32 +12,32 @@ from tests import random_model
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.fake_engine import Script
-from tests.api.servers import ServerProcess, running
+from tests.api.servers import ServerProcess, running_server
 
-Stacks = Callable[..., ApiServer]
+StartApi = Callable[..., ApiServer]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("api") / "demo"
-    random_model.write(folder)
-    return folder
+    directory = tmp_path_factory.mktemp("api") / "demo"
+    random_model.write(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model with the usual settings."""
-    with running(checkpoint, tmp_path_factory.mktemp("server") / "output") as started:
-        yield started
+    with running_server(checkpoint, tmp_path_factory.mktemp("server") / "output") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The demo model with room for one sequence, one that waits, and short ones: also what the fuzzers may hurt."""
+def small_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The demo model with one running, one queued and short sequences. The fuzz tests use it too."""
     output = tmp_path_factory.mktemp("small") / "output"
     limits = {"CONCURRENCY_LIMIT": "1", "QUEUE_LIMIT": "1", "MAX_SEQ_LEN": "256", "SERVED_MODEL_NAME": "small"}
-    with running(checkpoint, output, DISABLE_ACCESS_LOG="1", **limits) as started:
-        yield started
+    with running_server(checkpoint, output, DISABLE_ACCESS_LOG="1", **limits) as server:
+        yield server
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> ByteModel:
 
 
 @pytest.fixture
-def stacks(byte_model: ByteModel) -> Iterator[Stacks]:
-    """Starts the API before a fake engine: `stacks(script, concurrency_limit=1)`."""
-    with ExitStack() as started:
+def start_api(byte_model: ByteModel) -> Iterator[StartApi]:
+    """Starts the API with a fake engine: `start_api(script, concurrency_limit=1)`."""
+    with ExitStack() as exit_stack:
 
         def start(script: Script | None = None, **settings: Any) -> ApiServer:
-            return started.enter_context(ApiServer(byte_model, script, **settings))
+            return exit_stack.enter_context(ApiServer(byte_model, script, **settings))
 
         yield start

@@ -1,8 +1,7 @@
-"""Rank 0's side of the request socket, played by a test: what it says, when, and when it dies.
+"""A fake engine: rank 0's side of the request socket, controlled by a test.
 
-It speaks the real protocol (`rtp_llm.parallel.wire`, READY, SUBMIT, ABORT, EVENTS), so the API in front of it is the
-product's own. Only this way can a test say which token comes next, split a character between two steps, or lose the
-engine between two tokens.
+It uses the real protocol (`rtp_llm.parallel.wire`: READY, SUBMIT, ABORT, EVENTS) with the product's API process. A test
+can choose the next token, split a character between two steps, or lose the engine between two tokens.
 """
 
 import json
@@ -19,7 +18,7 @@ from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.contract.engine_output import EngineOutput, Logprob
 from rtp_llm.parallel.wire import FrameType, pack_json, recv_frame
 
-PATIENCE = 20.0  # seconds until a test gives up on what must happen at once
+TIMEOUT_SECONDS = 20.0  # for events that should happen at once
 STATS = {
     "running": 0,
     "waiting": 0,
@@ -38,7 +37,7 @@ STATS = {
 
 @dataclass(frozen=True)
 class Submission:
-    """A sequence as the API has submitted it."""
+    """A sequence that the API submitted."""
 
     id: str
     prompt: list[int]
@@ -48,7 +47,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class ScriptedOutput:
-    """One event of a script; which sequence it belongs to is known when one is submitted."""
+    """One output of a script, without the request id, which is known when a sequence is submitted."""
 
     tokens: list[int]
     finish: Any = None
@@ -57,7 +56,7 @@ class ScriptedOutput:
     cached_tokens: int = 0
     error: str = ""
 
-    def event(self, request_id: str) -> EngineOutput:
+    def for_request(self, request_id: str) -> EngineOutput:
         return EngineOutput(
             request_id,
             tokens=self.tokens,
@@ -74,15 +73,15 @@ Script = Callable[[Submission], Sequence[ScriptedOutput]]
 
 
 class FakeEngine:
-    """Listens on `path`. With a `script` every submission is answered by it, one frame per event; without, the test
-    takes submissions and emits events itself.
+    """Listens on `path`. A `script` returns the outputs of each submission, sent one per frame; without one, the test
+    reads submissions and sends frames itself.
     """
 
-    def __init__(self, path: Path, script: Script | None = None, *, greets: bool = True, **info: Any):
+    def __init__(self, path: Path, script: Script | None = None, *, sends_ready: bool = True, **info: Any):
         self.script = script
-        self._path, self.sends_ready = path, greets
-        numbers = {"epoch": 1, "max_seq_len": 2048, "vocab_size": 258, "block_size": 16, "num_blocks": 64}
-        self._info = EngineInfo(**{**numbers, "prefix_caching": True, "family": "fake", "dtype": "fp32", **info})
+        self._path, self.sends_ready = path, sends_ready
+        defaults = {"epoch": 1, "max_seq_len": 2048, "vocab_size": 258, "block_size": 16, "num_blocks": 64}
+        self._info = EngineInfo(**{**defaults, "prefix_caching": True, "family": "fake", "dtype": "fp32", **info})
         self._submitted: queue.Queue[Submission] = queue.Queue()
         self._aborted: queue.Queue[str] = queue.Queue()
         self._connected: queue.Queue[None] = queue.Queue()
@@ -93,42 +92,42 @@ class FakeEngine:
         path.unlink(missing_ok=True)
         self._listener.bind(str(path))
         self._listener.listen()
-        self._start(self._accept)
+        self._start_thread(self._accept)
 
-    # What the API did
+    # Messages of the API
 
-    def take(self) -> Submission:
-        """The next submission."""
-        return self._submitted.get(timeout=PATIENCE)
+    def next_submission(self) -> Submission:
+        """Waits for the next submission."""
+        return self._submitted.get(timeout=TIMEOUT_SECONDS)
 
-    def take_abort(self) -> str:
-        """The next abort: the id of the sequence."""
-        return self._aborted.get(timeout=PATIENCE)
+    def next_abort(self) -> str:
+        """Waits for the next abort and returns the id of its sequence."""
+        return self._aborted.get(timeout=TIMEOUT_SECONDS)
 
     def wait_for_connection(self) -> None:
-        self._connected.get(timeout=PATIENCE)
+        self._connected.get(timeout=TIMEOUT_SECONDS)
 
     @property
-    def num_unread(self) -> int:
-        """Submissions that nobody has taken."""
+    def num_pending_submissions(self) -> int:
+        """Submissions that the test has not read."""
         return self._submitted.qsize()
 
-    # What the engine says
+    # Messages of the engine
 
-    def greet(self) -> None:
+    def send_ready(self) -> None:
         self._send(FrameType.READY, asdict(self._info))
 
-    def emit(self, *events: EngineOutput, **stats: Any) -> None:
-        """One frame."""
-        self._send(FrameType.EVENTS, {"events": [e.to_json() for e in events], "stats": {**STATS, **stats}})
+    def send_frame(self, *outputs: EngineOutput, **stats: Any) -> None:
+        """Sends the outputs in one frame."""
+        self._send(FrameType.EVENTS, {"events": [o.to_json() for o in outputs], "stats": {**STATS, **stats}})
 
-    def send_outputs(self, submission: Submission, *said: ScriptedOutput) -> None:
-        """Each event in a frame of its own."""
-        for one in said:
-            self.emit(one.event(submission.id))
+    def send_outputs(self, submission: Submission, *outputs: ScriptedOutput) -> None:
+        """Sends each output in its own frame."""
+        for output in outputs:
+            self.send_frame(output.for_request(submission.id))
 
     def close(self) -> None:
-        """Closes everything, as the kernel does for a process that was killed."""
+        """Closes all sockets, as the kernel does if a process is killed."""
         self._path.unlink(missing_ok=True)
         for sock in (self._listener, self._connection):
             if sock is not None:
@@ -137,11 +136,11 @@ class FakeEngine:
                 sock.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(PATIENCE)
+                thread.join(TIMEOUT_SECONDS)
 
     # Threads
 
-    def _start(self, target: Callable[[], None]) -> None:
+    def _start_thread(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -151,27 +150,27 @@ class FakeEngine:
             while True:
                 self._connection, _ = self._listener.accept()
                 if self.sends_ready:
-                    self.greet()
+                    self.send_ready()
                 self._connected.put(None)
-                self._start(self._read)
+                self._start_thread(self._read)
 
     def _read(self) -> None:
         connection = self._connection
         assert connection is not None
-        with suppress(OSError):  # the end of the connection, from either side
+        with suppress(OSError):  # until either side closes the connection
             while True:
-                kind, payload = recv_frame(connection)
+                frame_type, payload = recv_frame(connection)
                 message = json.loads(payload)
-                if kind == FrameType.ABORT:
+                if frame_type == FrameType.ABORT:
                     self._aborted.put(message["id"])
                     continue
-                assert kind == FrameType.SUBMIT, kind
+                assert frame_type == FrameType.SUBMIT, frame_type
                 submission = Submission(**message)
                 self._submitted.put(submission)
                 if self.script:
                     self.send_outputs(submission, *self.script(submission))
 
-    def _send(self, kind: FrameType, message: Any) -> None:
+    def _send(self, frame_type: FrameType, message: Any) -> None:
         assert self._connection is not None, "the API has not connected"
         with self._lock:
-            self._connection.sendall(pack_json(kind, message))
+            self._connection.sendall(pack_json(frame_type, message))

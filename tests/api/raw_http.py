@@ -1,30 +1,30 @@
-"""One HTTP connection on a bare socket: for what an HTTP library would not do, such as stopping in the middle."""
+"""An HTTP connection on a raw socket, for requests that HTTP libraries do not send, such as incomplete ones."""
 
 import socket
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-SECONDS = 20.0
+SOCKET_TIMEOUT_SECONDS = 20.0
 
 
 class RawHttpConnection:
-    """Connects at once; leaving the context, or `cut`, hangs up."""
+    """Connects in the constructor; `close` or the end of the context disconnects."""
 
     def __init__(self, url: str):
         self._host, port = url.removeprefix("http://").split(":")
-        self._sock = socket.create_connection((self._host, int(port)), timeout=SECONDS)
+        self._sock = socket.create_connection((self._host, int(port)), timeout=SOCKET_TIMEOUT_SECONDS)
 
-    def send(self, path: str, body: bytes, declared: int | None = None, content_type: str | None = None) -> Self:
-        """A POST; `declared`: a length other than the body's."""
-        length = len(body) if declared is None else declared
+    def send(self, path: str, body: bytes, content_length: int | None = None, content_type: str | None = None) -> Self:
+        """Sends a POST; `content_length` may differ from the body's length."""
+        length = len(body) if content_length is None else content_length
         head = f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: {length}\r\n"
         head += f"Content-Type: {content_type}\r\n" if content_type else ""
         self._sock.sendall(f"{head}\r\n".encode() + body)
         return self
 
     def status(self) -> int:
-        """Of the answer; the rest of it is left where it is."""
+        """Reads the response's status line and returns the status; the rest stays unread."""
         received = b""
         while b"\r\n" not in received:
             data = self._sock.recv(4096)

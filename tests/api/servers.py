@@ -1,13 +1,10 @@
-"""A real server for the tests: `rtp_llm.start_server` as its users start it, on ports that nobody else has.
+"""A real server for the tests: `rtp_llm.start_server` as users start it, on free ports.
 
-What it writes goes to a file, so that a failing test can show it and the end of the session can look for tracebacks:
-none may appear, whatever the tests have sent.
+Its output goes to a file, which failing tests show. No traceback may appear in it, whatever the tests send.
 """
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +16,11 @@ from pathlib import Path
 import httpx
 
 import rtp_llm
+from tests.ports import free_start_port
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
-PORTS = range(31000, 39000)
-BELOW, ABOVE = 11, 9  # a part uses START_PORT-11 … START_PORT+9
 START_SECONDS, STOP_SECONDS = 120.0, 60.0
-POLL = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,20 +32,20 @@ class ServerProcess:
     output: Path
 
     def client(self, timeout: float = 60.0) -> httpx.Client:
-        """Talks to this server only, and reads neither the environment's proxies nor its certificates."""
+        """Returns a client that ignores the environment's proxies and certificates."""
         return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
 
 
 @contextmanager
-def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
-    """A server that serves `checkpoint`. `settings` are its environment variables."""
+def running_server(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerProcess]:
+    """Runs a server of `checkpoint`. `settings` are its environment variables."""
     port = free_start_port()
-    with output.open("wb") as sink:
+    with output.open("wb") as output_file:
         process = subprocess.Popen(
             [sys.executable, "-m", "rtp_llm.start_server"],
             cwd=REPOSITORY,
             env=_environment(checkpoint, port, settings),
-            stdout=sink,
+            stdout=output_file,
             stderr=subprocess.STDOUT,
         )
     server = ServerProcess(f"http://127.0.0.1:{port}", checkpoint, output)
@@ -57,34 +53,14 @@ def running(checkpoint: Path, output: Path, **settings: str) -> Iterator[ServerP
         _wait_until_healthy(server, process)
         yield server
     finally:
-        code = _stop(process)
-    written = output.read_text(errors="replace")
-    assert code == 0, f"the server ended with {code}:\n{written[-4000:]}"
-    assert "Traceback" not in written, written[written.index("Traceback") - 500 :][:4000]
-
-
-def free_start_port() -> int:
-    """A START_PORT whose whole block is free now."""
-    for _ in range(200):
-        port = random.randrange(PORTS.start + BELOW, PORTS.stop - ABOVE)
-        if all(_is_free(p) for p in range(port - BELOW, port + ABOVE + 1)):
-            return port
-    raise AssertionError(f"no free block of ports in {PORTS}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
+        exit_code = _stop(process)
+    log = output.read_text(errors="replace")
+    assert exit_code == 0, f"the server exited with {exit_code}:\n{log[-4000:]}"
+    assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:4000]
 
 
 def _environment(checkpoint: Path, port: int, settings: dict[str, str]) -> dict[str, str]:
-    own = {
+    defaults = {
         "CHECKPOINT_PATH": str(checkpoint),
         "START_PORT": str(port),
         "TP_SIZE": "1",
@@ -92,10 +68,10 @@ def _environment(checkpoint: Path, port: int, settings: dict[str, str]) -> dict[
         "RTP_DEVICE": "cpu",
         "RTP_THREADS": "1",
         "WARM_UP": "0",
-        "RESTART_LIMIT": "0",  # a rank that a request has killed must not come back unnoticed
+        "RESTART_LIMIT": "0",  # a test must notice if a request kills a rank
         "PYTHONUNBUFFERED": "1",
     }
-    return {**os.environ, **own, **settings}
+    return {**os.environ, **defaults, **settings}
 
 
 def _wait_until_healthy(server: ServerProcess, process: "subprocess.Popen[bytes]") -> None:
@@ -107,8 +83,8 @@ def _wait_until_healthy(server: ServerProcess, process: "subprocess.Popen[bytes]
                     return
             except httpx.TransportError:
                 pass  # not listening yet
-            time.sleep(POLL)
-    raise AssertionError(f"the server did not come up:\n{server.output.read_text(errors='replace')[-4000:]}")
+            time.sleep(POLL_SECONDS)
+    raise AssertionError(f"the server did not start:\n{server.output.read_text(errors='replace')[-4000:]}")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> int:
@@ -117,5 +93,5 @@ def _stop(process: "subprocess.Popen[bytes]") -> int:
     try:
         return process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()  # its children end with it
+        process.kill()  # its children exit with it
         return process.wait()

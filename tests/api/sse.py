@@ -1,4 +1,4 @@
-"""Server-sent events as a client sees them: frames cut from the bytes, and what they hold."""
+"""Parses server-sent events from the bytes of a response."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,28 +7,28 @@ from typing import Any
 SEPARATORS = (b"\r\n\r\n", b"\n\n")
 
 
-def frames(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Each frame with its separator, as soon as it is complete; what follows the last one comes last."""
-    held = b""
-    for piece in pieces:
-        held += piece
-        while (end := _end(held)) is not None:
-            yield held[:end]
-            held = held[end:]
-    if held:
-        yield held
+def split_events(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields each event with its separator as soon as it is complete, and at the end the incomplete rest."""
+    buffer = b""
+    for chunk in chunks:
+        buffer += chunk
+        while (end := _event_end(buffer)) is not None:
+            yield buffer[:end]
+            buffer = buffer[end:]
+    if buffer:
+        yield buffer
 
 
-def _end(data: bytes) -> int | None:
-    found = [data.index(s) + len(s) for s in SEPARATORS if s in data]
-    return min(found, default=None)
+def _event_end(data: bytes) -> int | None:
+    ends = [data.index(s) + len(s) for s in SEPARATORS if s in data]
+    return min(ends, default=None)
 
 
-def payload(frame: bytes) -> Any:
-    """The JSON of a frame, or its text where it is a marker such as [DONE]."""
-    text = frame.decode().strip().removeprefix("data:").strip()
+def payload(event: bytes) -> Any:
+    """Returns the JSON of an event, or its text if it is a marker such as [DONE]."""
+    text = event.decode().strip().removeprefix("data:").strip()
     return text if text.lower() == "[done]" else json.loads(text)
 
 
 def payloads(raw: bytes) -> list[Any]:
-    return [payload(frame) for frame in frames([raw])]
+    return [payload(event) for event in split_events([raw])]

@@ -1,4 +1,4 @@
-"""The bounded queue: what fits is served, what does not is told so at once, and room that is free again is used."""
+"""The bounded queue: sequences beyond its limits are rejected at once, and freed slots are used again."""
 
 import asyncio
 import json
@@ -16,20 +16,20 @@ from rtp_llm.api.service import SlotReservation
 from rtp_llm.api.stream import ClientDisconnected, EventStream, cancel_on_disconnect
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.raw_http import RawHttpConnection
 from tests.api.servers import ServerProcess
-from tests.api.sse import frames, payload
+from tests.api.sse import payload, split_events
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 REJECTED = {"reason": "max_num_queued_reqs", "model_name": "fake"}
 
 
 @pytest.fixture
-def narrow(stacks: Stacks) -> ApiServer:
+def small_api(start_api: StartApi) -> ApiServer:
     """One sequence in the engine, one in the queue."""
-    return stacks(concurrency_limit=1, queue_limit=1)
+    return start_api(concurrency_limit=1, queue_limit=1)
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield workers
 
 
-def assert_refused(answer: httpx.Response) -> None:
-    body = answer.json()
-    assert answer.status_code == 429
-    assert int(answer.headers["Retry-After"]) >= 1
+def assert_rejected(response: httpx.Response) -> None:
+    body = response.json()
+    assert response.status_code == 429
+    assert int(response.headers["Retry-After"]) >= 1
     assert (body["error_code"], body["error_code_str"]) == (409, "409_CONCURRENCY_LIMIT_ERROR")
     assert body["error"]["type"] == "rate_limit_error"
     assert "CONCURRENCY_LIMIT" in body["message"]
@@ -59,116 +59,120 @@ def assert_refused(answer: httpx.Response) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-",
 )
-def test_the_third_is_refused_and_the_first_two_finish(
-    path: str, body: dict[str, Any], narrow: ApiServer, pool: ThreadPoolExecutor, byte_model: ByteModel
+def test_a_third_sequence_is_rejected_and_the_first_two_finish(
+    path: str, body: dict[str, Any], small_api: ApiServer, pool: ThreadPoolExecutor, byte_model: ByteModel
 ) -> None:
-    answers = [pool.submit(narrow.post, path, body) for _ in range(2)]
-    taken = [narrow.engine.take() for _ in answers]
-    assert_refused(narrow.post(path, body))
-    for submission in taken:
-        narrow.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
-    for answer in answers:
-        assert answer.result().status_code == 200
-        assert "done" in answer.result().text
-    assert narrow.metric("rtp_llm_admission_rejections_total", **REJECTED) == 1
+    responses = [pool.submit(small_api.post, path, body) for _ in range(2)]
+    submissions = [small_api.engine.next_submission() for _ in responses]
+    assert_rejected(small_api.post(path, body))
+    for submission in submissions:
+        small_api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
+    for response in responses:
+        assert response.result().status_code == 200
+        assert "done" in response.result().text
+    assert small_api.metric("rtp_llm_admission_rejections_total", **REJECTED) == 1
 
 
 @pytest.mark.parametrize("body", [BODY, {**BODY, "stream": False}, {**BODY, "n": 2}], ids=["stream", "whole", "n=2"])
-def test_a_burst_is_bounded(body: dict[str, Any], narrow: ApiServer, byte_model: ByteModel) -> None:
-    """Requests that arrive in one instant must not all see the room that only two sequences have."""
-    with ExitStack() as opened:
-        lines = [opened.enter_context(RawHttpConnection(narrow.url)) for _ in range(24)]
-        narrow.until(lambda: narrow.num_connections == len(lines))
-        with narrow.frozen():
-            for line in lines:
-                line.send("/v1/chat/completions", json.dumps(body).encode())
-        taken = [narrow.engine.take() for _ in range(2)]
+def test_a_burst_of_requests_does_not_exceed_the_slots(
+    body: dict[str, Any], small_api: ApiServer, byte_model: ByteModel
+) -> None:
+    """Requests that arrive in one iteration of the event loop must not all get the two free slots."""
+    with ExitStack() as exit_stack:
+        connections = [exit_stack.enter_context(RawHttpConnection(small_api.url)) for _ in range(24)]
+        small_api.wait_until(lambda: small_api.num_connections == len(connections))
+        with small_api.blocked_event_loop():
+            for connection in connections:
+                connection.send("/v1/chat/completions", json.dumps(body).encode())
+        submissions = [small_api.engine.next_submission() for _ in range(2)]
         accepted = 2 // body.get("n", 1)
-        narrow.until(lambda: narrow.metric("rtp_llm_admission_rejections_total", **REJECTED) >= 24 - accepted)
-        for submission in taken:
-            narrow.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
-        assert sorted(line.status() for line in lines) == [200] * accepted + [429] * (24 - accepted)
-        assert narrow.engine.num_unread == 0
+        small_api.wait_until(
+            lambda: small_api.metric("rtp_llm_admission_rejections_total", **REJECTED) >= 24 - accepted
+        )
+        for submission in submissions:
+            small_api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
+        assert sorted(connection.status() for connection in connections) == [200] * accepted + [429] * (24 - accepted)
+        assert small_api.engine.num_pending_submissions == 0
 
 
-def test_each_choice_takes_its_place(narrow: ApiServer, byte_model: ByteModel) -> None:
-    assert_refused(narrow.post("/v1/chat/completions", {**BODY, "n": 3}))
-    assert_refused(narrow.post("/v1/completions", {"prompt": ["a", "b", "c"]}))
-    assert_refused(narrow.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}))
-    assert_refused(narrow.post("/", {"prompt_batch": ["a", "b", "c"]}))
-    assert_refused(narrow.post("/", {"prompt": "a", "num_return_sequences": 3}))
-    assert narrow.engine.num_unread == 0
+def test_each_choice_needs_a_slot(small_api: ApiServer, byte_model: ByteModel) -> None:
+    assert_rejected(small_api.post("/v1/chat/completions", {**BODY, "n": 3}))
+    assert_rejected(small_api.post("/v1/completions", {"prompt": ["a", "b", "c"]}))
+    assert_rejected(small_api.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}))
+    assert_rejected(small_api.post("/", {"prompt_batch": ["a", "b", "c"]}))
+    assert_rejected(small_api.post("/", {"prompt": "a", "num_return_sequences": 3}))
+    assert small_api.engine.num_pending_submissions == 0
 
 
-def test_room_comes_back(narrow: ApiServer, byte_model: ByteModel) -> None:
-    """After an end, a refusal, an error and a hang-up, however often."""
-    narrow.engine.script = lambda submission: _end(submission, byte_model)
+def test_slots_are_freed_after_every_outcome(small_api: ApiServer, byte_model: ByteModel) -> None:
+    """After a finish, a rejection, an error and a disconnect, repeatedly."""
+    small_api.engine.script = lambda submission: _script(submission, byte_model)
     for _ in range(3):
-        assert narrow.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200
-        assert narrow.post("/v1/completions", {"prompt": ["ok", "fail"]}).status_code == 500
-        assert narrow.post("/v1/completions", {"prompt": ["ok", "ok"], "logit_bias": {"9999": 1}}).status_code == 400
-        assert narrow.post("/v1/completions", {"prompt": ["ok"] * 3}).status_code == 429
-        assert b"[DONE]" in narrow.stream("/v1/completions", {"prompt": ["ok", "fail"], "stream": True})
-        with narrow.open_stream("/v1/completions", {"prompt": ["silent", "silent"], "stream": True}):
+        assert small_api.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200
+        assert small_api.post("/v1/completions", {"prompt": ["ok", "fail"]}).status_code == 500
+        assert small_api.post("/v1/completions", {"prompt": ["ok", "ok"], "logit_bias": {"9999": 1}}).status_code == 400
+        assert small_api.post("/v1/completions", {"prompt": ["ok"] * 3}).status_code == 429
+        assert b"[DONE]" in small_api.stream("/v1/completions", {"prompt": ["ok", "fail"], "stream": True})
+        with small_api.open_stream("/v1/completions", {"prompt": ["silent", "silent"], "stream": True}):
             pass
-        narrow.until(lambda: narrow.get("/worker_status").json()["available_concurrency"] == 1)
-        narrow.until(lambda: narrow.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200)
+        small_api.wait_until(lambda: small_api.get("/worker_status").json()["available_concurrency"] == 1)
+        small_api.wait_until(lambda: small_api.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200)
 
 
-def _end(submission: Submission, model: ByteModel) -> list[ScriptedOutput]:
+def _script(submission: Submission, model: ByteModel) -> list[ScriptedOutput]:
     text = model.tokenizer.decode(submission.prompt)
     if text == "silent":
         return []
     return (
-        [ScriptedOutput([], "error", error="as asked")]
+        [ScriptedOutput([], "error", error="requested failure")]
         if text == "fail"
         else [ScriptedOutput(model.tokens("x"), "length")]
     )
 
 
-def test_places_that_no_sequence_took_come_back() -> None:
-    """Where the answer ends before its sequences have begun: the first byte cannot be sent, or nobody waits for it."""
+def test_slots_of_sequences_that_never_start_are_released() -> None:
+    """The response ends before its sequences start: its first byte cannot be sent, or the client disconnected."""
     service: Any = SimpleNamespace(reserved_slots=0)
 
     async def events() -> AsyncGenerator[str]:
-        yield "never asked for"
+        yield "not read"
 
-    async def hang_up() -> dict[str, Any]:
+    async def receive_disconnect() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    async def fail(message: Any) -> None:
-        raise OSError("nobody is there")
+    async def send_fails(message: Any) -> None:
+        raise OSError("connection closed")
 
     async def never() -> None:
         await asyncio.Event().wait()
 
     scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
     with pytest.raises(ClientDisconnect):
-        asyncio.run(EventStream(events(), SlotReservation(service, 2))(scope, hang_up, fail))
+        asyncio.run(EventStream(events(), SlotReservation(service, 2))(scope, receive_disconnect, send_fails))
     assert service.reserved_slots == 0
     with pytest.raises(ClientDisconnected):
-        asyncio.run(cancel_on_disconnect(Request(scope, hang_up), never(), SlotReservation(service, 3)))
+        asyncio.run(cancel_on_disconnect(Request(scope, receive_disconnect), never(), SlotReservation(service, 3)))
     assert service.reserved_slots == 0
 
 
-def test_a_real_engine_runs_one_and_queues_one(small: ServerProcess) -> None:
-    """As above, with nothing played."""
-    long = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream_options": {"include_usage": True}}
-    for _ in range(5):  # until the first two were still at work when the third came
-        with ExitStack() as opened:
+def test_a_real_engine_runs_one_and_queues_one(small_server: ServerProcess) -> None:
+    """The same with a real engine."""
+    body = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    for _ in range(5):  # until the third request arrives before the first two finish
+        with ExitStack() as exit_stack:
             streams = []
             for _ in range(2):
-                client = opened.enter_context(small.client())
-                answer = opened.enter_context(client.stream("POST", "/v1/chat/completions", json=long))
-                streams.append(frames(answer.iter_raw()))
-                next(streams[-1])  # the role: it is accepted
-            third = opened.enter_context(small.client()).post("/v1/chat/completions", json=long)
-            read = [[payload(frame) for frame in stream] for stream in streams]
-        for events in read:
+                client = exit_stack.enter_context(small_server.client())
+                response = exit_stack.enter_context(client.stream("POST", "/v1/chat/completions", json=body))
+                streams.append(split_events(response.iter_raw()))
+                next(streams[-1])  # the event with the role: the request is accepted
+            rejected = exit_stack.enter_context(small_server.client()).post("/v1/chat/completions", json=body)
+            events_by_stream = [[payload(event) for event in stream] for stream in streams]
+        for events in events_by_stream:
             assert events[-1] == "[DONE]"
             assert events[-2]["usage"]["completion_tokens"] == 200
             assert [c["finish_reason"] for e in events[:-1] for c in e["choices"]][-1] == "length"
-        if third.status_code == 429:
-            assert_refused(third)
+        if rejected.status_code == 429:
+            assert_rejected(rejected)
             return
-    raise AssertionError("the third was never refused")
+    raise AssertionError("the third request was never rejected")

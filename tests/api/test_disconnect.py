@@ -1,4 +1,4 @@
-"""A client that hangs up: its sequences are aborted, whatever they were waiting for, and their room is free again."""
+"""Client disconnects: the sequences are aborted in every state, and their slots are freed."""
 
 import json
 import time
@@ -11,11 +11,11 @@ import pytest
 from rtp_llm.contract.engine_output import EngineOutput
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.raw_http import RawHttpConnection
 from tests.api.servers import ServerProcess
-from tests.api.sse import frames
+from tests.api.sse import split_events
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 STREAMS: list[tuple[str, dict[str, Any], int]] = [
@@ -35,114 +35,126 @@ WHOLES: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-def assert_all_aborted(stack: ApiServer, taken: list[Submission]) -> None:
-    assert {stack.engine.take_abort() for _ in taken} == {s.id for s in taken}
+def assert_all_aborted(api: ApiServer, submissions: list[Submission]) -> None:
+    assert {api.engine.next_abort() for _ in submissions} == {s.id for s in submissions}
     aborted = {"finished_reason": "abort", "model_name": "fake"}
-    stack.until(lambda: stack.metric("rtp_llm_request_success_total", **aborted) == len(taken))
-    stack.until(lambda: stack.metric("rtp_llm_http_requests_active") == 0)
-    limit = stack.part_spec.config.concurrency_limit
-    assert stack.get("/worker_status").json()["available_concurrency"] == limit
+    api.wait_until(lambda: api.metric("rtp_llm_request_success_total", **aborted) == len(submissions))
+    api.wait_until(lambda: api.metric("rtp_llm_http_requests_active") == 0)
+    limit = api.part_spec.config.concurrency_limit
+    assert api.get("/worker_status").json()["available_concurrency"] == limit
 
 
 @pytest.mark.parametrize(("path", "body", "count"), STREAMS)
 @pytest.mark.parametrize("after_text", [True, False], ids=["after text", "before text"])
-def test_a_stream_is_cut(path: str, body: dict[str, Any], count: int, after_text: bool, stacks: Stacks) -> None:
-    """Before text: nothing would ever be written to this client that could fail, so the server must be listening."""
-    stack = stacks()
-    with stack.open_stream(path, body) as response:
-        taken = [stack.engine.take() for _ in range(count)]
+def test_disconnect_during_a_stream_aborts_its_sequences(
+    path: str, body: dict[str, Any], count: int, after_text: bool, start_api: StartApi
+) -> None:
+    """Before text: the server must listen for the disconnect, since no write to this client can fail."""
+    api = start_api()
+    with api.open_stream(path, body) as response:
+        submissions = [api.engine.next_submission() for _ in range(count)]
         if after_text:
-            stack.engine.emit(*(EngineOutput(s.id, tokens=stack.model.tokens("some text")) for s in taken))
-            stream = frames(response.iter_raw())
+            api.engine.send_frame(*(EngineOutput(s.id, tokens=api.model.tokens("some text")) for s in submissions))
+            stream = split_events(response.iter_raw())
             while b"some text" not in next(stream):
                 pass
-    assert_all_aborted(stack, taken)
+    assert_all_aborted(api, submissions)
 
 
 @pytest.mark.parametrize(("path", "body", "count"), WHOLES)
-def test_a_whole_answer_is_cut(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
-    stack = stacks()
-    with RawHttpConnection(stack.url).send(path, json.dumps(body).encode()):
-        taken = [stack.engine.take() for _ in range(count)]
-        stack.engine.emit(EngineOutput(taken[0].id, tokens=stack.model.tokens("some text")))
-    assert_all_aborted(stack, taken)
+def test_disconnect_before_a_whole_response_aborts_its_sequences(
+    path: str, body: dict[str, Any], count: int, start_api: StartApi
+) -> None:
+    api = start_api()
+    with RawHttpConnection(api.url).send(path, json.dumps(body).encode()):
+        submissions = [api.engine.next_submission() for _ in range(count)]
+        api.engine.send_frame(EngineOutput(submissions[0].id, tokens=api.model.tokens("some text")))
+    assert_all_aborted(api, submissions)
 
 
 @pytest.mark.parametrize(("path", "body", "count"), [*STREAMS, *WHOLES])
-def test_a_client_that_is_gone_before_it_is_served(path: str, body: dict[str, Any], count: int, stacks: Stacks) -> None:
-    """It leaves while its long prompt is encoded: sequences that never start keep no places (the stack looks)."""
-    stack = stacks()
-    stack.engine.close()
-    stack.new_engine(max_seq_len=100_000)
-    stack.until(lambda: stack.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000)
-    raw = json.dumps(body).replace('"Hi"', f'"{"x" * 20_000}"').encode()
+def test_disconnect_before_the_sequences_start(
+    path: str, body: dict[str, Any], count: int, start_api: StartApi
+) -> None:
+    """It disconnects while its long prompt is encoded. Sequences that never start must not keep their slots, which
+    ApiServer checks at its end.
+    """
+    api = start_api()
+    api.engine.close()
+    api.new_engine(max_seq_len=100_000)
+    api.wait_until(lambda: api.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000)
+    body_bytes = json.dumps(body).replace('"Hi"', f'"{"x" * 20_000}"').encode()
     for _ in range(3):
-        with RawHttpConnection(stack.url) as line:
-            stack.until(lambda: stack.num_connections == 1)
-            with stack.frozen():
-                line.send(path, raw).close()
-        stack.until(lambda: stack.num_connections == 0)
-    assert stack.metric("rtp_llm_http_requests_total", method="POST", handler=path, status="500") == 0
+        with RawHttpConnection(api.url) as connection:
+            api.wait_until(lambda: api.num_connections == 1)
+            with api.blocked_event_loop():
+                connection.send(path, body_bytes).close()
+        api.wait_until(lambda: api.num_connections == 0)
+    assert api.metric("rtp_llm_http_requests_total", method="POST", handler=path, status="500") == 0
 
 
-def test_a_client_that_does_not_read_is_cut(stacks: Stacks) -> None:
-    """The server waits for room in the socket's buffer then, and not for the engine."""
-    stack = stacks()
-    with RawHttpConnection(stack.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
-        taken = stack.engine.take()
+def test_disconnect_of_a_client_that_does_not_read(start_api: StartApi) -> None:
+    """The server waits for space in the socket's buffer, not for the engine."""
+    api = start_api()
+    with RawHttpConnection(api.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
+        submissions = api.engine.next_submission()
         for _ in range(400):  # each event repeats the text so far: some 40 MB
-            stack.engine.emit(EngineOutput(taken.id, tokens=stack.model.tokens("x" * 500)))
-    assert_all_aborted(stack, [taken])
+            api.engine.send_frame(EngineOutput(submissions.id, tokens=api.model.tokens("x" * 500)))
+    assert_all_aborted(api, [submissions])
 
 
-def test_one_of_two_is_cut(stacks: Stacks) -> None:
-    stack = stacks()
-    with stack.open_stream(*STREAMS[0][:2]) as kept:
-        first = stack.engine.take()
-        with stack.open_stream(*STREAMS[0][:2]):
-            second = stack.engine.take()
-        assert stack.engine.take_abort() == second.id
-        stack.engine.send_outputs(first, ScriptedOutput(stack.model.tokens("whole"), "length"))
+def test_disconnect_of_one_client_does_not_abort_another(start_api: StartApi) -> None:
+    api = start_api()
+    with api.open_stream(*STREAMS[0][:2]) as kept:
+        first = api.engine.next_submission()
+        with api.open_stream(*STREAMS[0][:2]):
+            second = api.engine.next_submission()
+        assert api.engine.next_abort() == second.id
+        api.engine.send_outputs(first, ScriptedOutput(api.model.tokens("whole"), "length"))
         assert b"whole" in kept.read()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/", "/tokenize", "/set_log_level"])
-def test_a_body_is_cut(path: str, stacks: Stacks) -> None:
-    """Nobody is left to answer, and nothing is wrong with the server: no error in its log, no 500 in its metrics."""
-    stack = stacks()
-    RawHttpConnection(stack.url).send(path, b'{"prompt": "half', declared=1000).close()
+def test_disconnect_within_the_body_is_not_an_error(path: str, start_api: StartApi) -> None:
+    """No error in the server's log, no 500 in its metrics."""
+    api = start_api()
+    RawHttpConnection(api.url).send(path, b'{"prompt": "half', content_length=1000).close()
     labels = {"method": "POST", "handler": path}
-    stack.until(lambda: stack.metric("rtp_llm_http_request_duration_seconds_count", **labels) == 1)
-    assert stack.metric("rtp_llm_http_requests_total", status="500", **labels) == 0
+    api.wait_until(lambda: api.metric("rtp_llm_http_request_duration_seconds_count", **labels) == 1)
+    assert api.metric("rtp_llm_http_requests_total", status="500", **labels) == 0
 
 
-def test_a_matched_stop_string_ends_the_sequence_in_the_engine(stacks: Stacks, byte_model: ByteModel) -> None:
-    """The engine knows no text: without an abort it would go on for nobody."""
-    stack = stacks(lambda submission: [ScriptedOutput(byte_model.tokens("one END two"))])
-    answer = stack.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
-    assert answer.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
-    assert stack.engine.take_abort() == stack.engine.take().id
+def test_a_matched_stop_string_ends_the_sequence_in_the_engine(start_api: StartApi, byte_model: ByteModel) -> None:
+    """The engine has no text: without an abort it would continue."""
+    api = start_api(lambda submission: [ScriptedOutput(byte_model.tokens("one END two"))])
+    response = api.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
+    assert response.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}
+    assert api.engine.next_abort() == api.engine.next_submission().id
     stopped = {"finished_reason": "stop", "model_name": "fake"}
-    assert stack.metric("rtp_llm_request_success_total", **stopped) == 1
+    assert api.metric("rtp_llm_request_success_total", **stopped) == 1
 
 
 # The real engine
 
 
 @pytest.fixture
-def idle(http: httpx.Client) -> Callable[[], None]:
-    """Waits until nothing runs and no KV block is in use."""
+def wait_until_idle(http: httpx.Client) -> Callable[[], None]:
+    """Returns a function that waits until no sequence runs and no KV block is in use."""
 
     def wait() -> None:
-        numbers: dict[str, float] = {}
+        values: dict[str, float] = {}
         for _ in range(300):
-            lines = [line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
-            numbers = {name.split("{")[0]: float(value) for name, value in lines}
-            busy = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_cache_used_tokens")
-            if not any(numbers[f"rtp_llm_{name}"] for name in busy):
+            lines = [
+                connection.rsplit(" ", 1)
+                for connection in http.get("/metrics").text.splitlines()
+                if not connection.startswith("#")
+            ]
+            values = {name.split("{")[0]: float(value) for name, value in lines}
+            gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "kv_cache_used_tokens")
+            if not any(values[f"rtp_llm_{name}"] for name in gauges):
                 return
             time.sleep(0.05)
-        raise AssertionError(numbers)
+        raise AssertionError(values)
 
     return wait
 
@@ -150,15 +162,17 @@ def idle(http: httpx.Client) -> Callable[[], None]:
 def tokens_generated(http: httpx.Client) -> float:
     text = http.get("/metrics").text
     return float(
-        next(line for line in text.splitlines() if line.startswith("rtp_llm_generation_tokens_total")).split()[1]
+        next(
+            connection for connection in text.splitlines() if connection.startswith("rtp_llm_generation_tokens_total")
+        ).split()[1]
     )
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_the_engine_stops_and_frees_its_blocks(
-    stream: bool, server: ServerProcess, http: httpx.Client, idle: Callable[[], None]
+    stream: bool, server: ServerProcess, http: httpx.Client, wait_until_idle: Callable[[], None]
 ) -> None:
-    idle()
+    wait_until_idle()
     before = tokens_generated(http)
     body = {**CHAT, "max_tokens": 1900, "ignore_eos": True, "stream": stream, "n": 8}
     with RawHttpConnection(server.url).send("/v1/chat/completions", json.dumps(body).encode()):
@@ -166,6 +180,6 @@ def test_the_engine_stops_and_frees_its_blocks(
             if tokens_generated(http) - before > 8 * 20:
                 break
             time.sleep(0.02)
-    idle()
+    wait_until_idle()
     assert 8 * 20 < tokens_generated(http) - before < 8 * 1900
     assert http.get("/worker_status").json()["available_concurrency"] == 32

@@ -1,4 +1,4 @@
-"""What a client is told when its request cannot be served: a status, upstream's error_code, and one sentence."""
+"""Errors that clients receive: a status, upstream's error_code and a message."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from rtp_llm.api.schema import BatchInferRequest, ChatRequest, CompletionRequest, GenerateConfig, NativeRequest
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.raw_http import RawHttpConnection
 
@@ -24,38 +24,38 @@ HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
-    with ApiServer(byte_model, lambda submission: [ScriptedOutput([], "length")], max_body_mb=0.25) as started:
-        yield started
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
+    with ApiServer(byte_model, lambda submission: [ScriptedOutput([], "length")], max_body_mb=0.25) as api:
+        yield api
 
 
 @pytest.fixture(scope="module")
-def client(stack: ApiServer) -> Iterator[httpx.Client]:
-    with stack.client() as opened:
-        yield opened
+def client(api: ApiServer) -> Iterator[httpx.Client]:
+    with api.client() as client:
+        yield client
 
 
-def assert_error(answer: httpx.Response, status: int, code: int, *words: str) -> dict[str, Any]:
-    """Both shapes of the error are there, say the same, and are for people."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    body: dict[str, Any] = answer.json()
+def assert_error(response: httpx.Response, status: int, code: int, *substrings: str) -> dict[str, Any]:
+    """Asserts that the error has both formats with the same message, without internals."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body: dict[str, Any] = response.json()
     assert body["error_code"] == code
     assert body["error_code_str"].startswith(f"{code}_")
     assert body["error_code_str"].split("_", 1)[1].isupper()
     assert body["error"]["message"] == body["message"]
     assert body["error"]["code"] == body["error_code_str"].split("_", 1)[1].lower()
     assert body["error"]["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
-    for word in words:
-        assert word in body["message"], body["message"]
-    for word in ("Traceback", 'File "', "pydantic", "rtp_llm.", "Exception", "object at 0x"):
-        assert word not in body["message"]
+    for substring in substrings:
+        assert substring in body["message"], body["message"]
+    for substring in ("Traceback", 'File "', "pydantic", "rtp_llm.", "Exception", "object at 0x"):
+        assert substring not in body["message"]
     assert 0 < len(body["message"]) < 500
     return body
 
 
-# (path, body, code, words of the message); the status is 400
-REFUSED: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
+# (path, body, code, substrings of the message); the status is 400
+REJECTED_REQUESTS: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
     # No prompt, or an empty one
     (CHAT, {}, 507, ("messages",)),
     (CHAT, {"messages": []}, 507, ("messages",)),
@@ -82,7 +82,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
     (COMPLETION, {"prompt": [1] * 2048}, 511, ("2048", "2047")),
     (NATIVE, {"prompt": "x" * 50_000}, 511, ("50000",)),
     (BATCH, {"prompt_batch": ["a", "x" * 3000]}, 511, ("3000",)),
-    # No room for an answer
+    # No tokens left to generate
     (CHAT, {"messages": HI, "max_tokens": 0}, 605, ("max_tokens",)),
     (CHAT, {"messages": HI, "max_completion_tokens": 0}, 605, ("max_tokens",)),
     (COMPLETION, {"prompt": "a", "max_tokens": 0}, 605, ("max_tokens", "echo")),
@@ -139,7 +139,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
     ("/tokenizer/encode", {"prompt": ["a"]}, 507, ("prompt",)),
     ("/set_log_level", {"log_level": "LOUD"}, 507, ("log_level", "DEBUG")),
     ("/set_log_level", {}, 507, ("log_level",)),
-    # Known features that are not served: said, and not ignored
+    # Known features that are not supported are rejected, not ignored
     (COMPLETION, {"prompt": "a", "suffix": "b"}, 515, ("suffix",)),
     (COMPLETION, {"prompt": "a", "best_of": 2}, 515, ("best_of",)),
     (NATIVE, {"prompt": "a", "num_beams": 2}, 515, ("num_beams", "beam search")),
@@ -152,21 +152,21 @@ REFUSED: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "code", "words"), REFUSED, ids=lambda value: str(value)[:60])
-def test_a_request_that_cannot_be_served(
-    path: str, body: dict[str, Any], code: int, words: tuple[str, ...], client: httpx.Client
+@pytest.mark.parametrize(("path", "body", "code", "substrings"), REJECTED_REQUESTS, ids=lambda value: str(value)[:60])
+def test_invalid_and_unsupported_requests(
+    path: str, body: dict[str, Any], code: int, substrings: tuple[str, ...], client: httpx.Client
 ) -> None:
-    assert_error(client.post(path, json=body), 400, code, *words)
+    assert_error(client.post(path, json=body), 400, code, *substrings)
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION, NATIVE])
-def test_a_stream_is_refused_with_a_status_too(path: str, client: httpx.Client) -> None:
-    """As long as nothing has been sent an error is an answer, not an event."""
+def test_a_stream_is_rejected_with_a_status_too(path: str, client: httpx.Client) -> None:
+    """An error before the first event is an HTTP response, not an event."""
     body = {"messages": [{"role": "user", "content": "x" * 3000}], "prompt": "x" * 3000, "stream": True}
     assert_error(client.post(path, json=body), 400, 511)
 
 
-# Bodies that are no JSON object
+# Bodies that are not a JSON object
 
 RAW: list[tuple[bytes, tuple[str, ...]]] = [
     (b"", ("empty",)),
@@ -191,23 +191,23 @@ RAW: list[tuple[bytes, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_a_body_that_is_no_object(path: str, client: httpx.Client) -> None:
-    for raw, words in RAW:
-        assert_error(client.post(path, content=raw), 400, 507, *words)
+def test_a_body_that_is_not_an_object(path: str, client: httpx.Client) -> None:
+    for raw, substrings in RAW:
+        assert_error(client.post(path, content=raw), 400, 507, *substrings)
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_a_body_that_is_too_large(path: str, client: httpx.Client, stack: ApiServer) -> None:
-    """Whether it says so or not, and without waiting for all of it."""
+def test_a_body_that_is_too_large(path: str, client: httpx.Client, api: ApiServer) -> None:
+    """With and without a Content-Length, and without waiting for the whole body."""
     large = b'{"prompt": "' + b"x" * 300_000 + b'"}'
     assert_error(client.post(path, content=large), 413, 507, "0.25 MiB", "MAX_BODY_MB")
     in_chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
     assert_error(client.post(path, content=in_chunks), 413, 507, "0.25 MiB")
-    with RawHttpConnection(stack.url).send(path, b"{", declared=10**12) as line:
-        assert line.status() == 413
+    with RawHttpConnection(api.url).send(path, b"{", content_length=10**12) as connection:
+        assert connection.status() == 413
 
 
-# (path, what stands before and behind the items, one item); the status is 400 or 429
+# (path, text before the items, one item, text after the items); the status is 400 or 429
 FLOODS: list[tuple[str, str, str, str]] = [
     (COMPLETION, '{"prompt": [', "{}", "]}"),
     (COMPLETION, '{"prompt": [', "[1]", "]}"),
@@ -234,22 +234,24 @@ MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-@pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
-def test_a_body_full_of_items(path: str, before: str, item: str, behind: str, stacks: Stacks) -> None:
-    """As many as a body may hold are refused before each is looked at: meanwhile nobody else would be served."""
-    stack = stacks()
+@pytest.mark.parametrize(("path", "before", "item", "after"), FLOODS, ids=lambda value: value[:50])
+def test_a_body_full_of_items_is_rejected_early(
+    path: str, before: str, item: str, after: str, start_api: StartApi
+) -> None:
+    """The largest possible number of items is rejected before each is checked, which would block the event loop."""
+    api = start_api()
     items = ", ".join([item] * min(1_000_000, 2**23 // len(item)))
-    with stack.client() as client:
-        answer = client.post(path, content=f"{before}{items}{behind}".encode())
-        assert_error(answer, answer.status_code, answer.json()["error_code"])
-    assert answer.status_code in (400, 429)
-    assert stack.engine.num_unread == 0
+    with api.client() as client:
+        response = client.post(path, content=f"{before}{items}{after}".encode())
+        assert_error(response, response.status_code, response.json()["error_code"])
+    assert response.status_code in (400, 429)
+    assert api.engine.num_pending_submissions == 0
 
 
-@pytest.mark.parametrize(("path", "before", "item", "behind"), FLOODS, ids=lambda value: value[:50])
-def test_the_first_wrong_item_ends_the_search(path: str, before: str, item: str, behind: str) -> None:
-    """An error for each of millions would take a minute; what is counted here does not depend on the machine."""
-    body = json.loads(f"{before}{', '.join([item] * 50_000)}{behind}")
+@pytest.mark.parametrize(("path", "before", "item", "after"), FLOODS, ids=lambda value: value[:50])
+def test_validation_stops_at_the_first_invalid_item(path: str, before: str, item: str, after: str) -> None:
+    """Millions of errors would take a minute. The test counts errors, so it does not depend on the machine's speed."""
+    body = json.loads(f"{before}{', '.join([item] * 50_000)}{after}")
     count = 0
     try:
         model = MODELS[path].model_validate(body)
@@ -257,13 +259,13 @@ def test_the_first_wrong_item_ends_the_search(path: str, before: str, item: str,
             GenerateConfig.model_validate(model.model_extra)
     except ValidationError as error:
         count = error.error_count()
-    assert count <= 6  # a prompt has four shapes, and each says why it does not fit
+    assert count <= 6  # a prompt has four formats, each with its own error
 
 
-def test_too_many_biases(stacks: Stacks) -> None:
+def test_too_many_biases(start_api: StartApi) -> None:
     for value in ('"x"', "1"):
         biases = ", ".join(f'"{i}": {value}' for i in range(300_000))
-        with stacks().client() as client:
+        with start_api().client() as client:
             raw = f'{{"prompt": "a", "logit_bias": {{{biases}}}}}'
             assert_error(client.post(COMPLETION, content=raw.encode()), 400, 507, "logit_bias", "4096")
 
@@ -290,22 +292,22 @@ def test_too_many_biases(stacks: Stacks) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_half_a_surrogate_pair(path: str, body: dict[str, Any], text: str, client: httpx.Client) -> None:
-    """JSON can say it, UTF-8 cannot: neither tokenizer nor answer may stumble over it."""
+def test_an_unpaired_surrogate_is_rejected(path: str, body: dict[str, Any], text: str, client: httpx.Client) -> None:
+    """JSON can represent it, UTF-8 cannot. Neither the tokenizer nor the response may fail on it."""
     raw = json.dumps(body).replace("?", json.dumps(text)[1:-1])
-    answer = client.post(path, content=raw.encode())
-    assert_error(answer, 400, answer.json()["error_code"])
-    assert answer.json()["error_code"] in (507, 605)
+    response = client.post(path, content=raw.encode())
+    assert_error(response, 400, response.json()["error_code"])
+    assert response.json()["error_code"] in (507, 605)
 
 
 def test_template_variables_of_any_name(client: httpx.Client) -> None:
-    """They are the template's, even where they are called like our own parameters."""
+    """They are passed to the template, even if they have the names of our own parameters."""
     kwargs = {"self": 1, "options": 2, "template": 3, "kwargs": 4, "name": 5}
     assert client.post(CHAT, json={"messages": HI, "chat_template_kwargs": kwargs}).status_code == 200
 
 
 def test_deep_extra_fields(client: httpx.Client) -> None:
-    """Unknown fields may hold anything, as deep as JSON is read at all."""
+    """Unknown fields may have any value, up to the nesting depth that the JSON parser allows."""
     for depth in (200, 300, 900):
         deep = json.loads("[" * depth + "]" * depth)
         assert client.post(CHAT, json={"messages": [{"role": "user", "content": "a", "x": deep}]}).status_code == 200
@@ -319,55 +321,55 @@ def test_deep_extra_fields(client: httpx.Client) -> None:
 def test_unknown_paths_and_methods(client: httpx.Client) -> None:
     assert_error(client.get("/nothing"), 404, 507, "/nothing")
     assert_error(client.post("/v1/nothing/%ff%00"), 404, 507)
-    answer = client.put(CHAT, json={})
-    assert_error(answer, 405, 507, "PUT")
-    assert answer.headers["allow"] == "POST"
+    response = client.put(CHAT, json={})
+    assert_error(response, 405, 507, "PUT")
+    assert response.headers["allow"] == "POST"
 
 
-# Statuses as upstream has them
+# Upstream's statuses
 
 
-def test_legacy_status(stacks: Stacks, byte_model: ByteModel) -> None:
-    """500 for every error, with the body that it has otherwise."""
-    stack = stacks(legacy_http_status=True, concurrency_limit=1, queue_limit=0)
-    with stack.client() as client:
-        for path, body, code, words in REFUSED[::9]:
-            assert_error(client.post(path, json=body), 500, code, *words)
+def test_legacy_status(start_api: StartApi, byte_model: ByteModel) -> None:
+    """Every error has status 500 and an unchanged body."""
+    api = start_api(legacy_http_status=True, concurrency_limit=1, queue_limit=0)
+    with api.client() as client:
+        for path, body, code, substrings in REJECTED_REQUESTS[::9]:
+            assert_error(client.post(path, json=body), 500, code, *substrings)
         assert_error(client.post(CHAT, content=b"{"), 500, 507)
         assert_error(client.get("/nothing"), 500, 507)
         assert_error(client.put(CHAT), 500, 507)
         overloaded = client.post(CHAT, json={"messages": HI, "n": 2})
         assert_error(overloaded, 500, 409)
-        stack.engine.script = lambda submission: [ScriptedOutput([], "error", error="the engine fell over")]
+        api.engine.script = lambda submission: [ScriptedOutput([], "error", error="the engine fell over")]
         failed = client.post(CHAT, json={"messages": HI})
         assert_error(failed, 500, 606, "the engine fell over")
-        stack.engine.script = lambda submission: [ScriptedOutput(byte_model.tokens("a"), "length")]
+        api.engine.script = lambda submission: [ScriptedOutput(byte_model.tokens("a"), "length")]
         assert client.post(CHAT, json={"messages": HI}).status_code == 200
 
 
-# Deadlines
+# Timeouts
 
 
-def test_a_deadline_ends_the_request(stacks: Stacks, byte_model: ByteModel) -> None:
-    """And aborts it in the engine; the client gets the status, or the event where the stream has begun."""
-    stack = stacks(lambda submission: [ScriptedOutput(byte_model.tokens("some"))])
-    with stack.client() as client:
+def test_a_timeout_aborts_the_request(start_api: StartApi, byte_model: ByteModel) -> None:
+    """The client gets a status, or an event if the stream has started."""
+    api = start_api(lambda submission: [ScriptedOutput(byte_model.tokens("some"))])
+    with api.client() as client:
         assert_error(client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50}), 504, 603, "0.05 s")
-        assert stack.engine.take_abort() == stack.engine.take().id
+        assert api.engine.next_abort() == api.engine.next_submission().id
         body = {"messages": HI, "extra_configs": {"timeout_ms": 50}}
         assert_error(client.post(CHAT, json=body), 504, 603)
-        assert stack.engine.take_abort() == stack.engine.take().id
+        assert api.engine.next_abort() == api.engine.next_submission().id
         stream = client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50, "yield_generator": True})
         assert stream.status_code == 200
         events = stream.text.split("\r\n\r\n")
         assert json.loads(events[0].removeprefix("data:"))["response"] == "some"
         assert json.loads(events[1].removeprefix("data:"))["error_code"] == 603
         assert events[2:] == ["data:[done]", ""]
-        assert stack.engine.take_abort() == stack.engine.take().id
+        assert api.engine.next_abort() == api.engine.next_submission().id
 
 
-def test_the_servers_own_deadline(stacks: Stacks) -> None:
-    stack = stacks(lambda submission: [], max_rpc_timeout_ms=50)
-    with stack.client() as client:
+def test_the_timeout_of_the_server(start_api: StartApi) -> None:
+    api = start_api(lambda submission: [], max_rpc_timeout_ms=50)
+    with api.client() as client:
         assert_error(client.post(COMPLETION, json={"prompt": "a"}), 504, 603)
         assert_error(client.post(COMPLETION, json={"prompt": ["a", "b"], "n": 2}), 504, 603)

@@ -1,9 +1,9 @@
-"""Bodies that no schema describes: random bytes and JSON, and every known field with every kind of wrong value.
+"""Fuzzes request bodies: random bytes and JSON, and every known field with every kind of invalid value.
 
-Whatever is sent, the answer comes, is no server error, and says in both shapes of an error what was wrong. The real
-engine is behind it: what passes the API must not hurt a rank.
+Every request must get a response that is not a server error, with the error in both formats. The server has a real
+engine: no accepted request may crash a rank.
 
-Examples are few and always the same; `FUZZ_FACTOR=20 python -m pytest tests/api/test_fuzz_bodies.py` looks further.
+Examples are few and deterministic; `FUZZ_FACTOR=20 python -m pytest tests/api/test_fuzz_bodies.py` tries more.
 """
 
 import json
@@ -26,22 +26,22 @@ FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 CONFIG = tuple(schema.GenerateConfig.model_fields)
 
 
-def fields(model: type[BaseModel], *more: str) -> tuple[str, ...]:
+def known_fields(model: type[BaseModel], *more: str) -> tuple[str, ...]:
     return (*model.model_fields, *more)
 
 
-# path: (a body that is served, its known fields)
+# path: (a valid body, its known fields)
 ENDPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "/v1/chat/completions": ({"messages": HI, "max_tokens": 2}, fields(schema.ChatRequest)),
-    "/chat/completions": ({"messages": HI, "max_tokens": 2, "stream": True}, fields(schema.ChatRequest)),
-    "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, fields(schema.CompletionRequest)),
-    "/": ({"prompt": "Hi", "max_new_tokens": 2}, fields(schema.NativeRequest, *CONFIG)),
-    "/batch_infer": ({"prompt_batch": ["Hi"], "max_new_tokens": 2}, fields(schema.BatchInferRequest, *CONFIG)),
-    "/chat/render": ({"messages": HI}, fields(schema.ChatRequest)),
-    "/v1/chat/render": ({"messages": HI}, fields(schema.ChatRequest)),
-    "/tokenize": ({"prompt": "Hi"}, fields(schema.TokenizeRequest)),
-    "/tokenizer/encode": ({"prompt": "Hi"}, fields(schema.EncodeRequest)),
-    "/set_log_level": ({"log_level": "INFO"}, fields(schema.LogLevelRequest)),
+    "/v1/chat/completions": ({"messages": HI, "max_tokens": 2}, known_fields(schema.ChatRequest)),
+    "/chat/completions": ({"messages": HI, "max_tokens": 2, "stream": True}, known_fields(schema.ChatRequest)),
+    "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, known_fields(schema.CompletionRequest)),
+    "/": ({"prompt": "Hi", "max_new_tokens": 2}, known_fields(schema.NativeRequest, *CONFIG)),
+    "/batch_infer": ({"prompt_batch": ["Hi"], "max_new_tokens": 2}, known_fields(schema.BatchInferRequest, *CONFIG)),
+    "/chat/render": ({"messages": HI}, known_fields(schema.ChatRequest)),
+    "/v1/chat/render": ({"messages": HI}, known_fields(schema.ChatRequest)),
+    "/tokenize": ({"prompt": "Hi"}, known_fields(schema.TokenizeRequest)),
+    "/tokenizer/encode": ({"prompt": "Hi"}, known_fields(schema.EncodeRequest)),
+    "/set_log_level": ({"log_level": "INFO"}, known_fields(schema.LogLevelRequest)),
 }
 
 INTEGERS = st.one_of(
@@ -93,7 +93,7 @@ VALUES = st.one_of(
         SCALARS, lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(STRINGS, v, max_size=3)), max_leaves=6
     ),
     st.builds(_nested, st.sampled_from([2, 50, 300, 900]), SCALARS),
-    # What almost fits: messages, parts, ids, biases, settings.
+    # Nearly valid messages, content parts, ids, biases and settings.
     st.lists(st.fixed_dictionaries({"role": SCALARS, "content": SCALARS}), max_size=2),
     st.builds(
         lambda v: [{"role": "user", "content": v}], st.lists(st.fixed_dictionaries({"type": STRINGS, "text": SCALARS}))
@@ -118,7 +118,7 @@ CONTENT_TYPES = st.one_of(
     st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20),
 )
 BOUNDED = settings(
-    derandomize=True,  # always the same, and a failure can be repeated
+    derandomize=True,  # failures can be reproduced
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -126,34 +126,34 @@ BOUNDED = settings(
 
 
 @pytest.fixture(scope="module")
-def client(small: ServerProcess) -> Iterator[httpx.Client]:
-    """The server is as it was afterwards: no rank was lost on the way, nothing is still running."""
-    with small.client(timeout=60) as opened:
-        yield opened
-        opened.post("/set_log_level", json={"log_level": "INFO"})
-        assert opened.get("/health").status_code == 200
-        status = opened.get("/worker_status").json()
+def client(small_server: ServerProcess) -> Iterator[httpx.Client]:
+    """Asserts at the end that no rank was lost and no sequence is running."""
+    with small_server.client(timeout=60) as client:
+        yield client
+        client.post("/set_log_level", json={"log_level": "INFO"})
+        assert client.get("/health").status_code == 200
+        status = client.get("/worker_status").json()
         assert (status["running_query_len"], status["waiting_query_len"]) == (0, 0)
         assert (status["available_concurrency"], status["available_kv_cache"]) == (1, status["total_kv_cache"])
 
 
-def assert_answered(answer: httpx.Response) -> None:
-    """No server error; an error in its usual form, or else an answer with none inside."""
-    text = answer.text
-    deadline = answer.status_code == 504 and b"timeout_ms" in answer.request.content  # asked for, so no fault of ours
-    assert answer.status_code < 500 or deadline, text
+def assert_valid_response(response: httpx.Response) -> None:
+    """Asserts that the response is not a server error; it is an error in the usual format or contains none."""
+    text = response.text
+    is_requested_timeout = response.status_code == 504 and b"timeout_ms" in response.request.content
+    assert response.status_code < 500 or is_requested_timeout, text
     assert "Traceback" not in text
-    if answer.status_code != 200:
-        assert answer.status_code >= 400
-        body = answer.json()
+    if response.status_code != 200:
+        assert response.status_code >= 400
+        body = response.json()
         assert isinstance(body["error_code"], int)
         assert body["error_code_str"].startswith(f"{body['error_code']}_")
         assert body["message"] == body["error"]["message"] != ""
-    elif answer.headers["content-type"].startswith("text/event-stream"):
-        errors = [event for event in payloads(answer.content) if "error_code" in event]
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        errors = [event for event in payloads(response.content) if "error_code" in event]
         assert all(error["error_code"] == 603 for error in errors), text
     else:
-        assert "error_code" not in answer.json()
+        assert "error_code" not in response.json()
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -162,22 +162,22 @@ def test_wrong_values_in_known_fields(path: str, client: httpx.Client) -> None:
 
     @settings(BOUNDED, max_examples=FACTOR * (100 if len(names) > 10 else 30))
     @given(changes=st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
-    def ask(changes: dict[str, Any]) -> None:
-        # Not json=: that refuses numbers which JSON does not have and others may send.
+    def send(changes: dict[str, Any]) -> None:
+        # Not json=, which rejects NaN and Infinity.
         raw = json.dumps({**base, **changes}).replace("Infinity", "1e999").encode()
-        assert_answered(client.post(path, content=raw))
+        assert_valid_response(client.post(path, content=raw))
 
-    ask()
+    send()
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_known_field_with_every_kind_of_value(path: str, client: httpx.Client) -> None:
-    """One at a time, so that no other field's error comes first."""
+    """One field at a time, so that no other field's error hides its own."""
     base, names = ENDPOINTS[path]
-    kinds = [None, True, -1, 10**400, 1.5, 5e-324, "", "\ud800", [], [None], {}, {"\ud800": 1}, [[1]], _nested(300, 1)]
+    values = [None, True, -1, 10**400, 1.5, 5e-324, "", "\ud800", [], [None], {}, {"\ud800": 1}, [[1]], _nested(300, 1)]
     for name in names:
-        for kind in kinds:
-            assert_answered(client.post(path, content=json.dumps({**base, name: kind}).encode()))
+        for value in values:
+            assert_valid_response(client.post(path, content=json.dumps({**base, name: value}).encode()))
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -193,10 +193,10 @@ def test_bodies_of_bytes(path: str, client: httpx.Client) -> None:
 
     @settings(BOUNDED, max_examples=FACTOR * 50)
     @given(raw=raw, content_type=CONTENT_TYPES)
-    def ask(raw: bytes, content_type: str) -> None:
-        assert_answered(client.post(path, content=raw, headers={"Content-Type": content_type}))
+    def send(raw: bytes, content_type: str) -> None:
+        assert_valid_response(client.post(path, content=raw, headers={"Content-Type": content_type}))
 
-    ask()
+    send()
 
 
 EXTREMES: dict[str, list[float]] = {
@@ -213,10 +213,10 @@ EXTREMES: dict[str, list[float]] = {
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_numbers_at_the_edge_of_their_range(name: str, client: httpx.Client) -> None:
-    """They reach the sampler: none of them may crash a rank, or bring out a token that is none."""
+    """They reach the sampler and must not crash a rank or produce an invalid token."""
     for value in EXTREMES[name]:
-        for other in ({}, {"top_k": 3}, {"top_p": 0.5}, {"presence_penalty": 1, "temperature": 2}):
-            body = {"prompt": "The matrices", "max_new_tokens": 4, "random_seed": 1, **other, name: value}
-            answer = client.post("/", json={**body, "return_output_ids": True, "return_cum_log_probs": True})
-            assert answer.status_code == 200, (body, answer.text)
-            assert all(0 <= token < 1024 for token in answer.json()["output_ids"][0])
+        for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"presence_penalty": 1, "temperature": 2}):
+            body = {"prompt": "The matrices", "max_new_tokens": 4, "random_seed": 1, **options, name: value}
+            response = client.post("/", json={**body, "return_output_ids": True, "return_cum_log_probs": True})
+            assert response.status_code == 200, (body, response.text)
+            assert all(0 <= token < 1024 for token in response.json()["output_ids"][0])

@@ -1,7 +1,7 @@
-"""schemathesis: requests made from the server's own OpenAPI document, valid ones and spoiled ones.
+"""Sends valid and invalid requests that schemathesis generates from the server's OpenAPI document.
 
-No request may end in a server error, and every answer must look as the document says. Examples are few and always the
-same, so that a failure can be repeated and the time is known.
+No request may cause a server error, and every response must conform to the document. Examples are few and
+deterministic, so that failures can be reproduced and the duration is known.
 """
 
 from typing import Any
@@ -25,43 +25,43 @@ WITH_BODY = [
     *("/v1/chat/completions", "/chat/completions", "/v1/completions", "/", "/batch_infer", "/set_log_level"),
     *("/chat/render", "/v1/chat/render", "/tokenize", "/tokenizer/encode"),
 ]
-PLAIN = [
+WITHOUT_BODY = [
     *(f"GET {path}" for path in ("/", "/v1/models", "/doctor", "/metrics")),
     *(f"{m} {p}" for m in ("GET", "POST") for p in ("/health", "/liveness", "/worker_status", "/cache_status")),
 ]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "gen_length", "min_tokens", "min_new_tokens")
-SHORT = 3  # tokens
+MAX_TOKENS = 3
 
 
 @pytest.fixture(scope="module")
-def document(small: ServerProcess) -> BaseSchema:
-    with small.client() as client:
+def document(small_server: ServerProcess) -> BaseSchema:
+    with small_server.client() as client:
         raw = client.get("/openapi.json").json()
-    schema = schemathesis.openapi.from_dict(raw, config=schemathesis.Config())  # no file that lies about is read
-    schema.config.update(base_url=small.url)
-    return schema
+    openapi = schemathesis.openapi.from_dict(raw, config=schemathesis.Config())  # ignores a local schemathesis.toml
+    openapi.config.update(base_url=small_server.url)
+    return openapi
 
 
 def shorten(body: Any) -> Any:
-    """Answers of a few tokens where a number was made that asks for many, or none that limits them."""
+    """Limits the generated tokens of a request body."""
     if not isinstance(body, dict):
         return body
-    made = {key: _short(key, value) for key, value in body.items()}
+    shortened = {key: _shorten_field(key, value) for key, value in body.items()}
     for name in ("max_tokens", "max_new_tokens"):
-        made.setdefault(name, SHORT)
-    return made
+        shortened.setdefault(name, MAX_TOKENS)
+    return shortened
 
 
-def _short(key: str, value: Any) -> Any:
-    if key in LIMITS and isinstance(value, int) and value > SHORT:
-        return SHORT
-    nested = key in ("generate_config", "generation_config", "extra_configs")
-    return shorten(value) if nested else value
+def _shorten_field(key: str, value: Any) -> Any:
+    if key in LIMITS and isinstance(value, int) and value > MAX_TOKENS:
+        return MAX_TOKENS
+    is_nested = key in ("generate_config", "generation_config", "extra_configs")
+    return shorten(value) if is_nested else value
 
 
-def hold(document: BaseSchema, operation: str, mode: GenerationMode, examples: int) -> None:
-    """Every check on every answer to what is made for one operation."""
+def check_operation(document: BaseSchema, operation: str, mode: GenerationMode, examples: int) -> None:
+    """Applies every check to every response of one operation."""
     method, path = operation.split()
 
     @settings(
@@ -72,38 +72,41 @@ def hold(document: BaseSchema, operation: str, mode: GenerationMode, examples: i
         suppress_health_check=list(HealthCheck),
     )
     @given(case=document[path][method].as_strategy(generation_mode=mode))
-    def ask(case: schemathesis.Case) -> None:
+    def send(case: schemathesis.Case) -> None:
         case.body = shorten(case.body)
         response = case.call(timeout=60)
         case.validate_response(response, checks=CHECKS)
         assert "Traceback" not in response.text
 
-    ask()
+    send()
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "spoiled"])
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 @pytest.mark.parametrize("path", WITH_BODY)
 def test_bodies(path: str, mode: GenerationMode, document: BaseSchema) -> None:
-    hold(document, f"POST {path}", mode, EXAMPLES)
+    check_operation(document, f"POST {path}", mode, EXAMPLES)
 
 
-@pytest.mark.parametrize("operation", PLAIN)
+@pytest.mark.parametrize("operation", WITHOUT_BODY)
 def test_without_a_body(operation: str, document: BaseSchema) -> None:
-    hold(document, operation, GenerationMode.POSITIVE, 1)
+    check_operation(document, operation, GenerationMode.POSITIVE, 1)
 
 
-def test_the_document_names_every_endpoint(small: ServerProcess) -> None:
-    """What is fuzzed above is what there is; each operation by a name of its own."""
-    with small.client() as client:
+def test_the_document_names_every_endpoint(small_server: ServerProcess) -> None:
+    """The tests above cover every operation, and operation ids are unique."""
+    with small_server.client() as client:
         paths: dict[str, dict[str, Any]] = client.get("/openapi.json").json()["paths"]
-    operations = {(method, path): o for path, methods in paths.items() for method, o in methods.items()}
-    assert {f"{method.upper()} {path}" for method, path in operations} == {*PLAIN, *(f"POST {p}" for p in WITH_BODY)}
-    names = [operation["operationId"] for operation in operations.values()]
-    assert len(names) == len(set(names))
+    operations = {(method, path): op for path, methods in paths.items() for method, op in methods.items()}
+    assert {f"{method.upper()} {path}" for method, path in operations} == {
+        *WITHOUT_BODY,
+        *(f"POST {p}" for p in WITH_BODY),
+    }
+    operation_ids = [operation["operationId"] for operation in operations.values()]
+    assert len(operation_ids) == len(set(operation_ids))
 
 
-def test_the_engine_has_survived(small: ServerProcess) -> None:
-    with small.client() as client:
+def test_the_engine_still_serves_afterwards(small_server: ServerProcess) -> None:
+    with small_server.client() as client:
         client.post("/set_log_level", json={"log_level": "INFO"})
         assert client.get("/health").status_code == 200
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}).status_code == 200

@@ -1,7 +1,7 @@
-"""The exact bytes of both APIs' streams, so that no change to them goes unnoticed.
+"""Compares the exact bytes of both APIs' streams with golden files.
 
-A fake engine says known tokens, so nothing here depends on a model, a CPU or a tokenizer's training. Ids and times
-are masked. After a change that is meant, write the files anew and read their difference:
+A fake engine sends known tokens, so the result does not depend on a model, a CPU or a tokenizer's training. Ids and
+times are masked. After an intended change, regenerate the files and review the difference:
 
     REGENERATE_GOLDEN=1 python -m pytest tests/api/test_golden.py && git diff tests/api/golden
 """
@@ -17,11 +17,11 @@ import pytest
 from rtp_llm.contract.engine_output import FinishReason, Logprob
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
-from tests.api.sse import frames
+from tests.api.sse import split_events
 
-FOLDER = Path(__file__).parent / "golden"
+GOLDEN_DIR = Path(__file__).parent / "golden"
 MASKS = (
     (rb'"id":"(chatcmpl|cmpl)-[0-9a-f]{24}"', rb'"id":"\1-MASKED"'),
     (rb'"created":\d{10}\b', rb'"created":0'),
@@ -33,49 +33,49 @@ NATIVE: dict[str, Any] = {"prompt": "Once", "generate_config": {"random_seed": 1
 USAGE = {"stream_options": {"include_usage": True}}
 
 
-def masked(raw: bytes) -> bytes:
+def mask_variable_parts(raw: bytes) -> bytes:
     for pattern, mask in MASKS:
         raw = re.sub(pattern, mask, raw)
     return raw
 
 
-def compare(name: str, raw: bytes) -> None:
-    """With the file of that name, which is written where that is asked for."""
-    path = FOLDER / f"{name}.sse"
+def assert_matches_golden(name: str, raw: bytes) -> None:
+    """Compares with the golden file `name`, or writes it with REGENERATE_GOLDEN=1."""
+    path = GOLDEN_DIR / f"{name}.sse"
     if os.environ.get("REGENERATE_GOLDEN"):
-        path.write_bytes(masked(raw))
+        path.write_bytes(mask_variable_parts(raw))
     assert path.exists(), f"no {path}: see this file's first lines"
-    assert masked(raw) == path.read_bytes()
+    assert mask_variable_parts(raw) == path.read_bytes()
 
 
-def spoken(
-    model: ByteModel, *pieces: str | bytes, finish: FinishReason | None = "stop", **last: Any
+def scripted_outputs(
+    model: ByteModel, *texts: str | bytes, finish: FinishReason | None = "stop", **last: Any
 ) -> list[ScriptedOutput]:
-    """An event per piece of text, and one that ends it: with "stop" by the end-of-sequence token."""
-    said = [ScriptedOutput(model.tokens(piece)) for piece in pieces]
+    """Returns an output per text. The last one finishes; with "stop" it is the end-of-sequence token."""
+    outputs = [ScriptedOutput(model.tokens(text)) for text in texts]
     if finish == "stop":
-        return [*said, ScriptedOutput([model.end], finish, **last)]
-    return [*said[:-1], ScriptedOutput(said[-1].tokens, finish, **last)]
+        return [*outputs, ScriptedOutput([model.end], finish, **last)]
+    return [*outputs[:-1], ScriptedOutput(outputs[-1].tokens, finish, **last)]
 
 
 def with_logprobs(model: ByteModel, text: str, top: int) -> list[ScriptedOutput]:
-    """A token an event, each half as likely as the last; the other ones offered are "a" and "b"."""
-    others = [(model.tokens(letter)[0], -3.5) for letter in "ab"]
+    """Returns one output per token, with decreasing logprobs. The other top tokens are "a" and "b"."""
+    other_tokens = [(model.tokens(letter)[0], -3.5) for letter in "ab"]
 
-    def record(place: int, token: int) -> Logprob:
-        value = -0.5 * (place + 1)
-        return (value, 0, [(token, value), *others][:top])
+    def logprob(position: int, token: int) -> Logprob:
+        value = -0.5 * (position + 1)
+        return (value, 0, [(token, value), *other_tokens][:top])
 
-    said = [ScriptedOutput([token], None, [record(i, token)]) for i, token in enumerate(model.tokens(text))]
-    return [*said, ScriptedOutput([model.end], "stop", [record(9, model.end)])]
+    outputs = [ScriptedOutput([token], None, [logprob(i, token)]) for i, token in enumerate(model.tokens(text))]
+    return [*outputs, ScriptedOutput([model.end], "stop", [logprob(9, model.end)])]
 
 
 SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[ScriptedOutput]]]] = {
-    "chat": ("/v1/chat/completions", CHAT, lambda m: spoken(m, "Hello", " wor", "ld")),
+    "chat": ("/v1/chat/completions", CHAT, lambda m: scripted_outputs(m, "Hello", " wor", "ld")),
     "chat-usage": (
         "/v1/chat/completions",
         {**CHAT, **USAGE},
-        lambda m: spoken(m, b"na\xc3", b"\xafve \xf0\x9f", b"\x9a", b"\x80", finish="length"),
+        lambda m: scripted_outputs(m, b"na\xc3", b"\xafve \xf0\x9f", b"\x9a", b"\x80", finish="length"),
     ),
     "chat-logprobs": (
         "/v1/chat/completions",
@@ -85,34 +85,38 @@ SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[Script
     "chat-stop-string": (
         "/chat/completions",
         {**CHAT, **USAGE, "stop": ["END", "never"]},
-        lambda m: spoken(m, "one EN", "ough E", "N", "D two", " three"),
+        lambda m: scripted_outputs(m, "one EN", "ough E", "N", "D two", " three"),
     ),
     "chat-error": (
         "/v1/chat/completions",
         CHAT,
         lambda m: [ScriptedOutput(m.tokens("Hel")), ScriptedOutput([], "error", error="the engine fell over")],
     ),
-    "completion": ("/v1/completions", COMPLETION, lambda m: spoken(m, " upon", " a", " time", finish="length")),
+    "completion": (
+        "/v1/completions",
+        COMPLETION,
+        lambda m: scripted_outputs(m, " upon", " a", " time", finish="length"),
+    ),
     "completion-echo-logprobs": (
         "/v1/completions",
         {**COMPLETION, **USAGE, "echo": True, "logprobs": 1},
-        lambda m: _first_with_prompt(with_logprobs(m, " é", 1), m),
+        lambda m: _with_prompt_logprobs(with_logprobs(m, " é", 1), m),
     ),
     "completion-echo-only": (
         "/v1/completions",
         {**COMPLETION, **USAGE, "echo": True, "max_tokens": 0},
-        lambda m: spoken(m, "x", finish="length"),
+        lambda m: scripted_outputs(m, "x", finish="length"),
     ),
     "native-yield-generator": (
         "/",
         {**NATIVE, "yield_generator": True},
-        lambda m: spoken(m, "upon", " a", " time", finish="stop"),
+        lambda m: scripted_outputs(m, "upon", " a", " time", finish="stop"),
     ),
-    "native-stream": ("/", {**NATIVE, "stream": True}, lambda m: spoken(m, "upon", " a", finish="length")),
+    "native-stream": ("/", {**NATIVE, "stream": True}, lambda m: scripted_outputs(m, "upon", " a", finish="length")),
     "native-incremental": (
         "/",
         {**NATIVE, "yield_generator": True, "return_incremental": True, "return_output_ids": True},
-        lambda m: spoken(m, "up", "on", finish="length"),
+        lambda m: scripted_outputs(m, "up", "on", finish="length"),
     ),
     "native-error": (
         "/",
@@ -122,54 +126,54 @@ SCRIPTED: dict[str, tuple[str, dict[str, Any], Callable[[ByteModel], list[Script
 }
 
 
-def _first_with_prompt(said: list[ScriptedOutput], model: ByteModel) -> list[ScriptedOutput]:
-    """The first event also brings the logprobs of the prompt's second to last token."""
-    first = said[0]
-    records: list[Logprob] = [(-4.0 - i, 0, [(token, -1.0)]) for i, token in enumerate(model.tokens("nce"))]
-    return [ScriptedOutput(first.tokens, first.finish, first.logprobs, records), *said[1:]]
+def _with_prompt_logprobs(outputs: list[ScriptedOutput], model: ByteModel) -> list[ScriptedOutput]:
+    """Adds the logprobs of all prompt tokens but the first to the first output."""
+    first = outputs[0]
+    prompt_logprobs: list[Logprob] = [(-4.0 - i, 0, [(token, -1.0)]) for i, token in enumerate(model.tokens("nce"))]
+    return [ScriptedOutput(first.tokens, first.finish, first.logprobs, prompt_logprobs), *outputs[1:]]
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
-def test_stream_of_one_sequence(name: str, stacks: Stacks, byte_model: ByteModel) -> None:
+def test_stream_of_one_sequence(name: str, start_api: StartApi, byte_model: ByteModel) -> None:
     path, body, script = SCRIPTED[name]
-    compare(name, stacks(lambda submission: script(byte_model)).stream(path, body))
+    assert_matches_golden(name, start_api(lambda submission: script(byte_model)).stream(path, body))
 
 
-# Several sequences: each event is sent when the last one has been read, so that their order is the test's.
+# Several sequences. The test sends each output after it has read the events of the last one, which fixes their order.
 
 
-class Conversation:
-    """The frames of one stream, and the sequences behind it in the order in which they were submitted."""
+class InterleavedStream:
+    """The events of one stream, and its sequences in the order of their submission."""
 
-    def __init__(self, stack: ApiServer, stream: Iterator[bytes], count: int):
-        self.stack, self.stream = stack, stream
+    def __init__(self, api: ApiServer, stream: Iterator[bytes], num_sequences: int):
+        self.api, self.stream = api, stream
         self.sequences: list[Submission] = []
-        self.count = count
+        self.num_sequences = num_sequences
         self.read = b""
 
-    def hear(self, frames: int) -> None:
-        for _ in range(frames):
+    def read_events(self, num_events: int) -> None:
+        for _ in range(num_events):
             self.read += next(self.stream)
 
-    def tell(self, *events: tuple[int, ScriptedOutput], frames: int) -> None:
-        """One frame of the engine, and the frames that the client then reads."""
+    def send_and_read(self, *outputs: tuple[int, ScriptedOutput], num_events: int) -> None:
+        """Sends the outputs, (sequence, output), in one frame and reads `num_events` events."""
         if not self.sequences:
-            self.sequences = [self.stack.engine.take() for _ in range(self.count)]
-        self.stack.engine.emit(*(said.event(self.sequences[i].id) for i, said in events))
-        self.hear(frames)
+            self.sequences = [self.api.engine.next_submission() for _ in range(self.num_sequences)]
+        self.api.engine.send_frame(*(output.for_request(self.sequences[i].id) for i, output in outputs))
+        self.read_events(num_events)
 
 
-def interleaved(talk: Conversation, model: ByteModel, *, ends_apart: int) -> None:
-    """Two sequences; `ends_apart`: frames that a last event makes."""
+def send_interleaved(stream: InterleavedStream, model: ByteModel, *, events_per_finish: int) -> None:
+    """Sends interleaved outputs of two sequences; `events_per_finish`: events of an output that finishes with text."""
 
-    def said(text: str, finish: FinishReason | None = None) -> ScriptedOutput:
+    def output(text: str, finish: FinishReason | None = None) -> ScriptedOutput:
         return ScriptedOutput(model.tokens(text), finish)
 
-    talk.tell((0, said("a1")), (1, said("b1")), frames=2)
-    talk.tell((1, said(" b2")), frames=1)
-    talk.tell((1, said(" b3", "length")), (0, said(" a2")), frames=ends_apart + 1)
-    talk.tell((0, ScriptedOutput([model.end], "stop")), frames=1)
-    talk.read += b"".join(talk.stream)
+    stream.send_and_read((0, output("a1")), (1, output("b1")), num_events=2)
+    stream.send_and_read((1, output(" b2")), num_events=1)
+    stream.send_and_read((1, output(" b3", "length")), (0, output(" a2")), num_events=events_per_finish + 1)
+    stream.send_and_read((0, ScriptedOutput([model.end], "stop")), num_events=1)
+    stream.read += b"".join(stream.stream)
 
 
 INTERLEAVED: dict[str, tuple[str, dict[str, Any], int, int]] = {
@@ -197,15 +201,15 @@ INTERLEAVED: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 
 @pytest.mark.parametrize("name", INTERLEAVED)
-def test_stream_of_two_sequences(name: str, stacks: Stacks, byte_model: ByteModel) -> None:
-    path, body, opening, ends_apart = INTERLEAVED[name]
-    stack = stacks()
-    with stack.open_stream(path, body) as response:
-        talk = Conversation(stack, frames(response.iter_raw()), 2)
-        talk.hear(opening)
-        interleaved(talk, byte_model, ends_apart=ends_apart)
-    compare(name, talk.read)
+def test_stream_of_two_sequences(name: str, start_api: StartApi, byte_model: ByteModel) -> None:
+    path, body, num_initial_events, events_per_finish = INTERLEAVED[name]
+    api = start_api()
+    with api.open_stream(path, body) as response:
+        stream = InterleavedStream(api, split_events(response.iter_raw()), 2)
+        stream.read_events(num_initial_events)
+        send_interleaved(stream, byte_model, events_per_finish=events_per_finish)
+    assert_matches_golden(name, stream.read)
 
 
 def test_every_file_has_a_test() -> None:
-    assert {path.stem for path in FOLDER.glob("*.sse")} == SCRIPTED.keys() | INTERLEAVED.keys()
+    assert {path.stem for path in GOLDEN_DIR.glob("*.sse")} == SCRIPTED.keys() | INTERLEAVED.keys()

@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus reads parses, moves with the requests, and is called what dashboards expect."""
+"""/metrics: valid format, values that follow the requests, and the names that dashboards expect."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
 from tests.monitoring.promtool import promtool
@@ -26,7 +26,7 @@ TTFT: list[float] = [
 ITL: list[float] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 TOKENS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
 STEPS: list[float] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
-# vLLM's edges by our name: ours may be finer, but each of these must be there, or its dashboards' quantiles break.
+# vLLM's buckets by our metric names. Ours may be finer, but must include these, or vLLM dashboards' quantiles break.
 BUCKETS: dict[str, list[float]] = {
     "time_to_first_token_seconds": TTFT,
     "inter_token_latency_seconds": ITL,
@@ -57,24 +57,24 @@ GAUGES = (
 )
 
 
-def families(text: str) -> Families:
+def parse_families(text: str) -> Families:
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
 @pytest.fixture
 def scraped(http: httpx.Client) -> Families:
-    """After at least one request."""
+    """Returns the metrics after at least one request."""
     body = {"prompt": "The matrices", "max_tokens": 3, "ignore_eos": True}
     assert http.post("/v1/completions", json=body).status_code == 200
-    answer = http.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    return families(answer.text)
+    response = http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return parse_families(response.text)
 
 
-def value(found: Families, family: str, suffix: str = "", **labels: str) -> float:
-    """The sum of a family's samples with these labels; 0 where there are none."""
+def value(families_by_name: Families, family: str, suffix: str = "", **labels: str) -> float:
+    """Returns the sum of a family's samples with these labels, 0 if there are none."""
     name = f"rtp_llm_{family}{suffix}"
-    samples = [s for f in found.values() for s in f.samples if s.name == name]
+    samples = [s for f in families_by_name.values() for s in f.samples if s.name == name]
     return math.fsum(s.value for s in samples if labels.items() <= s.labels.items())
 
 
@@ -93,12 +93,12 @@ def test_names_and_types(scraped: Families) -> None:
 @pytest.mark.parametrize("name", BUCKETS)
 def test_buckets(name: str, scraped: Families) -> None:
     samples = [s for s in scraped[f"rtp_llm_{name}"].samples if s.name.endswith("_bucket")]
-    edges = {float(s.labels["le"]) for s in samples}
-    assert edges >= {*BUCKETS[name], math.inf}
+    upper_bounds = {float(s.labels["le"]) for s in samples}
+    assert upper_bounds >= {*BUCKETS[name], math.inf}
 
 
-def test_histograms_are_whole(scraped: Families) -> None:
-    """Cumulative counts that never fall, and end in the count."""
+def test_histograms_are_cumulative(scraped: Families) -> None:
+    """Bucket counts never decrease, and the last one equals the count."""
     for name, family in scraped.items():
         if family.type != "histogram":
             continue
@@ -124,114 +124,114 @@ def test_serving_metrics_name_the_model(scraped: Families) -> None:
         assert value(scraped, "process_max_fds", program=program) > value(scraped, "process_open_fds", program=program)
 
 
-def test_counters_move_with_requests(server: ServerProcess, http: httpx.Client) -> None:
-    before = families(http.get("/metrics").text)
+def test_counters_count_requests(server: ServerProcess, http: httpx.Client) -> None:
+    before = parse_families(http.get("/metrics").text)
     prompt = list(range(40, 100))
     body = {"prompt": prompt, "max_tokens": 7, "ignore_eos": True, "n": 2}
     usages = [http.post("/v1/completions", json=body).json()["usage"] for _ in range(2)]
     assert http.post("/v1/completions", json={"prompt": ""}).status_code == 400
     assert http.get("/v1/nothing").status_code == 404
-    after = families(http.get("/metrics").text)
+    after = parse_families(http.get("/metrics").text)
 
-    def moved(family: str, suffix: str = "", **labels: str) -> float:
+    def increase(family: str, suffix: str = "", **labels: str) -> float:
         return value(after, family, suffix, **labels) - value(before, family, suffix, **labels)
 
-    assert moved("prompt_tokens", "_total") == 4 * 60
-    assert moved("generation_tokens", "_total") == 4 * 7
-    assert moved("request_success", "_total", finished_reason="length") == moved("request_success", "_total") == 4
-    assert moved("prefix_cache_queries", "_total") == 4 * 60
-    hits = moved("prefix_cache_hits", "_total")
-    assert moved("prompt_tokens_cached", "_total") == hits
-    # usage tells a prompt's tokens once, the counters those of each of its choices.
+    assert increase("prompt_tokens", "_total") == 4 * 60
+    assert increase("generation_tokens", "_total") == 4 * 7
+    assert increase("request_success", "_total", finished_reason="length") == increase("request_success", "_total") == 4
+    assert increase("prefix_cache_queries", "_total") == 4 * 60
+    hits = increase("prefix_cache_hits", "_total")
+    assert increase("prompt_tokens_cached", "_total") == hits
+    # usage counts a prompt's tokens once, the metrics once per choice.
     assert 0 < usages[1]["prompt_tokens_details"]["cached_tokens"] <= hits / 2
     for histogram in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
-        assert moved(histogram, "_count") == 4
-    assert moved("inter_token_latency_seconds", "_count") == 4 * 6
-    assert moved("request_generation_tokens", "_sum") == 4 * 7
-    assert moved("request_prompt_tokens", "_sum") == 4 * 60
-    assert moved("request_params_max_tokens", "_sum") == 4 * 7
-    assert (moved("request_params_n", "_count"), moved("request_params_n", "_sum")) == (2, 4)
-    assert moved("iteration_tokens", "_count") >= 2 * 7
-    assert moved("iteration_tokens", "_sum") + hits == 4 * (60 + 6)
-    assert moved("estimated_flops_per_gpu", "_total") > 0
-    assert moved("estimated_read_bytes_per_gpu", "_total") > moved("estimated_write_bytes_per_gpu", "_total") > 0
-    assert moved("http_requests", "_total", handler="/v1/completions", method="POST", status="200") == 2
-    assert moved("http_requests", "_total", handler="/v1/completions", method="POST", status="400") == 1
-    assert moved("http_requests", "_total", handler="none", status="404") == 1  # no path that a client made up
-    assert moved("http_request_duration_seconds", "_count", handler="/v1/completions") == 3
+        assert increase(histogram, "_count") == 4
+    assert increase("inter_token_latency_seconds", "_count") == 4 * 6
+    assert increase("request_generation_tokens", "_sum") == 4 * 7
+    assert increase("request_prompt_tokens", "_sum") == 4 * 60
+    assert increase("request_params_max_tokens", "_sum") == 4 * 7
+    assert (increase("request_params_n", "_count"), increase("request_params_n", "_sum")) == (2, 4)
+    assert increase("iteration_tokens", "_count") >= 2 * 7
+    assert increase("iteration_tokens", "_sum") + hits == 4 * (60 + 6)
+    assert increase("estimated_flops_per_gpu", "_total") > 0
+    assert increase("estimated_read_bytes_per_gpu", "_total") > increase("estimated_write_bytes_per_gpu", "_total") > 0
+    assert increase("http_requests", "_total", handler="/v1/completions", method="POST", status="200") == 2
+    assert increase("http_requests", "_total", handler="/v1/completions", method="POST", status="400") == 1
+    assert increase("http_requests", "_total", handler="none", status="404") == 1  # not the path that the client sent
+    assert increase("http_request_duration_seconds", "_count", handler="/v1/completions") == 3
     assert value(after, "num_requests_running") == value(after, "num_requests_waiting") == 0
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
-    with ApiServer(byte_model) as started:
-        yield started
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
+    with ApiServer(byte_model) as api:
+        yield api
 
 
-def test_gauges_follow_the_engine(stack: ApiServer, byte_model: ByteModel) -> None:
-    """Its totals start anew with each epoch; the counters go on."""
+def test_gauges_follow_the_engine(api: ApiServer, byte_model: ByteModel) -> None:
+    """The engine's totals restart with each epoch; the counters do not."""
     model = {"model_name": "fake"}
 
-    def emit(**stats: int) -> None:
-        stack.engine.emit(**stats)
-        stack.until(lambda: stack.metric("rtp_llm_num_requests_running", **model) == stats["running"])
+    def send_stats(**stats: int) -> None:
+        api.engine.send_frame(**stats)
+        api.wait_until(lambda: api.metric("rtp_llm_num_requests_running", **model) == stats["running"])
 
-    emit(running=3, waiting=5, kv_used=16, preemptions=2, prefix_queries=100, prefix_hits=40)
-    assert stack.metric("rtp_llm_num_requests_waiting", **model) == 5
-    assert stack.metric("rtp_llm_kv_cache_usage_perc", **model) == 0.25
-    assert stack.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
-    assert stack.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
-    emit(running=4, preemptions=3, prefix_queries=110, prefix_hits=40)
-    stack.engine.close()
-    stack.new_engine(epoch=2)
-    stack.engine.wait_for_connection()
-    emit(running=1, preemptions=1, prefix_queries=7, prefix_hits=6)
-    assert stack.metric("rtp_llm_num_preemptions_total", **model) == 4
-    assert stack.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
-    assert stack.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
-    emit(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
+    send_stats(running=3, waiting=5, kv_used=16, preemptions=2, prefix_queries=100, prefix_hits=40)
+    assert api.metric("rtp_llm_num_requests_waiting", **model) == 5
+    assert api.metric("rtp_llm_kv_cache_usage_perc", **model) == 0.25
+    assert api.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
+    assert api.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
+    send_stats(running=4, preemptions=3, prefix_queries=110, prefix_hits=40)
+    api.engine.close()
+    api.new_engine(epoch=2)
+    api.engine.wait_for_connection()
+    send_stats(running=1, preemptions=1, prefix_queries=7, prefix_hits=6)
+    assert api.metric("rtp_llm_num_preemptions_total", **model) == 4
+    assert api.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
+    assert api.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
+    send_stats(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
 
 
-def test_who_waits_and_why(stack: ApiServer) -> None:
-    """For a place in the batch, or for ranks that were lost."""
+def test_waiting_sequences_are_counted_by_reason(api: ApiServer) -> None:
+    """They wait for a slot or for lost ranks."""
 
     def waiting() -> tuple[float, float]:
         name = "rtp_llm_num_requests_waiting_by_reason"
-        capacity, deferred = (stack.metric(name, model_name="fake", reason=r) for r in ("capacity", "deferred"))
+        capacity, deferred = (api.metric(name, model_name="fake", reason=r) for r in ("capacity", "deferred"))
         return capacity, deferred
 
-    stack.engine.emit(waiting=5)
-    stack.until(lambda: waiting() == (5, 0))
-    with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
-        stack.engine.take()
-        stack.engine.close()
-        stack.until(lambda: waiting() == (0, 1))
-        stack.new_engine(epoch=3)
-        stack.engine.wait_for_connection()
-        stack.until(lambda: waiting() == (0, 0))
+    api.engine.send_frame(waiting=5)
+    api.wait_until(lambda: waiting() == (5, 0))
+    with api.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+        api.engine.next_submission()
+        api.engine.close()
+        api.wait_until(lambda: waiting() == (0, 1))
+        api.new_engine(epoch=3)
+        api.engine.wait_for_connection()
+        api.wait_until(lambda: waiting() == (0, 0))
     config = {"block_size": "16", "num_gpu_blocks": "64", "enable_prefix_caching": "True"}
-    assert stack.metric("rtp_llm_cache_config_info", model_name="fake", **config) == 1
+    assert api.metric("rtp_llm_cache_config_info", model_name="fake", **config) == 1
 
 
-def test_a_part_that_drains_says_so(stacks: Stacks) -> None:
-    stack = stacks()
-    stack.post_board()
-    assert stack.metric("rtp_llm_state", state="serving") == 1
-    stack.state.draining = True
-    assert stack.metric("rtp_llm_state", state="draining") == 1
+def test_state_of_a_draining_part(start_api: StartApi) -> None:
+    api = start_api()
+    api.write_gang_status()
+    assert api.metric("rtp_llm_state", state="serving") == 1
+    api.state.is_draining = True
+    assert api.metric("rtp_llm_state", state="draining") == 1
 
 
-def test_the_last_rank_to_come_is_the_one_that_lags(stack: ApiServer) -> None:
-    """Who waits least for the others came last."""
-    stack.post_board(wait_s=0.002)
-    board = json.loads(stack.part_spec.gang_status_path.read_text())
-    board["ranks"]["1"] = board["ranks"]["0"] | {"wait_s": 0.005}
-    stack.part_spec.gang_status_path.write_text(json.dumps(board))
-    assert stack.metric("rtp_llm_rank_lag_seconds", rank="0", part="0") == pytest.approx(0.003)
-    assert stack.metric("rtp_llm_rank_lag_seconds", rank="1", part="0") == 0
+def test_the_last_rank_to_enter_all_reduce_lags(api: ApiServer) -> None:
+    """The rank that waits least for the others entered last."""
+    api.write_gang_status(wait_s=0.002)
+    gang_status = json.loads(api.part_spec.gang_status_path.read_text())
+    gang_status["ranks"]["1"] = gang_status["ranks"]["0"] | {"wait_s": 0.005}
+    api.part_spec.gang_status_path.write_text(json.dumps(gang_status))
+    assert api.metric("rtp_llm_rank_lag_seconds", rank="0", part="0") == pytest.approx(0.003)
+    assert api.metric("rtp_llm_rank_lag_seconds", rank="1", part="0") == 0
 
 
-# What vLLM 0.33 gives, as its dashboards spell it.
+# The series of vLLM 0.33 that its dashboards use.
 VLLM = (
     *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
     *("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total"),
@@ -244,48 +244,48 @@ VLLM = (
 )
 
 
-def test_vllms_names_on_request(stacks: Stacks) -> None:
-    stack = stacks(metrics_vllm_aliases=True)
-    stack.engine.script = lambda submission: [ScriptedOutput(submission.prompt[:1], "length")]
-    stack.post("/v1/completions", {"prompt": "a"})
-    text = stack.get("/metrics").text
+def test_vllm_aliases_enabled(start_api: StartApi) -> None:
+    api = start_api(metrics_vllm_aliases=True)
+    api.engine.script = lambda submission: [ScriptedOutput(submission.prompt[:1], "length")]
+    api.post("/v1/completions", {"prompt": "a"})
+    text = api.get("/metrics").text
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    theirs = {s.name for s in samples if s.name.startswith("vllm:")}
-    assert theirs >= set(VLLM)
+    aliases = {s.name for s in samples if s.name.startswith("vllm:")}
+    assert aliases >= set(VLLM)
     values = {(s.name, *sorted(s.labels.items())): s.value for s in samples}
     for sample in samples:
         if sample.name.startswith("vllm:"):
-            own = sample.name.replace("vllm:iteration_tokens_total", "vllm:iteration_tokens")
+            name = sample.name.replace("vllm:iteration_tokens_total", "vllm:iteration_tokens")
             labels = {k: v for k, v in sample.labels.items() if k != "engine"}
             assert sample.labels["engine"] == "0"
-            assert values[own.replace("vllm:", "rtp_llm_"), *sorted(labels.items())] == sample.value
+            assert values[name.replace("vllm:", "rtp_llm_"), *sorted(labels.items())] == sample.value
 
 
-def test_vllms_names_only_on_request(stack: ApiServer) -> None:
-    assert "vllm:" not in stack.get("/metrics").text
+def test_vllm_aliases_are_off_by_default(api: ApiServer) -> None:
+    assert "vllm:" not in api.get("/metrics").text
 
 
-def test_how_requests_end(stack: ApiServer, byte_model: ByteModel) -> None:
-    """One reason each, whoever ends it."""
+def test_every_request_counts_with_one_finish_reason(api: ApiServer, byte_model: ByteModel) -> None:
+    """Independent of whether client, API or engine ends it."""
 
-    def ended() -> dict[str, float]:
+    def finished() -> dict[str, float]:
         reasons = ("stop", "length", "abort", "error")
         name = "rtp_llm_request_success_total"
-        return {r: stack.metric(name, finished_reason=r, model_name="fake") for r in reasons}
+        return {r: api.metric(name, finished_reason=r, model_name="fake") for r in reasons}
 
-    before = ended()
-    for said in ([byte_model.end], "stop"), (byte_model.tokens("a"), "length"), ([], "error"):
-        stack.engine.script = lambda s, said=said: [ScriptedOutput(*said, error="x")]  # type: ignore[misc]
-        stack.post("/v1/completions", {"prompt": "a"})
-    stack.engine.script = None
-    with stack.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+    before = finished()
+    for output in ([byte_model.end], "stop"), (byte_model.tokens("a"), "length"), ([], "error"):
+        api.engine.script = lambda s, output=output: [ScriptedOutput(*output, error="x")]  # type: ignore[misc]
+        api.post("/v1/completions", {"prompt": "a"})
+    api.engine.script = None
+    with api.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
         for _ in range(4):
-            stack.engine.take()
-    stack.until(lambda: ended()["abort"] == before["abort"] + 1)
-    assert ended() == {reason: count + 1 for reason, count in before.items()}
+            api.engine.next_submission()
+    api.wait_until(lambda: finished()["abort"] == before["abort"] + 1)
+    assert finished() == {reason: count + 1 for reason, count in before.items()}
 
 
-def test_promtool_finds_nothing(http: httpx.Client) -> None:
-    """Prometheus's own linter."""
-    checked = promtool("check", "metrics", text=http.get("/metrics").text)
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+def test_promtool_reports_no_problems(http: httpx.Client) -> None:
+    """promtool is Prometheus's linter."""
+    result = promtool("check", "metrics", text=http.get("/metrics").text)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

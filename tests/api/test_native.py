@@ -1,4 +1,4 @@
-"""Upstream's own endpoints, in all the spellings that its clients use (alibaba/rtp-llm, request_extractor.py)."""
+"""Upstream's native endpoints, with all field names that its clients use (alibaba/rtp-llm, request_extractor.py)."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
 
-# Every key of upstream's aux_info that has a meaning here, with its type.
+# The supported keys of upstream's aux_info and their types.
 AUX_INFO = {
     **dict.fromkeys(("cost_time", "first_token_cost_time", "wait_time"), float),
     **dict.fromkeys(("iter_count", "prefix_len", "input_len", "output_len", "step_output_len"), int),
@@ -26,27 +26,27 @@ AUX_INFO = {
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
-    """Answers every prompt with itself in capitals, in two steps."""
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
+    """Generates the prompt in upper case, in two steps."""
 
-    def shout(submission: Submission) -> list[ScriptedOutput]:
+    def uppercase_script(submission: Submission) -> list[ScriptedOutput]:
         text = byte_model.tokenizer.decode(submission.prompt, skip_special_tokens=True).upper()
         tokens = byte_model.tokens(text)
         return [ScriptedOutput(tokens[:1], cached_tokens=1), ScriptedOutput([*tokens[1:], byte_model.end], "stop")]
 
-    with ApiServer(byte_model, shout, aux_string="from here") as started:
-        yield started
+    with ApiServer(byte_model, uppercase_script, aux_string="from here") as api:
+        yield api
 
 
-def answer(stack: ApiServer, body: Any, **headers: str) -> Any:
+def generate(api: ApiServer, body: Any, **headers: str) -> Any:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with stack.client() as client:
+    with api.client() as client:
         response = client.post("/", content=raw, headers={h.replace("_", "-"): v for h, v in headers.items()})
     assert response.status_code == 200, response.text
     return response.json()
 
 
-# Where the prompt stands
+# Fields of the prompt
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def answer(stack: ApiServer, body: Any, **headers: str) -> Any:
         ({"prompt": "ab"}, "AB"),
         ({"text": "ab"}, "AB"),
         ({"prompt": "ab", "text": "cd"}, "AB"),
-        ({"prompt": ["ab", "cd"]}, "AB"),  # no batch: upstream answers the first
+        ({"prompt": ["ab", "cd"]}, "AB"),  # not a batch: upstream uses the first
         ({"text": ["ab"]}, "AB"),
         ({"messages": [{"role": "user", "content": "ab"}]}, "USER:ABASSISTANT:"),
         ({"prompt": "ab", "urls": [], "images": None}, "AB"),
@@ -63,25 +63,25 @@ def answer(stack: ApiServer, body: Any, **headers: str) -> Any:
         ({"prompt": "ab", "generate_config": {"unknown": 1}, "also_unknown": {"a": []}}, "AB"),
     ],
 )
-def test_prompts(body: dict[str, Any], expected: str, stack: ApiServer) -> None:
-    got = answer(stack, body)
-    assert got.keys() == {"response", "finished", "aux_info"}
-    assert (got["response"], got["finished"]) == (expected, True)
+def test_prompt_fields(body: dict[str, Any], expected: str, api: ApiServer) -> None:
+    result = generate(api, body)
+    assert result.keys() == {"response", "finished", "aux_info"}
+    assert (result["response"], result["finished"]) == (expected, True)
 
 
 @pytest.mark.parametrize("body", [{"prompt_batch": ["ab", "cd"]}, {"prompt_batch": ["ab", "cd"], "prompt": "x"}])
-def test_a_batch(body: dict[str, Any], stack: ApiServer) -> None:
-    got = answer(stack, body)
-    assert [one["response"] for one in got["response_batch"]] == ["AB", "CD"]
-    assert all(one["finished"] for one in got["response_batch"])
+def test_a_batch(body: dict[str, Any], api: ApiServer) -> None:
+    result = generate(api, body)
+    assert [item["response"] for item in result["response_batch"]] == ["AB", "CD"]
+    assert all(item["finished"] for item in result["response_batch"])
 
 
-def test_batch_infer(stack: ApiServer) -> None:
+def test_batch_infer(api: ApiServer) -> None:
     body = {"prompt_batch": ["ab", "cd"], "generate_config": {"return_output_ids": True}, "return_input_ids": True}
-    got = stack.post("/batch_infer", body).json()["response_batch"]
-    assert [one["response"] for one in got] == ["AB", "CD"]
-    assert got[1]["input_ids"] == [stack.model.tokens("cd")]
-    assert got[1]["output_ids"] == [[*stack.model.tokens("CD"), stack.model.end]]
+    result = api.post("/batch_infer", body).json()["response_batch"]
+    assert [item["response"] for item in result] == ["AB", "CD"]
+    assert result[1]["input_ids"] == [api.model.tokens("cd")]
+    assert result[1]["output_ids"] == [[*api.model.tokens("CD"), api.model.end]]
 
 
 @pytest.mark.parametrize(
@@ -96,25 +96,25 @@ def test_batch_infer(stack: ApiServer) -> None:
         "application/json; charset=latin-1",
     ],
 )
-def test_any_content_type(content_type: str, stack: ApiServer) -> None:
-    """Upstream's README posts with a bare `curl -d`, which says it sends a form."""
-    assert answer(stack, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
+def test_any_content_type(content_type: str, api: ApiServer) -> None:
+    """Upstream's README uses a plain `curl -d`, which declares a form."""
+    assert generate(api, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
 
 
-def test_no_content_type(stack: ApiServer) -> None:
-    assert answer(stack, b'{"prompt": "ab"}')["response"] == "AB"
+def test_no_content_type(api: ApiServer) -> None:
+    assert generate(api, b'{"prompt": "ab"}')["response"] == "AB"
 
 
-def test_a_json_string_that_holds_the_object(stack: ApiServer) -> None:
-    assert answer(stack, json.dumps(json.dumps({"prompt": "\u00e9"})).encode())["response"] == "\u00c9"
+def test_a_json_string_that_holds_the_object(api: ApiServer) -> None:
+    assert generate(api, json.dumps(json.dumps({"prompt": "\u00e9"})).encode())["response"] == "\u00c9"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_unicode_encodings(encoding: str, stack: ApiServer) -> None:
-    assert answer(stack, json.dumps({"prompt": "é🚀"}, ensure_ascii=False).encode(encoding))["response"] == "É🚀"
+def test_unicode_encodings(encoding: str, api: ApiServer) -> None:
+    assert generate(api, json.dumps({"prompt": "é🚀"}, ensure_ascii=False).encode(encoding))["response"] == "É🚀"
 
 
-# Where the settings stand
+# Fields of the settings
 
 
 @pytest.mark.parametrize(
@@ -130,16 +130,16 @@ def test_unicode_encodings(encoding: str, stack: ApiServer) -> None:
     ],
     ids=str,
 )
-def test_settings(body: dict[str, Any], stack: ApiServer) -> None:
-    """Nested under either name or at the top, which wins; upstream's second names; lists for a batch."""
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer(stack, {"prompt": "ab", **body})
-    params = stack.engine.take().params
+def test_settings_precedence(body: dict[str, Any], api: ApiServer) -> None:
+    """Nested under either name or at the top level, which wins; upstream's aliases; lists for a batch."""
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    generate(api, {"prompt": "ab", **body})
+    params = api.engine.next_submission().params
     assert (params["max_tokens"], params["top_k"]) == (3, 5)
 
 
-def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
+def test_all_settings_reach_the_engine(api: ApiServer) -> None:
     config = {
         "max_new_tokens": 7,
         "min_new_tokens": 2,
@@ -153,9 +153,9 @@ def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
         "stop_words_list": [[5], [66, 67]],
         "return_cum_log_probs": True,
     }
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer(stack, {"prompt": "ab", "generate_config": config})
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    generate(api, {"prompt": "ab", "generate_config": config})
     expected = {
         "max_tokens": 7,
         "min_tokens": 2,
@@ -166,10 +166,10 @@ def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
         "seed": 99,
-        "stop_token_ids": [5, stack.model.end],
+        "stop_token_ids": [5, api.model.end],
         "logprobs": 0,
     }
-    assert stack.engine.take().params.items() >= expected.items()
+    assert api.engine.next_submission().params.items() >= expected.items()
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ def test_all_settings_reach_the_engine(stack: ApiServer) -> None:
         ({"max_new_tokens": 10**9}, {"max_tokens": 2046}),
     ],
 )
-def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], stack: ApiServer) -> None:
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer(stack, {"prompt": "ab", "generate_config": config})
-    assert stack.engine.take().params.items() >= expected.items()
+def test_values_have_upstreams_meaning(config: dict[str, Any], expected: dict[str, Any], api: ApiServer) -> None:
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    generate(api, {"prompt": "ab", "generate_config": config})
+    assert api.engine.next_submission().params.items() >= expected.items()
 
 
 @pytest.mark.parametrize(
@@ -197,40 +197,40 @@ def test_upstreams_meanings(config: dict[str, Any], expected: dict[str, Any], st
         ({"stop_words_list": "tokens of CD"}, "AB"),
     ],
 )
-def test_stop_words(config: dict[str, Any], expected: str, stack: ApiServer) -> None:
+def test_stop_words(config: dict[str, Any], expected: str, api: ApiServer) -> None:
     if isinstance(config.get("stop_words_list"), str):
-        config = {"stop_words_list": [stack.model.tokens("CD")]}
-    assert answer(stack, {"prompt": "abcde", "generate_config": config})["response"] == expected
+        config = {"stop_words_list": [api.model.tokens("CD")]}
+    assert generate(api, {"prompt": "abcde", "generate_config": config})["response"] == expected
 
 
-# What comes back
+# Responses
 
 
-def test_aux_info(stack: ApiServer) -> None:
-    aux = answer(stack, {"prompt": "abc"})["aux_info"]
+def test_aux_info(api: ApiServer) -> None:
+    aux = generate(api, {"prompt": "abc"})["aux_info"]
     assert {key: type(value) for key, value in aux.items()} == AUX_INFO
     assert (aux["input_len"], aux["output_len"], aux["iter_count"], aux["step_output_len"]) == (3, 4, 2, 3)
     assert (aux["reuse_len"], aux["prefix_len"], aux["wait_time"]) == (1, 1, 1.0)
     assert aux["aux_string"] == "from here"
     assert 0 < aux["first_token_cost_time"] <= aux["cost_time"]
-    assert "aux_info" not in answer(stack, {"prompt": "abc", "aux_info": False})
+    assert "aux_info" not in generate(api, {"prompt": "abc", "aux_info": False})
 
 
-def test_several_sequences(stack: ApiServer) -> None:
-    got = answer(stack, {"prompt": "ab", "num_return_sequences": 2, "return_output_ids": True})
-    assert got["response"] == ["AB", "AB"]
-    assert [aux["output_len"] for aux in got["aux_info"]] == [3, 3]
-    one = answer(stack, {"prompt": "ab", "num_return_sequences": 1})
-    assert (one["response"], len(one["aux_info"])) == (["AB"], 1)
-    batch = answer(stack, {"prompt_batch": ["ab", "cd"], "num_return_sequences": 2})
+def test_several_sequences(api: ApiServer) -> None:
+    result = generate(api, {"prompt": "ab", "num_return_sequences": 2, "return_output_ids": True})
+    assert result["response"] == ["AB", "AB"]
+    assert [aux["output_len"] for aux in result["aux_info"]] == [3, 3]
+    item = generate(api, {"prompt": "ab", "num_return_sequences": 1})
+    assert (item["response"], len(item["aux_info"])) == (["AB"], 1)
+    batch = generate(api, {"prompt_batch": ["ab", "cd"], "num_return_sequences": 2})
     assert [b["response"] for b in batch["response_batch"]] == [["AB", "AB"], ["CD", "CD"]]
 
 
 # Streams
 
 
-def stream(stack: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
-    raw = stack.stream("/", {"prompt": "abc", **body})
+def stream(api: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
+    raw = api.stream("/", {"prompt": "abc", **body})
     return raw, payloads(raw)
 
 
@@ -244,9 +244,9 @@ def stream(stack: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
     ],
     ids=str,
 )
-def test_upstreams_framing(body: dict[str, Any], stack: ApiServer) -> None:
-    """No space after `data:`, CRLF, cumulative text, and an end marker."""
-    raw, events = stream(stack, body)
+def test_upstreams_framing(body: dict[str, Any], api: ApiServer) -> None:
+    """No space after `data:`, CRLF, cumulative text and an end marker."""
+    raw, events = stream(api, body)
     assert [e if e == "[done]" else e["response"] for e in events] == ["A", "ABC", "[done]"]
     assert [e["finished"] for e in events[:-1]] == [False, True]
     assert raw.startswith(b'data:{"response"')
@@ -254,26 +254,26 @@ def test_upstreams_framing(body: dict[str, Any], stack: ApiServer) -> None:
     assert raw.count(b"\r\n\r\n") == raw.count(b"\n") / 2 == 3
 
 
-def test_the_other_framing(stack: ApiServer) -> None:
-    """Top-level `stream`: a space, and no end marker."""
-    raw, events = stream(stack, {"stream": True})
+def test_framing_of_top_level_stream(api: ApiServer) -> None:
+    """A space after `data:` and no end marker."""
+    raw, events = stream(api, {"stream": True})
     assert [e["response"] for e in events] == ["A", "ABC"]
     assert raw.startswith(b'data: {"response"')
     assert raw.endswith(b"}\r\n\r\n")
 
 
 @pytest.mark.parametrize("body", [{"yield_generator": True}, {"stream": True}], ids=str)
-def test_increments(body: dict[str, Any], stack: ApiServer) -> None:
-    _, events = stream(stack, {**body, "return_incremental": True})
+def test_increments(body: dict[str, Any], api: ApiServer) -> None:
+    _, events = stream(api, {**body, "return_incremental": True})
     assert [e["response"] for e in events if e != "[done]"] == ["A", "BC"]
 
 
-def test_increments_of_a_batch_join_to_the_texts(stack: ApiServer) -> None:
-    """Whatever the order in which the sequences come: what has been sent is not sent again."""
+def test_increments_of_a_batch_join_to_the_texts(api: ApiServer) -> None:
+    """In any order of the sequences, text is sent once only."""
     body = {"prompt_batch": ["abc", "xyz", "123"], "yield_generator": True, "return_incremental": True}
-    events = payloads(stack.stream("/", body))[:-1]
-    shown = [[one["response"] for one in event["response_batch"]] for event in events]
-    joined = ["".join(texts) for texts in zip(*shown, strict=True)]
+    events = payloads(api.stream("/", body))[:-1]
+    texts_by_event = [[item["response"] for item in event["response_batch"]] for event in events]
+    joined = ["".join(texts) for texts in zip(*texts_by_event, strict=True)]
     assert joined == ["ABC", "XYZ", "123"]
     assert [o["finished"] for o in events[-1]["response_batch"]] == [True, True, True]
 
@@ -282,49 +282,49 @@ def test_increments_of_a_batch_join_to_the_texts(stack: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("text", ["abc", "é🚀", " ", "a\n\tb", "<|end|>", ""])
-def test_tokenize(text: str, stack: ApiServer) -> None:
-    ids = stack.model.tokenizer.encode(text)
-    assert stack.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
-    encoded = stack.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
+def test_tokenize(text: str, api: ApiServer) -> None:
+    ids = api.model.tokenizer.encode(text)
+    assert api.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
+    encoded = api.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
     assert (encoded["token_ids"], encoded["error"]) == (ids, "")
     assert len(encoded["tokens"]) == len(encoded["offset_mapping"]) == len(ids)
-    assert "offset_mapping" not in stack.post("/tokenizer/encode", {"prompt": text}).json()
+    assert "offset_mapping" not in api.post("/tokenizer/encode", {"prompt": text}).json()
 
 
-def test_tokenize_a_chat(stack: ApiServer) -> None:
-    """As the chat endpoint will: the two must count alike."""
+def test_tokenize_a_chat(api: ApiServer) -> None:
+    """The token count must be that of the chat endpoint."""
     messages = [{"role": "user", "content": "Hi"}]
-    ids = stack.post("/tokenize", {"messages": messages}).json()["token_ids"]
-    assert stack.post("/v1/chat/completions", {"messages": messages}).json()["usage"]["prompt_tokens"] == len(ids)
-    rendered = stack.post("/chat/render", {"messages": messages}).json()
+    ids = api.post("/tokenize", {"messages": messages}).json()["token_ids"]
+    assert api.post("/v1/chat/completions", {"messages": messages}).json()["usage"]["prompt_tokens"] == len(ids)
+    rendered = api.post("/chat/render", {"messages": messages}).json()
     assert rendered["input_ids"] == ids
-    assert stack.model.tokenizer.decode(ids, skip_special_tokens=False) == rendered["input_prompt"]
+    assert api.model.tokenizer.decode(ids, skip_special_tokens=False) == rendered["input_prompt"]
 
 
 @pytest.mark.parametrize("path", ["/chat/render", "/v1/chat/render"])
-def test_render(path: str, stack: ApiServer) -> None:
-    """Upstream's DebugInfo, with what would be asked of the engine; nothing is."""
-    while stack.engine.num_unread:
-        stack.engine.take()
+def test_render(path: str, api: ApiServer) -> None:
+    """Upstream's DebugInfo, with the engine's parameters but without a submission."""
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
     body = {"messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}], "stop": "X"}
-    got = stack.post(path, {**body, "top_k": 3, "max_tokens": 4}).json()
-    assert got["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi<|turn|>assistant:"
-    assert (got["max_seq_len"], got["eos_token_id"], got["input_urls"]) == (2048, stack.model.end, [])
-    assert (got["stop_words_list"], got["stop_word_ids_list"]) == (["X"], [[stack.model.end]])
-    assert (got["generate_config"]["top_k"], got["generate_config"]["max_tokens"]) == (3, 4)
-    assert got["renderer_info"]["class_name"]
-    plain = stack.post(path, {**body, "add_generation_prompt": False}).json()
+    result = api.post(path, {**body, "top_k": 3, "max_tokens": 4}).json()
+    assert result["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi<|turn|>assistant:"
+    assert (result["max_seq_len"], result["eos_token_id"], result["input_urls"]) == (2048, api.model.end, [])
+    assert (result["stop_words_list"], result["stop_word_ids_list"]) == (["X"], [[api.model.end]])
+    assert (result["generate_config"]["top_k"], result["generate_config"]["max_tokens"]) == (3, 4)
+    assert result["renderer_info"]["class_name"]
+    plain = api.post(path, {**body, "add_generation_prompt": False}).json()
     assert plain["input_prompt"] == "<|turn|>system:Be<|turn|>user:Hi"
-    assert stack.engine.num_unread == 0
-    for _ in range(400):  # more often than there are places
-        assert stack.post(path, body).status_code == 200
+    assert api.engine.num_pending_submissions == 0
+    for _ in range(400):  # more than there are slots: none may leak
+        assert api.post(path, body).status_code == 200
 
 
-# With the real engine behind
+# With a real engine
 
 
 def test_the_readmes_request(server: ServerProcess, http: httpx.Client) -> None:
-    """`curl -XPOST http://localhost:8088 -d '{"prompt": …}'`, word for word but for the length."""
+    """`curl -XPOST http://localhost:8088 -d '{"prompt": …}'`, with a shorter output."""
     config = {"max_new_tokens": 12, "top_k": 1, "ignore_eos": True}
     body = {"prompt": "hello, what is your name", "generate_config": config}
     form = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -338,7 +338,7 @@ def test_the_readmes_request(server: ServerProcess, http: httpx.Client) -> None:
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
-def test_probabilities_agree(http: httpx.Client) -> None:
+def test_probabilities_are_those_of_the_openai_endpoint(http: httpx.Client) -> None:
     config = {
         "max_new_tokens": 6,
         "do_sample": False,

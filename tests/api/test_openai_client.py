@@ -1,7 +1,6 @@
-"""The real `openai` client, with the real engine behind the API.
+"""The `openai` client against a server with a real engine.
 
-What the model says is made known by `logit_bias`: +100 on a token leaves no other a chance. Where the text does not
-matter, answers are compared with each other.
+`logit_bias` makes the output known: +100 selects a token. Other tests compare responses with each other.
 """
 
 import asyncio
@@ -17,19 +16,19 @@ from openai.types.completion import Completion
 
 from rtp_llm.text.tokenizer import Tokenizer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
 
-TOLERANCE = 1e-3  # another batch adds in another order
+TOLERANCE = 1e-3  # the order of additions depends on the batch
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who decides what happens next?"}]
 
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with make_client(server.url) as made:
-        yield made
+    with make_client(server.url) as openai_client:
+        yield openai_client
 
 
 def make_client(url: str) -> openai.OpenAI:
@@ -43,43 +42,43 @@ def tokenizer(server: ServerProcess) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def the(tokenizer: Tokenizer) -> int:
-    """One token for " the"."""
+def the_token(tokenizer: Tokenizer) -> int:
+    """The token " the"."""
     [token] = tokenizer.encode(" the")
     return token
 
 
 def chat(client: openai.OpenAI, **options: Any) -> ChatCompletion:
-    made = client.chat.completions.create(**{"model": "demo", "messages": HI, "max_tokens": 12, **options})
-    assert isinstance(made, ChatCompletion)
-    return made
+    completion = client.chat.completions.create(**{"model": "demo", "messages": HI, "max_tokens": 12, **options})
+    assert isinstance(completion, ChatCompletion)
+    return completion
 
 
 def complete(client: openai.OpenAI, **options: Any) -> Completion:
-    made = client.completions.create(**{"model": "demo", "prompt": "The matrices", "max_tokens": 12, **options})
-    assert isinstance(made, Completion)
-    return made
+    completion = client.completions.create(**{"model": "demo", "prompt": "The matrices", "max_tokens": 12, **options})
+    assert isinstance(completion, Completion)
+    return completion
 
 
 # Chat
 
 
 def test_a_chat(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
-    answer = chat(client, extra_body={"ignore_eos": True})
-    assert answer.id.startswith("chatcmpl-")
-    assert (answer.object, answer.model) == ("chat.completion", "demo")
-    [choice] = answer.choices
+    response = chat(client, extra_body={"ignore_eos": True})
+    assert response.id.startswith("chatcmpl-")
+    assert (response.object, response.model) == ("chat.completion", "demo")
+    [choice] = response.choices
     assert (choice.index, choice.finish_reason, choice.message.role) == (0, "length", "assistant")
     assert choice.message.content
-    assert answer.usage
+    assert response.usage
     rendered = f"<|im_start|>user\n{HI[0]['content']}<|im_end|>\n<|im_start|>assistant\n"  # type: ignore[typeddict-item]
-    assert answer.usage.prompt_tokens == len(tokenizer.encode(rendered, add_special_tokens=False))
-    assert answer.usage.completion_tokens == 12
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
-    assert chat(client).id != answer.id
+    assert response.usage.prompt_tokens == len(tokenizer.encode(rendered, add_special_tokens=False))
+    assert response.usage.completion_tokens == 12
+    assert response.usage.total_tokens == response.usage.prompt_tokens + 12
+    assert chat(client).id != response.id
 
 
-def test_both_paths(http: httpx.Client) -> None:
+def test_both_chat_paths(http: httpx.Client) -> None:
     body = {"messages": HI, "max_tokens": 8, "temperature": 0}
     texts = [
         http.post(path, json=body).json()["choices"][0]["message"]["content"]
@@ -89,7 +88,7 @@ def test_both_paths(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.3, "seed": 5}], ids=["greedy", "sampled"])
-def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any], client: openai.OpenAI) -> None:
+def test_a_chat_stream_equals_the_whole_response(options: dict[str, Any], client: openai.OpenAI) -> None:
     options = {**options, "max_tokens": 40, "n": 2, "logprobs": True, "top_logprobs": 2}
     whole = chat(client, **options)
     chunks = list(
@@ -103,13 +102,13 @@ def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any], clien
     assert chunks[-1].usage == whole.usage
     assert all(c.usage is None for c in chunks[:-1])
     for choice in whole.choices:
-        mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
-        assert (mine[0].delta.role, mine[0].delta.content) == ("assistant", "")
-        assert [c.delta.role for c in mine[1:]] == [None] * (len(mine) - 1)
-        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
-        assert [c.finish_reason for c in mine[:-1]] == [None] * (len(mine) - 1)
-        assert mine[-1].finish_reason == choice.finish_reason
-        logprobs = [entry for c in mine if c.logprobs for entry in c.logprobs.content or []]
+        choices = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert (choices[0].delta.role, choices[0].delta.content) == ("assistant", "")
+        assert [c.delta.role for c in choices[1:]] == [None] * (len(choices) - 1)
+        assert "".join(c.delta.content or "" for c in choices) == choice.message.content
+        assert [c.finish_reason for c in choices[:-1]] == [None] * (len(choices) - 1)
+        assert choices[-1].finish_reason == choice.finish_reason
+        logprobs = [entry for c in choices if c.logprobs for entry in c.logprobs.content or []]
         assert choice.logprobs
         assert choice.logprobs.content
         assert [entry.bytes for entry in logprobs] == [entry.bytes for entry in choice.logprobs.content]
@@ -119,46 +118,46 @@ def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any], clien
 
 def test_end_of_sequence_stops(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
     for end in tokenizer.eos_ids:
-        answer = chat(client, logit_bias={str(end): 100}, logprobs=True)
-        assert answer.choices[0].finish_reason == "stop"
-        assert answer.choices[0].message.content == ""
-        assert answer.usage
-        assert answer.usage.completion_tokens == 1
-    going_on = chat(client, logit_bias={str(end): 100}, extra_body={"ignore_eos": True})
-    assert (going_on.choices[0].finish_reason, going_on.choices[0].message.content) == ("length", "")
-    at_least = chat(client, logit_bias={str(end): 100}, extra_body={"min_tokens": 5})
-    assert at_least.usage
-    assert at_least.usage.completion_tokens == 6
-    assert at_least.choices[0].message.content
+        response = chat(client, logit_bias={str(end): 100}, logprobs=True)
+        assert response.choices[0].finish_reason == "stop"
+        assert response.choices[0].message.content == ""
+        assert response.usage
+        assert response.usage.completion_tokens == 1
+    ignoring_eos = chat(client, logit_bias={str(end): 100}, extra_body={"ignore_eos": True})
+    assert (ignoring_eos.choices[0].finish_reason, ignoring_eos.choices[0].message.content) == ("length", "")
+    with_min_tokens = chat(client, logit_bias={str(end): 100}, extra_body={"min_tokens": 5})
+    assert with_min_tokens.usage
+    assert with_min_tokens.usage.completion_tokens == 6
+    assert with_min_tokens.choices[0].message.content
 
 
-def test_limits_and_stop_strings(client: openai.OpenAI, the: int) -> None:
-    bias = {str(the): 100}
+def test_limits_and_stop_strings(client: openai.OpenAI, the_token: int) -> None:
+    bias = {str(the_token): 100}
     assert chat(client, logit_bias=bias, max_tokens=3).choices[0].message.content == " the the the"
     assert chat(client, logit_bias=bias, max_completion_tokens=2).choices[0].message.content == " the the"
     for stop, text in (("he the", " t"), (["nothing", " the the the"], ""), (["x", "e"], " th")):
-        answer = chat(client, logit_bias=bias, stop=stop)
-        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text, "stop")
-    by_id = chat(client, logit_bias=bias, extra_body={"stop_token_ids": [the]})
+        response = chat(client, logit_bias=bias, stop=stop)
+        assert (response.choices[0].message.content, response.choices[0].finish_reason) == (text, "stop")
+    by_id = chat(client, logit_bias=bias, extra_body={"stop_token_ids": [the_token]})
     assert (by_id.choices[0].message.content, by_id.choices[0].finish_reason) == ("", "stop")
-    never = chat(client, logit_bias=bias, max_tokens=3, stop=["the  the"])
-    assert (never.choices[0].message.content, never.choices[0].finish_reason) == (" the the the", "length")
+    unmatched = chat(client, logit_bias=bias, max_tokens=3, stop=["the  the"])
+    assert (unmatched.choices[0].message.content, unmatched.choices[0].finish_reason) == (" the the the", "length")
 
 
 def test_seeds(client: openai.OpenAI) -> None:
-    """The same seed says the same, alone or beside others; another one, or none, says something else."""
+    """The same seed generates the same text, alone or in a batch; another seed or none generates another text."""
     options = {"temperature": 1.0, "max_tokens": 24}
     first = [c.message.content for c in chat(client, seed=7, n=4, **options).choices]
     assert len(set(first)) == 4
     assert [c.message.content for c in chat(client, seed=7, n=4, **options).choices] == first
-    alone = [chat(client, seed=7 + i, **options).choices[0].message.content for i in range(4)]
-    assert alone == first
+    texts_alone = [chat(client, seed=7 + i, **options).choices[0].message.content for i in range(4)]
+    assert texts_alone == first
     assert len({chat(client, **options).choices[0].message.content for _ in range(3)}) == 3
 
 
 def test_logprobs(client: openai.OpenAI) -> None:
-    answer = chat(client, temperature=0, logprobs=True, top_logprobs=5, extra_body={"ignore_eos": True})
-    logprobs = answer.choices[0].logprobs
+    response = chat(client, temperature=0, logprobs=True, top_logprobs=5, extra_body={"ignore_eos": True})
+    logprobs = response.choices[0].logprobs
     assert logprobs
     assert logprobs.content
     assert len(logprobs.content) == 12
@@ -169,19 +168,22 @@ def test_logprobs(client: openai.OpenAI) -> None:
         assert sum(math.exp(value) for value in values) <= 1 + 1e-6
         assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, values[0])  # greedy
         assert bytes(entry.bytes or []).decode(errors="replace") == entry.token
-    spelled = b"".join(bytes(entry.bytes or []) for entry in logprobs.content)
-    assert answer.choices[0].message.content
-    assert spelled.decode(errors="replace").startswith(answer.choices[0].message.content.rstrip("\ufffd"))
+    token_bytes = b"".join(bytes(entry.bytes or []) for entry in logprobs.content)
+    assert response.choices[0].message.content
+    assert token_bytes.decode(errors="replace").startswith(response.choices[0].message.content.rstrip("\ufffd"))
     assert chat(client).choices[0].logprobs is None
 
 
-def test_messages_of_all_shapes(client: openai.OpenAI) -> None:
-    """Parts are joined, and what templates do not know does no harm."""
+def test_messages_in_all_formats(client: openai.OpenAI) -> None:
+    """Content parts are joined, and fields that the template does not use have no effect."""
     plain = chat(client, temperature=0)
-    parts: list[Any] = [{"type": "text", "text": "Who decides "}, {"type": "text", "text": "what happens next?"}]
-    assert chat(client, temperature=0, messages=[{"role": "user", "content": parts}]).usage == plain.usage
-    named = [{"role": "user", "name": "me", "content": HI[0]["content"]}]  # type: ignore[typeddict-item]
-    assert chat(client, temperature=0, messages=named, user="x").usage == plain.usage
+    content_parts: list[Any] = [
+        {"type": "text", "text": "Who decides "},
+        {"type": "text", "text": "what happens next?"},
+    ]
+    assert chat(client, temperature=0, messages=[{"role": "user", "content": content_parts}]).usage == plain.usage
+    named_message = [{"role": "user", "name": "me", "content": HI[0]["content"]}]  # type: ignore[typeddict-item]
+    assert chat(client, temperature=0, messages=named_message, user="x").usage == plain.usage
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "A"},
@@ -194,37 +196,41 @@ def test_messages_of_all_shapes(client: openai.OpenAI) -> None:
 # Completions
 
 
-def test_prompts_of_all_kinds(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+def test_prompts_in_all_formats(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
     texts = ["The matrices", "Only rank 0"]
     ids = [tokenizer.encode(text) for text in texts]
     options = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-    alone = [complete(client, prompt=text, **options).choices[0].text for text in texts]
-    assert complete(client, prompt=ids[0], **options).choices[0].text == alone[0]
+    texts_alone = [complete(client, prompt=text, **options).choices[0].text for text in texts]
+    assert complete(client, prompt=ids[0], **options).choices[0].text == texts_alone[0]
     for prompt in (texts, ids):
-        answer = complete(client, prompt=prompt, **options)
-        assert [c.text for c in answer.choices] == alone
-        assert [c.index for c in answer.choices] == [0, 1]
-        assert answer.usage
-        assert answer.usage.prompt_tokens == sum(map(len, ids))
-        assert answer.usage.completion_tokens == 24
-    one = complete(client, prompt=[texts[1]], **options)
-    assert (one.choices[0].text, one.object, one.choices[0].finish_reason) == (alone[1], "text_completion", "length")
-    assert one.id.startswith("cmpl-")
+        response = complete(client, prompt=prompt, **options)
+        assert [c.text for c in response.choices] == texts_alone
+        assert [c.index for c in response.choices] == [0, 1]
+        assert response.usage
+        assert response.usage.prompt_tokens == sum(map(len, ids))
+        assert response.usage.completion_tokens == 24
+    single = complete(client, prompt=[texts[1]], **options)
+    assert (single.choices[0].text, single.object, single.choices[0].finish_reason) == (
+        texts_alone[1],
+        "text_completion",
+        "length",
+    )
+    assert single.id.startswith("cmpl-")
 
 
-def test_choices_come_prompt_by_prompt(client: openai.OpenAI) -> None:
+def test_choices_are_ordered_by_prompt(client: openai.OpenAI) -> None:
     options = {"temperature": 1.0, "seed": 3, "max_tokens": 16}
     both = complete(client, prompt=["The matrices", "Only rank 0"], n=2, **options)
-    each = [complete(client, prompt=p, n=2, **options) for p in ("The matrices", "Only rank 0")]
-    assert [c.text for c in both.choices] == [c.text for answer in each for c in answer.choices]
+    responses_by_prompt = [complete(client, prompt=p, n=2, **options) for p in ("The matrices", "Only rank 0")]
+    assert [c.text for c in both.choices] == [c.text for response in responses_by_prompt for c in response.choices]
     assert [c.index for c in both.choices] == [0, 1, 2, 3]
 
 
-def test_echo_and_logprobs(client: openai.OpenAI, tokenizer: Tokenizer, the: int) -> None:
+def test_echo_and_logprobs(client: openai.OpenAI, tokenizer: Tokenizer, the_token: int) -> None:
     prompt = "The matrices"
     ids = tokenizer.encode(prompt)
-    answer = complete(client, echo=True, logprobs=3, logit_bias={str(the): 100}, max_tokens=2)
-    choice = answer.choices[0]
+    response = complete(client, echo=True, logprobs=3, logit_bias={str(the_token): 100}, max_tokens=2)
+    choice = response.choices[0]
     assert choice.text == "The matrices the the"
     table = choice.logprobs
     assert table
@@ -239,13 +245,13 @@ def test_echo_and_logprobs(client: openai.OpenAI, tokenizer: Tokenizer, the: int
     for token, value, tops in list(zip(table.tokens, table.token_logprobs, table.top_logprobs, strict=True))[1:]:
         assert tops[token] == value
         assert 3 <= len(tops) <= 4
-    only_echo = complete(client, echo=True, max_tokens=3, logit_bias={str(the): 100}).choices[0]
+    only_echo = complete(client, echo=True, max_tokens=3, logit_bias={str(the_token): 100}).choices[0]
     assert (only_echo.text, only_echo.logprobs) == ("The matrices the the the", None)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_echo_without_an_answer(stream: bool, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
-    """How likelihoods are measured: the prompt's own logprobs and nothing generated, nor paid for."""
+def test_echo_without_generated_tokens(stream: bool, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """Evaluation harnesses measure likelihoods this way: the prompt's logprobs, no completion tokens."""
     options: dict[str, Any] = {"echo": True, "max_tokens": 0, "logprobs": 1}
     ids = tokenizer.encode("The matrices")
     full = complete(client, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
@@ -259,8 +265,8 @@ def test_echo_without_an_answer(stream: bool, client: openai.OpenAI, tokenizer: 
         [choice] = [c for chunk in chunks for c in chunk.choices]
         usage = chunks[-1].usage
     else:
-        answer = complete(client, **options)
-        [choice], usage = answer.choices, answer.usage
+        response = complete(client, **options)
+        [choice], usage = response.choices, response.usage
     assert (choice.text, choice.finish_reason) == ("The matrices", "length")
     assert choice.logprobs
     assert choice.logprobs.token_logprobs
@@ -271,21 +277,21 @@ def test_echo_without_an_answer(stream: bool, client: openai.OpenAI, tokenizer: 
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), 0)
 
 
-def test_a_streamed_completion(client: openai.OpenAI) -> None:
+def test_a_completion_stream_equals_the_whole_response(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 30, "echo": True, "logprobs": 2}
     whole = complete(client, prompt=["The matrices", "Only"], **options)
     stream = client.completions.create(model="demo", prompt=["The matrices", "Only"], stream=True, **options)
     chunks = list(stream)
     for choice in whole.choices:
-        mine = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
-        assert "".join(c.text for c in mine) == choice.text
-        assert mine[-1].finish_reason == choice.finish_reason
+        choices = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert "".join(c.text for c in choices) == choice.text
+        assert choices[-1].finish_reason == choice.finish_reason
         assert choice.logprobs
         assert choice.logprobs.token_logprobs
         for key in ("tokens", "text_offset"):
-            streamed = [v for c in mine if c.logprobs for v in getattr(c.logprobs, key)]
+            streamed = [v for c in choices if c.logprobs for v in getattr(c.logprobs, key)]
             assert streamed == getattr(choice.logprobs, key)
-        values = [v for c in mine if c.logprobs for v in c.logprobs.token_logprobs or []]
+        values = [v for c in choices if c.logprobs for v in c.logprobs.token_logprobs or []]
         assert values[0] is choice.logprobs.token_logprobs[0] is None
         assert values[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=TOLERANCE)
 
@@ -293,8 +299,8 @@ def test_a_streamed_completion(client: openai.OpenAI) -> None:
 # Errors as exceptions
 
 
-def test_bad_requests(client: openai.OpenAI) -> None:
-    refused: list[dict[str, Any]] = [
+def test_invalid_requests_are_exceptions(client: openai.OpenAI) -> None:
+    invalid_options: list[dict[str, Any]] = [
         {"messages": []},
         {"temperature": -1},
         {"messages": [{"role": "user", "content": "x " * 5000}]},
@@ -302,14 +308,14 @@ def test_bad_requests(client: openai.OpenAI) -> None:
         {"extra_body": {"top_k": "many"}},
         {"max_tokens": 0},
     ]
-    for options in refused:
-        with pytest.raises(openai.BadRequestError) as caught:
+    for options in invalid_options:
+        with pytest.raises(openai.BadRequestError) as error_info:
             chat(client, **options)
-        body = caught.value.body
+        body = error_info.value.body
         assert isinstance(body, dict)
-        assert caught.value.type == "invalid_request_error"
-        assert caught.value.code == body["code"]
-        assert body["message"] in str(caught.value)
+        assert error_info.value.type == "invalid_request_error"
+        assert error_info.value.code == body["code"]
+        assert body["message"] in str(error_info.value)
         with pytest.raises(openai.BadRequestError):
             chat(client, **options, stream=True)
     with pytest.raises(openai.BadRequestError, match="suffix"):
@@ -318,12 +324,12 @@ def test_bad_requests(client: openai.OpenAI) -> None:
         client.models.retrieve("nothing/of/this/name")
 
 
-def test_errors_of_the_server(stacks: Stacks, byte_model: ByteModel) -> None:
-    stack = stacks(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
-    with make_client(stack.url) as client:
+def test_server_errors_are_exceptions(start_api: StartApi, byte_model: ByteModel) -> None:
+    api = start_api(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
+    with make_client(api.url) as client:
         with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
             chat(client, n=2)
-        stack.engine.script = lambda s: [
+        api.engine.script = lambda s: [
             ScriptedOutput(byte_model.tokens("so far")),
             ScriptedOutput([], "error", error="the engine fell over"),
         ]
@@ -336,7 +342,7 @@ def test_errors_of_the_server(stacks: Stacks, byte_model: ByteModel) -> None:
             next(stream)
 
 
-# The rest of the client
+# Other methods of the client
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -351,8 +357,8 @@ def test_leaving_a_stream_early(client: openai.OpenAI, http: httpx.Client) -> No
     assert chat(client, max_tokens=2).usage
 
 
-def test_many_at_once(server: ServerProcess) -> None:
-    """Each gets its own answer, the same that it gets alone."""
+def test_concurrent_requests_get_the_same_text_as_alone(server: ServerProcess) -> None:
+    """24 requests with different seeds and lengths."""
 
     async def ask_all() -> tuple[list[str], list[str]]:
         async with openai.AsyncOpenAI(
@@ -362,20 +368,20 @@ def test_many_at_once(server: ServerProcess) -> None:
             timeout=60,
             http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
         ) as client:
-            together = await asyncio.gather(*(_ask(client, i) for i in range(24)))
-            return list(together), [await _ask(client, i) for i in range(24)]
+            texts_together = await asyncio.gather(*(_ask(client, i) for i in range(24)))
+            return list(texts_together), [await _ask(client, i) for i in range(24)]
 
-    together, alone = asyncio.run(ask_all())
-    assert together == alone
-    assert len(set(alone)) == 24
+    texts_together, texts_alone = asyncio.run(ask_all())
+    assert texts_together == texts_alone
+    assert len(set(texts_alone)) == 24
 
 
 async def _ask(client: openai.AsyncOpenAI, number: int) -> str:
-    """Every second one as a stream."""
+    """Sends one request; those with an even number stream."""
     options: dict[str, Any] = {"model": "demo", "max_tokens": 16 + number, "seed": number, "temperature": 0.8}
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": f"Number {number}"}]
     if number % 2:
-        answer = await client.chat.completions.create(messages=messages, **options)
-        return str(answer.choices[0].message.content)
+        response = await client.chat.completions.create(messages=messages, **options)
+        return str(response.choices[0].message.content)
     stream = await client.chat.completions.create(messages=messages, stream=True, **options)
     return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])

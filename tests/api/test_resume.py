@@ -1,4 +1,4 @@
-"""The engine is lost between two tokens and comes back: the client sees a pause, not an error."""
+"""The engine is lost between two tokens and returns: the client sees a pause, not an error."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,9 +8,9 @@ import pytest
 from rtp_llm.api.client import MAX_ENGINE_LOSSES
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
-from tests.api.sse import frames, payloads
+from tests.api.sse import payloads, split_events
 
 CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}],
@@ -24,149 +24,148 @@ def text_of(events: list[Any]) -> str:
     return "".join(c["delta"].get("content", "") for e in events if e != "[DONE]" for c in e["choices"])
 
 
-def resumed(stack: ApiServer) -> float:
-    return stack.metric("rtp_llm_requests_resumed_total", model_name="fake")
+def num_resumed(api: ApiServer) -> float:
+    return api.metric("rtp_llm_requests_resumed_total", model_name="fake")
 
 
-def begin_again(stack: ApiServer, epoch: int = 2) -> Submission:
-    """A new engine, and the one sequence that it is given."""
-    stack.engine.close()
-    stack.new_engine(epoch=epoch)
-    return stack.engine.take()
+def restart_engine(api: ApiServer, epoch: int = 2) -> Submission:
+    """Replaces the engine and returns the sequence that is submitted to the new one."""
+    api.engine.close()
+    api.new_engine(epoch=epoch)
+    return api.engine.next_submission()
 
 
-def test_a_stream_goes_on_where_it_was(stacks: Stacks, byte_model: ByteModel) -> None:
-    """Lost in the middle of a character, twice: neither a byte too few nor one too many."""
-    stack = stacks()
+def test_a_stream_resumes_without_lost_or_repeated_text(start_api: StartApi, byte_model: ByteModel) -> None:
+    """The engine is lost twice within a character."""
+    api = start_api()
     tokens = byte_model.tokens("a🚀é")
-    with stack.open_stream("/v1/chat/completions", CHAT) as response:
-        first = stack.engine.take()
+    with api.open_stream("/v1/chat/completions", CHAT) as response:
+        first = api.engine.next_submission()
         assert first.output == []
-        stack.engine.send_outputs(first, ScriptedOutput(tokens[:3]))
-        stream = frames(response.iter_raw())
-        read = [next(stream), next(stream)]  # the role, and the "a" before the half character
-        second = begin_again(stack)
+        api.engine.send_outputs(first, ScriptedOutput(tokens[:3]))
+        stream = split_events(response.iter_raw())
+        received = [next(stream), next(stream)]  # the role, and the "a" before the incomplete character
+        second = restart_engine(api)
         assert second == Submission(first.id, first.prompt, tokens[:3], first.params)
-        stack.engine.send_outputs(second, ScriptedOutput(tokens[3:6]))
-        read.append(next(stream))
-        third = begin_again(stack, epoch=3)
+        api.engine.send_outputs(second, ScriptedOutput(tokens[3:6]))
+        received.append(next(stream))
+        third = restart_engine(api, epoch=3)
         assert third.output == tokens[:6]
-        stack.engine.send_outputs(third, ScriptedOutput(tokens[6:]), ScriptedOutput([byte_model.end], "stop"))
-        read += stream
-    events = payloads(b"".join(read))
+        api.engine.send_outputs(third, ScriptedOutput(tokens[6:]), ScriptedOutput([byte_model.end], "stop"))
+        received += stream
+    events = payloads(b"".join(received))
     assert text_of(events) == "a🚀é"
     assert events[-1] == "[DONE]"
     assert events[-2]["usage"]["completion_tokens"] == len(tokens) + 1
     assert events[-2]["usage"]["prompt_tokens"] == len(first.prompt)
-    assert resumed(stack) == 2
+    assert num_resumed(api) == 2
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/"])
-def test_a_whole_answer_goes_on(path: str, stacks: Stacks, byte_model: ByteModel) -> None:
-    stack = stacks()
+def test_a_whole_response_resumes(path: str, start_api: StartApi, byte_model: ByteModel) -> None:
+    api = start_api()
     body = {"messages": CHAT["messages"]} if "chat" in path else {"prompt": "Hi"}
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(stack.post, path, body)
-        first = stack.engine.take()
-        stack.engine.send_outputs(first, ScriptedOutput(byte_model.tokens("one ")))
-        stack.until(lambda: stack.metric("rtp_llm_generation_tokens_total", model_name="fake") == 4)
-        second = begin_again(stack)
+        response = pool.submit(api.post, path, body)
+        first = api.engine.next_submission()
+        api.engine.send_outputs(first, ScriptedOutput(byte_model.tokens("one ")))
+        api.wait_until(lambda: api.metric("rtp_llm_generation_tokens_total", model_name="fake") == 4)
+        second = restart_engine(api)
         assert second.output == byte_model.tokens("one ")
-        stack.engine.send_outputs(second, ScriptedOutput(byte_model.tokens("two"), "length"))
-        assert "one two" in answer.result().text
-        assert answer.result().status_code == 200
+        api.engine.send_outputs(second, ScriptedOutput(byte_model.tokens("two"), "length"))
+        assert "one two" in response.result().text
+        assert response.result().status_code == 200
 
 
-def test_sequences_wait_for_an_engine_that_is_away(stacks: Stacks, byte_model: ByteModel) -> None:
-    """Accepted while there is none, and submitted once."""
-    stack = stacks()
-    stack.engine.close()
+def test_sequences_accepted_without_an_engine_are_submitted_once(start_api: StartApi, byte_model: ByteModel) -> None:
+    api = start_api()
+    api.engine.close()
     with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(stack.post, "/v1/completions", {"prompt": p}) for p in ("one", "two")]
-        stack.until(lambda: stack.get("/worker_status").json()["available_concurrency"] == 30)
-        stack.new_engine(lambda submission: [ScriptedOutput(submission.prompt, "length")])
+        answers = [pool.submit(api.post, "/v1/completions", {"prompt": p}) for p in ("one", "two")]
+        api.wait_until(lambda: api.get("/worker_status").json()["available_concurrency"] == 30)
+        api.new_engine(lambda submission: [ScriptedOutput(submission.prompt, "length")])
         texts = {a.result().json()["choices"][0]["text"] for a in answers}
     assert texts == {"one", "two"}
-    assert stack.engine.num_unread == 2
+    assert api.engine.num_pending_submissions == 2
 
 
-def test_a_request_between_connection_and_greeting_is_submitted_once(stacks: Stacks, byte_model: ByteModel) -> None:
-    """Twice under one id, and the engine would compute it twice and hand out both streams as one."""
-    stack = stacks()
-    stack.engine.close()
-    stack.new_engine(greets=False)
-    stack.engine.wait_for_connection()
+def test_a_request_between_connection_and_ready_is_submitted_once(start_api: StartApi, byte_model: ByteModel) -> None:
+    """If it were submitted twice, the engine would send the outputs of both under one id."""
+    api = start_api()
+    api.engine.close()
+    api.new_engine(sends_ready=False)
+    api.engine.wait_for_connection()
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(stack.post, "/v1/completions", {"prompt": "one"})
-        stack.until(lambda: stack.get("/worker_status").json()["available_concurrency"] == 31)
-        stack.engine.greet()
-        submission = stack.engine.take()
-        # One more behind it: had the first been sent twice, it would have come in between.
+        response = pool.submit(api.post, "/v1/completions", {"prompt": "one"})
+        api.wait_until(lambda: api.get("/worker_status").json()["available_concurrency"] == 31)
+        api.engine.send_ready()
+        submission = api.engine.next_submission()
+        # A second request: a repeated submission of the first would arrive before it.
         second = pool.submit(lambda: None)
         second.cancel()
-        with stack.open_stream("/v1/completions", {"prompt": "two", "stream": True}):
-            assert byte_model.tokenizer.decode(stack.engine.take().prompt) == "two"
-        stack.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
-        assert answer.result().json()["choices"][0]["text"] == "done"
+        with api.open_stream("/v1/completions", {"prompt": "two", "stream": True}):
+            assert byte_model.tokenizer.decode(api.engine.next_submission().prompt) == "two"
+        api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
+        assert response.result().json()["choices"][0]["text"] == "done"
 
 
-def test_an_aborted_sequence_is_not_submitted_again(stacks: Stacks) -> None:
-    stack = stacks()
-    with stack.open_stream("/v1/chat/completions", CHAT):
-        stack.engine.take()
-        stack.engine.close()
-    stack.until(lambda: stack.get("/worker_status").json()["available_concurrency"] == 32)
-    stack.new_engine()
-    stack.engine.wait_for_connection()
-    with stack.open_stream("/v1/completions", {"prompt": "other", "stream": True}):
-        assert stack.model.tokenizer.decode(stack.engine.take().prompt) == "other"
+def test_an_aborted_sequence_is_not_submitted_again(start_api: StartApi) -> None:
+    api = start_api()
+    with api.open_stream("/v1/chat/completions", CHAT):
+        api.engine.next_submission()
+        api.engine.close()
+    api.wait_until(lambda: api.get("/worker_status").json()["available_concurrency"] == 32)
+    api.new_engine()
+    api.engine.wait_for_connection()
+    with api.open_stream("/v1/completions", {"prompt": "other", "stream": True}):
+        assert api.model.tokenizer.decode(api.engine.next_submission().prompt) == "other"
 
 
-def test_an_engine_that_does_not_come_back_ends_all(stacks: Stacks) -> None:
-    """A stream that has begun ends with an error event, an answer that has not with 503."""
-    stack = stacks(resume_timeout=0.5)
-    with ThreadPoolExecutor(1) as pool, stack.open_stream("/v1/chat/completions", CHAT) as response:
-        whole = pool.submit(stack.post, "/v1/completions", {"prompt": "Hi"})
+def test_sequences_fail_if_the_engine_does_not_return(start_api: StartApi) -> None:
+    """A stream that has started ends with an error event, another response with 503."""
+    api = start_api(resume_timeout=0.5)
+    with ThreadPoolExecutor(1) as pool, api.open_stream("/v1/chat/completions", CHAT) as response:
+        whole = pool.submit(api.post, "/v1/completions", {"prompt": "Hi"})
         for _ in range(2):
-            stack.engine.take()
-        stack.engine.close()
+            api.engine.next_submission()
+        api.engine.close()
         events = payloads(response.read())
-        answer = whole.result()
-    assert answer.status_code == 503
-    assert int(answer.headers["Retry-After"]) >= 1
-    for error in (answer.json(), events[-2]):
+        response = whole.result()
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) >= 1
+    for error in (response.json(), events[-2]):
         assert error["error_code"] == 606
         assert "did not come back" in error["error"]["message"]
     assert events[-1] == "[DONE]"
-    stack.until(lambda: stack.get("/worker_status").json()["available_concurrency"] == 32)
-    assert any("no engine for" in line for line in stack.errors.lines)
-    stack.errors.lines.clear()  # the one error that belongs here
+    api.wait_until(lambda: api.get("/worker_status").json()["available_concurrency"] == 32)
+    assert any("no engine for" in line for line in api.errors.lines)
+    api.errors.lines.clear()  # the expected error
 
 
-def test_before_the_first_engine_requests_are_refused(stacks: Stacks) -> None:
-    """There is no telling when it will come, nor how long a prompt it takes."""
-    stack = stacks(greets=False)
+def test_requests_before_the_first_engine_are_rejected(start_api: StartApi) -> None:
+    """Its start time and its maximum prompt length are unknown."""
+    api = start_api(sends_ready=False)
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "Hi"}), ("/", {"prompt": "Hi"})):
-        answer = stack.post(path, body)
-        assert (answer.status_code, answer.json()["error_code"]) == (503, 606)
-        assert "loading" in answer.json()["message"]
-    assert stack.engine.num_unread == 0
-    stack.engine.greet()
+        response = api.post(path, body)
+        assert (response.status_code, response.json()["error_code"]) == (503, 606)
+        assert "loading" in response.json()["message"]
+    assert api.engine.num_pending_submissions == 0
+    api.engine.send_ready()
 
 
-def test_a_sequence_that_ends_every_engine_is_given_up(stacks: Stacks, byte_model: ByteModel) -> None:
-    """It may be what kills them. Others that came later go on."""
-    stack = stacks()
+def test_a_sequence_that_loses_too_many_engines_fails(start_api: StartApi, byte_model: ByteModel) -> None:
+    """It may cause the crashes. Sequences that were accepted later continue."""
+    api = start_api()
     with ThreadPoolExecutor(2) as pool:
-        poison = pool.submit(stack.post, "/v1/completions", {"prompt": "poison"})
-        submission = stack.engine.take()
+        poison = pool.submit(api.post, "/v1/completions", {"prompt": "poison"})
+        submission = api.engine.next_submission()
         for epoch in range(2, 2 + MAX_ENGINE_LOSSES - 1):
-            assert begin_again(stack, epoch).id == submission.id
-        other = pool.submit(stack.post, "/v1/completions", {"prompt": "other"})
-        stack.engine.take()
-        last = begin_again(stack, 9)
+            assert restart_engine(api, epoch).id == submission.id
+        other = pool.submit(api.post, "/v1/completions", {"prompt": "other"})
+        api.engine.next_submission()
+        last = restart_engine(api, 9)
         assert byte_model.tokenizer.decode(last.prompt) == "other"
-        stack.engine.send_outputs(last, ScriptedOutput(byte_model.tokens("done"), "length"))
+        api.engine.send_outputs(last, ScriptedOutput(byte_model.tokens("done"), "length"))
         assert other.result().json()["choices"][0]["text"] == "done"
         assert (poison.result().status_code, poison.result().json()["error_code"]) == (503, 606)
         assert "times" in poison.result().json()["message"]

@@ -1,4 +1,4 @@
-"""What probes, routers and dashboards ask: health, liveness, status, models, log level."""
+"""The endpoints of probes, routers and dashboards: health, liveness, status, models, log level."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import pytest
 from rtp_llm.api.part_state import STATUS_STALE_SECONDS
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
 
@@ -21,19 +21,19 @@ LIVENESS = ("/liveness", "/frontend_health")
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
-    with ApiServer(byte_model) as started:
-        yield started
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
+    with ApiServer(byte_model) as api:
+        yield api
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("path", [*HEALTH, *LIVENESS])
-def test_a_serving_part_is_ok(path: str, method: str, stack: ApiServer) -> None:
-    """The body is upstream's: a JSON string, quotes and all."""
-    stack.post_board()
-    with stack.client() as client:
-        answer = client.request(method, path)
-    assert (answer.status_code, answer.content) == (200, b'"ok"')
+def test_a_serving_part_is_ok(path: str, method: str, api: ApiServer) -> None:
+    """The body is upstream's: a JSON string with quotes."""
+    api.write_gang_status()
+    with api.client() as client:
+        response = client.request(method, path)
+    assert (response.status_code, response.content) == (200, b'"ok"')
 
 
 UNHEALTHY = {
@@ -42,69 +42,69 @@ UNHEALTHY = {
     "loading": {"phase": "loading", "progress": 0.25},
     "warmup": {"phase": "warmup"},
     "no heartbeat": {"silent_s": 1000.0},
-    "got nowhere": {"idle_s": 1000.0},
+    "made no progress": {"idle_s": 1000.0},
 }
 
 
 @pytest.mark.parametrize("name", UNHEALTHY)
-def test_a_part_that_does_not_serve_says_why(name: str, stack: ApiServer) -> None:
-    """And lives all the same: a probe that kills a loading server would never let it finish."""
+def test_health_of_a_part_that_is_not_ready(name: str, api: ApiServer) -> None:
+    """/health is 503 with a reason. /liveness is 200, or a liveness probe would kill a server that is loading."""
     rank_status = UNHEALTHY[name]
     if rank_status is None:
-        stack.part_spec.gang_status_path.unlink(missing_ok=True)
+        api.part_spec.gang_status_path.unlink(missing_ok=True)
     else:
-        stack.post_board(**rank_status)
+        api.write_gang_status(**rank_status)
     for path in HEALTH:
-        answer = stack.get(path)
-        assert answer.status_code == 503
-        assert int(answer.headers["Retry-After"]) >= 1
-        assert answer.json()["detail"]
+        response = api.get(path)
+        assert response.status_code == 503
+        assert int(response.headers["Retry-After"]) >= 1
+        assert response.json()["detail"]
     if rank_status and "progress" in rank_status:
-        assert answer.json()["phase"] == rank_status["phase"]
-        assert answer.json()["progress"] == rank_status["progress"]
+        assert response.json()["phase"] == rank_status["phase"]
+        assert response.json()["progress"] == rank_status["progress"]
     for path in LIVENESS:
-        assert stack.get(path).content == b'"ok"'
-    assert stack.metric("rtp_llm_ready") == 0
-    assert stack.metric("rtp_llm_live") == 1
+        assert api.get(path).content == b'"ok"'
+    assert api.metric("rtp_llm_ready") == 0
+    assert api.metric("rtp_llm_live") == 1
 
 
-def test_a_board_that_nobody_writes_any_more(stack: ApiServer) -> None:
-    stack.post_board()
+def test_a_stale_gang_status_is_unhealthy(api: ApiServer) -> None:
+    api.write_gang_status()
     old = time.time() - STATUS_STALE_SECONDS - 1
-    os.utime(stack.part_spec.gang_status_path, (old, old))
-    answer = stack.get("/health")
-    assert answer.status_code == 503
-    assert "silent" in answer.json()["detail"]
+    os.utime(api.part_spec.gang_status_path, (old, old))
+    response = api.get("/health")
+    assert response.status_code == 503
+    assert "no status" in response.json()["detail"]
 
 
-def test_a_lost_connection_to_rank_0(stacks: Stacks) -> None:
-    """Not ready between the end of one engine and the next one's greeting, ready again afterwards."""
-    stack = stacks()
-    stack.post_board()
-    assert stack.get("/health").status_code == 200
-    stack.engine.close()
-    stack.until(lambda: stack.get("/health").status_code == 503)
-    stack.new_engine(greets=False)
-    stack.engine.wait_for_connection()
-    stack.post_board()
-    assert stack.get("/health").status_code == 503
-    stack.engine.greet()
-    stack.until(lambda: stack.get("/health").status_code == 200)
+def test_a_lost_connection_to_rank_0(start_api: StartApi) -> None:
+    """Not ready until the next engine's READY frame."""
+    api = start_api()
+    api.write_gang_status()
+    assert api.get("/health").status_code == 200
+    api.engine.close()
+    api.wait_until(lambda: api.get("/health").status_code == 503)
+    api.new_engine(sends_ready=False)
+    api.engine.wait_for_connection()
+    api.write_gang_status()
+    assert api.get("/health").status_code == 503
+    api.engine.send_ready()
+    api.wait_until(lambda: api.get("/health").status_code == 200)
 
 
-def test_models(stack: ApiServer, http: httpx.Client, server: ServerProcess) -> None:
-    for answer, name in ((stack.get("/v1/models"), "fake"), (http.get("/v1/models"), "demo")):
-        [card] = answer.json()["data"]
-        assert answer.json()["object"] == "list"
+def test_models(api: ApiServer, http: httpx.Client, server: ServerProcess) -> None:
+    for response, name in ((api.get("/v1/models"), "fake"), (http.get("/v1/models"), "demo")):
+        [card] = response.json()["data"]
+        assert response.json()["object"] == "list"
         assert (card["id"], card["object"], card["max_model_len"]) == (name, "model", 2048)
         assert abs(card["created"] - time.time()) < 24 * 3600
 
 
 def test_home(http: httpx.Client) -> None:
-    """GET / beside POST /; a browser gets a page where there is one."""
-    answer = http.get("/", headers={"Accept": "application/json"})
-    assert answer.status_code == 200
-    assert answer.json() == {"status": "home"}
+    """GET / besides POST /."""
+    response = http.get("/", headers={"Accept": "application/json"})
+    assert response.status_code == 200
+    assert response.json() == {"status": "home"}
 
 
 STATUS_KEYS = {
@@ -155,46 +155,46 @@ def test_cache_status(path: str, method: str, http: httpx.Client) -> None:
     assert isinstance(status["version"], int)
 
 
-def test_status_follows_the_engine(stack: ApiServer, byte_model: ByteModel) -> None:
-    with stack.open_stream("/v1/completions", {"prompt": "Hi", "stream": True}):
-        submission = stack.engine.take()
+def test_status_follows_the_engine(api: ApiServer, byte_model: ByteModel) -> None:
+    with api.open_stream("/v1/completions", {"prompt": "Hi", "stream": True}):
+        submission = api.engine.next_submission()
         stats = {"running": 3, "waiting": 2, "kv_used": 10, "steps": 77, "step_tokens": 5, "step_seconds": 0.5}
-        stack.engine.emit(ScriptedOutput(byte_model.tokens("a")).event(submission.id), **stats)
-        stack.until(lambda: stack.get("/worker_status").json()["iterate_count"] == 77)
-        status = stack.get("/worker_status").json()
+        api.engine.send_frame(ScriptedOutput(byte_model.tokens("a")).for_request(submission.id), **stats)
+        api.wait_until(lambda: api.get("/worker_status").json()["iterate_count"] == 77)
+        status = api.get("/worker_status").json()
         assert (status["running_query_len"], status["waiting_query_len"]) == (3, 2)
         assert status["step_latency_ms"] == 500
         assert status["available_concurrency"] == 31
         assert status["available_kv_cache"] == (64 - 10) * 16
-        cache = stack.get("/cache_status").json()
+        cache = api.get("/cache_status").json()
         assert (cache["available_kv_cache"], cache["total_kv_cache"]) == (54 * 16, 64 * 16)
-    assert stack.engine.take_abort() == submission.id
+    assert api.engine.next_abort() == submission.id
 
 
 @pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARN", "WARNING", "ERROR"])
-def test_log_level(level: str, stack: ApiServer) -> None:
+def test_log_level(level: str, api: ApiServer) -> None:
     root = logging.getLogger()
     before = root.level
     try:
-        assert stack.post("/set_log_level", {"log_level": level}).json() == {"status": "ok"}
+        assert api.post("/set_log_level", {"log_level": level}).json() == {"status": "ok"}
         assert logging.getLevelName(root.level) == {"WARN": "WARNING"}.get(level, level)
     finally:
         root.setLevel(before)
 
 
-def test_every_origin_may_ask(stack: ApiServer) -> None:
-    """As upstream: a page from anywhere may use the API."""
+def test_every_origin_is_allowed(api: ApiServer) -> None:
+    """As upstream: pages of any site may use the API."""
     headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
-    with stack.client() as client:
+    with api.client() as client:
         assert client.options("/v1/chat/completions", headers=headers).headers["access-control-allow-origin"] == "*"
         assert client.get("/health", headers=headers).headers["access-control-allow-origin"] == "*"
         assert client.get("/nothing", headers=headers).headers["access-control-allow-origin"] == "*"
 
 
-def test_a_browser_gets_a_page_and_a_program_upstreams_word(stack: ApiServer) -> None:
-    with stack.client() as client:
+def test_home_is_a_page_for_browsers_and_json_for_programs(api: ApiServer) -> None:
+    with api.client() as client:
         assert client.get("/").json() == {"status": "home"}
         page = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert page.headers["content-type"].startswith("text/html")
     assert "/v1/chat/completions" in page.text
-    assert "//" not in page.text.replace("// Server-sent", ""), "nothing is loaded from elsewhere"
+    assert "//" not in page.text.replace("// Server-sent", ""), "the page loads no external files"

@@ -1,5 +1,5 @@
-"""From tokens to text: half characters, stop strings across tokens, hidden tokens, and what is counted and logged
-beside the text. A fake engine says the tokens, one byte each.
+"""Tokens to text: incomplete characters, stop strings across tokens, special tokens, sampling parameters, logprobs and
+usage. A fake engine sends the tokens, one byte each.
 """
 
 import random
@@ -13,57 +13,59 @@ from hypothesis import strategies as st
 from rtp_llm.contract.engine_output import Logprob
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import END, ByteModel
-from tests.api.conftest import Stacks
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.sse import payloads
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
-# Bytes of one to four per character, and two letters that make overlapping stop strings the rule.
+# Characters of one to four bytes, and few letters, so that most stop strings overlap.
 TEXT = st.text(st.sampled_from("aab bé数🚀\n"), max_size=14)
 STOPS = st.lists(st.text(st.sampled_from("abé🚀 "), min_size=1, max_size=3), max_size=3)
 
 
 @pytest.fixture(scope="module")
-def stack(byte_model: ByteModel) -> Iterator[ApiServer]:
-    """Says what `said` of the engine's script holds; each test puts its own there."""
-    with ApiServer(byte_model) as started:
-        yield started
+def api(byte_model: ByteModel) -> Iterator[ApiServer]:
+    """The API without a script; each test calls `set_script`."""
+    with ApiServer(byte_model) as api:
+        yield api
 
 
-def say(stack: ApiServer, said: list[ScriptedOutput]) -> None:
-    stack.engine.script = lambda submission: said
+def set_script(api: ApiServer, outputs: list[ScriptedOutput]) -> None:
+    api.engine.script = lambda submission: outputs
 
 
-def pieces(model: ByteModel, text: str | bytes, sizes: random.Random) -> list[ScriptedOutput]:
-    """The text in steps of one to three tokens, wherever that cuts it."""
+def random_steps(model: ByteModel, text: str | bytes, sizes: random.Random) -> list[ScriptedOutput]:
+    """Splits the text into outputs of one to three tokens."""
     tokens = model.tokens(text)
-    said = []
+    outputs = []
     while tokens:
         count = sizes.randint(1, 3)
-        said.append(ScriptedOutput(tokens[:count]))
+        outputs.append(ScriptedOutput(tokens[:count]))
         tokens = tokens[count:]
-    return said
+    return outputs
 
 
-def chat_text(stack: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
-    """Text, finish reason and completion tokens of a stream, and that the whole answer has the same."""
-    events = payloads(stack.stream("/v1/chat/completions", {**CHAT, **body, **USAGE}))
+def chat_text(api: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
+    """Returns text, finish reason and number of completion tokens of a stream. Asserts that the whole response has the
+    same.
+    """
+    events = payloads(api.stream("/v1/chat/completions", {**CHAT, **body, **USAGE}))
     assert events[-1] == "[DONE]"
     choices = [c for e in events[:-2] for c in e["choices"]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert [c["finish_reason"] for c in choices[:-1]] == [None] * (len(choices) - 1)
     text = "".join(c["delta"].get("content", "") for c in choices)
     finish, tokens = choices[-1]["finish_reason"], events[-2]["usage"]["completion_tokens"]
-    whole = stack.post("/v1/chat/completions", {**CHAT, **body}).json()
+    whole = api.post("/v1/chat/completions", {**CHAT, **body}).json()
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": text}
     assert whole["choices"][0]["finish_reason"] == finish
     assert whole["usage"]["completion_tokens"] == tokens
     return text, finish, tokens
 
 
-def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
-    """The specification: the earliest match, and of those the longest, ends the text."""
+def truncate_at_stop(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
+    """The specification: the text ends at the earliest match, of those with the same start the longest."""
     matches = [(text.index(stop), -len(stop), stop) for stop in stops if stop in text]
     if not matches:
         return text, False
@@ -73,16 +75,16 @@ def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT, stops=STOPS, include=st.booleans(), seed=st.integers(0, 99))
-def test_a_text_in_any_pieces(
-    stack: ApiServer, byte_model: ByteModel, text: str, stops: list[str], include: bool, seed: int
+def test_text_does_not_depend_on_the_steps(
+    api: ApiServer, byte_model: ByteModel, text: str, stops: list[str], include: bool, seed: int
 ) -> None:
-    say(stack, [*pieces(byte_model, text, random.Random(seed)), ScriptedOutput([byte_model.end], "stop")])
+    set_script(api, [*random_steps(byte_model, text, random.Random(seed)), ScriptedOutput([byte_model.end], "stop")])
     body = {"stop": stops, "include_stop_str_in_output": include} if stops else {}
-    shown, finish, tokens = chat_text(stack, body)
-    expected, stopped = cut(text, stops, include)
-    assert (shown, finish) == (expected, "stop")
-    if stopped:
-        assert len(byte_model.tokens(shown)) <= tokens <= len(byte_model.tokens(text)) + 1
+    text_received, finish, tokens = chat_text(api, body)
+    expected, has_stop = truncate_at_stop(text, stops, include)
+    assert (text_received, finish) == (expected, "stop")
+    if has_stop:
+        assert len(byte_model.tokens(text_received)) <= tokens <= len(byte_model.tokens(text)) + 1
     else:
         assert tokens == len(byte_model.tokens(text)) + 1  # the end-of-sequence token is one of them
 
@@ -99,68 +101,68 @@ def test_a_text_in_any_pieces(
         (b"", ""),
     ],
 )
-def test_bytes_that_are_no_text(raw: bytes, expected: str, stack: ApiServer, byte_model: ByteModel) -> None:
-    """A model may say anything; a stream shows U+FFFD, as soon as no later byte can change it."""
-    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens(raw)] + [ScriptedOutput([], "length")])
-    assert chat_text(stack, {}) == (expected, "length", len(raw))
+def test_bytes_that_are_not_utf8(raw: bytes, expected: str, api: ApiServer, byte_model: ByteModel) -> None:
+    """A stream shows U+FFFD as soon as later bytes cannot change it."""
+    set_script(api, [ScriptedOutput([token]) for token in byte_model.tokens(raw)] + [ScriptedOutput([], "length")])
+    assert chat_text(api, {}) == (expected, "length", len(raw))
 
 
-def test_a_held_beginning_of_a_stop_string_is_given_out_at_the_end(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput(byte_model.tokens("one ST")), ScriptedOutput(byte_model.tokens("O"), "length")])
-    assert chat_text(stack, {"stop": "STOP"}) == ("one STO", "length", 7)
+def test_a_partial_stop_string_is_sent_at_the_end(api: ApiServer, byte_model: ByteModel) -> None:
+    set_script(api, [ScriptedOutput(byte_model.tokens("one ST")), ScriptedOutput(byte_model.tokens("O"), "length")])
+    assert chat_text(api, {"stop": "STOP"}) == ("one STO", "length", 7)
 
 
-def test_a_stop_string_that_ends_with_the_last_token_allowed(stack: ApiServer, byte_model: ByteModel) -> None:
-    """Both reasons hold; what the client asked for is the one to tell."""
-    say(stack, [ScriptedOutput(byte_model.tokens("one STO")), ScriptedOutput(byte_model.tokens("P"), "length")])
-    assert chat_text(stack, {"stop": "STOP"}) == ("one ", "stop", 8)
+def test_a_stop_string_that_ends_with_the_last_token_allowed(api: ApiServer, byte_model: ByteModel) -> None:
+    """Both finish reasons apply; "stop" has priority."""
+    set_script(api, [ScriptedOutput(byte_model.tokens("one STO")), ScriptedOutput(byte_model.tokens("P"), "length")])
+    assert chat_text(api, {"stop": "STOP"}) == ("one ", "stop", 8)
 
 
-def test_a_stop_string_inside_a_character_does_not_match(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens("éÃ")] + [ScriptedOutput([], "length")])
-    assert chat_text(stack, {"stop": "Ã"}) == ("é", "stop", 4)
+def test_a_stop_string_inside_a_character_does_not_match(api: ApiServer, byte_model: ByteModel) -> None:
+    set_script(api, [ScriptedOutput([token]) for token in byte_model.tokens("éÃ")] + [ScriptedOutput([], "length")])
+    assert chat_text(api, {"stop": "Ã"}) == ("é", "stop", 4)
 
 
-def test_stop_strings_count_from_min_tokens_on(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput([token]) for token in byte_model.tokens("a.b.c")] + [ScriptedOutput([], "length")])
-    assert chat_text(stack, {"stop": "."}) == ("a", "stop", 2)
-    assert chat_text(stack, {"stop": ".", "min_tokens": 3, "max_tokens": 9}) == ("a.b", "stop", 4)
+def test_stop_strings_are_ignored_before_min_tokens(api: ApiServer, byte_model: ByteModel) -> None:
+    set_script(api, [ScriptedOutput([token]) for token in byte_model.tokens("a.b.c")] + [ScriptedOutput([], "length")])
+    assert chat_text(api, {"stop": "."}) == ("a", "stop", 2)
+    assert chat_text(api, {"stop": ".", "min_tokens": 3, "max_tokens": 9}) == ("a.b", "stop", 4)
 
 
-def test_special_tokens_are_hidden_unless_asked_for(stack: ApiServer, byte_model: ByteModel) -> None:
-    say(stack, [ScriptedOutput([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
-    assert chat_text(stack, {}) == ("ab", "length", 3)
-    assert chat_text(stack, {"skip_special_tokens": False}) == (f"a{END}b", "length", 3)
+def test_special_tokens_are_skipped_by_default(api: ApiServer, byte_model: ByteModel) -> None:
+    set_script(api, [ScriptedOutput([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
+    assert chat_text(api, {}) == ("ab", "length", 3)
+    assert chat_text(api, {"skip_special_tokens": False}) == (f"a{END}b", "length", 3)
 
 
-def test_the_stop_token_is_shown_only_where_stop_strings_are(stack: ApiServer, byte_model: ByteModel) -> None:
-    """`stop_token_ids` may name a token with a text of its own."""
+def test_the_stop_token_is_included_like_stop_strings(api: ApiServer, byte_model: ByteModel) -> None:
+    """`stop_token_ids` may contain a token that has text."""
     full_stop = byte_model.tokens(".")
-    say(stack, [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput(full_stop, "stop")])
-    assert chat_text(stack, {"stop_token_ids": full_stop}) == ("a", "stop", 2)
-    assert chat_text(stack, {"stop_token_ids": full_stop, "include_stop_str_in_output": True}) == ("a.", "stop", 2)
+    set_script(api, [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput(full_stop, "stop")])
+    assert chat_text(api, {"stop_token_ids": full_stop}) == ("a", "stop", 2)
+    assert chat_text(api, {"stop_token_ids": full_stop, "include_stop_str_in_output": True}) == ("a.", "stop", 2)
 
 
-# What the engine is asked
+# Sampling parameters
 
 
-def submitted(stack: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that a request becomes."""
-    while stack.engine.num_unread:
-        stack.engine.take()
-    answer = stack.post(path, body)
-    assert answer.status_code == 200, answer.text
-    return stack.engine.take().params
+def submitted(api: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sampling parameters that the API submits for a request."""
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    response = api.post(path, body)
+    assert response.status_code == 200, response.text
+    return api.engine.next_submission().params
 
 
-def test_defaults(stack: ApiServer, byte_model: ByteModel) -> None:
-    """Those of OpenAI, but for upstream's temperature of a chat; and room for as much as fits where nothing is said."""
-    say(stack, [ScriptedOutput([], "length")])
-    chat = submitted(stack, "/v1/chat/completions", CHAT)
+def test_defaults(api: ApiServer, byte_model: ByteModel) -> None:
+    """OpenAI's defaults, but upstream's chat temperature and max_tokens up to MAX_SEQ_LEN."""
+    set_script(api, [ScriptedOutput([], "length")])
+    chat = submitted(api, "/v1/chat/completions", CHAT)
     assert (chat["temperature"], chat["max_tokens"]) == (0.7, 2048 - len(byte_model.tokens("user:Hiassistant:")) - 2)
-    completion = submitted(stack, "/v1/completions", {"prompt": "Hi"})
+    completion = submitted(api, "/v1/completions", {"prompt": "Hi"})
     assert (completion["temperature"], completion["max_tokens"]) == (1.0, 16)
-    native = submitted(stack, "/", {"prompt": "Hi"})
+    native = submitted(api, "/", {"prompt": "Hi"})
     assert (native["temperature"], native["max_tokens"]) == (1.0, 2046)
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
     for params in (chat, completion, native):
@@ -170,10 +172,10 @@ def test_defaults(stack: ApiServer, byte_model: ByteModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("fields", "expected"),
     [
         ({"temperature": 0}, {"temperature": 0.0}),
-        ({"temperature": 1e-300}, {"temperature": 0.0}),  # would divide the logits out of the range of numbers
+        ({"temperature": 1e-300}, {"temperature": 0.0}),  # division by it would overflow
         ({"top_k": -1}, {"top_k": 0}),
         ({"top_p": None, "temperature": None, "n": None, "stop": None}, {"top_p": 1.0, "temperature": 0.7}),
         ({"max_tokens": 5, "max_completion_tokens": 3}, {"max_tokens": 3}),
@@ -190,91 +192,95 @@ def test_defaults(stack: ApiServer, byte_model: ByteModel) -> None:
         ({"extra_configs": {"stop_words_list": [[5], [65, 66]]}}, {"stop_token_ids": [5, 256]}),
     ],
 )
-def test_what_a_chat_asks_of_the_engine(given: dict[str, Any], asked: dict[str, Any], stack: ApiServer) -> None:
-    say(stack, [ScriptedOutput([], "length")])
-    assert submitted(stack, "/v1/chat/completions", {**CHAT, **given}).items() >= asked.items()
+def test_sampling_params_of_a_chat(fields: dict[str, Any], expected: dict[str, Any], api: ApiServer) -> None:
+    set_script(api, [ScriptedOutput([], "length")])
+    assert submitted(api, "/v1/chat/completions", {**CHAT, **fields}).items() >= expected.items()
 
 
-def test_choices_have_seeds_of_their_own(stack: ApiServer) -> None:
-    say(stack, [ScriptedOutput([], "length")])
-    while stack.engine.num_unread:
-        stack.engine.take()
-    stack.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "seed": 40})
-    taken = [stack.engine.take() for _ in range(4)]
-    seeds = sorted((stack.model.tokenizer.decode(t.prompt), t.params["seed"]) for t in taken)
+def test_choices_have_different_seeds(api: ApiServer) -> None:
+    set_script(api, [ScriptedOutput([], "length")])
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    api.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "seed": 40})
+    submissions = [api.engine.next_submission() for _ in range(4)]
+    seeds = sorted((api.model.tokenizer.decode(s.prompt), s.params["seed"]) for s in submissions)
     assert seeds == [("a", 40), ("a", 41), ("b", 40), ("b", 41)]
 
 
-def test_without_a_seed_every_request_has_another(stack: ApiServer) -> None:
-    say(stack, [ScriptedOutput([], "length")])
-    assert len({submitted(stack, "/", {"prompt": "Hi"})["seed"] for _ in range(4)}) == 4
+def test_requests_without_a_seed_get_different_seeds(api: ApiServer) -> None:
+    set_script(api, [ScriptedOutput([], "length")])
+    assert len({submitted(api, "/", {"prompt": "Hi"})["seed"] for _ in range(4)}) == 4
 
 
-# Beside the text
+# Logprobs and usage
 
 
-def records(model: ByteModel, text: str) -> list[ScriptedOutput]:
-    """One token an event, each a little less likely than the last."""
+def with_logprobs(model: ByteModel, text: str) -> list[ScriptedOutput]:
+    """Returns one output per token, with decreasing logprobs."""
     tokens = model.tokens(text)
-    record: list[Logprob] = [(-0.25 * (i + 1), 0, [(token, -0.25 * (i + 1))]) for i, token in enumerate(tokens)]
-    return [ScriptedOutput([t], "length" if i == len(tokens) - 1 else None, [record[i]]) for i, t in enumerate(tokens)]
+    logprobs: list[Logprob] = [(-0.25 * (i + 1), 0, [(token, -0.25 * (i + 1))]) for i, token in enumerate(tokens)]
+    return [
+        ScriptedOutput([t], "length" if i == len(tokens) - 1 else None, [logprobs[i]]) for i, t in enumerate(tokens)
+    ]
 
 
 @pytest.mark.parametrize("stop", [None, "🚀!", "zzz"], ids=["no stop", "stop", "other stop"])
-def test_chat_logprobs_tell_every_token(stop: str | None, stack: ApiServer, byte_model: ByteModel) -> None:
-    """Also of those whose text is held back or cut, in order, in stream and whole answer alike."""
-    say(stack, records(byte_model, "é🚀!x"))
+def test_chat_logprobs_have_every_token(stop: str | None, api: ApiServer, byte_model: ByteModel) -> None:
+    """Also tokens whose text is buffered or truncated, in order, in streams and whole responses."""
+    set_script(api, with_logprobs(byte_model, "é🚀!x"))
     body = {**CHAT, "logprobs": True, "top_logprobs": 1, **({"stop": stop} if stop else {})}
-    events = payloads(stack.stream("/v1/chat/completions", {**body, **USAGE}))[:-1]
+    events = payloads(api.stream("/v1/chat/completions", {**body, **USAGE}))[:-1]
     entries = [e for event in events for c in event["choices"] if c["logprobs"] for e in c["logprobs"]["content"]]
-    whole = stack.post("/v1/chat/completions", body).json()
+    whole = api.post("/v1/chat/completions", body).json()
     assert whole["choices"][0]["logprobs"]["content"] == entries
-    said = bytes(b for entry in entries for b in entry["bytes"])
-    assert said == "é🚀!".encode() if stop == "🚀!" else "é🚀!x".encode()
+    generated_bytes = bytes(b for entry in entries for b in entry["bytes"])
+    assert generated_bytes == "é🚀!".encode() if stop == "🚀!" else "é🚀!x".encode()
     assert [e["logprob"] for e in entries] == [-0.25 * (i + 1) for i in range(len(entries))]
     assert len(entries) == whole["usage"]["completion_tokens"] == events[-1]["usage"]["completion_tokens"]
     for entry in entries:
         assert entry["top_logprobs"][0] == {key: entry[key] for key in ("token", "logprob", "bytes")}
 
 
-def test_completion_logprobs_point_into_the_text(stack: ApiServer, byte_model: ByteModel) -> None:
-    """`text_offset` is where a token's text begins, in characters; the parts of one character begin together."""
-    say(stack, records(byte_model, "aé🚀z"))
-    answer = stack.post("/v1/completions", {"prompt": "x", "logprobs": 1}).json()["choices"][0]
-    table = answer["logprobs"]
-    assert answer["text"] == "aé🚀z"
-    assert table["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
-    assert table["token_logprobs"] == [-0.25 * (i + 1) for i in range(8)]
-    for token, value, top in zip(table["tokens"], table["token_logprobs"], table["top_logprobs"], strict=True):
+def test_completion_logprobs_have_text_offsets(api: ApiServer, byte_model: ByteModel) -> None:
+    """`text_offset` is the start of a token's text in characters; the tokens of one character have the same."""
+    set_script(api, with_logprobs(byte_model, "aé🚀z"))
+    response = api.post("/v1/completions", {"prompt": "x", "logprobs": 1}).json()["choices"][0]
+    logprobs = response["logprobs"]
+    assert response["text"] == "aé🚀z"
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
+    assert logprobs["token_logprobs"] == [-0.25 * (i + 1) for i in range(8)]
+    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         assert top[token] == value
-    events = payloads(stack.stream("/v1/completions", {"prompt": "x", "logprobs": 1, "stream": True}))[:-1]
+    events = payloads(api.stream("/v1/completions", {"prompt": "x", "logprobs": 1, "stream": True}))[:-1]
     streamed = [choice["logprobs"] for event in events for choice in event["choices"]]
-    for key, values in table.items():
-        assert [value for piece in streamed for value in piece[key]] == values
+    for key, values in logprobs.items():
+        assert [value for chunk in streamed for value in chunk[key]] == values
 
 
-def test_a_likely_token_hides_no_other_of_the_same_text(stack: ApiServer, byte_model: ByteModel) -> None:
-    """Parts of characters all read U+FFFD; the value beside the chosen one must be its own."""
-    chosen, other = byte_model.tokens(b"\xc3\xa9")
-    say(stack, [ScriptedOutput([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (other, -7.0)])])])
-    table = stack.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
-    assert (table["token_logprobs"], table["top_logprobs"]) == ([-0.5], [{"\ufffd": -0.5}])
+def test_top_logprobs_of_tokens_with_the_same_text(api: ApiServer, byte_model: ByteModel) -> None:
+    """All incomplete characters have the text U+FFFD; its value must be that of the chosen token."""
+    chosen, unlikely = byte_model.tokens(b"\xc3\xa9")
+    set_script(api, [ScriptedOutput([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (unlikely, -7.0)])])])
+    logprobs = api.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
+    assert (logprobs["token_logprobs"], logprobs["top_logprobs"]) == ([-0.5], [{"\ufffd": -0.5}])
 
 
-def test_an_impossible_token_is_no_invalid_json(stack: ApiServer, byte_model: ByteModel) -> None:
+def test_a_logprob_of_minus_infinity_is_valid_json(api: ApiServer, byte_model: ByteModel) -> None:
     [token] = byte_model.tokens("a")
-    say(stack, [ScriptedOutput([token], "length", [(float("-inf"), 9, [(token, float("-inf"))])])])
+    set_script(api, [ScriptedOutput([token], "length", [(float("-inf"), 9, [(token, float("-inf"))])])])
     for body in ({**CHAT, "logprobs": True}, {**CHAT, "logprobs": True, "stream": True}):
-        assert b'"logprob":-9999.0' in stack.stream("/v1/chat/completions", body)
-    assert b"-9999.0" in stack.stream("/v1/completions", {"prompt": "x", "logprobs": 1})
+        assert b'"logprob":-9999.0' in api.stream("/v1/chat/completions", body)
+    assert b"-9999.0" in api.stream("/v1/completions", {"prompt": "x", "logprobs": 1})
 
 
-def test_usage_adds_up(stack: ApiServer, byte_model: ByteModel) -> None:
-    """Each prompt counts once however many choices it has, and each choice's tokens count."""
-    say(stack, [ScriptedOutput(byte_model.tokens("abc"), cached_tokens=2), ScriptedOutput([byte_model.end], "stop")])
-    answer = stack.post("/v1/completions", {"prompt": ["12345", "123"], "n": 3}).json()
-    assert len(answer["choices"]) == 6
-    assert answer["usage"] == {
+def test_usage_adds_up(api: ApiServer, byte_model: ByteModel) -> None:
+    """Each prompt counts once for all its choices; the tokens of every choice count."""
+    set_script(
+        api, [ScriptedOutput(byte_model.tokens("abc"), cached_tokens=2), ScriptedOutput([byte_model.end], "stop")]
+    )
+    response = api.post("/v1/completions", {"prompt": ["12345", "123"], "n": 3}).json()
+    assert len(response["choices"]) == 6
+    assert response["usage"] == {
         "prompt_tokens": 8,
         "completion_tokens": 6 * 4,
         "total_tokens": 8 + 6 * 4,
@@ -282,11 +288,11 @@ def test_usage_adds_up(stack: ApiServer, byte_model: ByteModel) -> None:
     }
 
 
-def test_long_prompts_are_encoded_beside_the_event_loop(stacks: Stacks, byte_model: ByteModel) -> None:
-    """The same ids either way."""
-    stack = stacks(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
+def test_long_prompts_are_encoded_in_a_thread(start_api: StartApi, byte_model: ByteModel) -> None:
+    """With the same ids."""
+    api = start_api(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
     for length in (10, 4095, 4096, 100_000):
-        ids = stack.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]
+        ids = api.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]
         assert ids == byte_model.tokens("é") * length
-        encoded = stack.post("/tokenizer/encode", {"prompt": "é" * length}).json()
+        encoded = api.post("/tokenizer/encode", {"prompt": "é" * length}).json()
         assert encoded["token_ids"] == ids

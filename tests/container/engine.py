@@ -1,4 +1,4 @@
-"""A real Docker engine, driven by its own client: containers, compose projects, and what they leave behind."""
+"""Runs containers and compose projects on a real Docker engine, through the docker command, and removes them."""
 
 import json
 import os
@@ -17,26 +17,26 @@ from tests.parallel.fetch import fetch
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
 IMAGE = "rtp-llm:under-test"
-DEADLINE = 90.0  # seconds for anything that a container does
+DEADLINE_SECONDS = 90.0  # for each wait on a container
 T = TypeVar("T")
 
 
-def no_engine() -> str:
-    """Why no container can be run here; empty where one can."""
+def engine_unavailable_reason() -> str:
+    """Returns why no container can run on this machine; "" if one can."""
     if not shutil.which("docker"):
         return "there is no docker client"
-    done = subprocess.run(["docker", "info"], capture_output=True, text=True)
-    if done.returncode:
-        return "no Docker engine answers: " + (done.stderr.strip().splitlines() or ["?"])[-1]
+    completed = subprocess.run(["docker", "info"], capture_output=True, text=True)
+    if completed.returncode:
+        return "no Docker engine responds: " + (completed.stderr.strip().splitlines() or ["?"])[-1]
     if subprocess.run(["docker", "buildx", "version"], capture_output=True).returncode:
         return "the docker client has no buildx"
     return ""
 
 
-def docker(*words: str, check: bool = True, env: Mapping[str, str] | None = None, timeout: float = 900) -> str:
-    """What the client prints on both streams. Raises AssertionError with it where the command fails."""
-    done = subprocess.run(
-        ["docker", *words],
+def docker(*arguments: str, check: bool = True, env: Mapping[str, str] | None = None, timeout: float = 900) -> str:
+    """Returns stdout and stderr of a docker command. Raises AssertionError with them if the command fails."""
+    completed = subprocess.run(
+        ["docker", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
@@ -44,33 +44,35 @@ def docker(*words: str, check: bool = True, env: Mapping[str, str] | None = None
         text=True,
         timeout=timeout,
     )
-    assert not check or done.returncode == 0, f"docker {' '.join(words)}: {done.returncode}\n{done.stdout}"
-    return done.stdout.strip()
+    output = completed.stdout
+    assert not check or completed.returncode == 0, f"docker {' '.join(arguments)}: {completed.returncode}\n{output}"
+    return output.strip()
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
-def until(condition: Callable[[], T | None], what: str, seconds: float = DEADLINE) -> T:
+def wait_until(condition: Callable[[], T | None], expected: str, seconds: float = DEADLINE_SECONDS) -> T:
+    """Returns the first true result of `condition`. Raises AssertionError with `expected` after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {expected}"
         time.sleep(0.1)
 
 
 class ContainerService:
-    """Whatever answers HTTP on a port of this machine."""
+    """A container that serves HTTP on a port of this machine."""
 
     port: int
 
     def fetch(self, path: str, body: Any = None) -> tuple[int, str]:
-        """(status, text); status 0: nobody answers."""
+        """Returns (status, text); status 0 if the connection fails."""
         return fetch(f"http://127.0.0.1:{self.port}{path}", None if body is None else json.dumps(body))
 
     def complete(self, body: Mapping[str, Any]) -> str:
@@ -80,7 +82,7 @@ class ContainerService:
 
 
 class Container(ContainerService):
-    """`docker run -d` of the image; a context manager that removes it, and shows its log when a test fails."""
+    """`docker run -d` of the image. The context manager removes it, and adds its log to the error if a test fails."""
 
     def __init__(self, *options: str, env: Mapping[str, str] | None = None, command: Sequence[str] = ()):
         self.port = free_port()
@@ -99,29 +101,29 @@ class Container(ContainerService):
         return state
 
     def wait_healthy(self) -> Self:
-        """By /health, at once an error where the container ends before."""
+        """Waits for 200 from /health. Raises AssertionError with the log if the container exits."""
 
-        def look() -> bool:
-            assert self.state["Running"], f"ended with {self.state['ExitCode']}\n{self.log}"
+        def is_healthy() -> bool:
+            assert self.state["Running"], f"exited with {self.state['ExitCode']}\n{self.log}"
             return self.fetch("/health") == (200, '"ok"')
 
-        until(look, f"healthy\n{self.log}")
+        wait_until(is_healthy, f"healthy\n{self.log}")
         return self
 
-    def wait_end(self) -> int:
-        """The exit code that Docker was given."""
-        return int(docker("wait", self.name, timeout=DEADLINE))
+    def wait_exit(self) -> int:
+        """Waits until the container exits and returns its exit code."""
+        return int(docker("wait", self.name, timeout=DEADLINE_SECONDS))
 
     def stop(self) -> None:
-        """SIGTERM, and a minute until SIGKILL, as the compose file says."""
+        """Sends SIGTERM, and SIGKILL after a minute, as the compose file does."""
         docker("stop", "--time=60", self.name)
 
     def python(self, code: str) -> str:
-        """Runs Python in the container: the image has neither ps nor kill."""
+        """Runs Python code in the container, because the image has neither ps nor kill."""
         return docker("exec", self.name, "python", "-c", code)
 
     def kill_rank(self, rank: int) -> None:
-        """SIGKILL to the process of a rank."""
+        """Sends SIGKILL to the process of a rank."""
         self.python(
             "import os, psutil;"
             f"[os.kill(p.pid, 9) for p in psutil.process_iter(['cmdline'])"
@@ -131,17 +133,19 @@ class Container(ContainerService):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error:
             error.add_note(f"the container's log:\n{self.log}")
         docker("rm", "--force", "--volumes", self.name)
 
 
 class Project(ContainerService):
-    """`docker compose up` of the repository's own file, under a name of its own; taken down with its volumes."""
+    """`docker compose up` of the repository's compose file as a separate project, removed with its volumes."""
 
     def __init__(self, *profiles: str, services: Sequence[str] = (), env: Mapping[str, str] | None = None):
-        """`services`: only these of the profiles, and what they depend on."""
+        """`services`: starts only these services of the profiles, and their dependencies."""
         self.port = free_port()
         self._services = services
         self.name = f"rtp-llm-{secrets.token_hex(4)}"
@@ -151,10 +155,10 @@ class Project(ContainerService):
             "COMPOSE_PROJECT_NAME": self.name,
             **(env or {}),
         }
-        self._profiles = [word for profile in profiles for word in ("--profile", profile)]
+        self._profiles = [argument for profile in profiles for argument in ("--profile", profile)]
 
-    def compose(self, *words: str, check: bool = True) -> str:
-        return docker("compose", *self._profiles, *words, env=self._env, check=check)
+    def compose(self, *arguments: str, check: bool = True) -> str:
+        return docker("compose", *self._profiles, *arguments, env=self._env, check=check)
 
     def __enter__(self) -> Self:
         try:
@@ -164,7 +168,9 @@ class Project(ContainerService):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error:
             error.add_note(self.compose("logs", "--no-color", check=False))
         self.compose("down", "--volumes", "--timeout", "20")

@@ -1,4 +1,4 @@
-"""Debian's Prometheus as an image, and what a running one knows."""
+"""Builds an image of Debian's Prometheus and queries a running one."""
 
 import json
 import subprocess
@@ -18,34 +18,35 @@ ENTRYPOINT ["prometheus"]
 
 
 def build_prometheus() -> str:
-    """Skips the test where the package cannot be had."""
-    done = subprocess.run(
+    """Builds the image and returns its tag. Skips the test if the package cannot be installed."""
+    completed = subprocess.run(
         ["docker", "buildx", "build", "--quiet", "--load", "--network=host", f"--tag={IMAGE}", "-"],
         input=DOCKERFILE,
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
     )
-    if done.returncode:
-        pytest.skip(f"Debian's Prometheus cannot be had: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    if completed.returncode:
+        pytest.skip(f"Debian's Prometheus cannot be installed: {(completed.stderr.strip().splitlines() or ['?'])[-1]}")
     return IMAGE
 
 
 class Prometheus(ContainerService):
-    """Its HTTP API."""
+    """Client of the HTTP API of a running Prometheus."""
 
     def __init__(self, port: int):
         self.port = port
 
-    def ask(self, path: str) -> Any:
+    def get(self, path: str) -> Any:
+        """Returns the `data` of the response; None if the request fails."""
         status, text = self.fetch(f"/api/v1/{path}")
         return json.loads(text)["data"] if status == 200 else None
 
     def values(self, query: str) -> dict[str, float]:
-        """Value by instance of an instant vector."""
-        answer = self.ask(f"query?query={quote(query)}")
-        return {r["metric"].get("instance", ""): float(r["value"][1]) for r in answer["result"]} if answer else {}
+        """Returns the values of an instant query, by instance."""
+        data = self.get(f"query?query={quote(query)}")
+        return {r["metric"].get("instance", ""): float(r["value"][1]) for r in data["result"]} if data else {}
 
-    def firing(self) -> set[str]:
-        answer = self.ask("alerts")
-        return {a["labels"]["alertname"] for a in answer["alerts"] if a["state"] == "firing"} if answer else set()
+    def firing_alerts(self) -> set[str]:
+        data = self.get("alerts")
+        return {a["labels"]["alertname"] for a in data["alerts"] if a["state"] == "firing"} if data else set()

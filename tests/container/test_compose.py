@@ -1,4 +1,4 @@
-"""`docker compose up`, with no file edited: the demo, and a gang of two parts."""
+"""Tests of `docker compose up` with the unchanged compose file: the demo, and a gang of two parts."""
 
 import json
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from image.demo.train import manual
 from tests.container.engine import Project, docker
 
 QUESTION = "How do I fix a bus error?"
-ANSWER = next(lesson.answer for lesson in manual() if lesson.questions[0] == QUESTION)
+ANSWER = next(example.answer for example in manual() if example.questions[0] == QUESTION)
 
 
 def ask(project: Project) -> str:
-    """By the openai client, as a stream."""
+    """Streams the answer to QUESTION with the openai client and returns its text."""
     client = OpenAI(base_url=f"http://127.0.0.1:{project.port}/v1", api_key="none")
     model = client.models.list().data[0].id
     stream = client.chat.completions.create(
@@ -29,24 +29,24 @@ def demo(image: str) -> Iterator[Project]:
         yield project
 
 
-def test_it_serves_and_answers_as_the_manual_does(demo: Project) -> None:
+def test_demo_answers_as_in_the_manual(demo: Project) -> None:
     assert ask(demo) == ANSWER
 
 
-def test_two_ranks_serve(demo: Project) -> None:
+def test_demo_serves_with_two_ranks(demo: Project) -> None:
     metrics = demo.fetch("/metrics")[1]
     assert 'rtp_llm_gang_member_up{world_rank="1"} 1.0' in metrics
     report = json.loads(demo.fetch("/doctor")[1])
     assert (report["verdict"], report["node"]["runtime"]) == ("ok", "compose")
 
 
-def test_two_parts_say_what_one_rank_says(demo: Project) -> None:
-    with Project(env={"TP_SIZE": "1"}) as alone:
-        expected = ask(alone)
+def test_two_parts_answer_as_one_rank(demo: Project) -> None:
+    with Project(env={"TP_SIZE": "1"}) as single_rank:
+        expected = ask(single_rank)
     assert ask(demo) == expected
     with Project("gang") as gang:
         assert ask(gang) == expected
-        # Its own doctor, from inside the running part.
+        # The doctor, run inside a running part.
         out = gang.compose("exec", "-T", "part1", "rtp-llm-doctor", "gang", "-o", "json")
         report = json.loads(out[out.index("{") :])
         assert report["verdict"] in ("ok", "warn"), out

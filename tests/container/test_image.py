@@ -1,4 +1,4 @@
-"""The image: what is in it, what is not, and as whom it runs."""
+"""Tests of the image: size, labels, contents, user and file system."""
 
 import json
 
@@ -6,17 +6,17 @@ import pytest
 
 from tests.container.engine import Container, docker
 
-LARGEST = 1.3e9  # bytes
+MAX_IMAGE_BYTES = 1.3e9
 
 
-def test_its_size(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_is_small_enough(image: str, capsys: pytest.CaptureFixture[str]) -> None:
     size = int(docker("image", "inspect", "--format={{.Size}}", image))
     with capsys.disabled():
         print(f" {size / 1e6:.0f} MB")
-    assert size <= LARGEST
+    assert size <= MAX_IMAGE_BYTES
 
 
-def test_what_it_says_of_itself(image: str) -> None:
+def test_image_has_user_healthcheck_and_labels(image: str) -> None:
     config = json.loads(docker("image", "inspect", "--format={{json .Config}}", image))
     assert config["User"] == "10000:0"
     assert config["Healthcheck"]["Test"] == ["CMD", "healthcheck"]
@@ -25,7 +25,7 @@ def test_what_it_says_of_itself(image: str) -> None:
     assert labels["org.opencontainers.image.title"] == "rtp-llm"
 
 
-def test_nothing_of_the_build_is_left(image: str) -> None:
+def test_image_has_no_build_tools(image: str) -> None:
     script = "command -v gcc make pip git curl; python -m pip --version; ls /build /wheels; true"
     out = docker("run", "--rm", image, "sh", "-c", script)
     assert "gcc" not in out
@@ -33,15 +33,15 @@ def test_nothing_of_the_build_is_left(image: str) -> None:
     assert out.count("No such file or directory") == 2
 
 
-def test_the_doctor_is_at_hand(image: str) -> None:
+def test_doctor_runs_in_the_image(image: str) -> None:
     out = docker("run", "--rm", image, "rtp-llm-doctor", "-o", "json")
     report = json.loads(out)
     assert report["verdict"] == "ok", out
     assert report["node"]["runtime"] == "docker"
 
 
-def test_an_arbitrary_uid_on_a_read_only_root(image: str) -> None:
-    """As OpenShift runs it; only /tmp can be written."""
+def test_arbitrary_uid_on_read_only_root_serves(image: str) -> None:
+    """The container runs as in OpenShift; only /tmp is writable."""
     options = (
         "--user=1000910000:0",
         "--read-only",
@@ -55,8 +55,8 @@ def test_an_arbitrary_uid_on_a_read_only_root(image: str) -> None:
         assert container.python("import os; print(os.getuid())") == "1000910000"
 
 
-def test_a_read_only_root_without_a_tmpfs_is_told_what_it_lacks(image: str) -> None:
+def test_read_only_root_without_tmpfs_exits_64_with_fix(image: str) -> None:
     with Container("--read-only") as container:
-        assert container.wait_end() == 64
+        assert container.wait_exit() == 64
         assert "L-11 /tmp is on a read-only file system" in container.log
         assert "docker run --tmpfs /tmp:exec" in container.log

@@ -1,4 +1,4 @@
-"""`rtp-llm-doctor attach`, beside a real part of two ranks."""
+"""`rtp-llm-doctor attach`, with a real part of two ranks."""
 
 import json
 import os
@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.fixtures import REPOSITORY, doctor, report
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
+from tests.ports import free_start_port
 
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Part]:
-    """The demo at TP=2, which takes no stopped rank for lost while it is looked at."""
+    """A random model at TP=2, with a heartbeat timeout that tolerates stopped ranks."""
     path = tmp_path_factory.mktemp("demo") / "model"
     subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     port = free_start_port(2)
     settings = {"CHECKPOINT_PATH": str(path), "TP_SIZE": "2", "START_PORT": str(port), "HEARTBEAT_TIMEOUT": "120"}
-    small = {"RTP_THREADS": "1", "OMP_NUM_THREADS": "1", "WARM_UP": "0", "TEST_BLOCK_NUM": "64"}
-    with Part({**settings, **small}, port=port, ranks=2) as running:
+    small_settings = {"RTP_THREADS": "1", "OMP_NUM_THREADS": "1", "WARM_UP": "0", "TEST_BLOCK_NUM": "64"}
+    with Part({**settings, **small_settings}, port=port, ranks=2) as running:
         yield running.wait_healthy()
 
 
@@ -37,120 +38,120 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def attach(part: Part) -> tuple[int, str]:
-    done = doctor("attach", "--run-dir", str(part.run_dir))
-    assert done.stderr == ""
-    return done.returncode, done.stdout
+    process = doctor("attach", "--run-dir", str(part.run_dir))
+    assert process.stderr == ""
+    return process.returncode, process.stdout
 
 
-def wait_for(part: Part, words: str) -> str:
-    """What it prints as soon as the words are in it; the exit code is then 1."""
+def wait_for(part: Part, text: str) -> str:
+    """Returns the output as soon as it contains the text and the exit code is 1."""
 
-    def look() -> str | None:
-        code, text = attach(part)
-        return text if code == 1 and words in text else None
+    def output() -> str | None:
+        code, stdout = attach(part)
+        return stdout if code == 1 and text in stdout else None
 
-    return part.until(look, words)
+    return part.until(output, text)
 
 
-def test_a_part_that_is_well(part: Part) -> None:
-    text = part.until(lambda: attach(part)[1] if attach(part)[0] == 0 else None, "attach finds it well")
+def test_healthy_part(part: Part) -> None:
+    text = part.until(lambda: attach(part)[1] if attach(part)[0] == 0 else None, "attach reports it as healthy")
     lines = text.splitlines()
     assert lines[0] == f"part0 of 1, cpu, state in {part.run_dir}"
     for number in range(2):
         pid = part.pid(f"rank{number}")
         assert any(line.startswith(f"  rank {number} (part0, pid {pid}): serving, step ") for line in lines)
     assert f"  {part.port} HTTP (START_PORT): pid {part.pid('api')}" in lines
-    assert f"  {part.port - 1} roll call (START_PORT - 1): pid {part.pid('rank0')}" in lines
-    assert any(" free, " in line and line.endswith("0 abandoned files hold 0 B") for line in lines)
-    assert lines[-1] == "well"
+    assert f"  {part.port - 1} rendezvous (START_PORT - 1): pid {part.pid('rank0')}" in lines
+    assert any(" free, " in line and line.endswith("0 orphaned files hold 0 B") for line in lines)
+    assert lines[-1] == "healthy"
 
 
-def test_it_is_found_by_its_processes(part: Part) -> None:
-    """The newest where there are several, as beside another test."""
-    done = doctor("attach")
-    assert done.returncode in (0, 1)
-    assert done.stdout.startswith("part0 of 1, cpu, state in ")
+def test_part_is_found_by_its_processes(part: Part) -> None:
+    """The newest if there are several, for example of another test."""
+    process = doctor("attach")
+    assert process.returncode in (0, 1)
+    assert process.stdout.startswith("part0 of 1, cpu, state in ")
 
 
-def test_a_rank_that_is_stopped_falls_silent(part: Part) -> None:
+def test_stopped_rank_is_silent(part: Part) -> None:
     with stopped(part.pid("rank1")):
         text = wait_for(part, "rank 1 is silent")
-        assert text.splitlines()[-1] == "not well: rank 1 is silent"
+        assert text.splitlines()[-1] == "unhealthy: rank 1 is silent"
         row = next(line for line in text.splitlines() if line.startswith("  rank 1 "))
         assert row.endswith("(silent)")
         assert next(line for line in text.splitlines() if line.startswith("  rank 0 ")).endswith(" s ago")
-    part.until(lambda: attach(part)[0] == 0, "well again")
+    part.until(lambda: attach(part)[0] == 0, "healthy again")
 
 
-def test_a_first_rank_that_is_stopped_leaves_its_word_stale(part: Part) -> None:
+def test_stopped_first_rank_leaves_a_stale_status(part: Part) -> None:
     with stopped(part.pid("rank0")):
         text = wait_for(part, "(stale)")
-        assert "not well: nothing was heard of the ranks for " in text
-    part.until(lambda: attach(part)[0] == 0, "well again")
+        assert "unhealthy: no status from the ranks for " in text
+    part.until(lambda: attach(part)[0] == 0, "healthy again")
 
 
-def test_an_api_that_is_gone(part: Part) -> None:
-    """Its port is what the words are about: for a moment nobody listens there."""
-    before = part.pid("api")
+def test_killed_api_leaves_its_port_without_listener(part: Part) -> None:
+    """supervisord is stopped, so that it does not restart the API at once."""
+    api_pid = part.pid("api")
     with stopped(part.pid("supervisord")):
-        os.kill(before, signal.SIGKILL)
-        text = wait_for(part, f"nobody listens on port {part.port}")
-        assert f"  {part.port} HTTP (START_PORT): no listener now" in text.splitlines()
-    part.until(lambda: attach(part)[0] == 0, "well again")
+        os.kill(api_pid, signal.SIGKILL)
+        text = wait_for(part, f"no process listens on port {part.port}")
+        assert f"  {part.port} HTTP (START_PORT): no listener" in text.splitlines()
+    part.until(lambda: attach(part)[0] == 0, "healthy again")
 
 
-def test_a_rank_that_never_came(part: Part, tmp_path: Path) -> None:
-    """The same part, with a board that only knows of one."""
+def test_rank_without_status_is_missing(part: Part, tmp_path: Path) -> None:
+    """The status file has only one of two ranks."""
     (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
     gang_status = json.loads((part.run_dir / "gang.json").read_text())
     del gang_status["ranks"]["1"]
     (tmp_path / "gang.json").write_text(json.dumps(gang_status))
-    done = doctor("attach", "--run-dir", str(tmp_path))
-    assert done.returncode == 1
-    assert "  rank 1: no heartbeat" in done.stdout.splitlines()
-    assert "not well: rank 1 is not here" in done.stdout
+    process = doctor("attach", "--run-dir", str(tmp_path))
+    assert process.returncode == 1
+    assert "  rank 1: no heartbeat" in process.stdout.splitlines()
+    assert "unhealthy: rank 1 is missing" in process.stdout
 
 
-def test_before_anything_was_posted(part: Part, tmp_path: Path) -> None:
+def test_missing_status_file(part: Part, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
-    done = doctor("attach", "--run-dir", str(tmp_path))
-    assert done.returncode == 1
-    assert "  nothing was posted yet" in done.stdout.splitlines()
+    process = doctor("attach", "--run-dir", str(tmp_path))
+    assert process.returncode == 1
+    assert "  gang.json was not written yet" in process.stdout.splitlines()
 
 
-def test_its_ports_and_memory_are_not_in_its_own_way(part: Part) -> None:
-    """The doctor of a running part judges the machine, and not the part's own use of it; a start would fail."""
+def test_running_part_does_not_conflict_with_its_own_ports_and_memory(part: Part) -> None:
+    """With --starting it does, because a second start would fail."""
     env = {"START_PORT": str(part.port), "TP_SIZE": "2"}
-    well = report(doctor("-o", "json", "--only", "N-08,S-01", env=env))
-    assert (well["verdict"], well["exit_code"]) == ("ok", 0)
+    running = report(doctor("-o", "json", "--only", "N-08,S-01", env=env))
+    assert (running["verdict"], running["exit_code"]) == ("ok", 0)
     starting = report(doctor("-o", "json", "--only", "N-08", "--starting", env=env))
-    taken = next(check for check in starting["checks"] if check["id"] == "N-08")
-    assert taken["status"] == "error"
-    assert f"in use by pid {part.pid('api')}" in taken["actual"]
+    port_check = next(check for check in starting["checks"] if check["id"] == "N-08")
+    assert port_check["status"] == "error"
+    assert f"in use by pid {part.pid('api')}" in port_check["actual"]
 
 
-def test_no_part(tmp_path: Path) -> None:
-    done = doctor("attach", "--run-dir", str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"rtp-llm-doctor: no running part in {tmp_path}\n"
+def test_run_dir_without_part(tmp_path: Path) -> None:
+    process = doctor("attach", "--run-dir", str(tmp_path))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == f"rtp-llm-doctor: no running part in {tmp_path}\n"
 
 
 def test_no_part_among_the_processes() -> None:
-    """In a pid namespace of its own, where no part can be seen."""
+    """Runs in a new PID namespace, in which no part is visible."""
     inside = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*inside, "true"], capture_output=True).returncode:
         pytest.skip("no pid namespaces here")
-    done = doctor("attach", inside=inside)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("rtp-llm-doctor: no running part among the processes that can be seen here")
+    process = doctor("attach", inside=inside)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("rtp-llm-doctor: no running part among the visible processes")
 
 
 @contextmanager
-def called(*words: str) -> Iterator[int]:
-    """A process with these words in its command line."""
+def process_with_arguments(*arguments: str) -> Iterator[int]:
+    """Runs a process with these words in its command line."""
     code = "import sys; print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout
         process.stdout.readline()
@@ -162,39 +163,38 @@ BROKEN = ["", "{", "[]", "null", '{"config": {}}', '{"config": {"tp_size": "x"},
 
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
-def test_what_is_called_like_a_part_is_no_part(text: str, tmp_path: Path) -> None:
-    """Neither hinders the doctor."""
+def test_process_that_looks_like_a_part_is_ignored(text: str, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text(text)
     env = {"START_PORT": "19871"}
-    with called("rtp_llm.api.main"), called("rtp_llm.api.main", str(tmp_path)):
-        done = doctor("-o", "short", "--only", "N-08", env=env)
-        assert (done.returncode, done.stderr) == (0, "")
-    done = doctor("attach", "--run-dir", str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
+    with process_with_arguments("rtp_llm.api.main"), process_with_arguments("rtp_llm.api.main", str(tmp_path)):
+        process = doctor("-o", "short", "--only", "N-08", env=env)
+        assert (process.returncode, process.stderr) == (0, "")
+    process = doctor("attach", "--run-dir", str(tmp_path))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith(
         f"rtp-llm-doctor: cannot run: {tmp_path}/part.json: is not what start_server writes: "
     )
-    assert len(done.stderr.splitlines()) == 1
+    assert len(process.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"epoch": 1, "ranks": {"0": {}}, "message": ""}'], ids="EBLR")
-def test_a_board_that_is_none(text: str, part: Part, tmp_path: Path) -> None:
+def test_invalid_status_file(text: str, part: Part, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
     (tmp_path / "gang.json").write_text(text)
-    done = doctor("attach", "--run-dir", str(tmp_path))
-    assert (done.returncode, done.stderr) == (1, "")
-    assert f"  {tmp_path}/gang.json is not what the ranks post" in done.stdout.splitlines()
+    process = doctor("attach", "--run-dir", str(tmp_path))
+    assert (process.returncode, process.stderr) == (1, "")
+    assert f"  {tmp_path}/gang.json is not a valid status file" in process.stdout.splitlines()
 
 
 @pytest.mark.parametrize("change", [{"TP_SIZE": "1"}, {"CHECKPOINT_PATH": "/models/other"}], ids=["plan", "checkpoint"])
-def test_another_deployment_on_its_port_is_in_the_way(change: dict[str, str], part: Part) -> None:
+def test_another_deployment_on_the_port_is_a_conflict(change: dict[str, str], part: Part) -> None:
     env = {"START_PORT": str(part.port), "TP_SIZE": "2", **change}
-    done = doctor("-o", "json", "--only", "N-08", env=env)
-    assert [c["status"] for c in report(done)["checks"] if c["id"] == "N-08"] == ["error"]
+    process = doctor("-o", "json", "--only", "N-08", env=env)
+    assert [c["status"] for c in report(process)["checks"] if c["id"] == "N-08"] == ["error"]
 
 
-def test_the_same_deployment_is_not_in_its_own_way(part: Part) -> None:
+def test_the_same_deployment_is_no_conflict(part: Part) -> None:
     settings = json.loads((part.run_dir / "part.json").read_text())["config"]
     env = {"START_PORT": str(part.port), "TP_SIZE": "2", "CHECKPOINT_PATH": settings["checkpoint_path"]}
-    done = doctor("-o", "json", "--only", "N-08", env=env)
-    assert [c["status"] for c in report(done)["checks"] if c["id"] == "N-08"] == ["ok"]
+    process = doctor("-o", "json", "--only", "N-08", env=env)
+    assert [c["status"] for c in report(process)["checks"] if c["id"] == "N-08"] == ["ok"]

@@ -1,4 +1,4 @@
-"""The bundle: one file for whoever helps, the same bytes for the same input, and no secret in it."""
+"""The bundle: reproducible, and without secrets."""
 
 import json
 import re
@@ -28,7 +28,7 @@ SECRETS = {
     "NCCL_PASS": "open-sesame",
 }
 PUBLIC = {"TP_SIZE": "2", "TOKENIZER_PATH": "/models/demo", "MAX_BATCH_TOKENS_SIZE": "4096", "NCCL_DEBUG": "INFO"}
-# A credential in a line, and the words of it that must not be left.
+# A line with a credential, and the text that must be redacted.
 SHAPES = [
     ("Authorization: Bearer abc.def-ghi", "abc.def-ghi"),
     ('{"authorization": "Basic dXNlcjpwYXNz"}', "dXNlcjpwYXNz"),
@@ -76,11 +76,11 @@ HARMLESS = [
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
-    """With a finding whose text holds every secret, as a misspelt variable's would."""
-    found = faulty_report(tmp_path / "machine", Runtime.DOCKER, monkeypatch)
-    told = "; ".join(SECRETS.values())
-    leak = make_finding(REGISTRY["M-13"], error(told, "nothing", f"say {told}", values=list(SECRETS.values())), 0.0)
-    return found.model_copy(update={"checks": [leak, *found.checks]})
+    """A report with a finding that contains every secret, as that of a misspelled variable may."""
+    report = faulty_report(tmp_path / "machine", Runtime.DOCKER, monkeypatch)
+    text = "; ".join(SECRETS.values())
+    leak = make_finding(REGISTRY["M-13"], error(text, "nothing", f"say {text}", values=list(SECRETS.values())), 0.0)
+    return report.model_copy(update={"checks": [leak, *report.checks]})
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_names(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) ->
     assert sorted(contents(tmp_path / "bundle.tgz")) == [f"rtp-llm-doctor/{name}" for name in names]
 
 
-def test_no_name_leads_out_of_the_folder(report: Report, host: FakeHost, tmp_path: Path) -> None:
+def test_archive_extracts_into_one_directory(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
     with tarfile.open(tmp_path / "bundle.tgz") as archive:
         archive.extractall(tmp_path / "out", filter="data")
@@ -136,7 +136,7 @@ def test_the_same_input_gives_the_same_bytes(
     assert (tmp_path / "one.tgz").read_bytes() == (tmp_path / "other.tgz").read_bytes()
 
 
-def test_no_secret_is_in_it(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
+def test_bundle_has_no_secret(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
     files = contents(tmp_path / "bundle.tgz")
     for secret in [*SECRETS.values(), "hf-of-somebody", "of-the-file"]:
@@ -146,20 +146,20 @@ def test_no_secret_is_in_it(report: Report, host: FakeHost, run_dir: Path, tmp_p
     assert REDACTED in files["rtp-llm-doctor/report.json"]
 
 
-def test_the_report_in_it_can_still_be_read(report: Report, host: FakeHost, tmp_path: Path) -> None:
+def test_bundled_report_is_valid(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
-    found = Report.model_validate_json(contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/report.json"])
-    assert [f.id for f in found.checks] == [f.id for f in report.checks]
-    assert found.checks[1:] == report.checks[1:]
+    bundled = Report.model_validate_json(contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/report.json"])
+    assert [f.id for f in bundled.checks] == [f.id for f in report.checks]
+    assert bundled.checks[1:] == report.checks[1:]
 
 
-def test_the_environment_is_what_the_server_would_read(report: Report, host: FakeHost, tmp_path: Path) -> None:
+def test_environment_has_only_variables_that_the_server_reads(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
     rows = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/environment.txt"].splitlines()
     assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in PUBLIC.items()), *(f"{n}={REDACTED}" for n in SECRETS)])
 
 
-def test_only_the_end_of_a_long_log_is_taken(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
+def test_long_log_is_truncated_to_its_end(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
     log = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/part/supervisord.log"]
     assert log.endswith("last line\n")
@@ -167,7 +167,7 @@ def test_only_the_end_of_a_long_log_is_taken(report: Report, host: FakeHost, run
 
 
 @pytest.mark.parametrize(("line", "secret"), SHAPES)
-def test_shapes_of_secrets(line: str, secret: str) -> None:
+def test_credentials_are_redacted(line: str, secret: str) -> None:
     for text in (line, f"before {line} after", f"before\n{line}\nafter"):
         assert secret not in redact(text)
         assert REDACTED in redact(text)
@@ -175,11 +175,11 @@ def test_shapes_of_secrets(line: str, secret: str) -> None:
 
 
 @pytest.mark.parametrize("line", HARMLESS)
-def test_what_is_no_secret_stays(line: str) -> None:
+def test_harmless_text_is_not_redacted(line: str) -> None:
     assert redact(line) == line
 
 
-def test_json_stays_json() -> None:
+def test_redacted_json_is_valid() -> None:
     data = {"gang_secret": "hunter2", "password": "", "url": "https://u:p@h/x", "text": "token=abc", "n": [1]}
     assert json.loads(redact(json.dumps(data))) == {
         "gang_secret": REDACTED,
@@ -190,21 +190,21 @@ def test_json_stays_json() -> None:
     }
 
 
-def test_only_secrets_among_the_settings_are_secret() -> None:
+def test_secret_settings() -> None:
     assert {name for name in Config.model_fields if is_secret(name)} == {"gang_secret", "gang_secret_file"}
 
 
-def test_a_switch_is_no_secret_wherever_its_value_stands() -> None:
+def test_switch_values_are_not_redacted() -> None:
     assert redact('{"warm_up": true}', ["true"]) == '{"warm_up": true}'
 
 
-def test_a_long_word_takes_no_long_time() -> None:
+def test_redact_of_a_long_word_is_fast() -> None:
     word = "x" * (200 << 10)
     assert redact(word) == word
 
 
 def test_a_real_bundle(tmp_path: Path) -> None:
-    """Also where the environment holds bytes that are no text."""
+    """The environment holds bytes that are not valid UTF-8."""
     path = tmp_path / "bundle.tgz"
     env = {"GANG_SECRET": "hunter2-of-the-gang", "AUX_STRING": "\udcff", "START_PORT": "19851"}
     done = doctor("--bundle", str(path), env=env)
@@ -213,6 +213,6 @@ def test_a_real_bundle(tmp_path: Path) -> None:
         rf"{re.escape(str(path))}: environment\.txt, .*report\.json; read it before you pass it on", done.stderr
     )
     files = contents(path)
-    assert "GANG_SECRET=(left out)\n" in files["rtp-llm-doctor/environment.txt"]
+    assert "GANG_SECRET=(redacted)\n" in files["rtp-llm-doctor/environment.txt"]
     assert "AUX_STRING=\\udcff\n" in files["rtp-llm-doctor/environment.txt"]
     assert not any("hunter2" in text for text in files.values())

@@ -1,4 +1,4 @@
-"""Checks that hang, crash or raise: the others still run, and the finding says what happened."""
+"""If a check hangs, crashes or raises, the others still run and its finding says what happened."""
 
 import ctypes
 import faulthandler
@@ -21,12 +21,12 @@ from tests.doctor.fixtures import FakeHost
 Function = Callable[[CheckContext], CheckResult]
 
 
-def well(ctx: CheckContext) -> CheckResult:
-    return ok("well")
+def passing(ctx: CheckContext) -> CheckResult:
+    return ok("passed")
 
 
-def bad(ctx: CheckContext) -> CheckResult:
-    return error("bad", "good", "mend it")
+def failing(ctx: CheckContext) -> CheckResult:
+    return error("failed", "passed", "fix it")
 
 
 def hanging(ctx: CheckContext) -> CheckResult:
@@ -41,29 +41,29 @@ def raising(ctx: CheckContext) -> CheckResult:
 
 def dying(number: signal.Signals) -> Function:
     def run(ctx: CheckContext) -> CheckResult:
-        faulthandler.disable()  # pytest's would say so at length
+        faulthandler.disable()  # pytest's handler would print tracebacks
         os.kill(os.getpid(), number)
         raise AssertionError
 
     return run
 
 
-def wild(ctx: CheckContext) -> CheckResult:
+def segfaulting(ctx: CheckContext) -> CheckResult:
     faulthandler.disable()
-    ctypes.string_at(8)  # reads where nothing is
+    ctypes.string_at(8)  # reads an unmapped address
     raise AssertionError
 
 
-def leaving(ctx: CheckContext) -> CheckResult:
+def exiting(ctx: CheckContext) -> CheckResult:
     sys.exit(3)
 
 
-def chattering(ctx: CheckContext) -> CheckResult:
-    return ok("x" * 300_000)  # more than a pipe holds
+def large_result(ctx: CheckContext) -> CheckResult:
+    return ok("x" * 300_000)  # larger than a pipe's buffer
 
 
-def make(id: str, run: Function = well, *, needs: Sequence[str] = (), timeout: float = 20) -> Check:
-    return Check(id, "trial", f"{id} is well", run, 0, Status.ERROR, (), tuple(needs), Repair.CONFIG, timeout)
+def make(id: str, run: Function = passing, *, needs: Sequence[str] = (), timeout: float = 20) -> Check:
+    return Check(id, "trial", f"{id} passes", run, 0, Status.ERROR, (), tuple(needs), Repair.CONFIG, timeout)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def ctx(tmp_path: Path) -> CheckContext:
     return CheckContext(FakeHost(tmp_path))
 
 
-def judged(findings: Sequence[Finding]) -> dict[str, tuple[Status, str]]:
+def results(findings: Sequence[Finding]) -> dict[str, tuple[Status, str]]:
     return {f.id: (f.status, f.actual) for f in findings}
 
 
@@ -85,32 +85,32 @@ def test_findings_come_in_order(ctx: CheckContext) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGKILL])
-def test_a_check_that_is_killed_is_a_crash_and_the_others_run(number: signal.Signals, ctx: CheckContext) -> None:
-    found = judged(run_checks([make("T-1"), make("T-2", dying(number)), make("T-3")], ctx))
-    assert found["T-2"] == (Status.CRASH, f"the check's process died: signal {number.value} ({number.name})")
-    assert found["T-1"] == found["T-3"] == (Status.OK, "well")
+def test_killed_check_is_a_crash_and_the_others_run(number: signal.Signals, ctx: CheckContext) -> None:
+    by_id = results(run_checks([make("T-1"), make("T-2", dying(number)), make("T-3")], ctx))
+    assert by_id["T-2"] == (Status.CRASH, f"the check's process died: signal {number.value} ({number.name})")
+    assert by_id["T-1"] == by_id["T-3"] == (Status.OK, "passed")
 
 
 def test_a_real_segmentation_fault(ctx: CheckContext) -> None:
-    found = run_checks([make("T-1", wild), make("T-2")], ctx)
-    assert [f.status for f in found] == [Status.CRASH, Status.OK]
-    assert "SIGSEGV" in found[0].actual
+    findings = run_checks([make("T-1", segfaulting), make("T-2")], ctx)
+    assert [f.status for f in findings] == [Status.CRASH, Status.OK]
+    assert "SIGSEGV" in findings[0].actual
 
 
-def test_a_check_that_hangs_is_killed_and_unknown(ctx: CheckContext) -> None:
-    """Even one that no signal but SIGKILL ends."""
+def test_hanging_check_is_killed_and_unknown(ctx: CheckContext) -> None:
+    """Also if it blocks all signals but SIGKILL."""
     findings = run_checks([make("T-1"), make("T-2", hanging, timeout=0.3), make("T-3")], ctx)
-    assert judged(findings) == {
-        "T-1": (Status.OK, "well"),
-        "T-2": (Status.UNKNOWN, "gave no answer within 0.3 s and was killed"),
-        "T-3": (Status.OK, "well"),
+    assert results(findings) == {
+        "T-1": (Status.OK, "passed"),
+        "T-2": (Status.UNKNOWN, "did not finish within 0.3 s and was killed"),
+        "T-3": (Status.OK, "passed"),
     }
     assert findings[1].duration_ms == 300
     assert (report(ctx, findings).verdict, report(ctx, findings).exit_code) == ("incomplete", DoctorExitCode.INCOMPLETE)
 
 
 def test_no_process_is_left(ctx: CheckContext) -> None:
-    before = set(psutil.Process().children())  # other tests may have servers running
+    before = set(psutil.Process().children())  # servers of other tests
     run_checks([make("T-1", hanging, timeout=0.2), make("T-2", dying(signal.SIGSEGV)), make("T-3")], ctx)
     assert set(psutil.Process().children()) <= before
 
@@ -123,72 +123,74 @@ def test_no_file_is_left_open(ctx: CheckContext) -> None:
 
 def test_an_exception_is_a_crash(ctx: CheckContext) -> None:
     findings = run_checks([make("T-1", raising), make("T-2")], ctx)
-    assert judged(findings)["T-1"] == (Status.CRASH, "the check failed: ValueError: no such thing")
-    assert judged(findings)["T-2"] == (Status.OK, "well")
+    assert results(findings)["T-1"] == (Status.CRASH, "the check failed: ValueError: no such thing")
+    assert results(findings)["T-2"] == (Status.OK, "passed")
     assert report(ctx, findings).exit_code == DoctorExitCode.INCOMPLETE
 
 
-def test_leaving_is_a_crash(ctx: CheckContext) -> None:
-    findings = run_checks([make("T-1", leaving), make("T-2")], ctx)
+def test_exit_is_a_crash(ctx: CheckContext) -> None:
+    findings = run_checks([make("T-1", exiting), make("T-2")], ctx)
     assert [f.status for f in findings] == [Status.CRASH, Status.OK]
 
 
 def test_a_finding_larger_than_a_pipe_arrives(ctx: CheckContext) -> None:
-    findings = run_checks([make("T-1", chattering), make("T-2")], ctx)
-    assert [len(f.actual) for f in findings] == [300_000, 4]
+    findings = run_checks([make("T-1", large_result), make("T-2")], ctx)
+    assert [len(f.actual) for f in findings] == [300_000, 6]
 
 
-def test_bytes_that_are_no_text_arrive(ctx: CheckContext) -> None:
+def test_invalid_utf8_is_escaped(ctx: CheckContext) -> None:
     findings = run_checks([make("T-1", lambda ctx: error("/models/\udcff\x1b", "text", "rm \udcff"))], ctx)
     assert findings[0].actual == r"/models/\udcff\x1b"
     assert findings[0].fix.host == r"rm \udcff"
 
 
 @pytest.mark.parametrize(
-    ("cause", "timeout"), [(bad, 20), (raising, 20), (dying(signal.SIGBUS), 20), (hanging, 0.2)], ids="ERXH"
+    ("cause", "timeout"), [(failing, 20), (raising, 20), (dying(signal.SIGBUS), 20), (hanging, 0.2)], ids="ERXH"
 )
-def test_what_needs_it_is_skipped_and_says_why(cause: Function, timeout: float, ctx: CheckContext) -> None:
+def test_check_is_skipped_if_a_dependency_fails(cause: Function, timeout: float, ctx: CheckContext) -> None:
     checks = [make("T-1", cause, timeout=timeout), make("T-2", raising, needs=("T-0", "T-1")), make("T-3")]
-    found = judged(run_checks(checks, ctx))
-    assert found["T-2"] == (Status.SKIP, "because T-1")
-    assert found["T-3"] == (Status.OK, "well")
+    by_id = results(run_checks(checks, ctx))
+    assert by_id["T-2"] == (Status.SKIP, "because T-1")
+    assert by_id["T-3"] == (Status.OK, "passed")
 
 
-@pytest.mark.parametrize("outcome", [warn("so", "not so", "mend it"), skip("no"), ok("yes")], ids=lambda o: o.status)
-def test_what_is_no_fault_stops_nothing(outcome: CheckResult, ctx: CheckContext) -> None:
-    assert run_checks([make("T-1", lambda ctx: outcome), make("T-2", needs=("T-1",))], ctx)[1].status == Status.OK
+@pytest.mark.parametrize(
+    "result", [warn("so", "not so", "fix it"), skip("no"), ok("yes")], ids=lambda result: result.status
+)
+def test_warn_skip_and_ok_block_no_dependent_check(result: CheckResult, ctx: CheckContext) -> None:
+    assert run_checks([make("T-1", lambda ctx: result), make("T-2", needs=("T-1",))], ctx)[1].status == Status.OK
 
 
-def test_the_root_is_named_through_any_number_of_checks(ctx: CheckContext) -> None:
-    """T-4 needs T-3 needs T-2 needs T-1: the first red line is the cause of all, and the only one."""
-    chain = [make("T-1", bad), *(make(f"T-{n}", raising, needs=(f"T-{n - 1}",)) for n in (2, 3, 4, 5))]
+def test_skipped_checks_name_the_first_cause(ctx: CheckContext) -> None:
+    """T-5 needs T-4, and so on to T-1: the first check that fails is the only problem."""
+    chain = [make("T-1", failing), *(make(f"T-{n}", raising, needs=(f"T-{n - 1}",)) for n in (2, 3, 4, 5))]
     findings = run_checks([*chain, make("T-6")], ctx)
-    assert [f.actual for f in findings] == ["bad", *["because T-1"] * 4, "well"]
+    assert [f.actual for f in findings] == ["failed", *["because T-1"] * 4, "passed"]
     assert [f.id for f in report(ctx, findings).problems()] == ["T-1"]
 
 
-def test_a_cause_is_asked_first_wherever_it_stands(ctx: CheckContext) -> None:
-    checks = [make("T-1", raising, needs=("T-2",)), make("T-2", raising, needs=("T-3",)), make("T-3", bad)]
+def test_dependencies_run_first_in_any_order_of_the_list(ctx: CheckContext) -> None:
+    checks = [make("T-1", raising, needs=("T-2",)), make("T-2", raising, needs=("T-3",)), make("T-3", failing)]
     findings = run_checks(checks, ctx)
-    assert [(f.id, f.actual) for f in findings] == [("T-1", "because T-3"), ("T-2", "because T-3"), ("T-3", "bad")]
+    assert [(f.id, f.actual) for f in findings] == [("T-1", "because T-3"), ("T-2", "because T-3"), ("T-3", "failed")]
 
 
 def test_the_first_of_several_causes_is_named(ctx: CheckContext) -> None:
-    checks = [make("T-1", bad), make("T-2", bad), make("T-3", needs=("T-2", "T-1"))]
+    checks = [make("T-1", failing), make("T-2", failing), make("T-3", needs=("T-2", "T-1"))]
     assert run_checks(checks, ctx)[2].actual == "because T-2"
 
 
-def test_what_was_found_earlier_counts(ctx: CheckContext) -> None:
-    """The tiers run one after another; a later one needs what an earlier one found."""
-    earlier = run_checks([make("T-1", bad), make("T-2", needs=("T-1",))], ctx)
-    assert judged(run_checks([make("T-3", needs=("T-2",))], ctx, earlier)) == {"T-3": (Status.SKIP, "because T-1")}
+def test_earlier_findings_count_as_dependencies(ctx: CheckContext) -> None:
+    """Checks of a later tier may need those of an earlier one."""
+    earlier = run_checks([make("T-1", failing), make("T-2", needs=("T-1",))], ctx)
+    assert results(run_checks([make("T-3", needs=("T-2",))], ctx, earlier)) == {"T-3": (Status.SKIP, "because T-1")}
 
 
-def test_what_cannot_be_read_is_never_green(ctx: CheckContext) -> None:
+def test_unknown_makes_the_run_incomplete(ctx: CheckContext) -> None:
     findings = run_checks([make("T-1", lambda ctx: unknown("cannot be read"))], ctx)
     assert (report(ctx, findings).verdict, report(ctx, findings).exit_code) == ("incomplete", DoctorExitCode.INCOMPLETE)
 
 
-def test_an_error_outweighs_what_is_unknown(ctx: CheckContext) -> None:
-    findings = run_checks([make("T-1", raising), make("T-2", bad)], ctx)
+def test_error_has_priority_over_unknown(ctx: CheckContext) -> None:
+    findings = run_checks([make("T-1", raising), make("T-2", failing)], ctx)
     assert report(ctx, findings).exit_code == DoctorExitCode.ERRORS

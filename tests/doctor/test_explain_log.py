@@ -1,7 +1,6 @@
-"""A log names the checks that its lines speak of, and no others.
+"""explain-log names the checks for the symptoms in a log, and no others.
 
-`logs/` holds what people see when a start fails, line by line as NCCL, CUDA, torch, container runtimes and this
-server print it, and what they print while all is well.
+`logs/` holds logs of failed and of healthy starts, as NCCL, CUDA, torch, container runtimes and this server print them.
 """
 
 from pathlib import Path
@@ -10,16 +9,16 @@ import pytest
 
 from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY, Symptom
-from doctor.explain import EXIT_CODES, KILLED, KILLED_WORDS, find_symptoms
+from doctor.explain import EXIT_CODES, KILLED, KILLED_TEXT, find_symptoms
 from rtp_llm.errors import ExitCode
 from tests.doctor.fixtures import doctor
 
 LOGS = Path(__file__).parent / "logs"
 SYMPTOMS = [(check.id, symptom) for check in REGISTRY.values() for symptom in check.symptoms]
-# What "…" may stand for in a line.
-PLAUSIBLE = ("3", "/dev/shm/nccl-jX2kQa", "10.0.0.5:29500", "node-a and node-b (rank 7): 0x7f")
-# The ids that each log names.
-NAMED: dict[str, set[str]] = {
+# Text that "…" may match.
+FILLINGS = ("3", "/dev/shm/nccl-jX2kQa", "10.0.0.5:29500", "node-a and node-b (rank 7): 0x7f")
+# The check ids of each log.
+EXPECTED_IDS: dict[str, set[str]] = {
     "bus-error-exit-135": {"S-01"},
     "bus-error-python": {"S-01"},
     "bus-error-torchrun": {"S-01"},
@@ -78,41 +77,46 @@ NAMED: dict[str, set[str]] = {
 }
 
 
-def named(text: str) -> set[str]:
-    return {hit.check.id for hit in find_symptoms(text)}
+def check_ids(text: str) -> set[str]:
+    return {match.check.id for match in find_symptoms(text)}
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", EXPECTED_IDS)
 def test_a_log_names_these_checks_and_no_others(name: str) -> None:
-    assert named((LOGS / f"{name}.log").read_text()) == NAMED[name]
+    assert check_ids((LOGS / f"{name}.log").read_text()) == EXPECTED_IDS[name]
 
 
 def test_every_log_has_a_test() -> None:
-    assert {path.stem for path in LOGS.iterdir()} == NAMED.keys()
+    assert {path.stem for path in LOGS.iterdir()} == EXPECTED_IDS.keys()
 
 
 @pytest.mark.parametrize(("id", "symptom"), SYMPTOMS, ids=[f"{id}-{n}" for n, (id, _) in enumerate(SYMPTOMS)])
 def test_every_symptom_finds_its_check(id: str, symptom: Symptom) -> None:
-    for filling in PLAUSIBLE:
-        said = symptom.text.replace("…", filling)
-        for line in (said, f"  {said}", f"[rank1]:[E302 10:31:12] {said}, and more.", said.replace(" ", "  ")):
-            assert id in named(f"before\n{line}\nafter"), line
+    for filling in FILLINGS:
+        message = symptom.text.replace("…", filling)
+        for line in (
+            message,
+            f"  {message}",
+            f"[rank1]:[E302 10:31:12] {message}, and more.",
+            message.replace(" ", "  "),
+        ):
+            assert id in check_ids(f"before\n{line}\nafter"), line
 
 
 @pytest.mark.parametrize(("id", "symptom"), SYMPTOMS, ids=[f"{id}-{n}" for n, (id, _) in enumerate(SYMPTOMS)])
-def test_every_symptom_says_enough(id: str, symptom: Symptom) -> None:
-    """Part of a word, other capitals, or text that goes on over two lines is not what was printed."""
-    said = symptom.text.replace("…", "3")
+def test_symptom_matches_whole_words_of_one_line(id: str, symptom: Symptom) -> None:
+    """Parts of words, other capitals, or text over two lines do not match."""
+    message = symptom.text.replace("…", "3")
     if symptom.text[0].isalnum() or symptom.text[-1].isalnum():
-        assert not symptom.pattern.search(f"x{said}x")
-    assert not symptom.pattern.search(said.swapcase()) or not any(c.isalpha() for c in said)
-    if " " in said:
-        assert not symptom.pattern.search(said.replace(" ", "\n"))
+        assert not symptom.pattern.search(f"x{message}x")
+    assert not symptom.pattern.search(message.swapcase()) or not any(c.isalpha() for c in message)
+    if " " in message:
+        assert not symptom.pattern.search(message.replace(" ", "\n"))
 
 
-def test_the_first_line_of_each_check_is_told_in_order() -> None:
-    text = "all is well\nCUDA error: invalid device ordinal\n  Bus error (core dumped)\nBus error (core dumped)\n"
-    assert [(hit.number, hit.check.id, hit.line) for hit in find_symptoms(text)] == [
+def test_find_symptoms_returns_the_first_line_of_each_check_in_order() -> None:
+    text = "started\nCUDA error: invalid device ordinal\n  Bus error (core dumped)\nBus error (core dumped)\n"
+    assert [(match.number, match.check.id, match.line) for match in find_symptoms(text)] == [
         (2, "G-09", "CUDA error: invalid device ordinal"),
         (3, "S-01", "Bus error (core dumped)"),
     ]
@@ -132,53 +136,55 @@ def test_the_first_line_of_each_check_is_told_in_order() -> None:
 )
 def test_exit_codes_are_read_as_runtimes_print_them(line: str) -> None:
     for code, ids in EXIT_CODES.items():
-        assert named(line.format(code)) == set(ids)
+        assert check_ids(line.format(code)) == set(ids)
     for code in (135, 137):
-        assert named(line.format(code)) == {KILLED[code]}
+        assert check_ids(line.format(code)) == {KILLED[code]}
     for code in (0, 1, 143, 1350):
-        assert named(line.format(code)) == set()
+        assert check_ids(line.format(code)) == set()
 
 
 def test_the_last_code_of_this_server_counts() -> None:
-    """The ranks that lose a peer end with 71, which is only the echo."""
-    assert named("leaving the epoch (exit code 71)\nthe part ends with exit code 73") == set(EXIT_CODES[73])
-    assert named("leaving the epoch (exit code 71)\nthe part ends with exit code 70") == set()
+    """Ranks that lose a peer exit with 71, a consequence of the real cause."""
+    assert check_ids("leaving the epoch (exit code 71)\nthe part ends with exit code 73") == set(EXIT_CODES[73])
+    assert check_ids("leaving the epoch (exit code 71)\nthe part ends with exit code 70") == set()
 
 
-def test_codes_and_words_name_checks() -> None:
+def test_exit_codes_refer_to_existing_checks() -> None:
     assert {id for ids in EXIT_CODES.values() for id in ids} <= REGISTRY.keys()
-    assert {*KILLED.values(), *KILLED_WORDS.values()} <= REGISTRY.keys()
+    assert {*KILLED.values(), *KILLED_TEXT.values()} <= REGISTRY.keys()
     assert EXIT_CODES.keys() <= set(ExitCode)
 
 
-def test_a_part_that_came_was_only_waited_for() -> None:
-    wait = "[part1 rank1] 09:55:30 INFO rtp_llm.parallel.gang_client: waiting for part0 (10.0.0.5:10000, ranks 0-1)\n"
-    here = "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang_client: epoch 1: all 4 ranks are here and agree\n"
-    assert named(wait) == {"C-09"}
-    assert named(f"rtp-1  | {wait}") == {"C-09"}
-    assert named(wait + here) == set()
-    assert named(wait + here + wait) == {"C-09"}, "the next epoch waits again"
+def test_waiting_is_no_symptom_if_the_gang_forms_later() -> None:
+    waiting = (
+        "[part1 rank1] 09:55:30 INFO rtp_llm.parallel.gang_client: waiting for part0 (10.0.0.5:10000, ranks 0-1)\n"
+    )
+    formed = "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang_client: epoch 1: all 4 ranks are here and agree\n"
+    assert check_ids(waiting) == {"C-09"}
+    assert check_ids(f"rtp-1  | {waiting}") == {"C-09"}
+    assert check_ids(waiting + formed) == set()
+    assert check_ids(waiting + formed + waiting) == {"C-09"}, "the next epoch waits again"
 
 
-def test_what_this_server_says_for_information_is_no_symptom() -> None:
+def test_info_lines_of_this_server_are_no_symptom() -> None:
     text = "[part0 rank0] 09:55:36 {} rtp_llm.engine: Bus error (core dumped)"
     json = '{{"time": "2026-03-02T09:54:37.210Z", "level": "{}", "message": "Bus error (core dumped)"}}'
     for line in (text, f"2026-03-02T09:55:36Z {text}", json):
-        assert named(line.format("INFO")) == set()
-        assert named(line.format("ERROR")) == {"S-01"}
+        assert check_ids(line.format("INFO")) == set()
+        assert check_ids(line.format("ERROR")) == {"S-01"}
 
 
-def test_nothing_and_nonsense() -> None:
+def test_empty_and_random_text_has_no_symptom() -> None:
     assert find_symptoms("") == []
     assert find_symptoms("\0\x1b[31m\n\ufffd" * 100) == []
     assert find_symptoms("(" * 10_000 + "x" * 100_000) == []
 
 
-def test_secrets_and_terminal_orders_of_a_log_are_not_repeated(tmp_path: Path) -> None:
+def test_quoted_line_has_no_secrets_and_no_escape_sequences(tmp_path: Path) -> None:
     line = "\x1b[31mBus error (core dumped)\x1b[0m HF_TOKEN=hf_abcdefghijklmnop --api-key sk-12 --token very\n"
     (tmp_path / "log").write_text(line)
-    done = doctor("explain-log", str(tmp_path / "log"))
-    quoted = done.stdout.splitlines()[0]
+    process = doctor("explain-log", str(tmp_path / "log"))
+    quoted = process.stdout.splitlines()[0]
     assert "Bus error (core dumped)" in quoted
     for hidden in ("\x1b", "hf_abcdefghijklmnop", "sk-12", "very"):
         assert hidden not in quoted

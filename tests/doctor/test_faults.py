@@ -449,7 +449,7 @@ def test_names_that_do_not_resolve_yet_are_waited_for_at_a_start(box: FaultyPart
 
 
 def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond 65000 START_PORT ends; at 10000 the roll call's port would be taken."""
+    """Beyond 65000 START_PORT ends; at 10000 the rendezvous port would be in use."""
     taken = {65000, 9999}
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda p: "in use" if p.port in taken else "")
     box.set(START_PORT="65000", TP_SIZE="2")
@@ -466,7 +466,7 @@ def in_use(*ports: int) -> Callable[[PlannedPort], str]:
     ("start", "ports", "other"),
     [
         (10000, (10000,), 10100),
-        (10000, (10000, 10099, 10189), 10300),  # the roll call's, and torch.distributed's
+        (10000, (10000, 10099, 10189), 10300),  # rendezvous and torch.distributed
         (64950, (64950,), 10000),
         (31900, (31900,), 61100),  # past the NodePorts and the ports of outgoing connections
         (40000, (40000,), 61100),

@@ -1,7 +1,7 @@
-"""Two parts in two network namespaces, joined by a cable, with something wrong between them or with one of them.
+"""Two parts in two network namespaces, joined by a veth pair, with a fault between them or in one of them.
 
-Each runs `rtp-llm-doctor gang`. Both must find the same, in the same words, name the direction and the party to blame,
-and nothing else.
+Each runs `rtp-llm-doctor gang`. Both must report the same problem in the same words, with its direction and the part
+that causes it, and no other problem.
 """
 
 import json
@@ -23,27 +23,27 @@ import pytest
 import rtp_llm
 from tests.doctor.fixtures import REPOSITORY, doctor, report
 
-PORT = 10000  # nobody else is in there
+PORT = 10000
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
-RANGE = "40000-49999"  # what the kernel gives to those who ask for any port, narrowed so that a rule can name it
+RANGE = "40000-49999"  # ephemeral ports; narrower than the default, so that a firewall rule can match them
 WAIT = 20.0
 
 
-KEEPING_CGROUPS = """\
+KEEP_CGROUPS = """\
 mount --make-rprivate / && mount -t tmpfs kept /mnt && mkdir /mnt/cgroup && mount --rbind /sys/fs/cgroup /mnt/cgroup &&
 exec ip netns exec "$0" sh -c 'mount --rbind /mnt/cgroup /sys/fs/cgroup && exec "$@"' sh "$@"
 """
 
 
-def ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+def ip(*arguments: str) -> None:
+    process = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if process.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {process.stderr.strip()}")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One machine: its namespace, and its end of the cable."""
+    """One machine: a network namespace and its end of the veth pair."""
 
     name: str
     device: str
@@ -51,16 +51,18 @@ class Side:
 
     @property
     def inside(self) -> list[str]:
-        """Words that run a command there. `ip netns exec` gives it a /sys of its own, without the cgroups: a place
-        keeps them meanwhile."""
-        return ["unshare", "--mount", "sh", "-c", KEEPING_CGROUPS, self.name]
+        """A command prefix that runs a command in the namespace.
 
-    def run(self, *words: str) -> None:
-        subprocess.run(["ip", "netns", "exec", self.name, *words], check=True, capture_output=True)
+        `ip netns exec` mounts a new /sys without cgroups, so they are bind-mounted elsewhere first.
+        """
+        return ["unshare", "--mount", "sh", "-c", KEEP_CGROUPS, self.name]
+
+    def run(self, *command: str) -> None:
+        subprocess.run(["ip", "netns", "exec", self.name, *command], check=True, capture_output=True)
 
     @contextmanager
-    def refusing_new(self, ports: str) -> Iterator[None]:
-        """New connections to these ports are lost without a word, answers to this side's own are not."""
+    def drop_new_connections(self, ports: str) -> Iterator[None]:
+        """Drops incoming SYN packets for these ports; connections that this side opens still work."""
         rule = ["INPUT", "-i", self.device, "-p", "tcp", "--syn", "--dport", ports.replace("-", ":"), "-j", "DROP"]
         try:
             self.run("iptables", "-I", *rule)
@@ -72,8 +74,8 @@ class Side:
             self.run("iptables", "-D", *rule)
 
     @contextmanager
-    def dropping(self, ports: str) -> Iterator[None]:
-        """What comes in for these TCP ports is lost without a word: policy routing, asked before the local table."""
+    def drop_ports(self, ports: str) -> Iterator[None]:
+        """Drops all incoming packets for these TCP ports, by policy routing before the local table."""
         rule = ("pref", "1", "iif", self.device, "ipproto", "tcp", "dport", ports, "blackhole")
         ip("-n", self.name, "rule", "add", *rule)
         try:
@@ -83,8 +85,8 @@ class Side:
 
 
 @contextmanager
-def losing_large_packets(side: Side) -> Iterator[None]:
-    """What comes in is dropped where it is longer than 1300 bytes, and nobody is told: a black hole for its MTU."""
+def drop_large_packets(side: Side) -> Iterator[None]:
+    """Drops incoming packets longer than 1300 bytes without an ICMP error: a path MTU black hole."""
     rule = ("INPUT", "-i", side.device, "-p", "tcp", "-m", "length", "--length", "1300:65535", "-j", "DROP")
     side.run("iptables", "-I", *rule)
     try:
@@ -93,7 +95,7 @@ def losing_large_packets(side: Side) -> Iterator[None]:
         side.run("iptables", "-D", *rule)
 
 
-def until_up(side: Side) -> None:
+def wait_until_up(side: Side) -> None:
     for _ in range(100):
         state = subprocess.run(["ip", "-n", side.name, "link", "show", side.device], capture_output=True, text=True)
         if "state UP" in state.stdout:
@@ -107,28 +109,28 @@ def sides() -> Iterator[list[Side]]:
     if not shutil.which("ip"):
         pytest.skip("needs ip, of iproute2")
     tag = f"doc{os.getpid()}{secrets.token_hex(2)}"
-    made = [Side(f"{tag}{n}", f"doc{n}", address) for n, address in enumerate(ADDRESSES)]
-    a, b = made
+    both = [Side(f"{tag}{n}", f"doc{n}", address) for n, address in enumerate(ADDRESSES)]
+    a, b = both
     try:
         try:
-            for side in made:
+            for side in both:
                 ip("netns", "add", side.name)
             ip("link", "add", a.device, "netns", a.name, "type", "veth", "peer", b.device, "netns", b.name)
-            for side in made:
+            for side in both:
                 ip("-n", side.name, "addr", "add", f"{side.address}/24", "dev", side.device)
                 for device in ("lo", side.device):
                     ip("-n", side.name, "link", "set", device, "up")
-                # The local table is asked first of all, unless its rule is moved.
+                # Moves the rule of the local table, which comes first by default.
                 ip("-n", side.name, "rule", "add", "pref", "5", "lookup", "local")
                 ip("-n", side.name, "rule", "del", "pref", "0", "lookup", "local")
                 side.run("sh", "-c", f"echo {RANGE.replace('-', ' ')} > /proc/sys/net/ipv4/ip_local_port_range")
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no network namespaces here: {error}")
-        for side in made:  # the kernel takes up to a second to notice its carrier
-            until_up(side)
-        yield made
+        for side in both:  # the kernel detects the carrier after up to a second
+            wait_until_up(side)
+        yield both
     finally:
-        for side in made:
+        for side in both:
             with suppress(OSError):
                 ip("netns", "delete", side.name)
 
@@ -154,110 +156,109 @@ def settings(demo: Path, part: int, addresses: Sequence[str] = ADDRESSES) -> dic
     }
 
 
-def meet(
+def run_gang_doctors(
     sides: Sequence[Side],
     demo: Path,
-    *differing: Mapping[str, str],
+    *environments: Mapping[str, str],
     addresses: Sequence[str] = ADDRESSES,
-    words: Sequence[str] = (),
+    arguments: Sequence[str] = (),
     wait: float = WAIT,
     code: Sequence[Path] = (REPOSITORY, REPOSITORY),
 ) -> list[dict[str, Any]]:
-    """The reports of the parts, each with settings, and perhaps code, of its own."""
+    """Returns the parts' reports. Each part may have settings and code of its own."""
 
-    def one(part: int) -> dict[str, Any]:
-        env = settings(demo, part, addresses) | dict(differing[part] if differing else {})
-        done = doctor(
-            "gang", f"--wait={wait}", "-o", "json", *words, env=env, inside=sides[part].inside, code=code[part]
-        )
-        answer = report(done)
-        assert answer["exit_code"] == done.returncode
-        return answer
+    def run_part(part: int) -> dict[str, Any]:
+        env = settings(demo, part, addresses) | dict(environments[part] if environments else {})
+        command = ("gang", f"--wait={wait}", "-o", "json", *arguments)
+        process = doctor(*command, env=env, inside=sides[part].inside, code=code[part])
+        part_report = report(process)
+        assert part_report["exit_code"] == process.returncode
+        return part_report
 
     with ThreadPoolExecutor(len(sides)) as pool:
-        return list(pool.map(one, range(len(sides))))
+        return list(pool.map(run_part, range(len(sides))))
 
 
-def gang_problems(answer: Mapping[str, Any]) -> dict[str, str]:
-    """Status by id of what is not well, among all checks."""
-    return {c["id"]: c["status"] for c in answer["checks"] if c["status"] not in ("ok", "skip")}
+def gang_problems(part_report: Mapping[str, Any]) -> dict[str, str]:
+    """Status by id of all checks that are neither ok nor skipped."""
+    return {c["id"]: c["status"] for c in part_report["checks"] if c["status"] not in ("ok", "skip")}
 
 
-def said(answer: Mapping[str, Any], id: str) -> str:
-    return str(next(c["actual"] for c in answer["checks"] if c["id"] == id))
+def actual(part_report: Mapping[str, Any], id: str) -> str:
+    return str(next(c["actual"] for c in part_report["checks"] if c["id"] == id))
 
 
-def remedy(answer: Mapping[str, Any], id: str) -> str:
-    found = next(c["fix"] for c in answer["checks"] if c["id"] == id)
-    return str(found["docker"] or found["host"])
+def fix(part_report: Mapping[str, Any], id: str) -> str:
+    fixes = next(c["fix"] for c in part_report["checks"] if c["id"] == id)
+    return str(fixes["docker"] or fixes["host"])
 
 
-def agreed(reports: Sequence[Mapping[str, Any]], id: str, status: str, code: int) -> str:
-    """Asserts that all parts found this, only this, in the same words; returns them."""
+def assert_same_problem(reports: Sequence[Mapping[str, Any]], id: str, status: str, code: int) -> str:
+    """Asserts that all parts report this problem only, with the same text; returns the text."""
     assert [gang_problems(r) for r in reports] == [{id: status}] * len(reports), [
         [(c["id"], c["actual"]) for c in r["checks"] if c["status"] not in ("ok", "skip")] for r in reports
     ]
-    assert len({said(r, id) for r in reports}) == 1
+    assert len({actual(r, id) for r in reports}) == 1
     assert [r["exit_code"] for r in reports] == [code] * len(reports)
-    return said(reports[0], id)
+    return actual(reports[0], id)
 
 
 def test_two_healthy_parts(sides: list[Side], demo: Path) -> None:
-    for answer in meet(sides, demo):
-        assert gang_problems(answer) == {}
-        assert answer["exit_code"] == 0
-        assert len(answer["members"]) == 2
+    for part_report in run_gang_doctors(sides, demo):
+        assert gang_problems(part_report) == {}
+        assert part_report["exit_code"] == 0
+        assert len(part_report["members"]) == 2
 
 
 @pytest.mark.fault("N-01")
 @pytest.mark.parametrize(("closed", "port"), [(0, PORT - 1), (0, PORT), (1, PORT + 3)])
-def test_a_planned_port_that_is_filtered(sides: list[Side], demo: Path, closed: int, port: int) -> None:
+def test_filtered_planned_port_is_an_error(sides: list[Side], demo: Path, closed: int, port: int) -> None:
     other = 1 - closed
-    with sides[closed].dropping(str(port)):
-        reports = meet(sides, demo)
-    text = agreed(reports, "N-01", "error", 1)
+    with sides[closed].drop_ports(str(port)):
+        reports = run_gang_doctors(sides, demo)
+    text = assert_same_problem(reports, "N-01", "error", 1)
     assert f"part{other} -> part{closed} ({ADDRESSES[closed]}): {port} (" in text
     assert "times out" in text
     assert f"part{closed} reaches part{other}, so incoming connections are filtered at part{closed}" in text
-    assert f"open tcp {port} on part{closed}'s machine" in remedy(reports[0], "N-01")
+    assert f"open tcp {port} on part{closed}'s machine" in fix(reports[0], "N-01")
 
 
 @pytest.mark.fault("N-02")
-def test_ports_of_the_kernels_choice_that_are_filtered(sides: list[Side], demo: Path) -> None:
-    with sides[1].refusing_new(RANGE):
-        reports = meet(sides, demo)
-    text = agreed(reports, "N-02", "error", 1)
+def test_filtered_ephemeral_ports_are_an_error(sides: list[Side], demo: Path) -> None:
+    with sides[1].drop_new_connections(RANGE):
+        reports = run_gang_doctors(sides, demo)
+    text = assert_same_problem(reports, "N-02", "error", 1)
     assert text.startswith(f"part0 -> part1 ({ADDRESSES[1]}): 4")
     assert text.count("chosen by the kernel, as NCCL does) times out") == 3
     assert "part1 reaches part0, so incoming connections are filtered at part1" in text
-    assert f"open tcp {RANGE.replace('-', ':')} between the machines" in remedy(reports[0], "N-02")
+    assert f"open tcp {RANGE.replace('-', ':')} between the machines" in fix(reports[0], "N-02")
 
 
 @pytest.mark.fault("N-10")
-def test_interfaces_of_different_mtu(sides: list[Side], demo: Path) -> None:
+def test_different_mtus_are_a_warning(sides: list[Side], demo: Path) -> None:
     ip("-n", sides[1].name, "link", "set", sides[1].device, "mtu", "1200")
     try:
-        reports = meet(sides, demo)
+        reports = run_gang_doctors(sides, demo)
     finally:
         ip("-n", sides[1].name, "link", "set", sides[1].device, "mtu", "1500")
-    text = agreed(reports, "N-10", "warn", 0)
+    text = assert_same_problem(reports, "N-10", "warn", 0)
     assert f"part0 {sides[0].device} 1500, part1 {sides[1].device} 1200" in text
-    assert f"ip link set {sides[0].device} mtu 1200 on part0" in remedy(reports[0], "N-10")
+    assert f"ip link set {sides[0].device} mtu 1200 on part0" in fix(reports[0], "N-10")
 
 
 @pytest.mark.fault("N-10")
 @pytest.mark.parametrize("hole", [0, 1])
-def test_large_packets_that_are_lost(sides: list[Side], demo: Path, hole: int) -> None:
-    """Ports answer and greet, and the first long message never comes: the hang that an MTU makes."""
-    with losing_large_packets(sides[hole]):
-        reports = meet(sides, demo, wait=30)
-    text = agreed(reports, "N-10", "error", 1)
+def test_lost_large_packets_are_an_error(sides: list[Side], demo: Path, hole: int) -> None:
+    """Ports accept connections and send greetings, but the first long message never arrives."""
+    with drop_large_packets(sides[hole]):
+        reports = run_gang_doctors(sides, demo, wait=30)
+    text = assert_same_problem(reports, "N-10", "error", 1)
     assert f"part{1 - hole} -> part{hole}: " in text
     assert "MTU" in text
 
 
 DIFFERENCES: dict[str, tuple[dict[str, str], str, str]] = {
-    "NCCL's way": ({"NCCL_ALGO": "Ring"}, "C-06", "error"),
+    "an NCCL algorithm": ({"NCCL_ALGO": "Ring"}, "C-06", "error"),
     "an environment": ({"OMP_NUM_THREADS": "3"}, "C-06", "warn"),
     "a setting": ({"MAX_SEQ_LEN": "512"}, "C-07", "error"),
 }
@@ -265,10 +266,10 @@ DIFFERENCES: dict[str, tuple[dict[str, str], str, str]] = {
 
 @pytest.mark.fault("C-06", "C-07")
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_what_differs_between_the_parts(sides: list[Side], demo: Path, name: str) -> None:
+def test_differences_between_the_parts_are_reported(sides: list[Side], demo: Path, name: str) -> None:
     env, id, status = DIFFERENCES[name]
-    reports = meet(sides, demo, env, {})
-    text = agreed(reports, id, status, 1 if status == "error" else 0)
+    reports = run_gang_doctors(sides, demo, env, {})
+    text = assert_same_problem(reports, id, status, 1 if status == "error" else 0)
     variable, value = next(iter(env.items()))
     assert f"{variable}: part0={value} part1=" in text
     assert reports[1]["drift"][0]["values"]["part0"] == value
@@ -280,58 +281,58 @@ def test_different_checkpoints(sides: list[Side], demo: Path, tmp_path: Path) ->
     shutil.copytree(demo, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
-    reports = meet(sides, demo, {}, {"CHECKPOINT_PATH": str(copy)})
-    assert "model.checkpoint: part0=" in agreed(reports, "C-05", "error", 1)
+    reports = run_gang_doctors(sides, demo, {}, {"CHECKPOINT_PATH": str(copy)})
+    assert "model.checkpoint: part0=" in assert_same_problem(reports, "C-05", "error", 1)
 
 
 @pytest.mark.fault("C-10")
 @pytest.mark.parametrize("secrets_of_parts", [("one", "other"), ("one", "")])
 def test_different_secrets(sides: list[Side], demo: Path, secrets_of_parts: tuple[str, str]) -> None:
-    """Neither hears what the other has to say, so each can only tell that somebody is there who signs otherwise."""
-    reports = meet(sides, demo, *({"GANG_SECRET": secret} for secret in secrets_of_parts), wait=6)
-    for part, answer in enumerate(reports):
-        assert gang_problems(answer) == {"C-10": "error"}
-        assert said(answer, "C-10").startswith(f"part{part} -> part{1 - part}: ")
-        assert "GANG_SECRET" in said(answer, "C-10")
-        assert answer["exit_code"] == 1
+    """Neither part can read the other's report, so each reports only that the other one has another secret."""
+    reports = run_gang_doctors(sides, demo, *({"GANG_SECRET": secret} for secret in secrets_of_parts), wait=6)
+    for part, part_report in enumerate(reports):
+        assert gang_problems(part_report) == {"C-10": "error"}
+        assert actual(part_report, "C-10").startswith(f"part{part} -> part{1 - part}: ")
+        assert "GANG_SECRET" in actual(part_report, "C-10")
+        assert part_report["exit_code"] == 1
 
 
 def test_one_secret_for_both(sides: list[Side], demo: Path) -> None:
-    for answer in meet(sides, demo, {"GANG_SECRET": "same"}, {"GANG_SECRET": "same"}):
-        assert gang_problems(answer) == {}
+    for part_report in run_gang_doctors(sides, demo, {"GANG_SECRET": "same"}, {"GANG_SECRET": "same"}):
+        assert gang_problems(part_report) == {}
 
 
 @pytest.mark.fault("C-09")
-def test_a_part_that_never_comes(sides: list[Side], demo: Path) -> None:
-    [answer] = meet(sides[:1], demo, wait=4)
-    assert gang_problems(answer) == {"C-09": "error"}
-    assert answer["exit_code"] == 3
-    assert f"no response from part1 ({ADDRESSES[1]}:{PORT}, rank 1)" in said(answer, "C-09")
-    assert "WORLD_RANK=1" in remedy(answer, "C-09")
+def test_absent_part_is_an_error(sides: list[Side], demo: Path) -> None:
+    [part_report] = run_gang_doctors(sides[:1], demo, wait=4)
+    assert gang_problems(part_report) == {"C-09": "error"}
+    assert part_report["exit_code"] == 3
+    assert f"no response from part1 ({ADDRESSES[1]}:{PORT}, rank 1)" in actual(part_report, "C-09")
+    assert "WORLD_RANK=1" in fix(part_report, "C-09")
 
 
 @pytest.mark.fault("C-11")
-def test_what_is_wrong_with_one_is_told_by_the_other(sides: list[Side], demo: Path) -> None:
-    reports = meet(sides, demo, {}, {"NCCL_SOCKET_IFNAME": "nothing"})
+def test_error_of_one_part_is_reported_by_the_other(sides: list[Side], demo: Path) -> None:
+    reports = run_gang_doctors(sides, demo, {}, {"NCCL_SOCKET_IFNAME": "nothing"})
     assert gang_problems(reports[0]) == {"C-11": "error"}
-    assert "part1: N-06" in said(reports[0], "C-11")
+    assert "part1: N-06" in actual(reports[0], "C-11")
     assert gang_problems(reports[1]) == {"N-06": "error"}
     assert [r["exit_code"] for r in reports] == [1, 1]
 
 
 @pytest.mark.fault("C-11")
-def test_a_part_with_a_wrong_rank_says_so_before_it_goes(sides: list[Side], demo: Path) -> None:
-    """It has no plan, and is not called absent for that."""
-    reports = meet(sides, demo, {}, {"WORLD_RANK": "7"}, wait=10)
+def test_part_with_invalid_rank_sends_its_error(sides: list[Side], demo: Path) -> None:
+    """It has no plan, and is not reported as absent."""
+    reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "7"}, wait=10)
     assert gang_problems(reports[1]) == {"C-01": "error"}
     assert gang_problems(reports[0]) == {"C-11": "error"}
-    assert "part1: C-01" in said(reports[0], "C-11")
+    assert "part1: C-01" in actual(reports[0], "C-11")
     assert [r["exit_code"] for r in reports] == [1, 1]
 
 
 @contextmanager
-def named(sides: Sequence[Side], *lines: str) -> Iterator[None]:
-    """What each side's /etc/hosts says: `ip netns exec` lays /etc/netns/NAME/hosts over it."""
+def hosts_files(sides: Sequence[Side], *lines: str) -> Iterator[None]:
+    """Sets each side's /etc/hosts: `ip netns exec` mounts /etc/netns/NAME/hosts over it."""
     folders = [Path("/etc/netns") / side.name for side in sides]
     try:
         for folder, line in zip(folders, lines, strict=True):
@@ -344,106 +345,106 @@ def named(sides: Sequence[Side], *lines: str) -> Iterator[None]:
 
 
 @pytest.mark.fault("C-01")
-def test_two_with_the_rank_of_one(sides: list[Side], demo: Path) -> None:
-    """By its address the second is part 1, and says so."""
-    reports = meet(sides, demo, {}, {"WORLD_RANK": "0"}, wait=10)
+def test_duplicate_rank_is_found_by_address(sides: list[Side], demo: Path) -> None:
+    """The second part's address is that of part 1."""
+    reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "0"}, wait=10)
     assert [gang_problems(r) for r in reports] == [{"C-11": "error"}, {"C-01": "error"}]
-    assert "set WORLD_RANK=1" in said(reports[0], "C-11")
+    assert "set WORLD_RANK=1" in actual(reports[0], "C-11")
 
 
 @pytest.mark.fault("C-01")
-def test_two_with_one_rank_that_no_address_tells_apart(sides: list[Side], demo: Path) -> None:
-    """The list has names, so each believes what it was told, until the other answers to the wrong number."""
-    both = "".join(f"{address} node-{n}\n" for n, address in enumerate(ADDRESSES))
-    with named(sides, both, both):
-        reports = meet(sides, demo, {}, {"WORLD_RANK": "0"}, addresses=("node-0", "node-1"), wait=6)
-    text = agreed(reports, "C-01", "error", 1)
+def test_duplicate_rank_is_found_by_greeting(sides: list[Side], demo: Path) -> None:
+    """The list has host names, so only the part number in the greeting shows the wrong part."""
+    hosts = "".join(f"{address} node-{n}\n" for n, address in enumerate(ADDRESSES))
+    with hosts_files(sides, hosts, hosts):
+        reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "0"}, addresses=("node-0", "node-1"), wait=6)
+    text = assert_same_problem(reports, "C-01", "error", 1)
     assert text == f"part0 -> part1: part0 answers at node-1:{PORT + 3}"
-    assert "check WORLD_RANK on the part that answers" in remedy(reports[0], "C-01")
+    assert "check WORLD_RANK on the part that answers" in fix(reports[0], "C-01")
 
 
-def test_two_healthy_parts_that_know_the_leader_alone(sides: list[Side], demo: Path) -> None:
-    """Part 0 is told of nobody, and waits for those that the plan says there are."""
+def test_two_healthy_parts_with_leader_address_only(sides: list[Side], demo: Path) -> None:
+    """Part 0 has no addresses of other parts, and waits for as many as its plan has."""
     leader = {"JSON_GANG_PARTS": "", "LEADER_ADDRESS": ADDRESSES[0]}
-    for answer in meet(sides, demo, leader, leader):
-        assert gang_problems(answer) == {}
-        assert len(answer["members"]) == 2
+    for part_report in run_gang_doctors(sides, demo, leader, leader):
+        assert gang_problems(part_report) == {}
+        assert len(part_report["members"]) == 2
 
 
 @pytest.mark.fault("C-10")
-def test_another_program_where_a_doctor_should_answer(sides: list[Side], demo: Path) -> None:
+def test_another_program_on_the_doctors_port_is_an_error(sides: list[Side], demo: Path) -> None:
     address = (ADDRESSES[1], PORT + 3)
     listen = f"import socket, time; s = socket.create_server({address!r}); print(flush=True); time.sleep(60)"
-    with subprocess.Popen([*sides[1].inside, sys.executable, "-c", listen], stdout=subprocess.PIPE) as stranger:
-        assert stranger.stdout
-        stranger.stdout.readline()
+    with subprocess.Popen([*sides[1].inside, sys.executable, "-c", listen], stdout=subprocess.PIPE) as program:
+        assert program.stdout
+        program.stdout.readline()
         try:
-            [answer] = meet(sides[:1], demo, wait=4)
+            [part_report] = run_gang_doctors(sides[:1], demo, wait=4)
         finally:
-            stranger.kill()
-    assert gang_problems(answer) == {"C-10": "error"}
-    assert f"part0 -> part1: another program answers at {ADDRESSES[1]}:{PORT + 3}" in said(answer, "C-10")
-    assert f"ss -ltnp sport = :{PORT + 3}" in remedy(answer, "C-10")
+            program.kill()
+    assert gang_problems(part_report) == {"C-10": "error"}
+    assert f"part0 -> part1: another program answers at {ADDRESSES[1]}:{PORT + 3}" in actual(part_report, "C-10")
+    assert f"ss -ltnp sport = :{PORT + 3}" in fix(part_report, "C-10")
 
 
 @pytest.mark.fault("C-04")
 def test_parts_of_different_versions(sides: list[Side], demo: Path, tmp_path: Path) -> None:
-    """One runs a copy of this very code that calls itself newer."""
+    """One part runs a copy of this code with another version number."""
     for package in ("doctor", "rtp_llm"):
         shutil.copytree(REPOSITORY / package, tmp_path / package)
     init = tmp_path / "rtp_llm" / "__init__.py"
     init.write_text(init.read_text().replace(f'"{rtp_llm.__version__}"', '"9.9.9"'))
-    reports = meet(sides, demo, code=(REPOSITORY, tmp_path))
-    text = agreed(reports, "C-04", "error", 1)
+    reports = run_gang_doctors(sides, demo, code=(REPOSITORY, tmp_path))
+    text = assert_same_problem(reports, "C-04", "error", 1)
     assert f"version.rtp-llm: part0={rtp_llm.__version__} part1=9.9.9" in text
 
 
-def test_tier_3_of_one_part_alone_is_not_called_ready(demo: Path) -> None:
-    """The group needs all parts: what was not tried is unknown."""
+def test_tier_3_of_one_part_alone_is_incomplete(demo: Path) -> None:
+    """The process group needs all parts, so the collective is unknown."""
     env = settings(demo, 0, ("127.0.0.1", "127.0.0.1"))
     members = json.loads(env["JSON_GANG_PARTS"])
     members["x_part1"]["port"] = PORT + 100
-    done = doctor("--tier", "3", "-o", "json", env=env | {"JSON_GANG_PARTS": json.dumps(members)})
-    answer = report(done)
-    assert gang_problems(answer)["X-01"] == "unknown"
-    assert (answer["exit_code"], done.returncode) == (3, 3)
-    assert "rtp-llm-doctor gang --tier 3" in remedy(answer, "X-01")
+    process = doctor("--tier", "3", "-o", "json", env=env | {"JSON_GANG_PARTS": json.dumps(members)})
+    part_report = report(process)
+    assert gang_problems(part_report)["X-01"] == "unknown"
+    assert (part_report["exit_code"], process.returncode) == (3, 3)
+    assert "rtp-llm-doctor gang --tier 3" in fix(part_report, "X-01")
 
 
-def test_a_name_that_leads_to_oneself(sides: list[Side], demo: Path) -> None:
-    """/etc/hosts of part 1 calls part 0 127.0.1.1."""
-    with named(sides, f"{ADDRESSES[0]} node-a\n", "127.0.1.1 node-a\n"):
-        reports = meet(sides, demo, addresses=("node-a", ADDRESSES[1]), wait=4)
+def test_name_of_another_part_that_resolves_to_loopback_is_an_error(sides: list[Side], demo: Path) -> None:
+    """/etc/hosts of part 1 maps part 0's name to 127.0.1.1."""
+    with hosts_files(sides, f"{ADDRESSES[0]} node-a\n", "127.0.1.1 node-a\n"):
+        reports = run_gang_doctors(sides, demo, addresses=("node-a", ADDRESSES[1]), wait=4)
     assert gang_problems(reports[1]) == {"N-04": "error"}
     assert gang_problems(reports[0]) == {"C-11": "error"}
-    assert "part1: N-04" in said(reports[0], "C-11")
-    assert "--add-host node-a:<its address>" in remedy(reports[1], "N-04")
+    assert "part1: N-04" in actual(reports[0], "C-11")
+    assert "--add-host node-a:<its address>" in fix(reports[1], "N-04")
 
 
 @pytest.mark.fault("X-01", "X-02")
-def test_the_group_of_both_parts_sums_right(sides: list[Side], demo: Path) -> None:
-    for side, answer in zip(sides, meet(sides, demo, words=("--tier=3",)), strict=True):
-        assert gang_problems(answer) == {}
-        assert "correct at 8 B, 64.0 KiB, 16.0 MiB" in said(answer, "X-01")
-        assert "ms per token" in said(answer, "X-02")
-        assert f"/s over {side.device}, at most 1.2 GiB/s" in said(answer, "X-02")
+def test_all_reduce_over_both_parts_is_correct(sides: list[Side], demo: Path) -> None:
+    for side, part_report in zip(sides, run_gang_doctors(sides, demo, arguments=("--tier=3",)), strict=True):
+        assert gang_problems(part_report) == {}
+        assert "correct at 8 B, 64.0 KiB, 16.0 MiB" in actual(part_report, "X-01")
+        assert "ms per token" in actual(part_report, "X-02")
+        assert f"/s over {side.device}, at most 1.2 GiB/s" in actual(part_report, "X-02")
 
 
 @pytest.mark.fault("N-03")
-def test_a_bridge_that_nccl_would_take(sides: list[Side], demo: Path) -> None:
-    """NCCL does not leave out br-…; this server names the right interface itself, unless it was told otherwise."""
+def test_bridge_in_nccl_socket_ifname_is_an_error(sides: list[Side], demo: Path) -> None:
+    """NCCL does not exclude br-…; this server sets the right interface unless NCCL_SOCKET_IFNAME is set."""
     name = sides[0].name
     ip("-n", name, "link", "add", "br-8f2a", "type", "veth", "peer", "br-8f2b")
     try:
         ip("-n", name, "addr", "add", "172.18.0.1/16", "dev", "br-8f2a")
         for device in ("br-8f2a", "br-8f2b"):
             ip("-n", name, "link", "set", device, "up")
-        until_up(Side(name, "br-8f2a", "172.18.0.1"))
-        assert [gang_problems(r) for r in meet(sides, demo)] == [{}, {}]
-        reports = meet(sides, demo, {"NCCL_SOCKET_IFNAME": "br-"}, {})
+        wait_until_up(Side(name, "br-8f2a", "172.18.0.1"))
+        assert [gang_problems(r) for r in run_gang_doctors(sides, demo)] == [{}, {}]
+        reports = run_gang_doctors(sides, demo, {"NCCL_SOCKET_IFNAME": "br-"}, {})
     finally:
         ip("-n", name, "link", "del", "br-8f2a")
     assert gang_problems(reports[0]) == {"N-03": "error"}
-    assert "NCCL would use br-8f2a (172.18.0.1), the interface to x_part1 is doc0" in said(reports[0], "N-03")
-    assert "NCCL_SOCKET_IFNAME==doc0" in remedy(reports[0], "N-03")
+    assert "NCCL would use br-8f2a (172.18.0.1), the interface to x_part1 is doc0" in actual(reports[0], "N-03")
+    assert "NCCL_SOCKET_IFNAME==doc0" in fix(reports[0], "N-03")
     assert gang_problems(reports[1]) == {"C-11": "error"}

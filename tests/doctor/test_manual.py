@@ -1,4 +1,4 @@
-"""docs/doctor.md is what the checks say of themselves, and they all say something."""
+"""docs/doctor.md is generated from the checks, and every check is documented."""
 
 import re
 from graphlib import TopologicalSorter
@@ -27,9 +27,9 @@ CATEGORIES = [
 
 
 def test_the_manual_is_current() -> None:
-    done = doctor("manual")
-    assert done.returncode == 0
-    assert PUBLISHED.read_text() == done.stdout, "rtp-llm-doctor manual > docs/doctor.md"
+    process = doctor("manual")
+    assert process.returncode == 0
+    assert PUBLISHED.read_text() == process.stdout, "rtp-llm-doctor manual > docs/doctor.md"
 
 
 def test_the_manual_names_every_check_once() -> None:
@@ -38,15 +38,15 @@ def test_the_manual_names_every_check_once() -> None:
     assert re.findall(r"^## (.*)$", PUBLISHED.read_text(), re.MULTILINE) == [c.capitalize() for c in CATEGORIES]
 
 
-def test_the_manual_shows_options_that_exist() -> None:
+def test_options_in_the_manual_exist() -> None:
     head = PUBLISHED.read_text().split("\n## ")[0]
-    known = set(re.findall(r"--[a-z-]+", doctor("-h").stdout))
-    own = re.sub(r"-- --tp_size 2", "", head)
-    assert set(re.findall(r"--[a-z_-]+", own)) <= known
+    options = set(re.findall(r"--[a-z-]+", doctor("-h").stdout))
+    doctor_commands = re.sub(r"-- --tp_size 2", "", head)
+    assert set(re.findall(r"--[a-z_-]+", doctor_commands)) <= options
 
 
 @pytest.mark.parametrize("check", REGISTRY.values(), ids=REGISTRY)
-def test_every_check_says_what_it_is(check: Check) -> None:
+def test_every_check_is_documented(check: Check) -> None:
     assert re.fullmatch(r"[A-Z]-\d\d", check.id)
     assert check.category in CATEGORIES
     assert check.title
@@ -59,8 +59,8 @@ def test_every_check_says_what_it_is(check: Check) -> None:
     assert check.timeout > 0
 
 
-def test_needs_lead_to_a_root() -> None:
-    """None waits for a later tier, and none for itself: graphlib raises CycleError then."""
+def test_dependencies_are_acyclic_and_not_of_a_later_tier() -> None:
+    """graphlib raises CycleError if there is a cycle."""
     for check in REGISTRY.values():
         assert all(REGISTRY[need].tier <= check.tier for need in check.needs), check.id
     order = TopologicalSorter({check.id: check.needs for check in REGISTRY.values()}).static_order()
@@ -68,7 +68,7 @@ def test_needs_lead_to_a_root() -> None:
 
 
 @pytest.mark.parametrize("check", REGISTRY.values(), ids=REGISTRY)
-def test_symptoms_stand_once_and_say_something(check: Check) -> None:
+def test_symptoms_are_unique_and_specific(check: Check) -> None:
     texts = [symptom.text for symptom in check.symptoms]
     assert len(set(texts)) == len(texts)
     for text in texts:
@@ -77,8 +77,8 @@ def test_symptoms_stand_once_and_say_something(check: Check) -> None:
 
 
 @pytest.mark.parametrize("runtime", Runtime)
-def test_whoever_warns_says_what_to_do(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in faulty_report(tmp_path, runtime, monkeypatch).problems():
-        if found.status in (Status.WARN, Status.ERROR):
-            assert found.fix.text(runtime), found.id
-            assert found.expected, found.id
+def test_every_problem_has_a_fix(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for finding in faulty_report(tmp_path, runtime, monkeypatch).problems():
+        if finding.status in (Status.WARN, Status.ERROR):
+            assert finding.fix.text(runtime), finding.id
+            assert finding.expected, finding.id

@@ -176,17 +176,17 @@ def test_what_is_left_behind_is_found_and_only_what_is_ours_removed(
     assert check["actual"].startswith(f"{certain} files that no process uses")
     assert "--fix shm removes 1 of them" in remedy(done, "S-02")
     fixed = doctor("--fix", "shm", env=two)
-    assert f"removed 1 abandoned segments, 4.0 KiB\n  {left_behind['ours'].name}" in fixed.stderr
+    assert f"removed 1 orphaned segments, 4.0 KiB\n  {left_behind['ours'].name}" in fixed.stderr
     assert {name for name, path in left_behind.items() if path.exists()} == {"locked", "new", "foreign", "unknown"}
     again = doctor("--fix", "shm", env=two)
-    assert "removed 0 abandoned segments" in again.stderr
+    assert "removed 0 orphaned segments" in again.stderr
 
 
 def test_a_segment_in_another_process_s_memory_is_not_abandoned() -> None:
     path, lock = segment.create_segment(f"rtp-llm-{os.getpid():012x}-", "0000000a", 1)
     try:
         os.utime(path, (time.time() - 600,) * 2)
-        assert "removed 0 abandoned" in doctor("--fix", "shm").stderr
+        assert "removed 0 orphaned" in doctor("--fix", "shm").stderr
     finally:
         os.close(lock)
         path.unlink()

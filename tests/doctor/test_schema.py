@@ -1,4 +1,4 @@
-"""The report's forms for machines, judged by readers that are not ours: JSON Schema, XML, Prometheus text."""
+"""The report's machine-readable formats, read by other tools: JSON Schema, XML and Prometheus parsers."""
 
 import json
 import shutil
@@ -35,9 +35,9 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 
 
 def test_the_published_schema_is_current() -> None:
-    done = doctor("schema")
-    assert done.returncode == 0
-    assert PUBLISHED.read_text() == done.stdout, "rtp-llm-doctor schema > docs/doctor-schema.json"
+    process = doctor("schema")
+    assert process.returncode == 0
+    assert PUBLISHED.read_text() == process.stdout, "rtp-llm-doctor schema > docs/doctor-schema.json"
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_the_published_schema_is_current() -> None:
 def test_real_output_is_valid(
     arguments: tuple[str, ...], env: dict[str, str], validator: jsonschema_rs.Draft202012Validator
 ) -> None:
-    done = doctor("-o", "json", *arguments, env={"START_PORT": "19871", **env})
-    answer = json.loads(done.stdout)
-    assert [error.message for error in validator.iter_errors(answer)] == []
-    assert answer["schema"] == SCHEMA
-    assert answer["exit_code"] == done.returncode
-    assert done.stderr == ""
+    process = doctor("-o", "json", *arguments, env={"START_PORT": "19871", **env})
+    data = json.loads(process.stdout)
+    assert [error.message for error in validator.iter_errors(data)] == []
+    assert data["schema"] == SCHEMA
+    assert data["exit_code"] == process.returncode
+    assert process.stderr == ""
 
 
 def test_a_report_of_many_faults_is_valid_and_reads_back(
@@ -70,7 +70,7 @@ def test_a_report_of_many_faults_is_valid_and_reads_back(
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("path", "value"),
     [
         (("verdict",), "fine"),
         (("checks", 0, "status"), "green"),
@@ -81,21 +81,21 @@ def test_a_report_of_many_faults_is_valid_and_reads_back(
         (("schema",), "rtp-llm-doctor/2"),
     ],
 )
-def test_what_is_no_report_is_refused(
-    place: tuple[Any, ...], value: object, report: Report, validator: jsonschema_rs.Draft202012Validator
+def test_schema_rejects_invalid_reports(
+    path: tuple[Any, ...], value: object, report: Report, validator: jsonschema_rs.Draft202012Validator
 ) -> None:
-    answer = json.loads(report.to_json())
-    inner = answer
-    for step in place[:-1]:
-        inner = inner[step]
-    inner[place[-1]] = value
-    assert not validator.is_valid(answer)
+    data = json.loads(report.to_json())
+    parent = data
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    assert not validator.is_valid(data)
 
 
-def test_every_field_is_always_there(report: Report, validator: jsonschema_rs.Draft202012Validator) -> None:
-    answer = json.loads(report.to_json())
-    for name in answer:
-        assert not validator.is_valid({key: value for key, value in answer.items() if key != name}), name
+def test_every_field_is_required(report: Report, validator: jsonschema_rs.Draft202012Validator) -> None:
+    data = json.loads(report.to_json())
+    for name in data:
+        assert not validator.is_valid({key: value for key, value in data.items() if key != name}), name
 
 
 def test_junit_counts_agree(report: Report) -> None:
@@ -108,15 +108,15 @@ def test_junit_counts_agree(report: Report) -> None:
         ("error", "errors", {Status.UNKNOWN, Status.CRASH}),
         ("skipped", "skipped", {Status.SKIP}),
     ):
-        named = {case.attrib["name"].split()[0] for case in cases if case.find(tag) is not None}
-        assert named == {f.id for f in report.checks if f.status in statuses}
-        assert len(named) == int(suite.attrib[attribute])
+        ids = {case.attrib["name"].split()[0] for case in cases if case.find(tag) is not None}
+        assert ids == {f.id for f in report.checks if f.status in statuses}
+        assert len(ids) == int(suite.attrib[attribute])
     failure = next(case for case in cases if case.attrib["name"].startswith("S-01 ")).find("failure")
     assert failure is not None
     assert failure.text == "docker run --shm-size=2g …"
     assert "64.0 MiB" in failure.attrib["message"]
-    warned = {case.attrib["name"].split()[0] for case in cases if case.find("system-out") is not None}
-    assert warned == {id for id, status in FAULTS.items() if status == "warn"}
+    warning_ids = {case.attrib["name"].split()[0] for case in cases if case.find("system-out") is not None}
+    assert warning_ids == {id for id, status in FAULTS.items() if status == "warn"}
 
 
 def test_prometheus_text_reads_back(report: Report) -> None:
@@ -130,14 +130,14 @@ def test_prometheus_text_reads_back(report: Report) -> None:
     assert families["rtp_llm_doctor_duration_seconds"].samples[0].value == report.duration_s
 
 
-def test_promtool_has_no_complaint(report: Report) -> None:
+def test_promtool_accepts_the_metrics(report: Report) -> None:
     promtool = shutil.which("promtool")
     if not promtool:
         pytest.skip("promtool is not on PATH")
     text = prometheus(report, STYLE)
-    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    process = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout + process.stderr) == (0, "")
 
 
-def test_a_number_stands_for_each_status() -> None:
+def test_every_status_has_a_number() -> None:
     assert STATUS_NUMBERS.keys() == set(Status)

@@ -1,4 +1,4 @@
-"""The packed linear against torch's own, and what is not packed."""
+"""The prepacked linear compared with torch's linear, and weights that are not prepacked."""
 
 import pytest
 import torch
@@ -11,37 +11,37 @@ from rtp_llm.layers.linear import ColumnParallelLinear, PrepackedLinear
 @pytest.mark.parametrize("shape", [(1024, 1024), (1031, 1027), (4096, 257)])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_is_plain(dtype: torch.dtype, shape: tuple[int, int], rows: int, bias: bool) -> None:
+def test_prepacked_matches_torch(dtype: torch.dtype, shape: tuple[int, int], rows: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     b = torch.randn(shape[0], generator=generator).to(dtype) if bias else None
     with torch.inference_mode():
-        packed = kernel.prepack_weight(weight)
-        if packed is None:
-            pytest.skip(f"this processor has no packed {dtype}")
+        prepacked = kernel.prepack_weight(weight)
+        if prepacked is None:
+            pytest.skip(f"this CPU does not support prepacked {dtype}")
         exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
-        result = kernel.linear(x, weight, b, packed).double()
+        result = kernel.linear(x, weight, b, prepacked).double()
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.2}[dtype]  # values reach 150
     assert (result - exact).abs().max() < tolerance
 
 
-def test_small_weights_stay_plain() -> None:
+def test_small_weights_are_not_prepacked() -> None:
     assert kernel.prepack_weight(torch.randn(64, 64)) is None
 
 
-def test_packing_frees_the_plain_weight_unless_it_is_shared() -> None:
-    def layer() -> PrepackedLinear:
-        made = ColumnParallelLinear(1024, 1024, [("w", 1024, [(range(1024), range(1024))])], bias=False)
-        made.weight.data.normal_(generator=torch.Generator().manual_seed(1))
-        return made
+def test_prepacking_frees_the_original_weight_unless_it_is_shared() -> None:
+    def make_layer() -> PrepackedLinear:
+        layer = ColumnParallelLinear(1024, 1024, [("w", 1024, [(range(1024), range(1024))])], bias=False)
+        layer.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+        return layer
 
     x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        plain, alone, shared = layer(), layer(), layer()
-        alone.prepack()
+        plain, unshared, shared = make_layer(), make_layer(), make_layer()
+        unshared.prepack()
         shared.prepack(shared=True)
-        assert torch.allclose(plain(x), alone(x), atol=1e-3)
+        assert torch.allclose(plain(x), unshared(x), atol=1e-3)
         assert torch.allclose(plain(x), shared(x), atol=1e-3)
-    assert alone.weight.numel() == 0
+    assert unshared.weight.numel() == 0
     assert shared.weight.numel() == 1024 * 1024

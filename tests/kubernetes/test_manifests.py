@@ -1,4 +1,4 @@
-"""The manifests: valid for Kubernetes (kubernetes-validate brings its schemas), and what they start is one gang."""
+"""Tests of the manifests: they match the schemas of kubernetes-validate, and their pods form one gang."""
 
 import json
 import subprocess
@@ -16,106 +16,109 @@ from rtp_llm.parallel.plan import Plan, make_plan
 from rtp_llm.supervise.supervisord import DRAIN_MARGIN_SECONDS, RANK_STOP_SECONDS
 
 IMAGE = Path(__file__).parents[2] / "image"
-KINDS = ("statefulset", "leaderworkerset")
-VERSIONS = ("1.28", kubernetes_validate.latest_version())  # pods know their ordinal since 1.28
+VARIANTS = ("statefulset", "leaderworkerset")  # folders of image/k8s
+VERSIONS = ("1.28", kubernetes_validate.latest_version())  # 1.28 introduced the label pod-index
 Object = dict[str, Any]
 
 
-def objects(kind: str) -> list[Object]:
-    """What `kubectl apply -k` would send, images and all untouched."""
-    folder = IMAGE / "k8s" / kind
-    listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
-    assert set(listed) == {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
-    return [made for name in listed for made in yaml.safe_load_all((folder / name).read_text())]
+def load_objects(variant: str) -> list[Object]:
+    """Returns the objects that `kubectl apply -k` would send, before the image names are replaced."""
+    folder = IMAGE / "k8s" / variant
+    resources = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    assert set(resources) == {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    return [manifest for name in resources for manifest in yaml.safe_load_all((folder / name).read_text())]
 
 
-def one(kind: str, wanted: str) -> Object:
-    return next(made for made in objects(kind) if made["kind"] == wanted)
+def load_object(variant: str, kind: str) -> Object:
+    return next(manifest for manifest in load_objects(variant) if manifest["kind"] == kind)
 
 
-def template(kind: str) -> Object:
-    if kind == "statefulset":
-        return one(kind, "StatefulSet")["spec"]["template"]  # type: ignore[no-any-return]
-    return one(kind, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["workerTemplate"]  # type: ignore[no-any-return]
+def pod_template(variant: str) -> Object:
+    if variant == "statefulset":
+        return load_object(variant, "StatefulSet")["spec"]["template"]  # type: ignore[no-any-return]
+    spec = load_object(variant, "LeaderWorkerSet")["spec"]
+    return spec["leaderWorkerTemplate"]["workerTemplate"]  # type: ignore[no-any-return]
 
 
-def serving(kind: str) -> Object:
-    [container] = template(kind)["spec"]["containers"]
+def server_container(variant: str) -> Object:
+    [container] = pod_template(variant)["spec"]["containers"]
     return container  # type: ignore[no-any-return]
 
 
-def of_kubernetes(kind: str) -> Iterator[Object]:
-    """Its own kinds; of the LeaderWorkerSet, which is not one, the template of its pods."""
-    for made in objects(kind):
-        if made["kind"] == "LeaderWorkerSet":
-            made = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template(kind)}
-        yield made
+def built_in_objects(variant: str) -> Iterator[Object]:
+    """Yields the objects of Kubernetes' own kinds. Replaces the LeaderWorkerSet by its pod template."""
+    for manifest in load_objects(variant):
+        if manifest["kind"] == "LeaderWorkerSet":
+            template = pod_template(variant)
+            manifest = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        yield manifest
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_kubernetes_takes_them(kind: str, version: str) -> None:
-    for made in of_kubernetes(kind):
-        kubernetes_validate.validate(made, version, strict=True)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_manifests_match_the_kubernetes_schemas(variant: str, version: str) -> None:
+    for manifest in built_in_objects(variant):
+        kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_the_validator_bites() -> None:
-    broken = template("statefulset")
-    broken["spec"]["containers"][0]["readynessProbe"] = {}
-    pod = {"apiVersion": "v1", "kind": "PodTemplate", "template": broken}
+def test_validator_rejects_an_unknown_field() -> None:
+    template = pod_template("statefulset")
+    template["spec"]["containers"][0]["readynessProbe"] = {}
+    manifest = {"apiVersion": "v1", "kind": "PodTemplate", "template": template}
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(pod, VERSIONS[-1], strict=True)
+        kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
 
 
-def test_the_leader_worker_set_has_only_fields_of_its_own() -> None:
-    """leaderworkerset.x-k8s.io/v1, as far as it is used."""
-    spec = one("leaderworkerset", "LeaderWorkerSet")["spec"]
+def test_leader_worker_set_has_only_known_fields() -> None:
+    """Compares with the fields of leaderworkerset.x-k8s.io/v1 that the manifest uses."""
+    spec = load_object("leaderworkerset", "LeaderWorkerSet")["spec"]
     assert set(spec) == {"replicas", "startupPolicy", "leaderWorkerTemplate"}
     assert set(spec["leaderWorkerTemplate"]) == {"size", "restartPolicy", "workerTemplate"}
     assert spec["leaderWorkerTemplate"]["restartPolicy"] == "None"
     assert spec["startupPolicy"] == "LeaderCreated"
 
 
-def environment(kind: str, index: int, file: Path) -> dict[str, str]:
-    """What the container of the pod with this index is given, as kubelet and controller fill it in."""
-    found = {}
-    for entry in serving(kind)["env"]:
+def pod_environment(variant: str, index: int, file: Path) -> dict[str, str]:
+    """Returns the environment of the pod with this index, with the values of kubelet and controller filled in."""
+    env = {}
+    for entry in server_container(variant)["env"]:
         if "value" in entry:
-            found[entry["name"]] = entry["value"].replace("$(LWS_LEADER_ADDRESS)", "rtp-llm-0.rtp-llm")
+            env[entry["name"]] = entry["value"].replace("$(LWS_LEADER_ADDRESS)", "rtp-llm-0.rtp-llm")
         elif "fieldRef" in entry["valueFrom"]:
             assert entry["name"] == "WORLD_INDEX"
-            found["WORLD_INDEX"] = str(index)
-    return found | ({"DISTRIBUTE_CONFIG_FILE": str(file)} if "DISTRIBUTE_CONFIG_FILE" in found else {})
+            env["WORLD_INDEX"] = str(index)
+    return env | ({"DISTRIBUTE_CONFIG_FILE": str(file)} if "DISTRIBUTE_CONFIG_FILE" in env else {})
 
 
-def gang_file(kind: str, folder: Path) -> Path:
-    """By the init container's own command."""
+def write_distribute_file(variant: str, folder: Path) -> Path:
+    """Runs the init container's command, without its wait for DNS. Writes nothing for the LeaderWorkerSet."""
     file = folder / "gang.json"
-    if kind == "statefulset":
-        [init] = template(kind)["spec"]["initContainers"]
+    if variant == "statefulset":
+        [init] = pod_template(variant)["spec"]["initContainers"]
         program, path, *arguments = init["command"]
-        assert (program, path) == ("make-gang", dict_of(serving(kind))["DISTRIBUTE_CONFIG_FILE"])
-        wait = arguments.index("--wait")  # for names that only a cluster has
+        assert (program, path) == ("make-gang", env_values(server_container(variant))["DISTRIBUTE_CONFIG_FILE"])
+        wait = arguments.index("--wait")  # for host names that exist only in a cluster
         command = [sys.executable, str(IMAGE / program), str(file), *arguments[:wait], *arguments[wait + 2 :]]
         subprocess.run(command, check=True)
     return file
 
 
-def dict_of(container: Object) -> dict[str, str]:
+def env_values(container: Object) -> dict[str, str]:
     return {entry["name"]: entry.get("value", "") for entry in container["env"]}
 
 
-def size(kind: str) -> int:
-    spec = one(kind, "StatefulSet" if kind == "statefulset" else "LeaderWorkerSet")["spec"]
-    return int(spec["replicas"] if kind == "statefulset" else spec["leaderWorkerTemplate"]["size"])
+def num_pods(variant: str) -> int:
+    spec = load_object(variant, "StatefulSet" if variant == "statefulset" else "LeaderWorkerSet")["spec"]
+    return int(spec["replicas"] if variant == "statefulset" else spec["leaderWorkerTemplate"]["size"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_pod_finds_its_place_in_one_plan(kind: str, tmp_path: Path) -> None:
-    file, gpus = gang_file(kind, tmp_path), int(serving(kind)["resources"]["limits"]["nvidia.com/gpu"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_pods_get_the_same_plan(variant: str, tmp_path: Path) -> None:
+    file = write_distribute_file(variant, tmp_path)
+    gpus = int(server_container(variant)["resources"]["limits"]["nvidia.com/gpu"])
     plans: list[Plan] = []
-    for index in range(size(kind)):
-        loaded = load([], environment(kind, index, file))
+    for index in range(num_pods(variant)):
+        loaded = load([], pod_environment(variant, index, file))
         assert not loaded.warnings
         plans.append(make_plan(loaded.config, gpus))
     assert [rank for plan in plans for rank in plan.ranks] == list(range(plans[0].world_size))
@@ -123,19 +126,20 @@ def test_every_pod_finds_its_place_in_one_plan(kind: str, tmp_path: Path) -> Non
     assert len({json.dumps(plan.fingerprint(), sort_keys=True) for plan in plans}) == 1
 
 
-def test_the_distribute_file_names_the_pods_of_the_headless_service(tmp_path: Path) -> None:
-    members = json.loads(gang_file("statefulset", tmp_path).read_text())
-    made = one("statefulset", "StatefulSet")
-    name, domain = made["metadata"]["name"], made["spec"]["serviceName"]
-    assert [m["ip"] for m in members.values()] == [f"{name}-{n}.{domain}" for n in range(made["spec"]["replicas"])]
-    headless = next(o for o in objects("statefulset") if o["metadata"]["name"] == domain)
+def test_distribute_file_has_the_pod_names_of_the_headless_service(tmp_path: Path) -> None:
+    members = json.loads(write_distribute_file("statefulset", tmp_path).read_text())
+    stateful_set = load_object("statefulset", "StatefulSet")
+    name, domain = stateful_set["metadata"]["name"], stateful_set["spec"]["serviceName"]
+    replicas = stateful_set["spec"]["replicas"]
+    assert [m["ip"] for m in members.values()] == [f"{name}-{n}.{domain}" for n in range(replicas)]
+    headless = next(o for o in load_objects("statefulset") if o["metadata"]["name"] == domain)
     assert headless["spec"]["clusterIP"] == "None"
     assert headless["spec"]["publishNotReadyAddresses"] is True
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_pods_are_as_the_doctor_wants_them(kind: str) -> None:
-    spec, container = template(kind)["spec"], serving(kind)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pods_meet_the_requirements_of_the_doctor(variant: str) -> None:
+    spec, container = pod_template(variant)["spec"], server_container(variant)
     assert spec["enableServiceLinks"] is False  # N-15
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
@@ -145,32 +149,32 @@ def test_the_pods_are_as_the_doctor_wants_them(kind: str) -> None:
     assert spec["securityContext"]["runAsNonRoot"] is True
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_probes_and_grace_outlast_loading_and_draining(kind: str) -> None:
-    spec, container = template(kind)["spec"], serving(kind)
-    startup, ready, live = (container[f"{name}Probe"] for name in ("startup", "readiness", "liveness"))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_probes_and_grace_period_outlast_loading_and_draining(variant: str) -> None:
+    spec, container = pod_template(variant)["spec"], server_container(variant)
+    startup, readiness, liveness = (container[f"{name}Probe"] for name in ("startup", "readiness", "liveness"))
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 3600
-    assert (ready["httpGet"]["path"], live["httpGet"]["path"]) == ("/health", "/liveness")
-    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    drain = Config.model_validate({}).drain_seconds + DRAIN_MARGIN_SECONDS + RANK_STOP_SECONDS
-    assert spec["terminationGracePeriodSeconds"] > pause + drain
+    assert (readiness["httpGet"]["path"], liveness["httpGet"]["path"]) == ("/health", "/liveness")
+    pre_stop_seconds = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain_seconds = Config.model_validate({}).drain_seconds + DRAIN_MARGIN_SECONDS + RANK_STOP_SECONDS
+    assert spec["terminationGracePeriodSeconds"] > pre_stop_seconds + drain_seconds
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_http_is_open_to_others(kind: str) -> None:
-    spec = one(kind, "NetworkPolicy")["spec"]
-    labels = template(kind)["metadata"]["labels"]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_network_policy_opens_only_http_to_others(variant: str) -> None:
+    spec = load_object(variant, "NetworkPolicy")["spec"]
+    labels = pod_template(variant)["metadata"]["labels"]
     assert spec["podSelector"]["matchLabels"] == labels
-    within, without = spec["ingress"]
-    assert within == {"from": [{"podSelector": {"matchLabels": labels}}]}
-    assert without == {"ports": [{"protocol": "TCP", "port": Config.model_validate({}).start_port}]}
+    from_gang, from_all = spec["ingress"]
+    assert from_gang == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    assert from_all == {"ports": [{"protocol": "TCP", "port": Config.model_validate({}).start_port}]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_selectors_find_the_pods(kind: str) -> None:
-    labels = template(kind)["metadata"]["labels"]
-    for made in objects(kind):
-        selector = made["spec"].get("selector")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_selectors_match_the_pods(variant: str) -> None:
+    labels = pod_template(variant)["metadata"]["labels"]
+    for manifest in load_objects(variant):
+        selector = manifest["spec"].get("selector")
         if selector:
             assert labels.items() <= selector.get("matchLabels", selector).items()
-    assert one(kind, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 0
+    assert load_object(variant, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 0

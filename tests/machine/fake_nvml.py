@@ -1,4 +1,4 @@
-"""NVML as eight H100 answer it, for machines that have none."""
+"""A fake NVML with the readings of eight H100 GPUs, for machines without GPUs."""
 
 import queue
 from typing import Any
@@ -8,7 +8,7 @@ import pynvml
 from rtp_llm.machine.gpus import NVLINK_ERRORS
 
 GIB = 1 << 30
-# Readings of one GPU, as an H100 SXM answers; the functions of pynvml that give them.
+# Readings of one H100 SXM, by function of pynvml.
 READINGS: dict[str, Any] = {
     "nvmlDeviceGetName": "NVIDIA H100 80GB HBM3",
     "nvmlDeviceGetCudaComputeCapability": (9, 0),
@@ -36,14 +36,14 @@ FIELDS = {pynvml.NVML_FI_DEV_MEMORY_TEMP: 48, **{key: 0 for key in NVLINK_ERRORS
 
 
 class NvmlStruct:
-    """A C structure's fields."""
+    """Fields of a C structure."""
 
     def __init__(self, **fields: Any):
         self.__dict__.update(fields)
 
 
 class FakeNvml:
-    """Eight GPUs; `broken[index]` is the error of one that does not answer, `changed[index]` other readings."""
+    """Eight GPUs by default. `failed[index]`: error of a GPU that does not respond; `changed[index]`: its readings."""
 
     def __init__(self, count: int = 8, failure: int = 0):
         self.count, self.failure = count, failure
@@ -51,7 +51,7 @@ class FakeNvml:
         self.changed: dict[int, dict[str, Any]] = {}
         self.open = 0
         self.registered: list[tuple[int, int]] = []
-        self.xids: queue.Queue[tuple[int, int]] = queue.Queue()  # (index, Xid): what the driver will report
+        self.xids: queue.Queue[tuple[int, int]] = queue.Queue()  # (index, Xid) events to report
 
     def nvmlInit(self) -> None:
         if self.failure:
@@ -115,20 +115,20 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT) from None
         return NvmlStruct(device=index, eventType=pynvml.nvmlEventTypeXidCriticalError, eventData=xid)
 
-    def nvmlDeviceGetP2PStatus(self, one: int, other: int, index: int) -> int:
+    def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
         return 0
 
-    def nvmlDeviceGetTopologyCommonAncestor(self, one: int, other: int) -> int:
+    def nvmlDeviceGetTopologyCommonAncestor(self, a: int, b: int) -> int:
         return 50
 
     def __getattr__(self, name: str) -> Any:
         if name not in READINGS:
             raise AttributeError(name)
 
-        def answer(handle: int, *arguments: Any) -> Any:
+        def read(handle: int, *arguments: Any) -> Any:
             value = self.changed.get(handle, {}).get(name, READINGS[name])
             if value == pynvml.NVML_ERROR_NOT_SUPPORTED:
                 raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
             return value
 
-        return answer
+        return read

@@ -1,4 +1,4 @@
-"""Other people's command lines: enough to know them by, and none of their secrets."""
+"""Redacted command lines: enough to identify a process, without its secrets."""
 
 import pytest
 
@@ -23,5 +23,5 @@ from rtp_llm.machine.command_line import redacted_command
         (["x" * 200], "x" * 80),
     ],
 )
-def test_options_are_left_out(command: list[str], text: str) -> None:
+def test_arguments_are_redacted(command: list[str], text: str) -> None:
     assert redacted_command(command) == text

@@ -1,4 +1,4 @@
-"""The thread that watches the GPUs: fresh readings, Xids counted by GPU, and no harm where there is no driver."""
+"""The GPU monitor: current readings, Xids counted per GPU, and no failure without a driver."""
 
 import time
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from rtp_llm.machine.gpu_monitor import GpuMonitor, GpuSnapshot
 from rtp_llm.machine.gpus import read_gpus
 from tests.machine.fake_nvml import GIB, FakeNvml
 
-PULSE = {
-    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "seen": 0.0, "wait_s": None},
+RANK_STATUS = {
+    **{"part": 1, "silent_s": 0.0, "idle_s": 0.0, "steps": 1, "last_seen": 0.0, "wait_s": None},
     **{"weight_bytes": 0, "kv_bytes": 0, "startup_seconds": {}},
 }
 
@@ -27,7 +27,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_xids_are_counted_by_gpu_and_the_library_is_closed() -> None:
+def test_xids_are_counted_by_gpu_and_nvml_is_shut_down() -> None:
     nvml = FakeNvml(2)
     monitor = GpuMonitor(None, nvml, period=0.05)
     monitor.start()
@@ -40,17 +40,17 @@ def test_xids_are_counted_by_gpu_and_the_library_is_closed() -> None:
     until(lambda: nvml.open == 0)
 
 
-def test_readings_stay_fresh_and_a_lost_gpu_is_told() -> None:
+def test_readings_are_refreshed_and_show_a_lost_gpu() -> None:
     nvml = FakeNvml(2)
     monitor = GpuMonitor(None, nvml, period=0.05)
     monitor.start()
-    until(lambda: monitor.snapshot.at > 0)
+    until(lambda: monitor.snapshot.read_at > 0)
     nvml.failed[1] = pynvml.NVML_ERROR_GPU_IS_LOST
     until(lambda: [index for index, _ in monitor.snapshot.gpus.failed] == [1])
     monitor.stop()
 
 
-def test_without_a_driver_there_is_nothing() -> None:
+def test_snapshot_is_empty_without_a_driver() -> None:
     monitor = GpuMonitor(None, FakeNvml(failure=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), period=0.05)
     monitor.start()
     time.sleep(0.1)
@@ -59,32 +59,32 @@ def test_without_a_driver_there_is_nothing() -> None:
 
 @pytest.fixture
 def scraped() -> dict[tuple[str, ...], float]:
-    """Part 1 with ranks 2 and 3 on GPUs 3 and 0; GPU 2 is lost, GPU 1 had an Xid. By name, gpu and one more label."""
+    """Metrics of part 1 by name, GPU and one more label. Ranks 2, 3 use GPUs 3, 0; GPU 2 is lost, GPU 1 had Xids."""
     nvml = FakeNvml(4)
     nvml.failed[2] = pynvml.NVML_ERROR_GPU_IS_LOST
     nvml.changed[0] = {"nvmlDeviceGetCurrentClocksEventReasons": 0x40, "nvmlDeviceGetRemappedRows": (1, 2, 0, 1)}
-    seen = GpuSnapshot(read_gpus(nvml, "3,0"), 1000.0, {(1, 79): 2})
+    snapshot = GpuSnapshot(read_gpus(nvml, "3,0"), 1000.0, {(1, 79): 2})
     state = {
         **{"part": 1, "ready": True, "state": "serving", "expected": 4, "processes": {}, "doctor": None},
-        **{"guard": {"restarts": {}, "last_exit": {}}, "cgroup": Cgroup(0), "gpus": seen},
-        **{"shm": {"size": 1, "free": 1, "orphan": 0}, "ranks": {"2": PULSE, "3": PULSE}},
+        **{"guard": {"restarts": {}, "last_exit": {}}, "cgroup": Cgroup(0), "gpus": snapshot},
+        **{"shm": {"size": 1, "free": 1, "orphan": 0}, "ranks": {"2": RANK_STATUS, "3": RANK_STATUS}},
     }
     registry = CollectorRegistry()
     registry.register(PartCollector(lambda: state))
-    found = {}
+    samples = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
             if family.name.startswith("rtp_llm_gpu_"):
                 labels = sample.labels
-                further = [labels[k] for k in ("reason", "kind", "domain", "direction", "xid") if k in labels]
-                found[sample.name.removeprefix("rtp_llm_gpu_"), labels.get("gpu", ""), *further] = sample.value
+                other_labels = [labels[k] for k in ("reason", "kind", "domain", "direction", "xid") if k in labels]
+                samples[sample.name.removeprefix("rtp_llm_gpu_"), labels.get("gpu", ""), *other_labels] = sample.value
                 assert labels["part"] == "1"
                 ranks = {"0": "3", "3": "2"}
                 assert labels.get("rank", ranks.get(labels.get("gpu", ""), "")) == ranks.get(labels.get("gpu", ""), "")
-    return found
+    return samples
 
 
-def test_what_is_scraped(scraped: dict[tuple[str, ...], float]) -> None:
+def test_scraped_metrics_have_the_readings_in_base_units(scraped: dict[tuple[str, ...], float]) -> None:
     assert [scraped["up", str(gpu)] for gpu in range(4)] == [1, 1, 0, 1]
     assert scraped["memory_used_bytes", "0"] == GIB
     assert scraped["memory_total_bytes", "0"] == 80 * GIB

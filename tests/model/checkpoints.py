@@ -1,7 +1,7 @@
-"""Small random checkpoints, written by transformers, one for each way in which the supported models differ.
+"""Small random checkpoints, written by transformers: one for each difference between the supported models.
 
-transformers initialises biases to zero and norms to one, under which a forgotten bias or norm goes unnoticed; here
-every parameter is random, and large enough that logits are far from flat and greedy output does not run in circles.
+transformers initialises biases to zero and norms to one, which hides a missing bias or norm. Here every parameter is
+random, and large enough that logits are far from uniform and greedy output does not repeat itself.
 """
 
 import json
@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-TRAINED = 32  # tokens; the length that scaled ropes were "trained" with, shorter than the longest prompts
+TRAINED_LENGTH = 32  # tokens; original length of scaled ropes, shorter than the longest prompts
 Json = dict[str, Any]
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-# Nothing divides evenly: 211 rows of vocabulary, 11 x 16 MLP columns, 6 query heads on 2 KV heads.
+# Sizes that TP sizes do not divide: 211 rows of vocabulary, 11 x 16 MLP columns, 6 query heads on 2 KV heads.
 SIZES: Json = {
     "vocab_size": 211,
     "hidden_size": 96,
@@ -52,7 +52,7 @@ SIZES: Json = {
 
 @dataclass(frozen=True)
 class CheckpointCase:
-    """One checkpoint: a family, what its config says beyond SIZES, and what happens to the saved files."""
+    """One checkpoint: its family, its config keys besides SIZES, and changes to the saved files."""
 
     name: str
     family: str
@@ -65,50 +65,50 @@ class CheckpointCase:
 
 
 def make_model(case: CheckpointCase, seed: int) -> PreTrainedModel:
-    """The model in memory: the oracle runs this one, and never sees the rewritten files."""
+    """Returns the model in memory, which the oracle runs; it does not depend on the rewritten files."""
     config_class, model_class = FAMILIES[case.family]
-    # A copy: transformers completes `rope_parameters` in place.
+    # A copy, because transformers adds keys to `rope_parameters` in place.
     model = model_class(config_class(**json.loads(json.dumps(SIZES | case.config)))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_random(name, parameter, generator))
+            parameter.copy_(_random_parameter(name, parameter, generator))
     return model
 
 
-def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+def _random_parameter(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(like.shape, generator=generator)
     if name.endswith("norm.weight"):
         return 1 + 0.3 * noise
     if name.endswith("bias"):
         return 0.3 * noise
-    # The embedding too: where it is tied it is the head as well, and a larger one would only repeat its input.
-    gain = 2.0 if any(part in name for part in ("embed_tokens", "lm_head", "q_proj")) else 1.5
+    # A tied embedding is the head as well: with a larger gain the model would only repeat its input.
+    gain = 2.0 if any(infix in name for infix in ("embed_tokens", "lm_head", "q_proj")) else 1.5
     return gain / math.sqrt(like.shape[1]) * noise
 
 
-def save(model: PreTrainedModel, case: CheckpointCase, folder: Path) -> None:
-    model.save_pretrained(folder, max_shard_size=case.shard_size)
+def save_checkpoint(model: PreTrainedModel, case: CheckpointCase, directory: Path) -> None:
+    model.save_pretrained(directory, max_shard_size=case.shard_size)
     for rewrite in case.rewrite:
-        rewrite(folder)
+        rewrite(directory)
 
 
-def edit_config(folder: Path, edit: Callable[[Json], Json]) -> None:
-    path = folder / "config.json"
+def edit_config(directory: Path, edit: Callable[[Json], Json]) -> None:
+    path = directory / "config.json"
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
 
 
-def older_config(folder: Path) -> None:
-    """config.json as transformers 4 wrote it, and as most checkpoints on the hub still have it."""
-    edit_config(folder, _older)
+def rewrite_as_older_config(directory: Path) -> None:
+    """Rewrites config.json to the format of transformers 4, which most checkpoints on the Hugging Face hub have."""
+    edit_config(directory, _older_config)
 
 
-def _older(config: Json) -> Json:
+def _older_config(config: Json) -> Json:
     rope = config.pop("rope_parameters")
     config["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
     config["torch_dtype"] = config.pop("dtype")
-    config.pop("layer_types", None)  # older still: max_window_layers alone
+    config.pop("layer_types", None)  # early versions of transformers 4 have max_window_layers only
     return config
 
 
@@ -124,37 +124,38 @@ _INTERNLM2_NAMES = {
 }
 
 
-def as_internlm2(folder: Path) -> None:
-    """A llama checkpoint in InternLM2's names and fused layout. transformers has no InternLM2, but the mathematics is
-    llama's, so the llama it was made from is the oracle.
+def rewrite_as_internlm2(directory: Path) -> None:
+    """Rewrites a llama checkpoint with InternLM2's tensor names and fused layout.
+
+    transformers has no InternLM2. Its computation equals llama's, so the original llama is the oracle.
     """
-    older_config(folder)
-    config = json.loads((folder / "config.json").read_text())
+    rewrite_as_older_config(directory)
+    config = json.loads((directory / "config.json").read_text())
     bias = {"bias": config.pop("attention_bias")}
     names = {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
-    (folder / "config.json").write_text(json.dumps(config | names | bias))
-    tensors = load_file(folder / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config | names | bias))
+    tensors = load_file(directory / "model.safetensors")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     fused = {}
     for name, tensor in tensors.items():
         if "k_proj" in name or "v_proj" in name:
             continue
         if "q_proj" in name:
-            key, value = (tensors[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))
+            key, value = (tensors[name.replace("q_proj", infix)] for infix in ("k_proj", "v_proj"))
             wqkv = _fuse(tensor, key, value, heads // kv_heads, kv_heads)
             fused[name.replace("self_attn.q_proj", "attention.wqkv")] = wqkv
         else:
             fused[_internlm2_name(name)] = tensor
-    save_file(fused, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(fused, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _fuse(query: Tensor, key: Tensor, value: Tensor, group: int, kv_heads: int) -> Tensor:
-    """Per KV head: its query heads, its key, its value."""
+def _fuse(query: Tensor, key: Tensor, value: Tensor, group_size: int, kv_heads: int) -> Tensor:
+    """Returns wqkv: for each KV head its query heads, its key and its value."""
     dim = len(key) // kv_heads
     rows = []
     for head in range(kv_heads):
-        first = head * group * dim
-        rows += [query[first : first + group * dim], *(t[head * dim : (head + 1) * dim] for t in (key, value))]
+        start = head * group_size * dim
+        rows += [query[start : start + group_size * dim], *(t[head * dim : (head + 1) * dim] for t in (key, value))]
     return torch.cat(rows)
 
 
@@ -168,44 +169,52 @@ def _rope(kind: str, **values: Any) -> Json:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | values}
 
 
-_YARN: Json = {"factor": 8.0, "original_max_position_embeddings": TRAINED, "beta_fast": 8.0, "beta_slow": 0.5}
+_YARN: Json = {"factor": 8.0, "original_max_position_embeddings": TRAINED_LENGTH, "beta_fast": 8.0, "beta_slow": 0.5}
 _LLAMA3: Json = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": TRAINED,
+    "original_max_position_embeddings": TRAINED_LENGTH,
 }
-_DYNAMIC = _rope("dynamic", factor=2.0) | {"max_position_embeddings": TRAINED}
+_DYNAMIC = _rope("dynamic", factor=2.0) | {"max_position_embeddings": TRAINED_LENGTH}
 _BIAS: Json = {"attention_bias": True, "mlp_bias": True}
 
 CASES = [
     CheckpointCase("llama", "llama"),
-    # At TP 3 a rank has two heads of one KV head and one of the next: the places of its heads have a gap.
+    # At TP 3 a rank has two heads of one KV head and one of the next, so its second group is padded.
     CheckpointCase(
         "llama-biases", "llama", _BIAS | {"num_attention_heads": 8, "num_key_value_heads": 4}, shard_size="200KB"
     ),
     CheckpointCase(
-        "llama-mha-older", "llama", _rope("default", rope_theta=5e5) | {"num_key_value_heads": 6}, (older_config,)
+        "llama-mha-older",
+        "llama",
+        _rope("default", rope_theta=5e5) | {"num_key_value_heads": 6},
+        (rewrite_as_older_config,),
     ),
     CheckpointCase("llama-mqa-one-layer", "llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
     CheckpointCase("llama-tied", "llama", {"tie_word_embeddings": True}),
-    CheckpointCase("llama-tied-older-sharded", "llama", {"tie_word_embeddings": True}, (older_config,), "100KB"),
+    CheckpointCase(
+        "llama-tied-older-sharded", "llama", {"tie_word_embeddings": True}, (rewrite_as_older_config,), "100KB"
+    ),
     CheckpointCase("rope-linear", "llama", _rope("linear", factor=4.0)),
-    CheckpointCase("rope-linear-older", "llama", _rope("linear", factor=2.5), (older_config,)),
+    CheckpointCase("rope-linear-older", "llama", _rope("linear", factor=2.5), (rewrite_as_older_config,)),
     CheckpointCase("rope-dynamic", "llama", _DYNAMIC),
-    CheckpointCase("rope-dynamic-older", "llama", _DYNAMIC, (older_config,)),
+    CheckpointCase("rope-dynamic-older", "llama", _DYNAMIC, (rewrite_as_older_config,)),
     CheckpointCase("rope-llama3", "llama", _rope("llama3", **_LLAMA3)),
-    CheckpointCase("rope-llama3-older", "llama", _rope("llama3", **_LLAMA3), (older_config,)),
+    CheckpointCase("rope-llama3-older", "llama", _rope("llama3", **_LLAMA3), (rewrite_as_older_config,)),
     CheckpointCase("rope-yarn", "llama", _rope("yarn", **_YARN)),
     CheckpointCase(
-        "rope-yarn-older", "llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64), (older_config,)
+        "rope-yarn-older",
+        "llama",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=64),
+        (rewrite_as_older_config,),
     ),
     CheckpointCase("rope-yarn-attention-factor", "llama", _rope("yarn", **_YARN, attention_factor=0.7)),
     CheckpointCase("rope-yarn-mscale", "llama", _rope("yarn", **_YARN, mscale=2.0, mscale_all_dim=0.5)),
     CheckpointCase("rope-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False)),
     CheckpointCase("mistral-window", "mistral", {"sliding_window": 20}),
     CheckpointCase("mistral-head-dim", "mistral", {"sliding_window": None, "head_dim": 24}),
-    CheckpointCase("mistral-window-older", "mistral", {"sliding_window": 7, "head_dim": 8}, (older_config,)),
+    CheckpointCase("mistral-window-older", "mistral", {"sliding_window": 7, "head_dim": 8}, (rewrite_as_older_config,)),
     CheckpointCase(
         "qwen2-14-heads",
         "qwen2",
@@ -220,10 +229,10 @@ CASES = [
         "qwen2-window-older",
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2, "num_hidden_layers": 3},
-        (older_config,),
+        (rewrite_as_older_config,),
     ),
     CheckpointCase("qwen3", "qwen3", {"head_dim": 32}),
-    CheckpointCase("qwen3-bias-older", "qwen3", {"head_dim": 20, "attention_bias": True}, (older_config,)),
-    CheckpointCase("internlm2", "llama", {}, (as_internlm2,)),
-    CheckpointCase("internlm2-dynamic-bias", "llama", _DYNAMIC | {"attention_bias": True}, (as_internlm2,)),
+    CheckpointCase("qwen3-bias-older", "qwen3", {"head_dim": 20, "attention_bias": True}, (rewrite_as_older_config,)),
+    CheckpointCase("internlm2", "llama", {}, (rewrite_as_internlm2,)),
+    CheckpointCase("internlm2-dynamic-bias", "llama", _DYNAMIC | {"attention_bias": True}, (rewrite_as_internlm2,)),
 ]

@@ -1,4 +1,4 @@
-"""What the tests of the model share: oracles and rank processes, each made once and only where a test asks for it."""
+"""Fixtures of the model tests: oracles and rank processes, each created once, when a test first uses it."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,31 +15,31 @@ Oracles = Callable[[str], Oracle]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share, and other processes want the cores."""
-    before = torch.get_num_threads()
+    """Limits torch to one thread: the matrices are small, and the rank processes need the other cores."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
-    """By the name of a case."""
-    made: dict[str, Oracle] = {}
+    """Returns the oracle of a case, by its name."""
+    cache: dict[str, Oracle] = {}
     cases = {case.name: case for case in CASES}
 
     def get(name: str) -> Oracle:
-        if name not in made:
-            made[name] = make_oracle(cases[name], tmp_path_factory.mktemp("checkpoint") / name)
-        return made[name]
+        if name not in cache:
+            cache[name] = make_oracle(cases[name], tmp_path_factory.mktemp("checkpoint") / name)
+        return cache[name]
 
     return get
 
 
 @pytest.fixture(scope="session", params=[1, 2, 3, 4], ids="tp{}".format)
-def gang(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+def rank_pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """One set of rank processes at a time; pytest orders the tests so that each is started once."""
-    gang = RankPool(request.param)
-    yield gang
-    gang.close()
+    rank_pool = RankPool(request.param)
+    yield rank_pool
+    rank_pool.close()

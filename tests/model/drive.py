@@ -1,6 +1,6 @@
-"""Drives the product's runner and engine as rank 0 does, and keeps the logits that each token was chosen from.
+"""Runs the product's runner and engine as rank 0 does, and records the logits that each token was sampled from.
 
-The logits are taken where the runner hands them to the sampler: the one place that all of them pass.
+The logits are recorded at the call of the sampler, which all of them pass.
 """
 
 from collections import defaultdict
@@ -31,15 +31,15 @@ from rtp_llm.parallel.group import Group, SingleRankGroup
 from rtp_llm.runner.model_runner import ModelRunner
 
 MAX_SEQ_LEN = 256
-MOST_STEPS = 5000  # far more than any test needs: an engine that gets nowhere must not hang
+MAX_STEPS = 5000  # far more than any test needs; ends a test whose engine makes no progress
 Settings = Mapping[str, Any]
-# Small enough that prompts are cut in chunks beside decodes, large enough to hold every test's requests.
-DEFAULTS: Settings = {"max_batch_tokens_size": 48, "test_block_num": 64, "warm_up": False}
+# Small enough that prompts are chunked beside decodes, large enough to hold every test's requests.
+DEFAULT_SETTINGS: Settings = {"max_batch_tokens_size": 48, "test_block_num": 64, "warm_up": False}
 
 
 @dataclass
 class Completion:
-    """What became of one request. `logits`: those that each token of `tokens` was chosen from."""
+    """All outputs of one request. `logits`: [vocab] float32 per token, the logits it was sampled from."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)
@@ -49,76 +49,81 @@ class Completion:
     cached_tokens: int = 0
 
 
-Outcomes = dict[str, Completion]
+Completions = dict[str, Completion]
 
 
-def load(path: Path, settings: Settings, group: Group) -> tuple[ModelRunner, LoadStats]:
-    """One rank, ready to compute; all ranks of the group call it."""
-    config = Config.model_validate({"checkpoint_path": str(path), **DEFAULTS, **settings})
+def load_runner(path: Path, settings: Settings, group: Group) -> tuple[ModelRunner, LoadStats]:
+    """Returns a runner with weights and KV cache. Collective: all ranks of the group must call it."""
+    config = Config.model_validate({"checkpoint_path": str(path), **DEFAULT_SETTINGS, **settings})
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(group.size)
     runner = ModelRunner(config, spec, group, torch.device("cpu"), MAX_SEQ_LEN)
-    report = runner.load(checkpoint, lambda share: None)
+    load_stats = runner.load(checkpoint, lambda fraction: None)
     runner.allocate_kv_cache(group.size)
-    return runner, report
+    return runner, load_stats
 
 
-def engine_of(runner: ModelRunner, publish: BroadcastStep) -> Engine:
+def make_engine(runner: ModelRunner, broadcast: BroadcastStep) -> Engine:
     config = runner.config
     blocks = BlockPool(runner.num_blocks, runner.block_size, config.reuse_cache)
-    limits = SchedulerConfig(
-        runner.max_tokens, config.max_batch_size or config.concurrency_limit, config.max_context_batch_size
+    scheduler_config = SchedulerConfig(
+        runner.max_num_batched_tokens,
+        config.max_batch_size or config.concurrency_limit,
+        config.max_context_batch_size,
     )
-    return Engine(Scheduler(blocks, limits), runner, runner.max_seq_len, epoch=1, publish=publish)
+    return Engine(Scheduler(blocks, scheduler_config), runner, runner.max_seq_len, epoch=1, broadcast=broadcast)
 
 
-def alone(path: Path, **settings: Any) -> Engine:
-    """An engine at TP 1 in this process."""
-    return engine_of(load(path, settings, SingleRankGroup())[0], lambda step: None)
+def make_single_rank_engine(path: Path, **settings: Any) -> Engine:
+    """Returns an engine at TP 1 in this process."""
+    return make_engine(load_runner(path, settings, SingleRankGroup())[0], lambda step: None)
 
 
-def greedy(prompt: Sequence[int], count: int, id: str = "0", **params: Any) -> Request:
-    return Request(id, list(prompt), SamplingParams(max_tokens=count, **{"temperature": 0.0, **params}))
+def greedy_request(prompt: Sequence[int], max_tokens: int, id: str = "0", **params: Any) -> Request:
+    return Request(id, list(prompt), SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **params}))
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> Outcomes:
-    """Adds all requests at once and steps until all have ended."""
-    outcomes: Outcomes = {r.id: Completion() for r in requests}
-    with watching() as logits:
+def run(engine: Engine, requests: Sequence[Request]) -> Completions:
+    """Adds all requests at once and runs steps until all have ended."""
+    completions: Completions = {r.id: Completion() for r in requests}
+    with record_logits() as logits:
         for request in requests:
-            assert engine.add(request) is None, "there is nothing left to compute"
-        finish(engine, outcomes)
-    for id, outcome in outcomes.items():
-        outcome.logits = logits[id]
-    return outcomes
+            assert engine.add(request) is None, "no token is left to generate"
+        finish(engine, completions)
+    for id, completion in completions.items():
+        completion.logits = logits[id]
+    return completions
 
 
-def finish(engine: Engine, outcomes: Outcomes) -> None:
-    for _ in range(MOST_STEPS):
+def finish(engine: Engine, completions: Completions) -> None:
+    for _ in range(MAX_STEPS):
         if not engine.has_work:
             return
-        step(engine, outcomes)
-    raise AssertionError(f"requests are unfinished after {MOST_STEPS} steps")
+        step(engine, completions)
+    raise AssertionError(f"requests are unfinished after {MAX_STEPS} steps")
 
 
-def step(engine: Engine, outcomes: Outcomes) -> None:
-    for event in engine.step():
-        outcome = outcomes[event.request_id]
-        outcome.tokens += event.tokens
-        outcome.logprobs += event.logprobs
-        outcome.prompt_logprobs += event.prompt_logprobs
-        outcome.finish, outcome.cached_tokens = event.finish, event.cached_tokens
+def step(engine: Engine, completions: Completions) -> None:
+    for output in engine.step():
+        completion = completions[output.request_id]
+        completion.tokens += output.tokens
+        completion.logprobs += output.logprobs
+        completion.prompt_logprobs += output.prompt_logprobs
+        completion.finish, completion.cached_tokens = output.finish, output.cached_tokens
 
 
 @contextmanager
-def watching() -> Iterator[dict[str, list[NDArray[np.float32]]]]:
-    seen: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+def record_logits() -> Iterator[dict[str, list[NDArray[np.float32]]]]:
+    """Yields the logits [vocab] of each sampled token, by request id."""
+    recorded: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
-    def watched(logits: Tensor, sampling: SamplingMetadata) -> tuple[list[SampledToken], list[Logprob]]:
-        for row, request in zip(sampling.rows, sampling.requests, strict=True):
-            seen[request.id].append(logits[row].numpy().copy())
-        return sample(logits, sampling)
+    def recording_sample(
+        logits: Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[list[SampledToken], list[Logprob]]:
+        for row, request in zip(sampling_metadata.logits_rows, sampling_metadata.requests, strict=True):
+            recorded[request.id].append(logits[row].numpy().copy())
+        return sample(logits, sampling_metadata)
 
-    with mock.patch("rtp_llm.runner.model_runner.sample", watched):
-        yield seen
+    with mock.patch("rtp_llm.runner.model_runner.sample", recording_sample):
+        yield recorded

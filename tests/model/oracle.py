@@ -1,29 +1,35 @@
-"""What transformers says: greedy tokens and all logits of a few prompts, prompt by prompt with its own KV cache."""
+"""Expected results from transformers: greedy tokens and all logits, one prompt at a time with its own KV cache."""
 
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.model.checkpoints import CheckpointCase, make_model, save
+from rtp_llm.contract.request import Request
+from tests.model.checkpoints import CheckpointCase, make_model, save_checkpoint
+from tests.model.drive import Completions, greedy_request
 
 Floats = NDArray[np.float32]
 
-PROMPT_LENGTHS = (1, 3, 16, 37, 70)  # a single token, one block exactly, several blocks, beyond TRAINED
+PROMPT_LENGTHS = (1, 3, 16, 37, 70)  # one token, one block exactly, several blocks, longer than TRAINED_LENGTH
 NEW_TOKENS = 64
 TOLERANCE = 1e-4  # between logits, absolute
-# Two logits that lie this near could change places within the tolerance: such a checkpoint proves nothing.
-CLOSEST_CALL = 3 * TOLERANCE
-LEAST_VARIETY = 12  # different tokens in the output of a prompt
+# Two logits that are closer could swap order within the tolerance; a test with such a checkpoint would be flaky.
+MIN_LOGIT_GAP = 3 * TOLERANCE
+MIN_DISTINCT_TOKENS = 12  # in the output of each prompt
 
 
 @dataclass(frozen=True)
 class OracleAnswer:
-    """For one prompt: logits [len(prompt), vocab] of the prompt, and of each token that follows."""
+    """Expected results for one prompt.
+
+    prompt_logits: [len(prompt), vocab]. logits: [len(tokens), vocab], from which each token was chosen.
+    """
 
     prompt: list[int]
     tokens: list[int]
@@ -31,37 +37,52 @@ class OracleAnswer:
     logits: Floats
 
     def check(self, tokens: list[int], logits: list[Floats]) -> None:
-        """Raises AssertionError where they are not these. Logits first, up to the first other token: behind it they
-        answer another question.
+        """Raises AssertionError if tokens or logits differ.
+
+        Compares logits only up to the first different token, after which the inputs differ.
         """
         assert len(tokens) == len(logits) == len(self.tokens)
-        differ = [i for i, (own, other) in enumerate(zip(self.tokens, tokens, strict=True)) if own != other]
-        end = differ[0] + 1 if differ else len(tokens)
+        differing = [
+            i for i, (expected, token) in enumerate(zip(self.tokens, tokens, strict=True)) if expected != token
+        ]
+        end = differing[0] + 1 if differing else len(tokens)
         np.testing.assert_allclose(logits[:end], self.logits[:end], rtol=0, atol=TOLERANCE)
         assert tokens == self.tokens
 
     def after(self, count: int) -> "OracleAnswer":
-        """What is left to say behind the first `count` tokens."""
+        """Returns the expected results after the first `count` tokens."""
         return replace(self, tokens=self.tokens[count:], logits=self.logits[count:])
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """A checkpoint on disk, and what it must say."""
+    """A checkpoint on disk, and its expected results."""
 
     case: CheckpointCase
     path: Path
     answers: list[OracleAnswer]
 
+    def greedy_requests(self, max_tokens: int = NEW_TOKENS, **params: Any) -> list[Request]:
+        """Returns a greedy request per prompt; its id is the index of the prompt."""
+        return [
+            greedy_request(answer.prompt, max_tokens, id=str(index), **params)
+            for index, answer in enumerate(self.answers)
+        ]
 
-def make_oracle(case: CheckpointCase, folder: Path) -> Oracle:
-    """Tries seeds until the output is worth comparing; the first is nearly always."""
+    def check(self, completions: Completions) -> None:
+        """Raises AssertionError if completions of `greedy_requests` differ from the expected results."""
+        for index, answer in enumerate(self.answers):
+            answer.check(completions[str(index)].tokens, completions[str(index)].logits)
+
+
+def make_oracle(case: CheckpointCase, directory: Path) -> Oracle:
+    """Tries seeds until the output has no near ties and no loops; the first seed nearly always qualifies."""
     for seed in range(10):
         model = make_model(case, seed + zlib.crc32(case.name.encode()))
-        answers = [answer(model, prompt) for prompt in _prompts(model.config.vocab_size, seed)]
-        if all(_is_telling(a) for a in answers):
-            save(model, case, folder)
-            return Oracle(case, folder, answers)
+        answers = [generate_answer(model, prompt) for prompt in _prompts(model.config.vocab_size, seed)]
+        if all(_is_conclusive(a) for a in answers):
+            save_checkpoint(model, case, directory)
+            return Oracle(case, directory, answers)
     raise AssertionError(f"{case}: no seed gives greedy output without ties and loops")
 
 
@@ -70,27 +91,28 @@ def _prompts(vocab_size: int, seed: int) -> list[list[int]]:
     return [generator.integers(0, vocab_size, length).tolist() for length in PROMPT_LENGTHS]
 
 
-def _is_telling(answer: OracleAnswer) -> bool:
-    best = np.sort(answer.logits, axis=-1)[:, -2:]
-    return bool(np.diff(best).min() > CLOSEST_CALL) and len(set(answer.tokens)) >= LEAST_VARIETY
+def _is_conclusive(answer: OracleAnswer) -> bool:
+    top_two = np.sort(answer.logits, axis=-1)[:, -2:]
+    return bool(np.diff(top_two).min() > MIN_LOGIT_GAP) and len(set(answer.tokens)) >= MIN_DISTINCT_TOKENS
 
 
 @torch.inference_mode()
-def answer(model: PreTrainedModel, prompt: list[int]) -> OracleAnswer:
-    _forget_lengths(model)
+def generate_answer(model: PreTrainedModel, prompt: list[int]) -> OracleAnswer:
+    _reset_rotary_embedding(model)
     cache = DynamicCache(config=model.config)
     tokens: list[int] = []
-    rows = []
-    new = prompt
+    step_logits = []
+    input_ids = prompt
     while len(tokens) < NEW_TOKENS:
-        logits = model(torch.tensor([new]), None, None, cache, use_cache=True).logits[0]  # its name changed in 5.24
-        rows.append(logits.numpy())
-        new = [int(logits[-1].argmax())]
-        tokens += new
-    return OracleAnswer(prompt, tokens, rows[0], np.stack([r[-1] for r in rows]))
+        # Positional arguments, because the cache's keyword changed in transformers 5.24.
+        logits = model(torch.tensor([input_ids]), None, None, cache, use_cache=True).logits[0]
+        step_logits.append(logits.numpy())
+        input_ids = [int(logits[-1].argmax())]
+        tokens += input_ids
+    return OracleAnswer(prompt, tokens, step_logits[0], np.stack([logits[-1] for logits in step_logits]))
 
 
-def _forget_lengths(model: PreTrainedModel) -> None:
-    """Dynamic rope in transformers remembers the longest sequence it saw, of other prompts too."""
+def _reset_rotary_embedding(model: PreTrainedModel) -> None:
+    """Resets dynamic rope, which in transformers remembers the longest sequence, even from other prompts."""
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config)

@@ -1,7 +1,7 @@
 """One rank of a tensor-parallel group: `python -m tests.model.rank SIZE RANK PORT CONTROL_FD`.
 
-Importing torch takes seconds, so a process lives for a whole session and does one job after the other. Jobs and
-replies are the product's own frames over an inherited socket; its end (pytest has died) ends the process.
+Importing torch takes seconds, so a process runs all jobs of a test session. Jobs and replies are JSON in the product's
+frames over an inherited socket; the process exits when that socket closes, also if pytest has died.
 """
 
 import json
@@ -29,71 +29,76 @@ from tests.model import drive
 
 HOST = "127.0.0.1"
 EPOCH = 1
-SECONDS = 60  # for peers to connect, and for a collective
+TIMEOUT_SECONDS = 60  # of connecting to peers, and of each collective
 
 
-def plan_for(size: int, port: int) -> Plan:
+def local_plan(size: int, port: int) -> Plan:
     return Plan((Member(0, "local_part0", HOST, port),), 0, size, size, size, port, 9, "cpu")
 
 
 def open_groups(plan: Plan, rank: int) -> dict[str, Group]:
-    """The product's own choice for ranks of one machine, and gloo for everything, as it is used between machines."""
+    """Returns "local", the product's choice for ranks of one machine, and "gloo", which it uses between machines."""
     cpu = torch.device("cpu")
     prefix = f"rtp-test-{plan.start_port}-"
-    group = init_group(plan, rank, EPOCH, host=HOST, address=HOST, timeout=SECONDS, device=cpu, shm_prefix=prefix)
+    group = init_group(
+        plan, rank, EPOCH, host=HOST, address=HOST, timeout=TIMEOUT_SECONDS, device=cpu, shm_prefix=prefix
+    )
     gloo = TorchGroup(rank, plan.world_size, cpu) if plan.world_size > 1 else group
     return {"local": group, "gloo": gloo}
 
 
-class Rank:
-    """Groups and step sockets, formed once for all jobs."""
+class RankWorker:
+    """Process groups and step sockets of one rank, opened once for all jobs."""
 
     def __init__(self, size: int, rank: int, port: int):
-        plan = plan_for(size, port)
+        plan = local_plan(size, port)
         self.groups = open_groups(plan, rank)
         self.followers: FollowerConnections | None = None
-        self.steps: socket.socket | None = None
+        self.step_socket: socket.socket | None = None
         if rank == 0:
-            self.followers = FollowerConnections(_accept(plan), SECONDS)
+            self.followers = FollowerConnections(_accept_followers(plan), TIMEOUT_SECONDS)
         else:
-            self.steps = retry_connect(lambda: connect(HOST, plan.leader_port(STEP_PORT_OFFSET), SECONDS), SECONDS)
-            self.steps.sendall(pack_json(FrameType.JOIN, {"rank": rank, "epoch": EPOCH}))
+            port = plan.leader_port(STEP_PORT_OFFSET)
+            self.step_socket = retry_connect(lambda: connect(HOST, port, TIMEOUT_SECONDS), TIMEOUT_SECONDS)
+            self.step_socket.sendall(pack_json(FrameType.JOIN, {"rank": rank, "epoch": EPOCH}))
 
-    def work(self, job: dict[str, Any]) -> dict[str, Any]:
-        runner, report = drive.load(Path(job["checkpoint"]), job["settings"], self.groups[job["collectives"]])
-        reply: dict[str, Any] = {"bytes": report.bytes, "num_blocks": runner.num_blocks}
+    def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Loads the checkpoint and computes the job's requests. Returns the reply of this rank."""
+        group = self.groups[job["collectives"]]
+        runner, load_stats = drive.load_runner(Path(job["checkpoint"]), job["settings"], group)
+        reply: dict[str, Any] = {"bytes": load_stats.bytes, "num_blocks": runner.num_blocks}
         if self.followers:
-            engine = drive.engine_of(runner, self.followers.broadcast)
-            outcomes = _lead(engine, job)
-            self.followers.send_keepalive()  # here: the end of the job
-            return reply | {"outcomes": outcomes, "preemptions": engine.scheduler.stats.preemptions}
-        assert self.steps
-        _follow(runner, self.steps)
+            engine = drive.make_engine(runner, self.followers.broadcast)
+            completions = _run_leader(engine, job)
+            self.followers.send_keepalive()  # here it marks the end of the job
+            return reply | {"completions": completions, "preemptions": engine.scheduler.stats.preemptions}
+        assert self.step_socket
+        _run_follower(runner, self.step_socket)
         return reply
 
 
-def _accept(plan: Plan) -> dict[int, socket.socket]:
+def _accept_followers(plan: Plan) -> dict[int, socket.socket]:
     if plan.world_size == 1:
         return {}
     with listen(HOST, plan.leader_port(STEP_PORT_OFFSET)) as listener:
-        return accept_ranks(listener, plan, EPOCH, SECONDS)
+        return accept_ranks(listener, plan, EPOCH, TIMEOUT_SECONDS)
 
 
-def _follow(runner: ModelRunner, steps: socket.socket) -> None:
+def _run_follower(runner: ModelRunner, step_socket: socket.socket) -> None:
     while True:
-        kind, payload = recv_frame(steps)
-        if kind == FrameType.KEEPALIVE:
+        frame_type, payload = recv_frame(step_socket)
+        if frame_type == FrameType.KEEPALIVE:
             return
         runner.execute(Step.from_bytes(payload))
 
 
-def _lead(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
-    """Leaves the logits in the file `out`; all else is small enough for the reply."""
-    outcomes: drive.Outcomes = {}
+def _run_leader(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
+    """Runs the waves of a job. Writes logits, too large for the reply, to the file `out`; returns the rest."""
+    completions: drive.Completions = {}
     for wave in job["waves"]:
-        outcomes |= drive.run(engine, [_request(entry) for entry in wave])
-    np.savez(job["out"], allow_pickle=False, **{id: np.stack(o.logits) for id, o in outcomes.items()})
-    return {id: asdict(replace(outcome, logits=[])) for id, outcome in outcomes.items()}
+        completions |= drive.run(engine, [_request(entry) for entry in wave])
+    np.savez(job["out"], allow_pickle=False, **{id: np.stack(c.logits) for id, c in completions.items()})
+    return {id: asdict(replace(completion, logits=[])) for id, completion in completions.items()}
 
 
 def _request(entry: dict[str, Any]) -> Request:
@@ -103,14 +108,14 @@ def _request(entry: dict[str, Any]) -> Request:
 def main(size: int, rank: int, port: int, control_fd: int) -> None:
     torch.set_num_threads(1)
     control = socket.socket(fileno=control_fd)
-    seat = Rank(size, rank, port)
+    worker = RankWorker(size, rank, port)
     control.sendall(pack_json(FrameType.READY, {}))
     while True:
         try:
             _, payload = recv_frame(control)
         except WireError:
             return
-        control.sendall(pack_json(FrameType.EVENTS, seat.work(json.loads(payload))))
+        control.sendall(pack_json(FrameType.EVENTS, worker.run_job(json.loads(payload))))
 
 
 if __name__ == "__main__":

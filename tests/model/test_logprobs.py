@@ -1,4 +1,4 @@
-"""Logprobs are transformers' log_softmax, of the prompt and of the output, however the prompt is cut."""
+"""Logprobs of prompt and output equal log_softmax of transformers' logits for all chunk sizes."""
 
 from typing import Any
 from unittest import mock
@@ -11,7 +11,7 @@ from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.contract.request import Request
 from tests.model import drive
 from tests.model.conftest import Oracles
-from tests.model.drive import Settings, greedy
+from tests.model.drive import Settings, greedy_request
 from tests.model.oracle import NEW_TOKENS, TOLERANCE, Floats, Oracle, OracleAnswer
 from tests.model.rank_pool import RankPool
 
@@ -24,128 +24,133 @@ def oracle(request: pytest.FixtureRequest, oracles: Oracles) -> Oracle:
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max(-1, keepdims=True)
-    table: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return table
+    logits64 = logits.astype(np.float64)
+    shifted = logits64 - logits64.max(-1, keepdims=True)
+    log_probs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return log_probs
 
 
-def check(records: list[Logprob], tokens: list[int], logits: Floats, top: int) -> None:
-    assert len(records) == len(tokens) == len(logits)
-    for (value, rank, likeliest), token, table in zip(records, tokens, log_softmax(logits), strict=True):
-        assert abs(value - table[token]) < TOLERANCE
-        # Its rank among the others, give or take those that are as likely within the tolerance.
-        assert (table > table[token] + TOLERANCE).sum() <= rank <= (table > table[token] - TOLERANCE).sum()
-        assert [abs(table[t] - v) < TOLERANCE for t, v in likeliest] == [True] * top
-        np.testing.assert_allclose([v for _, v in likeliest], np.sort(table)[::-1][:top], rtol=0, atol=TOLERANCE)
+def check(logprobs: list[Logprob], tokens: list[int], logits: Floats, top: int) -> None:
+    assert len(logprobs) == len(tokens) == len(logits)
+    for (value, rank, likeliest), token, row in zip(logprobs, tokens, log_softmax(logits), strict=True):
+        assert abs(value - row[token]) < TOLERANCE
+        # Tokens whose logprobs are equal within the tolerance may have either rank.
+        assert (row > row[token] + TOLERANCE).sum() <= rank <= (row > row[token] - TOLERANCE).sum()
+        assert [abs(row[t] - v) < TOLERANCE for t, v in likeliest] == [True] * top
+        np.testing.assert_allclose([v for _, v in likeliest], np.sort(row)[::-1][:top], rtol=0, atol=TOLERANCE)
         assert len({t for t, _ in likeliest}) == top
 
 
-def check_prompt(records: list[Logprob], answer: OracleAnswer, top: int) -> None:
-    check(records, answer.prompt[1:], answer.prompt_logits[:-1], top)
+def check_prompt(logprobs: list[Logprob], answer: OracleAnswer, top: int) -> None:
+    check(logprobs, answer.prompt[1:], answer.prompt_logits[:-1], top)
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 48, 512])
 @pytest.mark.parametrize("reuse_cache", [True, False])
 def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> None:
-    engine = drive.alone(oracle.path, max_batch_tokens_size=chunk, reuse_cache=reuse_cache)
+    engine = drive.make_single_rank_engine(oracle.path, max_batch_tokens_size=chunk, reuse_cache=reuse_cache)
+    requests = oracle.greedy_requests(logprobs=TOP, prompt_logprobs=True)
+    # Other requests in the batch, without logprobs or with a different number of them.
+    others = [greedy_request([*a.prompt[1:], 3], 40, id=f"c{i}") for i, a in enumerate(oracle.answers)]
+    others[2] = greedy_request(oracle.answers[2].prompt, NEW_TOKENS, id="c2", logprobs=0, prompt_logprobs=True)
+    completions = drive.run(engine, [r for pair in zip(others, requests, strict=True) for r in pair])
+    for index, answer in enumerate(oracle.answers):
+        completion = completions[str(index)]
+        check_prompt(completion.prompt_logprobs, answer, TOP)
+        check(completion.logprobs, answer.tokens, answer.logits, TOP)
+    check_prompt(completions["c2"].prompt_logprobs, oracle.answers[2], 0)
+    assert not completions["c1"].prompt_logprobs
+    assert not completions["c1"].logprobs
+
+
+def test_prompt_logprobs_per_step_are_limited(oracle: Oracle) -> None:
+    """Each needs a row of logits. The limit is lowered because these prompts are shorter."""
     requests = [
-        greedy(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True)
+        greedy_request(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=i % 2 == 0)
         for i, a in enumerate(oracle.answers)
     ]
-    # Company that wants none, or others: nobody may get somebody else's.
-    company = [greedy([*a.prompt[1:], 3], 40, id=f"c{i}") for i, a in enumerate(oracle.answers)]
-    company[2] = greedy(oracle.answers[2].prompt, NEW_TOKENS, id="c2", logprobs=0, prompt_logprobs=True)
-    outcomes = drive.run(engine, [r for pair in zip(company, requests, strict=True) for r in pair])
-    for index, answer in enumerate(oracle.answers):
-        outcome = outcomes[str(index)]
-        check_prompt(outcome.prompt_logprobs, answer, TOP)
-        check(outcome.logprobs, answer.tokens, answer.logits, TOP)
-    check_prompt(outcomes["c2"].prompt_logprobs, oracle.answers[2], 0)
-    assert not outcomes["c1"].prompt_logprobs
-    assert not outcomes["c1"].logprobs
-
-
-def test_a_step_computes_only_so_many_of_them(oracle: Oracle) -> None:
-    """Each costs a row of logits; these prompts are shorter than the bound, unless that is lowered."""
-    requests = [
-        greedy(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=i % 2 == 0) for i, a in enumerate(oracle.answers)
-    ]
     with mock.patch("rtp_llm.engine.scheduler.PROMPT_LOGPROB_CHUNK", 5):
-        outcomes = drive.run(drive.alone(oracle.path), requests)
+        completions = drive.run(drive.make_single_rank_engine(oracle.path), requests)
     for index, answer in enumerate(oracle.answers):
         if index % 2 == 0:
-            check_prompt(outcomes[str(index)].prompt_logprobs, answer, TOP)
-        check(outcomes[str(index)].logprobs, answer.tokens[:8], answer.logits[:8], TOP)
+            check_prompt(completions[str(index)].prompt_logprobs, answer, TOP)
+        check(completions[str(index)].logprobs, answer.tokens[:8], answer.logits[:8], TOP)
 
 
-def test_a_cached_prompt_still_has_them(oracle: Oracle) -> None:
+def test_cached_prompt_has_prompt_logprobs(oracle: Oracle) -> None:
     answer = oracle.answers[-1]
-    engine = drive.alone(oracle.path)
-    drive.run(engine, [greedy(answer.prompt, 2, id="first")])
-    outcomes = drive.run(engine, [greedy(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)])
-    check_prompt(outcomes["0"].prompt_logprobs, answer, TOP)
-    answer.check(outcomes["0"].tokens, outcomes["0"].logits)
+    engine = drive.make_single_rank_engine(oracle.path)
+    drive.run(engine, [greedy_request(answer.prompt, 2, id="first")])
+    completions = drive.run(engine, [greedy_request(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)])
+    check_prompt(completions["0"].prompt_logprobs, answer, TOP)
+    answer.check(completions["0"].tokens, completions["0"].logits)
 
 
 @pytest.mark.parametrize("reuse_cache", [True, False])
-def test_preempted_in_the_middle_of_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
-    """What the first try had computed is not reported twice."""
-    old, young = oracle.answers[-2], oracle.answers[-1]
+def test_preemption_during_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
+    """Logprobs that were computed before the preemption are not reported twice."""
+    older, newer = oracle.answers[-2], oracle.answers[-1]
     settings: Settings = {"max_batch_tokens_size": 7, "seq_size_per_block": 4, "test_block_num": 26}
-    engine = drive.alone(oracle.path, reuse_cache=reuse_cache, **settings)
+    engine = drive.make_single_rank_engine(oracle.path, reuse_cache=reuse_cache, **settings)
     requests = [
-        greedy(old.prompt, NEW_TOKENS, id="old"),
-        greedy(young.prompt, 20, id="young", logprobs=TOP, prompt_logprobs=True),
+        greedy_request(older.prompt, NEW_TOKENS, id="older"),
+        greedy_request(newer.prompt, 20, id="newer", logprobs=TOP, prompt_logprobs=True),
     ]
-    outcomes = {r.id: drive.Completion() for r in requests}
+    completions = {r.id: drive.Completion() for r in requests}
     for request in requests:
         engine.add(request)
-    before = 0
+    num_before = 0
     while engine.has_work:
-        known = len(requests[1].prompt_logprobs)
-        drive.step(engine, outcomes)
-        if engine.scheduler.stats.preemptions and not before:
-            before = known
-    assert 0 < before < len(young.prompt) - 1, "it was to be preempted in the middle of its prompt"
-    check_prompt(outcomes["young"].prompt_logprobs, young, TOP)
-    assert outcomes["old"].tokens == old.tokens
-    assert outcomes["young"].tokens == young.tokens[:20]
+        num_logprobs = len(requests[1].prompt_logprobs)
+        drive.step(engine, completions)
+        if engine.scheduler.stats.preemptions and not num_before:
+            num_before = num_logprobs
+    assert 0 < num_before < len(newer.prompt) - 1, "the preemption must happen during the prompt"
+    check_prompt(completions["newer"].prompt_logprobs, newer, TOP)
+    assert completions["older"].tokens == older.tokens
+    assert completions["newer"].tokens == newer.tokens[:20]
 
 
 @pytest.mark.parametrize("reuse_cache", [True, False])
-def test_preempted_behind_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
-    """The prompt is computed again, but its logprobs have been reported already."""
+def test_preemption_after_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
+    """The prompt is recomputed, but its logprobs have been reported already."""
     answers = oracle.answers[-2:]
-    engine = drive.alone(oracle.path, reuse_cache=reuse_cache, seq_size_per_block=4, test_block_num=36)
-    outcomes = drive.run(
+    engine = drive.make_single_rank_engine(
+        oracle.path, reuse_cache=reuse_cache, seq_size_per_block=4, test_block_num=36
+    )
+    completions = drive.run(
         engine,
-        [greedy(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True) for i, a in enumerate(answers)],
+        [
+            greedy_request(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True)
+            for i, a in enumerate(answers)
+        ],
     )
     assert engine.scheduler.stats.preemptions
     for index, answer in enumerate(answers):
-        check_prompt(outcomes[str(index)].prompt_logprobs, answer, TOP)
-        check(outcomes[str(index)].logprobs, answer.tokens, answer.logits, TOP)
+        check_prompt(completions[str(index)].prompt_logprobs, answer, TOP)
+        check(completions[str(index)].logprobs, answer.tokens, answer.logits, TOP)
 
 
-def test_a_resumed_request_has_reported_its_prompt(oracle: Oracle) -> None:
+def test_resumed_request_has_no_prompt_logprobs(oracle: Oracle) -> None:
     answer = oracle.answers[-1]
-    request = greedy(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)
+    request = greedy_request(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)
     resumed = Request(request.id, list(answer.prompt), request.params, answer.tokens[:10])
-    outcome = drive.run(drive.alone(oracle.path), [resumed])["0"]
-    assert outcome.prompt_logprobs == []
-    check(outcome.logprobs, answer.tokens[10:], answer.logits[10:], TOP)
+    completion = drive.run(drive.make_single_rank_engine(oracle.path), [resumed])["0"]
+    assert completion.prompt_logprobs == []
+    check(completion.logprobs, answer.tokens[10:], answer.logits[10:], TOP)
 
 
-def test_as_many_as_there_are_tokens(oracle: Oracle) -> None:
+def test_number_of_logprobs_is_limited_to_the_vocabulary(oracle: Oracle) -> None:
     answer = oracle.answers[1]
     size = answer.logits.shape[-1]
-    outcome = drive.run(drive.alone(oracle.path), [greedy(answer.prompt, 4, logprobs=size + 100)])["0"]
-    check(outcome.logprobs, answer.tokens[:4], answer.logits[:4], size)
+    completion = drive.run(
+        drive.make_single_rank_engine(oracle.path), [greedy_request(answer.prompt, 4, logprobs=size + 100)]
+    )["0"]
+    check(completion.logprobs, answer.tokens[:4], answer.logits[:4], size)
 
 
-def test_they_are_of_the_models_own_logits(oracle: Oracle) -> None:
-    """Not of what temperature, penalties and biases make of them."""
+def test_logprobs_are_of_unprocessed_logits(oracle: Oracle) -> None:
+    """Temperature, penalties and biases do not change them."""
     answer = oracle.answers[3]
     params: dict[str, Any] = {
         "logprobs": TOP,
@@ -154,19 +159,18 @@ def test_they_are_of_the_models_own_logits(oracle: Oracle) -> None:
         "logit_bias": {7: 50.0},
         "repetition_penalty": 1.5,
     }
-    outcome = drive.run(drive.alone(oracle.path), [greedy(answer.prompt, 1, **params)])["0"]
-    assert outcome.tokens == [7]
-    check(outcome.logprobs, [7], answer.logits[:1], TOP)
-
-
-@pytest.mark.parametrize("gang", [3], ids="tp{}".format, indirect=True)
-def test_over_ranks(gang: RankPool, oracles: Oracles) -> None:
-    oracle = oracles("qwen2-14-heads")
-    requests = [
-        greedy(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True)
-        for i, a in enumerate(oracle.answers)
+    completion = drive.run(drive.make_single_rank_engine(oracle.path), [greedy_request(answer.prompt, 1, **params)])[
+        "0"
     ]
-    outcomes = gang.run(oracle.path, [requests], "local", max_batch_tokens_size=13).outcomes
+    assert completion.tokens == [7]
+    check(completion.logprobs, [7], answer.logits[:1], TOP)
+
+
+@pytest.mark.parametrize("rank_pool", [3], ids="tp{}".format, indirect=True)
+def test_several_ranks(rank_pool: RankPool, oracles: Oracles) -> None:
+    oracle = oracles("qwen2-14-heads")
+    requests = oracle.greedy_requests(logprobs=TOP, prompt_logprobs=True)
+    completions = rank_pool.run(oracle.path, [requests], "local", max_batch_tokens_size=13).completions
     for index, answer in enumerate(oracle.answers):
-        check_prompt(outcomes[str(index)].prompt_logprobs, answer, TOP)
-        check(outcomes[str(index)].logprobs, answer.tokens, answer.logits, TOP)
+        check_prompt(completions[str(index)].prompt_logprobs, answer, TOP)
+        check(completions[str(index)].logprobs, answer.tokens, answer.logits, TOP)

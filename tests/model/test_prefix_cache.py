@@ -1,6 +1,6 @@
-"""Prompts that share a prefix: the shared blocks are not computed again, and nobody can tell from the output.
+"""Prompts with a common prefix: cached blocks are not recomputed, and the output does not change.
 
-The oracle for these prompts is the same model without a cache, which test_families compares with transformers.
+The expected output is that of the same model without prefix cache, which test_families compares with transformers.
 """
 
 import socket
@@ -17,13 +17,13 @@ from rtp_llm.parallel.rank_status import RankStatus
 from rtp_llm.parallel.wire import FrameType
 from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
-from tests.model.checkpoints import TRAINED
+from tests.model.checkpoints import TRAINED_LENGTH
 from tests.model.conftest import Oracles
-from tests.model.drive import Completion, greedy
+from tests.model.drive import Completion, greedy_request
 from tests.model.oracle import Oracle
 
-COUNT = 24
-BLOCK = 16
+MAX_TOKENS = 24
+BLOCK_SIZE = 16
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2-window", "rope-yarn"])
@@ -32,143 +32,145 @@ def oracle(request: pytest.FixtureRequest, oracles: Oracles) -> Oracle:
 
 
 def without_cache(oracle: Oracle, prompt: list[int]) -> Completion:
-    return drive.run(drive.alone(oracle.path, reuse_cache=False), [greedy(prompt, COUNT)])["0"]
+    return drive.run(
+        drive.make_single_rank_engine(oracle.path, reuse_cache=False), [greedy_request(prompt, MAX_TOKENS)]
+    )["0"]
 
 
-def same(found: Completion, expected: Completion) -> None:
-    assert found.tokens == expected.tokens
-    # Not bit by bit: the same rows in a batch of another size are added up in another order.
-    assert all(abs(a - b).max() < 1e-4 for a, b in zip(found.logits, expected.logits, strict=True))
+def assert_same(completion: Completion, expected: Completion) -> None:
+    assert completion.tokens == expected.tokens
+    # Not bit for bit: the order of summation depends on the batch size.
+    assert all(abs(a - b).max() < 1e-4 for a, b in zip(completion.logits, expected.logits, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("shared", "own", "cached"),
+    ("num_shared", "num_different", "cached_tokens"),
     [
-        (70, 20, 64),  # four whole blocks of the prefix
-        (48, 1, 48),  # blocks end where the prefix ends
-        (47, 30, 32),  # one token short of the third block
-        (15, 40, 0),  # not even one block
-        (64, 0, 48),  # all of it: the last token is computed again, and with it its block
+        (70, 20, 64),  # four full blocks of the prefix
+        (48, 1, 48),  # the prefix ends at a block boundary
+        (47, 30, 32),  # the third block lacks one token
+        (15, 40, 0),  # less than one block
+        (64, 0, 48),  # the last token is recomputed for its logits, and so is its block
     ],
 )
-def test_shared_prefix(oracle: Oracle, shared: int, own: int, cached: int) -> None:
+def test_shared_prefix(oracle: Oracle, num_shared: int, num_different: int, cached_tokens: int) -> None:
     long = oracle.answers[-1].prompt
-    prompt = long[:shared] + oracle.answers[-2].prompt[:own]
-    engine = drive.alone(oracle.path, seq_size_per_block=BLOCK)
-    drive.run(engine, [greedy(long, 2, id="first")])
-    found = drive.run(engine, [greedy(prompt, COUNT)])["0"]
-    assert found.cached_tokens == cached
-    same(found, without_cache(oracle, prompt))
+    prompt = long[:num_shared] + oracle.answers[-2].prompt[:num_different]
+    engine = drive.make_single_rank_engine(oracle.path, seq_size_per_block=BLOCK_SIZE)
+    drive.run(engine, [greedy_request(long, 2, id="first")])
+    completion = drive.run(engine, [greedy_request(prompt, MAX_TOKENS)])["0"]
+    assert completion.cached_tokens == cached_tokens
+    assert_same(completion, without_cache(oracle, prompt))
 
 
-def test_the_next_turn_of_a_conversation(oracle: Oracle) -> None:
-    """Prompt and answer together are the beginning of the next prompt."""
+def test_next_turn_of_a_conversation(oracle: Oracle) -> None:
+    """The next prompt begins with the prompt and the output of the previous turn."""
     answer = oracle.answers[-2]
-    engine = drive.alone(oracle.path, seq_size_per_block=BLOCK)
-    drive.run(engine, [greedy(answer.prompt, len(answer.tokens), id="first")])
+    engine = drive.make_single_rank_engine(oracle.path, seq_size_per_block=BLOCK_SIZE)
+    drive.run(engine, [greedy_request(answer.prompt, len(answer.tokens), id="first")])
     prompt = answer.prompt + answer.tokens + oracle.answers[0].prompt
-    found = drive.run(engine, [greedy(prompt, COUNT)])["0"]
-    # The last token was chosen, but never computed.
-    assert found.cached_tokens == (len(answer.prompt) + len(answer.tokens) - 1) // BLOCK * BLOCK
-    same(found, without_cache(oracle, prompt))
+    completion = drive.run(engine, [greedy_request(prompt, MAX_TOKENS)])["0"]
+    # The last token was sampled, but its keys and values were not computed.
+    assert completion.cached_tokens == (len(answer.prompt) + len(answer.tokens) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert_same(completion, without_cache(oracle, prompt))
 
 
-def test_prompts_that_share_while_both_run(oracle: Oracle) -> None:
+def test_concurrent_prompts_with_a_shared_prefix(oracle: Oracle) -> None:
     long = oracle.answers[-1].prompt
     prompts = [long[:n] + oracle.answers[-2].prompt[:5] for n in (64, 64, 40)]
-    engine = drive.alone(oracle.path, seq_size_per_block=BLOCK, max_batch_tokens_size=100)
-    outcomes = drive.run(engine, [greedy(p, COUNT, id=str(i)) for i, p in enumerate(prompts)])
+    engine = drive.make_single_rank_engine(oracle.path, seq_size_per_block=BLOCK_SIZE, max_batch_tokens_size=100)
+    completions = drive.run(engine, [greedy_request(p, MAX_TOKENS, id=str(i)) for i, p in enumerate(prompts)])
     for index, prompt in enumerate(prompts):
-        same(outcomes[str(index)], without_cache(oracle, prompt))
+        assert_same(completions[str(index)], without_cache(oracle, prompt))
 
 
-def test_equal_blocks_behind_different_prefixes_are_different(oracle: Oracle) -> None:
-    """Their keys and values are others: a block is known by everything before it, not by its own tokens."""
-    long, other = oracle.answers[-1].prompt, oracle.answers[-2].prompt
-    engine = drive.alone(oracle.path, seq_size_per_block=BLOCK)
-    drive.run(engine, [greedy(long, 2, id="first"), greedy(other[: BLOCK + 1], 2, id="second")])
-    prompt = other[:BLOCK] + long[BLOCK:]
-    found = drive.run(engine, [greedy(prompt, COUNT)])["0"]
-    assert found.cached_tokens == BLOCK
-    same(found, without_cache(oracle, prompt))
+def test_equal_blocks_after_different_prefixes_are_not_shared(oracle: Oracle) -> None:
+    """Keys and values depend on all tokens before them, so a block's hash includes its prefix."""
+    long, short = oracle.answers[-1].prompt, oracle.answers[-2].prompt
+    engine = drive.make_single_rank_engine(oracle.path, seq_size_per_block=BLOCK_SIZE)
+    drive.run(engine, [greedy_request(long, 2, id="first"), greedy_request(short[: BLOCK_SIZE + 1], 2, id="second")])
+    prompt = short[:BLOCK_SIZE] + long[BLOCK_SIZE:]
+    completion = drive.run(engine, [greedy_request(prompt, MAX_TOKENS)])["0"]
+    assert completion.cached_tokens == BLOCK_SIZE
+    assert_same(completion, without_cache(oracle, prompt))
 
 
-class Done(Exception):
+class AllServedError(Exception):
     """Ends the leader's loop."""
 
 
-class OneClient:
-    """In place of `engine.intake.Intake`: submits one request after the other."""
+class FakeRequestServer:
+    """Stands in for `engine.request_server.RequestServer`: submits one request after the other."""
 
     def __init__(self, requests: list[Request]):
-        self._requests, self._busy = iter(requests), False
+        self._requests, self._is_busy = iter(requests), False
         self.client = ClientConnection(socket.socket())
         self.connections = {self.client}
-        self.outcomes = {r.id: Completion() for r in requests}
+        self.completions = {r.id: Completion() for r in requests}
 
     def poll(self, timeout: float) -> list[ClientMessage]:
-        if self._busy:
+        if self._is_busy:
             return []
         request = next(self._requests, None)
         if request is None:
             self.client.sock.close()
-            raise Done
-        self._busy = True
+            raise AllServedError
+        self._is_busy = True
         body = {"id": request.id, "prompt": request.tokens, "params": request.params.to_json(), "output": []}
         return [ClientMessage(self.client, FrameType.SUBMIT, body)]
 
-    def send(self, connection: ClientConnection, kind: FrameType, body: dict[str, Any]) -> None:
-        for event in (EngineOutput.from_json(e) for e in body["events"]):
-            self.outcomes[event.request_id].tokens += event.tokens
-            self.outcomes[event.request_id].cached_tokens = event.cached_tokens
-            self._busy = not event.finish
+    def send(self, connection: ClientConnection, frame_type: FrameType, body: dict[str, Any]) -> None:
+        for output in map(EngineOutput.from_json, body["events"]):
+            self.completions[output.request_id].tokens += output.tokens
+            self.completions[output.request_id].cached_tokens = output.cached_tokens
+            self._is_busy = not output.finish
 
 
 def serve(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
-    """Through the loop of rank 0, which is what tells prompts of different lengths apart."""
-    client = OneClient(requests)
+    """Serves requests through the loop of rank 0, which salts the cache keys of long prompts."""
+    request_server = FakeRequestServer(requests)
     leader = LeaderLoop(
         engine,
-        cast(RequestServer, client),
+        cast(RequestServer, request_server),
         FollowerConnections({}, 1),
         RankStatus(0, 0),
         cast(ModelRunner, engine.runner),
-        TRAINED,
+        TRAINED_LENGTH,
     )
-    with pytest.raises(Done):
+    with pytest.raises(AllServedError):
         leader.run()
-    return client.outcomes
+    return request_server.completions
 
 
 @pytest.fixture(scope="module")
-def dynamic(oracles: Oracles) -> Oracle:
+def dynamic_rope_oracle(oracles: Oracles) -> Oracle:
     return oracles("rope-dynamic")
 
 
-def test_dynamic_rope_shares_only_what_is_the_same(dynamic: Oracle) -> None:
-    """A prompt beyond the trained length is rotated by its length: another length has other keys for equal tokens."""
-    long, other = dynamic.answers[-1].prompt, dynamic.answers[-2].prompt
+def test_dynamic_rope_shares_only_equal_keys(dynamic_rope_oracle: Oracle) -> None:
+    """Keys of prompts beyond the trained length depend on the length of the prompt."""
+    long, second = dynamic_rope_oracle.answers[-1].prompt, dynamic_rope_oracle.answers[-2].prompt
     prompts = {
         "long": long,
         "long again": long,
         "shorter": long[:50],
-        "as long": long[:64] + other[:6],
+        "same length": long[:64] + second[:6],
         "short": long[:20],
-        "also short": long[:16] + other[:9],
+        "also short": long[:16] + second[:9],
     }
-    engine = drive.alone(dynamic.path, seq_size_per_block=BLOCK)
-    found = serve(engine, [greedy(prompt, COUNT, id=name) for name, prompt in prompts.items()])
-    cached = {name: outcome.cached_tokens for name, outcome in found.items()}
-    assert cached == {"long": 0, "long again": 64, "shorter": 0, "as long": 64, "short": 0, "also short": 16}
+    engine = drive.make_single_rank_engine(dynamic_rope_oracle.path, seq_size_per_block=BLOCK_SIZE)
+    completions = serve(engine, [greedy_request(prompt, MAX_TOKENS, id=name) for name, prompt in prompts.items()])
+    cached = {name: completion.cached_tokens for name, completion in completions.items()}
+    assert cached == {"long": 0, "long again": 64, "shorter": 0, "same length": 64, "short": 0, "also short": 16}
     for name, prompt in prompts.items():
-        assert found[name].tokens == without_cache(dynamic, prompt).tokens
+        assert completions[name].tokens == without_cache(dynamic_rope_oracle, prompt).tokens
 
 
-def test_dynamic_rope_would_go_wrong_without_that(dynamic: Oracle) -> None:
-    """Proves that the test above can fail: the engine itself does not know about ropes."""
-    long = dynamic.answers[-1].prompt
-    engine = drive.alone(dynamic.path, seq_size_per_block=BLOCK)
-    drive.run(engine, [greedy(long, 2, id="first")])
-    found = drive.run(engine, [greedy(long[:50], COUNT)])["0"]
-    assert found.cached_tokens == 48
-    assert found.tokens != without_cache(dynamic, long[:50]).tokens
+def test_dynamic_rope_needs_the_cache_salt(dynamic_rope_oracle: Oracle) -> None:
+    """Proves that the test above can fail: without the leader loop there is no salt, and the output is wrong."""
+    long = dynamic_rope_oracle.answers[-1].prompt
+    engine = drive.make_single_rank_engine(dynamic_rope_oracle.path, seq_size_per_block=BLOCK_SIZE)
+    drive.run(engine, [greedy_request(long, 2, id="first")])
+    completion = drive.run(engine, [greedy_request(long[:50], MAX_TOKENS)])["0"]
+    assert completion.cached_tokens == 48
+    assert completion.tokens != without_cache(dynamic_rope_oracle, long[:50]).tokens

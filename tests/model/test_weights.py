@@ -1,6 +1,4 @@
-"""Each rank reads its own share of the checkpoint and no more, and a checkpoint that does not fit is refused by
-name.
-"""
+"""Each rank reads only its shard of the checkpoint; errors of a checkpoint name the file or tensor."""
 
 import json
 import shutil
@@ -21,10 +19,10 @@ from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.parallel.group import SingleRankGroup
 from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
-from tests.model.checkpoints import CASES, CheckpointCase, edit_config, make_model, save
+from tests.model.checkpoints import CASES, CheckpointCase, edit_config, make_model, save_checkpoint
 from tests.model.conftest import Oracles
-from tests.model.drive import greedy
-from tests.model.oracle import answer
+from tests.model.drive import greedy_request
+from tests.model.oracle import generate_answer
 from tests.model.rank_pool import RankPool
 
 
@@ -33,7 +31,7 @@ def config_of(path: Path) -> Config:
 
 
 class FakeGroup:
-    """A rank's seat without the others: loading needs none of them."""
+    """A rank of a group whose other ranks do not exist. Loading does not need them."""
 
     wait_seconds: float | None = None
 
@@ -53,35 +51,42 @@ class FakeGroup:
         pass
 
 
-def tensor_bytes(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> int:
+def tensor_bytes(path: Path, is_selected: Callable[[str], bool] = lambda name: True) -> int:
     files = [load_file(file) for file in path.glob("*.safetensors")]
-    return sum(t.numel() * t.element_size() for tensors in files for n, t in tensors.items() if wanted(n))
+    return sum(t.numel() * t.element_size() for tensors in files for n, t in tensors.items() if is_selected(n))
 
 
 def is_replicated(name: str) -> bool:
-    """What every rank needs whole: norms, and biases that are added after the sum."""
+    """Returns whether every rank holds the whole tensor: norms, and biases that are added after the all-reduce."""
     return "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias", "wo.bias"))
 
 
-# One per way of cutting: KV heads that divide, that replicate, one for all, tied embeddings, biases, fused tensors.
-CUT = ["llama-biases", "llama-mqa-one-layer", "llama-tied", "qwen2-14-heads", "qwen3", "internlm2-dynamic-bias"]
+# One per kind of sharding: divided, replicated and single KV heads, tied embeddings, biases, fused tensors.
+SHARDED_CASES = [
+    "llama-biases",
+    "llama-mqa-one-layer",
+    "llama-tied",
+    "qwen2-14-heads",
+    "qwen3",
+    "internlm2-dynamic-bias",
+]
 
 
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("name", SHARDED_CASES)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 def test_all_ranks_together_hold_the_checkpoint(oracles: Oracles, name: str, size: int) -> None:
-    """Every element of every tensor is on some rank; on exactly one, replicated ones and shared KV heads excepted."""
+    """Every element of every tensor is on exactly one rank, except replicated tensors and shared KV heads."""
     path = oracles(name).path
-    pieces = []
+    elements = []
     for rank in range(size):
-        runner, report = drive.load(path, {}, FakeGroup(rank, size))
+        runner, load_stats = drive.load_runner(path, {}, FakeGroup(rank, size))
         parameters = [p for p in runner.model.parameters() if isinstance(p, ShardedParameter)]
-        own = [(piece.name, i) for p in parameters for piece in p.slices for i in piece.source]
-        assert len(own) == len(set(own)), "a rank reads something twice"
-        assert report.bytes <= tensor_bytes(path)
-        pieces += own
+        local = [(weight_slice.name, i) for p in parameters for weight_slice in p.slices for i in weight_slice.source]
+        assert len(local) == len(set(local)), "a rank reads an element twice"
+        assert load_stats.bytes <= tensor_bytes(path)
+        elements += local
         check_contents(parameters, oracles(name).case, path)
-    for name, indices in by_name(pieces).items():
+    for name, indices in group_by_name(elements).items():
         counts = np.bincount(indices)
         assert counts.min() == 1 or is_replicated(name) or is_kv(name)
         assert counts.max() == 1 or is_replicated(name) or is_kv(name)
@@ -92,60 +97,68 @@ def is_kv(name: str) -> bool:
     return "k_proj" in name or "v_proj" in name
 
 
-def by_name(pieces: list[tuple[str, int]]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for name, index in pieces:
-        found.setdefault(name, []).append(index)
-    return found
+def group_by_name(elements: list[tuple[str, int]]) -> dict[str, list[int]]:
+    indices: dict[str, list[int]] = {}
+    for name, index in elements:
+        indices.setdefault(name, []).append(index)
+    return indices
 
 
 def check_contents(parameters: list[ShardedParameter], case: CheckpointCase, path: Path) -> None:
-    """What was read is what the model had, and what nothing was read into is zero: padding must not count."""
+    """Raises AssertionError unless parameters equal the checkpoint's slices, and padding is zero."""
     if case.name.startswith("internlm2"):
-        return  # its names on disk are others; test_families sees its contents
+        return  # its names in the file differ; test_families checks its contents
     tensors = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
     for parameter in parameters:
         expected = torch.zeros(parameter.shape)
-        for piece in parameter.slices:
-            source, target = torch.arange(*bounds(piece.source)), torch.arange(*bounds(piece.target))
-            expected.index_copy_(piece.dim, target, tensors[piece.name].index_select(piece.dim, source))
+        for weight_slice in parameter.slices:
+            source, target = (
+                torch.arange(*range_bounds(weight_slice.source)),
+                torch.arange(*range_bounds(weight_slice.target)),
+            )
+            expected.index_copy_(
+                weight_slice.dim, target, tensors[weight_slice.name].index_select(weight_slice.dim, source)
+            )
         assert torch.equal(parameter.data, expected)
 
 
-def bounds(numbers: range) -> tuple[int, int]:
+def range_bounds(numbers: range) -> tuple[int, int]:
     return numbers.start, numbers.stop
 
 
 @pytest.mark.parametrize("name", ["llama", "internlm2"])
 def test_two_ranks_read_half_each(oracles: Oracles, name: str) -> None:
-    """Six query heads on two KV heads: nothing is read twice but the norms."""
+    """Six query heads on two KV heads: only the norms are read twice."""
     path = oracles(name).path
-    read = [drive.load(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
-    whole, shared = tensor_bytes(path), tensor_bytes(path, is_replicated)
-    assert sum(read) == whole + shared
-    assert max(read) < 0.56 * whole  # vocabulary and MLP are cut at round numbers, not in the middle
+    bytes_read = [drive.load_runner(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
+    total, replicated = tensor_bytes(path), tensor_bytes(path, is_replicated)
+    assert sum(bytes_read) == total + replicated
+    assert max(bytes_read) < 0.56 * total  # more than half: shards of vocabulary and MLP are multiples of a unit
 
 
-@pytest.mark.parametrize("gang", [2], ids="tp{}".format, indirect=True)
-def test_real_ranks_report_the_same(gang: RankPool, oracles: Oracles) -> None:
+@pytest.mark.parametrize("rank_pool", [2], ids="tp{}".format, indirect=True)
+def test_rank_processes_read_the_same_bytes(rank_pool: RankPool, oracles: Oracles) -> None:
     path = oracles("llama").path
-    replies = gang.run(path, [[greedy([1, 2], 1)]]).replies
-    assert [r["bytes"] for r in replies] == [drive.load(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
+    replies = rank_pool.run(path, [[greedy_request([1, 2], 1)]]).replies
+    assert [r["bytes"] for r in replies] == [
+        drive.load_runner(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)
+    ]
 
 
-# Checkpoints that cannot be used
+# Invalid checkpoints
 
 
 @pytest.fixture
-def copy(oracles: Oracles, tmp_path: Path) -> Callable[[str], Path]:
-    """A checkpoint's folder, free to be damaged."""
+def copy_checkpoint(oracles: Oracles, tmp_path: Path) -> Callable[[str], Path]:
+    """Returns a copy of a checkpoint, which the test may damage."""
     return lambda name: shutil.copytree(oracles(name).path, tmp_path / name)
 
 
-def refuse(path: Path, **settings: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        drive.load(path, settings, SingleRankGroup())
-    return str(caught.value)
+def load_error(path: Path, **settings: Any) -> str:
+    """Loads an invalid checkpoint. Returns the error message."""
+    with pytest.raises(CheckpointError) as error_info:
+        drive.load_runner(path, settings, SingleRankGroup())
+    return str(error_info.value)
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -175,18 +188,18 @@ TENSORS = [("llama", n) for n in LLAMA_NAMES] + [("internlm2", n) for n in INTER
 
 
 @pytest.mark.parametrize(("name", "tensor"), TENSORS)
-def test_missing_tensor(copy: Callable[[str], Path], name: str, tensor: str) -> None:
-    path = copy(name)
+def test_missing_tensor(copy_checkpoint: Callable[[str], Path], name: str, tensor: str) -> None:
+    path = copy_checkpoint(name)
     edit_tensors(path, lambda tensors: tensors.pop(tensor))
-    message = refuse(path)
+    message = load_error(path)
     assert "missing" in message
     assert tensor in message
 
 
 @pytest.mark.parametrize(("name", "tensor"), TENSORS)
 @pytest.mark.parametrize("change", ["shorter", "longer", "narrower", "wider"])
-def test_tensor_of_another_shape(copy: Callable[[str], Path], name: str, tensor: str, change: str) -> None:
-    """Larger is as wrong as smaller: it is another model's, and would give wrong answers rather than none."""
+def test_tensor_with_wrong_shape(copy_checkpoint: Callable[[str], Path], name: str, tensor: str, change: str) -> None:
+    """A larger tensor is an error too: a slice of it would load, and give wrong output."""
 
     def reshape(tensors: dict[str, Tensor]) -> None:
         old = tensors[tensor]
@@ -196,52 +209,52 @@ def test_tensor_of_another_shape(copy: Callable[[str], Path], name: str, tensor:
         else:
             tensors[tensor] = torch.cat([old, old.narrow(axis, 0, 8)], axis)
 
-    path = copy(name)
+    path = copy_checkpoint(name)
     edit_tensors(path, reshape)
-    message = refuse(path)
+    message = load_error(path)
     assert tensor in message
     assert "shape" in message
 
 
-def test_nothing_is_read_where_something_is_wrong(copy: Callable[[str], Path]) -> None:
-    path = copy("llama")
+def test_invalid_checkpoint_is_not_read(copy_checkpoint: Callable[[str], Path]) -> None:
+    path = copy_checkpoint("llama")
     edit_tensors(path, lambda tensors: tensors.pop("lm_head.weight"))
     config = config_of(path)
     checkpoint = Checkpoint.open(config)
     runner = ModelRunner(config, checkpoint.spec(config), SingleRankGroup(), torch.device("cpu"), 64)
-    steps: list[float] = []
+    fractions: list[float] = []
     with pytest.raises(CheckpointError):
-        runner.load(checkpoint, steps.append)
-    assert steps == []
+        runner.load(checkpoint, fractions.append)
+    assert fractions == []
 
 
-@pytest.mark.parametrize("left", [0, 4, 100, 5000])
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, 5000])
 @pytest.mark.parametrize(
     ("name", "file"), [("llama", "model.safetensors"), ("llama-biases", "model-00003-of-00005.safetensors")]
 )
-def test_file_that_was_cut_off(copy: Callable[[str], Path], name: str, file: str, left: int) -> None:
-    path = copy(name)
+def test_truncated_file(copy_checkpoint: Callable[[str], Path], name: str, file: str, num_bytes: int) -> None:
+    path = copy_checkpoint(name)
     assert (path / file).exists()
-    (path / file).write_bytes((path / file).read_bytes()[:left])
-    message = refuse(path)
+    (path / file).write_bytes((path / file).read_bytes()[:num_bytes])
+    message = load_error(path)
     assert file in message
     assert "cut off" in message or "damaged" in message
 
 
-def test_last_byte_missing(copy: Callable[[str], Path]) -> None:
-    path = copy("llama")
+def test_last_byte_missing(copy_checkpoint: Callable[[str], Path]) -> None:
+    path = copy_checkpoint("llama")
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert "cut off" in refuse(path)
+    assert "cut off" in load_error(path)
 
 
-def test_damaged_header(copy: Callable[[str], Path]) -> None:
-    path = copy("llama")
+def test_damaged_header(copy_checkpoint: Callable[[str], Path]) -> None:
+    path = copy_checkpoint("llama")
     file = path / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[8:40] = b"x" * 32
     file.write_bytes(data)
-    message = refuse(path)
+    message = load_error(path)
     assert "model.safetensors" in message
     assert "damaged" in message
 
@@ -250,54 +263,54 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_git_lfs_pointer(copy: Callable[[str], Path], file: str) -> None:
-    path = copy("llama")
+def test_git_lfs_pointer(copy_checkpoint: Callable[[str], Path], file: str) -> None:
+    path = copy_checkpoint("llama")
     (path / file).write_text(POINTER)
-    message = refuse(path)
+    message = load_error(path)
     assert str(path / file) in message
     assert "git lfs pull" in message
 
 
-def test_shard_that_is_missing(copy: Callable[[str], Path]) -> None:
-    path = copy("llama-biases")
+def test_missing_shard(copy_checkpoint: Callable[[str], Path]) -> None:
+    path = copy_checkpoint("llama-biases")
     (path / "model-00002-of-00005.safetensors").unlink()
-    message = refuse(path)
+    message = load_error(path)
     assert "model.safetensors.index.json" in message
     assert "missing: model-00002-of-00005.safetensors" in message
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}', "[]", "{"])
-def test_index_that_is_none(copy: Callable[[str], Path], index: str) -> None:
-    path = copy("llama-biases")
+def test_invalid_index(copy_checkpoint: Callable[[str], Path], index: str) -> None:
+    path = copy_checkpoint("llama-biases")
     (path / "model.safetensors.index.json").write_text(index)
-    assert "model.safetensors.index.json" in refuse(path)
+    assert "model.safetensors.index.json" in load_error(path)
 
 
-def test_tensor_in_no_shard_though_the_index_has_it(copy: Callable[[str], Path]) -> None:
-    path = copy("llama-biases")
+def test_tensor_that_is_only_in_the_index(copy_checkpoint: Callable[[str], Path]) -> None:
+    path = copy_checkpoint("llama-biases")
     file = path / "model-00005-of-00005.safetensors"
     tensors = load_file(file)
-    lost, _ = tensors.popitem()
+    name, _ = tensors.popitem()
     save_file(tensors, file)
-    assert lost in refuse(path)
+    assert name in load_error(path)
 
 
-def test_pickled_weights_are_named_as_such(copy: Callable[[str], Path]) -> None:
-    path = copy("llama")
+def test_pickled_weights(copy_checkpoint: Callable[[str], Path]) -> None:
+    path = copy_checkpoint("llama")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    message = refuse(path)
+    message = load_error(path)
     assert "no *.safetensors" in message
     assert "pytorch_model.bin" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "nonsense", '{"a": NaN', "\xff"])
-def test_config_that_is_no_json_object(copy: Callable[[str], Path], text: str) -> None:
-    path = copy("llama")
+def test_config_that_is_not_a_json_object(copy_checkpoint: Callable[[str], Path], text: str) -> None:
+    path = copy_checkpoint("llama")
     (path / "config.json").write_bytes(text.encode("latin-1"))
-    assert str(path / "config.json") in refuse(path)
+    assert str(path / "config.json") in load_error(path)
 
 
-def test_folder_that_is_none(tmp_path: Path) -> None:
+def test_invalid_checkpoint_path(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "file", "is a file")):
         (tmp_path / "file").touch()
         with pytest.raises(ConfigError, match=reason):
@@ -308,71 +321,75 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
         Checkpoint.open(config_of(tmp_path))
 
 
-def test_digest_tells_checkpoints_apart(copy: Callable[[str], Path], oracles: Oracles) -> None:
-    """All parts of a gang must hold the same model; this is how they find out."""
+def test_digest_differs_between_checkpoints(copy_checkpoint: Callable[[str], Path], oracles: Oracles) -> None:
+    """The parts of a gang compare it to detect different models."""
 
     def digest(path: Path) -> str:
         return Checkpoint.open(config_of(path)).digest
 
-    original, path = oracles("llama").path, copy("llama")
+    original, path = oracles("llama").path, copy_checkpoint("llama")
     assert digest(path) == digest(original)
     edit_config(path, lambda config: config | {"rms_norm_eps": 2e-5})
     assert digest(path) != digest(original)
     assert digest(oracles("rope-linear").path) != digest(original)
 
 
-# Types
+# Dtypes
 
 
 @pytest.mark.parametrize("act_type", ["bf16", "fp16"])
 def test_half_precision(oracles: Oracles, act_type: str) -> None:
-    """Loads, runs, and says roughly the same; how much is lost is the type's, not ours."""
+    """Logits correlate with those in float32; the precision of the dtype allows no closer comparison."""
     oracle = oracles("llama-biases")
-    engine = drive.alone(oracle.path, act_type=act_type)
-    outcomes = drive.run(engine, [greedy(a.prompt, 8, id=str(i)) for i, a in enumerate(oracle.answers)])
+    engine = drive.make_single_rank_engine(oracle.path, act_type=act_type)
+    completions = drive.run(engine, [greedy_request(a.prompt, 8, id=str(i)) for i, a in enumerate(oracle.answers)])
     for index, expected in enumerate(oracle.answers):
-        found = outcomes[str(index)].logits[0]
-        assert found.dtype == np.float32
-        assert np.corrcoef(found, expected.logits[0])[0, 1] > 0.99
+        logits = completions[str(index)].logits[0]
+        assert logits.dtype == np.float32
+        assert np.corrcoef(logits, expected.logits[0])[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("gang", [3], ids="tp{}".format, indirect=True)
+@pytest.mark.parametrize("rank_pool", [3], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("collectives", ["local", "gloo"])
 @pytest.mark.parametrize("act_type", ["bf16", "fp16"])
-def test_half_precision_over_ranks(gang: RankPool, oracles: Oracles, act_type: str, collectives: str) -> None:
+def test_half_precision_on_several_ranks(
+    rank_pool: RankPool, oracles: Oracles, act_type: str, collectives: str
+) -> None:
     oracle = oracles("llama-biases")
-    requests = [greedy(a.prompt, 2, id=str(i)) for i, a in enumerate(oracle.answers)]
-    outcomes = gang.run(oracle.path, [requests], collectives, act_type=act_type, warm_up=True).outcomes
+    requests = [greedy_request(a.prompt, 2, id=str(i)) for i, a in enumerate(oracle.answers)]
+    completions = rank_pool.run(oracle.path, [requests], collectives, act_type=act_type, warm_up=True).completions
     for index, expected in enumerate(oracle.answers):
-        assert np.corrcoef(outcomes[str(index)].logits[0], expected.logits[0])[0, 1] > 0.99
+        assert np.corrcoef(completions[str(index)].logits[0], expected.logits[0])[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_checkpoint_computed_in_full(dtype: torch.dtype, tmp_path: Path) -> None:
-    """ACT_TYPE=fp32 on a checkpoint of half precision: the oracle has the rounded weights, and nothing else rounds."""
+def test_half_precision_checkpoint_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """ACT_TYPE=fp32 on a half-precision checkpoint equals an oracle that computes the rounded weights in float32."""
     case = next(c for c in CASES if c.name == "llama-biases")
     model = make_model(case, 1)
     torch.nn.Module.to(model, dtype)
-    save(model, case, tmp_path)
+    save_checkpoint(model, case, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     config = config_of(tmp_path)
     assert Checkpoint.open(config).spec(config).dtype == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    expected = answer(model.float(), list(range(1, 60)))
-    outcome = drive.run(drive.alone(tmp_path, act_type="fp32"), [greedy(expected.prompt, 64)])["0"]
-    expected.check(outcome.tokens, outcome.logits)
+    expected = generate_answer(model.float(), list(range(1, 60)))
+    completion = drive.run(
+        drive.make_single_rank_engine(tmp_path, act_type="fp32"), [greedy_request(expected.prompt, 64)]
+    )["0"]
+    expected.check(completion.tokens, completion.logits)
 
 
 def test_first_layers_only(oracles: Oracles, caplog: pytest.LogCaptureFixture) -> None:
-    """HACK_LAYER_NUM: the rest of the checkpoint is left alone without a complaint."""
+    """HACK_LAYER_NUM: the tensors of other layers are ignored without a warning."""
     oracle = oracles("llama")
-    engine = drive.alone(oracle.path, hack_layer_num=1)
-    tokens = drive.run(engine, [greedy(oracle.answers[0].prompt, 10)])["0"].tokens
+    engine = drive.make_single_rank_engine(oracle.path, hack_layer_num=1)
+    tokens = drive.run(engine, [greedy_request(oracle.answers[0].prompt, 10)])["0"].tokens
     assert tokens != oracle.answers[0].tokens[:10]
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_tensors_that_nobody_wants_are_mentioned(copy: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
-    path = copy("llama")
+def test_unused_tensors_are_logged(copy_checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    path = copy_checkpoint("llama")
     edit_tensors(path, lambda tensors: tensors.update({"model.layers.0.surprise.weight": torch.ones(2)}))
-    drive.load(path, {}, SingleRankGroup())
+    drive.load_runner(path, {}, SingleRankGroup())
     assert "model.layers.0.surprise.weight" in caplog.text

@@ -1,5 +1,7 @@
-"""What the tests with real processes share: a checkpoint, what one rank alone says, the logs of a test that fails."""
+"""Fixtures of the tests with real processes: a checkpoint, outputs of a single rank, logs of failed tests."""
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.parallel import parts
-from tests.parallel.parts import REPOSITORY, Part, free_start_port
+from tests.parallel.parts import REPOSITORY, Part
+from tests.ports import free_start_port
 
 PROMPT = {"prompt": "A large language model is", "max_tokens": 80, "ignore_eos": True}
 GREEDY: dict[str, Any] = {**PROMPT, "temperature": 0}
@@ -20,16 +24,16 @@ BODIES = {"greedy": GREEDY, "seeded": SEEDED, "short": SHORT}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Shows what the running parts have said where a test fails."""
+    """Adds the logs of all running parts to the report of a failed test."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     if report.failed:
-        report.sections += [(f"part on port {part.port}", part.log) for part in parts.running]
+        report.sections += [(f"part on port {part.port}", part.log) for part in parts.running_parts]
     return report  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo, as `make serve` would write it."""
+    """A small model with random weights."""
     path = tmp_path_factory.mktemp("demo") / "model"
     subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     return path
@@ -37,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def settings(checkpoint: Path) -> dict[str, str]:
-    """What every part is told beside its place in the gang: the model, and to be quick about it."""
+    """Settings of all parts, except their rank in the gang: the model, and small sizes for a fast start."""
     return {
         "MODEL_TYPE": "qwen_3",
         "CHECKPOINT_PATH": str(checkpoint),
@@ -46,20 +50,29 @@ def settings(checkpoint: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "WARM_UP": "0",
         "TEST_BLOCK_NUM": "64",
-        "HEARTBEAT_TIMEOUT": "3",
         "RESTART_LIMIT": "10",
     }
 
 
 @pytest.fixture(scope="session")
-def alone(settings: dict[str, str]) -> Iterator[Part]:
-    """One rank without any others. A test may end it: all that the others want of it is `expected`."""
+def single_rank(settings: dict[str, str]) -> Iterator[Part]:
+    """A part with TP_SIZE=1. A test may stop it once `expected` has its outputs."""
     port = free_start_port()
     with Part({**settings, "START_PORT": str(port), "SHUTDOWN_TIMEOUT": "1"}, port=port) as part:
         yield part.wait_healthy()
 
 
 @pytest.fixture(scope="session")
-def expected(alone: Part) -> dict[str, str]:
-    """What one rank alone answers to each of BODIES: any number of ranks, and any accident, must leave it the same."""
-    return {name: alone.complete(body) for name, body in BODIES.items()}
+def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Outputs of a single rank for each of BODIES. Other numbers of ranks and recovered faults must not change them.
+
+    The first worker that needs them starts the part and leaves the outputs for the others.
+    """
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "expected.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            part: Part = request.getfixturevalue("single_rank")
+            path.write_text(json.dumps({name: part.complete(body) for name, body in BODIES.items()}))
+    outputs: dict[str, str] = json.loads(path.read_text())
+    return outputs

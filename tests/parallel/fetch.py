@@ -1,8 +1,8 @@
-"""One HTTP request with nothing but the standard library.
+"""One HTTP request with the standard library only.
 
-A module of its own because it also runs as a script inside a network namespace, where the test process cannot reach:
+A separate module because it also runs as a script inside a network namespace, which the test process cannot reach:
 
-    python fetch.py URL [BODY]        prints [status, text] as JSON; status 0: nobody answered
+    python fetch.py URL [BODY]        prints [status, text] as JSON; status 0: no response
 """
 
 import json
@@ -12,13 +12,13 @@ import urllib.request
 
 
 def fetch(url: str, body: str | None = None, timeout: float = 60) -> tuple[int, str]:
-    """GET, or POST where there is a body. (status, text of the answer); (0, reason) where nobody answers."""
+    """Sends GET, or POST if there is a body. Returns (status, text), or (0, reason) without a response."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data=None if body is None else body.encode(), headers=headers)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the environment says
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignore proxy variables of the environment
     try:
-        with opener.open(request, timeout=timeout) as answer:
-            return answer.status, answer.read().decode()
+        with opener.open(request, timeout=timeout) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read().decode()

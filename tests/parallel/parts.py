@@ -1,22 +1,20 @@
-"""Parts made of real processes: starts `rtp_llm.start_server`, talks to it, hurts it, and sees that nothing is left.
+"""Parts with real processes: starts `rtp_llm.start_server`, sends requests, injects faults and checks the cleanup.
 
-Every process of a part carries a mark in its environment, which it cannot lose by being orphaned: that is how a rank
-that outlived its supervisor is found.
+All processes of a part have a marker variable in their environment, which an orphaned process keeps. It identifies
+ranks that outlived their supervisor.
 """
 
 import json
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,59 +22,30 @@ from typing import Any, Self, TypeVar
 
 import rtp_llm
 from tests.parallel.fetch import fetch
+from tests.ports import busy, reserved_ports
 
 T = TypeVar("T")
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
-DEADLINE = 90.0  # seconds for anything a part does; on an idle machine a start takes five
-PORTS = range(21000, 29000)
-BELOW, STRIDE = 11, 9  # a part uses START_PORT-11 … START_PORT+9*ranks-1
-MARK = "MARK_OF_TEST"
-POLL = 0.05
-MODULES = {
+DEADLINE = 90.0  # seconds for each operation; on an idle machine a start takes five
+MARKER = "MARK_OF_TEST"
+POLL = 0.05  # seconds
+COMMAND_PATTERNS = {
     "supervisord": " -m supervisor.supervisord ",
     "guard": " -m rtp_llm.supervise.guard ",
     "api": " -m rtp_llm.api.main ",
 }
 
-_handed_out: list[range] = []
-running: list["Part"] = []  # whose output is of interest when a test fails
+running_parts: list["Part"] = []  # their logs are part of the report of a failed test
 
 
-def free_start_port(ranks: int = 1) -> int:
-    """A START_PORT whose whole block is free now, and was not given to anybody in this session."""
-    for _ in range(500):
-        first = random.randrange(PORTS.start, PORTS.stop - BELOW - STRIDE * ranks)
-        block = range(first, first + BELOW + STRIDE * ranks)
-        if any(block.start < other.stop and other.start < block.stop for other in _handed_out):
-            continue
-        if not busy(block):
-            _handed_out.append(block)
-            return first + BELOW
-    raise AssertionError(f"no free block of ports in {PORTS}")
-
-
-def busy(ports: Iterable[int]) -> list[int]:
-    """Those of the ports that cannot be listened on."""
-    found = []
-    for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("0.0.0.0", port))
-                probe.listen()
-            except OSError:
-                found.append(port)
-    return found
-
-
-def shared_memory() -> set[str]:
-    """Files in /dev/shm that no process holds: what a process of ours would leave behind."""
+def orphaned_shm_files() -> set[str]:
+    """Returns the names of files in /dev/shm that no process has mapped."""
     names = set(os.listdir("/dev/shm"))
-    return {name for name in names if not _held(f"/dev/shm/{name}")} if names else set()
+    return {name for name in names if not _is_mapped(f"/dev/shm/{name}")} if names else set()
 
 
-def _held(path: str) -> bool:
+def _is_mapped(path: str) -> bool:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
             if path in maps.read_text():
@@ -85,7 +54,7 @@ def _held(path: str) -> bool:
 
 
 class Part:
-    """One part: a `start_server` with everything below it. A context manager that stops it orderly at the end."""
+    """One part: `start_server` and its child processes. As a context manager, stops it in order at the end."""
 
     def __init__(
         self,
@@ -97,30 +66,28 @@ class Part:
         address: str = "127.0.0.1",
         inside: Sequence[str] = (),
     ):
-        """`port` is its START_PORT, `ranks` its LOCAL_WORLD_SIZE; `inside`: the words that run a command where the
-        part is to run, for a network namespace.
-        """
+        """`port`: START_PORT. `ranks`: LOCAL_WORLD_SIZE. `inside`: command prefix that enters a namespace."""
         self.port, self.ranks, self.address, self.inside = port, ranks, address, tuple(inside)
-        self.root = Path(tempfile.mkdtemp(prefix="rtp-"))  # short, for the sockets in it
+        self.root = Path(tempfile.mkdtemp(prefix="rtp-"))  # short, because socket paths are limited
         self.temporary = self.root / "tmp"
         self.temporary.mkdir()
         self.log_path = self.root / "log"
-        self._mark = secrets.token_hex(8)
-        self._shared_memory = shared_memory()
-        own = {"PATH": os.environ["PATH"], "TMPDIR": str(self.temporary), MARK: self._mark}
+        self._marker = secrets.token_hex(8)
+        self._orphaned_before = orphaned_shm_files()
+        base_env = {"PATH": os.environ["PATH"], "TMPDIR": str(self.temporary), MARKER: self._marker}
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [*self.inside, sys.executable, "-m", "rtp_llm.start_server", *args],
-                env={**own, **env},
+                env={**base_env, **env},
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        running.append(self)
+        running_parts.append(self)
 
-    # What it is and says
+    # State
 
     @property
     def log(self) -> str:
@@ -128,76 +95,77 @@ class Part:
 
     @property
     def run_dir(self) -> Path:
-        """Raises AssertionError until there is one."""
-        found = list(self.temporary.glob("rtp-llm-*"))
-        assert len(found) == 1, f"run directories: {found}\n{self.log}"
-        return found[0]
+        """The run directory. Raises AssertionError until it exists."""
+        paths = list(self.temporary.glob("rtp-llm-*"))
+        assert len(paths) == 1, f"run directories: {paths}\n{self.log}"
+        return paths[0]
 
     @property
     def epoch(self) -> int:
-        """The gang's epoch as this part has heard of it; 0 before the first."""
+        """The epoch in this part's gang status; 0 before the first."""
         try:
             return int(json.loads((self.run_dir / "gang.json").read_text())["epoch"])
         except (OSError, AssertionError):
             return 0
 
     def processes(self) -> dict[int, str]:
-        """pid and command line of every process of this part, orphans included."""
-        mark = f"{MARK}={self._mark}".encode()
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
+        """Returns command lines by pid of all processes of this part, including orphans."""
+        marker = f"{MARKER}={self._marker}".encode()
+        commands = {}
+        for directory in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-        return {pid: command for pid, command in found.items() if command}
+                if marker in (directory / "environ").read_bytes().split(b"\0"):
+                    commands[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ").strip()
+        return {pid: command for pid, command in commands.items() if command}
 
     def pid(self, name: str) -> int:
-        """pid of `rank0`, `api`, `guard` or `supervisord`, for which it waits; or `start_server`."""
+        """Returns the pid of `rank0`, `api`, `guard`, `supervisord` or `start_server`. Waits for the process."""
         if name == "start_server":
             return self._process.pid
         rank = name.removeprefix("rank")
-        pattern = re.compile(rf" -m rtp_llm.engine.main \S+ {rank}$" if rank.isdigit() else MODULES[name])
+        pattern = re.compile(rf" -m rtp_llm.engine.main \S+ {rank}$" if rank.isdigit() else COMMAND_PATTERNS[name])
 
-        def look() -> int | None:
+        def find_pid() -> int | None:
             return next((pid for pid, command in self.processes().items() if pattern.search(command)), None)
 
-        return self.until(look, f"process {name}")
+        return self.until(find_pid, f"process {name}")
 
-    # Talking to it
+    # Requests
 
     def fetch(self, path: str, body: Any = None) -> tuple[int, str]:
-        """(status, text); status 0: nobody answers. `body` is sent as JSON."""
+        """Returns (status, text); status 0: no response. `body` is sent as JSON."""
         url = f"http://{self.address}:{self.port}{path}"
         data = None if body is None else json.dumps(body)
         if not self.inside:
             return fetch(url, data)
         script = [sys.executable, str(Path(__file__).with_name("fetch.py")), url, *([data] if data else [])]
-        done = subprocess.run([*self.inside, *script], capture_output=True, text=True, check=True, timeout=DEADLINE)
-        status, text = json.loads(done.stdout)
+        command = [*self.inside, *script]
+        completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DEADLINE)
+        status, text = json.loads(completed.stdout)
         return int(status), str(text)
 
     def complete(self, body: Mapping[str, Any]) -> str:
-        """The text that /v1/completions answers."""
+        """Returns the text of a /v1/completions response."""
         status, text = self.fetch("/v1/completions", dict(body))
         assert status == 200, f"{status}: {text}\n{self.log}"
         return str(json.loads(text)["choices"][0]["text"])
 
-    # Waiting for it
+    # Waiting
 
-    def until(self, condition: Callable[[], T | None], what: str, seconds: float = DEADLINE) -> T:
-        """What `condition` gives as soon as that is true; at once an error where the part ends meanwhile."""
+    def until(self, condition: Callable[[], T | None], description: str, seconds: float = DEADLINE) -> T:
+        """Polls until `condition` returns a true value. Returns that value. Fails if the part ends or time runs out."""
         deadline = time.monotonic() + seconds
         while True:
-            found = condition()
-            if found:
-                return found
+            value = condition()
+            if value:
+                return value
             code = self._process.poll()
-            assert code is None, f"ended with {code} before: {what}\n{self.log}"
-            assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{self.log}"
+            assert code is None, f"exited with {code} before: {description}\n{self.log}"
+            assert time.monotonic() < deadline, f"not within {seconds:g} s: {description}\n{self.log}"
             time.sleep(POLL)
 
     def wait_healthy(self, epoch: int = 1) -> Self:
-        """Until /health answers 200 in this epoch or a later one."""
+        """Waits until /health returns 200 in this epoch or a later one."""
         self.until(lambda: self.epoch >= epoch and self.fetch("/health") == (200, '"ok"'), f"healthy, epoch {epoch}")
         return self
 
@@ -205,39 +173,45 @@ class Part:
         self.until(lambda: self.log.count(text) >= times, f"{times} times in the log: {text!r}")
 
     def wait_end(self, seconds: float = DEADLINE) -> int:
-        """The exit code of start_server."""
+        """Waits for start_server to exit. Returns its exit code."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds:g} s\n{self.log}") from None
 
-    # Hurting it
+    # Faults
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.pid(name), number)
 
-    # Its end
+    # End
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Asks for an orderly end, and does not wait."""
+        """Sends a stop signal without waiting for the end."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def assert_nothing_left(self) -> None:
-        """No process of it lives, its ports are free, nothing new lies in /dev/shm, its temporary folder is empty."""
+        """Asserts that no process runs, ports are free, /dev/shm has no new file and the temporary folder is empty."""
         self.assert_no_process_left()
         if not self.inside:
-            block = range(self.port - BELOW, self.port + STRIDE * self.ranks)
-            assert busy(block) == [], self.log
-        assert shared_memory() - self._shared_memory == set()
+            assert busy(reserved_ports(self.port, self.ranks)) == [], self.log
+        self._assert_no_shared_memory_left()
         assert list(self.temporary.iterdir()) == [], self.log
 
     def assert_no_process_left(self, seconds: float = 5) -> None:
-        """`seconds`: for the kernel to end what it was told to end."""
+        """`seconds`: time for the kernel to end processes that were killed."""
         deadline = time.monotonic() + seconds
         while self.processes() and time.monotonic() < deadline:
             time.sleep(POLL)
         assert self.processes() == {}, self.log
+
+    def _assert_no_shared_memory_left(self, seconds: float = 5) -> None:
+        """Waits up to `seconds`, because another test's part may not have mapped its new segment yet."""
+        deadline = time.monotonic() + seconds
+        while (orphaned := orphaned_shm_files() - self._orphaned_before) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        assert orphaned == set()
 
     def __enter__(self) -> Self:
         return self
@@ -252,17 +226,17 @@ class Part:
             self.destroy()
 
     def destroy(self) -> None:
-        """Ends what is left of it by force, whatever has happened."""
+        """Kills all remaining processes and removes the files."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
         shutil.rmtree(self.root, ignore_errors=True)
-        running.remove(self)
+        running_parts.remove(self)
 
 
 class Gang:
-    """The parts of one gang, part 0 first. Its end asks all of them to stop at the same moment."""
+    """The parts of one gang, part 0 first. As a context manager, stops all of them at the same time."""
 
     def __init__(self, *parts: Part):
         self.parts = parts

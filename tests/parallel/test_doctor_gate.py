@@ -1,4 +1,4 @@
-"""The doctor at the door: what it finds before a start, what the parts' doctors find together, and who hears of it."""
+"""The doctor in a starting part: checks before the start, gang checks, and where their results appear."""
 
 import json
 import shutil
@@ -8,43 +8,44 @@ from collections.abc import Iterator
 import pytest
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
+from tests.ports import free_start_port
 
-SMALL = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
+SMALL_SHM_SCRIPT = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
 
 
-def small_shared_memory() -> list[str]:
-    """The words that run a command where /dev/shm has 2 MiB, as `docker run --shm-size=2m` would."""
-    words = ["unshare", "--mount", "sh", "-c", SMALL, "sh"]
-    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+def small_shm_prefix() -> list[str]:
+    """Returns the command prefix that runs a program with 2 MiB in /dev/shm, as `docker run --shm-size=2m` does."""
+    prefix = ["unshare", "--mount", "sh", "-c", SMALL_SHM_SCRIPT, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    return words
+    return prefix
 
 
-def test_too_little_shared_memory_is_refused_with_the_fix(settings: dict[str, str]) -> None:
+def test_too_little_shm_exits_75_with_the_fix(settings: dict[str, str]) -> None:
     port = free_start_port(2)
     env = {**settings, "TP_SIZE": "2", "START_PORT": str(port), "RTP_RUNTIME": "docker"}
-    with Part(env, port=port, ranks=2, inside=small_shared_memory()) as part:
+    with Part(env, port=port, ranks=2, inside=small_shm_prefix()) as part:
         assert part.wait_end() == 75
         assert "S-01 /dev/shm has 2.0 MiB; expected 5.0 MiB for the segment of 2 ranks" in part.log
         assert "docker run --shm-size=2g" in part.log
         assert "engine.main" not in part.log
 
 
-def test_a_warning_starts_and_is_told(settings: dict[str, str]) -> None:
-    """RTP_DOCTOR=warn: the same fault, and the ranks then fail in the way that it foretold."""
+def test_doctor_warn_logs_the_error_and_starts(settings: dict[str, str]) -> None:
+    """RTP_DOCTOR=warn with the same error: the ranks start, and then fail because of it."""
     port = free_start_port(2)
     env = {**settings, "TP_SIZE": "2", "START_PORT": str(port), "RTP_DOCTOR": "warn", "RESTART_LIMIT": "0"}
-    with Part(env, port=port, ranks=2, inside=small_shared_memory()) as part:
+    with Part(env, port=port, ranks=2, inside=small_shm_prefix()) as part:
         assert part.wait_end() == 71
         assert "S-01 /dev/shm has 2.0 MiB" in part.log
         assert "cannot reserve 4 MiB: No space left on device; enlarge /dev/shm" in part.log
 
 
-def test_what_it_found_is_at_doctor_and_in_the_metrics(settings: dict[str, str]) -> None:
+def test_findings_are_served_at_doctor_and_in_the_metrics(settings: dict[str, str]) -> None:
     port = free_start_port()
     with Part({**settings, "START_PORT": str(port), "TP_SZIE": "1", "PROMETHEUS_MULTIPROC_DIR": ""}, port=port) as part:
-        assert part.wait_end() == 75, "a slip in the name of a size is an error"
+        assert part.wait_end() == 75, "a typo in the name of a size is an error"
         assert "did you mean TP_SIZE?" in part.log
     port = free_start_port()
     with Part({**settings, "START_PORT": str(port), "LOG_LEVLE": "INFO"}, port=port) as part:
@@ -59,7 +60,7 @@ def test_what_it_found_is_at_doctor_and_in_the_metrics(settings: dict[str, str])
         assert "rtp_llm_doctor_last_run_timestamp_seconds" in metrics
 
 
-def test_off_is_off(settings: dict[str, str]) -> None:
+def test_doctor_off_runs_no_checks(settings: dict[str, str]) -> None:
     port = free_start_port()
     with Part({**settings, "START_PORT": str(port), "RTP_DOCTOR": "off"}, port=port) as part:
         part.wait_healthy()
@@ -68,8 +69,8 @@ def test_off_is_off(settings: dict[str, str]) -> None:
         assert "rtp_llm.start_server: doctor" not in part.log
 
 
-def test_all_that_is_wrong_is_told_at_once(settings: dict[str, str]) -> None:
-    """The server stops at the first; its code stays the documented one."""
+def test_all_errors_are_reported_at_once(settings: dict[str, str]) -> None:
+    """The server stops at the first error, whose exit code stays; the doctor reports the others."""
     port = free_start_port()
     env = {**settings, "START_PORT": str(port), "TP_SIZE": "many", "CHECKPOINT_PATH": "/nowhere"}
     with Part(env, port=port) as part:
@@ -78,14 +79,14 @@ def test_all_that_is_wrong_is_told_at_once(settings: dict[str, str]) -> None:
         assert "M-08 CHECKPOINT_PATH=/nowhere is not a folder here" in part.log
 
 
-def two_parts(settings: dict[str, str], *own: dict[str, str]) -> list[Part]:
+def two_parts(settings: dict[str, str], *settings_of_parts: dict[str, str]) -> list[Part]:
     ports = [free_start_port(), free_start_port()]
     members = {f"x_part{n}": {"name": f"x_part{n}", "ip": "127.0.0.1", "port": port} for n, port in enumerate(ports)}
     common = {**settings, "JSON_GANG_PARTS": json.dumps(members), "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    places = [{"START_PORT": str(port), "WORLD_RANK": str(n)} for n, port in enumerate(ports)]
+    ranks = [{"START_PORT": str(port), "WORLD_RANK": str(n)} for n, port in enumerate(ports)]
     return [
-        Part({**common, **place, **extra}, port=int(place["START_PORT"]))
-        for place, extra in zip(places, own, strict=True)
+        Part({**common, **rank, **part_settings}, port=int(rank["START_PORT"]))
+        for rank, part_settings in zip(ranks, settings_of_parts, strict=True)
     ]
 
 
@@ -99,24 +100,22 @@ def gang_checks(part: Part) -> dict[str, str]:
     return {c["id"]: c["status"] for c in json.loads(part.fetch("/doctor")[1])["checks"] if c["category"] == "gang"}
 
 
-def test_the_doctors_of_all_parts_meet(gang: Gang) -> None:
+def test_gang_checks_pass_on_all_parts(gang: Gang) -> None:
     for part in gang.parts:
         part.wait_log("the parts reach each other and agree")
-        found = gang_checks(part)
-        assert found
-        assert set(found.values()) == {"ok"}
+        statuses = gang_checks(part)
+        assert statuses
+        assert set(statuses.values()) == {"ok"}
 
 
-def test_a_part_that_is_started_again_meets_those_that_stayed(
-    gang: Gang, settings: dict[str, str], expected: dict[str, str]
-) -> None:
-    """Its doctor finds the other's, which has long done its work, and nothing of it is taken for a fault."""
+def test_gang_checks_pass_on_a_restarted_part(gang: Gang, settings: dict[str, str], expected: dict[str, str]) -> None:
+    """Its doctor reaches that of the running part, which finished its checks before."""
     old = gang.parts[1]
     old.kill("supervisord")
     assert old.wait_end() == 70
     members = json.loads((gang.leader.run_dir / "part.json").read_text())["plan"]["members"]
-    listed = {m["name"]: {"name": m["name"], "ip": m["ip"], "port": m["port"]} for m in members}
-    env = {**settings, "JSON_GANG_PARTS": json.dumps(listed), "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    member_list = {m["name"]: {"name": m["name"], "ip": m["ip"], "port": m["port"]} for m in members}
+    env = {**settings, "JSON_GANG_PARTS": json.dumps(member_list), "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     with Part({**env, "START_PORT": str(old.port), "WORLD_RANK": "1"}, port=old.port) as new:
         new.wait_log("the parts reach each other and agree")
         gang.leader.wait_healthy(2)
@@ -124,9 +123,9 @@ def test_a_part_that_is_started_again_meets_those_that_stayed(
         assert gang.leader.complete(BODIES["short"]) == expected["short"]
 
 
-def test_parts_that_would_hang_in_nccl_are_ended_with_75_on_both_sides(settings: dict[str, str]) -> None:
+def test_different_nccl_settings_exit_75_on_both_parts(settings: dict[str, str]) -> None:
     with Gang(*two_parts(settings, {"NCCL_ALGO": "Ring"}, {})) as gang:
         assert [part.wait_end() for part in gang.parts] == [75, 75]
         for part in gang.parts:
             assert "C-06 env.NCCL_ALGO: part0=Ring part1=(unset)" in part.log
-            assert "the doctor refuses" in part.log
+            assert "the doctor found errors; the part ends with exit code 75" in part.log

@@ -1,4 +1,4 @@
-"""How a part ends: asked to at any moment, robbed of a process that holds it together, or after one loss too many."""
+"""The end of a part: stop signals at any time, loss of a supervising process, a spent restart budget."""
 
 import json
 import signal
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import pytest
 
 from tests.parallel.conftest import BODIES, GREEDY
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
 from tests.parallel.stream import Stream
+from tests.ports import free_start_port
 
 LOADING = "collectives use interface"
 
 
 def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
-    """A part told by flags, in both spellings, how many ranks it has."""
+    """Starts a part with its sizes as flags, in both spellings."""
     port = free_start_port(ranks)
     flags = ["--start_port", str(port), f"--tp_size={ranks}", "--world_size", str(ranks), *args]
     return Part(settings, flags, port=port, ranks=ranks)
@@ -23,13 +24,13 @@ def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        (signal.SIGTERM, "HTTP on port"),  # start_server says it, and starts supervisord
+        (signal.SIGTERM, "HTTP on port"),  # logged before start_server starts supervisord
         (signal.SIGINT, "HTTP on port"),
         (signal.SIGTERM, "are here and agree"),  # the ranks load torch
         (signal.SIGINT, LOADING),
     ],
 )
-def test_asked_to_stop_before_it_serves(settings: dict[str, str], moment: str, number: signal.Signals) -> None:
+def test_stop_signal_during_start_exits_0(settings: dict[str, str], moment: str, number: signal.Signals) -> None:
     with start(settings) as part:
         part.wait_log(moment)
         part.stop(number)
@@ -37,23 +38,23 @@ def test_asked_to_stop_before_it_serves(settings: dict[str, str], moment: str, n
         assert "Traceback" not in part.log
 
 
-@pytest.mark.usefixtures("expected")  # what the others want of it has been asked
-def test_a_stream_that_outlasts_the_time_it_is_given_is_cut(alone: Part) -> None:
-    stream = Stream(alone, {**GREEDY, "max_tokens": 900}).flowing()
-    alone.kill("rank0", signal.SIGSTOP)  # however fast the machine is, the stream has not ended by then
-    alone.stop(signal.SIGINT)
+@pytest.mark.usefixtures("expected")  # has its outputs before this test stops it
+def test_stream_is_cut_after_the_shutdown_timeout(single_rank: Part) -> None:
+    stream = Stream(single_rank, {**GREEDY, "max_tokens": 900}).wait_flowing()
+    single_rank.kill("rank0", signal.SIGSTOP)  # the stream cannot end, also on a fast machine
+    single_rank.stop(signal.SIGINT)
     stream.wait()
     assert stream.finish is None
-    assert alone.wait_end(30) == 0, alone.log
-    assert "Traceback" not in alone.log
-    alone.assert_nothing_left()
+    assert single_rank.wait_end(30) == 0, single_rank.log
+    assert "Traceback" not in single_rank.log
+    single_rank.assert_nothing_left()
 
 
-def test_while_it_drains_it_says_so_and_takes_nothing_new(settings: dict[str, str]) -> None:
+def test_draining_part_reports_503_and_rejects_requests(settings: dict[str, str]) -> None:
     with start(settings) as part:
         part.wait_healthy()
-        stream = Stream(part, {**GREEDY, "max_tokens": 900}).flowing()
-        part.kill("rank1", signal.SIGSTOP)  # the stream cannot end before the questions are asked
+        stream = Stream(part, {**GREEDY, "max_tokens": 900}).wait_flowing()
+        part.kill("rank1", signal.SIGSTOP)  # the stream cannot end before the requests below
         part.stop()
         part.until(lambda: part.fetch("/health")[0] == 503, "503 from /health")
         assert json.loads(part.fetch("/health")[1])["phase"] == "draining"
@@ -67,8 +68,8 @@ def test_while_it_drains_it_says_so_and_takes_nothing_new(settings: dict[str, st
 
 
 @pytest.mark.parametrize(("victim", "code"), [("supervisord", 70), ("start_server", -signal.SIGKILL)])
-def test_nothing_outlives_what_held_it_together(settings: dict[str, str], victim: str, code: int) -> None:
-    """Least of all a process that was still starting, and could not yet ask the kernel to die with its parent."""
+def test_no_process_outlives_a_killed_supervisor(settings: dict[str, str], victim: str, code: int) -> None:
+    """Includes processes that were still starting and had not called prctl(PR_SET_PDEATHSIG) yet."""
     part = start(settings)
     try:
         part.pid("rank0")
@@ -81,8 +82,8 @@ def test_nothing_outlives_what_held_it_together(settings: dict[str, str], victim
         part.destroy()
 
 
-def test_the_budget_of_restarts(settings: dict[str, str], expected: dict[str, str]) -> None:
-    """The first loss, while loading, is made good; the second one ends the part."""
+def test_spent_restart_budget_ends_the_part(settings: dict[str, str], expected: dict[str, str]) -> None:
+    """The first lost rank, during loading, is restarted; the second one ends the part."""
     with start(settings, "--restart_limit=1") as part:
         part.wait_log(LOADING, times=2)
         part.kill("rank1")

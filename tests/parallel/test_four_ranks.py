@@ -6,10 +6,11 @@ import signal
 from pathlib import Path
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
+from tests.ports import free_start_port
 
 
-def test_four_ranks_say_what_one_says(settings: dict[str, str], expected: dict[str, str], tmp_path: Path) -> None:
+def test_four_ranks_have_the_outputs_of_one(settings: dict[str, str], expected: dict[str, str], tmp_path: Path) -> None:
     ports = [free_start_port(2), free_start_port(2)]
     file = tmp_path / "gang.json"
     members = {f"x_part{n}": {"name": f"x_part{n}", "ip": "127.0.0.1", "port": port} for n, port in enumerate(ports)}
@@ -27,11 +28,11 @@ def test_four_ranks_say_what_one_says(settings: dict[str, str], expected: dict[s
             status, text = part.fetch("/metrics")
             assert status == 200
             assert all(f'rtp_llm_gang_member_up{{world_rank="{rank}"}} 1.0' in text for rank in range(4))
-        lose_the_front_process(parts[1])
+        kill_start_server(parts[1])
 
 
-def lose_the_front_process(part: Part) -> None:
-    """Everything below it goes too; only its folder stays, since nobody is left to remove it."""
+def kill_start_server(part: Part) -> None:
+    """All child processes exit as well. Only the run directory remains, because start_server cannot remove it."""
     part.kill("start_server")
     assert part.wait_end() == -signal.SIGKILL
     part.assert_no_process_left()

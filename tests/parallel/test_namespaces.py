@@ -1,4 +1,4 @@
-"""Two parts in two network namespaces, joined by one cable: an address and an interface each, one port for both."""
+"""Two parts in two network namespaces with a veth pair: separate addresses and interfaces, the same port."""
 
 import json
 import os
@@ -13,34 +13,46 @@ import pytest
 from tests.parallel.conftest import BODIES
 from tests.parallel.parts import Gang, Part
 
-PORT = 10000  # nobody else is in there
+PORT = 10000  # free in a new namespace
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
-def ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+def ip(*args: str) -> None:
+    completed = subprocess.run(["ip", *args], capture_output=True, text=True)
+    if completed.returncode:
+        raise OSError(f"ip {' '.join(args)}: {completed.stderr.strip()}")
 
 
 @pytest.fixture(scope="module")
 def namespaces() -> Iterator[list[str]]:
-    """Their names. The cable goes with them."""
+    """Creates two namespaces with a veth pair between them. Yields their names."""
     if not shutil.which("ip"):
         pytest.skip("needs ip, of iproute2")
     tag = f"rtp{os.getpid()}{secrets.token_hex(2)}"
     names = [f"{tag}a", f"{tag}b"]
-    ends = ["rtp0", "rtp1"]
+    interfaces = ["rtp0", "rtp1"]
     try:
         try:
             for name in names:
                 ip("netns", "add", name)
-            ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", ends[1], "netns", names[1])
+            ip(
+                "link",
+                "add",
+                interfaces[0],
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                interfaces[1],
+                "netns",
+                names[1],
+            )
         except OSError as error:
             pytest.skip(f"no network namespaces here: {error}")
-        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-            for device in ("lo", end):
+        for name, interface, address in zip(names, interfaces, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+            for device in ("lo", interface):
                 ip("-n", name, "link", "set", device, "up")
         yield names
     finally:
@@ -51,7 +63,7 @@ def namespaces() -> Iterator[list[str]]:
 
 LISTED = {f"x_part{n}": {"name": f"x_part{n}", "ip": address, "port": PORT} for n, address in enumerate(ADDRESSES)}
 STRING = ";".join(f"name:{m['name']},ip:{m['ip']},port:{m['port']}" for m in LISTED.values())
-PLACES = {
+MEMBER_LISTS = {
     "a string on one part, JSON on the other": [
         {"GANG_CONFIG_STRING": STRING, "WORLD_RANK": "0"},
         {"JSON_GANG_PARTS": json.dumps(LISTED), "WORLD_RANK": "1"},
@@ -60,14 +72,14 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-def test_two_machines_on_a_network(
-    namespaces: list[str], settings: dict[str, str], expected: dict[str, str], places: list[dict[str, str]]
+@pytest.mark.parametrize("settings_of_parts", MEMBER_LISTS.values(), ids=MEMBER_LISTS)
+def test_two_machines_use_the_interface_of_their_address(
+    namespaces: list[str], settings: dict[str, str], expected: dict[str, str], settings_of_parts: list[dict[str, str]]
 ) -> None:
     common = {**settings, "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "START_PORT": str(PORT)}
     parts = [
-        Part({**common, **place}, port=PORT, address=address, inside=["ip", "netns", "exec", name])
-        for place, address, name in zip(places, ADDRESSES, namespaces, strict=True)
+        Part({**common, **part_settings}, port=PORT, address=address, inside=["ip", "netns", "exec", name])
+        for part_settings, address, name in zip(settings_of_parts, ADDRESSES, namespaces, strict=True)
     ]
     with Gang(*parts) as gang:
         gang.wait_healthy()
@@ -80,7 +92,7 @@ def test_two_machines_on_a_network(
         gang.parts[1].assert_nothing_left()
 
 
-def test_the_rank_of_another_machine_is_refused(namespaces: list[str], settings: dict[str, str]) -> None:
+def test_world_rank_of_another_machine_is_rejected(namespaces: list[str], settings: dict[str, str]) -> None:
     env = {**settings, "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "JSON_GANG_PARTS": json.dumps(LISTED)}
     env |= {"START_PORT": str(PORT), "WORLD_RANK": "0"}
     with Part(env, port=PORT, inside=["ip", "netns", "exec", namespaces[1]]) as part:

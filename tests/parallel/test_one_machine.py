@@ -1,4 +1,4 @@
-"""One machine with two ranks: the documented launch, and what it survives. The tests share one server, in order."""
+"""One machine with two ranks: the documented launch and faults. The tests share one server and run in order."""
 
 import signal
 from collections.abc import Iterator
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Part, free_start_port
+from tests.parallel.parts import Part
 from tests.parallel.stream import Stream
+from tests.ports import free_start_port
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,11 @@ def part(settings: dict[str, str]) -> Iterator[Part]:
 
 
 @pytest.mark.parametrize("name", ["greedy", "seeded"])
-def test_two_ranks_say_what_one_says(part: Part, expected: dict[str, str], name: str) -> None:
+def test_two_ranks_have_the_outputs_of_one(part: Part, expected: dict[str, str], name: str) -> None:
     assert part.complete(BODIES[name]) == expected[name]
 
 
-def test_it_answers_for_its_state(part: Part) -> None:
+def test_health_and_metrics_report_all_ranks(part: Part) -> None:
     assert part.fetch("/health") == part.fetch("/liveness") == (200, '"ok"')
     status, text = part.fetch("/metrics")
     assert status == 200
@@ -32,9 +33,9 @@ def test_it_answers_for_its_state(part: Part) -> None:
 
 
 @pytest.mark.parametrize(("rank", "name"), [("rank1", "greedy"), ("rank0", "seeded")])
-def test_a_killed_rank_costs_the_client_a_pause(part: Part, expected: dict[str, str], rank: str, name: str) -> None:
+def test_killed_rank_only_delays_the_stream(part: Part, expected: dict[str, str], rank: str, name: str) -> None:
     epoch = part.epoch
-    stream = Stream(part, BODIES[name]).flowing()
+    stream = Stream(part, BODIES[name]).wait_flowing()
     part.kill(rank)
     assert stream.text() == expected[name]
     part.wait_healthy(epoch + 1)
@@ -42,24 +43,24 @@ def test_a_killed_rank_costs_the_client_a_pause(part: Part, expected: dict[str, 
     assert part.complete(BODIES[name]) == expected[name]
 
 
-def test_a_killed_api_comes_back(part: Part, expected: dict[str, str]) -> None:
+def test_killed_api_is_restarted(part: Part, expected: dict[str, str]) -> None:
     epoch, pid = part.epoch, part.pid("api")
     part.kill("api")
     part.until(lambda: part.pid("api") != pid, "a new API process")
     part.wait_healthy()
-    assert part.epoch == epoch, "the ranks had to start again"
+    assert part.epoch == epoch, "the ranks were restarted"
     assert part.complete(BODIES["greedy"]) == expected["greedy"]
 
 
-def test_a_killed_guard_comes_back(part: Part) -> None:
+def test_killed_guard_is_restarted(part: Part) -> None:
     pid = part.pid("guard")
     part.kill("guard")
     part.until(lambda: part.pid("guard") != pid, "a new guard")
     assert part.fetch("/health") == (200, '"ok"')
 
 
-def test_asked_to_stop_it_first_ends_its_streams(part: Part, expected: dict[str, str]) -> None:
-    stream = Stream(part, BODIES["greedy"]).flowing()
+def test_stop_completes_open_streams_first(part: Part, expected: dict[str, str]) -> None:
+    stream = Stream(part, BODIES["greedy"]).wait_flowing()
     part.stop(signal.SIGTERM)
     assert stream.text() == expected["greedy"]
     assert part.wait_end(30) == 0, part.log

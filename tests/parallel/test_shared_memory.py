@@ -1,4 +1,4 @@
-"""Shared-memory collectives against plain sums. Ranks are threads here, each with its own mapping of the segment."""
+"""Shared-memory collectives compared with plain sums. Ranks are threads, each with its own mapping of the segment."""
 
 import errno
 import os
@@ -28,14 +28,14 @@ def segment(request: pytest.FixtureRequest) -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-def on_all_ranks(path: Path, size: int, work: Callable[[ShmCommunicator], object], timeout: float = 30) -> list[object]:
+def run_ranks(path: Path, size: int, run: Callable[[ShmCommunicator], object], timeout: float = 30) -> list[object]:
     with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(work, ShmCommunicator(path, rank, size, timeout)) for rank in range(size)]
+        futures = [pool.submit(run, ShmCommunicator(path, rank, size, timeout)) for rank in range(size)]
         return [future.result(timeout=60) for future in futures]
 
 
-def tensor(rank: int, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * turn + rank)
+def tensor(rank: int, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
     return torch.randn(shape, generator=generator).to(dtype)
 
 
@@ -44,45 +44,48 @@ SHAPES = [(1,), (3, 5), (SLOT_BYTES // 4,), (SLOT_BYTES // 2 + 7,)]
 
 @pytest.mark.parametrize("segment", [2, 3], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_all_reduce_is_the_sum_and_the_same_bits_everywhere(
+def test_all_reduce_is_the_sum_and_bitwise_equal_on_all_ranks(
     segment: Path, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     size = request.node.callspec.params["segment"]
 
-    def work(memory: ShmCommunicator) -> list[Tensor]:
-        return [memory.all_reduce(tensor(memory.rank, turn, shape, dtype)) for turn, shape in enumerate(SHAPES * 5)]
+    def run(communicator: ShmCommunicator) -> list[Tensor]:
+        return [
+            communicator.all_reduce(tensor(communicator.rank, step, shape, dtype))
+            for step, shape in enumerate(SHAPES * 5)
+        ]
 
-    results = on_all_ranks(segment, size, work)
-    for turn, shape in enumerate(SHAPES * 5):
-        expected = sum(tensor(rank, turn, shape, dtype).float() for rank in range(size))
+    results = run_ranks(segment, size, run)
+    for step, shape in enumerate(SHAPES * 5):
+        expected = sum(tensor(rank, step, shape, dtype).float() for rank in range(size))
         for result in results:
-            assert torch.equal(result[turn], expected.to(dtype))  # type: ignore[index, union-attr]
+            assert torch.equal(result[step], expected.to(dtype))  # type: ignore[index, union-attr]
 
 
 @pytest.mark.parametrize("segment", [3], indirect=True)
-def test_gather_keeps_the_order_of_ranks_between_reductions(segment: Path) -> None:
-    def work(memory: ShmCommunicator) -> list[list[Tensor] | None]:
+def test_gather_keeps_the_rank_order_between_reductions(segment: Path) -> None:
+    def run(communicator: ShmCommunicator) -> list[list[Tensor] | None]:
         gathered = []
-        for turn in range(40):
-            gathered.append(memory.gather(tensor(memory.rank, turn, (4, 33), torch.float32)))
-            if turn % 3 == 0:
-                memory.all_reduce(torch.ones(7))
+        for step in range(40):
+            gathered.append(communicator.gather(tensor(communicator.rank, step, (4, 33), torch.float32)))
+            if step % 3 == 0:
+                communicator.all_reduce(torch.ones(7))
         return gathered
 
-    first, *others = on_all_ranks(segment, 3, work)
-    assert all(part is None for other in others for part in other)  # type: ignore[attr-defined]
-    for turn, parts in enumerate(first):  # type: ignore[arg-type, var-annotated]
-        for rank, part in enumerate(parts):
-            assert torch.equal(part, tensor(rank, turn, (4, 33), torch.float32))
+    leader, *followers = run_ranks(segment, 3, run)
+    assert all(tensors is None for gathered in followers for tensors in gathered)  # type: ignore[attr-defined]
+    for step, tensors in enumerate(leader):  # type: ignore[arg-type, var-annotated]
+        for rank, result in enumerate(tensors):
+            assert torch.equal(result, tensor(rank, step, (4, 33), torch.float32))
 
 
 @pytest.mark.parametrize("segment", [2], indirect=True)
-def test_a_rank_that_does_not_come_is_named(segment: Path) -> None:
-    with pytest.raises(CommunicationError, match=r"ranks \[1\] did not come"):
+def test_missing_rank_is_named_after_the_timeout(segment: Path) -> None:
+    with pytest.raises(CommunicationError, match=r"ranks \[1\] did not join a collective"):
         ShmCommunicator(segment, 0, 2, timeout=0.05).all_reduce(torch.ones(1))
 
 
-def test_a_new_segment_sweeps_what_a_killed_epoch_left() -> None:
+def test_creating_a_segment_removes_stale_ones() -> None:
     stale, stale_lock = create_segment(PREFIX, "stale", 2)
     fresh, fresh_lock = create_segment(PREFIX, "fresh", 2)
     assert not stale.exists()
@@ -92,16 +95,16 @@ def test_a_new_segment_sweeps_what_a_killed_epoch_left() -> None:
     fresh.unlink()
 
 
-def test_a_segment_has_an_owner_while_its_maker_holds_the_lock() -> None:
+def test_segment_is_orphaned_without_a_lock() -> None:
     path, lock = create_segment(PREFIX, "owned", 2)
     assert not is_orphaned(path)
     os.close(lock)
     assert is_orphaned(path)
     path.unlink()
-    assert not is_orphaned(path), "what is not there belongs to nobody, and needs no removal"
+    assert not is_orphaned(path), "a missing file is not orphaned"
 
 
-def test_a_full_dev_shm_is_an_error_with_the_size_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_dev_shm_is_an_error_and_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

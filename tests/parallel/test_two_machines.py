@@ -1,5 +1,5 @@
 """Two machines with one rank each, here two parts on one address with two ports as in the documentation's example: the
-documented launch, and what it survives. The tests share one gang, in order.
+documented launch and faults. The tests share one gang and run in order.
 """
 
 import json
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.parallel.conftest import BODIES
-from tests.parallel.parts import Gang, Part, free_start_port
+from tests.parallel.parts import Gang, Part
 from tests.parallel.stream import Stream
+from tests.ports import free_start_port
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def gang(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     members = {f"x_part{n}": {"name": f"x_part{n}", "ip": "127.0.0.1", "port": port} for n, port in enumerate(ports)}
     file.write_text(json.dumps(members))
     common = {"DISTRIBUTE_CONFIG_FILE": str(file), "TP_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    common["HEARTBEAT_TIMEOUT"] = "5"  # a test waits until a frozen rank is killed
     parts = [
         Part({**common, **settings, "START_PORT": str(port), "WORLD_RANK": str(rank)}, port=port)
         for rank, port in enumerate(ports)
@@ -31,13 +33,13 @@ def gang(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
         yield running.wait_healthy()
 
 
-def test_two_parts_say_what_one_says(gang: Gang, expected: dict[str, str]) -> None:
+def test_two_parts_have_the_outputs_of_one_rank(gang: Gang, expected: dict[str, str]) -> None:
     for name in ("greedy", "seeded"):
         assert gang.leader.complete(BODIES[name]) == expected[name]
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_each_part_answers_for_its_state(gang: Gang, index: int) -> None:
+def test_each_part_reports_health_and_metrics(gang: Gang, index: int) -> None:
     part = gang.parts[index]
     assert part.fetch("/health") == part.fetch("/liveness") == (200, '"ok"')
     status, text = part.fetch("/metrics")
@@ -50,18 +52,18 @@ def test_only_part_0_serves_the_model(gang: Gang) -> None:
     assert status == 404
 
 
-def test_a_killed_rank_of_the_second_part_costs_the_client_a_pause(gang: Gang, expected: dict[str, str]) -> None:
+def test_killed_rank_of_part_1_only_delays_the_stream(gang: Gang, expected: dict[str, str]) -> None:
     epoch = gang.leader.epoch
-    stream = Stream(gang.leader, BODIES["seeded"]).flowing()
+    stream = Stream(gang.leader, BODIES["seeded"]).wait_flowing()
     gang.parts[1].kill("rank1")
     assert stream.text() == expected["seeded"]
     gang.wait_healthy(epoch + 1)
     assert gang.leader.complete(BODIES["greedy"]) == expected["greedy"]
 
 
-def test_a_frozen_rank_that_is_alone_on_its_part_is_ended_there(gang: Gang, expected: dict[str, str]) -> None:
+def test_guard_kills_a_frozen_rank_without_local_peers(gang: Gang, expected: dict[str, str]) -> None:
     epoch = gang.leader.epoch
-    stream = Stream(gang.leader, BODIES["greedy"]).flowing()
+    stream = Stream(gang.leader, BODIES["greedy"]).wait_flowing()
     gang.parts[1].kill("rank1", signal.SIGSTOP)
     assert stream.text() == expected["greedy"]
     gang.wait_healthy(epoch + 1)
@@ -70,9 +72,9 @@ def test_a_frozen_rank_that_is_alone_on_its_part_is_ended_there(gang: Gang, expe
     assert "no heartbeat from rank1 for" in gang.parts[1].log
 
 
-def test_both_asked_to_stop_let_the_open_stream_end_whole(gang: Gang, expected: dict[str, str]) -> None:
-    """The second part's ranks stay as long as the first computes with them; new requests are refused meanwhile."""
-    stream = Stream(gang.leader, {**BODIES["greedy"], "max_tokens": 600}).flowing()
+def test_stopping_both_parts_completes_the_open_stream(gang: Gang, expected: dict[str, str]) -> None:
+    """Part 1's ranks keep running until part 0 has drained."""
+    stream = Stream(gang.leader, {**BODIES["greedy"], "max_tokens": 600}).wait_flowing()
     for part in gang.parts:
         part.stop()
     assert stream.wait().finish == "length"

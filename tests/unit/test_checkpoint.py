@@ -1,5 +1,5 @@
-"""A checkpoint's files from their headers: whatever the library that reads the weights would refuse is refused here,
-with the file and the doctor's id, and nothing that is named holds its reader for ever.
+"""Header checks of checkpoint files: they reject what the safetensors and tokenizers libraries reject, with the file
+name and the doctor's check id, and no FIFO or device blocks them.
 """
 
 import json
@@ -21,7 +21,7 @@ from rtp_llm.parallel.members import read_members
 from rtp_llm.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-DEEP = "[" * 100_000
+DEEPLY_NESTED = "[" * 100_000
 
 
 @pytest.fixture(scope="module")
@@ -36,37 +36,36 @@ def model(demo: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo, tmp_path / "model"))
 
 
-def ids(model: Path) -> list[str]:
-    """Of all faults; the first of them is what the server ends with."""
-    found = find_errors(model)
-    if found:
-        with pytest.raises(CheckpointError) as caught:
+def error_ids(model: Path) -> list[str]:
+    """Returns the check ids of all errors. The server exits with the first one."""
+    errors = find_errors(model)
+    if errors:
+        with pytest.raises(CheckpointError) as error_info:
             Checkpoint.open(Config.model_validate({"checkpoint_path": str(model)}))
-        assert str(caught.value) == str(found[0])
+        assert str(error_info.value) == str(errors[0])
     else:
         Checkpoint.open(Config.model_validate({"checkpoint_path": str(model)}))
-    return [fault.check for fault in found]
+    return [error.check for error in errors]
 
 
-def header(file: Path, table: Any, data: bytes = b"") -> None:
-    raw = table if isinstance(table, bytes) else json.dumps(table).encode()
+def write_safetensors(file: Path, header: Any, data: bytes = b"") -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
 
 
-def test_a_whole_one_has_no_fault(model: Path) -> None:
-    assert ids(model) == []
+def test_complete_checkpoint_has_no_errors(model: Path) -> None:
+    assert error_ids(model) == []
     check_tokenizer(model)
 
 
-def test_shards_without_an_index_say_how_many_they_are(model: Path) -> None:
-    whole = model / "model.safetensors"
-    whole.rename(model / "model-00001-of-00002.safetensors")
-    assert ids(model) == ["M-06"]
+def test_missing_shard_is_found_without_an_index(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    assert error_ids(model) == ["M-06"]
     assert str(find_errors(model)[0]).endswith("names 2 shards, missing: model-00002-of-00002.safetensors")
-    header(
+    write_safetensors(
         model / "model-00002-of-00002.safetensors", {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"x"
     )
-    assert ids(model) == []
+    assert error_ids(model) == []
 
 
 @pytest.mark.parametrize(
@@ -84,91 +83,91 @@ def test_shards_without_an_index_say_how_many_they_are(model: Path) -> None:
         ([], b""),
     ],
 )
-def test_a_table_that_cannot_be(entry: Any, data: bytes, model: Path) -> None:
-    header(model / "model.safetensors", {"a": entry}, data)
-    assert ids(model) == ["M-04"]
+def test_invalid_header_entry(entry: Any, data: bytes, model: Path) -> None:
+    write_safetensors(model / "model.safetensors", {"a": entry}, data)
+    assert error_ids(model) == ["M-04"]
     assert "its header is damaged" in str(find_errors(model)[0])
 
 
-def test_tensors_in_any_order_and_without_elements(model: Path) -> None:
-    table = {
+def test_tensors_in_any_order_and_empty_tensors(model: Path) -> None:
+    header = {
         "b": {"dtype": "F16", "shape": [2], "data_offsets": [4, 8]},
         "none": {"dtype": "F32", "shape": [0, 4], "data_offsets": [4, 4]},
         "a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
         "packed": {"dtype": "F4", "shape": [2], "data_offsets": [8, 9]},
     }
-    header(model / "model.safetensors", {"__metadata__": {"format": "pt"}, **table}, b"x" * 9)
-    assert ids(model) == []
+    write_safetensors(model / "model.safetensors", {"__metadata__": {"format": "pt"}, **header}, b"x" * 9)
+    assert error_ids(model) == []
 
 
-def test_a_file_that_is_too_long(model: Path) -> None:
-    """The library refuses it as well: "incomplete metadata, file not fully covered"."""
+def test_file_that_is_too_long(model: Path) -> None:
+    """safetensors rejects it too: "incomplete metadata, file not fully covered"."""
     with (model / "model.safetensors").open("ab") as stream:
         stream.write(b"x")
-    assert ids(model) == ["M-04"]
+    assert error_ids(model) == ["M-04"]
     assert ": too long: " in str(find_errors(model)[0])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-@pytest.mark.parametrize("text", [DEEP, '{"a": ' + "9" * 5000 + "}", "{", "[]"], ids="DNCL")
-def test_json_that_is_none(name: str, text: str, model: Path) -> None:
+@pytest.mark.parametrize("text", [DEEPLY_NESTED, '{"a": ' + "9" * 5000 + "}", "{", "[]"], ids="DNCL")
+def test_invalid_json(name: str, text: str, model: Path) -> None:
     (model / name).write_text(text)
-    assert ids(model) == ["M-04"]
+    assert error_ids(model) == ["M-04"]
 
 
-def test_a_header_that_is_nested_too_deeply(model: Path) -> None:
-    header(model / "model.safetensors", DEEP.encode())
-    assert ids(model) == ["M-04"]
+def test_header_that_is_nested_too_deeply(model: Path) -> None:
+    write_safetensors(model / "model.safetensors", DEEPLY_NESTED.encode())
+    assert error_ids(model) == ["M-04"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
 @pytest.mark.timeout(20)
-def test_a_fifo_is_refused(name: str, model: Path) -> None:
+def test_fifo_is_rejected(name: str, model: Path) -> None:
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
-    assert ids(model) == ["M-04"]
+    assert error_ids(model) == ["M-04"]
     assert f"{model / name}: cannot be read: it is a FIFO; allowed: a regular file" in str(find_errors(model)[0])
 
 
 @pytest.mark.timeout(20)
-def test_settings_files_are_read_with_bounds(tmp_path: Path) -> None:
+def test_settings_files_are_limited_in_size_and_type(tmp_path: Path) -> None:
     fifo, large = tmp_path / "fifo", tmp_path / "large"
     os.mkfifo(fifo)
     with large.open("wb") as stream:
         stream.truncate(files.MAX_FILE_BYTES + 1)
-    for path, why in ((fifo, "it is a FIFO"), (Path("/dev/zero"), "it is a device"), (large, "larger than 16 MiB")):
-        with pytest.raises(ConfigError, match=why):
+    for path, reason in ((fifo, "it is a FIFO"), (Path("/dev/zero"), "it is a device"), (large, "larger than 16 MiB")):
+        with pytest.raises(ConfigError, match=reason):
             read_members(Config.model_validate({"distribute_config_file": str(path)}))
-        with pytest.raises(ConfigError, match=why):
+        with pytest.raises(ConfigError, match=reason):
             secret(Config.model_validate({"gang_secret_file": str(path)}))
         with pytest.raises(OSError, match=str(path)):
             files.read(path)
-    assert files.read(Path("/proc/self/cmdline")), "a file that says it has no size"
+    assert files.read(Path("/proc/self/cmdline")), "a file whose stat size is 0"
 
 
-@pytest.mark.parametrize("kept", ["index", "numbers", "alone"])
-def test_a_link_that_leads_nowhere_names_its_target(kept: str, model: Path) -> None:
-    """The snapshot of a Hugging Face cache, mounted without its blobs."""
-    name = "model.safetensors" if kept == "alone" else "model-00001-of-00001.safetensors"
+@pytest.mark.parametrize("layout", ["index", "numbered", "single"])
+def test_dangling_link_is_reported_with_its_target(layout: str, model: Path) -> None:
+    """As in the snapshot directory of a Hugging Face cache that is mounted without its blobs."""
+    name = "model.safetensors" if layout == "single" else "model-00001-of-00001.safetensors"
     (model / "model.safetensors").unlink()
     (model / name).symlink_to("../../blobs/0123abcd")
-    if kept == "index":
+    if layout == "index":
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    assert ids(model) == ["M-06"]
-    assert "it is a link to ../../blobs/0123abcd, which is not here" in str(find_errors(model)[0])
+    assert error_ids(model) == ["M-06"]
+    assert "it is a link to ../../blobs/0123abcd, which does not exist here" in str(find_errors(model)[0])
 
 
-def test_an_index_that_is_such_a_link(model: Path) -> None:
+def test_index_that_is_a_dangling_link(model: Path) -> None:
     (model / "model.safetensors.index.json").symlink_to("../../blobs/0123abcd")
-    assert ids(model) == ["M-06"]
+    assert error_ids(model) == ["M-06"]
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-BROKEN = [
+INVALID_TOKENIZERS = [
     ("tokenizer.json", LFS, "M-05"),
     ("tokenizer.json", "{", "M-07"),
     ("tokenizer.json", "[]", "M-07"),
-    ("tokenizer.json", DEEP, "M-07"),
+    ("tokenizer.json", DEEPLY_NESTED, "M-07"),
     ("tokenizer.json", '{"model": null}', "M-07"),
     ("tokenizer.json", '{"model": {"vocab": null}}', "M-07"),
     ("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}', "M-07"),
@@ -182,26 +181,26 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "id"), BROKEN)
-def test_a_tokenizer_that_cannot_be_loaded(name: str, text: str, id: str, model: Path) -> None:
-    """As the API process would find, but before anything has started."""
+@pytest.mark.parametrize(("name", "text", "check"), INVALID_TOKENIZERS)
+def test_invalid_tokenizer(name: str, text: str, check: str, model: Path) -> None:
+    """The check before the start rejects what the API process could not load."""
     (model / name).write_text(text)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as error_info:
         check_tokenizer(model)
-    assert caught.value.check == id
-    assert str(model / name) in str(caught.value)
+    assert error_info.value.check == check
+    assert str(model / name) in str(error_info.value)
     with pytest.raises(CheckpointError):
         Tokenizer.load(model)
 
 
 @pytest.mark.parametrize("text", ['{"chat_template": null}', '{"chat_template": []}', "{}", '{"chat_template": "x"}'])
-def test_a_tokenizer_with_or_without_a_template(text: str, model: Path) -> None:
+def test_tokenizer_with_or_without_chat_template(text: str, model: Path) -> None:
     (model / "tokenizer_config.json").write_text(text)
     check_tokenizer(model)
     Tokenizer.load(model)
 
 
-def test_a_tokenizer_of_sentencepiece_alone(model: Path) -> None:
+def test_tokenizer_of_sentencepiece_only(model: Path) -> None:
     (model / "tokenizer.json").rename(model / "tokenizer.model")
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json, only the sentencepiece file"):
         check_tokenizer(model)
@@ -210,7 +209,7 @@ def test_a_tokenizer_of_sentencepiece_alone(model: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_tokenizer_that_is_a_fifo(model: Path) -> None:
+def test_tokenizer_config_that_is_a_fifo(model: Path) -> None:
     (model / "tokenizer_config.json").unlink()
     os.mkfifo(model / "tokenizer_config.json")
     for read in (check_tokenizer, Tokenizer.load):

@@ -1,4 +1,4 @@
-"""The table of settings: where a value comes from, what is refused and in which words, and what is only remarked on."""
+"""Settings: precedence of sources, error messages for invalid values, and remarks on unused or misspelled variables."""
 
 import os
 from contextlib import suppress
@@ -11,7 +11,7 @@ from rtp_llm.config import Config, LoadedConfig, allowed, load, secret, table_ma
 from rtp_llm.errors import ConfigError, ExitCode
 
 DEFAULTS = Config.model_validate({})
-REFUSED = sorted(name for name, variable in upstream_variables().items() if variable.refuse)
+UNSUPPORTED = sorted(name for name, variable in upstream_variables().items() if variable.refuse)
 ACCEPTED = sorted(name for name, variable in upstream_variables().items() if not variable.refuse)
 
 
@@ -19,26 +19,26 @@ def from_env(**environ: str) -> Config:
     return load([], environ).config
 
 
-def refusal(argv: list[str] | None = None, /, **environ: str) -> list[str]:
-    """The lines of the ConfigError that this input raises."""
+def error_lines(argv: list[str] | None = None, /, **environ: str) -> list[str]:
+    """Returns the lines of the ConfigError that `load` raises."""
     with pytest.raises(ConfigError) as caught:
         load(argv or [], environ)
     assert caught.value.exit_code == ExitCode.BAD_CONFIG
     return str(caught.value).splitlines()
 
 
-def test_without_input_everything_is_the_default() -> None:
+def test_defaults_without_input() -> None:
     assert load([], {}) == LoadedConfig(DEFAULTS, (), ())
     assert (DEFAULTS.start_port, DEFAULTS.dp_size, DEFAULTS.tp_size, DEFAULTS.warm_up) == (10000, 1, None, True)
 
 
 @pytest.mark.parametrize("argv", [["--tp_size", "2"], ["--tp_size=2"]])
-def test_a_flag_is_the_variable_in_lower_case(argv: list[str]) -> None:
+def test_flag_is_the_variable_in_lower_case(argv: list[str]) -> None:
     assert load(argv, {}).config == from_env(TP_SIZE="2") == Config.model_validate({"tp_size": 2})
 
 
 @pytest.mark.parametrize("name", Config.model_fields)
-def test_every_variable_has_its_flag(name: str) -> None:
+def test_every_variable_has_a_flag(name: str) -> None:
     field = Config.model_fields[name]
     value = next((v for v in getattr(field.annotation, "__args__", ()) if isinstance(v, str) and v), None) or "1"
     value = {"start_port": "11000", "worker_info_port_num": "8", "heartbeat_timeout": "2"}.get(name, value)
@@ -47,30 +47,30 @@ def test_every_variable_has_its_flag(name: str) -> None:
     assert getattr(by_env.config, name) is not None
 
 
-def test_flag_beats_environment_beats_default() -> None:
+def test_flag_overrides_environment_overrides_default() -> None:
     environ = {"TP_SIZE": "2", "WORLD_SIZE": "4"}
     config = load(["--tp_size=4"], environ).config
     assert (config.tp_size, config.world_size, config.dp_size) == (4, 4, 1)
 
 
-def test_an_empty_variable_is_an_unset_one() -> None:
+def test_empty_variable_counts_as_unset() -> None:
     assert from_env(TP_SIZE="", WARM_UP="", LOG_LEVEL="") == DEFAULTS
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1", True), ("true", True), ("YES", True), ("on", True), ("0", False), ("off", False)]
 )
-def test_booleans_are_read_as_people_write_them(text: str, value: bool) -> None:
+def test_spellings_of_booleans(text: str, value: bool) -> None:
     assert from_env(WARM_UP=text).warm_up is value
 
 
-def test_the_configuration_cannot_be_changed() -> None:
+def test_config_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         DEFAULTS.tp_size = 2
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "allowed_values"),
     [
         ("TP_SIZE", "0", "an integer from 1 to 4096"),
         ("TP_SIZE", "two", "an integer from 1 to 4096"),
@@ -89,32 +89,32 @@ def test_the_configuration_cannot_be_changed() -> None:
         ("MAX_RPC_TIMEOUT_MS", "soon", "an integer"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, words: str) -> None:
-    (line,) = refusal(**{name: value})
-    assert line == f"{name}={value!r}: not valid; allowed: {words}"
-    assert refusal([f"--{name.lower()}={value}"]) == [line]
+def test_invalid_value_is_reported_with_allowed_values(name: str, value: str, allowed_values: str) -> None:
+    (line,) = error_lines(**{name: value})
+    assert line == f"{name}={value!r}: not valid; allowed: {allowed_values}"
+    assert error_lines([f"--{name.lower()}={value}"]) == [line]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("START_PORT", "1035"), ("START_PORT", "65000"), ("WORKER_INFO_PORT_NUM", "7"), ("SHUTDOWN_TIMEOUT", "-1")],
 )
-def test_the_bounds_themselves_are_allowed(name: str, value: str) -> None:
+def test_bounds_are_inclusive(name: str, value: str) -> None:
     assert getattr(from_env(**{name: value}), name.lower()) == int(value)
 
 
-def test_all_bad_values_are_reported_at_once() -> None:
-    lines = refusal(["--dp_size=x"], TP_SIZE="0", ACT_TYPE="int4")
+def test_all_invalid_values_are_reported_at_once() -> None:
+    lines = error_lines(["--dp_size=x"], TP_SIZE="0", ACT_TYPE="int4")
     assert [line.split("=")[0] for line in lines] == ["TP_SIZE", "DP_SIZE", "ACT_TYPE"]
 
 
-def test_the_variable_that_kubernetes_sets_is_recognised() -> None:
-    (line,) = refusal(START_PORT="tcp://10.0.0.7:80")
+def test_service_variable_of_kubernetes_is_explained() -> None:
+    (line,) = error_lines(START_PORT="tcp://10.0.0.7:80")
     assert "enableServiceLinks: false" in line
     assert "Kubernetes" in line
 
 
-def test_a_negative_number_is_a_value_and_no_flag() -> None:
+def test_negative_number_is_a_value_not_a_flag() -> None:
     assert load(["--shutdown_timeout", "-1"], {}).config.shutdown_timeout == -1
 
 
@@ -122,41 +122,41 @@ def test_a_negative_number_is_a_value_and_no_flag() -> None:
     ("argument", "suggestion"),
     [("--tpsize=2", "--tp_size"), ("--checkpoint-path", "--checkpoint_path"), ("--worldsize", "--world_size")],
 )
-def test_an_unknown_flag_is_refused_with_the_likely_one(argument: str, suggestion: str) -> None:
-    (line,) = refusal([argument])
+def test_unknown_flag_is_rejected_with_a_suggestion(argument: str, suggestion: str) -> None:
+    (line,) = error_lines([argument])
     assert line == f"command line: unknown argument {argument!r}: did you mean {suggestion}?"
 
 
-def test_what_resembles_nothing_is_refused_without_a_guess() -> None:
-    assert refusal(["--qqqqqqqq"]) == ["command line: unknown argument '--qqqqqqqq'"]
-    assert refusal(["stray"]) == ["command line: unknown argument 'stray'"]
+def test_unknown_argument_is_rejected_without_a_suggestion() -> None:
+    assert error_lines(["--qqqqqqqq"]) == ["command line: unknown argument '--qqqqqqqq'"]
+    assert error_lines(["stray"]) == ["command line: unknown argument 'stray'"]
 
 
-def test_flags_are_not_guessed_from_their_beginning() -> None:
-    assert "unknown argument '--tp=2'" in refusal(["--tp=2"])[0]
+def test_flags_cannot_be_abbreviated() -> None:
+    assert "unknown argument '--tp=2'" in error_lines(["--tp=2"])[0]
 
 
-def test_a_flag_without_its_value_is_refused() -> None:
-    assert "--tp_size" in refusal(["--tp_size"])[0]
+def test_flag_without_value_is_rejected() -> None:
+    assert "--tp_size" in error_lines(["--tp_size"])[0]
 
 
-def test_upstreams_other_variables_are_accepted_with_a_note_that_keeps_their_values_secret() -> None:
+def test_unused_upstream_variables_are_listed_without_values() -> None:
     by_env = load([], dict.fromkeys(ACCEPTED, "s3cret"))
     assert by_env == LoadedConfig(DEFAULTS, (f"accepted, and not used by this server: {', '.join(ACCEPTED)}",), ())
     assert load([f"--{upstream_variables()[name].flag}=s3cret" for name in ACCEPTED], {}) == by_env
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_would_change_the_answers_is_refused_unless_it_is_off(name: str) -> None:
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_upstream_feature_is_rejected_unless_off(name: str) -> None:
     variable = upstream_variables()[name]
-    (line,) = refusal(**{name: "something-else"})
+    (line,) = error_lines(**{name: "something-else"})
     assert line.startswith(f"{name}='something-else': {variable.refuse}")
     if variable.default:
         assert load([], {name: variable.default}).notes == (f"accepted, and not used by this server: {name}",)
 
 
-def test_all_spellings_of_off_are_one() -> None:
-    off = [name for name in REFUSED if upstream_variables()[name].default in ("0", "False")]
+def test_all_spellings_of_off_are_accepted() -> None:
+    off = [name for name in UNSUPPORTED if upstream_variables()[name].default in ("0", "False")]
     assert off
     for text in ("0", "false", "False", "off", "no"):
         load([], dict.fromkeys(off, text))
@@ -165,12 +165,12 @@ def test_all_spellings_of_off_are_one() -> None:
 @pytest.mark.parametrize(
     ("typo", "meant"), [("TP_SZIE", "TP_SIZE"), ("CHECKPOINTPATH", "CHECKPOINT_PATH"), ("WORLD_RNAK", "WORLD_RANK")]
 )
-def test_a_typo_is_warned_about_without_its_value(typo: str, meant: str) -> None:
+def test_misspelled_variable_is_a_warning_without_its_value(typo: str, meant: str) -> None:
     loaded = load([], {typo: "s3cret"})
     assert loaded.warnings == (f"{typo} is not a variable of this server: did you mean {meant}?",)
 
 
-def test_what_a_shell_has_set_anyway_is_no_typo() -> None:
+def test_common_shell_variables_are_not_misspelled() -> None:
     shell = {
         "PATH": "/bin",
         "HOME": "/",
@@ -183,12 +183,12 @@ def test_what_a_shell_has_set_anyway_is_no_typo() -> None:
     assert load([], shell) == LoadedConfig(DEFAULTS, (), ())
 
 
-def test_the_readme_table_has_a_row_for_every_variable() -> None:
+def test_readme_table_has_a_row_per_variable() -> None:
     table = table_markdown()
     assert [line.split("`")[1] for line in table.splitlines()[2:]] == [n.upper() for n in Config.model_fields]
 
 
-def test_every_field_says_what_it_means_and_what_it_takes() -> None:
+def test_every_field_has_a_description_and_allowed_values() -> None:
     for field in Config.model_fields.values():
         assert field.description
         assert allowed(field)
@@ -197,12 +197,12 @@ def test_every_field_says_what_it_means_and_what_it_takes() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([n.upper() for n in Config.model_fields] + REFUSED + ACCEPTED[:5]),
+        st.sampled_from([n.upper() for n in Config.model_fields] + UNSUPPORTED + ACCEPTED[:5]),
         st.text(st.characters(exclude_characters="\0"), max_size=8) | st.integers().map(str) | st.floats().map(str),
         max_size=4,
     )
 )
-def test_any_environment_is_a_configuration_or_a_configuration_error(environ: dict[str, str]) -> None:
+def test_any_environment_loads_or_raises_config_error(environ: dict[str, str]) -> None:
     with suppress(ConfigError):
         load([], environ)
 
@@ -213,13 +213,13 @@ def test_any_environment_is_a_configuration_or_a_configuration_error(environ: di
         st.text(max_size=12) | st.sampled_from(["--tp_size", "-", "--", "--warm_up=", "-1", "--help2"]), max_size=4
     )
 )
-def test_any_command_line_is_a_configuration_or_a_configuration_error(argv: list[str]) -> None:
+def test_any_command_line_loads_or_raises_config_error(argv: list[str]) -> None:
     with suppress(ConfigError):
         load([argument for argument in argv if argument not in ("-h", "--help")], {})
 
 
-def test_a_secret_that_nobody_gave_is_none() -> None:
-    """What the compose file mounts where GANG_SECRET_FILE is not set, under another name."""
+def test_secret_file_dev_null_is_an_empty_secret() -> None:
+    """The compose file mounts /dev/null under another name if GANG_SECRET_FILE is not set."""
     assert secret(Config.model_validate({"gang_secret_file": os.devnull})) == b""
     with pytest.raises(ConfigError, match="it is a device; allowed: a regular file"):
         secret(Config.model_validate({"gang_secret_file": "/dev/zero"}))

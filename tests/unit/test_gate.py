@@ -1,4 +1,4 @@
-"""What start_server makes of the doctor's exit code."""
+"""How start_server handles the doctor's exit code."""
 
 import logging
 import subprocess
@@ -9,7 +9,7 @@ from rtp_llm import start_server
 
 
 @pytest.mark.parametrize(
-    ("code", "stdout", "stderr", "level", "said"),
+    ("code", "stdout", "stderr", "level", "message"),
     [
         (0, "√ all\nready: 37 ok in 0.1 s (exit 0)\n", "", "INFO", "doctor: ready: 37 ok"),
         (0, "ready, with warnings: 1 warning, 36 ok\n", "", "WARNING", "doctor:\nready, with warnings"),
@@ -22,23 +22,23 @@ from rtp_llm import start_server
             "could not run: rtp-llm-doctor: cannot run",
         ),
         (3, "! M-09 the check failed: OSError\nincomplete: 1 crashed\n", "", "WARNING", "M-09 the check failed"),
-        (-9, "", "", "WARNING", "the doctor could not run: it ended with -9"),
+        (-9, "", "", "WARNING", "the doctor could not run: it exited with -9"),
     ],
 )
-def test_only_errors_stop_a_start(
+def test_only_exit_code_1_prevents_a_start(
     code: int,
     stdout: str,
     stderr: str,
     level: str,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A check that crashed, or a doctor that did, is told, and nothing more."""
-    done = subprocess.CompletedProcess([], code, stdout, stderr)
-    monkeypatch.setattr(subprocess, "run", lambda *words, **options: done)
+    """A crashed check or doctor is logged, but does not prevent the start."""
+    completed = subprocess.CompletedProcess([], code, stdout, stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: completed)
     with caplog.at_level(logging.INFO):
-        found = start_server._run_doctor_process("enforce")
-    assert (found == 1) == (code == 1)
+        exit_code = start_server._run_doctor_process("enforce")
+    assert (exit_code == 1) == (code == 1)
     assert [r.levelname for r in caplog.records] == [level]
-    assert said in caplog.records[0].getMessage()
+    assert message in caplog.records[0].getMessage()

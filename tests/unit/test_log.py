@@ -1,4 +1,4 @@
-"""Log lines: for people, and as JSON for machines."""
+"""Log lines as text and as JSON."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from rtp_llm import log as logs
 
 
 @pytest.fixture(autouse=True)
-def root_as_it_was() -> Iterator[None]:
+def restore_root_logger() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -20,7 +20,7 @@ def root_as_it_was() -> Iterator[None]:
     root.handlers[:], root.level = handlers, level
 
 
-def test_a_line_says_who_speaks() -> None:
+def test_text_line_starts_with_the_process() -> None:
     stream = io.StringIO()
     logs.setup("part0 rank1", stream=stream)
     logging.getLogger("some.module").info("%d of %d", 1, 2)
@@ -28,7 +28,7 @@ def test_a_line_says_who_speaks() -> None:
     assert stream.getvalue().endswith(" INFO some.module: 1 of 2\n")
 
 
-def test_json_is_one_object_a_line_whatever_is_in_it() -> None:
+def test_json_has_one_object_per_line_for_any_message() -> None:
     stream = io.StringIO()
     logs.setup("part1 api", "DEBUG", stream, "json")
     logging.getLogger("x").warning('two\nlines and a "quote" and é')

@@ -1,4 +1,4 @@
-"""The plan: the documented launches, and every way in which settings can contradict each other."""
+"""The plan: the documented launches, and contradictory settings."""
 
 import json
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from rtp_llm.parallel.plan import (
 
 
 def parts(*addresses: str) -> str:
-    """JSON_GANG_PARTS with these ip:port."""
+    """Returns JSON_GANG_PARTS for these ip:port addresses."""
     split = [address.rsplit(":", 1) for address in addresses]
     return json.dumps({f"x_part{n}": {"ip": ip, "port": int(port)} for n, (ip, port) in enumerate(split)})
 
@@ -34,25 +34,25 @@ def plan(gpus: int = 0, /, **settings: Any) -> Plan:
     return make_plan(Config.model_validate(settings), gpus)
 
 
-def refusal(gpus: int = 0, /, **settings: Any) -> str:
+def error_message(gpus: int = 0, /, **settings: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         plan(gpus, **settings)
     assert caught.value.exit_code == ExitCode.BAD_CONFIG
     return str(caught.value)
 
 
-def shape(made: Plan) -> tuple[int, list[int], int, str]:
-    return made.part, list(made.ranks), made.num_parts, made.device
+def shape(plan: Plan) -> tuple[int, list[int], int, str]:
+    return plan.part, list(plan.ranks), plan.num_parts, plan.device
 
 
-# What is documented
+# Documented launches
 
 
 def test_a_single_machine() -> None:
-    made = plan(tp_size=2, world_size=2)
-    assert shape(made) == (0, [0, 1], 1, "cpu")
-    assert made.members == (Member(0, "local_part0", "127.0.0.1", 10000),)
-    assert not made.is_multi_part
+    local_plan = plan(tp_size=2, world_size=2)
+    assert shape(local_plan) == (0, [0, 1], 1, "cpu")
+    assert local_plan.members == (Member(0, "local_part0", "127.0.0.1", 10000),)
+    assert not local_plan.is_multi_part
 
 
 def test_two_machines_with_one_gpu_each() -> None:
@@ -74,43 +74,43 @@ def test_two_machines_with_two_gpus_each() -> None:
     assert first.describe_part(1) == "part1 (11.161.48.116:20000, ranks 2-3)"
 
 
-def test_nothing_set_is_one_rank() -> None:
+def test_default_is_one_rank() -> None:
     assert shape(plan()) == (0, [0], 1, "cpu")
 
 
 @pytest.mark.parametrize("settings", [{"tp_size": 2}, {"world_size": 2}, {"tp_size": 2, "world_size": 2}])
-def test_each_of_the_two_sizes_follows_from_the_other(settings: dict[str, int]) -> None:
+def test_tp_size_and_world_size_default_to_each_other(settings: dict[str, int]) -> None:
     assert (plan(**settings).tp_size, plan(**settings).world_size) == (2, 2)
 
 
-def test_local_world_size_follows_from_the_gpus() -> None:
+def test_local_world_size_defaults_to_the_gpus() -> None:
     assert plan(8, tp_size=2).local_world_size == 2
     assert plan(2, tp_size=4, json_gang_parts=parts("a:10000", "b:10000")).local_world_size == 2
     assert plan(0, tp_size=4).local_world_size == 4
     assert plan(2, tp_size=4, rtp_device="cpu").local_world_size == 4
 
 
-def test_world_index_in_place_of_world_rank() -> None:
+def test_world_index_instead_of_world_rank() -> None:
     common: dict[str, Any] = {"tp_size": 4, "local_world_size": 2, "json_gang_parts": TWO, "start_port": 20000}
     assert plan(**common, world_index=1) == plan(**common, world_rank=2) == plan(**common, world_index=1, world_rank=2)
     assert plan(**common, tp_rank=2) == plan(**common, world_rank=2)
 
 
-def test_the_leaders_address_in_place_of_a_list() -> None:
-    made = plan(tp_size=2, local_world_size=1, leader_address="gang-0.gang", world_index=1)
-    assert made.members == (Member(0, "leader_part0", "gang-0.gang", 10000),)
-    assert (made.part, made.num_parts, made.describe_part(1)) == (1, 2, "part1 (rank 1)")
-    spelled = plan(tp_size=2, local_world_size=1, leader_address="10.0.0.1", world_index=0)
-    assert made.fingerprint() == spelled.fingerprint()
+def test_leader_address_instead_of_a_member_list() -> None:
+    by_name = plan(tp_size=2, local_world_size=1, leader_address="gang-0.gang", world_index=1)
+    assert by_name.members == (Member(0, "leader_part0", "gang-0.gang", 10000),)
+    assert (by_name.part, by_name.num_parts, by_name.describe_part(1)) == (1, 2, "part1 (rank 1)")
+    by_ip = plan(tp_size=2, local_world_size=1, leader_address="10.0.0.1", world_index=0)
+    assert by_name.fingerprint() == by_ip.fingerprint()
 
 
-def test_the_plan_survives_its_way_through_json() -> None:
-    made = plan(tp_size=2, local_world_size=1, json_gang_parts=TWO)
-    assert Plan.from_json(json.loads(json.dumps(asdict(made)))) == made
+def test_json_round_trip_gives_an_equal_plan() -> None:
+    original = plan(tp_size=2, local_world_size=1, json_gang_parts=TWO)
+    assert Plan.from_json(json.loads(json.dumps(asdict(original)))) == original
 
 
 @pytest.mark.parametrize("difference", [{"worker_info_port_num": 10}, {"local_world_size": 2}, {"json_gang_parts": ""}])
-def test_the_fingerprint_tells_plans_apart(difference: dict[str, Any]) -> None:
+def test_different_plans_have_different_fingerprints(difference: dict[str, Any]) -> None:
     common: dict[str, Any] = {"tp_size": 2, "local_world_size": 1, "json_gang_parts": TWO}
     changed = common | difference
     if changed["local_world_size"] == 2:
@@ -120,11 +120,11 @@ def test_the_fingerprint_tells_plans_apart(difference: dict[str, Any]) -> None:
     assert plan(**common).fingerprint() != plan(**changed).fingerprint()
 
 
-# What is wrong
+# Invalid settings
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         (
             {"world_size": 4, "tp_size": 2},
@@ -174,11 +174,11 @@ def test_the_fingerprint_tells_plans_apart(difference: dict[str, Any]) -> None:
         ({"json_gang_parts": parts("a:12000"), "tp_size": 1}, "START_PORT=10000, but member 'x_part0'"),
         (
             {"tp_size": 2, "local_world_size": 1, "json_gang_parts": parts("a:10000", "a:10000")},
-            "members 'x_part0' and 'x_part1' are both a:10000; give each its own",
+            "members 'x_part0' and 'x_part1' are both a:10000; give each its own port",
         ),
         (
             {"tp_size": 4, "local_world_size": 2, "json_gang_parts": parts("a:10000", "a:10017")},
-            "'x_part0' and 'x_part1' share a and their port blocks overlap: 9989-10017 and 10017-10034; move one",
+            "'x_part0' and 'x_part1' share a and their reserved ports overlap: 9989-10017 and 10017-10034; move one",
         ),
         (
             {"tp_size": 4, "local_world_size": 2, "json_gang_parts": parts("a:10000", "a:9972")},
@@ -196,25 +196,26 @@ def test_the_fingerprint_tells_plans_apart(difference: dict[str, Any]) -> None:
         ({"tp_size": 64, "start_port": 65000}, "needs the ports 64989-65575"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
-    assert words in refusal(**settings)
+def test_contradictory_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    assert message in error_message(**settings)
 
 
-def test_more_ranks_than_gpus() -> None:
-    words = "LOCAL_WORLD_SIZE=4: this machine shows 2 GPUs; allowed: at most 2"
-    assert refusal(2, tp_size=4, local_world_size=4) == words
+def test_more_ranks_than_gpus_are_rejected() -> None:
+    message = "LOCAL_WORLD_SIZE=4: this machine has 2 visible GPUs; allowed: at most 2"
+    assert error_message(2, tp_size=4, local_world_size=4) == message
     assert (
-        refusal(0, tp_size=2, rtp_device="cuda") == "LOCAL_WORLD_SIZE=2: this machine shows 0 GPUs; allowed: at most 0"
+        error_message(0, tp_size=2, rtp_device="cuda")
+        == "LOCAL_WORLD_SIZE=2: this machine has 0 visible GPUs; allowed: at most 0"
     )
-    assert "no member list is given" in refusal(2, tp_size=4)
+    assert "no member list is given" in error_message(2, tp_size=4)
 
 
 @pytest.mark.parametrize("ports", [("a:10000", "a:10018"), ("a:10000", "a:9971"), ("a:10000", "b:10000")])
-def test_blocks_that_only_touch_are_fine(ports: tuple[str, str]) -> None:
+def test_adjacent_port_ranges_are_accepted(ports: tuple[str, str]) -> None:
     assert plan(tp_size=4, local_world_size=2, json_gang_parts=parts(*ports)).num_parts == 2
 
 
-# Whose address it is
+# Addresses
 
 
 def two_machines(world_rank: int) -> Plan:
@@ -223,17 +224,17 @@ def two_machines(world_rank: int) -> Plan:
     )
 
 
-def test_the_address_of_another_member_is_refused() -> None:
+def test_address_of_another_member_is_rejected() -> None:
     assert check_address(two_machines(1), {"127.0.0.1", "10.0.0.2"}) is None
     with pytest.raises(ConfigError, match=r"WORLD_RANK=0 means member 'x_part0' at 10\.0\.0\.1.*set WORLD_RANK=1"):
         check_address(two_machines(0), {"127.0.0.1", "10.0.0.2"})
 
 
-def test_an_address_that_nobody_here_has_is_a_warning() -> None:
-    assert "fine behind NAT only" in str(check_address(two_machines(0), {"127.0.0.1", "172.17.0.2"}))
+def test_address_of_no_local_interface_is_a_warning() -> None:
+    assert "this is fine only behind NAT" in str(check_address(two_machines(0), {"127.0.0.1", "172.17.0.2"}))
 
 
-# Whatever is set, a sound plan or ConfigError comes out.
+# Any settings give a consistent plan or ConfigError.
 
 ADDRESSES = st.lists(
     st.builds("{}:{}".format, st.sampled_from("ab"), st.sampled_from([1000, 1034, 10000, 10009, 10020, 20000, 65530])),
@@ -252,7 +253,7 @@ RANKS = st.none() | st.integers(0, 4)
     port=st.sampled_from([1035, 10000, 10009, 20000, 65000]),
     gpus=st.integers(0, 4),
 )
-def test_any_settings_give_a_sound_plan_or_a_refusal(
+def test_any_settings_give_a_consistent_plan_or_config_error(
     sizes: tuple[int | None, ...],
     ranks: tuple[int | None, ...],
     addresses: list[str],
@@ -261,19 +262,21 @@ def test_any_settings_give_a_sound_plan_or_a_refusal(
     gpus: int,
 ) -> None:
     names = ("tp_size", "world_size", "local_world_size", "world_rank", "world_index", "tp_rank")
-    given = {name: value for name, value in zip(names, sizes + ranks, strict=True) if value is not None}
+    values = {name: value for name, value in zip(names, sizes + ranks, strict=True) if value is not None}
     members = parts(*addresses) if addresses else ""
     try:
-        made = plan(gpus, **given, json_gang_parts=members, leader_address=leader, start_port=port)
+        result = plan(gpus, **values, json_gang_parts=members, leader_address=leader, start_port=port)
     except ConfigError:
         return
-    assert made.world_size == made.tp_size == made.num_parts * made.local_world_size
-    assert 0 <= made.part < made.num_parts
-    assert len(made.members) == made.num_parts or (leader and not addresses)
-    assert set(made.ranks) <= set(range(made.world_size))
-    assert made.device == "cpu" or made.local_world_size <= gpus
+    assert result.world_size == result.tp_size == result.num_parts * result.local_world_size
+    assert 0 <= result.part < result.num_parts
+    assert len(result.members) == result.num_parts or (leader and not addresses)
+    assert set(result.ranks) <= set(range(result.world_size))
+    assert result.device == "cpu" or result.local_world_size <= gpus
     used = [
-        (m.ip, p) for m in made.members for p in range(m.port - 11 * (m.index == 0), m.port + 9 * made.local_world_size)
+        (m.ip, p)
+        for m in result.members
+        for p in range(m.port - 11 * (m.index == 0), m.port + 9 * result.local_world_size)
     ]
     assert len(used) == len(set(used))
     assert all(1024 <= p <= 65535 for _, p in used)
@@ -283,5 +286,5 @@ def test_any_settings_give_a_sound_plan_or_a_refusal(
     "settings", [{"world_size": 4096, "local_world_size": 4095}, {"world_size": 4096, "world_rank": 4095}]
 )
 @pytest.mark.timeout(10)
-def test_a_world_of_the_largest_size_is_refused_at_once(settings: dict[str, int]) -> None:
-    refusal(**settings)
+def test_maximum_world_size_is_rejected_fast(settings: dict[str, int]) -> None:
+    error_message(**settings)

@@ -1,4 +1,4 @@
-"""The random checkpoint of the tests: the same bytes everywhere, and usable by the field's own tools."""
+"""The random checkpoint of the tests: identical bytes on all machines, and usable with Hugging Face libraries."""
 
 import hashlib
 import json
@@ -18,15 +18,15 @@ from tests import random_model
 
 TEXT = 'Shared memory, 1234 GPUs: "naïve" 数据 🚀\n\tdef step(): pass'
 
-# Written down, so that a library that gives other bytes than the last one did is noticed here and not in a gang.
+# Pinned, so that a library version that writes other bytes is noticed here and not in a gang.
 DIGESTS = {
     "model.safetensors": "2cf2f4d2b482cee79248d73a41f3387579a2d4d10b57e69715d9a2d9f67d3f8b",
     "tokenizer.json": "0f23e49ca7a0299e4924391472e1ccdcbd6cb3b38b83f66a6c178606b5599040",
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def run(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -36,12 +36,12 @@ def run(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("random") / "checkpoint"
-    random_model.write(folder)
-    return folder
+    directory = tmp_path_factory.mktemp("random") / "checkpoint"
+    random_model.write(directory)
+    return directory
 
 
-def test_the_bytes_are_the_known_ones(checkpoint: Path) -> None:
+def test_files_have_the_pinned_digests(checkpoint: Path) -> None:
     written = contents(checkpoint)
     assert {name: hashlib.sha256(written[name]).hexdigest() for name in DIGESTS} == DIGESTS
     assert sorted(written) == [
@@ -59,22 +59,22 @@ def test_the_bytes_are_the_known_ones(checkpoint: Path) -> None:
     ids=["one thread", "many threads"],
 )
 def test_another_process_writes_the_same_bytes(checkpoint: Path, tmp_path: Path, variables: Mapping[str, str]) -> None:
-    done = run(str(tmp_path / "again"), **variables)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = run(str(tmp_path / "again"), **variables)
+    assert (process.returncode, process.stderr) == (0, "")
     assert contents(tmp_path / "again") == contents(checkpoint)
 
 
-def test_the_seed_changes_the_weights_and_nothing_else_that_counts(checkpoint: Path, tmp_path: Path) -> None:
+def test_seed_changes_only_weights_and_config(checkpoint: Path, tmp_path: Path) -> None:
     random_model.write(tmp_path / "other", seed=1)
     first, second = contents(checkpoint), contents(tmp_path / "other")
     assert {name for name in first if first[name] != second[name]} == {"config.json", "model.safetensors"}
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path) -> Any:  # transformers' own types do not know what it returns here
+def model(checkpoint: Path) -> Any:  # the type annotations of transformers lack this return value
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     loaded, report = from_pretrained(checkpoint, output_loading_info=True)
-    assert not any(report.values()), report  # nothing missing, left over, or of another shape
+    assert not any(report.values()), report  # no tensor is missing, unused or of another shape
     return loaded
 
 
@@ -84,34 +84,37 @@ def test_transformers_generates_with_it(checkpoint: Path, model: Any) -> None:
     first, second = (model.generate(**prompt, max_new_tokens=16, min_new_tokens=16) for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape[1] == prompt["input_ids"].shape[1] + 16
-    assert len(set(first[0, -16:].tolist())) > 4  # not one word for ever
+    assert len(set(first[0, -16:].tolist())) > 4  # does not repeat one token
 
 
 @torch.inference_mode()
-def test_the_first_token_still_matters_at_the_end(model: Any) -> None:
-    """Else tests that compare answers with and without a cache would compare nothing."""
+def test_first_token_affects_the_end_of_the_sequence(model: Any) -> None:
+    """Otherwise tests that compare output with and without prefix cache could not fail."""
     prompts = torch.randint(3, random_model.VOCAB, (32, 64), generator=torch.Generator().manual_seed(0))
     changed = prompts.clone()
     changed[:, 0] = 3 + (prompts[:, 0] - 2) % (random_model.VOCAB - 3)
-    answers, others = (model(batch).logits[:, -1].argmax(-1) for batch in (prompts, changed))
-    assert (answers != others).float().mean() > 0.3
+    original_tokens, changed_tokens = (model(batch).logits[:, -1].argmax(-1) for batch in (prompts, changed))
+    assert (original_tokens != changed_tokens).float().mean() > 0.3
 
 
 def test_transformers_and_tokenizers_agree_on_the_tokenizer(checkpoint: Path) -> None:
-    ours, theirs = Tokenizer.from_file(str(checkpoint / "tokenizer.json")), AutoTokenizer.from_pretrained(checkpoint)
-    assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).ids
-    assert theirs.decode(ours.encode(TEXT).ids) == ours.decode(ours.encode(TEXT).ids) == TEXT
-    assert len(theirs) == ours.get_vocab_size() == random_model.VOCAB
+    tokenizer, hf_tokenizer = (
+        Tokenizer.from_file(str(checkpoint / "tokenizer.json")),
+        AutoTokenizer.from_pretrained(checkpoint),
+    )
+    assert hf_tokenizer(TEXT)["input_ids"] == tokenizer.encode(TEXT).ids
+    assert hf_tokenizer.decode(tokenizer.encode(TEXT).ids) == tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
+    assert len(hf_tokenizer) == tokenizer.get_vocab_size() == random_model.VOCAB
 
 
-def test_special_tokens_are_those_that_the_configs_name(checkpoint: Path) -> None:
+def test_special_tokens_match_the_configs(checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     config = json.loads((checkpoint / "config.json").read_bytes())
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == config["eos_token_id"]
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.pad_token_id == config["bos_token_id"]
 
 
-def test_the_chat_template_is_chatml(checkpoint: Path) -> None:
+def test_chat_template_is_chatml(checkpoint: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""The README's table of settings is the one that the code has."""
+"""Compares the README's settings and exit codes with the code."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_settings_table_is_current() -> None:
-    """To renew it: put the output of `python -c 'from rtp_llm.config import table_markdown as t; print(t())'` there."""
+    """To regenerate it: `python -c 'from rtp_llm.config import table_markdown as t; print(t())'`"""
     table = README.split("<!-- settings -->\n")[1].split("\n<!-- /settings -->")[0]
     assert table == table_markdown()
 

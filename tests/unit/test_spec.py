@@ -1,4 +1,4 @@
-"""config.json to ModelSpec: both generations say the same, and what cannot be served is refused by key and value."""
+"""config.json to ModelSpec: both formats give the same spec, and errors name the unsupported key and value."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.model.spec import ALIASES, ARCHITECTURES, FAMILIES, ModelSpec, spec_from_config
 
 Json = dict[str, Any]
-# As transformers 4 wrote them, which is what most checkpoints on the hub hold.
+# In the format of transformers 4, which most checkpoints on the Hugging Face hub have.
 LLAMA: Json = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,17 +44,17 @@ LLAMA3_ROPE: Json = {
 }
 
 
-def read(config: Json, **arguments: Any) -> ModelSpec:
-    before = json.dumps(config)
-    spec = spec_from_config(config, **arguments)
-    assert json.dumps(config) == before, "the caller's config was changed"
+def read_spec(config: Json, **overrides: Any) -> ModelSpec:
+    original = json.dumps(config)
+    spec = spec_from_config(config, **overrides)
+    assert json.dumps(config) == original, "the caller's config was changed"
     return spec
 
 
-def refuse(config: Json, error: type[Exception] = CheckpointError, **arguments: Any) -> str:
-    with pytest.raises(error) as caught:
-        spec_from_config(config, **arguments)
-    return str(caught.value)
+def read_error(config: Json, error: type[Exception] = CheckpointError, **overrides: Any) -> str:
+    with pytest.raises(error) as error_info:
+        spec_from_config(config, **overrides)
+    return str(error_info.value)
 
 
 def without(config: Json, *keys: str) -> Json:
@@ -62,7 +62,7 @@ def without(config: Json, *keys: str) -> Json:
 
 
 def test_llama() -> None:
-    spec = read(LLAMA)
+    spec = read_spec(LLAMA)
     assert (spec.family, spec.vocab_size, spec.hidden_size, spec.num_layers) == ("llama", 128256, 4096, 32)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size) == (32, 8, 128, 14336)
     assert (spec.norm_eps, spec.max_positions, spec.dtype) == (1e-5, 8192, "bf16")
@@ -86,20 +86,20 @@ def test_llama() -> None:
     ],
 )
 def test_families_are_flags(config: Json, flags: set[str]) -> None:
-    spec = read(config)
+    spec = read_spec(config)
     names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_embeddings", "fused_qkv")
     assert {name for name in names if getattr(spec, name)} == flags
 
 
 def test_every_architecture_has_its_family() -> None:
     for architecture, family in ARCHITECTURES.items():
-        assert read(LLAMA | {"architectures": [architecture]}).family == family
+        assert read_spec(LLAMA | {"architectures": [architecture]}).family == family
     assert set(ARCHITECTURES.values()) == set(FAMILIES)
     assert set(ALIASES.values()) <= set(FAMILIES)
 
 
-def newer(config: Json) -> Json:
-    """As transformers 5 writes it."""
+def as_transformers5(config: Json) -> Json:
+    """Returns the config in the format of transformers 5."""
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
     rope = {"rope_theta": config["rope_theta"], "rope_type": kind} | scaling
@@ -125,12 +125,12 @@ def newer(config: Json) -> Json:
         {"type": "yarn", "factor": 40, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "truncate": False},
     ],
 )
-def test_both_generations_say_the_same(scaling: Json | None) -> None:
+def test_both_formats_give_the_same_spec(scaling: Json | None) -> None:
     older = LLAMA | {"rope_scaling": scaling}
-    assert read(older) == read(newer(older))
+    assert read_spec(older) == read_spec(as_transformers5(older))
     for key, value in (scaling or {}).items():
         if key in ("factor", "attention_factor", "beta_slow", "beta_fast", "mscale", "mscale_all_dim", "truncate"):
-            assert getattr(read(older).rope, key) == value
+            assert getattr(read_spec(older).rope, key) == value
 
 
 @pytest.mark.parametrize(
@@ -139,23 +139,29 @@ def test_both_generations_say_the_same(scaling: Json | None) -> None:
         (None, 8192),
         ({"type": "linear", "factor": 4.0}, 32768),
         ({"type": "dynamic", "factor": 2.0}, 16384),
-        ({"rope_type": "llama3"} | LLAMA3_ROPE, 8192),  # the checkpoint says the stretched length itself
-        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),  # as above
-        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 32768),  # Qwen's: it does not
-        ({"type": "yarn", "factor": 4.0}, 32768),  # what is not said is max_position_embeddings
+        ({"rope_type": "llama3"} | LLAMA3_ROPE, 8192),  # max_position_embeddings is the scaled length
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
+            8192,
+        ),  # max_position_embeddings is the scaled length
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+            32768,
+        ),  # Qwen: it is the trained length
+        ({"type": "yarn", "factor": 4.0}, 32768),  # the trained length defaults to max_position_embeddings
     ],
 )
 def test_longest_sequence(scaling: Json | None, length: int) -> None:
-    assert read(LLAMA | {"rope_scaling": scaling}).max_positions == length
+    assert read_spec(LLAMA | {"rope_scaling": scaling}).max_positions == length
 
 
 def test_trained_length_of_the_rope() -> None:
     def original(scaling: Json) -> int:
-        return read(LLAMA | {"rope_scaling": scaling}).rope.original_max
+        return read_spec(LLAMA | {"rope_scaling": scaling}).rope.original_max
 
     assert original({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}) == 2048
     assert original({"type": "yarn", "factor": 4.0}) == 8192
-    # Dynamic scaling goes by max_position_embeddings alone, whatever else stands there: as in transformers.
+    # As in transformers, dynamic scaling uses only max_position_embeddings.
     assert original({"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}) == 8192
 
 
@@ -164,25 +170,25 @@ def test_missing_key(key: str) -> None:
     config = without(LLAMA, key)
     defaults = {"rope_theta": 10000.0, "num_key_value_heads": 32, "torch_dtype": "bf16"}
     if key == "rope_theta":
-        assert read(config).rope.theta == defaults[key]
+        assert read_spec(config).rope.theta == defaults[key]
     elif key == "num_key_value_heads":
-        assert read(config).num_kv_heads == defaults[key]
+        assert read_spec(config).num_kv_heads == defaults[key]
     elif key == "torch_dtype":
-        assert read(config).dtype == defaults[key]
+        assert read_spec(config).dtype == defaults[key]
     else:
-        assert key in refuse(config)
+        assert key in read_error(config)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
 @pytest.mark.parametrize("value", [0, -1, "32", 1.5, None, True, [32]])
-def test_size_that_is_none(key: str, value: object) -> None:
-    message = refuse(LLAMA | {key: value})
+def test_invalid_size(key: str, value: object) -> None:
+    message = read_error(LLAMA | {key: value})
     assert key in message
     assert "an integer of 1 or more" in message
 
 
 @pytest.mark.parametrize(
-    ("change", "parts"),
+    ("change", "expected"),
     [
         ({"num_key_value_heads": 5}, ["num_attention_heads=32", "num_key_value_heads=5"]),
         ({"num_key_value_heads": "x"}, ["config.json"]),
@@ -205,10 +211,10 @@ def test_size_that_is_none(key: str, value: object) -> None:
         ({"architectures": None}, ["architectures", "LlamaForCausalLM"]),
     ],
 )
-def test_refused(change: Json, parts: list[str]) -> None:
-    message = refuse(LLAMA | change)
+def test_unsupported_config(change: Json, expected: list[str]) -> None:
+    message = read_error(LLAMA | change)
     assert message.startswith("config.json: ")
-    assert [part for part in parts if part not in message] == []
+    assert [text for text in expected if text not in message] == []
 
 
 # MODEL_TYPE
@@ -219,25 +225,25 @@ def test_aliases(alias: str) -> None:
     family = ALIASES[alias]
     architecture = next(a for a, f in ARCHITECTURES.items() if f == family)
     config = QWEN2 | {"architectures": [architecture]}
-    assert read(config, model_type=alias) == read(config, model_type=family) == read(config)
+    assert read_spec(config, model_type=alias) == read_spec(config, model_type=family) == read_spec(config)
 
 
-def test_model_type_stands_in_for_a_missing_architecture() -> None:
-    assert read(without(LLAMA, "architectures"), model_type="llama") == read(LLAMA)
-    assert read(LLAMA | {"architectures": ["MyOwnLlama"]}, model_type="llama") == read(LLAMA)
-    # Mistral's mathematics is llama's with a window: checkpoints call themselves the one or the other.
-    assert read(LLAMA, model_type="mistral").family == "mistral"
+def test_model_type_replaces_a_missing_architecture() -> None:
+    assert read_spec(without(LLAMA, "architectures"), model_type="llama") == read_spec(LLAMA)
+    assert read_spec(LLAMA | {"architectures": ["MyOwnLlama"]}, model_type="llama") == read_spec(LLAMA)
+    # Mistral is llama with a sliding window; checkpoints name either.
+    assert read_spec(LLAMA, model_type="mistral").family == "mistral"
 
 
-def test_model_type_that_does_not_fit() -> None:
-    message = refuse(LLAMA, ConfigError, model_type="qwen_2")
+def test_model_type_that_contradicts_the_architecture() -> None:
+    message = read_error(LLAMA, ConfigError, model_type="qwen_2")
     assert "MODEL_TYPE='qwen_2'" in message
     assert "LlamaForCausalLM" in message
     assert "leave MODEL_TYPE unset" in message
 
 
 def test_unknown_model_type() -> None:
-    message = refuse(LLAMA, ConfigError, model_type="gpt_5")
+    message = read_error(LLAMA, ConfigError, model_type="gpt_5")
     assert "MODEL_TYPE='gpt_5'" in message
     assert all(name in message for name in (*FAMILIES, *ALIASES))
 
@@ -246,8 +252,8 @@ def test_unknown_model_type() -> None:
 
 
 @pytest.mark.parametrize("act_type", ["fp32", "bf16", "fp16"])
-def test_act_type_beats_the_checkpoint(act_type: str) -> None:
-    assert read(LLAMA, act_type=act_type).dtype == act_type
+def test_act_type_overrides_the_checkpoint(act_type: str) -> None:
+    assert read_spec(LLAMA, act_type=act_type).dtype == act_type
 
 
 @pytest.mark.parametrize(
@@ -255,13 +261,13 @@ def test_act_type_beats_the_checkpoint(act_type: str) -> None:
     [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("torch.float16", "fp16")],
 )
 def test_dtype_of_the_checkpoint(name: str, dtype: str) -> None:
-    assert read(LLAMA | {"torch_dtype": name}).dtype == dtype
-    assert read(without(LLAMA, "torch_dtype") | {"dtype": name}).dtype == dtype
+    assert read_spec(LLAMA | {"torch_dtype": name}).dtype == dtype
+    assert read_spec(without(LLAMA, "torch_dtype") | {"dtype": name}).dtype == dtype
 
 
-@pytest.mark.parametrize(("asked", "layers"), [(0, 32), (1, 1), (31, 31), (32, 32), (99, 32)])
-def test_number_of_layers(asked: int, layers: int) -> None:
-    assert read(LLAMA, num_layers=asked).num_layers == layers
+@pytest.mark.parametrize(("num_layers", "expected"), [(0, 32), (1, 1), (31, 31), (32, 32), (99, 32)])
+def test_number_of_layers(num_layers: int, expected: int) -> None:
+    assert read_spec(LLAMA, num_layers=num_layers).num_layers == expected
 
 
 # Windows and heads
@@ -272,7 +278,7 @@ WINDOW: Json = {"sliding_window": 128, "num_hidden_layers": 4}
 @pytest.mark.parametrize(
     ("config", "windows"),
     [
-        (LLAMA | WINDOW, [0, 0, 0, 0]),  # llama has none, whatever stands there
+        (LLAMA | WINDOW, [0, 0, 0, 0]),  # llama ignores the window
         (LLAMA | WINDOW | {"architectures": ["MistralForCausalLM"]}, [128] * 4),
         (LLAMA | WINDOW | {"architectures": ["MistralForCausalLM"], "sliding_window": None}, [0] * 4),
         (QWEN2 | WINDOW, [0] * 4),
@@ -286,18 +292,18 @@ WINDOW: Json = {"sliding_window": 128, "num_hidden_layers": 4}
     ],
 )
 def test_windows(config: Json, windows: list[int]) -> None:
-    spec = read(config)
+    spec = read_spec(config)
     assert [spec.window(layer) for layer in range(4)] == windows
 
 
 def test_head_dim() -> None:
-    assert read(QWEN2).head_dim == 64
-    assert read(QWEN2 | {"head_dim": 128}).head_dim == 128
-    assert read(QWEN2 | {"head_dim": None}).head_dim == 64
+    assert read_spec(QWEN2).head_dim == 64
+    assert read_spec(QWEN2 | {"head_dim": 128}).head_dim == 128
+    assert read_spec(QWEN2 | {"head_dim": None}).head_dim == 64
 
 
-def test_tp_sizes_that_fit() -> None:
-    spec = read(QWEN2)
+def test_valid_tp_sizes() -> None:
+    spec = read_spec(QWEN2)
     assert spec.valid_tp_sizes() == range(1, 15)
     spec.check_tp(14)
     with pytest.raises(ConfigError, match="TP_SIZE=15: the model has 14 query heads; allowed: 1 to 14"):

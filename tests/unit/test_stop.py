@@ -1,4 +1,4 @@
-"""The stop checker against one search over the whole text."""
+"""Compares the stop checker with one search in the whole text."""
 
 import pytest
 from hypothesis import given, settings
@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from rtp_llm.text.stop import StopChecker
 
-# Two letters: overlapping, nested and half-matching stop strings are then the rule and not the exception.
+# Two letters only, so that most stop strings overlap, nest or match partially.
 TEXT = st.text("ab", max_size=12)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 
-def whole(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+def truncate_whole_text(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
     """The specification: the earliest start wins, then the longest."""
     matches = sorted((text.index(stop), -len(stop), stop) for stop in stops if stop in text)
     if not matches:
@@ -21,13 +21,13 @@ def whole(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(pieces=st.lists(TEXT, max_size=6), stops=STOPS, include=st.booleans())
-def test_the_answer_is_that_of_the_whole_text(pieces: list[str], stops: list[str], include: bool) -> None:
+@given(chunks=st.lists(TEXT, max_size=6), stops=STOPS, include=st.booleans())
+def test_result_does_not_depend_on_the_chunks(chunks: list[str], stops: list[str], include: bool) -> None:
     checker = StopChecker(stops, include)
     sent = ""
-    expected = whole("".join(pieces), stops, include)
-    for piece in pieces:
-        text, matched = checker.push(piece)
+    expected = truncate_whole_text("".join(chunks), stops, include)
+    for chunk in chunks:
+        text, matched = checker.push(chunk)
         sent += text
         assert matched == checker.matched
         assert expected[0].startswith(sent)
@@ -37,15 +37,15 @@ def test_the_answer_is_that_of_the_whole_text(pieces: list[str], stops: list[str
 
 @settings(max_examples=200, deadline=None)
 @given(text=TEXT, stops=STOPS)
-def test_no_more_is_held_than_could_begin_a_stop_string(text: str, stops: list[str]) -> None:
+def test_only_partial_stop_strings_are_buffered(text: str, stops: list[str]) -> None:
     checker = StopChecker(stops)
     sent = "".join(checker.push(character)[0] for character in text)
     if checker.matched is None:
-        held = text[len(sent) :]
-        assert not held or any(stop.startswith(held) for stop in stops)
+        buffered = text[len(sent) :]
+        assert not buffered or any(stop.startswith(buffered) for stop in stops)
 
 
-def test_a_stop_string_across_pieces() -> None:
+def test_a_stop_string_across_chunks() -> None:
     checker = StopChecker(["</tool>"])
     assert checker.push("call </to") == ("call ", None)
     assert checker.push("ol> more") == ("", "</tool>")
@@ -53,7 +53,7 @@ def test_a_stop_string_across_pieces() -> None:
     assert checker.flush() == ""
 
 
-def test_held_text_that_comes_to_nothing_is_sent() -> None:
+def test_buffered_text_without_a_match_is_sent() -> None:
     checker = StopChecker(["\n\n"])
     assert checker.push("a\n") == ("a", None)
     assert checker.push("b\n") == ("\nb", None)
@@ -61,29 +61,29 @@ def test_held_text_that_comes_to_nothing_is_sent() -> None:
     assert checker.matched is None
 
 
-def test_the_stop_string_is_kept_on_request() -> None:
+def test_include_stop_keeps_the_stop_string() -> None:
     assert StopChecker(["END"], include_stop=True).push("the END of it") == ("the END", "END")
 
 
-def test_the_longest_of_those_that_start_together_wins_even_if_it_comes_later() -> None:
+def test_the_longest_match_with_the_same_start_wins() -> None:
     checker = StopChecker(["\n", "\n\n"], include_stop=True)
     assert checker.push("a\n") == ("a", None)
     assert checker.push("\n") == ("\n\n", "\n\n")
 
 
-def test_flush_makes_the_match_that_was_waiting_for_a_longer_one() -> None:
+def test_flush_ends_the_wait_for_a_longer_match() -> None:
     checker = StopChecker(["\n", "\n\n"])
     assert checker.push("a\n") == ("a", None)
     assert checker.flush() == ""
     assert checker.matched == "\n"
 
 
-def test_without_stop_strings_everything_passes_at_once() -> None:
+def test_without_stop_strings_text_is_not_buffered() -> None:
     checker = StopChecker([])
     assert checker.push("text") == ("text", None)
     assert checker.flush() == ""
 
 
-def test_an_empty_stop_string_is_refused() -> None:
+def test_an_empty_stop_string_is_rejected() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopChecker(["a", ""])

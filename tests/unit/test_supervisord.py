@@ -1,4 +1,4 @@
-"""The generated supervisord.conf, read back by the parsers that will read it: configparser and supervisord's own."""
+"""The generated supervisord.conf, parsed with configparser and by supervisord itself."""
 
 import configparser
 import shlex
@@ -21,14 +21,14 @@ def part_spec(run_dir: Path, **settings: Any) -> PartSpec:
     return PartSpec(run_dir, config, make_plan(config, 0), ModelInfo("m", "qwen3", "fp32", 1024), {}, False)
 
 
-def parsed(run_dir: Path, **settings: Any) -> configparser.RawConfigParser:
+def parse(run_dir: Path, **settings: Any) -> configparser.RawConfigParser:
     parser = configparser.RawConfigParser()
     parser.read_string(supervisord_config(part_spec(run_dir, **settings)))
     return parser
 
 
-def as_supervisord_reads_it(run_dir: Path) -> ServerOptions:
-    """Raises ValueError where supervisord would refuse it."""
+def parse_with_supervisord(run_dir: Path) -> ServerOptions:
+    """Returns the options of supervisord. Raises ValueError if it rejects the file."""
     run_dir.mkdir(exist_ok=True)
     conf = run_dir / "supervisord.conf"
     conf.write_text(supervisord_config(part_spec(run_dir)))
@@ -38,7 +38,7 @@ def as_supervisord_reads_it(run_dir: Path) -> ServerOptions:
 
 
 def test_one_program_per_rank_of_this_part() -> None:
-    conf = parsed(Path("/run/x"), tp_size=4, local_world_size=2, world_rank=2, json_gang_parts=PARTS)
+    conf = parse(Path("/run/x"), tp_size=4, local_world_size=2, world_rank=2, json_gang_parts=PARTS)
     assert conf["group:ranks"]["programs"] == "rank2,rank3"
     assert conf["program:rank3"]["command"].endswith(" -m rtp_llm.engine.main /run/x 3")
     assert conf["supervisord"]["identifier"] == "part1"
@@ -47,18 +47,18 @@ def test_one_program_per_rank_of_this_part() -> None:
 
 def test_the_api_stops_before_the_ranks() -> None:
     """supervisord stops the group with the highest priority number first."""
-    conf = parsed(Path("/run/x"))
+    conf = parse(Path("/run/x"))
     assert int(conf["group:service"]["priority"]) > int(conf["group:ranks"]["priority"])
 
 
 @pytest.mark.parametrize(("timeout", "seconds"), [(30, 30), (0, 0), (-1, 600)])
-def test_the_api_has_the_time_that_streams_were_promised(timeout: int, seconds: int) -> None:
-    conf = parsed(Path("/run/x"), shutdown_timeout=timeout)
+def test_api_stop_timeout_covers_the_drain_time(timeout: int, seconds: int) -> None:
+    conf = parse(Path("/run/x"), shutdown_timeout=timeout)
     assert int(conf["program:api"]["stopwaitsecs"]) == seconds + DRAIN_MARGIN_SECONDS
 
 
-def test_only_the_guard_decides_about_restarts() -> None:
-    conf = parsed(Path("/run/x"))
+def test_supervisord_restarts_only_the_guard() -> None:
+    conf = parse(Path("/run/x"))
     restarts = {name: conf[name]["autorestart"] for name in conf.sections() if "autorestart" in conf[name]}
     assert restarts == {
         "program:api": "false",
@@ -68,28 +68,28 @@ def test_only_the_guard_decides_about_restarts() -> None:
     }
 
 
-def test_the_guards_stdout_belongs_to_the_protocol() -> None:
-    conf = parsed(Path("/run/x"))["eventlistener:guard"]
+def test_stdout_of_the_guard_is_not_redirected() -> None:
+    conf = parse(Path("/run/x"))["eventlistener:guard"]
     assert conf["redirect_stderr"] == "false"
     assert "stdout_logfile" not in conf
 
 
 @pytest.mark.parametrize("name", ["plain", "100%", "50%(x)s", "%(here)s"])
-def test_supervisord_understands_it_whatever_the_folder_is_called(tmp_path: Path, name: str) -> None:
+def test_supervisord_parses_any_name_of_the_run_directory(tmp_path: Path, name: str) -> None:
     run_dir = tmp_path / name
-    options = as_supervisord_reads_it(run_dir)
+    options = parse_with_supervisord(run_dir)
     groups = {group.name: group for group in options.process_group_configs}
     assert set(groups) == {"ranks", "service", "guard"}
-    for group, ending in (("ranks", ["rtp_llm.engine.main", str(run_dir), "0"]), ("service", [str(run_dir)])):
-        assert shlex.split(groups[group].process_configs[0].command)[-len(ending) :] == ending
+    for group, last_args in (("ranks", ["rtp_llm.engine.main", str(run_dir), "0"]), ("service", [str(run_dir)])):
+        assert shlex.split(groups[group].process_configs[0].command)[-len(last_args) :] == last_args
     assert groups["ranks"].process_configs[0].stdout_logfile == "/dev/fd/1"
     assert options.logfile == str(run_dir / "supervisord.log")
 
 
 @pytest.mark.parametrize("name", ["with space", "quo'te", "$HOME"])
-def test_the_folder_stays_one_word_of_the_command(tmp_path: Path, name: str) -> None:
+def test_run_directory_is_one_argument_of_the_command(tmp_path: Path, name: str) -> None:
     run_dir = tmp_path / name
-    options = as_supervisord_reads_it(run_dir)
+    options = parse_with_supervisord(run_dir)
     for group in options.process_group_configs:
         for program in group.process_configs:
             assert str(run_dir) in shlex.split(program.command)
@@ -104,5 +104,5 @@ def test_the_folder_stays_one_word_of_the_command(tmp_path: Path, name: str) -> 
     ],
     ids=["two parts", "two parts without it", "one part"],
 )
-def test_the_doctor_stays_where_there_are_other_parts(tmp_path: Path, settings: dict[str, Any], runs: bool) -> None:
-    assert parsed(tmp_path, **settings).has_section("group:doctor") == runs
+def test_gang_doctor_runs_only_with_other_parts(tmp_path: Path, settings: dict[str, Any], runs: bool) -> None:
+    assert parse(tmp_path, **settings).has_section("group:doctor") == runs

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' apply_chat_template, the choice between them, and the sentences for errors."""
+"""Compares chat templates with transformers' apply_chat_template; tests template selection and error messages."""
 
 import json
 from collections.abc import Callable
@@ -116,7 +116,7 @@ MISTRAL_STYLE = """\
 {%- endfor %}
 """
 
-# Whitespace rules, loop controls, scopes, a macro that takes text or parts, and variables nobody passes.
+# Whitespace rules, loop controls, scopes, a macro that accepts text or parts, and undefined variables.
 ODDITIES = """\
 {% macro text_of(content) %}
 {% if content is string %}{{ content }}{% else %}{% for part in content %}{{ part.text }}{% endfor %}{% endif %}
@@ -172,12 +172,14 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "prefill": [USER, ANSWER],
 }
 
-Make = Callable[..., tuple[Tokenizer, Any]]
+MakeTokenizers = Callable[..., tuple[Tokenizer, Any]]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A tokenizer with the given templates and special tokens, and transformers' own of the same folder."""
+def make_tokenizers(tmp_path: Path) -> MakeTokenizers:
+    """Returns a function that makes a Tokenizer with the templates and special tokens, and transformers' tokenizer of
+    the same directory.
+    """
 
     def build(templates: Any = None, tokens: tuple[str, ...] = ("<s>", "</s>")) -> tuple[Tokenizer, Any]:
         vocab = {token: n for n, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -194,8 +196,8 @@ def make(tmp_path: Path) -> Make:
     return build
 
 
-def outcome(render: Callable[[], str]) -> tuple[str | None, str | None]:
-    """The text, or what the error says."""
+def render_or_error(render: Callable[[], str]) -> tuple[str | None, str | None]:
+    """Returns (text, None), or (None, error message)."""
     try:
         return render(), None
     except (jinja2.TemplateError, TemplateError, TypeError) as error:
@@ -205,57 +207,61 @@ def outcome(render: Callable[[], str]) -> tuple[str | None, str | None]:
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_prompt_is_that_of_transformers(make: Make, template: str, conversation: str, tools: Any) -> None:
-    ours, theirs = make(TEMPLATES[template])
+def test_the_prompt_is_that_of_transformers(
+    make_tokenizers: MakeTokenizers, template: str, conversation: str, tools: Any
+) -> None:
+    tokenizer, hf_tokenizer = make_tokenizers(TEMPLATES[template])
     messages = CONVERSATIONS[conversation]
-    chosen = ChatTemplate.select(ours, forced=None)
+    chat_template = ChatTemplate.select(tokenizer, explicit=None)
     for variables in ({}, {"enable_thinking": False, "date_string": "today", "bos_token": "<other>"}):
         for prompt in (True, False):
             options = {"tools": tools, "add_generation_prompt": prompt, **variables}
-            expected, refused = outcome(partial(theirs.apply_chat_template, messages, tokenize=False, **options))
-            text, error = outcome(partial(chosen.render, messages, **options))
+            expected, expected_error = render_or_error(
+                partial(hf_tokenizer.apply_chat_template, messages, tokenize=False, **options)
+            )
+            text, error = render_or_error(partial(chat_template.render, messages, **options))
             assert text == expected
-            assert (refused or "") in (error or "")
-            assert bool(refused) == bool(error)
+            assert (expected_error or "") in (error or "")
+            assert bool(expected_error) == bool(error)
 
 
-def test_most_of_those_prompts_are_no_errors(make: Make) -> None:
-    """Guards the comparison above: two errors also agree."""
-    rendered = 0
+def test_most_prompts_of_the_comparison_render(make_tokenizers: MakeTokenizers) -> None:
+    """Two errors also compare equal in the test above."""
+    num_rendered = 0
     for source in TEMPLATES.values():
-        chosen = ChatTemplate.select(make(source)[0], forced=None)
+        template = ChatTemplate.select(make_tokenizers(source)[0], explicit=None)
         for messages in CONVERSATIONS.values():
             try:
-                rendered += bool(chosen.render(messages))
+                num_rendered += bool(template.render(messages))
             except TemplateError:
                 continue
-    assert rendered >= 0.8 * len(TEMPLATES) * len(CONVERSATIONS)
+    assert num_rendered >= 0.8 * len(TEMPLATES) * len(CONVERSATIONS)
 
 
-def test_tools_have_a_template_of_their_own_where_there_is_one(make: Make) -> None:
+def test_requests_with_tools_use_the_tool_template(make_tokenizers: MakeTokenizers) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
-    ours, theirs = make(named)
-    chosen = ChatTemplate.select(ours, forced=None)
-    assert chosen.render([USER]) == "plain" == theirs.apply_chat_template([USER], tokenize=False)
-    assert chosen.render([USER], tools=TOOLS) == "tools"
-    assert chosen.render([USER], tools=[]) == "plain"
-    assert ChatTemplate.select(ours, forced=None, default_key="tool_use").render([USER]) == "tools"
-    assert ChatTemplate.select(ours, forced=None, tool_key="none such").render([USER], tools=TOOLS) == "plain"
+    tokenizer, hf_tokenizer = make_tokenizers(named)
+    template = ChatTemplate.select(tokenizer, explicit=None)
+    assert template.render([USER]) == "plain" == hf_tokenizer.apply_chat_template([USER], tokenize=False)
+    assert template.render([USER], tools=TOOLS) == "tools"
+    assert template.render([USER], tools=[]) == "plain"
+    assert ChatTemplate.select(tokenizer, explicit=None, default_key="tool_use").render([USER]) == "tools"
+    assert ChatTemplate.select(tokenizer, explicit=None, tool_key="none such").render([USER], tools=TOOLS) == "plain"
 
 
-def test_forced_goes_before_the_checkpoints_own(make: Make, tmp_path: Path) -> None:
-    ours, _ = make([{"name": "default", "template": "own"}, {"name": "tool_use", "template": "tools"}])
+def test_explicit_template_overrides_the_checkpoints(make_tokenizers: MakeTokenizers, tmp_path: Path) -> None:
+    tokenizer, _ = make_tokenizers([{"name": "default", "template": "own"}, {"name": "tool_use", "template": "tools"}])
     path = tmp_path / "mine.jinja"
     path.write_text("mine {{ messages[0].content }}", encoding="utf-8")
-    assert ChatTemplate.select(ours, forced=str(path)).render([USER], tools=TOOLS) == "mine " + USER["content"]
-    chatml = ChatTemplate.select(ours, forced="qwen")
+    assert ChatTemplate.select(tokenizer, explicit=str(path)).render([USER], tools=TOOLS) == "mine " + USER["content"]
+    chatml = ChatTemplate.select(tokenizer, explicit="qwen")
     assert chatml.name == "built-in 'chatml'"
     assert chatml.render([USER]) == f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_forced_name_that_is_nothing_lists_the_names(make: Make) -> None:
+def test_unknown_explicit_name_lists_the_built_in_names(make_tokenizers: MakeTokenizers) -> None:
     with pytest.raises(TemplateError, match=r"MODEL_TEMPLATE_TYPE=gpt9 .*chatml, llama2"):
-        ChatTemplate.select(make()[0], forced="gpt9")
+        ChatTemplate.select(make_tokenizers()[0], explicit="gpt9")
 
 
 @pytest.mark.parametrize(
@@ -269,23 +275,25 @@ def test_a_forced_name_that_is_nothing_lists_the_names(make: Make) -> None:
         ("internlm2", "internlm2"),
     ],
 )
-def test_a_checkpoint_without_template_gets_its_familys(make: Make, model_type: str, name: str) -> None:
-    ours, _ = make()
-    chosen = ChatTemplate.select(ours, forced=None, model_type=model_type)
-    assert chosen.name == f"built-in {name!r}"
-    assert chosen.render([SYSTEM, USER]) == ChatTemplate.select(ours, forced=name).render([SYSTEM, USER])
+def test_checkpoint_without_template_gets_the_built_in_of_its_family(
+    make_tokenizers: MakeTokenizers, model_type: str, name: str
+) -> None:
+    tokenizer, _ = make_tokenizers()
+    template = ChatTemplate.select(tokenizer, explicit=None, model_type=model_type)
+    assert template.name == f"built-in {name!r}"
+    assert template.render([SYSTEM, USER]) == ChatTemplate.select(tokenizer, explicit=name).render([SYSTEM, USER])
 
 
-def test_llama_generations_are_told_apart_by_their_tokens(make: Make) -> None:
-    ours, _ = make(tokens=("<s>", "</s>", "<|start_header_id|>"))
-    assert ChatTemplate.select(ours, forced=None, model_type="llama").name == "built-in 'llama3'"
+def test_llama_generation_is_detected_by_control_tokens(make_tokenizers: MakeTokenizers) -> None:
+    tokenizer, _ = make_tokenizers(tokens=("<s>", "</s>", "<|start_header_id|>"))
+    assert ChatTemplate.select(tokenizer, explicit=None, model_type="llama").name == "built-in 'llama3'"
 
 
-def test_having_no_template_says_what_to_do(make: Make) -> None:
-    chosen = ChatTemplate.select(make()[0], forced=None, model_type="gpt_neox")
-    assert chosen.name == "none"
+def test_missing_template_error_names_the_fixes(make_tokenizers: MakeTokenizers) -> None:
+    template = ChatTemplate.select(make_tokenizers()[0], explicit=None, model_type="gpt_neox")
+    assert template.name == "none"
     with pytest.raises(TemplateError, match=r"MODEL_TEMPLATE_TYPE.*chatml.*/v1/completions"):
-        chosen.render([USER])
+        template.render([USER])
 
 
 BUILT_IN = {
@@ -303,61 +311,61 @@ BUILT_IN = {
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_built_in_templates(make: Make, name: str) -> None:
-    chosen = ChatTemplate.select(make()[0], forced=name)
+def test_built_in_templates(make_tokenizers: MakeTokenizers, name: str) -> None:
+    template = ChatTemplate.select(make_tokenizers()[0], explicit=name)
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
-    assert chosen.render([{"role": role, "content": content} for role, content in turns]) == BUILT_IN[name]
+    assert template.render([{"role": role, "content": content} for role, content in turns]) == BUILT_IN[name]
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
-def test_built_in_templates_of_turns_refuse_another_order(make: Make, name: str) -> None:
+def test_built_in_templates_require_alternating_turns(make_tokenizers: MakeTokenizers, name: str) -> None:
     with pytest.raises(TemplateError, match="must alternate"):
-        ChatTemplate.select(make()[0], forced=name).render([USER, USER])
+        ChatTemplate.select(make_tokenizers()[0], explicit=name).render([USER, USER])
 
 
-def test_built_in_chatml_with_tools(make: Make) -> None:
-    chosen = ChatTemplate.select(make()[0], forced="chatml")
+def test_built_in_chatml_with_tools(make_tokenizers: MakeTokenizers) -> None:
+    template = ChatTemplate.select(make_tokenizers()[0], explicit="chatml")
     results = [{"role": "tool", "content": "9 °C"}, {"role": "tool", "content": "8 °C"}]
-    call = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
-    text = chosen.render([SYSTEM, USER, call, *results], tools=TOOLS)
+    call_message = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
+    text = template.render([SYSTEM, USER, call_message, *results], tools=TOOLS)
     assert text.startswith("<|im_start|>system\n You are terse. \n\n# Tools")
     assert text.count("<|im_start|>system") == 1
     assert "<tools>\n" + json.dumps(TOOLS[0], ensure_ascii=False) + "\n</tools>" in text
-    one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich <1>"}}\n</tool_call>'
-    assert f"<|im_start|>assistant\n{one}\n{one}<|im_end|>\n" in text
+    tool_call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich <1>"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\n{tool_call}\n{tool_call}<|im_end|>\n" in text
     assert text.endswith(
         "<|im_start|>user\n<tool_response>\n9 °C\n</tool_response>\n<tool_response>\n8 °C\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
 
-def test_parts_are_joined_for_templates_that_know_only_text(make: Make) -> None:
-    chosen = ChatTemplate.select(make()[0], forced="mistral")
+def test_parts_are_joined_for_text_templates(make_tokenizers: MakeTokenizers) -> None:
+    template = ChatTemplate.select(make_tokenizers()[0], explicit="mistral")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert chosen.render([{"role": "user", "content": parts}]) == "<s>[INST] ab [/INST]"
+    assert template.render([{"role": "user", "content": parts}]) == "<s>[INST] ab [/INST]"
 
 
-def test_parts_reach_templates_that_loop_over_them(make: Make) -> None:
-    loop = (
+def test_templates_that_iterate_content_get_parts(make_tokenizers: MakeTokenizers) -> None:
+    loop_source = (
         "{% for part in messages[0]['content'] | selectattr('type', 'equalto', 'text') %}[{{ part.text }}]{% endfor %}"
     )
-    chosen = ChatTemplate.select(make(loop)[0], forced=None)
+    template = ChatTemplate.select(make_tokenizers(loop_source)[0], explicit=None)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert chosen.render([{"role": "user", "content": parts}]) == "[a][b]"
-    assert chosen.render([{"role": "user", "content": "ab"}]) == "[ab]"  # such a template would render nothing of a str
+    assert template.render([{"role": "user", "content": parts}]) == "[a][b]"
+    assert template.render([{"role": "user", "content": "ab"}]) == "[ab]"  # iterating over a str would render nothing
 
 
-def test_text_stays_text_for_templates_that_ask_which_it_is(make: Make) -> None:
-    loop = "{% for part in messages[0].content %}part{% endfor %}"
-    both = "{% if messages[0].content is string %}text{% else %}" + loop + "{% endif %}"
-    chosen = ChatTemplate.select(make(both)[0], forced=None)
-    assert chosen.render([{"role": "user", "content": "a"}]) == "text"
-    assert chosen.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}]) == "part"
+def test_templates_that_test_for_string_get_text_unchanged(make_tokenizers: MakeTokenizers) -> None:
+    loop_source = "{% for part in messages[0].content %}part{% endfor %}"
+    source = "{% if messages[0].content is string %}text{% else %}" + loop_source + "{% endif %}"
+    template = ChatTemplate.select(make_tokenizers(source)[0], explicit=None)
+    assert template.render([{"role": "user", "content": "a"}]) == "text"
+    assert template.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}]) == "part"
 
 
-@pytest.mark.parametrize("template", [MISTRAL_STYLE, ODDITIES], ids=["text", "parts"])
+@pytest.mark.parametrize("source", [MISTRAL_STYLE, ODDITIES], ids=["text", "parts"])
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "message"),
     [
         ({"type": "image_url", "image_url": {"url": "http://x"}}, "'image_url'"),
         ({"type": "input_audio"}, "'input_audio'"),
@@ -367,50 +375,58 @@ def test_text_stays_text_for_templates_that_ask_which_it_is(make: Make) -> None:
         ({"type": "text"}, '"text"'),
     ],
 )
-def test_parts_that_are_not_text_are_refused_by_name(make: Make, template: str, part: Any, said: str) -> None:
-    chosen = ChatTemplate.select(make(template)[0], forced=None)
-    with pytest.raises(TemplateError, match=said):
-        chosen.render([{"role": "user", "content": [{"type": "text", "text": "see"}, part]}])
+def test_unsupported_parts_are_rejected_with_their_type(
+    make_tokenizers: MakeTokenizers, source: str, part: Any, message: str
+) -> None:
+    template = ChatTemplate.select(make_tokenizers(source)[0], explicit=None)
+    with pytest.raises(TemplateError, match=message):
+        template.render([{"role": "user", "content": [{"type": "text", "text": "see"}, part]}])
 
 
-def test_null_content_is_empty_text_except_where_the_template_asks_for_null(make: Make) -> None:
-    null = [{"role": "assistant", "content": None}]
-    assert ChatTemplate.select(make("<{{ messages[0]['content'] }}>")[0], forced=None).render(null) == "<>"
-    asks = "{{ 'null' if messages[0]['content'] is none else 'text' }}"
-    assert ChatTemplate.select(make(asks)[0], forced=None).render(null) == "null"
+def test_null_content_is_empty_text_unless_the_template_tests_for_null(make_tokenizers: MakeTokenizers) -> None:
+    null_message = [{"role": "assistant", "content": None}]
+    assert (
+        ChatTemplate.select(make_tokenizers("<{{ messages[0]['content'] }}>")[0], explicit=None).render(null_message)
+        == "<>"
+    )
+    source = "{{ 'null' if messages[0]['content'] is none else 'text' }}"
+    assert ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render(null_message) == "null"
 
 
-def test_arguments_sent_as_json_text_reach_the_template_as_an_object(make: Make) -> None:
-    def call(arguments: str) -> list[dict[str, Any]]:
+def test_arguments_sent_as_json_text_reach_the_template_as_an_object(make_tokenizers: MakeTokenizers) -> None:
+    def call_message(arguments: str) -> list[dict[str, Any]]:
         return [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
-    chosen = ChatTemplate.select(make(CHATML_WITH_TOOLS)[0], forced=None)
-    assert '"arguments": {"a": "é"}}' in chosen.render(call('{"a":"\\u00e9"}'))
+    template = ChatTemplate.select(make_tokenizers(CHATML_WITH_TOOLS)[0], explicit=None)
+    assert '"arguments": {"a": "é"}}' in template.render(call_message('{"a":"\\u00e9"}'))
     for broken in ("{broken", "[" * 100_000, '{"a":' + "1" * 5000 + "}"):
-        assert f'"arguments": {json.dumps(broken)}}}' in chosen.render(call(broken))
-    joins = "{{ 'json ' + messages[1].tool_calls[0]['function']['arguments'] + '!' }}"
-    assert ChatTemplate.select(make(joins)[0], forced=None).render(call('{"a":1}')) == 'json {"a":1}!'
+        assert f'"arguments": {json.dumps(broken)}}}' in template.render(call_message(broken))
+    source = "{{ 'json ' + messages[1].tool_calls[0]['function']['arguments'] + '!' }}"
+    assert (
+        ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render(call_message('{"a":1}'))
+        == 'json {"a":1}!'
+    )
 
 
-def test_a_message_that_is_no_object_is_refused(make: Make) -> None:
-    chosen = ChatTemplate.select(make("{{ messages }}")[0], forced=None)
+def test_a_message_that_is_not_an_object_is_rejected(make_tokenizers: MakeTokenizers) -> None:
+    template = ChatTemplate.select(make_tokenizers("{{ messages }}")[0], explicit=None)
     messages: Any = ["hello"]
     with pytest.raises(TemplateError, match="must be an object"):
-        chosen.render(messages)
+        template.render(messages)
 
 
-def test_rendering_leaves_the_messages_alone(make: Make) -> None:
-    chosen = ChatTemplate.select(make(CHATML_WITH_TOOLS)[0], forced=None)
+def test_render_does_not_modify_the_messages(make_tokenizers: MakeTokenizers) -> None:
+    template = ChatTemplate.select(make_tokenizers(CHATML_WITH_TOOLS)[0], explicit=None)
     text = '{"city":"Bern"}'
     messages: list[dict[str, Any]]
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": text}}]}]
     before = json.dumps(messages)
-    chosen.render(messages)
+    template.render(messages)
     assert json.dumps(messages) == before
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("{{ raise_exception('no cats') }}", "does not accept these messages: no cats"),
         ("{{ messages[0].content + 1 }}", "failed on these messages: .*str"),
@@ -419,12 +435,14 @@ def test_rendering_leaves_the_messages_alone(make: Make) -> None:
         ("{{ ''.__class__.__mro__ }}", "failed on these messages: .*unsafe"),
     ],
 )
-def test_a_failing_template_is_one_sentence(make: Make, source: str, said: str) -> None:
-    with pytest.raises(TemplateError, match=said) as raised:
-        ChatTemplate.select(make(source)[0], forced=None).render([USER])
-    assert "Traceback" not in str(raised.value)
+def test_error_of_a_failing_template_has_no_traceback(
+    make_tokenizers: MakeTokenizers, source: str, message: str
+) -> None:
+    with pytest.raises(TemplateError, match=message) as error_info:
+        ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render([USER])
+    assert "Traceback" not in str(error_info.value)
 
 
-def test_a_syntax_error_is_found_when_the_template_is_chosen(make: Make) -> None:
+def test_syntax_error_is_raised_by_select(make_tokenizers: MakeTokenizers) -> None:
     with pytest.raises(TemplateError, match=r"'default'.*line 2.*MODEL_TEMPLATE_TYPE"):
-        ChatTemplate.select(make("\n{% if %}")[0], forced=None)
+        ChatTemplate.select(make_tokenizers("\n{% if %}")[0], explicit=None)

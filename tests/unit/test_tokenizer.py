@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' AutoTokenizer on the same folder, and what it says of broken folders."""
+"""Compares the tokenizer with transformers' AutoTokenizer of the same directory; tests the errors of invalid files."""
 
 import json
 import subprocess
@@ -31,18 +31,18 @@ SENTENCES = [
 ]
 
 
-def write(folder: Path, name: str, value: object) -> None:
-    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+def write(directory: Path, name: str, value: object) -> None:
+    (directory / name).write_text(json.dumps(value), encoding="utf-8")
 
 
-def declare(folder: Path, token: str) -> None:
-    """Adds a special token that only tokenizer_config.json knows."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    write(folder, "tokenizer_config.json", {**config, "extra_special_tokens": [token]})
+def declare(directory: Path, token: str) -> None:
+    """Adds a special token that only tokenizer_config.json declares."""
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write(directory, "tokenizer_config.json", {**config, "extra_special_tokens": [token]})
 
 
-def qwen_like(folder: Path) -> Path:
-    """Byte-level BPE, NFC, Qwen's way of cutting words; one token that only tokenizer_config.json knows."""
+def qwen_like(directory: Path) -> Path:
+    """Byte-level BPE, NFC, Qwen's pre-tokenization; one token that only tokenizer_config.json declares."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "c"), ("Ġc", "a"), ("Ġca", "t"), ("Ã", "©"), ("ä", "\u00b8")]
     vocab = {token: n for n, token in enumerate([*characters, *(a + b for a, b in merges)])}
@@ -56,8 +56,8 @@ def qwen_like(folder: Path) -> Path:
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     backend.add_tokens([AddedToken(t, special=False) for t in ("<tool_call>", "</tool_call>")])
-    backend.enable_truncation(3)  # left in some checkpoints by training; must not cut prompts
-    backend.save(str(folder / "tokenizer.json"))
+    backend.enable_truncation(3)  # some checkpoints enable it; prompts must not be truncated
+    backend.save(str(directory / "tokenizer.json"))
     flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     added = {
         n: {**flags, "content": t.content, "special": t.special} for n, t in backend.get_added_tokens_decoder().items()
@@ -71,14 +71,14 @@ def qwen_like(folder: Path) -> Path:
         "pad_token": {"__type": "AddedToken", "content": "[PAD]", "special": True},
         "added_tokens_decoder": added,
     }
-    write(folder, "tokenizer_config.json", config)
-    write(folder, "config.json", {"model_type": "qwen2", "eos_token_id": 7})
-    write(folder, "generation_config.json", {"eos_token_id": [len(vocab) + 2, len(vocab)]})
-    return folder
+    write(directory, "tokenizer_config.json", config)
+    write(directory, "config.json", {"model_type": "qwen2", "eos_token_id": 7})
+    write(directory, "generation_config.json", {"eos_token_id": [len(vocab) + 2, len(vocab)]})
+    return directory
 
 
-def llama_like(folder: Path, *, bos: bool = True, legacy: bool = False) -> Path:
-    """Sentencepiece-style BPE with byte fallback; `bos` lies in the post-processor, where Llama has it."""
+def llama_like(directory: Path, *, bos: bool = True, legacy: bool = False) -> Path:
+    """Sentencepiece-style BPE with byte fallback; the post-processor adds `bos`, as for Llama."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{value:02X}>": value + 3 for value in range(256)}
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "c"), ("▁c", "a"), ("▁ca", "t"), ("▁", "▁")]
     for token in [*"▁abcdefghijklmnopqrstuvwxyz0123456789.,'[]<>|_é中", *(a + b for a, b in merges)]:
@@ -94,28 +94,28 @@ def llama_like(folder: Path, *, bos: bool = True, legacy: bool = False) -> Path:
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
     single = "<s> $A" if bos else "$A"
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1)] if bos else [])
-    backend.save(str(folder / "tokenizer.json"))
+    backend.save(str(directory / "tokenizer.json"))
     names = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
-    # What the config claims of bos is the opposite of what the post-processor does: the latter decides.
-    kind = "PreTrainedTokenizerFast" if legacy else "LlamaTokenizer"
-    write(folder, "tokenizer_config.json", {"tokenizer_class": kind, "add_bos_token": not bos})
-    write(folder, "special_tokens_map.json", names)
-    write(folder, "config.json", {"model_type": "llama"})
-    return folder
+    # add_bos_token contradicts the post-processor, which has priority.
+    tokenizer_class = "PreTrainedTokenizerFast" if legacy else "LlamaTokenizer"
+    write(directory, "tokenizer_config.json", {"tokenizer_class": tokenizer_class, "add_bos_token": not bos})
+    write(directory, "special_tokens_map.json", names)
+    write(directory, "config.json", {"model_type": "llama"})
+    return directory
 
 
 FAMILIES = {
     "qwen": qwen_like,
     "llama": llama_like,
-    "llama-no-bos": lambda folder: llama_like(folder, bos=False),
-    "llama-legacy": lambda folder: llama_like(folder, legacy=True),
+    "llama-no-bos": lambda directory: llama_like(directory, bos=False),
+    "llama-legacy": lambda directory: llama_like(directory, legacy=True),
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
-    return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    directory = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+    return Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture
@@ -131,35 +131,35 @@ def llama(tmp_path: Path) -> Tokenizer:
 @pytest.mark.parametrize("add_special_tokens", [True, False])
 @pytest.mark.parametrize("text", SENTENCES)
 def test_ids_and_text_are_those_of_transformers(
-    pair: tuple[Tokenizer, Any], text: str, add_special_tokens: bool
+    tokenizers: tuple[Tokenizer, Any], text: str, add_special_tokens: bool
 ) -> None:
-    ours, theirs = pair
-    ids = ours.encode(text, add_special_tokens)
-    assert ids == theirs.encode(text, add_special_tokens=add_special_tokens)
+    tokenizer, hf_tokenizer = tokenizers
+    ids = tokenizer.encode(text, add_special_tokens)
+    assert ids == hf_tokenizer.encode(text, add_special_tokens=add_special_tokens)
     for skip in (True, False):
-        assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids, skip) == hf_tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_text_and_any_ids_agree_with_transformers(pair: tuple[Tokenizer, Any], data: st.DataObject) -> None:
-    ours, theirs = pair
+def test_any_text_and_any_ids_agree_with_transformers(tokenizers: tuple[Tokenizer, Any], data: st.DataObject) -> None:
+    tokenizer, hf_tokenizer = tokenizers
     text = data.draw(st.text())
-    assert ours.encode(text) == theirs.encode(text)
-    ids = data.draw(st.lists(st.integers(0, ours.vocab_size + 3), max_size=20))
-    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert tokenizer.encode(text) == hf_tokenizer.encode(text)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=20))
+    assert tokenizer.decode(ids) == hf_tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_sizes_and_special_ids_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
-    ours, theirs = pair
-    assert ours.vocab_size == len(theirs)
-    assert ours.bos_id == theirs.bos_token_id
-    assert theirs.eos_token_id in ours.eos_ids
-    assert set(theirs.all_special_ids) <= ours.special_ids
-    assert ours.special_tokens == theirs.special_tokens_map
+def test_sizes_and_special_ids_are_those_of_transformers(tokenizers: tuple[Tokenizer, Any]) -> None:
+    tokenizer, hf_tokenizer = tokenizers
+    assert tokenizer.vocab_size == len(hf_tokenizer)
+    assert tokenizer.bos_id == hf_tokenizer.bos_token_id
+    assert hf_tokenizer.eos_token_id in tokenizer.eos_ids
+    assert set(hf_tokenizer.all_special_ids) <= tokenizer.special_ids
+    assert tokenizer.special_tokens == hf_tokenizer.special_tokens_map
 
 
-def test_eos_is_the_union_of_what_the_three_files_say(qwen: Tokenizer) -> None:
+def test_eos_ids_are_the_union_of_three_files(qwen: Tokenizer) -> None:
     end_of_text, im_end = qwen.token_id("<|endoftext|>"), qwen.token_id("<|im_end|>")
     assert qwen.eos_ids == {7, end_of_text, im_end}
 
@@ -182,9 +182,9 @@ def test_offsets_are_characters_and_tokens_are_text(qwen: Tokenizer, llama: Toke
 def test_bytes_of_byte_level_tokens(qwen: Tokenizer) -> None:
     ids = qwen.encode("the 中🙂<|im_end|>")
     assert b"".join(map(qwen.token_bytes, ids)) == "the 中🙂<|im_end|>".encode()
-    part = qwen.token_id("ä\u00b8")
-    assert part is not None
-    assert (qwen.token_bytes(part), qwen.token_text(part)) == (b"\xe4\xb8", "\ufffd")
+    partial_character = qwen.token_id("ä\u00b8")
+    assert partial_character is not None
+    assert (qwen.token_bytes(partial_character), qwen.token_text(partial_character)) == (b"\xe4\xb8", "\ufffd")
     every_byte = [qwen.token_bytes(token_id) for token_id in range(256)]
     assert sorted(every_byte) == [bytes([value]) for value in range(256)]
 
@@ -198,8 +198,8 @@ def test_bytes_of_sentencepiece_tokens(llama: Tokenizer) -> None:
     assert not llama.byte_level
 
 
-def test_added_tokens_stand_for_their_own_text(tmp_path: Path) -> None:
-    """é is a letter of the byte alphabet (for the byte 0xE9), which the library's own decoder falls for."""
+def test_added_tokens_are_literal_text(tmp_path: Path) -> None:
+    """é is a character of the byte alphabet (0xE9), which the library's decoder would convert."""
     qwen_like(tmp_path)
     declare(tmp_path, "<é>")
     tokenizer = Tokenizer.load(tmp_path)
@@ -208,7 +208,7 @@ def test_added_tokens_stand_for_their_own_text(tmp_path: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "a<é>"
 
 
-def test_a_special_token_keeps_the_sign_that_elsewhere_means_a_space(tmp_path: Path) -> None:
+def test_a_special_token_keeps_sentencepieces_space_character(tmp_path: Path) -> None:
     llama_like(tmp_path)
     declare(tmp_path, "<end▁of▁turn>")
     tokenizer = Tokenizer.load(tmp_path)
@@ -221,12 +221,12 @@ def test_ids_outside_the_vocabulary_have_no_text(qwen: Tokenizer, llama: Tokeniz
         assert tokenizer.decode([tokenizer.vocab_size + 10]) == ""
 
 
-def test_text_that_utf8_cannot_hold_is_a_value_error(qwen: Tokenizer) -> None:
+def test_an_unpaired_surrogate_is_a_value_error(qwen: Tokenizer) -> None:
     with pytest.raises(ValueError, match="surrogate"):
         qwen.encode("half of a pair: \ud83d")
 
 
-def test_templates_from_every_place_and_files_go_first(tmp_path: Path) -> None:
+def test_template_files_override_the_config(tmp_path: Path) -> None:
     qwen_like(tmp_path)
     assert Tokenizer.load(tmp_path).templates == {}
     write(tmp_path, "tokenizer_config.json", {"chat_template": "plain"})
@@ -240,12 +240,12 @@ def test_templates_from_every_place_and_files_go_first(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).templates == {"default": "file", "tool_use": "T", "rag": "R"}
 
 
-def test_a_missing_folder_says_which_variable(tmp_path: Path) -> None:
+def test_missing_directory_error_names_the_variable(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere.*TOKENIZER_PATH"):
         Tokenizer.load(tmp_path / "nowhere")
 
 
-def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) -> None:
+def test_missing_tokenizer_json_error_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
@@ -254,7 +254,7 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1", "not valid JSON.*LFS"),
         ("tokenizer.json", b'{"model": ', "not valid JSON"),
@@ -264,22 +264,22 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) ->
         ("tokenizer_config.json", b"{", "not valid JSON"),
         ("tokenizer_config.json", b'{"chat_template": [{"template": "x"}]}', "chat_template must be"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template must be"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "tokens in no known form"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {}}}', "tokens in no known form"),
-        ("tokenizer_config.json", b'{"extra_special_tokens": 3}', "tokens in no known form"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "tokens in an unknown format"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {}}}', "tokens in an unknown format"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": 3}', "tokens in an unknown format"),
         ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
         ("config.json", b'{"eos_token_id": [1, null]}', "eos_token_id"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_error_names_the_invalid_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     qwen_like(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}.*{said}"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
         Tokenizer.load(tmp_path)
 
 
-def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").mkdir()  # a mode bit would not stop root
+def test_error_names_the_unreadable_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()  # root can read files without read permission
     with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer\.json: Is a directory"):
         Tokenizer.load(tmp_path)
 
