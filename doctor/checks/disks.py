@@ -12,7 +12,7 @@ from doctor.context import CheckContext
 from doctor.host import format_bytes
 from rtp_llm.model.checkpoint import Checkpoint
 
-MIN_FREE_BYTES, MIN_COMFORTABLE_BYTES, RECOMMENDED_FREE_BYTES = 16 << 20, 128 << 20, 1 << 30
+MIN_FREE_BYTES, RECOMMENDED_FREE_BYTES, EXPECTED_FREE_BYTES = 16 << 20, 128 << 20, 1 << 30
 READ_BYTES = 64 << 20
 MAX_LOAD_SECONDS = 600.0
 NETWORK_DISKS = ("nfs", "nfs4", "cifs", "ceph", "lustre", "glusterfs", "9p", "virtiofs")
@@ -33,10 +33,10 @@ def disks_have_free_space(ctx: CheckContext) -> Reading:
     return Reading(
         min(free, default=RECOMMENDED_FREE_BYTES),
         ", ".join(texts),
-        format_bytes(RECOMMENDED_FREE_BYTES),
+        format_bytes(EXPECTED_FREE_BYTES),
         fixes.DISK_SPACE,
         minimum=MIN_FREE_BYTES,
-        recommended=MIN_COMFORTABLE_BYTES,
+        recommended=RECOMMENDED_FREE_BYTES,
     )
 
 

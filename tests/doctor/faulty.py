@@ -1,4 +1,4 @@
-"""A machine on which much is wrong at once: what the report's forms are tried with."""
+"""A fake host with many faults, for the tests of the report's formats."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ ENVIRON = {
     "PROMETHEUS_MULTIPROC_DIR": "/tmp/metrics",
     "http_proxy": "http://proxy:3128",
 }
-# What is not well on it, by id.
+# Status by id of its problems.
 FAULTS = {
     "M-13": "warn",
     "M-15": "warn",
@@ -42,7 +42,7 @@ FAULTS = {
 
 
 class FaultyHost(FakeHost):
-    """`PlayedHost` with limits, memory and a disk that fails."""
+    """A `FakeHost` with low limits, little memory and a failing disk."""
 
     def __init__(self, root: Path, runtime: Runtime):
         super().__init__(root, {**ENVIRON, "RTP_RUNTIME": runtime})
@@ -59,7 +59,7 @@ class FaultyHost(FakeHost):
 
 
 class NoDriver:
-    """What stands for pynvml on a machine without NVIDIA's driver."""
+    """Replaces pynvml, as on a machine without NVIDIA's driver."""
 
     @staticmethod
     def nvmlInit() -> None:
@@ -67,7 +67,7 @@ class NoDriver:
 
 
 def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Report:
-    """All checks of tier 0 on it; no port of this machine is tried."""
+    """Runs the checks of tier 0 on it, without trying ports of this machine."""
 
     def port_conflict(planned: PlannedPort) -> str:
         return "in use by pid 4711 (nginx: master process nginx)" if planned.port == 10000 else ""
@@ -78,7 +78,7 @@ def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Re
 
 
 def without_timings(report: Report) -> Report:
-    """Without what changes from run to run and from release to release."""
+    """Replaces the values that change between runs and releases."""
     checks = [
         c.model_copy(update={"duration_ms": 0.5, "actual": re.sub(r"\ball \d+ settings", "all settings", c.actual)})
         for c in report.checks

@@ -1,7 +1,7 @@
-"""The fault lab: machines laid out in a folder, and what the doctor finds on them.
+"""Fake hosts in a folder, and helpers that run the doctor on them or as a process.
 
-`PlayedHost` is a healthy container until a test breaks something of it. What the kernel must do for real (tmpfs,
-mounts, namespaces, limits) is injected for real elsewhere, with the doctor as a process: see `doctor`.
+`FakeHost` is a healthy container that a test changes. Faults that need the real kernel (tmpfs, mounts, namespaces,
+limits) use the doctor as a process: see `doctor`.
 """
 
 import json
@@ -23,7 +23,7 @@ from doctor.runtime import Runtime
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
 GIB = 1 << 30
-WELL = (Status.OK, Status.SKIP)
+HEALTHY = (Status.OK, Status.SKIP)
 
 LIMITS = """\
 Limit                     Soft Limit           Hard Limit           Units
@@ -65,14 +65,14 @@ FOLDERS = ("/dev/shm", "/tmp", "/root", "/proc", "/sys/class/net")
 
 
 class FakeHost(Host):
-    """A container of Docker's on a machine with eight cores and 64 GiB, laid out below `root`."""
+    """A Docker container on a machine with 8 cores and 64 GiB, whose files are below `root`."""
 
     def __init__(self, root: Path, environ: Mapping[str, str] | None = None):
         super().__init__(root, {"HOME": "/root", "TMPDIR": "/tmp", **(environ or {})})
         self.spaces = {"/dev/shm": DiskSpace(2 * GIB, 2 * GIB, -1)}
         self.fake_uid, self.fake_cores = 0, 8
         self.memory = 64 * GIB
-        self.names_known: dict[str, list[str]] = {}
+        self.host_names: dict[str, list[str]] = {}
         self.routes: dict[str, str] = {}
         self.fake_hostname = "box"
         for folder in FOLDERS:
@@ -117,22 +117,22 @@ class FakeHost(Host):
     def resolve(self, name: str) -> list[str]:
         if name.replace(".", "").isdigit():
             return [name]
-        if name not in self.names_known:
+        if name not in self.host_names:
             raise OSError(-2, "Name or service not known")
-        return self.names_known[name]
+        return self.host_names[name]
 
     def source_address(self, ip: str) -> str:
         return self.routes.get(ip, "127.0.0.1" if ip.startswith("127.") else "10.0.0.5")
 
 
 def run_context_checks(ctx: CheckContext, *, tier: int = 0, only: Sequence[str] = ()) -> list[Finding]:
-    """All findings of the tiers up to `tier` that need no meeting."""
+    """Returns the findings of the tiers up to `tier`, without other parts."""
     return run_checks([c for c in REGISTRY.values() if c.tier <= tier and (not only or c.id in only)], ctx)
 
 
 def problems(findings: Sequence[Finding]) -> dict[str, Status]:
-    """What is neither well nor skipped, by id."""
-    return {f.id: f.status for f in findings if f.status not in WELL}
+    """Returns the status by id of all findings that are neither ok nor skipped."""
+    return {f.id: f.status for f in findings if f.status not in HEALTHY}
 
 
 def by_id(findings: Sequence[Finding], id: str) -> Finding:
@@ -150,20 +150,19 @@ def doctor(
     timeout: float = 60,
     code: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
-    """The doctor as a process, for faults that the kernel makes; `inside`: words that run it in a namespace, `code`:
-    the folder of the packages."""
+    """Runs the doctor as a process. `inside`: a command prefix; `code`: folder of the packages."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/root", **(env or {})}
     command = [*inside, sys.executable, "-m", "doctor", *arguments]
     return subprocess.run(command, env=clean, cwd=code, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What `-o json` printed."""
-    assert done.stdout, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+def report(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """Returns the report that `-o json` printed."""
+    assert process.stdout, process.stderr
+    parsed: dict[str, Any] = json.loads(process.stdout)
+    return parsed
 
 
-def failed_checks(answer: Mapping[str, Any]) -> dict[str, str]:
-    """Status by id of what is neither well nor skipped."""
-    return {c["id"]: c["status"] for c in answer["checks"] if c["status"] not in WELL}
+def failed_checks(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the status by id of all checks in a report that are neither ok nor skipped."""
+    return {c["id"]: c["status"] for c in report["checks"] if c["status"] not in HEALTHY}

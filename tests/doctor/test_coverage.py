@@ -1,4 +1,4 @@
-"""Every check has a fault that triggers it: a test marked with its id."""
+"""Every check has a test with a fault that triggers it, marked with its id."""
 
 import ast
 from pathlib import Path
@@ -9,9 +9,8 @@ from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY
 
 
-def marked() -> set[str]:
-    """The ids in `@pytest.mark.fault(…)`, and in the tables of faults: dicts called FAULTS that have the id as key, or
-    first in their value."""
+def covered_ids() -> set[str]:
+    """Returns the ids in `@pytest.mark.fault(…)` and in the dicts named FAULTS, as key or first in the value."""
     found: set[str] = set()
     for file in Path(__file__).parent.glob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -24,19 +23,19 @@ def marked() -> set[str]:
 
 def _ids(table: ast.expr | None) -> set[str]:
     assert isinstance(table, ast.Dict)
-    firsts = [value.elts[0] for value in table.values if isinstance(value, ast.Tuple)]
-    words = [node.value for node in (*table.keys, *firsts) if isinstance(node, ast.Constant)]
-    return {str(word) for word in words} & REGISTRY.keys()
+    ids = [value.elts[0] for value in table.values if isinstance(value, ast.Tuple)]
+    strings = [node.value for node in (*table.keys, *ids) if isinstance(node, ast.Constant)]
+    return {str(word) for word in strings} & REGISTRY.keys()
 
 
 @pytest.mark.parametrize("id", REGISTRY)
 def test_every_check_has_a_fault(id: str) -> None:
-    # What is only told for information never finds anything, so there is no fault for it.
-    assert id in marked() | INFORMATION, f"no test is marked with fault({id!r})"
+    # Informational checks find no problem, so no fault triggers them.
+    assert id in covered_ids() | INFORMATION, f"no test is marked with fault({id!r})"
 
 
 INFORMATION = {"L-09", "G-18", "G-20", "N-17"}
 
 
 def test_marks_name_checks() -> None:
-    assert marked() <= REGISTRY.keys()
+    assert covered_ids() <= REGISTRY.keys()

@@ -1,4 +1,4 @@
-"""Every fault of GPUs and their links, on a played machine with eight of them: the doctor finds that one, no other."""
+"""Faults of GPUs and their links on a fake machine with eight GPUs: the doctor finds this fault and no other."""
 
 import shutil
 from collections.abc import Callable
@@ -77,29 +77,29 @@ class FaultyGpuPart:
     def set(self, **environ: str) -> None:
         self.host.environ = dict(self.host.environ) | environ
 
-    def change(self, index: int, **readings: Any) -> None:
+    def set_readings(self, index: int, **readings: Any) -> None:
         found = tuple(replace(g, **readings) if g.index == index else g for g in self.gpus.all)
         self.gpus = replace(self.gpus, all=found)
 
     def limit(self, name: str, value: str) -> None:
-        """A soft and hard limit of /proc/self/limits."""
+        """Sets the soft and hard limit in /proc/self/limits."""
         lines = (self.host.read("/proc/self/limits") or "").splitlines()
         changed = [f"{name:<26}{value:<21}{value:<21}" if line.startswith(name) else line for line in lines]
         self.host.write("/proc/self/limits", "\n".join(changed) + "\n")
 
     def nccl(self, version: tuple[int, ...], numa: bool = True) -> None:
-        """NCCL of this version; `numa`: whether the kernel lets it place memory."""
+        """Sets the NCCL version; `numa`: whether NUMA system calls are allowed."""
         self.nccl_version, self.numa = version, numa
 
-    def consumer(self, compat: str) -> None:
-        """A card for games, and a libcuda that is newer than its driver."""
+    def use_consumer_gpus(self, compat: str) -> None:
+        """Replaces the GPUs by consumer cards, and adds a libcuda newer than the driver."""
         for gpu in self.gpus.all:
-            self.change(gpu.index, name="NVIDIA GeForce RTX 4090", fabric_state=None, nvlinks=(0, 0))
+            self.set_readings(gpu.index, name="NVIDIA GeForce RTX 4090", fabric_state=None, nvlinks=(0, 0))
         self.host.write(compat, "")
 
-    def twins(self) -> None:
-        """Two instances of one GPU, each of which a rank would take."""
-        self.change(1, uuid="GPU-00000000")
+    def duplicate_gpu(self) -> None:
+        """Gives two GPUs the same UUID, as two MIG instances of one GPU."""
+        self.set_readings(1, uuid="GPU-00000000")
 
     def ctx(self, tier: int = 0) -> CheckContext:
         ctx = CheckContext(self.host, tier=tier)
@@ -112,23 +112,23 @@ class FaultyGpuPart:
 
 @pytest.fixture
 def gpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyGpuPart:
-    made = FaultyGpuPart(tmp_path)
+    part = FaultyGpuPart(tmp_path)
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "")  # not this machine's ports
-    monkeypatch.setattr("doctor.checks.shm.numa_allowed", lambda host: made.numa)
+    monkeypatch.setattr("doctor.checks.shm.numa_allowed", lambda host: part.numa)
     monkeypatch.setattr("doctor.checks.cuda_version._torch_cuda", lambda: (12, 8))
-    return made
+    return part
 
 
-def gone(gpu_part: FaultyGpuPart, failure: int) -> None:
+def fail_nvml(gpu_part: FaultyGpuPart, failure: int) -> None:
     gpu_part.gpus = GpuInventory(failure=failure)
     gpu_part.set(TP_SIZE="1", RTP_DEVICE="cuda")
 
 
-def lost(gpu_part: FaultyGpuPart, *pairs: GpuPair) -> None:
+def set_pairs(gpu_part: FaultyGpuPart, *pairs: GpuPair) -> None:
     gpu_part.gpus = replace(gpu_part.gpus, pairs=pairs)
 
 
-def rdma(gpu_part: FaultyGpuPart, *, files: bool = True, state: str = "4: ACTIVE") -> None:
+def add_rdma_cards(gpu_part: FaultyGpuPart, *, files: bool = True, state: str = "4: ACTIVE") -> None:
     members = '{"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "10.0.0.6", "port": 10000}}'
     gpu_part.set(TP_SIZE="16", LOCAL_WORLD_SIZE="8", JSON_GANG_PARTS=members)
     gpu_part.host.write("/sys/class/infiniband/mlx5_0/ports/1/state", state + "\n")
@@ -138,90 +138,106 @@ def rdma(gpu_part: FaultyGpuPart, *, files: bool = True, state: str = "4: ACTIVE
         gpu_part.host.write("/dev/infiniband/uverbs0", "")
 
 
-def each(*steps: Callable[[FaultyGpuPart], object]) -> Callable[[FaultyGpuPart], None]:
-    """One fault of several steps."""
+def all_of(*steps: Callable[[FaultyGpuPart], object]) -> Callable[[FaultyGpuPart], None]:
+    """Returns a fault of several steps."""
 
-    def make(it: FaultyGpuPart) -> None:
+    def apply(part: FaultyGpuPart) -> None:
         for step in steps:
-            step(it)
+            step(part)
 
-    return make
+    return apply
 
 
 FAULTS: dict[str, tuple[Callable[[FaultyGpuPart], object], str, str]] = {
-    "G-01": (lambda b: gone(b, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "error", "docker run --gpus all"),
-    "G-02": (lambda b: gone(b, pynvml.NVML_ERROR_UNKNOWN), "error", "recreate the container"),
-    "G-03": (lambda b: gone(b, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "error", "reboot"),
+    "G-01": (lambda part: fail_nvml(part, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "error", "docker run --gpus all"),
+    "G-02": (lambda part: fail_nvml(part, pynvml.NVML_ERROR_UNKNOWN), "error", "recreate the container"),
+    "G-03": (lambda part: fail_nvml(part, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "error", "reboot"),
     "G-05": (
-        lambda b: b.host.write("/usr/local/cuda-12.4/compat/libcuda.so.550.54.15", ""),
+        lambda part: part.host.write("/usr/local/cuda-12.4/compat/libcuda.so.550.54.15", ""),
         "error",
         "/usr/local/cuda-12.4/compat",
     ),
     "G-09": (
-        lambda b: b.set(CUDA_VISIBLE_DEVICES="0,1,9", TP_SIZE="2"),
+        lambda part: part.set(CUDA_VISIBLE_DEVICES="0,1,9", TP_SIZE="2"),
         "error",
         "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7",
     ),
-    "G-11": (lambda b: b.change(3, memory_total=40 * GIB, memory_free=39 * GIB), "error", "CUDA_VISIBLE_DEVICES"),
-    "G-12": (lambda b: b.change(2, compute_mode=pynvml.NVML_COMPUTEMODE_PROHIBITED), "error", "nvidia-smi -i 2 -c 0"),
-    "G-13": (lambda b: b.change(1, mig=True), "error", "nvidia-smi -i 1 -mig 0"),
+    "G-11": (
+        lambda part: part.set_readings(3, memory_total=40 * GIB, memory_free=39 * GIB),
+        "error",
+        "CUDA_VISIBLE_DEVICES",
+    ),
+    "G-12": (
+        lambda part: part.set_readings(2, compute_mode=pynvml.NVML_COMPUTEMODE_PROHIBITED),
+        "error",
+        "nvidia-smi -i 2 -c 0",
+    ),
+    "G-13": (lambda part: part.set_readings(1, mig=True), "error", "nvidia-smi -i 1 -mig 0"),
     "G-14": (
-        lambda b: b.change(4, memory_free=20 * GIB, processes=(GpuProcess(4711, 59 * GIB),)),
+        lambda part: part.set_readings(4, memory_free=20 * GIB, processes=(GpuProcess(4711, 59 * GIB),)),
         "error",
         "fuser -v /dev/nvidia4",
     ),
-    "G-15": (lambda b: b.change(5, remap_failure=True), "error", "out of service"),
+    "G-15": (lambda part: part.set_readings(5, remap_failure=True), "error", "out of service"),
     "G-16": (
-        lambda b: setattr(b, "gpus", replace(b.gpus, failed=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))),
+        lambda part: setattr(part, "gpus", replace(part.gpus, failed=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))),
         "error",
         "reboot",
     ),
-    "G-17": (lambda b: b.change(6, clock_reasons=0x40, temperature=92), "warn", "cooling"),
-    "G-19": (lambda b: b.change(7, pcie_width=4), "warn", "BIOS"),
-    "G-21": (lambda b: b.host.write("/etc/nccl.conf", "NCCL_P2P_DISABLE=1\n"), "warn", "unset NCCL_P2P_DISABLE"),
-    "P-02": (lambda b: lost(b, GpuPair(0, 1, p2p=4, nvlink=0, topology=50)), "error", "drain"),
-    "P-03": (lambda b: b.change(2, nvlinks=(12, 18)), "warn", "fabric manager"),
-    "P-05": (lambda b: lost(b, GpuPair(0, 1, p2p=0, nvlink=None, topology=50)), "warn", "CUDA_VISIBLE_DEVICES"),
+    "G-17": (lambda part: part.set_readings(6, clock_reasons=0x40, temperature=92), "warn", "cooling"),
+    "G-19": (lambda part: part.set_readings(7, pcie_width=4), "warn", "BIOS"),
+    "G-21": (lambda part: part.host.write("/etc/nccl.conf", "NCCL_P2P_DISABLE=1\n"), "warn", "unset NCCL_P2P_DISABLE"),
+    "P-02": (lambda part: set_pairs(part, GpuPair(0, 1, p2p=4, nvlink=0, topology=50)), "error", "drain"),
+    "P-03": (lambda part: part.set_readings(2, nvlinks=(12, 18)), "warn", "fabric manager"),
+    "P-05": (
+        lambda part: set_pairs(part, GpuPair(0, 1, p2p=0, nvlink=None, topology=50)),
+        "warn",
+        "CUDA_VISIBLE_DEVICES",
+    ),
     "P-06": (
-        lambda b: b.host.write("/proc/self/status", "CapEff:\t0\nCpus_allowed_list:\t32-63\n"),
+        lambda part: part.host.write("/proc/self/status", "CapEff:\t0\nCpus_allowed_list:\t32-63\n"),
         "warn",
         "--cpuset-cpus",
     ),
-    "P-07": (lambda b: shutil.rmtree(b.host.path("/sys/bus/pci/devices/0000:10:00.0")), "warn", "/sys"),
-    "L-08": (lambda b: b.host.remove("/dev/nvidia-uvm"), "error", "nvidia-modprobe -u"),
-    "M-02": (lambda b: b.set(TP_SIZE="16", LOCAL_WORLD_SIZE="16"), "error", "TP_SIZE=8"),
-    "S-07": (lambda b: b.host.write("/sys/fs/cgroup/memory.max", f"{6 * GIB}\n"), "warn", "--memory=8g"),
+    "P-07": (lambda part: shutil.rmtree(part.host.path("/sys/bus/pci/devices/0000:10:00.0")), "warn", "/sys"),
+    "L-08": (lambda part: part.host.remove("/dev/nvidia-uvm"), "error", "nvidia-modprobe -u"),
+    "M-02": (lambda part: part.set(TP_SIZE="16", LOCAL_WORLD_SIZE="16"), "error", "TP_SIZE=8"),
+    "S-07": (lambda part: part.host.write("/sys/fs/cgroup/memory.max", f"{6 * GIB}\n"), "warn", "--memory=8g"),
     "L-01": (
-        each(lambda b: rdma(b), lambda b: b.limit("Max locked memory", "8388608")),
+        all_of(lambda part: add_rdma_cards(part), lambda part: part.limit("Max locked memory", "8388608")),
         "error",
         "--ulimit memlock=-1",
     ),
     "L-07": (
-        each(lambda b: b.nccl((2, 27, 5)), lambda b: b.limit("Max stack size", "unlimited")),
+        all_of(lambda part: part.nccl((2, 27, 5)), lambda part: part.limit("Max stack size", "unlimited")),
         "warn",
         "--ulimit stack=8388608",
     ),
-    "S-06": (lambda b: b.nccl((2, 25, 1), numa=False), "error", "--cap-add SYS_NICE"),
-    "G-06": (lambda b: b.consumer("/usr/local/cuda-13.0/compat/libcuda.so.580.10.1"), "error", "/usr/local/cuda-13.0"),
-    "G-07": (lambda b: setattr(b, "gpus", replace(b.gpus, cuda=(11, 8))), "error", "update the driver"),
-    "G-10": (lambda b: b.twins(), "error", "CUDA_VISIBLE_DEVICES with distinct GPUs"),
+    "S-06": (lambda part: part.nccl((2, 25, 1), numa=False), "error", "--cap-add SYS_NICE"),
+    "G-06": (
+        lambda part: part.use_consumer_gpus("/usr/local/cuda-13.0/compat/libcuda.so.580.10.1"),
+        "error",
+        "/usr/local/cuda-13.0",
+    ),
+    "G-07": (lambda part: setattr(part, "gpus", replace(part.gpus, cuda=(11, 8))), "error", "update the driver"),
+    "G-10": (lambda part: part.duplicate_gpu(), "error", "CUDA_VISIBLE_DEVICES with distinct GPUs"),
     "P-08": (
-        each(lambda b: rdma(b), lambda b: b.host.remove("/sys/module/nvidia_peermem/version")),
+        all_of(lambda part: add_rdma_cards(part), lambda part: part.host.remove("/sys/module/nvidia_peermem/version")),
         "warn",
         "modprobe nvidia-peermem",
     ),
-    "N-12": (lambda b: rdma(b, state="1: DOWN"), "error", "NCCL_IB_DISABLE=1"),
+    "N-12": (lambda part: add_rdma_cards(part, state="1: DOWN"), "error", "NCCL_IB_DISABLE=1"),
 }
 
 
-def test_a_healthy_machine_with_eight_gpus_has_no_problem(gpu_part: FaultyGpuPart) -> None:
+def test_healthy_gpus_have_no_problems(gpu_part: FaultyGpuPart) -> None:
     assert problems(run_context_checks(gpu_part.ctx())) == {}
 
 
 @pytest.mark.parametrize("id", FAULTS)
-def test_the_fault_is_found_and_nothing_beside_it(id: str, gpu_part: FaultyGpuPart) -> None:
-    make, status, remedy = FAULTS[id]
-    make(gpu_part)
+def test_gpu_fault_is_the_only_problem_found(id: str, gpu_part: FaultyGpuPart) -> None:
+    inject, status, remedy = FAULTS[id]
+    inject(gpu_part)
     found = run_context_checks(gpu_part.ctx())
     assert problems(found) == {id: status}, [f.actual for f in found if f.status in ("error", "warn", "crash")]
     assert remedy in fix(by_id(found, id))
@@ -235,8 +251,8 @@ KERNEL_LOG = """\
 
 
 @pytest.mark.fault("G-16")
-def test_an_xid_in_the_kernels_log(gpu_part: FaultyGpuPart) -> None:
-    """Of the hardware: 31 is a program's own fault, and GPU 2's."""
+def test_xid_in_the_kernel_log_is_a_warning(gpu_part: FaultyGpuPart) -> None:
+    """Only hardware errors: Xid 31, of GPU 2, is an error of a program."""
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG)
     found = run_context_checks(gpu_part.ctx())
     assert problems(found) == {"G-16": "warn"}
@@ -246,7 +262,7 @@ def test_an_xid_in_the_kernels_log(gpu_part: FaultyGpuPart) -> None:
     assert "drain this machine" in fix(by_id(found, "G-16"))
 
 
-def test_a_kernels_log_without_xids_or_that_may_not_be_read(gpu_part: FaultyGpuPart) -> None:
+def test_kernel_log_without_xids_or_unreadable_is_ok(gpu_part: FaultyGpuPart) -> None:
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
         "/dev/kmsg cannot be read, so Xids are not seen"
     )
@@ -265,11 +281,9 @@ def test_a_kernels_log_without_xids_or_that_may_not_be_read(gpu_part: FaultyGpuP
         ("G-20", {"clock_reasons": None}),
     ],
 )
-def test_what_a_gpu_does_not_tell_is_not_called_good(
-    id: str, readings: dict[str, Any], gpu_part: FaultyGpuPart
-) -> None:
+def test_missing_reading_is_skipped(id: str, readings: dict[str, Any], gpu_part: FaultyGpuPart) -> None:
     for gpu in gpu_part.gpus.all:
-        gpu_part.change(gpu.index, **readings)
+        gpu_part.set_readings(gpu.index, **readings)
     assert (
         by_id(run_context_checks(gpu_part.ctx()), id).status,
         by_id(run_context_checks(gpu_part.ctx()), id).actual,
@@ -279,12 +293,12 @@ def test_what_a_gpu_does_not_tell_is_not_called_good(
     )
 
 
-def test_pairs_that_do_not_tell_are_not_called_good(gpu_part: FaultyGpuPart) -> None:
-    lost(gpu_part, GpuPair(0, 1, p2p=None, nvlink=None, topology=None))
+def test_missing_peer_access_reading_is_skipped(gpu_part: FaultyGpuPart) -> None:
+    set_pairs(gpu_part, GpuPair(0, 1, p2p=None, nvlink=None, topology=None))
     assert by_id(run_context_checks(gpu_part.ctx()), "P-02").status == "skip"
 
 
-def test_what_was_reported_before_the_driver_was_loaded_is_over(gpu_part: FaultyGpuPart) -> None:
+def test_xids_before_the_driver_was_loaded_are_ignored(gpu_part: FaultyGpuPart) -> None:
     loaded = "4,1204,88214,-;NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.86.15\n"
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG + loaded)
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").status == "ok"
@@ -292,15 +306,15 @@ def test_what_was_reported_before_the_driver_was_loaded_is_over(gpu_part: Faulty
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").status == "warn"
 
 
-def test_an_empty_log_is_none(gpu_part: FaultyGpuPart) -> None:
-    """As where /dev/null is mounted over it."""
+def test_empty_kernel_log_counts_as_unreadable(gpu_part: FaultyGpuPart) -> None:
+    """As if /dev/null is mounted over /dev/kmsg."""
     gpu_part.host.write("/dev/kmsg", "")
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
         "/dev/kmsg cannot be read, so Xids are not seen"
     )
 
 
-def test_a_lost_gpu_is_told_with_its_xid(gpu_part: FaultyGpuPart) -> None:
+def test_lost_gpu_is_reported_with_its_xid(gpu_part: FaultyGpuPart) -> None:
     gpu_part.gpus = replace(gpu_part.gpus, failed=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG.replace("0000:13:00", "0000:18:00"))
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
@@ -309,16 +323,16 @@ def test_a_lost_gpu_is_told_with_its_xid(gpu_part: FaultyGpuPart) -> None:
 
 
 @pytest.mark.parametrize("id", ["G-04", "G-08", "P-01"])
-def test_what_tier_0_does_not_try_is_not_called_good(id: str, gpu_part: FaultyGpuPart) -> None:
+def test_probes_are_skipped_at_tier_0(id: str, gpu_part: FaultyGpuPart) -> None:
     assert by_id(run_context_checks(gpu_part.ctx()), id).status == "skip"
 
 
-# Tier 1: the probes' answers are played; what they do for real is in test_probes.py.
+# Tier 1 with fake probe results; test_probes.py runs the probes.
 
 
 @pytest.mark.fault("G-04")
-def test_a_gpu_that_does_not_compute(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, compute={3: "no answer within 50 s; the process was killed"})
+def test_gpu_that_does_not_compute_is_an_error(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_probes(monkeypatch, compute={3: "no answer within 50 s; the process was killed"})
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-04": "error"}
     assert "GPU 3: no answer" in by_id(found, "G-04").actual
@@ -326,35 +340,37 @@ def test_a_gpu_that_does_not_compute(gpu_part: FaultyGpuPart, monkeypatch: pytes
 
 
 @pytest.mark.fault("P-04")
-def test_a_fabric_that_is_not_ready(gpu_part: FaultyGpuPart) -> None:
-    """The same reading also means that CUDA does not start: error 802."""
-    gpu_part.change(4, fabric_state=2)
+def test_fabric_that_is_not_ready_is_an_error(gpu_part: FaultyGpuPart) -> None:
+    """G-04 fails as well: CUDA does not start (error 802)."""
+    gpu_part.set_readings(4, fabric_state=2)
     assert problems(run_context_checks(gpu_part.ctx())) == {"G-04": "error", "P-04": "error"}
 
 
 @pytest.mark.fault("G-08")
-def test_a_torch_without_kernels_for_the_gpu(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, known=["sm_80", "sm_86"])
+def test_torch_without_kernels_for_the_gpu_is_an_error(
+    gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_probes(monkeypatch, known=["sm_80", "sm_86"])
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-08": "error"}
     assert by_id(found, "G-08").expected == "sm_90"
 
 
 @pytest.mark.fault("P-01")
-def test_peer_writes_that_do_not_arrive(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, copies=[(2, 5, "1024 of 1024 numbers are wrong")])
+def test_lost_peer_writes_are_an_error(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_probes(monkeypatch, copies=[(2, 5, "1024 of 1024 numbers are wrong")])
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"P-01": "error"}
     assert by_id(found, "P-01").actual == "GPU 2 -> GPU 5: 1024 of 1024 numbers are wrong"
     assert "NCCL_P2P_DISABLE=1" in fix(by_id(found, "P-01"))
 
 
-def test_a_healthy_machine_at_tier_1(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch)
+def test_healthy_gpus_at_tier_1_have_no_problems(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_probes(monkeypatch)
     assert problems(run_context_checks(gpu_part.ctx(tier=1), tier=1)) == {}
 
 
-def play(
+def fake_probes(
     monkeypatch: pytest.MonkeyPatch,
     compute: dict[int, str] | None = None,
     known: list[str] | None = None,
@@ -374,12 +390,12 @@ def play(
         ((9, 0), 0, "the link's maximum is not known"),
     ],
 )
-def test_a_sum_is_shown_beside_what_the_link_should_give(
+def test_throughput_is_compared_with_the_link(
     gpu_part: FaultyGpuPart, capability: tuple[int, int], links: int, text: str
 ) -> None:
     """16 MiB in 102 us: each of eight links of a ring carries 14/8 of that."""
     for gpu in gpu_part.gpus.all:
-        gpu_part.change(gpu.index, capability=capability, nvlinks=(links, links))
+        gpu_part.set_readings(gpu.index, capability=capability, nvlinks=(links, links))
     ctx = gpu_part.ctx(tier=3)
     sizes = {str(size): {"wrong": 0, "seconds": 1.02e-4} for size in (8, 64 << 10, 16 << 20)}
     ctx.collective = {"sizes": sizes, "backend": "TorchGroup"}

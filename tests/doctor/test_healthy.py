@@ -1,4 +1,4 @@
-"""A healthy machine: the doctor has nothing to say, without torch, and in well under its time."""
+"""A healthy machine: the doctor finds no problem, and does not import torch."""
 
 import subprocess
 import sys
@@ -8,17 +8,17 @@ from doctor.context import CheckContext
 from tests.doctor.fixtures import REPOSITORY, FakeHost, doctor, failed_checks, problems, report, run_context_checks
 
 
-def test_a_healthy_container_has_no_problem(tmp_path: Path) -> None:
+def test_healthy_container_has_no_problems(tmp_path: Path) -> None:
     assert problems(run_context_checks(CheckContext(FakeHost(tmp_path)))) == {}
 
 
-def test_this_machine_is_judged_without_an_error() -> None:
+def test_this_machine_has_no_errors() -> None:
     done = doctor("-o", "json", env={"START_PORT": "19877"})
     assert failed_checks(report(done)) == {}, done.stdout
     assert done.returncode == 0
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_doctor_imports_no_heavy_packages() -> None:
     code = (
         "import sys; from doctor.cli import main; main(['-o', 'short']);"
         "print(sorted({'torch', 'transformers', 'fastapi', 'uvicorn'} & sys.modules.keys()))"

@@ -1,4 +1,4 @@
-"""The parsers against anything: what they are given is written by kernels, runtimes and people."""
+"""The parsers of kernel files, settings and lists, with arbitrary input."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ WORD = st.text(
 
 
 @given(point=st.lists(WORD, max_size=3), fstype=st.sampled_from(["tmpfs", "ext4"]), read_only=st.booleans())
-def test_a_line_of_mountinfo_says_what_was_written(point: list[str], fstype: str, read_only: bool) -> None:
+def test_parse_mountinfo_returns_the_fields(point: list[str], fstype: str, read_only: bool) -> None:
     path = "/" + "/".join(p.replace("/", "") or "x" for p in point)
     options = "ro" if read_only else "rw,relatime"
     line = f"36 35 98:0 / {path} {options} shared:1 - {fstype} a\\040b rw"
@@ -38,11 +38,11 @@ def test_a_line_of_mountinfo_says_what_was_written(point: list[str], fstype: str
 
 
 @given(st.text())
-def test_any_text_is_a_list_of_mounts(text: str) -> None:
+def test_parse_mountinfo_accepts_any_text(text: str) -> None:
     mount_of(parse_mountinfo(text), "/dev/shm")
 
 
-def test_the_longest_and_last_mount_holds_a_path() -> None:
+def test_mount_of_returns_the_longest_and_last_mount() -> None:
     lines = ["1 0 0:1 / / rw - overlay o rw", "2 1 0:2 / /dev rw - tmpfs d rw", "3 2 0:3 / /dev/shm rw - tmpfs a rw"]
     mounts = parse_mountinfo("\n".join([*lines, "4 2 0:4 / /dev/shm ro - tmpfs b ro"]))
     assert [mount_of(mounts, p).source for p in ("/dev/shm/x", "/dev/shmx", "/dev", "/etc")] == ["b", "d", "d", "o"]  # type: ignore[union-attr]
@@ -59,7 +59,7 @@ NUMBER = st.integers(0, 1 << 40)
 
 
 @given(limit=NUMBER | st.just("max"), used=NUMBER, cache=NUMBER)
-def test_room_is_what_the_limit_leaves_and_the_page_cache_gives_back(limit: int | str, used: int, cache: int) -> None:
+def test_available_memory_includes_the_page_cache(limit: int | str, used: int, cache: int) -> None:
     root = "/sys/fs/cgroup"
     group = files(
         {
@@ -73,7 +73,7 @@ def test_room_is_what_the_limit_leaves_and_the_page_cache_gives_back(limit: int 
     assert (group.version, group.available_memory) == (2, expected)
 
 
-def test_version_1_below_its_own_path() -> None:
+def test_cgroup_version_1_reads_its_own_path() -> None:
     root = "/sys/fs/cgroup"
     group = files(
         {
@@ -89,7 +89,7 @@ def test_version_1_below_its_own_path() -> None:
 
 
 @given(st.text(), st.dictionaries(st.sampled_from(["memory.max", "cpu.max", "pids.max", "memory.events"]), st.text()))
-def test_any_files_are_a_cgroup(own: str, contents: dict[str, str]) -> None:
+def test_cgroup_accepts_any_files(own: str, contents: dict[str, str]) -> None:
     parse_proc_cgroup(own)
     group = files({f"/sys/fs/cgroup/{n}": t for n, t in contents.items()} | {"/sys/fs/cgroup/cgroup.controllers": ""})
     assert 0 <= group.available_memory <= UNLIMITED
@@ -101,7 +101,7 @@ UUIDS = [f"GPU-{n:08x}-0000" for n in range(8)]
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, unique=True))
-def test_indices_and_uuids_name_the_same_gpus(indices: list[int]) -> None:
+def test_indices_and_uuids_select_the_same_gpus(indices: list[int]) -> None:
     by_index = apply_cuda_visible_devices(UUIDS, ",".join(map(str, indices)))
     by_uuid = apply_cuda_visible_devices(UUIDS, ", ".join(UUIDS[i] for i in indices))
     assert by_index == by_uuid
@@ -110,14 +110,14 @@ def test_indices_and_uuids_name_the_same_gpus(indices: list[int]) -> None:
 
 
 @given(st.lists(st.integers(0, 7), unique=True), st.integers(8, 99) | st.sampled_from(["-1", "x", "", "GPU-f"]))
-def test_cuda_stops_at_the_first_that_is_none(good: list[int], bad: int | str) -> None:
+def test_cuda_stops_at_the_first_invalid_entry(good: list[int], bad: int | str) -> None:
     found = apply_cuda_visible_devices(UUIDS, ",".join([*map(str, good), str(bad), "0"]))
     assert found.indices == tuple(good)
     assert "CUDA ignores it and all after it" in found.problem
 
 
 @given(st.none() | st.text())
-def test_any_text_names_some_gpus(text: str | None) -> None:
+def test_visible_devices_accept_any_text(text: str | None) -> None:
     found = apply_cuda_visible_devices(UUIDS, text)
     assert set(found.indices) <= set(range(-1, 8))
     assert apply_cuda_visible_devices(UUIDS, "²").problem
@@ -143,7 +143,7 @@ def up(*names: str) -> list[Interface]:
         ("ens", []),
     ],
 )
-def test_the_syntax_of_nccl_socket_ifname(setting: str, chosen: list[str]) -> None:
+def test_nccl_socket_ifname_syntax(setting: str, chosen: list[str]) -> None:
     here = up("lo", "br-8f2a", "docker0", "eth0", "eth10", "cni0", "virbr0")
     assert [i.name for i in choose_interfaces(here, setting)] == chosen
 
@@ -152,32 +152,32 @@ def test_the_syntax_of_nccl_socket_ifname(setting: str, chosen: list[str]) -> No
     ("names", "first"),
     [(("lo", "docker0"), "docker0"), (("lo",), "lo"), (("virbr0",), "virbr0"), (("eth0", "ib0"), "ib0")],
 )
-def test_the_order_of_kinds(names: tuple[str, ...], first: str) -> None:
+def test_default_interface_order(names: tuple[str, ...], first: str) -> None:
     assert choose_interfaces(up(*names), "")[0].name == first
 
 
 @given(st.text(), WORD)
-def test_any_text_is_a_filter(text: str, name: str) -> None:
+def test_name_filter_accepts_any_text(text: str, name: str) -> None:
     plain = NameFilter.parse(text.lstrip("^"))
     assert NameFilter.parse("^" + text.lstrip("^")).takes(name) != plain.takes(name)
 
 
 @given(st.text())
-def test_any_text_is_a_conf(text: str) -> None:
+def test_parse_conf_accepts_any_text(text: str) -> None:
     assert all(not name.startswith("#") for name in parse_conf(text))
     assert parse_conf("# A=1\nNCCL_A = x\nNCCL_A=y\nnothing\n") == {"NCCL_A": "x"}
 
 
-# Lists of processors
+# Lists of cores and ports
 
 
 @given(st.sets(st.integers(0, 500)))
-def test_a_list_of_processors(cpus: set[int]) -> None:
+def test_parse_number_ranges_returns_the_numbers(cpus: set[int]) -> None:
     assert parse_number_ranges(",".join(map(str, sorted(cpus)))) == cpus
 
 
 @given(st.text())
-def test_any_text_is_a_list_of_processors(text: str) -> None:
+def test_parse_number_ranges_accepts_any_text(text: str) -> None:
     parse_number_ranges(text[:20])
     assert parse_number_ranges("0-3,8\n") == {0, 1, 2, 3, 8}
 
@@ -195,22 +195,22 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_any_json_is_a_member_list_or_says_why_not(value: Any) -> None:
-    fault, indices = members_or_fault(Config.model_validate({"json_gang_parts": json.dumps(value)}))
+def test_any_json_is_a_member_list_or_an_error(value: Any) -> None:
+    error, indices = members_or_error(Config.model_validate({"json_gang_parts": json.dumps(value)}))
     assert indices == list(range(len(indices)))
-    if fault:
-        assert (fault.check, "JSON_GANG_PARTS" in str(fault)) == ("C-02", True)
+    if error:
+        assert (error.check, "JSON_GANG_PARTS" in str(error)) == ("C-02", True)
 
 
-def members_or_fault(config: Config) -> tuple[ConfigError | None, list[int]]:
+def members_or_error(config: Config) -> tuple[ConfigError | None, list[int]]:
     try:
         return None, [member.index for member in read_members(config)]
-    except ConfigError as fault:
-        return fault, []
+    except ConfigError as error:
+        return error, []
 
 
 @given(text=st.text(max_size=60))
-def test_any_file_is_a_member_list_or_says_why_not(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_text_in_a_distribute_file_is_an_error(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("list") / "gang.json"
     path.write_text(text, errors="replace")
     with pytest.raises(ConfigError) as caught:
@@ -224,8 +224,8 @@ NAMES = st.sampled_from(
 
 
 @given(st.dictionaries(NAMES, st.text(st.characters(exclude_characters="\x00", codec="utf-8"), max_size=12)))
-def test_any_environment_gives_settings(environ: dict[str, str]) -> None:
+def test_any_environment_gives_a_config(environ: dict[str, str]) -> None:
     found = parse_config((), environ)
     assert isinstance(found.config, Config)
-    for fault in found.config_errors:
-        assert fault.check == "M-14"
+    for error in found.config_errors:
+        assert error.check == "M-14"

@@ -1,4 +1,4 @@
-"""The programs of tier 1, run for real against a played torch: right, wrong, failing, hanging."""
+"""The probes of tier 1, run against a fake torch that succeeds, computes wrong results, fails or hangs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ def device(kind, index=0): return (kind, index)
 class Tensor:
     def __init__(self, values, device): self.values, self.device = values, device
     def __matmul__(self, other):
-        if os.environ.get("PLAY") == "raise": raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if os.environ.get("PLAY") == "hang": time.sleep(600)
-        return Tensor([512.0] * 4 if os.environ.get("PLAY") != "wrong" else [511.0, 512.0, 512.0, 512.0], self.device)
+        if os.environ.get("FAKE") == "raise": raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if os.environ.get("FAKE") == "hang": time.sleep(600)
+        return Tensor([512.0] * 4 if os.environ.get("FAKE") != "wrong" else [511.0, 512.0, 512.0, 512.0], self.device)
     def __ne__(self, other):
         others = other.values if isinstance(other, Tensor) else [other] * len(self.values)
         return Tensor([float(a != b) for a, b in zip(self.values, others)], self.device)
@@ -33,8 +33,8 @@ class Tensor:
     def __int__(self): return int(self.values[0])
     def cpu(self): return self
     def copy_(self, other):
-        if os.environ.get("PLAY") == "hang" and self.device.endswith("2"): time.sleep(600)
-        lost = os.environ.get("PLAY") == "lost" and other.device.endswith("0") and self.device.endswith("1")
+        if os.environ.get("FAKE") == "hang" and self.device.endswith("2"): time.sleep(600)
+        lost = os.environ.get("FAKE") == "lost" and other.device.endswith("0") and self.device.endswith("1")
         self.values = [0.0] * len(self.values) if lost else list(other.values)
 def ones(*shape, device): return Tensor([1.0] * 4, device)
 def arange(n, dtype, device): return Tensor([float(i) for i in range(8)], device)
@@ -43,7 +43,7 @@ def zeros(n, dtype, device): return Tensor([0.0] * 8, device)
 
 
 @pytest.fixture
-def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def fake_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     (tmp_path / "torch.py").write_text(TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return monkeypatch
@@ -53,54 +53,54 @@ GPUS = [healthy_gpu(0), replace(healthy_gpu(5), index=5)]
 
 
 @pytest.mark.parametrize(
-    ("play", "said"),
+    ("behaviour", "message"),
     [("", ""), ("wrong", "1 wrong elements in a product"), ("raise", "an illegal memory access was encountered")],
 )
-def test_computing(played: pytest.MonkeyPatch, play: str, said: str) -> None:
-    played.setenv("PLAY", play)
+def test_probe_compute_reports_failures(fake_torch: pytest.MonkeyPatch, behaviour: str, message: str) -> None:
+    fake_torch.setenv("FAKE", behaviour)
     for text in probes.probe_compute(GPUS).values():
-        assert text.endswith(said)
-        assert bool(text) == bool(said)
+        assert text.endswith(message)
+        assert bool(text) == bool(message)
 
 
-def test_a_gpu_that_hangs_is_killed(played: pytest.MonkeyPatch) -> None:
-    played.setenv("PLAY", "hang")
-    played.setattr(probes, "TIMEOUT_SECONDS", 1.0)
+def test_probe_of_a_hung_gpu_is_killed(fake_torch: pytest.MonkeyPatch) -> None:
+    fake_torch.setenv("FAKE", "hang")
+    fake_torch.setattr(probes, "TIMEOUT_SECONDS", 1.0)
     assert set(probes.probe_compute(GPUS).values()) == {"no answer within 1 s; the process was killed"}
 
 
-def test_copies_that_arrive_and_one_that_does_not(played: pytest.MonkeyPatch) -> None:
+def test_lost_peer_copy_is_reported(fake_torch: pytest.MonkeyPatch) -> None:
     assert probes.probe_peer_copies([4, 5, 6]) == []
-    played.setenv("PLAY", "lost")
+    fake_torch.setenv("FAKE", "lost")
     assert probes.probe_peer_copies([4, 5, 6]) == [
         (4, 5, "8 of 16777216 numbers are wrong")
     ] or probes.probe_peer_copies([4, 5, 6]) == [(4, 5, "8 of 1024 numbers are wrong")]
 
 
-def test_the_direction_that_hangs_is_named(played: pytest.MonkeyPatch) -> None:
-    played.setenv("PLAY", "hang")
-    played.setattr(probes, "TIMEOUT_SECONDS", 2.0)
-    assert [(one, other) for one, other, _ in probes.probe_peer_copies([0, 1, 2])] == [(0, 2), (1, 2)]
+def test_hung_direction_is_reported(fake_torch: pytest.MonkeyPatch) -> None:
+    fake_torch.setenv("FAKE", "hang")
+    fake_torch.setattr(probes, "TIMEOUT_SECONDS", 2.0)
+    assert [(source, target) for source, target, _ in probes.probe_peer_copies([0, 1, 2])] == [(0, 2), (1, 2)]
 
 
-def test_what_torch_was_built_for(played: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_architectures_are_read_from_torch(fake_torch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert probes.architectures() == ["sm_80", "sm_90"]
     (tmp_path / "torch.py").write_text("raise ImportError")
     assert probes.architectures() is None
 
 
 @pytest.mark.parametrize(
-    ("known", "capability", "serves"),
+    ("compiled", "capability", "supported"),
     [
         (["sm_80"], (8, 0), True),
-        (["sm_80"], (8, 6), True),  # the same generation, a newer minor one
+        (["sm_80"], (8, 6), True),  # same major version, newer minor version
         (["sm_86"], (8, 0), False),
         (["sm_80"], (9, 0), False),
-        (["compute_80"], (9, 0), True),  # compiled when it is loaded
+        (["compute_80"], (9, 0), True),  # PTX is compiled at load time
         (["sm_90a"], (9, 0), True),
         (["sm_100", "sm_120"], (12, 0), True),
         (["compute_120"], (9, 0), False),
     ],
 )
-def test_machine_code_and_what_runs_it(known: list[str], capability: tuple[int, int], serves: bool) -> None:
-    assert probes.supports_capability(known, capability) == serves
+def test_supports_capability(compiled: list[str], capability: tuple[int, int], supported: bool) -> None:
+    assert probes.supports_capability(compiled, capability) == supported

@@ -1,6 +1,6 @@
-"""Faults that the kernel makes: small and odd mounts, taken ports, limits, other users, segments left behind.
+"""Faults that need the real kernel: mounts, ports in use, limits, other users, orphaned segments.
 
-The doctor runs as a process where the fault is, and must find that one, and no other.
+The doctor runs as a process with the fault, and must find this fault and no other.
 """
 
 import fcntl
@@ -29,19 +29,19 @@ from tests.doctor.fixtures import REPOSITORY, FakeHost, by_id, doctor, failed_ch
 SHM = Path("/dev/shm")
 
 
-def mounted(script: str) -> list[str]:
+def in_mount_namespace(script: str) -> list[str]:
     """The words that run a command in a mount namespace of its own, after `script`."""
-    words = ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+    command = ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    return words
+    return command
 
 
 def another_user(uid: int) -> list[str]:
-    words = ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups"]
-    if not shutil.which("setpriv") or subprocess.run([*words, "true"], capture_output=True).returncode:
+    command = ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups"]
+    if not shutil.which("setpriv") or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("cannot become another user here")
-    return words
+    return command
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def two(demo: Path) -> dict[str, str]:
+def two_ranks(demo: Path) -> dict[str, str]:
     """The settings of a part with two ranks, on a port that is free and is not given to outgoing connections."""
     return {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": "19871", "RTP_RUNTIME": "docker"}
 
@@ -70,34 +70,36 @@ def remedy(done: subprocess.CompletedProcess[str], id: str, runtime: str = "dock
     return str(check["fix"][runtime] or check["fix"]["host"])
 
 
-def test_without_a_fault_there_is_none(two: dict[str, str]) -> None:
-    assert failed_checks(report(doctor("-o", "json", env=two))) == {}
+def test_healthy_machine_has_no_problems(two_ranks: dict[str, str]) -> None:
+    assert failed_checks(report(doctor("-o", "json", env=two_ranks))) == {}
 
 
 @pytest.mark.fault("S-01")
 @pytest.mark.parametrize("runtime", ["docker", "compose", "kubernetes"])
-def test_a_small_dev_shm(two: dict[str, str], runtime: str) -> None:
-    inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm")
-    done = doctor("-o", "json", env=two, inside=inside)
+def test_small_shm_is_an_error(two_ranks: dict[str, str], runtime: str) -> None:
+    inside = in_mount_namespace("mount -t tmpfs -o size=2m tmpfs /dev/shm")
+    done = doctor("-o", "json", env=two_ranks, inside=inside)
     assert failed_checks(report(done)) == {"S-01": "error"}
     assert done.returncode == 1
-    words = {"docker": "--shm-size=2g", "compose": "shm_size: 2gb", "kubernetes": "sizeLimit: 2Gi"}
-    assert words[runtime] in remedy(done, "S-01", runtime)
+    texts = {"docker": "--shm-size=2g", "compose": "shm_size: 2gb", "kubernetes": "sizeLimit: 2Gi"}
+    assert texts[runtime] in remedy(done, "S-01", runtime)
 
 
 @pytest.mark.fault("S-03")
 @pytest.mark.parametrize("script", ["mount -o remount,ro,bind /dev/shm", "mount --bind /var /dev/shm"])
-def test_a_dev_shm_that_is_none(two: dict[str, str], script: str) -> None:
+def test_unusable_shm_is_an_error(two_ranks: dict[str, str], script: str) -> None:
     prepare = "mount --bind /dev/shm /dev/shm && " if "remount" in script else ""
-    assert failed_checks(report(doctor("-o", "json", env=two, inside=mounted(prepare + script)))) == {"S-03": "error"}
+    assert failed_checks(report(doctor("-o", "json", env=two_ranks, inside=in_mount_namespace(prepare + script)))) == {
+        "S-03": "error"
+    }
 
 
 @pytest.mark.fault("N-08")
-def test_a_port_that_is_taken(two: dict[str, str]) -> None:
+def test_port_in_use_is_an_error(two_ranks: dict[str, str]) -> None:
     with listening() as port:
-        done = doctor("-o", "json", env={**two, "START_PORT": str(port)})
+        done = doctor("-o", "json", env={**two_ranks, "START_PORT": str(port)})
         found = failed_checks(report(done))
-        assert found.pop("N-09", "warn") == "warn", "the kernel gave it, so it is in the kernel's range"
+        assert found.pop("N-09", "warn") == "warn", "an ephemeral port"
         assert found == {"N-08": "error"}
         check = next(c for c in report(done)["checks"] if c["id"] == "N-08")
         assert f"in use by pid {os.getpid()} (" in check["actual"]
@@ -107,27 +109,31 @@ def test_a_port_that_is_taken(two: dict[str, str]) -> None:
 
 
 @pytest.mark.fault("L-02")
-def test_few_open_files(two: dict[str, str]) -> None:
+def test_low_open_file_limit_is_an_error(two_ranks: dict[str, str]) -> None:
     inside = ["prlimit", "--nofile=200:200"]
     if not shutil.which("prlimit"):
         pytest.skip("no prlimit here")
-    done = doctor("-o", "json", env=two, inside=inside)
+    done = doctor("-o", "json", env=two_ranks, inside=inside)
     assert failed_checks(report(done)) == {"L-02": "error"}
     assert "--ulimit nofile=1048576:1048576" in remedy(done, "L-02")
 
 
 @pytest.mark.fault("L-10")
-def test_a_user_without_a_name(two: dict[str, str]) -> None:
-    done = doctor("-o", "json", env={**two, "PYTHONDONTWRITEBYTECODE": "1"}, inside=another_user(54321))
+def test_user_without_a_name_is_an_error(two_ranks: dict[str, str]) -> None:
+    done = doctor("-o", "json", env={**two_ranks, "PYTHONDONTWRITEBYTECODE": "1"}, inside=another_user(54321))
     assert failed_checks(report(done)).get("L-10") == "error", done.stderr
     assert (
-        failed_checks(report(doctor("-o", "json", env={**two, "USER": "rtp"}, inside=another_user(54321)))).get("L-10")
+        failed_checks(report(doctor("-o", "json", env={**two_ranks, "USER": "rtp"}, inside=another_user(54321)))).get(
+            "L-10"
+        )
         is None
     )
 
 
 @pytest.mark.fault("M-11")
-def test_files_of_somebody_else(two: dict[str, str], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_unreadable_checkpoint_is_an_error(
+    two_ranks: dict[str, str], demo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     inside = another_user(54321)
     for parent in (tmp_path_factory.getbasetemp(), *tmp_path_factory.getbasetemp().parents[:2]):
         if parent.owner() == "root" and parent != Path("/tmp"):
@@ -136,22 +142,22 @@ def test_files_of_somebody_else(two: dict[str, str], demo: Path, tmp_path_factor
     copy.chmod(0o755)
     shutil.copytree(demo, copy / "model")
     next((copy / "model").glob("*.safetensors")).chmod(0o600)
-    env = {**two, "USER": "rtp", "CHECKPOINT_PATH": str(copy / "model")}
+    env = {**two_ranks, "USER": "rtp", "CHECKPOINT_PATH": str(copy / "model")}
     done = doctor("-o", "json", env=env, inside=inside)
     assert failed_checks(report(done)) == {"M-11": "error"}, done.stdout
     assert f"chmod -R a+rX {copy / 'model'}" in remedy(done, "M-11", "host")
 
 
 @pytest.fixture
-def left_behind() -> Iterator[dict[str, Path]]:
-    """Files in /dev/shm as a killed rank, a living one, and others would leave them; all old enough."""
+def shm_files() -> Iterator[dict[str, Path]]:
+    """Creates files in /dev/shm as of a killed rank, a live rank and other programs; all but one are old enough."""
     ours = f"rtp-llm-{os.getpid():012x}-"
     paths = {
         "ours": SHM / f"{ours}00000001",
         "locked": SHM / f"{ours}00000002",
         "new": SHM / f"{ours}00000003",
         "foreign": SHM / f"nccl-Test{os.getpid()}",
-        "unknown": SHM / f"somebody-else-{os.getpid()}",
+        "unknown": SHM / f"other-program-{os.getpid()}",
     }
     for path in paths.values():
         path.write_bytes(b"x" * 4096)
@@ -165,24 +171,24 @@ def left_behind() -> Iterator[dict[str, Path]]:
 
 
 @pytest.mark.fault("S-02")
-def test_what_is_left_behind_is_found_and_only_what_is_ours_removed(
-    two: dict[str, str], left_behind: dict[str, Path]
+def test_orphaned_files_are_found_and_only_this_servers_removed(
+    two_ranks: dict[str, str], shm_files: dict[str, Path]
 ) -> None:
-    done = doctor("-o", "json", env=two)
+    done = doctor("-o", "json", env=two_ranks)
     assert failed_checks(report(done)) == {"S-02": "warn"}
     check = next(c for c in report(done)["checks"] if c["id"] == "S-02")
-    # Where a process may not be looked into, what is not ours by its lock may be in its hands.
-    certain = 1 if find_orphans(Host()).unreadable else 2
-    assert check["actual"].startswith(f"{certain} files that no process uses")
+    # A process that cannot be inspected may use the files that are not provably this server's.
+    num_orphans = 1 if find_orphans(Host()).unreadable else 2
+    assert check["actual"].startswith(f"{num_orphans} files that no process uses")
     assert "--fix shm removes 1 of them" in remedy(done, "S-02")
-    fixed = doctor("--fix", "shm", env=two)
-    assert f"removed 1 orphaned segments, 4.0 KiB\n  {left_behind['ours'].name}" in fixed.stderr
-    assert {name for name, path in left_behind.items() if path.exists()} == {"locked", "new", "foreign", "unknown"}
-    again = doctor("--fix", "shm", env=two)
+    fixed = doctor("--fix", "shm", env=two_ranks)
+    assert f"removed 1 orphaned segments, 4.0 KiB\n  {shm_files['ours'].name}" in fixed.stderr
+    assert {name for name, path in shm_files.items() if path.exists()} == {"locked", "new", "foreign", "unknown"}
+    again = doctor("--fix", "shm", env=two_ranks)
     assert "removed 0 orphaned segments" in again.stderr
 
 
-def test_a_segment_in_another_process_s_memory_is_not_abandoned() -> None:
+def test_segment_of_a_live_process_is_not_orphaned() -> None:
     path, lock = segment.create_segment(f"rtp-llm-{os.getpid():012x}-", "0000000a", 1)
     try:
         os.utime(path, (time.time() - 600,) * 2)
@@ -192,9 +198,9 @@ def test_a_segment_in_another_process_s_memory_is_not_abandoned() -> None:
         path.unlink()
 
 
-def test_three_faults_at_once_are_three_causes_and_nothing_else(demo: Path) -> None:
+def test_three_faults_give_three_problems(demo: Path) -> None:
     """The screen of the README."""
-    inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm")
+    inside = in_mount_namespace("mount -t tmpfs -o size=2m tmpfs /dev/shm")
     with listening() as port:
         env = {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": str(port), "WROLD_RANK": "0"}
         range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -208,20 +214,20 @@ def test_three_faults_at_once_are_three_causes_and_nothing_else(demo: Path) -> N
     assert all(remedy(done, id) for id in found)
 
 
-def test_the_value_of_a_misspelt_secret_is_not_shown(two: dict[str, str]) -> None:
-    done = doctor("-o", "json", env={**two, "GANG_SERCET": "hunter2"})
+def test_value_of_a_misspelled_secret_is_not_shown(two_ranks: dict[str, str]) -> None:
+    done = doctor("-o", "json", env={**two_ranks, "GANG_SERCET": "hunter2"})
     assert failed_checks(report(done)) == {"M-13": "warn"}
     assert "hunter2" not in done.stdout + done.stderr
 
 
-def test_an_ignored_fault_hides_nothing(two: dict[str, str]) -> None:
-    """S-01 needs S-03; whoever ignores that still hears of the other."""
-    inside = mounted("mount -t tmpfs -o size=2m tmpfs /dev/shm && mount -o remount,ro,bind /dev/shm")
-    done = doctor("-o", "json", "--ignore", "S-03", env=two, inside=inside)
+def test_ignored_error_does_not_skip_dependent_checks(two_ranks: dict[str, str]) -> None:
+    """S-01 needs S-03, but is not skipped if S-03 is ignored."""
+    inside = in_mount_namespace("mount -t tmpfs -o size=2m tmpfs /dev/shm && mount -o remount,ro,bind /dev/shm")
+    done = doctor("-o", "json", "--ignore", "S-03", env=two_ranks, inside=inside)
     assert failed_checks(report(done)) == {"S-03": "warn", "S-01": "error"}
 
 
-def test_a_driver_that_hangs_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hung_driver_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not completes_within(lambda: time.sleep(600), 0.2)
     assert completes_within(lambda: None)
     monkeypatch.setattr("doctor.context.completes_within", lambda question: False)
@@ -229,8 +235,8 @@ def test_a_driver_that_hangs_does_not_hang_the_doctor(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.timeout(60)
-def test_a_dead_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opens a file on it waits for ever, and only a process of its own may."""
+def test_hung_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a file on it blocks forever, so a forked process must try first."""
 
     def dead(path: Path, most: int = 0) -> bytes:
         threading.Event().wait()
