@@ -6,7 +6,7 @@ The logits are taken where the runner hands them to the sampler: the one place t
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from rtp_llm.model.weights import LoadStats
 from rtp_llm.parallel.group import Group, SingleRankGroup
 from rtp_llm.runner.model_runner import ModelRunner
 
+CPU = torch.device("cpu")
 MAX_SEQ_LEN = 256
 MOST_STEPS = 5000  # far more than any test needs: an engine that gets nowhere must not hang
 Settings = Mapping[str, Any]
@@ -50,15 +51,22 @@ class Completion:
 
 
 Outcomes = dict[str, Completion]
+Forced = Mapping[str, Sequence[int]]
 
 
-def load(path: Path, settings: Settings, group: Group) -> tuple[ModelRunner, LoadStats]:
+def load(
+    path: Path,
+    settings: Settings,
+    group: Group,
+    device: torch.device = CPU,
+    max_seq_len: int = MAX_SEQ_LEN,
+) -> tuple[ModelRunner, LoadStats]:
     """One rank, ready to compute; all ranks of the group call it."""
     config = Config.model_validate({"checkpoint_path": str(path), **DEFAULTS, **settings})
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(group.size)
-    runner = ModelRunner(config, spec, group, torch.device("cpu"), MAX_SEQ_LEN)
+    runner = ModelRunner(config, spec, group, device, max_seq_len)
     report = runner.load(checkpoint, lambda share: None)
     runner.allocate_kv_cache(group.size)
     return runner, report
@@ -73,19 +81,19 @@ def engine_of(runner: ModelRunner, publish: BroadcastStep) -> Engine:
     return Engine(Scheduler(blocks, limits), runner, runner.max_seq_len, epoch=1, publish=publish)
 
 
-def alone(path: Path, **settings: Any) -> Engine:
+def alone(path: Path, device: torch.device = CPU, **settings: Any) -> Engine:
     """An engine at TP 1 in this process."""
-    return engine_of(load(path, settings, SingleRankGroup())[0], lambda step: None)
+    return engine_of(load(path, settings, SingleRankGroup(), device)[0], lambda step: None)
 
 
 def greedy(prompt: Sequence[int], count: int, id: str = "0", **params: Any) -> Request:
     return Request(id, list(prompt), SamplingParams(max_tokens=count, **{"temperature": 0.0, **params}))
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> Outcomes:
-    """Adds all requests at once and steps until all have ended."""
+def run(engine: Engine, requests: Sequence[Request], forced: Forced | None = None) -> Outcomes:
+    """Adds all requests at once and steps until all have ended. `forced`: tokens by request, in place of the chosen."""
     outcomes: Outcomes = {r.id: Completion() for r in requests}
-    with watching() as logits:
+    with watching(forced) as logits:
         for request in requests:
             assert engine.add(request) is None, "there is nothing left to compute"
         finish(engine, outcomes)
@@ -112,13 +120,17 @@ def step(engine: Engine, outcomes: Outcomes) -> None:
 
 
 @contextmanager
-def watching() -> Iterator[dict[str, list[NDArray[np.float32]]]]:
+def watching(forced: Forced | None = None) -> Iterator[dict[str, list[NDArray[np.float32]]]]:
     seen: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
     def watched(logits: Tensor, sampling: SamplingMetadata) -> tuple[list[SampledToken], list[Logprob]]:
         for row, request in zip(sampling.rows, sampling.requests, strict=True):
-            seen[request.id].append(logits[row].numpy().copy())
-        return sample(logits, sampling)
+            seen[request.id].append(logits[row].cpu().numpy().copy())
+        chosen, records = sample(logits, sampling)
+        if forced:
+            pairs = zip(chosen, sampling.requests, strict=True)
+            chosen = [replace(c, token_id=forced[request.id][request.num_output_tokens]) for c, request in pairs]
+        return chosen, records
 
     with mock.patch("rtp_llm.runner.model_runner.sample", watched):
         yield seen
