@@ -1,0 +1,1 @@
+"""A package, so that no package of that name that others have installed takes its place."""
