@@ -7,6 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
 TILE = 256  # queries at once: with a mask torch may hold the scores of all of them, heads x queries x context
+# Limits the bytes of one gathered tensor or one matrix of scores. The KV cache takes the memory that the warm-up leaves
+# free, and the warm-up has no long sequences. Up to four such tensors exist at a time.
+SCRATCH_BYTES = 128 << 20
 
 
 def reference_attention(
@@ -17,25 +20,38 @@ def reference_attention(
     cache.values.flatten(0, 1).index_copy_(0, batch.slot_mapping, value)
     out = torch.empty_like(query)
     decodes = batch.cpu_step.num_decodes
-    if decodes:
-        out[:decodes] = _decode(query[:decodes], cache, batch, decodes, window, scale)
+    width = _blocks_of_longest(batch, cache, decodes)
+    for part in _parts(decodes, width * cache.keys[0].numel() * cache.keys.itemsize):
+        out[part] = _decode(query[part], cache, batch, part, window, scale)
     for index in range(decodes, batch.cpu_step.num_sequences):
         start, end = (int(n) for n in batch.cpu_step.query_start_loc[index : index + 2])
         out[start:end] = _chunk(query[start:end], cache, batch, index, window, scale)
     return out
 
 
-def _decode(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, count: int, window: int, scale: float) -> Tensor:
-    """One query per sequence, all sequences at once, padded to the longest.
+def _blocks_of_longest(batch: ForwardBatch, cache: LayerKVCache, count: int) -> int:
+    """Returns the number of blocks of the longest of the first `count` sequences, 0 for none."""
+    longest = int(batch.cpu_step.seq_lens[:count].max(initial=0))
+    return -(-longest // cache.keys.shape[1])
+
+
+def _parts(count: int, each: int) -> list[slice]:
+    """Splits `count` items of `each` bytes into as few parts as `SCRATCH_BYTES` allows."""
+    most = max(1, SCRATCH_BYTES // max(1, each))
+    return [slice(first, min(first + most, count)) for first in range(0, count, most)]
+
+
+def _decode(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, part: slice, window: int, scale: float) -> Tensor:
+    """One query per sequence, those of `part` at once, padded to the longest.
 
     The query heads of a KV head stand in as its queries: ten times faster on CPU than enable_gqa, same result.
     """
     kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
-    width = -(-int(batch.cpu_step.seq_lens[:count].max()) // block_size)
-    tables = batch.block_tables[:count, :width]
+    width = -(-int(batch.cpu_step.seq_lens[part].max()) // block_size)
+    tables = batch.block_tables[part, :width]
     keys, values = (_gather_pages(pages, tables) for pages in (cache.keys, cache.values))
     positions = torch.arange(width * block_size, device=query.device)
-    lengths = batch.seq_lens[:count, None]
+    lengths = batch.seq_lens[part, None]
     visible = positions < lengths
     if window:
         visible &= positions >= lengths - window
@@ -64,7 +80,8 @@ def _chunk(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, index: int, 
     positions = torch.arange(length, device=query.device)
     tiles = []
     first = length - len(query)
-    for tile in query.split(TILE):
+    fitting = SCRATCH_BYTES // (query.shape[1] * length * torch.float32.itemsize)
+    for tile in query.split(max(1, min(TILE, fitting))):
         own = positions[first : first + len(tile), None]
         first += len(tile)
         visible = positions <= own
