@@ -50,6 +50,40 @@ def test_readings_stay_fresh_and_a_lost_gpu_is_told() -> None:
     monitor.stop()
 
 
+def test_an_xid_of_a_gpu_that_is_gone_is_counted_and_the_others_are_watched_on() -> None:
+    class Gone(FakeNvml):
+        def nvmlDeviceGetUUID(self, handle: int) -> str:
+            if handle in self.failed:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+            return super().nvmlDeviceGetUUID(handle)
+
+    nvml = Gone(2)
+    monitor = GpuMonitor(None, nvml, period=0.05)
+    monitor.start()
+    until(lambda: monitor.snapshot.read_at > 0)
+    nvml.failed[1] = pynvml.NVML_ERROR_GPU_IS_LOST
+    nvml.xids.put((1, 79))
+    until(lambda: monitor.snapshot.xids == {(-1, 79): 1})
+    at = monitor.snapshot.read_at
+    until(lambda: monitor.snapshot.read_at > at)
+    assert [gpu.index for gpu in monitor.snapshot.gpus.all] == [0]
+    monitor.stop()
+
+
+def test_a_driver_without_events_is_read_all_the_same() -> None:
+    class NoEvents(FakeNvml):
+        def nvmlEventSetCreate(self) -> str:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monitor = GpuMonitor(None, NoEvents(1), period=0.05)
+    monitor.start()
+    until(lambda: monitor.snapshot.read_at > 0)
+    at = monitor.snapshot.read_at
+    until(lambda: monitor.snapshot.read_at > at)
+    assert len(monitor.snapshot.gpus.all) == 1
+    monitor.stop()
+
+
 def test_without_a_driver_there_is_nothing() -> None:
     monitor = GpuMonitor(None, FakeNvml(failure=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), period=0.05)
     monitor.start()
