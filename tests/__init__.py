@@ -1,1 +1,1 @@
-"""A package, so that no package of that name that others have installed takes its place."""
+"""Makes this folder a regular package: an installed package called tests would hide a namespace package."""

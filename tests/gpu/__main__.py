@@ -1,6 +1,6 @@
-"""`make test-gpu`: all groups of the suite on this machine's GPU, one table, one file of results.
+"""`make test-gpu`: runs all groups of the suite, prints a table and writes the results.
 
-Imports the standard library only: what else it needs may have to be unpacked first.
+Imports the standard library only, since other packages may have to be installed first.
 
     python3 -m tests.gpu [GROUP …]      RTP_TEST_DEVICE=cpu runs it without a GPU
 """
@@ -18,8 +18,9 @@ from tests.gpu import report
 from tests.gpu.environment import BUILD, ROOT, EnvironmentFault, prepare
 from tests.gpu.groups import Group, Shard, chosen, run
 
-# The longest that all of it may take, and what each group may have of that; usual times are a third of these.
+# Limits on a GPU, of the whole suite and of each group.
 SECONDS = 350
+CPU_FACTOR = 3  # other programs may use the CPU
 GROUPS = [
     Group("doctor", "tests/gpu/checkup.py", 60),
     Group("parity", "tests/gpu/parity.py", 110, shards=3),
@@ -48,7 +49,7 @@ FACTS_SECONDS = 90
 NO_GPU = """\
 no GPU was found: torch {torch} of {python} sees none. Without one,
   RTP_TEST_DEVICE=cpu make test-gpu
-runs the same tests on CPU, and says nothing about a GPU."""
+runs the same tests on CPU."""
 
 
 def main(names: list[str]) -> int:
@@ -69,7 +70,7 @@ def main(names: list[str]) -> int:
 
 
 def choose_device(machine: dict[str, Any]) -> str:
-    """RTP_TEST_DEVICE, or cuda. Raises EnvironmentFault where there is no GPU."""
+    """Returns the device to test. Raises EnvironmentFault without a GPU."""
     asked = os.environ.get("RTP_TEST_DEVICE", "cuda")
     if asked not in ("cpu", "cuda"):
         raise EnvironmentFault(f"RTP_TEST_DEVICE={asked!r}; allowed: cpu, cuda")
@@ -79,13 +80,13 @@ def choose_device(machine: dict[str, Any]) -> str:
 
 
 def facts(env: dict[str, str]) -> dict[str, Any]:
-    """What torch says of this machine, asked in a process of its own. Raises EnvironmentFault."""
+    """Returns the versions and the GPU that torch reports in a separate process. Raises EnvironmentFault."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", FACTS], env=env, cwd=ROOT, capture_output=True, text=True, timeout=FACTS_SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"torch did not say within {FACTS_SECONDS} s which GPUs it sees") from None
+        raise EnvironmentFault(f"torch did not report its GPUs within {FACTS_SECONDS} s") from None
     if done.returncode:
         raise EnvironmentFault(f"torch or transformers cannot be imported:\n{done.stderr.strip()}")
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -94,20 +95,21 @@ def facts(env: dict[str, str]) -> dict[str, Any]:
 
 def run_all(groups: list[Group], env: dict[str, str], started: float) -> list[Shard]:
     folder = BUILD / "gpu" / "logs"
+    factor = 1 if env["RTP_TEST_DEVICE"] == "cuda" else CPU_FACTOR
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shards = []
     for group in groups:
-        left = SECONDS - (time.monotonic() - started)
+        left = SECONDS * factor - (time.monotonic() - started)
         print(f"{group.name} …", end=" ", flush=True)
         begun = time.monotonic()
-        shards += run(group, env, folder, max(1.0, min(group.seconds, left)))
+        shards += run(group, env, folder, max(1.0, min(group.seconds * factor, left)))
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
     return shards
 
 
 def conclude(device: str, machine: dict[str, Any], shards: list[Shard], started: float) -> int:
-    """Shows and writes down what was found. Returns the exit code."""
+    """Prints the tables and writes the results. Returns the exit code."""
     results = [result for shard in shards for result in shard.results()]
     speeds = [speed for shard in shards for speed in shard.speeds()]
     seconds = time.monotonic() - started
@@ -115,7 +117,7 @@ def conclude(device: str, machine: dict[str, Any], shards: list[Shard], started:
     report.write(path, machine, results, speeds, seconds)
     failed = [result for result in results if result.result in report.FAILED]
     print(f"\n{report.details(results)}\n{report.table(results)}\n\n{report.speed_table(speeds)}\n")
-    counts = f"{len(results) - len(failed)} well, {len(failed)} not, in {seconds:.0f} s"
+    counts = f"{len(results) - len(failed)} passed or skipped, {len(failed)} failed, in {seconds:.0f} s"
     print(f"{counts}; {shown(path)}, logs in build/gpu/logs")
     return 1 if failed else 0
 

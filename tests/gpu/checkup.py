@@ -1,4 +1,4 @@
-"""The doctor on this machine: no check crashes, and what it says of the GPUs is what torch says of them."""
+"""Tests the doctor on this machine: no check crashes, and its facts about the GPUs equal those of torch."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from tests.parallel.parts import REPOSITORY
 
 SECONDS = 120
 MIB = 1 << 20
-# torch does not count what the driver and ECC keep for themselves.
+# torch does not count the memory that the driver and ECC reserve.
 MEMORY_SLACK = 0.03
 
 
 @cache
 def examine(tier: int, device: str) -> tuple[dict[str, Any], int]:
-    """The report of `rtp-llm-doctor` on a rank of this device, and the exit code."""
+    """Returns the report of the doctor for one rank on this device, and its exit code."""
     command = [sys.executable, "-m", "doctor", "--tier", str(tier), "--output", "json"]
     env = {**os.environ, "RTP_DEVICE": device, "TP_SIZE": "1", "WORLD_SIZE": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=SECONDS)
@@ -48,7 +48,7 @@ def test_no_check_crashes(tier: int, device: torch.device, note: Note) -> None:
     report, code = examine(tier, device.type)
     assert code == report["exit_code"]
     found = [check for check in report["checks"] if check["status"] not in ("ok", "skip")]
-    # What is wrong with this machine is for its owner to read, and no fault of the doctor's.
+    # An error of this machine is for its owner to read. It is no failure of the doctor.
     note("reason", "; ".join(f"{c['id']} {c['status']}: {c['actual']}" for c in found) or "nothing found")
     assert [check for check in found if check["status"] == "crash"] == []
     assert report["duration_s"] < SECONDS
@@ -56,7 +56,7 @@ def test_no_check_crashes(tier: int, device: torch.device, note: Note) -> None:
 
 @pytest.mark.usefixtures("only_cuda")
 def test_gpu_checks_were_made(device: torch.device, note: Note) -> None:
-    """On a machine with a GPU none of them may say that there is no GPU."""
+    """On a machine with a GPU no check may report that there is none."""
     report, _ = examine(1, device.type)
     mine = {check["id"]: check for check in report["checks"] if check["category"] == "gpu"}
     skipped = {id: check["actual"] for id, check in mine.items() if check["status"] == "skip"}
@@ -79,7 +79,7 @@ def test_torch_sees_the_same_gpus(note: Note) -> None:
 
 @pytest.mark.usefixtures("only_cuda")
 def test_it_counts_memory_as_cuda_does() -> None:
-    """Free memory, while this process holds some."""
+    """NVML and CUDA must agree on the memory in use while this process holds some."""
     held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     free, total = torch.cuda.mem_get_info()
     told = read_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")).visible[0]

@@ -1,8 +1,8 @@
-"""What this Python lacks to run the product and its tests, and how that gets here. Imports the standard library only.
+"""Finds the packages that this Python lacks, and installs them from wheels. Imports the standard library only.
 
-A machine with a GPU brings its own torch, and often no way to the network. What else is missing travels as wheels:
-`make gpu-wheels` downloads them where there is a network, and the suite unpacks those that are missing here into a
-folder that its processes find on PYTHONPATH. The Python itself is left as it is.
+A GPU machine often has its own torch and no network. `make gpu-wheels` downloads the other packages on a machine with a
+network. The suite installs those that are missing into a folder on the PYTHONPATH of its processes, and leaves this
+Python unchanged.
 """
 
 import os
@@ -21,24 +21,24 @@ BUILD = ROOT / "build"
 WHEELS = Path(os.environ.get("GPU_WHEELS") or BUILD / "gpu-wheels")
 SITE = BUILD / "gpu-site"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-# Of the tests' own needs, those of this suite. transformers may be older than the rest of the tests ask for.
+# What this suite needs for testing. The other tests require a newer transformers.
 OF_TESTS = {"pytest": "8.3", "pytest-timeout": "2.3", "transformers": "5.0"}
-# They come with torch and transformers; a wheel of them would not suit those that are there.
+# The GPU machine has these: they must fit its torch and transformers.
 NOT_CARRIED = {"torch", "numpy", "safetensors", "tokenizers", "transformers"}
 LISTED = re.compile(r"([\w.-]+)\s*(?:>=\s*([\w.]+))?")
 
 
 class EnvironmentFault(Exception):
-    """Something is missing; the text says what to type."""
+    """The suite cannot run here. The text says what to type."""
 
 
 def canonical(name: str) -> str:
-    """A package's name as PEP 503 compares it."""
+    """Returns the name of a package in the normal form of PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """What the version begins with: "2.11.0+cu130" → (2, 11)."""
+    """Returns the numbers that a version begins with: "2.11.0+cu130" → (2, 11)."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     parts = [int(part) for part in found[0].split(".")] if found else []
     while parts and parts[-1] == 0:
@@ -47,14 +47,14 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def needs() -> dict[str, str]:
-    """Lowest version by package: the product's own dependencies, and those of this suite."""
+    """Returns the lowest version of each package that the product or this suite needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     listed = [LISTED.match(line) for line in project["dependencies"]]
     return {canonical(match[1]): match[2] or "" for match in listed if match} | OF_TESTS
 
 
 def installed(path: Iterable[str] | None = None) -> dict[str, str]:
-    """Version by package; where one is there twice, the one that Python finds first."""
+    """Returns the version of each installed package, as Python finds it first."""
     found: dict[str, str] = {}
     for one in distributions(path=list(path or sys.path)):
         found.setdefault(canonical(one.metadata["Name"]), one.version)
@@ -62,7 +62,7 @@ def installed(path: Iterable[str] | None = None) -> dict[str, str]:
 
 
 def lacking(have: Mapping[str, str]) -> list[str]:
-    """Each package that is absent or too old, with what is there."""
+    """Describes each package that is absent or too old."""
     return [
         f"{name} ({f'{have[name]}, but {lowest} is needed' if name in have else 'absent'})"
         for name, lowest in needs().items()
@@ -71,7 +71,7 @@ def lacking(have: Mapping[str, str]) -> list[str]:
 
 
 def wanted_wheels(have: Mapping[str, str]) -> list[Path]:
-    """Those in the folder whose package is absent here, or older."""
+    """Returns the wheels whose package is absent here or older."""
     found = []
     for wheel in sorted(WHEELS.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
@@ -81,7 +81,7 @@ def wanted_wheels(have: Mapping[str, str]) -> list[Path]:
 
 
 def prepare() -> dict[str, str]:
-    """The environment variables for all processes of the suite. Raises EnvironmentFault."""
+    """Installs what is missing. Returns the environment of the processes. Raises EnvironmentFault."""
     shutil.rmtree(SITE, ignore_errors=True)
     wheels = wanted_wheels(installed())
     if wheels:

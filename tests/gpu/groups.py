@@ -1,4 +1,4 @@
-"""Groups of tests, each in processes of its own: an error that costs a process its GPU costs the others nothing.
+"""Runs groups of tests in separate processes, so that a CUDA error in one process does not affect the others.
 
 Imports the standard library only.
 """
@@ -19,7 +19,7 @@ from tests.gpu.environment import ROOT
 from tests.gpu.report import Result
 
 POLL = 0.1
-TEST_SECONDS = 100  # for one test; a test that hangs costs its process, not the group
+TEST_SECONDS = 90  # for one test; pytest-timeout then ends the process
 MOST_STARTS = 6  # of processes for one shard
 FINISHED = (0, 1, 5)  # pytest's: all passed, some failed, nothing left to run
 TAIL = 3000
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """One file of tests. `seconds`: what all of it may take; `shards`: processes that share its tests."""
+    """One file of tests. `seconds` limits the whole group; `shards` processes share its tests."""
 
     name: str
     file: str
@@ -39,7 +39,7 @@ class Group:
 
 @dataclass
 class Shard:
-    """A process that runs a share of a group, and is started again where it was lost."""
+    """A process that runs a share of a group. A new process replaces a lost one."""
 
     group: Group
     number: int
@@ -62,7 +62,7 @@ class Shard:
             **self.env,
             "RTP_TEST_RECORD": str(self.record),
             "RTP_TEST_SHARD": f"{self.number}/{self.group.shards}",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed on such a machine
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # other plugins may be installed there
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -70,7 +70,7 @@ class Shard:
             )
 
     def go_on(self) -> bool:
-        """Whether it is at work: one that was lost is started again behind the test that it was lost with."""
+        """Returns whether tests are left. Replaces a lost process by one that continues after the lost test."""
         assert self.process
         code = self.process.poll()
         if code is None:
@@ -85,7 +85,7 @@ class Shard:
         return True
 
     def end(self, reason: str) -> None:
-        """Kills it, and all that it has started."""
+        """Kills the process and all processes that it started."""
         assert self.process
         if self.process.poll() is None:
             with suppress(ProcessLookupError):
@@ -95,7 +95,7 @@ class Shard:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Ends what a lost process has left: a server of a test is in no process group of ours, but has its record."""
+        """Kills what a lost process left. A server has a process group of its own, but the same RTP_TEST_RECORD."""
         mark = f"RTP_TEST_RECORD={self.record}".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -123,7 +123,7 @@ FIELDS = ("result", "seconds", "reason", "detail")
 
 
 def command(file: str) -> list[str]:
-    """pytest as this suite wants it, whatever its version: warnings of other people's versions are no failures."""
+    """Returns the pytest command. Warnings do not fail here, since versions of packages differ between machines."""
     plugins = ["-p", "pytest_timeout", "-p", "tests.gpu.plugin", "-p", "no:cacheprovider"]
     timeout = [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     return [
@@ -133,7 +133,7 @@ def command(file: str) -> list[str]:
 
 
 def run(group: Group, env: Mapping[str, str], folder: Path, seconds: float) -> list[Shard]:
-    """Runs a group to its end, or until its seconds are over."""
+    """Runs a group to its end, or until `seconds` have passed."""
     shards = [Shard(group, number, folder, env) for number in range(1, group.shards + 1)]
     for shard in shards:
         shard.start()
@@ -148,7 +148,7 @@ def run(group: Group, env: Mapping[str, str], folder: Path, seconds: float) -> l
 
 
 def settle(record: Path, result: str, reason: str, detail: str) -> None:
-    """Gives a test that was begun and has no result this one."""
+    """Records this result for each test that has a start but no end."""
     known = lines(record)
     ended = {line["test"] for line in known if "result" in line}
     open_ones = dict.fromkeys(line["test"] for line in known if line["test"] not in ended)
@@ -168,7 +168,7 @@ def short(node: str) -> str:
 
 
 def chosen(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
-    """Those that are named; all where none is. Raises ValueError."""
+    """Returns the groups with these names, or all groups without names. Raises ValueError."""
     known = [group.name for group in groups]
     unknown = [name for name in names if name not in known]
     if unknown:

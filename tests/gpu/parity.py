@@ -1,9 +1,9 @@
-"""Every checkpoint of `tests.model.checkpoints` says on this device what transformers says on this device.
+"""Compares every checkpoint of `tests.model.checkpoints` with transformers, both on the same device.
 
-fp32 is compared as on CPU: the same greedy tokens, and logits within a tolerance. In bf16 nobody is exact, so
-transformers' own bf16 run measures how much may be lost. Both runs are led along the oracle's tokens, and both are
-compared with the fp32 oracle: ours may be off by `MOST_RATIO` times what transformers is off by, and no token may
-differ where the oracle's choice is clearer than the errors that transformers makes.
+In fp32 the greedy tokens must be equal and the logits within a tolerance. In bf16 no implementation is exact, so the
+bf16 run of transformers gives the scale. Both runs are forced along the tokens of the fp32 oracle and compared with its
+logits. Our error may be `MOST_RATIO` times the error of transformers, and a token may differ only where the oracle's
+margin is smaller than such errors.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ from tests.model.checkpoints import CASES, CheckpointCase, make_model
 from tests.model.conftest import _one_thread  # noqa: F401  # for these processes, too
 from tests.model.oracle import NEW_TOKENS, TOLERANCE, Floats, Oracle, answer, make_oracle
 
-# Two implementations that round in different places are off by about as much as each other: over all logits of a
-# checkpoint, CPU gives ratios of 0.87 to 1.01. There a rope angle that is rounded to bf16 gives up to 2.2, and a norm
-# that is computed in bf16 up to 1.23: this bound sees the first, and not always the second.
+# Implementations that round in different places have errors of about the same size: ratios from 0.87 to 1.01 on CPU.
+# Rope angles rounded to bf16 give ratios up to 2.2 there, norms computed in bf16 up to 1.23. This bound detects the
+# first, and the second only sometimes.
 MOST_RATIO = 1.2
-# Logits of ours and of transformers, fp32. Kernels of a GPU add in yet another order (3e-5 is usual, 7e-5 the most on
-# CPU); TF32, which must be off, is wrong by hundred times as much. Tokens must be equal all the same.
+# fp32 on a GPU, where kernels sum in another order. On CPU the usual difference is 3e-5 and the largest 7e-5. TF32 must
+# be off: it keeps 10 of the 23 bits. The tokens must be equal in any case.
 GPU_TOLERANCE = 3e-4
 
 _made: dict[str, Oracle] = {}
@@ -31,7 +31,7 @@ _made: dict[str, Oracle] = {}
 
 @pytest.fixture
 def oracle(case: CheckpointCase, device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    """Made once for both dtypes. They follow each other, so that only one is kept."""
+    """Returns the oracle of the checkpoint, made once for both dtypes. Keeps only the newest one."""
     if case.name not in _made:
         _made.clear()
         _made[case.name] = make_oracle(case, tmp_path_factory.mktemp("checkpoint") / case.name, device)
@@ -40,7 +40,7 @@ def oracle(case: CheckpointCase, device: torch.device, tmp_path_factory: pytest.
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 class TestParity:
-    """The dtypes of one checkpoint after each other: the order that `oracle` counts on."""
+    """Tests both dtypes of one checkpoint in succession, which `oracle` relies on."""
 
     def test_fp32(self, case: CheckpointCase, oracle: Oracle, device: torch.device, note: Note) -> None:
         outcomes = run(oracle, device, "fp32")
@@ -75,19 +75,19 @@ def tolerance(device: torch.device) -> float:
 
 
 def size(errors: Floats) -> float:
-    """Root of the mean square."""
+    """Returns the root mean square."""
     return float(np.sqrt(np.square(errors, dtype=np.float64).mean()))
 
 
 def assert_clear_choices_agree(ours: Floats, exact: Floats, largest: float) -> None:
-    """`largest`: an error that one logit may have. Where the best leads by more than two of them, it stays the best."""
+    """The best token must stay the best where its margin exceeds twice the largest allowed error of a logit."""
     second, best = np.sort(exact, axis=-1)[:, -2:].T
     clear = best - second > 2 * MOST_RATIO * largest
     np.testing.assert_array_equal(ours.argmax(-1)[clear], exact.argmax(-1)[clear])
 
 
 def test_slots_that_nobody_wrote_do_not_matter(device: torch.device, tmp_path: Path) -> None:
-    """A masked NaN is still one: the device must not multiply it with zero."""
+    """A NaN in a slot that nobody wrote must not reach the output: 0 x NaN is NaN."""
     oracle = make_oracle(next(case for case in CASES if case.name == "llama"), tmp_path / "llama", device)
     engine = drive.alone(oracle.path, device)
     for cache in engine.runner.caches:  # type: ignore[attr-defined]  # a real runner, not the protocol

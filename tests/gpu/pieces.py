@@ -1,4 +1,4 @@
-"""Parts of a rank that a GPU runs by other code than a CPU, and that parity with transformers does not show."""
+"""Tests the parts of a rank that run other code on a GPU than on a CPU, and that parity does not cover."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ from rtp_llm.layers.sampler import sample
 from rtp_llm.parallel import group
 from rtp_llm.parallel.group import TorchGroup
 from tests.model.rank import HOST, plan_for
-from tests.model.rank_pool import free_start_port
+from tests.ports import free_start_port
 
 SECONDS = 60
 VOCAB = 5000
@@ -36,7 +36,7 @@ WAYS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def alone(device: torch.device) -> Iterator[TorchGroup]:
-    """A group of one rank over the library that this device takes: a server of one rank never makes it."""
+    """A group of one rank over the backend of this device. A server with one rank never creates such a group."""
     plan = replace(plan_for(1, free_start_port()), device=device.type)
     backend = "nccl" if device.type == "cuda" else "gloo"
     group._init_torch_group(plan, 0, 1, HOST, SECONDS, backend, device)

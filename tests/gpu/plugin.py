@@ -1,7 +1,7 @@
-"""A pytest plugin that writes down each result the moment it is known: it stays known if the process dies.
+"""A pytest plugin that records each result at once, so that no result is lost with its process.
 
-RTP_TEST_RECORD names the file, a line of JSON per test begun and per test ended. Tests that have a line there already
-are left out, so that a process can go on where another one was lost. RTP_TEST_SHARD ("1/3") leaves a share of them.
+RTP_TEST_RECORD names the file: a line of JSON for each start and each end of a test. The plugin deselects tests that
+have a line there, so that a new process continues after a lost one. RTP_TEST_SHARD ("1/3") selects a share of them.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 RECORD, SHARD = "RTP_TEST_RECORD", "RTP_TEST_SHARD"
 POISONED = 99  # exit code: the process has lost its GPU
 REASON, DETAIL = 300, 6000  # characters of a failure that are kept
-# Behind such an error every call to CUDA fails in this process. An allocation that did not fit is none of them.
+# After such an error every call to CUDA fails in this process. Running out of memory is not such an error.
 POISON = re.compile(r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert", re.IGNORECASE)
 
 Note = Callable[[str, Any], None]
@@ -24,12 +24,17 @@ Note = Callable[[str, Any], None]
 
 @pytest.fixture
 def note(record_property: Note) -> Note:
-    """Adds to the test's record: `reason` (a few words) or `speed` (a row of the table of speeds)."""
+    """Returns a function that adds `reason` (a few words) or `speed` (a row of the speed table) to the record."""
     return record_property
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the mark that tests/conftest.py gives to every test: pytest-xdist is not loaded here."""
+    config.addinivalue_line("markers", "xdist_group(name): runs on one worker of pytest-xdist with its like")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a class with the same parameters (a checkpoint, say) stay together: they share what is dear."""
+    """Keeps tests of a class with the same parameters together, since they share an expensive fixture."""
     share, shares = (int(n) for n in os.environ.get(SHARD, "1/1").split("/"))
     done = {line["test"] for line in lines()}
     places = {unit: place for place, unit in enumerate(dict.fromkeys(map(_unit, items)))}
@@ -47,7 +52,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """One line per test: its call, or what went wrong before or after it."""
+    """Writes one line per test: its call, or a failure before or after it."""
     if report.when != "call" and report.passed:
         return
     write(

@@ -1,4 +1,4 @@
-"""What the suite has found, as a table for people and as JSON for the repository. Imports the standard library only."""
+"""Formats the results as tables and as JSON. Imports the standard library only."""
 
 import json
 import os
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """One test. `result`: passed, skipped, failed; lost (its process died), timeout, or not run, for want of time."""
+    """One test. `result`: passed, skipped, failed, lost (its process died), timeout, or not run."""
 
     group: str
     test: str
@@ -34,7 +34,7 @@ class Result:
 
 
 def commit() -> str:
-    """Of this tree, with a "+" where it was changed; a copy without its history says what the wheels came from."""
+    """Returns the commit of this tree, with a "+" if it has changes. Without git it is that of the wheels."""
     told = _git("rev-parse", "--short=12", "HEAD")
     if told:
         return told + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -51,7 +51,7 @@ def _git(*words: str) -> str:
 
 
 def destination(device: str) -> Path:
-    """RTP_TEST_RESULTS, or the repository's file for a GPU: what a CPU did must not pose as that."""
+    """Returns the path for the JSON. Results of a CPU never go to the file for GPU results by default."""
     chosen = os.environ.get("RTP_TEST_RESULTS")
     return Path(chosen) if chosen else PUBLISHED if device == "cuda" else BUILD / "gpu" / f"{device}.json"
 
@@ -75,7 +75,7 @@ def _compact(result: Result) -> Json:
 
 
 def details(results: Sequence[Result]) -> str:
-    """The ends of all failures."""
+    """Returns the last lines of each failure."""
     blocks = []
     for result in results:
         if result.result in FAILED and result.detail:

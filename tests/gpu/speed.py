@@ -1,6 +1,6 @@
-"""How fast a model of realistic size is, next to transformers on the same device and to what its memory allows.
+"""Measures the speed of a model of realistic size: ours, that of transformers, and the bound of memory bandwidth.
 
-Speeds are reported, never asserted. The weights are random: they cost as much as any others.
+The tests report speeds and never assert them. The weights are random, which does not change the cost.
 """
 
 import statistics
@@ -59,7 +59,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured on a kind of device."""
+    """What the tests measure on one kind of device."""
 
     config: Qwen3Config
     steps: int
@@ -75,7 +75,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One model twice: transformers', in memory, and its checkpoint on disk."""
+    """One model: that of transformers in memory, and its checkpoint on disk."""
 
     scale: Scale
     device: torch.device
@@ -113,7 +113,7 @@ def subject(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> S
 
 @pytest.fixture(scope="module")
 def engine(subject: Subject) -> Engine:
-    """Ours, with room for all sequences of these tests, and a step as large as a server's."""
+    """Returns our engine, with room for all sequences of these tests and the step size of a server."""
     settings = {
         "test_block_num": 0,
         "kv_cache_mem_mb": 8192 if subject.device.type == "cuda" else 256,
@@ -129,7 +129,7 @@ def load(subject: Subject, settings: drive.Settings) -> ModelRunner:
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes per second, read and written, of the best of a few copies."""
+    """Returns the bytes per second, read and written, of the fastest of several copies."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / min(seconds(device, lambda: target.copy_(source)) for _ in range(2 * REPEATS))
@@ -159,12 +159,12 @@ def test_decode(subject: Subject, engine: Engine, note: Note, sequences: int) ->
 
 
 def row(what: str, unit: str, ours: float, theirs: float, ratio: float, floor: float | None = None) -> dict[str, Any]:
-    """`ratio`: how many times as fast as transformers we are. `floor`: the bytes that must be read, over bandwidth."""
+    """`ratio`: our speed divided by that of transformers. `floor`: the bytes to read divided by the bandwidth."""
     return {"what": what, "unit": unit, "ours": ours, "transformers": theirs, "ratio": ratio, "floor": floor}
 
 
 def ours_decode(subject: Subject, engine: Engine, sequences: int) -> tuple[list[float], float]:
-    """Seconds of each step, and of the floor of a step."""
+    """Returns the seconds of each step, and the floor of a step."""
     requests = [
         drive.greedy(ids, ENDLESS, id=str(i)) for i, ids in enumerate(subject.ids(sequences, PROMPT, seed=sequences))
     ]
@@ -191,12 +191,15 @@ def runner_of(engine: Engine) -> ModelRunner:
 
 @torch.inference_mode()
 def theirs_decode(subject: Subject, sequences: int) -> float:
-    """Seconds of a step: a long generation less one of a single token."""
+    """Returns the seconds of a step: a long generation minus one of a single token."""
     table = subject.ids(sequences, PROMPT, seed=sequences)
     generate(subject, table, 2)
-    first = min(seconds(subject.device, lambda: generate(subject, table, 1)) for _ in range(REPEATS))
     count = subject.scale.steps
-    return (seconds(subject.device, lambda: generate(subject, table, 1 + count)) - first) / count
+    return (best_generate(subject, table, 1 + count) - best_generate(subject, table, 1)) / count
+
+
+def best_generate(subject: Subject, table: list[list[int]], count: int) -> float:
+    return min(seconds(subject.device, lambda: generate(subject, table, count)) for _ in range(REPEATS))
 
 
 def generate(subject: Subject, table: list[list[int]], count: int) -> None:
@@ -214,7 +217,7 @@ def test_prefill(subject: Subject, engine: Engine, note: Note) -> None:
 
 
 def ours_prefill(subject: Subject, engine: Engine, seed: int) -> float:
-    """Each with a prompt of its own: the cache of prefixes must not help."""
+    """Returns seconds. Each seed gives another prompt, so that the prefix cache has no hits."""
     request = drive.greedy(subject.ids(1, subject.scale.long_prompt, 100 + seed)[0], 1)
     engine.add(request)
     return seconds(subject.device, lambda: drive.finish(engine, {"0": drive.Completion()}))
@@ -224,17 +227,17 @@ def ours_prefill(subject: Subject, engine: Engine, seed: int) -> float:
 def theirs_prefill(subject: Subject) -> float:
     table = subject.ids(1, subject.scale.long_prompt, seed=100)
     generate(subject, table, 1)
-    return min(seconds(subject.device, lambda: generate(subject, table, 1)) for _ in range(REPEATS))
+    return best_generate(subject, table, 1)
 
 
 def test_bandwidth(subject: Subject, note: Note) -> None:
-    """What the floors are computed with."""
+    """Reports the bandwidth that the floors are computed with."""
     note("reason", f"{subject.bandwidth / 1e9:.0f} GB/s copied, read and written; {subject.parameters}")
 
 
 def test_a_full_cache_leaves_room_to_forward(subject: Subject, engine: Engine, note: Note) -> None:
-    """Memory is sized by what a warm-up of one prompt leaves free. Then all sequences are as long as the cache allows,
-    and a step of any kind must still fit.
+    """The KV cache takes the memory that a warm-up with one prompt leaves free. With sequences that fill this cache, a
+    decode step and a prefill chunk must still fit into memory.
     """
     forget(subject, engine)
     small = {} if subject.device.type == "cuda" else {"kv_cache_mem_mb": 64}
@@ -250,7 +253,7 @@ def test_a_full_cache_leaves_room_to_forward(subject: Subject, engine: Engine, n
 
 
 def forget(subject: Subject, engine: Engine) -> None:
-    """Gives back what the other tests of this process have held of the device's memory."""
+    """Frees the device memory that the other tests of this process hold."""
     runner_of(engine).caches = []
     torch.nn.Module.to(subject.theirs, "meta")
     if subject.device.type == "cuda":
@@ -258,7 +261,7 @@ def forget(subject: Subject, engine: Engine) -> None:
 
 
 def last_tokens(runner: ModelRunner, sequences: int, blocks: int, each: int) -> Step:
-    """The last `each` tokens of sequences that fill so many blocks each; their past is whatever the cache holds."""
+    """Returns a step with the last `each` tokens of each sequence. The cache content before them is arbitrary."""
     length = blocks * runner.block_size
     tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
     positions = np.tile(np.arange(length - each, length, dtype=np.int32), sequences)

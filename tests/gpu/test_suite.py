@@ -1,4 +1,4 @@
-"""The suite's own machinery, on CPU: a failure, a lost process or a hang costs what it must and nothing else."""
+"""Tests the suite itself on CPU: it continues after a failure, a lost process or a hang."""
 
 import os
 import sys
@@ -72,6 +72,7 @@ def test_it_goes_on_after_any_failure(tmp_path: Path, env: dict[str, str]) -> No
     assert found["dies"].reason == "its process ended with 7"
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_its_group_and_leaves_nothing(tmp_path: Path, env: dict[str, str]) -> None:
     found = run_file(tmp_path, env, TESTS.replace("os._exit(7)", "pass").replace("CUDA error", "another"), 20)
     assert found["hangs"].result == "timeout"

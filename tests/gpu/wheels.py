@@ -1,7 +1,7 @@
-"""`python -m tests.gpu.wheels VERSION`: downloads what a machine with torch, but without a network, lacks to run this.
+"""`python -m tests.gpu.wheels VERSION`: downloads the packages that a GPU machine without a network may lack.
 
-The wheels are for that Python version on Linux, x86-64, whatever this machine is; versions are those that the tests
-run with. The folder also notes the commit, which such a machine may not be able to tell.
+The wheels fit that version of Python on Linux, x86-64. Their versions come from tests/constraints.txt. A file beside
+them holds the commit, for a machine that gets the tree without its history.
 """
 
 import shutil
@@ -11,7 +11,7 @@ import sys
 from tests.gpu.environment import NOT_CARRIED, PIP, ROOT, WHEELS, needs
 from tests.gpu.report import commit
 
-# pip takes each name literally: a wheel for an older libc is not found by a newer one's name.
+# pip compares these names literally: it does not find a wheel for an older libc by the name of a newer one.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 36, 35, 34, 31, 28, 27, 24, 17, 12, 5)]
 PLATFORMS += [f"manylinux{year}_x86_64" for year in (2014, 2010, 1)]
 
