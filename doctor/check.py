@@ -1,20 +1,26 @@
-"""What a check is: one function that looks at a node and returns an outcome, registered under the catalogue's id.
+"""Checks and their results.
 
-The function's docstring is what `explain` prints: the cause, in words for the operator.
+A check is one function with an id: it gets a CheckContext and returns a CheckResult, or a Reading with its bounds. Its
+docstring is what `explain` prints and what docs/doctor.md publishes.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from doctor.context import CheckContext
+from doctor.context import CheckContext
+from doctor.fixes import Fix
 
 
 class Status(StrEnum):
-    """`unknown`: could not be read, so nobody may call it green. `crash`: the check itself failed."""
+    """Result of a check.
+
+    `unknown`: a value could not be read, so the check does not pass. `crash`: the check itself failed.
+    """
 
     OK = "ok"
     WARN = "warn"
@@ -24,17 +30,8 @@ class Status(StrEnum):
     SKIP = "skip"
 
 
-class Runtime(StrEnum):
-    """What runs this process, and so the language that a fix is written in."""
-
-    DOCKER = "docker"
-    COMPOSE = "compose"
-    KUBERNETES = "kubernetes"
-    HOST = "host"
-
-
 class Repair(StrEnum):
-    """What kind of act mends it, for machines that read the report."""
+    """The kind of action that fixes a problem, for programs that read the report."""
 
     NONE = "none"
     CONFIG = "config"
@@ -47,21 +44,8 @@ class Repair(StrEnum):
 
 
 @dataclass(frozen=True)
-class Fix:
-    """What to type, per runtime. An empty one falls back to `host`'s, which says it without a runtime's syntax."""
-
-    host: str = ""
-    docker: str = ""
-    compose: str = ""
-    kubernetes: str = ""
-
-    def text(self, runtime: Runtime) -> str:
-        return str(getattr(self, runtime.value)) or self.host
-
-
-@dataclass(frozen=True)
 class CheckResult:
-    """What one check found. `actual` is a clause that stands alone, `expected` what it should have been."""
+    """`actual` and `expected` are clauses of the same form."""
 
     status: Status
     actual: str
@@ -82,13 +66,13 @@ def error(actual: str, expected: str, fix: Fix | str, **evidence: Any) -> CheckR
     return CheckResult(Status.ERROR, actual, expected, _fix(fix), evidence)
 
 
-def unknown(why: str, fix: Fix | str = "") -> CheckResult:
-    return CheckResult(Status.UNKNOWN, why, fix=_fix(fix))
+def unknown(reason: str, fix: Fix | str = "") -> CheckResult:
+    return CheckResult(Status.UNKNOWN, reason, fix=_fix(fix))
 
 
-def skip(why: str) -> CheckResult:
-    """There is nothing to check here: no GPU, a single part, …"""
-    return CheckResult(Status.SKIP, why)
+def skip(reason: str, **evidence: Any) -> CheckResult:
+    """Returns the result if there is nothing to check: no GPU, a single part, …"""
+    return CheckResult(Status.SKIP, reason, evidence=evidence)
 
 
 def _fix(fix: Fix | str) -> Fix:
@@ -96,22 +80,52 @@ def _fix(fix: Fix | str) -> Fix:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A value with its bounds, in one unit: an error below `minimum`, a warning below `recommended` or above `maximum`.
+
+    `actual` is the value as a clause.
+    """
+
+    value: float
+    actual: str
+    expected: str
+    fix: Fix | str
+    minimum: float = -math.inf
+    recommended: float = -math.inf
+    maximum: float = math.inf
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def result(self) -> CheckResult:
+        if self.value < self.minimum:
+            return error(self.actual, self.expected, self.fix, **self.evidence)
+        if self.value < self.recommended or self.value > self.maximum:
+            return warn(self.actual, self.expected, self.fix, **self.evidence)
+        return ok(self.actual, **self.evidence)
+
+
+@dataclass(frozen=True)
 class Symptom:
-    """Text that a user has seen in a log; "…" stands for anything within the line."""
+    """Text of a log line that the problem causes; "…" matches any text within the line."""
 
     text: str
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """Whole words, with the capitals that were printed: "Killed" is neither in "killed" nor in "OOMKilled"."""
-        words = [re.escape(piece).replace(r"\ ", r"[^\S\n]+") for piece in self.text.split("…")]
+        """Returns a case-sensitive pattern of whole words: "Killed" matches neither "killed" nor "OOMKilled"."""
+        phrases = [re.escape(phrase).replace(r"\ ", r"[^\S\n]+") for phrase in self.text.split("…")]
         before, after = r"(?<!\w)" * self.text[:1].isalnum(), r"(?!\w)" * self.text[-1:].isalnum()
-        return re.compile(before + r"[^\n]{0,200}?".join(words) + after)
+        return re.compile(before + r"[^\n]{0,200}?".join(phrases) + after)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+CheckFunction = Callable[[CheckContext], CheckResult | Reading]
+# Returns the result to report instead of running the check, or None if the precondition is met.
+Precondition = Callable[[CheckContext], CheckResult | None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """`severity`: the worst it can find. `needs`: ids that, where they found an error, make this one pointless.
+    """`severity` is the worst status it can report. The check is skipped if one of `needs`, which are ids, fails.
 
     `timeout`: seconds after which its process is killed.
     """
@@ -119,7 +133,7 @@ class Check:
     id: str
     category: str
     title: str
-    run: Callable[["CheckContext"], CheckResult]
+    run: Callable[[CheckContext], CheckResult]
     tier: int
     severity: Status
     symptoms: tuple[Symptom, ...]
@@ -134,28 +148,45 @@ class Check:
 
 REGISTRY: dict[str, Check] = {}
 TIER_SECONDS = {0: 2.0, 1: 15.0, 2: 5.0, 3: 60.0}
-Function = Callable[["CheckContext"], CheckResult]
 
 
 def check(
     id: str,
-    category: str,
     title: str,
     *,
+    category: str,
     tier: int = 0,
     severity: Status = Status.ERROR,
-    symptoms: tuple[str, ...] = (),
     needs: tuple[str, ...] = (),
+    requires: tuple[Precondition, ...] = (),
     repair: Repair = Repair.CONFIG,
     timeout: float = 0,
-) -> Callable[[Function], Function]:
-    """Registers a function as the check `id`. Ids are an interface: scripts ignore and select by them."""
+) -> Callable[[CheckFunction], CheckFunction]:
+    """Registers a function as the check `id`. Ids are an interface: scripts select and ignore checks by them.
 
-    def register(run: Function) -> Function:
-        assert id not in REGISTRY, f"{id} stands twice"
-        found = tuple(map(Symptom, symptoms))
+    The check is skipped if one of `needs` fails, and returns the result of the first of `requires` that is not met.
+    """
+
+    def register(function: CheckFunction) -> CheckFunction:
+        @wraps(function)
+        def run(ctx: CheckContext) -> CheckResult:
+            result = next(filter(None, (require(ctx) for require in requires)), None) or function(ctx)
+            return result.result() if isinstance(result, Reading) else result
+
+        assert id not in REGISTRY, f"{id} is registered twice"
+        texts = function.__dict__.get("symptoms", ())
         seconds = timeout or TIER_SECONDS[tier]
-        REGISTRY[id] = Check(id, category, title, run, tier, severity, found, needs, repair, seconds)
-        return run
+        REGISTRY[id] = Check(id, category, title, run, tier, severity, texts, needs, repair, seconds)
+        return function
 
     return register
+
+
+def symptoms(*texts: str) -> Callable[[F], F]:
+    """Sets the log lines that the problem causes. Stands below the decorator that registers the check."""
+
+    def set_symptoms(function: F) -> F:
+        function.__dict__["symptoms"] = tuple(map(Symptom, texts))
+        return function
+
+    return set_symptoms

@@ -1,32 +1,30 @@
-"""This part as the server would see it: settings, plan, checkpoint, read by the server's own code.
+"""What the checks look at: this part's settings, plan, checkpoint and GPUs, read by the server's own code.
 
-Where a setting is wrong, the check that it belongs to says so, and the others go on with what was most likely meant:
-one typing slip must not hide a full /dev/shm.
+If a setting is invalid, its check reports that, and the other checks use the most likely value, so that a typo does not
+hide a full /dev/shm.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from doctor.gang.view import GangView
 from doctor.host import Host
 from doctor.nccl import Nccl
 from rtp_llm import files
 from rtp_llm.config import Config, load
 from rtp_llm.errors import CheckpointError, ConfigError, FatalError
 from rtp_llm.machine.devices import apply_cuda_visible_devices
-from rtp_llm.machine.gpus import DRIVER_TIMEOUT, GpuInventory, completes_within, read_gpus
+from rtp_llm.machine.gpus import DRIVER_TIMEOUT, Gpu, GpuInventory, completes_within, read_gpus
 from rtp_llm.model import checkpoint as checkpoints
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
 
-if TYPE_CHECKING:
-    from doctor.gang.view import GangView
-
-# A slip in one of these gives this part another place, another size or another model, in silence.
+# A typo in one of these silently changes the part's rank, size, port or model.
 PLAN_VARIABLES = {
     *("TP_SIZE", "DP_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "WORLD_RANK", "WORLD_INDEX", "TP_RANK"),
     *("DISTRIBUTE_CONFIG_FILE", "GANG_CONFIG_STRING", "JSON_GANG_PARTS", "LEADER_ADDRESS", "ZONE_NAME"),
@@ -37,7 +35,10 @@ ANY_GPUS = 1 << 20
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """`config` holds what is valid, typing slips in decisive names undone; `faults` say what is not."""
+    """`config` holds the valid settings, typos in PLAN_VARIABLES corrected; `config_errors` lists the invalid ones.
+
+    `misspelled`: pairs of (name that is set, name that was probably meant).
+    """
 
     config: Config
     config_errors: tuple[ConfigError, ...]
@@ -46,27 +47,30 @@ class ParsedConfig:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """`plan` is the likely one where `fault` says that there is none; None where nothing can be guessed."""
+    """`plan` is a guess if `config_error` is set, and None if no guess is consistent.
+
+    `nat`: why the plan's address is not an address of this machine; empty if it is.
+    """
 
     plan: Plan | None
     config_error: ConfigError | None = None
-    nat: str = ""  # why the plan's address is not one of ours
+    nat: str = ""
 
 
 @dataclass
 class CheckContext:
-    """`tier`: how far the doctor was asked to go. `gang`: what the parts told each other, from tier 2 on."""
+    """The input of every check. `tier`: the highest tier that was requested, 0 to 3."""
 
     host: Host
     argv: Sequence[str] = ()
     tier: int = 0
-    gang: "GangView | None" = None
-    gang_failure: str = ""  # why the parts could not be asked
+    gang: GangView | None = None  # reports of all parts, from tier 2 on
+    gang_failure: str = ""  # why the parts could not exchange reports
     collective: dict[str, Any] | None = None
-    nvml: Any = field(default=None)  # pynvml, or what stands for it in a test
-    ignored: frozenset[str] = frozenset()  # ids whose errors stop nothing
-    starting: bool = False  # a start follows at once
-    running: bool = False  # this part is running: what holds its ports and its memory is itself
+    nvml: Any = field(default=None)  # pynvml, or a fake of it in tests
+    ignored: frozenset[str] = frozenset()  # ids of checks whose errors do not skip the checks that need them
+    starting: bool = False  # the server starts after this run
+    running: bool = False  # this part is running, and uses its ports and its memory
 
     @cached_property
     def parsed_config(self) -> ParsedConfig:
@@ -78,7 +82,7 @@ class CheckContext:
 
     @cached_property
     def gpus(self) -> GpuInventory:
-        """Read here, for all checks; only after a process that may be killed has seen that the driver answers."""
+        """Reads the GPUs once for all checks, after a forked process has shown that the driver does not hang."""
         visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
         if self.nvml is None and not completes_within(read_gpus):
             return GpuInventory(failure=DRIVER_TIMEOUT, selection=apply_cuda_visible_devices((), visible))
@@ -89,9 +93,12 @@ class CheckContext:
         return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
 
     def preload_with_timeouts(self) -> None:
-        """A dead network disk holds whoever reads from it, and nobody kills this process: what gives no answer to one
-        that is killed is a fault, and is not asked for again."""
-        _ = self.gpus  # asked for in that way by itself
+        """Reads what may hang, first in a forked process that can be killed.
+
+        A dead network disk blocks its reader, and nothing can kill this process. A read that times out becomes an
+        error, and is not tried again.
+        """
+        _ = self.gpus  # has a timeout of its own
         if not completes_within(lambda: self.plan_result):
             source = self.config.distribute_config_file or "the member list"
             self.plan_result = PlanResult(
@@ -99,8 +106,8 @@ class CheckContext:
             )
         path = self.checkpoint_path
         if path and not completes_within(lambda: files.read(path / "config.json")):
-            hung = CheckpointError(f"CHECKPOINT_PATH={path}: its disk gives no answer", check="M-08")
-            self.checkpoint, self.checkpoint_errors = None, [hung]
+            timed_out = CheckpointError(f"CHECKPOINT_PATH={path}: its disk gives no answer", check="M-08")
+            self.checkpoint, self.checkpoint_errors = None, [timed_out]
 
     @property
     def plan(self) -> Plan | None:
@@ -108,10 +115,15 @@ class CheckContext:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this part is to run on GPUs, by what can be told."""
+        """Whether the ranks run on GPUs: by the plan, else by RTP_DEVICE and the visible GPUs."""
         if self.plan:
             return self.plan.device == "cuda"
         return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
+
+    @property
+    def used_gpus(self) -> list[Gpu]:
+        """Returns the GPUs that the local ranks use; empty if they run on CPU."""
+        return self.gpus.visible[: self.local_ranks] if self.on_gpu else []
 
     @property
     def local_ranks(self) -> int:
@@ -119,9 +131,22 @@ class CheckContext:
         return self.plan.local_world_size if self.plan else config.local_world_size or config.tp_size or 1
 
     @property
+    def is_multi_part(self) -> bool:
+        return bool(self.plan and self.plan.is_multi_part)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Returns the members whose address is known; empty without a plan."""
+        return self.plan.members if self.plan else ()
+
+    @property
+    def local_member(self) -> Member | None:
+        return next((m for m in self.members if self.plan and m.index == self.plan.part), None)
+
+    @property
     def peers(self) -> list[Member]:
-        """The members of the other parts, those whose address is known."""
-        return [m for m in self.plan.members if m.index != self.plan.part] if self.plan else []
+        """Returns the members of the other parts."""
+        return [m for m in self.members if m != self.local_member]
 
     @cached_property
     def nccl(self) -> Nccl:
@@ -134,14 +159,14 @@ class CheckContext:
     @cached_property
     def checkpoint_errors(self) -> list[CheckpointError]:
         path = self.checkpoint_path
-        found = checkpoints.find_errors(path) if path and path.is_dir() else []
-        return found + ([self.tokenizer_error] if self.tokenizer_error else [])
+        errors = checkpoints.find_errors(path) if path and path.is_dir() else []
+        return errors + ([self.tokenizer_error] if self.tokenizer_error else [])
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Where this part reads the tokenizer; None where it reads none."""
-        place = self.config.tokenizer_path or self.config.checkpoint_path
-        return Path(place) if place and not (self.plan and self.plan.part) else None
+        """Returns the tokenizer's folder; None on other parts than part 0, which alone reads the tokenizer."""
+        path = self.config.tokenizer_path or self.config.checkpoint_path
+        return Path(path) if path and not (self.plan and self.plan.part) else None
 
     @cached_property
     def tokenizer_error(self) -> CheckpointError | None:
@@ -176,49 +201,49 @@ class CheckContext:
 
 
 def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
-    """What can be read of flags and environment, and every reason why the rest cannot."""
-    faults: list[ConfigError] = []
+    """Returns the settings that flags and environment set, and an error for each that is invalid."""
+    errors: list[ConfigError] = []
     corrected: set[str] = set()
-    misses: tuple[tuple[str, str], ...] = ()
+    misspelled: tuple[tuple[str, str], ...] = ()
     while True:
         try:
             loaded = load(argv, environ)
-        except ConfigError as fault:
-            # What was only put there as the likely meaning of a slip is not the operator's fault.
-            faults += [] if fault.names and set(fault.names) <= corrected else [fault]
-            environ = {name: value for name, value in environ.items() if name not in fault.names}
-            # A flag, and not a variable, or still the same fault: no flag can be believed.
-            if not fault.names or any(f"--{name.lower()}" in " ".join(argv) for name in fault.names):
+        except ConfigError as error:
+            # A value that only a corrected typo put there is not the operator's.
+            errors += [] if error.names and set(error.names) <= corrected else [error]
+            environ = {name: value for name, value in environ.items() if name not in error.names}
+            # The error is in a flag, or in no single setting: ignore all flags.
+            if not error.names or any(f"--{name.lower()}" in " ".join(argv) for name in error.names):
                 argv = ()
             continue
-        misses = misses or loaded.misspelled
-        slips = {
-            meant: given for given, meant in misses if meant in PLAN_VARIABLES - corrected and meant not in environ
+        misspelled = misspelled or loaded.misspelled
+        typos = {
+            meant: name for name, meant in misspelled if meant in PLAN_VARIABLES - corrected and meant not in environ
         }
-        if not slips:
-            return ParsedConfig(loaded.config, tuple(faults), misses)
-        environ = environ | {meant: environ[given] for meant, given in slips.items() if given in environ}
-        corrected |= slips.keys()
+        if not typos:
+            return ParsedConfig(loaded.config, tuple(errors), misspelled)
+        environ = environ | {meant: environ[name] for meant, name in typos.items() if name in environ}
+        corrected |= typos.keys()
 
 
-def read_plan(config: Config, gpus: int, addresses: set[str]) -> PlanResult:
-    """The plan, or the fault that the server would end with and the plan that was likely meant."""
+def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
+    """Returns the plan, or the error that the server would exit with and a guess of the plan."""
     try:
-        plan = make_plan(config, gpus)
+        plan = make_plan(config, num_gpus)
         return PlanResult(plan, nat=check_address(plan, addresses) or "")
-    except ConfigError as fault:
-        return PlanResult(_guess_plan(config, gpus, addresses), fault)
+    except ConfigError as error:
+        return PlanResult(_guess_plan(config, num_gpus, addresses), error)
 
 
-def _guess_plan(config: Config, gpus: int, addresses: set[str]) -> Plan | None:
-    """Another rank of this part, or more GPUs than there are: the first that leaves no contradiction."""
+def _guess_plan(config: Config, num_gpus: int, addresses: set[str]) -> Plan | None:
+    """Tries other ranks of this part, then more GPUs than are visible; returns the first consistent plan."""
     ranks = range(config.world_size or config.tp_size or 1)
-    free = {"world_index": None, "tp_rank": None}
-    candidates = [config, *(config.model_copy(update=free | {"world_rank": rank}) for rank in ranks)]
-    for shown in (gpus, ANY_GPUS):
+    derived = {"world_index": None, "tp_rank": None}
+    candidates = [config, *(config.model_copy(update=derived | {"world_rank": rank}) for rank in ranks)]
+    for visible in (num_gpus, ANY_GPUS):
         for candidate in candidates:
             try:
-                plan = make_plan(candidate, shown)
+                plan = make_plan(candidate, visible)
                 check_address(plan, addresses)
             except ConfigError:
                 continue

@@ -1,6 +1,6 @@
 """The machine as the checks see it. Everything is read below `root`, or by a method that a test can replace.
 
-Needs no `ip`, `ss` or `nvidia-smi`, no root, and writes nothing.
+Needs neither `ip`, `ss` or `nvidia-smi` nor root, and writes nothing.
 """
 
 import os
@@ -11,12 +11,13 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
 
-from doctor.check import Runtime
 from doctor.mounts import Mount, mount_of, parse_mountinfo
+from doctor.runtime import Runtime
 from rtp_llm.machine.cgroup import Cgroup
 
 RLIMITS = {
@@ -27,30 +28,19 @@ RLIMITS = {
 }
 CAPABILITIES = {"IPC_LOCK": 14, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_NICE": 23}  # capability.h
 SECRET_WORDS = (
-    "secret",
-    "token",
-    "password",
-    "passwd",
-    "passphrase",
-    "passcode",
-    "api_key",
-    "apikey",
-    "credential",
-    "access_key",
-    "private",
+    *("secret", "token", "password", "passwd", "passphrase", "passcode", "private", "credential"),
+    *("access_key", "api_key", "api-key", "apikey"),
 )
-# Without this server's own settings that merely sound like it: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE,
-# DEFAULT_CHAT_TEMPLATE_KEY. The short words end a name that has more before them: MYKEY, DB_PASS; not KEYBOARD.
+# Excludes this server's settings whose names only look like secrets: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE,
+# DEFAULT_CHAT_TEMPLATE_KEY. The short words match only at the end of a longer name: MYKEY, DB_PASS; not KEYBOARD.
 SHORT_WORDS = r"(?<=[\w-])(?<!by)(?<!template[_-])(?:pass|keys?|creds?)(?![a-z])"
-SECRET = "|".join([*SECRET_WORDS, "api-key", SHORT_WORDS]).replace("token", "token(?!iz|s)")
-
-
-KERNEL_RECORDS = 50_000  # more than its buffer holds
+SECRET = "|".join([*SECRET_WORDS, SHORT_WORDS]).replace("token", "token(?!iz|s)")
+MAX_KERNEL_RECORDS = 50_000  # more than the kernel's buffer holds
 
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Of a file system, in bytes; `inodes` free ones, -1 where it does not count them."""
+    """Size and free space of a file system, in bytes; `inodes`: free inodes, -1 if it does not count them."""
 
     size: int
     free: int
@@ -59,7 +49,7 @@ class DiskSpace:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. `speed` in Mbit/s, 0 where the kernel does not know; `up`: it has a carrier."""
+    """A network interface. `speed` in Mbit/s, 0 if unknown; `up`: whether it has a carrier."""
 
     name: str
     addresses: tuple[str, ...]
@@ -69,7 +59,7 @@ class Interface:
 
 
 class Host:
-    """`root` is where /proc, /sys, /etc and /dev are looked for; `environ` is the environment of the server to be."""
+    """`root` is the folder that holds /proc, /sys, /etc and /dev; `environ` is the environment of the server."""
 
     def __init__(self, root: Path = Path("/"), environ: Mapping[str, str] | None = None):
         self.root = root
@@ -81,7 +71,7 @@ class Host:
         return self.root / name.lstrip("/")
 
     def read(self, name: str) -> str | None:
-        """The text of a file; None where there is none, or it may not be read."""
+        """Returns the text of a file; None if it cannot be read."""
         try:
             return self.path(name).read_text(errors="replace")
         except OSError:
@@ -89,30 +79,32 @@ class Host:
 
     @cached_property
     def kernel_log(self) -> str | None:
-        """What the kernel has logged since the machine started; None where that may not be read. /dev/kmsg gives a
-        record a read, and would wait for the next one for ever."""
+        """Returns the kernel log since boot; None if it cannot be read.
+
+        Reads /dev/kmsg without blocking: each read returns one record, and a blocking one would wait for the next.
+        """
         try:
             fd = os.open(self.path("/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return None
         records: list[bytes] = []
         try:
-            while len(records) < KERNEL_RECORDS and (record := os.read(fd, 8192)):
+            while len(records) < MAX_KERNEL_RECORDS and (record := os.read(fd, 8192)):
                 records.append(record)
         except BlockingIOError:
-            pass  # the last one was read
-        except OSError:  # EPIPE: overwritten while it was read; EPERM where only opening is allowed
+            pass  # no more records
+        except OSError:  # EPIPE: overwritten while it was read; EPERM: only opening is allowed
             return None if not records else b"".join(records).decode(errors="replace")
         finally:
             os.close(fd)
-        return b"".join(records).decode(errors="replace") or None  # empty: /dev/null was mounted over it
+        return b"".join(records).decode(errors="replace") or None  # empty: /dev/null is mounted over it
 
     def read_int(self, name: str) -> int | None:
         text = (self.read(name) or "").strip()
         return int(text) if text.isascii() and text.removeprefix("-").isdigit() else None
 
     def list_dir(self, folder: str) -> list[str]:
-        """Names in a folder, sorted; none where it cannot be listed."""
+        """Returns the sorted names in a folder; empty if it cannot be listed."""
         try:
             return sorted(os.listdir(self.path(folder)))
         except OSError:
@@ -121,14 +113,14 @@ class Host:
     def exists(self, name: str) -> bool:
         return self.path(name).exists()
 
-    # What kind of machine
+    # Runtime and limits
 
     @cached_property
     def runtime(self) -> Runtime:
-        """RTP_RUNTIME where it is set (compose leaves no trace of its own), else by what each runtime leaves."""
-        asked = self.environ.get("RTP_RUNTIME", "")
-        if asked in list(Runtime):
-            return Runtime(asked)
+        """Returns RTP_RUNTIME if it is set (compose cannot be detected), else detects the runtime by its files."""
+        name = self.environ.get("RTP_RUNTIME", "")
+        if name in list(Runtime):
+            return Runtime(name)
         if "KUBERNETES_SERVICE_HOST" in self.environ or self.exists("/var/run/secrets/kubernetes.io/serviceaccount"):
             return Runtime.KUBERNETES
         if self.exists("/.dockerenv") or self.exists("/run/.containerenv"):
@@ -137,7 +129,7 @@ class Host:
 
     @cached_property
     def status(self) -> dict[str, str]:
-        """/proc/self/status by name."""
+        """Returns the fields of /proc/self/status by name."""
         lines = (line.partition(":") for line in (self.read("/proc/self/status") or "").splitlines())
         return {name: value.strip() for name, _, value in lines}
 
@@ -146,21 +138,21 @@ class Host:
 
     @cached_property
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """(soft, hard) by short name; RLIM_INFINITY for "unlimited"."""
-        found = {}
+        """Returns (soft, hard) by short name; RLIM_INFINITY for "unlimited"."""
+        limits = {}
         for line in (self.read("/proc/self/limits") or "").splitlines():
             name = next((n for n in RLIMITS if line.startswith(n)), None)
             if name:
                 soft, hard = line[len(name) :].split()[:2]
-                found[RLIMITS[name]] = (_limit(soft), _limit(hard))
-        return found
+                limits[RLIMITS[name]] = (_limit(soft), _limit(hard))
+        return limits
 
     @cached_property
     def mounts(self) -> list[Mount]:
         return parse_mountinfo(self.read("/proc/self/mountinfo") or "")
 
     def mount(self, path: str) -> Mount | None:
-        """The mount that a path lies on."""
+        """Returns the mount that holds a path."""
         return mount_of(self.mounts, path)
 
     @cached_property
@@ -168,11 +160,10 @@ class Host:
         return Cgroup.read(self.read)
 
     def space(self, path: str) -> DiskSpace:
-        """Raises OSError."""
-        seen = os.statvfs(self.path(path))
-        return DiskSpace(
-            seen.f_blocks * seen.f_frsize, seen.f_bavail * seen.f_frsize, seen.f_favail if seen.f_files else -1
-        )
+        """Raises OSError if the file system cannot be queried."""
+        stat = os.statvfs(self.path(path))
+        inodes = stat.f_favail if stat.f_files else -1
+        return DiskSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, inodes)
 
     @property
     def uid(self) -> int:
@@ -187,35 +178,35 @@ class Host:
         return platform.machine()
 
     def memory_available(self) -> int:
-        """Bytes: what the kernel says is to be had, and what the cgroup leaves of it."""
+        """Returns the available bytes: the smaller of the machine's and the cgroup's."""
         return min(psutil.virtual_memory().available, self.cgroup.available_memory)
 
     # Network
 
     @cached_property
     def interfaces(self) -> list[Interface]:
-        """Those that have an IPv4 address, in the kernel's order."""
+        """Returns the interfaces that have an IPv4 address, in the kernel's order."""
         states = psutil.net_if_stats()
-        found = []
+        interfaces = []
         for name, entries in psutil.net_if_addrs().items():
             addresses = tuple(e.address for e in entries if e.family == socket.AF_INET)
             state = states.get(name)
             if addresses and state:
-                found.append(Interface(name, addresses, state.mtu, state.speed, state.isup))
-        return found
+                interfaces.append(Interface(name, addresses, state.mtu, state.speed, state.isup))
+        return interfaces
 
     @property
     def hostname(self) -> str:
         return socket.gethostname()
 
     def resolve(self, name: str) -> list[str]:
-        """IPv4 addresses of a name. Raises OSError (gaierror) with the resolver's words."""
+        """Returns the sorted IPv4 addresses of a name. Raises OSError (gaierror) if it does not resolve."""
         return sorted(
             {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
         )
 
     def source_address(self, ip: str) -> str:
-        """The address this machine would send from towards `ip`. Raises OSError where there is no route."""
+        """Returns the source address of packets to `ip`. Raises OSError if there is no route."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((ip, 9))  # sends nothing
             return str(probe.getsockname()[0])
@@ -232,18 +223,37 @@ def _limit(text: str) -> int:
     return resource.RLIM_INFINITY if text == "unlimited" else int(text)
 
 
+def parse_number_ranges(text: str) -> set[int]:
+    """Parses the kernel's lists of cores and ports: "0-3,8". Ignores malformed entries."""
+    numbers: set[int] = set()
+    for entry in filter(None, text.strip().split(",")):
+        first, _, last = entry.partition("-")
+        if entry.isascii() and first.isdigit() and (last or first).isdigit():
+            numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def is_ip_address(text: str) -> bool:
+    """Whether `text` is an IPv4 or IPv6 address, not a host name."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def is_secret(name: str) -> bool:
-    """Whether a variable's value must never be shown."""
+    """Whether the value of a variable of this name must never be shown."""
     return bool(re.search(SECRET, name, re.IGNORECASE))
 
 
 def public_environ(environ: Mapping[str, str], prefixes: Sequence[str]) -> dict[str, str]:
-    """The variables that begin with one of `prefixes`, secrets left out."""
+    """Returns the variables that begin with one of `prefixes`, without secrets."""
     return {n: v for n, v in sorted(environ.items()) if n.startswith(tuple(prefixes)) and not is_secret(n)}
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people: "64.0 MiB"."""
+    """Returns bytes as text: "64.0 MiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""/proc/self/mountinfo, parsed (proc(5))."""
+"""Parser of /proc/self/mountinfo (proc(5))."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mount:
-    """One line: where, of what kind, with which options; `device` is "major:minor"."""
+    """One line of mountinfo. `device` is "major:minor", `point` the mount point."""
 
     device: str
     root: str
@@ -23,31 +23,31 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """In the file's order, which is the order of mounting; lines that are not understood are left out."""
-    found = []
+    """Returns the mounts in the order of mounting. Ignores malformed lines."""
+    mounts = []
     for line in text.splitlines():
         left, dash, right = line.partition(" - ")
         before, after = left.split(), right.split(" ")
         if not dash or len(before) < 6 or len(after) < 3:
             continue
-        _, _, device, root, point, options = before[:6]
-        fstype, source, super_options = after[0], after[1], after[2]
-        found.append(
+        device, root, point, options = before[2:6]
+        fstype, source, super_options = after[:3]
+        mounts.append(
             Mount(
                 device,
-                _plain(root),
-                _plain(point),
+                _unescape(root),
+                _unescape(point),
                 frozenset(options.split(",")),
                 fstype,
-                _plain(source),
+                _unescape(source),
                 frozenset(super_options.split(",")),
             )
         )
-    return found
+    return mounts
 
 
 def mount_of(mounts: Sequence[Mount], path: str) -> Mount | None:
-    """The mount that holds an absolute path: the longest point above it, of equals the last mounted."""
+    """Returns the mount that holds an absolute path: the longest mount point above it, the last mounted if equal."""
     best: Mount | None = None
     for mount in mounts:
         point = mount.point.rstrip("/")
@@ -56,6 +56,6 @@ def mount_of(mounts: Sequence[Mount], path: str) -> Mount | None:
     return best
 
 
-def _plain(text: str) -> str:
-    """Spaces and backslashes are written as octal."""
+def _unescape(text: str) -> str:
+    """Decodes the octal escapes of spaces and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,6 +1,6 @@
-"""What NCCL would do here: its effective settings, its version, and the interface it would choose.
+"""NCCL on this machine: its effective settings, its version and the interface that it would choose.
 
-Rules from NCCL's documentation (environment variables) and its src/misc/socket.cc, src/misc/param.cc.
+The rules are those of NCCL's documentation (environment variables), src/misc/socket.cc and src/misc/param.cc.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 
 @dataclass(frozen=True)
 class Setting:
-    """`source` is "environment" or the file it stands in."""
+    """`source` is "environment" or the path of a configuration file."""
 
     value: str
     source: str
@@ -22,10 +22,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Nccl:
-    """`version` is () where no NCCL package is installed."""
+    """`version` is () if no NCCL package is installed."""
 
     settings: Mapping[str, Setting]
     version: tuple[int, ...]
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(map(str, self.version))
 
     def value(self, name: str) -> str:
         return self.settings[name].value if name in self.settings else ""
@@ -36,30 +40,33 @@ class Nccl:
 
 
 def effective_settings(host: Host) -> dict[str, Setting]:
-    """NCCL_* by name: the environment beats $NCCL_CONF_FILE (or ~/.nccl.conf), which beats /etc/nccl.conf."""
-    found = {n: Setting(v, "environment") for n, v in sorted(host.environ.items()) if n.startswith("NCCL_")}
-    own = host.environ.get("NCCL_CONF_FILE") or f"{host.environ.get('HOME', '/root')}/.nccl.conf"
-    for file in (own, "/etc/nccl.conf"):
-        for name, value in parse_conf(host.read(file) or "").items():
-            found.setdefault(name, Setting(value, file))
-    return found
+    """Returns the NCCL_* settings by name.
+
+    The environment takes precedence over $NCCL_CONF_FILE (or ~/.nccl.conf), and that over /etc/nccl.conf.
+    """
+    settings = {n: Setting(v, "environment") for n, v in sorted(host.environ.items()) if n.startswith("NCCL_")}
+    user_file = host.environ.get("NCCL_CONF_FILE") or f"{host.environ.get('HOME', '/root')}/.nccl.conf"
+    for path in (user_file, "/etc/nccl.conf"):
+        for name, value in parse_conf(host.read(path) or "").items():
+            settings.setdefault(name, Setting(value, path))
+    return settings
 
 
 def parse_conf(text: str) -> dict[str, str]:
-    """NAME=value lines; # begins a comment line; the first of two wins, as setenv without overwriting does."""
-    found: dict[str, str] = {}
+    """Parses NAME=value lines; # begins a comment line; the first of two equal names wins."""
+    settings: dict[str, str] = {}
     for line in text.splitlines():
         name, equals, value = line.partition("=")
         if equals and not line.startswith("#"):
-            found.setdefault(name.strip(), value.strip())
-    return found
+            settings.setdefault(name.strip(), value.strip())
+    return settings
 
 
 def installed_version() -> tuple[int, ...]:
-    """Of the library that torch brought along, without loading it."""
+    """Returns the version of the NCCL package that torch depends on, without loading it."""
     for package in PACKAGES:
         try:
-            return tuple(int(piece) for piece in version(package).split(".")[:3])
+            return tuple(int(number) for number in version(package).split(".")[:3])
         except PackageNotFoundError:
             continue
     return ()
@@ -67,7 +74,7 @@ def installed_version() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class NameFilter:
-    """NCCL_SOCKET_IFNAME: "eth,ens" prefixes, "=eth0" whole names, "^docker" and "^=lo" all but these."""
+    """A filter of NCCL_SOCKET_IFNAME: prefixes ("eth,ens"), exact names ("=eth0") or exclusions ("^docker", "^=lo")."""
 
     names: tuple[str, ...]
     exact: bool
@@ -81,23 +88,23 @@ class NameFilter:
         return cls(tuple(n for n in text.removeprefix("=").split(",") if n), exact, exclude)
 
     def takes(self, name: str) -> bool:
-        hit = any(name == n if self.exact else name.startswith(n) for n in self.names)
-        return hit != self.exclude
+        matches = any(name == n if self.exact else name.startswith(n) for n in self.names)
+        return matches != self.exclude
 
 
 def choose_interfaces(interfaces: Sequence[Interface], setting: str) -> list[Interface]:
-    """Those NCCL would use, the first for its bootstrap: by the setting, or InfiniBand's, any but docker's and
-    loopback, docker's, loopback, virbr's: the first kind that exists."""
+    """Returns the interfaces that NCCL would use, the first for its bootstrap.
+
+    `setting`: NCCL_SOCKET_IFNAME. If it is empty, the first of these groups that is not empty: InfiniBand, all except
+    docker*, lo and virbr*, docker*, lo, virbr*.
+    """
     interfaces = [i for i in interfaces if i.up]
     if setting:
-        chosen = NameFilter.parse(setting)
-        return [i for i in interfaces if chosen.takes(i.name)]
-    for kind in ("ib", "^docker,lo,virbr", "docker", "lo", "virbr"):
-        found = _matching(interfaces, NameFilter.parse(kind))
-        if found:
-            return found
-    return []
+        return _matching(interfaces, setting)
+    groups = (_matching(interfaces, names) for names in ("ib", "^docker,lo,virbr", "docker", "lo", "virbr"))
+    return next(filter(None, groups), [])
 
 
-def _matching(interfaces: Iterable[Interface], names: NameFilter) -> list[Interface]:
-    return [i for i in interfaces if names.takes(i.name)]
+def _matching(interfaces: Iterable[Interface], names: str) -> list[Interface]:
+    name_filter = NameFilter.parse(names)
+    return [i for i in interfaces if name_filter.takes(i.name)]

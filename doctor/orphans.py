@@ -1,12 +1,13 @@
-"""Files in /dev/shm that nobody uses any more, and the removal of those that are provably this server's.
+"""Orphaned files in /dev/shm, and the removal of those that are provably this server's.
 
-Provably: the name is one that this server makes, the file belongs to this user, it is not new, no process here has it
-mapped or open, and its lock can be had, which no living rank in any namespace would let go (see parallel/segment.py).
+A file is provably this server's and orphaned if its name is a segment's, it belongs to this user, it is not new, no
+process here has it mapped or open, and its lock is free: every live rank holds it, in any namespace (see
+parallel/segment.py).
 """
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from stat import S_ISREG
 
@@ -15,12 +16,12 @@ from rtp_llm.parallel import segment
 
 SHM = "/dev/shm"
 KNOWN = re.compile(r"(nccl-|psm_|torch_|sem\.|sglang|vllm|cuda\.shm\.|rtp-llm-)")
-MIN_AGE_SECONDS = 10.0  # between making a file and locking it a rank may be interrupted
+MIN_AGE_SECONDS = 10.0  # a rank may be interrupted between creating a file and locking it
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """`ours`: provably this server's, and so removable."""
+    """`ours`: provably this server's, so it can be removed."""
 
     name: str
     bytes: int
@@ -29,7 +30,7 @@ class Orphan:
 
 @dataclass(frozen=True)
 class OrphanScan:
-    """`candidates`: files of a kind that gets left behind; `unreadable`: processes that may not be looked into."""
+    """`candidates`: number of files with a known name; `unreadable`: number of processes that cannot be inspected."""
 
     files: tuple[Orphan, ...]
     candidates: int
@@ -41,29 +42,31 @@ class OrphanScan:
 
 
 def find_orphans(host: Host) -> OrphanScan:
-    """What lies in /dev/shm and is in nobody's hands. Where processes cannot be looked into, only what is ours by its
-    lock is called an orphan."""
+    """Returns the files in /dev/shm that no process uses.
+
+    If some processes cannot be inspected, only files that are provably this server's count as orphaned.
+    """
     names = [name for name in host.list_dir(SHM) if KNOWN.match(name)]
     if not names:
         return OrphanScan((), 0, 0)
     used, unreadable = _in_use(host, names)
-    found = []
+    orphans = []
     for name in names:
         path = host.path(f"{SHM}/{name}")
         try:
-            seen = path.lstat()
+            stat = path.lstat()
         except FileNotFoundError:
             continue
-        if name in used or not S_ISREG(seen.st_mode) or time.time() - seen.st_mtime < MIN_AGE_SECONDS:
+        if name in used or not S_ISREG(stat.st_mode) or time.time() - stat.st_mtime < MIN_AGE_SECONDS:
             continue
-        ours = bool(segment.NAME.match(name)) and seen.st_uid == host.uid and segment.is_orphaned(path)
+        ours = bool(segment.NAME.match(name)) and stat.st_uid == host.uid and segment.is_orphaned(path)
         if ours or not unreadable:
-            found.append(Orphan(name, seen.st_blocks * 512, ours))
-    return OrphanScan(tuple(found), len(names), unreadable)
+            orphans.append(Orphan(name, stat.st_blocks * 512, ours))
+    return OrphanScan(tuple(orphans), len(names), unreadable)
 
 
 def remove_orphans(host: Host) -> list[Orphan]:
-    """Unlinks those that are provably ours; returns them."""
+    """Unlinks the orphaned files that are provably this server's, and returns them."""
     removed = []
     for orphan in find_orphans(host).files:
         path = host.path(f"{SHM}/{orphan.name}")
@@ -73,9 +76,8 @@ def remove_orphans(host: Host) -> list[Orphan]:
     return removed
 
 
-def _in_use(host: Host, names: Iterable[str]) -> tuple[set[str], int]:
-    """Those of the names that a process has mapped or open, and how many processes could not be asked."""
-    wanted = set(names)
+def _in_use(host: Host, names: Sequence[str]) -> tuple[set[str], int]:
+    """Returns the names that a process has mapped or open, and the number of processes that cannot be inspected."""
     used: set[str] = set()
     unreadable = 0
     for pid in (n for n in host.list_dir("/proc") if n.isdigit()):
@@ -84,15 +86,15 @@ def _in_use(host: Host, names: Iterable[str]) -> tuple[set[str], int]:
             unreadable += host.exists(f"/proc/{pid}")
             continue
         text = maps + "\n".join(_links(host, f"/proc/{pid}/fd"))
-        used |= {name for name in wanted if f"{SHM}/{name}" in text}
+        used |= {name for name in names if f"{SHM}/{name}" in text}
     return used, unreadable
 
 
 def _links(host: Host, folder: str) -> list[str]:
-    found = []
+    targets = []
     for name in host.list_dir(folder):
         try:
-            found.append(str(host.path(f"{folder}/{name}").readlink()))
-        except OSError:  # closed meanwhile
+            targets.append(str(host.path(f"{folder}/{name}").readlink()))
+        except OSError:  # closed in the meantime
             continue
-    return found
+    return targets

@@ -1,6 +1,6 @@
-"""Tier 1: short programs that use a GPU for real, each in a process of its own that is killed when it hangs.
+"""Tier 1: short programs that use a GPU, each in a process that is killed if it hangs.
 
-The doctor itself never loads torch: a hung driver takes the probe with it and leaves the doctor alive.
+The doctor itself never loads torch, so a hung driver hangs only the probe.
 """
 
 import json
@@ -12,10 +12,10 @@ from typing import Any
 
 from rtp_llm.machine.gpus import Gpu
 
-SECONDS = 50.0  # most of it for importing torch from a cold disk
+TIMEOUT_SECONDS = 50.0  # mostly for importing torch from a cold disk
 
 PROBE_PREAMBLE = "from rtp_llm.machine.process import die_with_parent\ndie_with_parent()\n"
-# A matrix product whose result is known: every element of ones(n, n) @ ones(n, n) is n.
+# Every element of ones(n, n) @ ones(n, n) is n.
 COMPUTE = """
 import json, sys, torch
 device = torch.device("cuda", int(sys.argv[1]))
@@ -26,64 +26,65 @@ ARCHITECTURES = """
 import json, torch
 print(json.dumps(torch.cuda.get_arch_list()))
 """
-# Small and 64 MiB, from one GPU to every other; the pattern differs for each, so that a stale buffer cannot pass.
-# A line per direction: the one that hangs is the one that has none.
+# Copies 4 KiB and 64 MiB from one GPU to every other. Each direction has another pattern, so that a stale buffer is
+# detected, and prints a line: the direction that hangs has none.
 PEER = """
 import json, sys, torch
-one, count = int(sys.argv[1]), int(sys.argv[2])
-for other in range(count):
-    if other == one:
+source_gpu, count = int(sys.argv[1]), int(sys.argv[2])
+for target_gpu in range(count):
+    if target_gpu == source_gpu:
         continue
     for size in (1024, 16 << 20):
-        source = torch.arange(size, dtype=torch.int32, device=f"cuda:{one}") * 3 + 1000 * one + other
-        target = torch.zeros(size, dtype=torch.int32, device=f"cuda:{other}")
+        source = torch.arange(size, dtype=torch.int32, device=f"cuda:{source_gpu}")
+        source = source * 3 + 1000 * source_gpu + target_gpu
+        target = torch.zeros(size, dtype=torch.int32, device=f"cuda:{target_gpu}")
         target.copy_(source)
-        torch.cuda.synchronize(other)
+        torch.cuda.synchronize(target_gpu)
         wrong = int((target.cpu() != source.cpu()).sum())
         if wrong:
             break
-    print(json.dumps({"other": other, "wrong": wrong, "of": size}), flush=True)
+    print(json.dumps({"target": target_gpu, "wrong": wrong, "of": size}), flush=True)
 """
 
 
 def run_probe(program: str, *arguments: object) -> tuple[list[Any], str]:
-    """What the program printed, a line of JSON each, and why there is no more of it (empty at an orderly end)."""
+    """Returns the lines of JSON that the program printed, and its error message (empty if it exited with 0)."""
     command = [sys.executable, "-c", PROBE_PREAMBLE + program, *map(str, arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired as late:
-        text = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        return _lines(text), f"no answer within {SECONDS:.0f} s; the process was killed"
-    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return _lines(done.stdout), "" if done.returncode == 0 else last[:300]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired as timeout:
+        text = timeout.stdout.decode() if isinstance(timeout.stdout, bytes) else timeout.stdout or ""
+        return _json_lines(text), f"no answer within {TIMEOUT_SECONDS:.0f} s; the process was killed"
+    last_line = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    return _json_lines(process.stdout), "" if process.returncode == 0 else last_line[:300]
 
 
-def _lines(text: str) -> list[Any]:
+def _json_lines(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line.startswith(("{", "["))]
 
 
 def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
-    """What is wrong with each GPU; empty where it computes. Ordinals are CUDA's: the order of `gpus`."""
+    """Returns the failure of each GPU, empty if it computes. CUDA numbers the GPUs in the order of `gpus`."""
 
-    def judge(ordinal: int) -> str:
-        answers, failure = run_probe(COMPUTE, ordinal)
-        wrong = answers[0]["wrong"] if answers else 0
-        return failure or (f"{wrong} wrong elements in a product" if wrong else "")
+    def probe(ordinal: int) -> str:
+        results, failure = run_probe(COMPUTE, ordinal)
+        num_wrong = results[0]["wrong"] if results else 0
+        return failure or (f"{num_wrong} wrong elements in a product" if num_wrong else "")
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(gpus, pool.map(judge, range(len(gpus))), strict=True))
+        return dict(zip(gpus, pool.map(probe, range(len(gpus))), strict=True))
 
 
 def architectures() -> list[str] | None:
-    """torch.cuda.get_arch_list(); None where torch cannot be asked."""
-    answers, _ = run_probe(ARCHITECTURES)
-    return answers[0] if answers and answers[0] else None
+    """Returns torch.cuda.get_arch_list(); None if torch cannot be imported."""
+    results, _ = run_probe(ARCHITECTURES)
+    return results[0] if results and results[0] else None
 
 
-def supports_capability(known: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether machine code of this major generation and no newer minor one is there, or PTX of an older one."""
+def supports_capability(compiled: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether the list has machine code of this major and at most this minor version, or PTX of no newer version."""
     major, minor = capability
-    for name in known:
+    for name in compiled:
         kind, _, digits = name.rstrip("af").partition("_")
         version = (int(digits[:-1]), int(digits[-1])) if digits.isdigit() else (99, 0)
         if kind == "sm" and version[0] == major and version[1] <= minor:
@@ -93,20 +94,20 @@ def supports_capability(known: Sequence[str], capability: tuple[int, int]) -> bo
     return False
 
 
-def probe_peer_copies(order: Sequence[int]) -> list[tuple[int, int, str]]:
-    """(from, to, what is wrong), by NVML index, for every direction that does not deliver. `order`: in CUDA's order."""
+def probe_peer_copies(indices: Sequence[int]) -> list[tuple[int, int, str]]:
+    """Returns (source, target, failure) for every direction that fails. `indices`: NVML's, in CUDA's order."""
 
-    def judge(source: int) -> list[tuple[int, int, str]]:
-        answers, failure = run_probe(PEER, source, len(order))
-        seen = {answer["other"]: answer for answer in answers}
-        found: list[tuple[int, int, str]] = []
-        for target in (t for t in range(len(order)) if t != source):
-            if target not in seen:
-                return [*found, (order[source], order[target], failure or "no answer")]
-            if seen[target]["wrong"]:
-                text = f"{seen[target]['wrong']} of {seen[target]['of']} numbers are wrong"
-                found.append((order[source], order[target], text))
-        return found
+    def probe(source: int) -> list[tuple[int, int, str]]:
+        results, failure = run_probe(PEER, source, len(indices))
+        by_target = {result["target"]: result for result in results}
+        failures: list[tuple[int, int, str]] = []
+        for target in (t for t in range(len(indices)) if t != source):
+            if target not in by_target:
+                return [*failures, (indices[source], indices[target], failure or "no answer")]
+            num_wrong, num_copied = by_target[target]["wrong"], by_target[target]["of"]
+            if num_wrong:
+                failures.append((indices[source], indices[target], f"{num_wrong} of {num_copied} numbers are wrong"))
+        return failures
 
     with ThreadPoolExecutor() as pool:
-        return [failure for failures in pool.map(judge, range(len(order))) for failure in failures]
+        return [failure for failures in pool.map(probe, range(len(indices))) for failure in failures]

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from doctor.check import Check, CheckResult, Repair, Runtime, Status
+from doctor.check import Check, CheckResult, Repair, Status
 from doctor.context import CheckContext
 from doctor.host import format_bytes
+from doctor.runtime import Runtime
 from rtp_llm import __version__
 
 SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"

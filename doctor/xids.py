@@ -1,5 +1,6 @@
-"""What NVIDIA's driver reports to the kernel's log of its hardware, and what helps (NVIDIA, "Xid Errors"). The numbers
-that are missing here are mostly a program's own faults.
+"""Xids: hardware errors that NVIDIA's driver writes to the kernel log, and their fixes (NVIDIA, "Xid Errors").
+
+Numbers that are missing here are mostly errors of a program.
 """
 
 import re
@@ -7,29 +8,31 @@ from collections.abc import Sequence
 
 MEANINGS = {
     48: ("an uncorrectable memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
-    63: ("a memory row is to be replaced", "nvidia-smi -i {gpu} -r, or reboot"),
-    64: ("replacing a memory row failed", "take the GPU out of service"),
+    63: ("remapping a memory row is pending", "nvidia-smi -i {gpu} -r, or reboot"),
+    64: ("remapping a memory row failed", "take the GPU out of service"),
     74: ("an NVLink error", "nvidia-smi nvlink -e -i {gpu}; reset all GPUs that are linked to it"),
-    79: ("it fell off the bus", "drain this machine and reboot it; if it comes back, check power and seating"),
+    79: ("it has fallen off the bus", "drain this machine and reboot it; if it comes back, check power and seating"),
     94: ("a contained memory error", "restart what ran on it; reset it when nothing runs: nvidia-smi -i {gpu} -r"),
     95: ("an uncontained memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
-    119: ("its own processor (GSP) did not answer", "nvidia-smi -i {gpu} -r, or reboot; update the driver"),
+    119: ("its own processor (GSP) did not respond", "nvidia-smi -i {gpu} -r, or reboot; update the driver"),
 }
-DRIVER_LOADED_TEXT = "NVRM: loading NVIDIA"  # the driver, which sets up every GPU anew: what was before is over
+DRIVER_LOADED_TEXT = "NVRM: loading NVIDIA"  # resets every GPU: earlier Xids no longer apply
 XID_LINE = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 
 
 def xids_of_gpu(log: str, bus: str) -> list[int]:
-    """Those of the GPU at this PCI address, in the order of the log. The driver writes the address without the
-    function: `PCI:0000:3b:00`."""
-    return [xid for place, xid in _reports(log) if bus.startswith(place)]
+    """Returns the Xids of the GPU at this PCI address, in the order of the log.
+
+    The driver writes the address without the function: `PCI:0000:3b:00`.
+    """
+    return [xid for address, xid in _reports(log) if bus.startswith(address)]
 
 
 def xids_of_unknown_gpus(log: str, buses: Sequence[str]) -> list[tuple[str, int]]:
-    """(address, number) of GPUs at none of these addresses: one that cannot be opened does not tell its own."""
-    return [(place, xid) for place, xid in _reports(log) if not any(bus.startswith(place) for bus in buses)]
+    """Returns (address, Xid) of GPUs at other addresses than these: a GPU that cannot be opened has no known one."""
+    return [(address, xid) for address, xid in _reports(log) if not any(bus.startswith(address) for bus in buses)]
 
 
 def _reports(log: str) -> list[tuple[str, int]]:
-    found = [(place.lower(), int(xid)) for place, xid in XID_LINE.findall(log.split(DRIVER_LOADED_TEXT)[-1])]
-    return [(place, xid) for place, xid in found if xid in MEANINGS]
+    reports = [(address.lower(), int(xid)) for address, xid in XID_LINE.findall(log.split(DRIVER_LOADED_TEXT)[-1])]
+    return [(address, xid) for address, xid in reports if xid in MEANINGS]

@@ -1,3 +1,31 @@
-"""The checks, a file per category. Importing this package registers all of them, in the order of the report."""
+"""The checks. Importing this package registers all of them; the order of the imports is the order of the report."""
 
-from doctor.checks import configuration, model, shm, limits, gpu, interconnect, network, gang, collective  # noqa: F401, I001
+from doctor.checks import (  # noqa: F401, I001
+    configuration,
+    checkpoint_files,
+    model_fit,
+    tokenizer_files,
+    remote_code,
+    disks,
+    shm,
+    limits,
+    permissions,
+    gpu_access,
+    cuda_version,
+    gpu_assignment,
+    gpu_health,
+    gpu_probes,
+    interconnect,
+    listen_ports,
+    member_names,
+    interfaces,
+    proxies,
+    nccl_transport,
+    conntrack,
+    debug_settings,
+    membership,
+    gang_network,
+    agreement,
+    host_identity,
+    collective,
+)

@@ -1,84 +1,79 @@
-"""Tier 3: the group that the server would form, and whether what it adds up is right and arrives in time."""
+"""Tier 3: whether an all-reduce over the process group of the plan is correct, and fast."""
 
-from doctor.check import CheckResult, Status, check, error, ok, skip, unknown, warn
+from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, unknown
+from doctor.checks.categories import collective_check
 from doctor.context import CheckContext
 from doctor.host import format_bytes
 
-CATEGORY = "collective"
-# Bytes per second, each way, of one link: the generations 2 to 4, and 5 (Blackwell); NVIDIA's data sheets.
+# Bytes per second, each way, of one link: generations 2 to 4, and 5 (Blackwell); NVIDIA's data sheets.
 NVLINK_BYTES, NVLINK_5_BYTES = 25e9, 50e9
 NOT_RUN = "--tier 3, on every part at the same time"
-SLOW_SECONDS = 0.05  # of a small all-reduce: a token would take a second and more
+MAX_SMALL_SECONDS = 0.05  # of a small all-reduce: a token would take a second and more
 
 
-@check(
+@collective_check(
     "X-01",
-    CATEGORY,
-    "an all-reduce over the plan's group is right",
-    tier=3,
-    symptoms=("Watchdog caught collective operation timeout", "collective all_reduce failed: …"),
+    "an all-reduce over all ranks is correct",
     needs=("C-01", "C-02", "C-09", "N-01", "N-02", "N-08", "S-01", "G-04", "P-01"),
 )
+@symptoms("Watchdog caught collective operation timeout", "collective all_reduce failed: …")
 def all_reduce_is_correct(ctx: CheckContext) -> CheckResult:
-    """The ranks of the plan form their group as the server would, over NCCL, or gloo on CPU, on the planned ports, and
-    sum numbers whose result is known: 8 bytes, 64 KiB and 16 MiB."""
-    found = ctx.collective
-    if found is None:
+    """The ranks of the plan form their process group as the server would, over NCCL, or gloo on CPU, on the planned
+    ports, and sum numbers whose result is known: 8 bytes, 64 KiB and 16 MiB."""
+    measured = ctx.collective
+    if measured is None:
         return skip(NOT_RUN)
-    if "skipped" in found:
-        return skip(found["skipped"])
-    if "unasked" in found:
-        return unknown(found["unasked"], "rtp-llm-doctor gang --tier 3")
-    if "failure" in found:
-        return error(found["failure"], "a sum", "see the first rank's message; the checks above say what it needs")
-    wrong = {size: entry["wrong"] for size, entry in found["sizes"].items() if entry["wrong"]}
-    if wrong:
-        size, count = next(iter(wrong.items()))
-        return error(f"{count} wrong numbers in {size} bytes", "none", "NCCL_P2P_DISABLE=1; see P-01")
-    return ok(f"{found['backend']}: right at {', '.join(format_bytes(int(size)) for size in found['sizes'])}")
+    if "skipped" in measured:
+        return skip(measured["skipped"])
+    if "unasked" in measured:
+        return unknown(measured["unasked"], "rtp-llm-doctor gang --tier 3")
+    if "failure" in measured:
+        fix = "see the first rank's message; the checks above say what it needs"
+        return error(measured["failure"], "a sum", fix)
+    for size, entry in measured["sizes"].items():
+        if entry["wrong"]:
+            return error(f"{entry['wrong']} wrong numbers in {size} bytes", "none", "NCCL_P2P_DISABLE=1; see P-01")
+    sizes = ", ".join(format_bytes(int(size)) for size in measured["sizes"])
+    return ok(f"{measured['backend']}: correct at {sizes}")
 
 
-@check("X-02", CATEGORY, "an all-reduce is fast enough", tier=3, severity=Status.WARN, needs=("X-01",))
-def all_reduce_is_fast(ctx: CheckContext) -> CheckResult:
-    """Latency of the smallest and speed of the largest all-reduce, beside what the link should give, and what they mean
-    for a token: two all-reduces per layer, each of one hidden vector. In a ring of N ranks each link carries 2 (N-1)/N
-    of the bytes."""
-    found = ctx.collective
-    if found is None or "sizes" not in found:
+@collective_check("X-02", "an all-reduce is fast enough", severity=Status.WARN, needs=("X-01",))
+def all_reduce_is_fast(ctx: CheckContext) -> CheckResult | Reading:
+    """The latency of the smallest all-reduce and the throughput of the largest, compared with the link's maximum, and
+    the resulting time per token: two all-reduces per layer, each of one hidden vector. In a ring of N ranks each link
+    carries 2 (N-1)/N of the bytes."""
+    if ctx.collective is None or "sizes" not in ctx.collective:
         return skip(NOT_RUN)
-    seconds = {int(size): float(entry["seconds"]) for size, entry in found["sizes"].items()}
-    least, most = min(seconds), max(seconds)
-    text = (
-        f"{seconds[least] * 1e6:.0f} us for {least} B, {format_bytes(most / seconds[most])}/s for {format_bytes(most)}"
-    )
-    text += _beside_the_link(ctx, most / seconds[most])
+    seconds = {int(size): float(entry["seconds"]) for size, entry in ctx.collective["sizes"].items()}
+    small, large = min(seconds), max(seconds)
+    rate = large / seconds[large]
+    actual = f"{seconds[small] * 1e6:.0f} us for {small} B, {format_bytes(rate)}/s for {format_bytes(large)}"
+    actual += _compare_with_link(ctx, rate)
     if ctx.spec:
-        middle = sorted(seconds)[1]
-        text += f"; about {2 * ctx.spec.num_layers * seconds[middle] * 1000:.2f} ms per token"
-    if seconds[least] > SLOW_SECONDS:
-        return warn(text, f"below {SLOW_SECONDS * 1000:.0f} ms", "see N-13, G-17 and L-06")
-    return ok(text)
+        token_seconds = 2 * ctx.spec.num_layers * seconds[sorted(seconds)[1]]
+        actual += f"; about {token_seconds * 1000:.2f} ms per token"
+    expected = f"below {MAX_SMALL_SECONDS * 1000:.0f} ms"
+    return Reading(seconds[small], actual, expected, "see N-13, G-17 and L-06", maximum=MAX_SMALL_SECONDS)
 
 
-def _beside_the_link(ctx: CheckContext, rate: float) -> str:
-    """`rate`: bytes per second that were summed."""
-    plan, given = ctx.plan, _link(ctx)
-    if plan is None or given is None:
-        return "; what this link should give is not known"
-    name, limit = given
-    carried = rate * 2 * (plan.world_size - 1) / plan.world_size
-    return f"; {format_bytes(carried)}/s over {name}, which gives {format_bytes(limit)}/s"
+def _compare_with_link(ctx: CheckContext, rate: float) -> str:
+    """`rate`: bytes per second that were reduced."""
+    link = _slowest_link(ctx)
+    if ctx.plan is None or link is None:
+        return "; the link's maximum is not known"
+    name, max_rate = link
+    carried = rate * 2 * (ctx.plan.world_size - 1) / ctx.plan.world_size
+    return f"; {format_bytes(carried)}/s over {name}, at most {format_bytes(max_rate)}/s"
 
 
-def _link(ctx: CheckContext) -> tuple[str, float] | None:
-    """The slowest link of a ring, as this part sees it, and its bytes per second each way; None where nobody tells."""
+def _slowest_link(ctx: CheckContext) -> tuple[str, float] | None:
+    """Returns the name of the ring's slowest link and its bytes per second in each direction; None if not known."""
     if ctx.plan and ctx.plan.is_multi_part and ctx.gang:
         name = ctx.gang.part_reports[ctx.plan.part].interface
         speed = next((i.speed for i in ctx.host.interfaces if i.name == name), 0)  # Mbit/s
         return (name, speed * 1e6 / 8) if speed else None
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
-    links = min((gpu.nvlinks[0] for gpu in used), default=0)
-    if not links:
+    num_links = min((gpu.nvlinks[0] for gpu in ctx.used_gpus), default=0)
+    if not num_links:
         return None
-    newest = all((gpu.capability or (0, 0)) >= (10, 0) for gpu in used)
-    return f"{links} NVLinks", links * (NVLINK_5_BYTES if newest else NVLINK_BYTES)
+    is_generation_5 = all((gpu.capability or (0, 0)) >= (10, 0) for gpu in ctx.used_gpus)
+    return f"{num_links} NVLinks", num_links * (NVLINK_5_BYTES if is_generation_5 else NVLINK_BYTES)

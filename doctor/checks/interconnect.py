@@ -5,13 +5,15 @@ from collections import Counter
 import pynvml
 
 from doctor import probes
-from doctor.check import CheckResult, Repair, Status, check, error, ok, skip, warn
+from doctor.check import CheckResult, Repair, Status, error, ok, skip, symptoms, warn
+from doctor.checks.categories import interconnect_check
+from doctor.checks.preconditions import GPUS_USED, RDMA_BETWEEN_PARTS, TWO_GPUS_USED
 from doctor.context import CheckContext
+from doctor.host import parse_number_ranges
 from rtp_llm.machine.gpus import GpuPair
 
-CATEGORY = "interconnect"
 FEWER_THAN_TWO_GPUS = "fewer than two GPUs are used"
-P2P_STATUS = {
+P2P_STATUS = {  # nvml.h, nvmlGpuP2PStatus_t
     1: "chipset does not support it",
     2: "topology does not support it",
     3: "disabled by a registry key",
@@ -21,183 +23,142 @@ P2P_STATUS = {
 
 
 def _pairs(ctx: CheckContext) -> list[GpuPair]:
-    used = {gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]} if ctx.on_gpu else set()
+    used = {gpu.index for gpu in ctx.used_gpus}
     return [pair for pair in ctx.gpus.pairs if {pair.a, pair.b} <= used]
 
 
-@check(
-    "P-02",
-    CATEGORY,
-    "GPUs joined by NVLink reach each other's memory",
-    symptoms=("P2P is disabled between NVLINK connected GPUs … and …",),
-    needs=("G-09", "G-16"),
-    repair=Repair.REPLACE,
-)
-def nvml_p2p(ctx: CheckContext) -> CheckResult:
-    """The driver says for each pair whether one GPU can read the other's memory. Between GPUs with NVLink it always
-    should; where it does not, the hardware is at fault."""
+@interconnect_check("P-02", "GPUs connected by NVLink have peer access", needs=("G-09", "G-16"), repair=Repair.REPLACE)
+@symptoms("P2P is disabled between NVLINK connected GPUs … and …")
+def nvlink_has_peer_access(ctx: CheckContext) -> CheckResult:
+    """The driver reports for each pair whether one GPU can read the other's memory. Over NVLink this should always
+    work; if it does not, the hardware is faulty."""
     pairs = _pairs(ctx)
     if not pairs:
         return skip(FEWER_THAN_TWO_GPUS)
-    bad = [pair for pair in pairs if pair.nvlink == 0 and pair.p2p not in (None, 0)]
-    if bad:
-        pair = bad[0]
-        why = P2P_STATUS.get(pair.p2p or 0, "no reason given")
-        return error(f"GPU {pair.a} and {pair.b}: {why}", "peer access over NVLink", "drain this machine")
+    for pair in pairs:
+        if pair.nvlink == 0 and pair.p2p not in (None, 0):
+            reason = P2P_STATUS.get(pair.p2p or 0, "no reason given")
+            return error(f"GPU {pair.a} and {pair.b}: {reason}", "peer access over NVLink", "drain this machine")
     if all(pair.p2p is None for pair in pairs):
-        return skip("these GPUs do not tell")
-    able = sum(pair.p2p == 0 for pair in pairs)
-    return ok(f"{able} of {len(pairs)} pairs have peer access" + ("" if able else "; NCCL goes through host memory"))
+        return skip("these GPUs do not report it")
+    num_able = sum(pair.p2p == 0 for pair in pairs)
+    fallback = "" if num_able else "; NCCL goes through host memory"
+    return ok(f"{num_able} of {len(pairs)} pairs have peer access{fallback}")
 
 
-@check(
-    "P-03", CATEGORY, "all NVLinks are up", severity=Status.WARN, symptoms=("Xid (PCI:…): 74",), needs=("G-09", "G-16")
+@interconnect_check(
+    "P-03", "all NVLinks are up", severity=Status.WARN, needs=("G-09", "G-16"), requires=(TWO_GPUS_USED,)
 )
-def nvlinks(ctx: CheckContext) -> CheckResult:
-    """The number of links that are up should be the same on all GPUs of one kind: the majority says what is right."""
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
-    ups = Counter(gpu.nvlinks[0] for gpu in used)
-    if len(used) < 2 or not any(gpu.nvlinks[1] for gpu in used):
-        return skip("no NVLink" if len(used) > 1 else FEWER_THAN_TWO_GPUS)
-    usual = ups.most_common(1)[0][0]
-    low = next((gpu for gpu in used if gpu.nvlinks[0] < max(usual, gpu.nvlinks[1])), None)
-    if low:
-        text = f"GPU {low.index}: {low.nvlinks[0]} of {max(usual, low.nvlinks[1])} NVLinks are up"
-        return warn(text, "all of them", "reset the GPUs, then look at the fabric manager's log")
+@symptoms("Xid (PCI:…): 74")
+def nvlinks_are_up(ctx: CheckContext) -> CheckResult:
+    """All GPUs of one model should have the same number of active NVLinks: the number that most of them have."""
+    used = ctx.used_gpus
+    if not any(gpu.nvlinks[1] for gpu in used):
+        return skip("no NVLink")
+    usual = Counter(gpu.nvlinks[0] for gpu in used).most_common(1)[0][0]
+    for gpu in used:
+        num_up, num_expected = gpu.nvlinks[0], max(usual, gpu.nvlinks[1])
+        if num_up < num_expected:
+            fix = "reset the GPUs, then look at the fabric manager's log"
+            return warn(f"GPU {gpu.index}: {num_up} of {num_expected} NVLinks are up", "all of them", fix)
     return ok(f"{usual} links up on each GPU")
 
 
-@check(
-    "P-04",
-    CATEGORY,
-    "the NVSwitch fabric is ready",
-    symptoms=("NCCL WARN … MNNVL …",),
-    needs=("G-09", "G-16"),
-    repair=Repair.REBOOT,
-)
-def fabric(ctx: CheckContext) -> CheckResult:
-    """On NVSwitch machines each GPU registers with the fabric; until all have, CUDA answers error 802."""
-    states = [gpu.fabric_state for gpu in ctx.gpus.visible[: ctx.local_ranks]] if ctx.on_gpu else []
-    known = [state for state in states if state not in (None, pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED)]
-    if not known:
+@interconnect_check("P-04", "the NVSwitch fabric is ready", needs=("G-09", "G-16"), repair=Repair.REBOOT)
+@symptoms("NCCL WARN … MNNVL …")
+def fabric_is_ready(ctx: CheckContext) -> CheckResult:
+    """On NVSwitch machines each GPU registers with the fabric. Until all have registered, CUDA fails with error 802."""
+    unsupported = (None, pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED)
+    states = [gpu.fabric_state for gpu in ctx.used_gpus if gpu.fabric_state not in unsupported]
+    if not states:
         return skip("no NVSwitch fabric")
-    ready = sum(state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED for state in known)
-    if ready < len(known):
+    num_ready = sum(state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED for state in states)
+    if num_ready < len(states):
         fix = "on the host: systemctl restart nvidia-fabricmanager"
-        return error(f"{ready} of {len(known)} GPUs have joined the fabric", "all of them", fix)
-    return ok(f"{ready} GPUs have joined the fabric")
+        return error(f"{num_ready} of {len(states)} GPUs have joined the fabric", "all of them", fix)
+    return ok(f"{num_ready} GPUs have joined the fabric")
 
 
-@check("P-05", CATEGORY, "the GPUs are near each other", severity=Status.WARN, needs=("G-09",))
-def topology(ctx: CheckContext) -> CheckResult:
+@interconnect_check("P-05", "the GPUs are under one CPU socket, or have NVLink", severity=Status.WARN)
+def gpus_share_socket(ctx: CheckContext) -> CheckResult:
     """Without NVLink, data between GPUs under different CPU sockets crosses the link between the sockets."""
     pairs = _pairs(ctx)
     if not pairs:
         return skip(FEWER_THAN_TWO_GPUS)
-    far = [p for p in pairs if p.topology is not None and p.topology >= pynvml.NVML_TOPOLOGY_SYSTEM and p.nvlink != 0]
-    if far:
-        fix = "choose GPUs under one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
-        return warn(f"GPU {far[0].a} and {far[0].b} are under different sockets, without NVLink", "one socket", fix)
+    for pair in pairs:
+        if (pair.topology or 0) >= pynvml.NVML_TOPOLOGY_SYSTEM and pair.nvlink != 0:
+            actual = f"GPU {pair.a} and {pair.b} are under different sockets, without NVLink"
+            fix = "choose GPUs under one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
+            return warn(actual, "GPUs under one socket", fix)
     return ok("no pair crosses the sockets without NVLink")
 
 
-@check("P-06", CATEGORY, "the cores are on the GPUs' side of the machine", severity=Status.WARN, needs=("G-09",))
-def numa(ctx: CheckContext) -> CheckResult:
-    """A rank whose cores are on the other socket launches its kernels more slowly."""
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
-    if not used:
-        return skip("the ranks run on CPU")
-    nodes = {g.index: ctx.host.read_int(f"/sys/bus/pci/devices/{g.bus}/numa_node") for g in used}
-    cores = _numa_of_cores(ctx)
-    away = [
-        index for index, number in nodes.items() if number is not None and number >= 0 and cores and number not in cores
-    ]
-    if away:
-        wanted = ",".join(str(nodes[i]) for i in away)
-        return warn(
-            f"GPU {away[0]} is on NUMA node {nodes[away[0]]}, the cores are on {sorted(cores)}",
-            f"cores of node {wanted}",
-            f"docker run --cpuset-cpus=$(cat /sys/devices/system/node/node{wanted}/cpulist) …",
-        )
+@interconnect_check("P-06", "the CPU cores and the GPUs share NUMA nodes", severity=Status.WARN, requires=(GPUS_USED,))
+def cores_share_numa_node(ctx: CheckContext) -> CheckResult:
+    """A rank whose CPU cores are on the other socket launches its kernels more slowly."""
+    numa_nodes = {g.index: ctx.host.read_int(f"/sys/bus/pci/devices/{g.bus}/numa_node") for g in ctx.used_gpus}
+    cores_nodes = _numa_nodes_of_cores(ctx)
+    remote = {i: n for i, n in numa_nodes.items() if n is not None and n >= 0 and cores_nodes and n not in cores_nodes}
+    if remote:
+        index, numa_node = next(iter(remote.items()))
+        expected = ",".join(map(str, remote.values()))
+        actual = f"GPU {index} is on NUMA node {numa_node}, the cores are on {sorted(cores_nodes)}"
+        fix = f"docker run --cpuset-cpus=$(cat /sys/devices/system/node/node{expected}/cpulist) …"
+        return warn(actual, f"cores of node {expected}", fix)
     return ok("cores and GPUs share their NUMA nodes")
 
 
-def _numa_of_cores(ctx: CheckContext) -> set[int]:
-    """NUMA nodes that have one of the cores this process may use."""
-    allowed = parse_cpu_list(ctx.host.status.get("Cpus_allowed_list", ""))
-    found = set()
+def _numa_nodes_of_cores(ctx: CheckContext) -> set[int]:
+    """Returns the NUMA nodes that have at least one of the cores that this process may use."""
+    allowed = parse_number_ranges(ctx.host.status.get("Cpus_allowed_list", ""))
+    numa_nodes = set()
     for name in ctx.host.list_dir("/sys/devices/system/node"):
         number = name.removeprefix("node")
-        listed = ctx.host.read(f"/sys/devices/system/node/{name}/cpulist") if number.isdigit() else None
-        if listed and parse_cpu_list(listed) & allowed:
-            found.add(int(number))
-    return found
+        cpus = ctx.host.read(f"/sys/devices/system/node/{name}/cpulist") if number.isdigit() else None
+        if cpus and parse_number_ranges(cpus) & allowed:
+            numa_nodes.add(int(number))
+    return numa_nodes
 
 
-def parse_cpu_list(text: str) -> set[int]:
-    """ "0-3,8" as the kernel writes it."""
-    found: set[int] = set()
-    for piece in filter(None, text.strip().split(",")):
-        first, _, last = piece.partition("-")
-        if piece.isascii() and first.isdigit() and (last or first).isdigit():
-            found |= set(range(int(first), int(last or first) + 1))
-    return found
-
-
-@check("P-07", CATEGORY, "NCCL can see the PCI tree", severity=Status.WARN, needs=("G-09",))
-def sysfs(ctx: CheckContext) -> CheckResult:
-    """NCCL reads the topology from /sys. Where that is hidden it assumes one, and chooses slow ways."""
-    used = ctx.gpus.visible[: ctx.local_ranks] if ctx.on_gpu else []
-    if len(used) < 2:
-        return skip(FEWER_THAN_TWO_GPUS)
-    hidden = [gpu for gpu in used if not ctx.host.exists(f"/sys/bus/pci/devices/{gpu.bus}")]
-    if hidden:
-        return warn(
-            f"/sys/bus/pci/devices/{hidden[0].bus} is not there",
-            "the PCI tree",
-            "mount /sys read-only into the container",
-        )
+@interconnect_check("P-07", "NCCL can read the PCI topology", severity=Status.WARN, requires=(TWO_GPUS_USED,))
+def pci_topology_is_readable(ctx: CheckContext) -> CheckResult:
+    """NCCL reads the topology from /sys. If it is hidden, NCCL assumes a topology and chooses slow paths."""
+    for gpu in ctx.used_gpus:
+        path = f"/sys/bus/pci/devices/{gpu.bus}"
+        if not ctx.host.exists(path):
+            return warn(f"{path} does not exist", "the PCI tree", "mount /sys read-only into the container")
     return ok("every GPU is in /sys")
 
 
-@check("P-08", CATEGORY, "network cards can reach the GPUs' memory", severity=Status.WARN, needs=("G-09",))
-def gpudirect(ctx: CheckContext) -> CheckResult:
-    """With GPUDirect RDMA data between machines skips main memory. It needs nvidia-peermem, or the open kernel module
-    with DMA-BUF."""
-    if not ctx.on_gpu or not ctx.plan or not ctx.plan.is_multi_part or not ctx.host.list_dir("/sys/class/infiniband"):
-        return skip("no RDMA between parts")
+@interconnect_check("P-08", "GPUDirect RDMA is available", severity=Status.WARN, requires=(RDMA_BETWEEN_PARTS,))
+def gpudirect_is_available(ctx: CheckContext) -> CheckResult:
+    """With GPUDirect RDMA, network cards access GPU memory directly, and data between machines bypasses main memory. It
+    needs nvidia-peermem, or the open kernel module with DMA-BUF."""
     modules = ("/sys/module/nvidia_peermem/version", "/sys/kernel/mm/memory_peers/nv_mem/version")
-    open_module = "Open Kernel Module" in (ctx.host.read("/proc/driver/nvidia/version") or "")
-    if open_module or any(ctx.host.exists(path) for path in modules):
+    is_open_module = "Open Kernel Module" in (ctx.host.read("/proc/driver/nvidia/version") or "")
+    if is_open_module or any(ctx.host.exists(path) for path in modules):
         return ok("GPUDirect RDMA can be used")
-    return warn(
-        "neither nvidia-peermem nor the open kernel module", "one of them", "on the host: modprobe nvidia-peermem"
-    )
+    fix = "on the host: modprobe nvidia-peermem"
+    return warn("neither nvidia-peermem nor the open kernel module is loaded", "one of them loaded", fix)
 
 
-@check(
-    "P-01",
-    CATEGORY,
-    "what one GPU writes into another's memory arrives",
-    symptoms=("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1",),
-    needs=("G-04", "P-02"),
-    timeout=120,
-    repair=Repair.REBOOT,
+@interconnect_check(
+    "P-01", "peer writes between GPUs arrive", needs=("G-04", "P-02"), timeout=120, repair=Repair.REBOOT
 )
-def peer_writes(ctx: CheckContext) -> CheckResult:
-    """Access control (ACS) on PCIe bridges and a translating IOMMU can make peer writes vanish: the first all-reduce
-    then hangs with the GPUs at 100 %, or numbers are wrong in silence. The driver still says "supported", so tier 1
-    writes a pattern on each GPU and reads it on every other, both directions, in a process that can be killed."""
-    pairs = _pairs(ctx)
-    if not pairs:
+@symptoms("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1")
+def peer_writes_arrive(ctx: CheckContext) -> CheckResult:
+    """Access control (ACS) on PCIe bridges, or an IOMMU that translates addresses, can lose peer writes: the first
+    all-reduce then hangs with the GPUs at 100 %, or results are silently wrong. The driver still reports "supported",
+    so tier 1 writes a pattern from each GPU to each other GPU and reads it back, in a process that can be killed."""
+    if not _pairs(ctx):
         return skip(FEWER_THAN_TWO_GPUS)
     if ctx.tier < 1:
-        iommu = ctx.host.list_dir("/sys/class/iommu")
-        return skip("--tier 1 writes and reads back" + ("; an IOMMU is active" if iommu else ""))
-    order = [gpu.index for gpu in ctx.gpus.visible[: ctx.local_ranks]]
-    failures = probes.probe_peer_copies(order)
+        iommu = "; an IOMMU is active" if ctx.host.list_dir("/sys/class/iommu") else ""
+        return skip(f"--tier 1 writes and reads back{iommu}")
+    indices = [gpu.index for gpu in ctx.used_gpus]
+    failures = probes.probe_peer_copies(indices)
     if failures:
-        one, other, text = failures[0]
+        source, target, failure = failures[0]
         fix = "iommu=pt and ACS off in the BIOS; until then NCCL_P2P_DISABLE=1"
-        return error(f"GPU {one} -> GPU {other}: {text}", "the pattern that was written", fix)
-    return ok(f"{len(order) * (len(order) - 1)} directions verified")
+        return error(f"GPU {source} -> GPU {target}: {failure}", "the pattern that was written", fix)
+    return ok(f"{len(indices) * (len(indices) - 1)} directions verified")

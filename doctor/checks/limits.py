@@ -1,337 +1,140 @@
-"""Limits of the process and its container: memory, processes, files, cores, capabilities, writable folders."""
+"""Limits of the process and its container: locked memory, files, threads, memory, cores and stack."""
 
-import errno
-import os
-import pwd
 import resource
 import threading
-from pathlib import Path
 
-from doctor.check import CheckResult, Fix, Status, check, error, ok, skip, unknown, warn
+from doctor import fixes
+from doctor.check import CheckResult, Reading, Status, error, ok, symptoms, unknown, warn
+from doctor.checks.categories import limits_check
+from doctor.checks.preconditions import CGROUP_READABLE, rlimit_readable
 from doctor.context import CheckContext
 from doctor.host import format_bytes
 from rtp_llm.machine.cgroup import UNLIMITED
 from rtp_llm.model.footprint import weight_bytes
 
-CATEGORY = "limits"
 INFINITY = resource.RLIM_INFINITY
-NO_RLIMITS = "/proc/self/limits cannot be read"
-NO_CGROUP = "no cgroup can be seen below /sys/fs/cgroup: whether there is a limit cannot be told"
-RECOMMENDED_OPEN_FILES = 65536
-MIN_OPEN_FILES = 1024
-# Threads of a rank beside those that compute: (needed, comfortable). Measured on CPU: 5; CUDA and NCCL add some 30.
+MIN_OPEN_FILES, RECOMMENDED_OPEN_FILES = 1024, 65536
+# Threads of a rank beside those that compute: (minimum, recommended). Measured on CPU: 5; CUDA and NCCL add some 30.
 THREADS_PER_RANK = {"cpu": (8, 24), "cuda": (40, 80)}
-PROCESSES_BESIDE = 16
-CORES_PER_RANK = 2
+OTHER_PROCESSES = 16
+CORES_PER_GPU_RANK = 2
 RANK_BYTES = 250 << 20  # of a rank without weights and cache: Python and torch, measured on CPU
 SERVICE_BYTES = 150 << 20  # of start_server, supervisord, guard and API together
 
 
-def rdma_wanted(ctx: CheckContext) -> bool:
-    return bool(ctx.host.list_dir("/sys/class/infiniband")) and ctx.nccl.value("NCCL_IB_DISABLE") != "1" and ctx.on_gpu
-
-
-@check(
-    "L-01",
-    CATEGORY,
-    "memory may be locked for RDMA",
-    symptoms=(
-        "NCCL WARN Call to ibv_reg_mr failed",
-        "ibv_reg_mr_iova2 failed with error Cannot allocate memory",
-        "ibv_create_cq() failed: Cannot allocate memory",
-    ),
+@limits_check("L-01", "RDMA can lock memory")
+@symptoms(
+    "NCCL WARN Call to ibv_reg_mr failed",
+    "ibv_reg_mr_iova2 failed with error Cannot allocate memory",
+    "ibv_create_cq() failed: Cannot allocate memory",
 )
-def memlock(ctx: CheckContext) -> CheckResult:
-    """RDMA registers memory with the network card, which locks it; containers are allowed 8 MiB of that or less."""
-    if not rdma_wanted(ctx):
+def rdma_can_lock_memory(ctx: CheckContext) -> CheckResult:
+    """RDMA registers memory with the network card, which locks it. Containers may lock 8 MiB or less by default."""
+    has_cards = bool(ctx.host.list_dir("/sys/class/infiniband"))
+    if not has_cards or not ctx.on_gpu or ctx.nccl.value("NCCL_IB_DISABLE") == "1":
         return ok("no RDMA here")
     if "memlock" not in ctx.host.rlimits:
-        return unknown(NO_RLIMITS)
-    soft, _ = ctx.host.rlimits["memlock"]
-    text = "unlimited" if soft == INFINITY else format_bytes(soft)
-    if soft == INFINITY or ctx.host.has_capability("IPC_LOCK"):
-        return ok(f"memlock {text}")
-    fix = Fix(
-        host="ulimit -l unlimited",
-        docker="docker run --ulimit memlock=-1 --cap-add IPC_LOCK …",
-        compose="ulimits: {memlock: -1} and cap_add: [IPC_LOCK]",
-        kubernetes="securityContext: {capabilities: {add: [IPC_LOCK]}}, and memlock in the container runtime's unit",
-    )
-    return error(f"memlock is {text}, and RDMA cards are here", "unlimited", fix)
+        return unknown("/proc/self/limits cannot be read")
+    limit, _ = ctx.host.rlimits["memlock"]
+    text = "unlimited" if limit == INFINITY else format_bytes(limit)
+    if limit == INFINITY or ctx.host.has_capability("IPC_LOCK"):
+        return ok(f"memlock is {text}")
+    return error(f"memlock is {text}, with RDMA cards", "unlimited", fixes.LOCKED_MEMORY)
 
 
-@check(
-    "L-02",
-    CATEGORY,
-    "enough files may be open",
-    severity=Status.ERROR,
-    symptoms=("OSError: [Errno 24] Too many open files", "VFS: file-max limit … reached"),
-)
-def nofile(ctx: CheckContext) -> CheckResult:
-    """Every HTTP connection, rank and NCCL channel is a file. A large gang needs tens of thousands."""
-    if "nofile" not in ctx.host.rlimits:
-        return unknown(NO_RLIMITS)
+@limits_check("L-02", "enough files can be open", requires=(rlimit_readable("nofile"),))
+@symptoms("OSError: [Errno 24] Too many open files", "VFS: file-max limit … reached")
+def enough_open_files(ctx: CheckContext) -> Reading:
+    """Every HTTP connection, rank and NCCL channel uses a file descriptor. A large gang needs tens of thousands."""
     soft, hard = ctx.host.rlimits["nofile"]
-    reach = soft if soft == INFINITY else max(soft, hard if hard != INFINITY else 1 << 20)
-    fix = Fix(
-        host="ulimit -n 1048576",
-        docker="docker run --ulimit nofile=1048576:1048576 …",
-        compose="ulimits: {nofile: {soft: 1048576, hard: 1048576}}",
-        kubernetes="raise LimitNOFILE in the container runtime's unit",
+    # start_server raises the soft limit as far as it may.
+    reachable = soft if soft == INFINITY else max(soft, hard if hard != INFINITY else 1 << 20)
+    recommended = RECOMMENDED_OPEN_FILES if ctx.on_gpu else MIN_OPEN_FILES
+    return Reading(
+        UNLIMITED if reachable == INFINITY else reachable,
+        "no limit of open files" if reachable == INFINITY else f"at most {reachable} open files",
+        f"{recommended}",
+        fixes.OPEN_FILES,
+        minimum=MIN_OPEN_FILES,
+        recommended=recommended,
     )
-    wanted = MIN_OPEN_FILES if not ctx.on_gpu else RECOMMENDED_OPEN_FILES
-    if reach != INFINITY and reach < MIN_OPEN_FILES:
-        return error(f"{reach} open files at most", f"{wanted}", fix)
-    if reach != INFINITY and reach < wanted:
-        return warn(f"{reach} open files at most", f"{wanted}", fix)
-    return ok(f"{'unlimited' if soft == INFINITY else soft} open files")
 
 
-@check(
-    "L-03",
-    CATEGORY,
-    "enough processes and threads may be started",
-    symptoms=(
-        "RuntimeError: can't start new thread",
-        "pthread_create failed for thread … of …: Resource temporarily unavailable",
-        "std::system_error what(): Resource temporarily unavailable",
-    ),
+@limits_check("L-03", "enough processes and threads can start", requires=(CGROUP_READABLE, rlimit_readable("nproc")))
+@symptoms(
+    "RuntimeError: can't start new thread",
+    "pthread_create failed for thread … of …: Resource temporarily unavailable",
+    "std::system_error what(): Resource temporarily unavailable",
 )
-def pids(ctx: CheckContext) -> CheckResult:
-    """The pids limit of the cgroup counts threads. Each rank starts some for computing, loading and communicating;
+def enough_threads(ctx: CheckContext) -> Reading:
+    """The pids limit of the cgroup counts threads. Each rank starts threads that compute, load and communicate;
     Kubernetes' podPidsLimit and Docker's --pids-limit are often a few hundred."""
     per_rank = THREADS_PER_RANK["cuda" if ctx.on_gpu else "cpu"]
-    least, good = (ctx.local_ranks * (threads + ctx.host.cores) + PROCESSES_BESIDE for threads in per_rank)
-    if not ctx.host.cgroup.version:
-        return unknown(NO_CGROUP)
-    if "nproc" not in ctx.host.rlimits:
-        return unknown(NO_RLIMITS)
-    room = ctx.host.cgroup.available_pids
-    soft, _ = ctx.host.rlimits["nproc"]
-    by = "the cgroup"
-    if soft != INFINITY and soft < room and ctx.host.uid != 0:
-        room, by = soft, "ulimit -u"
-    if room >= good:
-        return ok("no limit" if room >= UNLIMITED else f"room for {room} threads, some {good} are needed")
-    fix = Fix(
-        host=f"systemd-run -p TasksMax={4 * good} …, or ulimit -u {4 * good}",
-        docker="docker run --pids-limit=-1 …",
-        compose="pids_limit: -1",
-        kubernetes="raise podPidsLimit of the kubelet",
+    minimum, recommended = (ctx.local_ranks * (n + ctx.host.cores) + OTHER_PROCESSES for n in per_rank)
+    available, source = ctx.host.cgroup.available_pids, "the cgroup"
+    max_processes, _ = ctx.host.rlimits["nproc"]
+    if max_processes != INFINITY and max_processes < available and ctx.host.uid != 0:
+        available, source = max_processes, "ulimit -u"
+    return Reading(
+        available,
+        "no limit" if available >= UNLIMITED else f"{source} allows {available} more threads",
+        f"some {recommended} for {ctx.local_ranks} ranks",
+        fixes.num_threads(4 * recommended),
+        minimum=minimum,
+        recommended=recommended,
     )
-    judge = error if room < least else warn
-    return judge(f"{by} leaves room for {room} threads", f"some {good} for {ctx.local_ranks} ranks", fix)
 
 
-@check(
-    "L-04",
-    CATEGORY,
-    "threads may be started at all",
-    symptoms=("pthread_create failed for thread … of …: Operation not permitted",),
-)
-def seccomp(ctx: CheckContext) -> CheckResult:
-    """Docker before 20.10.10 denies the system call (clone3) by which a newer C library starts threads."""
+@limits_check("L-04", "threads can start")
+@symptoms("pthread_create failed for thread … of …: Operation not permitted")
+def threads_can_start(ctx: CheckContext) -> CheckResult:
+    """Docker before 20.10.10 denies the system call clone3, with which newer C libraries start threads."""
     try:
         thread = threading.Thread(target=lambda: None)
         thread.start()
         thread.join()
     except RuntimeError:
-        filtered = ctx.host.status.get("Seccomp") == "2"
-        return error(
-            "a thread cannot be started" + (", under a seccomp filter" if filtered else ""),
-            "threads",
-            Fix(
-                host="lift the limit that forbids threads",
-                docker="upgrade Docker to 20.10.10 or newer; as proof: --security-opt seccomp=unconfined",
-                kubernetes="upgrade the container runtime and libseccomp",
-            ),
-        )
+        filtered = ", under a seccomp filter" if ctx.host.status.get("Seccomp") == "2" else ""
+        return error(f"a thread cannot start{filtered}", "threads that start", fixes.SECCOMP)
     return ok("threads start")
 
 
-@check(
-    "L-05",
-    CATEGORY,
-    "the memory limit holds the weights, and nothing was killed for memory",
-    symptoms=(
-        "exit code 137",
-        "Killed process …",
-        "A process in the process pool was terminated abruptly",
-    ),
-)
-def host_memory_suffices(ctx: CheckContext) -> CheckResult:
-    """On CPU the weights lie in main memory; on GPUs they pass through it. The cgroup counts what this container was
-    killed for: a count above zero says that an earlier run of this container, or a neighbour in it, was."""
-    cgroup = ctx.host.cgroup
-    if not cgroup.version:
-        return unknown(NO_CGROUP)
-    wanted = ctx.local_ranks * RANK_BYTES + SERVICE_BYTES
-    fits = ctx.spec and ctx.plan and ctx.plan.tp_size in ctx.spec.valid_tp_sizes()
-    if ctx.spec and ctx.plan and fits and not ctx.on_gpu:
-        wanted += ctx.local_ranks * weight_bytes(ctx.spec, ctx.plan.tp_size)
-    limit = cgroup.memory_max
-    whole = -(-2 * wanted // (1 << 30))
-    fix = Fix(
-        host=f"raise the limit to {whole}G",
-        docker=f"docker run --memory={whole}g …",
-        compose=f"mem_limit: {whole}gb",
-        kubernetes=f"resources.limits.memory: {whole}Gi",
-    )
-    if limit is not None and limit < wanted:
-        return error(f"the memory limit is {format_bytes(limit)}", f"at least {format_bytes(wanted)}", fix)
+@limits_check("L-05", "the memory limit is high enough, and no process was OOM-killed", requires=(CGROUP_READABLE,))
+@symptoms("exit code 137", "Killed process …", "A process in the process pool was terminated abruptly")
+def memory_limit_suffices(ctx: CheckContext) -> CheckResult:
+    """On CPU the weights are in main memory; on GPUs they pass through it. The cgroup counts the processes that were
+    killed for memory: a count above zero comes from an earlier run in this container, or from another process in it."""
+    cgroup, spec, plan = ctx.host.cgroup, ctx.spec, ctx.plan
+    required = ctx.local_ranks * RANK_BYTES + SERVICE_BYTES
+    if spec and plan and plan.tp_size in spec.valid_tp_sizes() and not ctx.on_gpu:
+        required += ctx.local_ranks * weight_bytes(spec, plan.tp_size)
+    limit, fix = cgroup.memory_max, fixes.memory_limit(2 * required)
+    if limit is not None and limit < required:
+        return error(f"the memory limit is {format_bytes(limit)}", f"at least {format_bytes(required)}", fix)
     if cgroup.oom_kills:
-        return warn(
-            f"{cgroup.oom_kills} processes of this container were killed for memory",
-            "none",
-            fix,
-            oom_kills=cgroup.oom_kills,
-        )
+        actual = f"{cgroup.oom_kills} processes of this container were killed for memory"
+        return warn(actual, "none", fix, oom_kills=cgroup.oom_kills)
     return ok("no memory limit" if limit is None or limit >= UNLIMITED else f"the limit is {format_bytes(limit)}")
 
 
-@check("L-06", CATEGORY, "there are cores enough for the ranks", severity=Status.WARN)
-def cores_suffice(ctx: CheckContext) -> CheckResult:
-    """Each rank keeps one core busy with starting work, and the API another. A quota below that shows as stalls of
-    100 ms whenever it is spent."""
+@limits_check("L-06", "there are enough CPU cores for the ranks", severity=Status.WARN, requires=(CGROUP_READABLE,))
+def enough_cores(ctx: CheckContext) -> Reading:
+    """Each rank keeps one core busy with launching work, and the API another. A lower CPU quota causes stalls of 100 ms
+    each time it is used up."""
     cgroup, ranks = ctx.host.cgroup, ctx.local_ranks
-    if not cgroup.version:
-        return unknown(NO_CGROUP)
-    usable = min(ctx.host.cores, cgroup.cpus or ctx.host.cores)
-    wanted = ranks * CORES_PER_RANK if ctx.on_gpu else ranks
-    spent = f"; the quota was spent {cgroup.throttled} times" if cgroup.throttled else ""
-    if usable < wanted:
-        return warn(
-            f"{usable:g} cores for {ranks} ranks{spent}",
-            f"{wanted}",
-            Fix(
-                host=f"taskset, or cpuset, with {wanted} cores",
-                docker=f"docker run --cpus={wanted} …",
-                compose=f"cpus: {wanted}",
-                kubernetes=f"resources: {{requests: {{cpu: {wanted}}}}} and no CPU limit",
-            ),
-        )
-    return ok(f"{usable:g} cores for {ranks} ranks{spent}")
+    cores = min(ctx.host.cores, cgroup.cpus or ctx.host.cores)
+    recommended = ranks * (CORES_PER_GPU_RANK if ctx.on_gpu else 1)
+    throttled = f"; the quota was used up {cgroup.throttled} times" if cgroup.throttled else ""
+    actual = f"{cores:g} cores for {ranks} ranks{throttled}"
+    return Reading(cores, actual, f"{recommended}", fixes.cpu_cores(recommended), recommended=recommended)
 
 
-@check("L-07", CATEGORY, "the stack has a limit", severity=Status.WARN)
-def stack(ctx: CheckContext) -> CheckResult:
-    """With `ulimit -s unlimited` glibc gives threads a stack of only 2 MiB; NCCL before 2.28 overflows that in its
-    search for a topology."""
-    if "stack" not in ctx.host.rlimits:
-        return unknown(NO_RLIMITS)
-    soft, _ = ctx.host.rlimits["stack"]
+@limits_check("L-07", "the stack size is limited", severity=Status.WARN, requires=(rlimit_readable("stack"),))
+def stack_is_limited(ctx: CheckContext) -> CheckResult:
+    """With `ulimit -s unlimited` glibc gives threads a stack of only 2 MiB, which overflows in the topology search of
+    NCCL before 2.28."""
+    limit, _ = ctx.host.rlimits["stack"]
     version = ctx.nccl.version
-    if soft != INFINITY or not version or version >= (2, 28) or not ctx.on_gpu:
-        return ok("stack " + ("unlimited" if soft == INFINITY else format_bytes(soft)))
-    fix = Fix("ulimit -s 8192", docker="docker run --ulimit stack=8388608 …", compose="ulimits: {stack: 8388608}")
-    return warn(f"the stack is unlimited, NCCL {'.'.join(map(str, version))}", "8 MiB", fix)
-
-
-@check(
-    "L-08",
-    CATEGORY,
-    "unified memory is there",
-    symptoms=("/dev/nvidia-uvm: No such file or directory",),
-    needs=("G-01",),
-)
-def uvm(ctx: CheckContext) -> CheckResult:
-    """NCCL 2.23 and later, like CUDA itself, need the nvidia-uvm module and its device file."""
-    if not ctx.on_gpu or not ctx.gpus.all:
-        return skip("no GPU")
-    path = ctx.host.path("/dev/nvidia-uvm")
-    fix = Fix(
-        host="nvidia-modprobe -u -c=0",
-        docker="on the host: nvidia-modprobe -u -c=0, then recreate the container with --gpus all",
-        kubernetes="on the node: nvidia-modprobe -u -c=0 (the device plugin mounts /dev/nvidia-uvm)",
-    )
-    if not path.exists():
-        return error("/dev/nvidia-uvm is missing", "the device file", fix)
-    try:
-        os.close(os.open(path, os.O_RDWR))
-    except OSError as problem:
-        return error(f"/dev/nvidia-uvm cannot be opened: {problem.strerror}", "readable and writable", fix)
-    return ok("/dev/nvidia-uvm can be opened")
-
-
-@check("L-09", CATEGORY, "stacks of hung processes could be taken", severity=Status.WARN)
-def ptrace(ctx: CheckContext) -> CheckResult:
-    """`rtp-llm-doctor attach` shows stacks with py-spy, which needs ptrace. For information only."""
-    scope = ctx.host.read_int("/proc/sys/kernel/yama/ptrace_scope") or 0
-    allowed = ctx.host.has_capability("SYS_PTRACE") or scope == 0
-    return ok("ptrace is allowed" if allowed else f"ptrace_scope={scope} without SYS_PTRACE: py-spy shows no stacks")
-
-
-@check(
-    "L-10",
-    CATEGORY,
-    "this user has a name",
-    symptoms=("KeyError: 'getpwuid(): uid not found: …'",),
-)
-def user(ctx: CheckContext) -> CheckResult:
-    """torch asks for the user's name when it is imported. An arbitrary uid, as OpenShift gives, has none, unless USER
-    says one."""
-    uid = ctx.host.uid
-    names = {"LOGNAME", "USER", "LNAME", "USERNAME"}
-    if any(ctx.host.environ.get(name) for name in names):
-        return ok(f"uid {uid} is called by USER")
-    if any(line.split(":")[2:3] == [str(uid)] for line in (ctx.host.read("/etc/passwd") or "").splitlines()):
-        return ok(f"uid {uid} has a name")
-    try:
-        pwd.getpwuid(uid)  # a directory service may know it
-        return ok(f"uid {uid} has a name")
-    except KeyError:
-        fix = Fix(
-            host="export USER=rtp",
-            docker="docker run -e USER=rtp -e HOME=/tmp …",
-            compose="environment: {USER: rtp, HOME: /tmp}",
-            kubernetes="env: [{name: USER, value: rtp}, {name: HOME, value: /tmp}]",
-        )
-        return error(f"uid {uid} has no name, and USER is not set", "a name", fix)
-
-
-@check(
-    "L-11",
-    CATEGORY,
-    "caches and temporary files can be written",
-    symptoms=(
-        "PermissionError: [Errno 13] Permission denied: '…/.cache",
-        "…: failed to map segment from shared object",
-    ),
-    severity=Status.ERROR,
-)
-def caches(ctx: CheckContext) -> CheckResult:
-    """Sockets and state lie in TMPDIR or RTP_RUN_DIR, kernels that Triton compiles in TRITON_CACHE_DIR or HOME; those
-    are loaded as libraries, which a file system mounted noexec forbids."""
-    environ = ctx.host.environ
-    temporary = ctx.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
-    fix = Fix(
-        host=f"make {temporary} writable, or set TMPDIR to a folder that is",
-        docker="docker run --tmpfs /tmp:exec …",
-        compose="tmpfs: [/tmp:exec]",
-        kubernetes="mount an emptyDir at /tmp",
-    )
-    closed = _closed(ctx, temporary)
-    if closed:
-        return error(f"{temporary} {closed}", "a writable folder", fix)
-    cache = environ.get("TRITON_CACHE_DIR") or environ.get("HOME", "/")
-    if not ctx.on_gpu:
-        return ok(f"{temporary} can be written")
-    closed = _closed(ctx, cache)
-    mount = ctx.host.mount(cache)
-    if not closed and mount and "noexec" in mount.options:
-        closed = "is mounted noexec"
-    if closed:
-        return warn(f"{cache} {closed}", "a folder for compiled kernels", f"TRITON_CACHE_DIR={temporary}/triton")
-    return ok(f"{temporary} and {cache} can be written")
-
-
-def _closed(ctx: CheckContext, folder: str) -> str:
-    """Why a folder cannot be written; empty where it can, or could be made."""
-    path = ctx.host.path(folder)
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    mount = ctx.host.mount(str(Path(folder)))
-    if mount and mount.read_only:
-        return "is on a read-only file system"
-    if not existing.is_dir():
-        return f"is below {existing}, which is no folder"
-    return "" if os.access(existing, os.W_OK | os.X_OK) else os.strerror(errno.EACCES).lower()
+    if limit != INFINITY or not version or version >= (2, 28) or not ctx.on_gpu:
+        return ok("stack " + ("unlimited" if limit == INFINITY else format_bytes(limit)))
+    return warn(f"the stack is unlimited, NCCL {ctx.nccl.version_text}", "8 MiB", fixes.STACK_SIZE)

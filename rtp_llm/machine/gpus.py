@@ -89,6 +89,11 @@ class Gpu:
     nvlink_errors: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
+    def label(self) -> str:
+        """Returns "GPU 0 (NVIDIA H100 80GB HBM3)", as in messages."""
+        return f"GPU {self.index} ({self.name})"
+
+    @property
     def throttle_reasons(self) -> dict[str, float]:
         """1 for each active throttle reason, 0 for the others; empty if not supported."""
         if self.clock_reasons is None:

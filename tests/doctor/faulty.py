@@ -7,10 +7,10 @@ from typing import Any
 import pynvml
 import pytest
 
-from doctor.check import Runtime
 from doctor.context import CheckContext
 from doctor.host import DiskSpace
 from doctor.report import Report, make_report
+from doctor.runtime import Runtime
 from rtp_llm.parallel.plan import PlannedPort
 from tests.doctor.fixtures import LIMITS, FakeHost, run_context_checks
 
@@ -72,7 +72,7 @@ def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Re
     def port_conflict(planned: PlannedPort) -> str:
         return "in use by pid 4711 (nginx: master process nginx)" if planned.port == 10000 else ""
 
-    patch.setattr("doctor.checks.network.port_conflict", port_conflict)
+    patch.setattr("doctor.checks.listen_ports.port_conflict", port_conflict)
     ctx = CheckContext(FaultyHost(root, runtime), nvml=NoDriver)
     return make_report(ctx, run_context_checks(ctx), started=0.0)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import rtp_llm
 from doctor import checks  # noqa: F401  # registers them
-from doctor.check import REGISTRY, Runtime, Status
+from doctor.check import REGISTRY, Status
 from doctor.context import CheckContext
 from doctor.executor import run_checks
 from doctor.host import DiskSpace, Host, Interface
 from doctor.report import Finding
+from doctor.runtime import Runtime
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
 GIB = 1 << 30

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from doctor.bundle import REDACTED, redact, write_bundle
-from doctor.check import REGISTRY, Runtime, error
+from doctor.check import REGISTRY, error
 from doctor.host import is_secret
 from doctor.report import Report, make_finding
+from doctor.runtime import Runtime
 from rtp_llm.config import Config
 from tests.doctor.faulty import faulty_report
 from tests.doctor.fixtures import FakeHost, doctor

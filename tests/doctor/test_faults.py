@@ -96,7 +96,7 @@ class FaultyPart:
 
 @pytest.fixture
 def box(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyPart:
-    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "")  # not this machine's ports
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "")  # not this machine's ports
     return FaultyPart(tmp_path, demo)
 
 
@@ -398,7 +398,7 @@ def test_memory_for_the_weights_and_for_their_loading(box: FaultyPart) -> None:
 
 @pytest.mark.fault("M-10")
 def test_a_slow_disk(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("doctor.checks.model._read_cold", lambda checkpoint: (64.0, 64 << 10))
+    monkeypatch.setattr("doctor.checks.disks._read_cold", lambda checkpoint: (64.0, 64 << 10))
     ctx = box.ctx()
     ctx.tier = 1
     found = run_context_checks(ctx, tier=1)
@@ -451,7 +451,7 @@ def test_names_that_do_not_resolve_yet_are_waited_for_at_a_start(box: FaultyPart
 def test_a_proposed_port_is_allowed_and_its_whole_plan_free(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond 65000 START_PORT ends; at 10000 the rendezvous port would be in use."""
     taken = {65000, 9999}
-    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda p: "in use" if p.port in taken else "")
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda p: "in use" if p.port in taken else "")
     box.set(START_PORT="65000", TP_SIZE="2")
     found = by_id(run_context_checks(box.ctx()), "N-08")
     assert found.status == "error"
@@ -475,21 +475,21 @@ def in_use(*ports: int) -> Callable[[PlannedPort], str]:
 def test_a_proposed_port_leaves_nothing_to_complain_of(
     start: int, ports: tuple[int, ...], other: int, box: FaultyPart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("doctor.checks.network.port_conflict", in_use(*ports))
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", in_use(*ports))
     box.set(START_PORT=str(start))
     assert f"START_PORT={other} " in fix(by_id(run_context_checks(box.ctx()), "N-08"))
-    monkeypatch.setattr("doctor.checks.network.port_conflict", in_use())
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", in_use())
     box.set(START_PORT=str(other))
     assert problems(run_context_checks(box.ctx())) == {}
 
 
 def test_where_no_port_is_free_none_is_proposed(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "in use")
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "in use")
     assert fix(by_id(run_context_checks(box.ctx()), "N-08")) == "stop its owner"
 
 
 def test_a_proposed_port_is_no_other_part_s(box: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("doctor.checks.network.port_conflict", in_use(10000))
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", in_use(10000))
     members = {"x_part0": {"ip": "10.0.0.5"}, "x_part1": {"ip": "10.0.0.5", "port": 10105}}
     box.members(JSON_GANG_PARTS=json.dumps(members))
     said = fix(by_id(run_context_checks(box.ctx()), "N-08"))

@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
         "N-10",
         lambda gang: gang.part_reports[0].links.update({1: LinkResult(dict.fromkeys((10000, 10003, 40001), "open"))}),
         "unknown",
-        "no transfer of 8 MiB came to an end: part0 -> part1",
+        "no transfer of 8 MiB was completed: part0 -> part1",
     ),
     "the time was up": (
         "N-01",
@@ -140,7 +140,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
             lambda gang: gang.part_reports[1].links.update({2: LinkResult()}),
         ),
         "unknown",
-        "the time was up before all ways were tried: part1 -> part2",
+        "not all directions were tried in time: part1 -> part2",
     ),
     "another part answers": (
         "C-01",
@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
         "C-09",
         remove_part,
         "error",
-        "no response from part2 (10.0.0.7:10000, rank 2) (port 10003 does not answer",
+        "no response from part2 (10.0.0.7:10000, rank 2) (port 10003 does not respond",
     ),
     "a problem elsewhere": (
         "C-11",

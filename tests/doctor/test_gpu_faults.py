@@ -113,9 +113,9 @@ class FaultyGpuPart:
 @pytest.fixture
 def gpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyGpuPart:
     made = FaultyGpuPart(tmp_path)
-    monkeypatch.setattr("doctor.checks.network.port_conflict", lambda planned: "")  # not this machine's ports
+    monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "")  # not this machine's ports
     monkeypatch.setattr("doctor.checks.shm.numa_allowed", lambda host: made.numa)
-    monkeypatch.setattr("doctor.checks.gpu._torch_cuda", lambda: (12, 8))
+    monkeypatch.setattr("doctor.checks.cuda_version._torch_cuda", lambda: (12, 8))
     return made
 
 
@@ -242,7 +242,7 @@ def test_an_xid_in_the_kernels_log(gpu_part: FaultyGpuPart) -> None:
     assert problems(found) == {"G-16": "warn"}
     actual = by_id(found, "G-16").actual
     assert actual.startswith("GPU 3")
-    assert "(0000:13:00.0): Xid 79, it fell off the bus" in actual
+    assert "(0000:13:00.0): Xid 79, it has fallen off the bus" in actual
     assert "drain this machine" in fix(by_id(found, "G-16"))
 
 
@@ -275,7 +275,7 @@ def test_what_a_gpu_does_not_tell_is_not_called_good(
         by_id(run_context_checks(gpu_part.ctx()), id).actual,
     ) == (
         "skip",
-        "this GPU does not tell",
+        "this GPU does not report it",
     )
 
 
@@ -369,9 +369,9 @@ def play(
 @pytest.mark.parametrize(
     ("capability", "links", "text"),
     [
-        ((9, 0), 18, "268.1 GiB/s over 18 NVLinks, which gives 419.1 GiB/s"),
-        ((10, 0), 18, "268.1 GiB/s over 18 NVLinks, which gives 838.2 GiB/s"),
-        ((9, 0), 0, "what this link should give is not known"),
+        ((9, 0), 18, "268.1 GiB/s over 18 NVLinks, at most 419.1 GiB/s"),
+        ((10, 0), 18, "268.1 GiB/s over 18 NVLinks, at most 838.2 GiB/s"),
+        ((9, 0), 0, "the link's maximum is not known"),
     ],
 )
 def test_a_sum_is_shown_beside_what_the_link_should_give(

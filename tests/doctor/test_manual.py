@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from doctor import checks  # noqa: F401  # registers them
-from doctor.check import REGISTRY, Check, Repair, Runtime, Status
+from doctor.check import REGISTRY, Check, Repair, Status
+from doctor.runtime import Runtime
 from tests.doctor.faulty import faulty_report
 from tests.doctor.fixtures import REPOSITORY, doctor
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doctor.checks.interconnect import parse_cpu_list
 from doctor.context import parse_config
-from doctor.host import Interface
+from doctor.host import Interface, parse_number_ranges
 from doctor.mounts import mount_of, parse_mountinfo
 from doctor.nccl import NameFilter, choose_interfaces, parse_conf
 from rtp_llm.config import Config
@@ -174,13 +173,13 @@ def test_any_text_is_a_conf(text: str) -> None:
 
 @given(st.sets(st.integers(0, 500)))
 def test_a_list_of_processors(cpus: set[int]) -> None:
-    assert parse_cpu_list(",".join(map(str, sorted(cpus)))) == cpus
+    assert parse_number_ranges(",".join(map(str, sorted(cpus)))) == cpus
 
 
 @given(st.text())
 def test_any_text_is_a_list_of_processors(text: str) -> None:
-    parse_cpu_list(text[:20])
-    assert parse_cpu_list("0-3,8\n") == {0, 1, 2, 3, 8}
+    parse_number_ranges(text[:20])
+    assert parse_number_ranges("0-3,8\n") == {0, 1, 2, 3, 8}
 
 
 # The distribute file and the settings

@@ -65,7 +65,7 @@ def test_computing(played: pytest.MonkeyPatch, play: str, said: str) -> None:
 
 def test_a_gpu_that_hangs_is_killed(played: pytest.MonkeyPatch) -> None:
     played.setenv("PLAY", "hang")
-    played.setattr(probes, "SECONDS", 1.0)
+    played.setattr(probes, "TIMEOUT_SECONDS", 1.0)
     assert set(probes.probe_compute(GPUS).values()) == {"no answer within 1 s; the process was killed"}
 
 
@@ -79,7 +79,7 @@ def test_copies_that_arrive_and_one_that_does_not(played: pytest.MonkeyPatch) ->
 
 def test_the_direction_that_hangs_is_named(played: pytest.MonkeyPatch) -> None:
     played.setenv("PLAY", "hang")
-    played.setattr(probes, "SECONDS", 2.0)
+    played.setattr(probes, "TIMEOUT_SECONDS", 2.0)
     assert [(one, other) for one, other, _ in probes.probe_peer_copies([0, 1, 2])] == [(0, 2), (1, 2)]
 
 

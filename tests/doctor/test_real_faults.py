@@ -173,7 +173,7 @@ def test_what_is_left_behind_is_found_and_only_what_is_ours_removed(
     check = next(c for c in report(done)["checks"] if c["id"] == "S-02")
     # Where a process may not be looked into, what is not ours by its lock may be in its hands.
     certain = 1 if find_orphans(Host()).unreadable else 2
-    assert check["actual"].startswith(f"{certain} files that nobody uses")
+    assert check["actual"].startswith(f"{certain} files that no process uses")
     assert "--fix shm removes 1 of them" in remedy(done, "S-02")
     fixed = doctor("--fix", "shm", env=two)
     assert f"removed 1 orphaned segments, 4.0 KiB\n  {left_behind['ours'].name}" in fixed.stderr

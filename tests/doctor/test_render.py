@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from doctor.check import Runtime, Status
+from doctor.check import Status
 from doctor.context import CheckContext
 from doctor.host import DiskSpace
 from doctor.render import ASCII, DEFAULT_WIDTH, UNICODE, Style, json_text, junit, prometheus, short, table, write
 from doctor.report import DoctorExitCode, Drift, Report, make_report
+from doctor.runtime import Runtime
 from tests.doctor.faulty import FAULTS, NoDriver, faulty_report, without_timings
 from tests.doctor.fixtures import FakeHost, run_context_checks
 

@@ -11,9 +11,10 @@ import jsonschema_rs
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from doctor.check import Runtime, Status
+from doctor.check import Status
 from doctor.render import ASCII, STATUS_NUMBERS, Style, junit, prometheus
 from doctor.report import SCHEMA, Report
+from doctor.runtime import Runtime
 from tests.doctor.faulty import FAULTS, faulty_report
 from tests.doctor.fixtures import REPOSITORY, doctor
 

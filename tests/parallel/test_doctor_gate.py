@@ -76,7 +76,7 @@ def test_all_errors_are_reported_at_once(settings: dict[str, str]) -> None:
     with Part(env, port=port) as part:
         assert part.wait_end() == 64
         assert "M-14 TP_SIZE='many'" in part.log
-        assert "M-08 CHECKPOINT_PATH=/nowhere is no folder here" in part.log
+        assert "M-08 CHECKPOINT_PATH=/nowhere is not a folder here" in part.log
 
 
 def two_parts(settings: dict[str, str], *settings_of_parts: dict[str, str]) -> list[Part]:

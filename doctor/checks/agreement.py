@@ -1,0 +1,113 @@
+"""What must be the same on all parts: software, checkpoint, settings and clocks."""
+
+from doctor import fixes
+from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, warn
+from doctor.checks.categories import format_differences, gang_check
+from doctor.context import CheckContext
+from doctor.fixes import Fix
+from doctor.gang.view import GangView
+
+MAX_CLOCK_OFFSET_SECONDS = 1.0
+SAME_IMAGE = "the same image on every part, by digest and not by tag"
+SAME = "the same on all parts"
+# Settings that select NCCL's transport: if they differ, ranks wait for each other on different transports.
+TRANSPORT = (
+    *("NCCL_IB_DISABLE", "NCCL_NET", "NCCL_NET_PLUGIN", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_ALGO"),
+    *("NCCL_PROTO", "NCCL_SOCKET_FAMILY", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE", "NCCL_MNNVL_ENABLE"),
+)
+
+
+def same_facts_check(
+    id: str,
+    title: str,
+    explanation: str,
+    *,
+    prefix: str,
+    expected: str,
+    fix: Fix | str,
+    seen_as: tuple[str, ...] = (),
+    needs: tuple[str, ...] = ("C-09", "C-10"),
+) -> None:
+    """Registers a check that the facts whose name begins with `prefix` are equal on all parts."""
+
+    def run(ctx: CheckContext, view: GangView) -> CheckResult:
+        differences = view.differences(prefix)
+        return error(format_differences(differences), expected, fix) if differences else ok(SAME)
+
+    run.__doc__ = explanation
+    gang_check(id, title, needs=needs)(symptoms(*seen_as)(run))
+
+
+same_facts_check(
+    "C-03",
+    "all parts use the same NCCL version",
+    "NCCL refuses to connect ranks of different versions.",
+    prefix="gpu.nccl",
+    expected="one NCCL version",
+    fix=SAME_IMAGE,
+    seen_as=("Mismatched NCCL version detected : rank … version … rank … version …",),
+)
+
+
+@gang_check("C-04", "all parts use the same software versions")
+def same_software(ctx: CheckContext, view: GangView) -> CheckResult:
+    """Another version of torch computes slightly different numbers, and another version of this server may use another
+    protocol. A different driver is a warning."""
+    versions, drivers = view.differences("version."), view.differences("gpu.driver")
+    if versions:
+        return error(format_differences(versions), "one version of everything", SAME_IMAGE)
+    return warn(format_differences(drivers), "one driver version", SAME_IMAGE) if drivers else ok(SAME)
+
+
+same_facts_check(
+    "C-05",
+    "all parts have the same checkpoint",
+    """Ranks with slices of different checkpoints compute garbage, or fail with a shape mismatch. config.json and the
+    headers of all files are compared.""",
+    prefix="model.",
+    expected="one checkpoint",
+    fix=fixes.SAME_CHECKPOINT,
+    needs=("C-09", "C-10", "M-04", "M-05", "M-06"),
+)
+
+
+@gang_check("C-06", "all parts have the same NCCL settings")
+@symptoms("Detected mixed local Net device counts across ranks")
+def same_nccl_settings(ctx: CheckContext, view: GangView) -> CheckResult:
+    """If NCCL uses InfiniBand on one part and not on another, the two wait for each other forever. The environment and
+    nccl.conf are compared, except for settings that may differ between parts (interfaces)."""
+    differences = view.differences("env.")
+    if not differences:
+        return ok(SAME)
+    is_transport = any(key.removeprefix("env.").startswith(TRANSPORT) for key in differences)
+    make_result = error if is_transport else warn
+    return make_result(format_differences(differences), "the same on every part", fixes.SAME_ENVIRONMENT)
+
+
+same_facts_check(
+    "C-07",
+    "all parts have the same engine settings",
+    """MAX_SEQ_LEN, block sizes and batch limits decide what is computed in which order: ranks that differ hang in the
+    first collective that differs.""",
+    prefix="config.",
+    expected="the same on every part",
+    fix=fixes.SAME_ENVIRONMENT,
+    seen_as=("MISMATCH … different collective operation counts",),
+)
+
+
+@gang_check("C-08", "the clocks are synchronised", severity=Status.WARN, needs=("C-09", "C-10", "N-01"))
+def clocks_in_sync(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
+    """The server does not depend on it, but logs and dashboards of several machines can be compared only if their
+    clocks are synchronised."""
+    measured = [(source, target, link) for source, target, link in view.links() if link.rtt]
+    if not measured:
+        return skip("no clock was compared")
+    source, target, link = max(measured, key=lambda entry: abs(entry[2].clock_offset))
+    return Reading(
+        abs(link.clock_offset) - link.clock_error,
+        f"part{target.part} is {link.clock_offset:+.3f} s (+-{link.clock_error:.3f}) from part{source.part}",
+        f"within {MAX_CLOCK_OFFSET_SECONDS:g} s",
+        "run chrony or systemd-timesyncd on the machines",
+        maximum=MAX_CLOCK_OFFSET_SECONDS,
+    )

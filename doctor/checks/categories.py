@@ -1,0 +1,47 @@
+"""Decorators that register a check in a category of the report."""
+
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any
+
+from doctor.check import CheckResult, Reading, check, skip
+from doctor.checks.preconditions import GPUS_USED
+from doctor.context import CheckContext
+from doctor.gang.view import GangView
+
+configuration_check = partial(check, category="configuration")
+model_check = partial(check, category="model")
+shm_check = partial(check, category="shared memory")
+limits_check = partial(check, category="limits")
+gpu_check = partial(check, category="gpu")
+used_gpu_check = partial(check, category="gpu", needs=("G-09",), requires=(GPUS_USED,))
+interconnect_check = partial(check, category="interconnect", needs=("G-09",))
+network_check = partial(check, category="network")
+collective_check = partial(check, category="collective", tier=3)
+
+NOT_RUN = "`rtp-llm-doctor gang` on every part"
+GangCheckFunction = Callable[[CheckContext, GangView], CheckResult | Reading]
+
+
+def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFunction], GangCheckFunction]:
+    """Registers a check of tier 2 that needs the reports of all parts; it is skipped without them.
+
+    `options`: as of `check`. By default it needs the checks that all parts respond with compatible doctors.
+    """
+
+    settings: dict[str, Any] = {"category": "gang", "tier": 2, "needs": ("C-09", "C-10")} | options
+
+    def register(function: GangCheckFunction) -> GangCheckFunction:
+        @wraps(function)
+        def run(ctx: CheckContext) -> CheckResult | Reading:
+            return function(ctx, ctx.gang) if ctx.gang else skip(NOT_RUN)
+
+        check(id, title, **settings)(run)
+        return function
+
+    return register
+
+
+def format_differences(differences: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns "key: part0=a part1=b; …"."""
+    return "; ".join(f"{k}: " + " ".join(f"{p}={v}" for p, v in values.items()) for k, values in differences.items())

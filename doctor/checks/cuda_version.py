@@ -1,0 +1,101 @@
+"""Versions of the driver, libcuda and torch's CUDA."""
+
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from doctor.check import CheckResult, error, ok, skip, symptoms
+from doctor.checks.categories import gpu_check
+from doctor.checks.preconditions import GPUS_PRESENT
+from doctor.context import CheckContext
+
+
+@gpu_check("G-05", "no older libcuda hides the driver's", needs=("G-01", "G-02", "G-03"))
+@symptoms("Error 803: system has unsupported display driver / cuda driver combination")
+def no_old_libcuda(ctx: CheckContext) -> CheckResult:
+    """Images with NVIDIA's cuda-compat package contain a libcuda for forward compatibility. If the loader finds it
+    before the one that the runtime mounts, and the driver is newer, CUDA does not start."""
+    if not ctx.gpus.driver:
+        return skip("the ranks run on CPU")
+    library_path = ctx.host.environ.get("LD_LIBRARY_PATH", "").split(":")
+    folders = [*(folder for folder in library_path if "compat" in folder), *_compat_folders(ctx)]
+    for folder, name, libcuda in _libcudas(ctx, folders):
+        if libcuda < _version_tuple(ctx.gpus.driver):
+            fix = f"remove {folder}, or set LD_LIBRARY_PATH=/usr/local/nvidia/lib64"
+            return error(f"{folder}/{name} is older than driver {ctx.gpus.driver}", "the driver's own libcuda", fix)
+    return ok("only the driver's libcuda")
+
+
+def _compat_folders(ctx: CheckContext) -> list[str]:
+    return [f"/usr/local/{name}/compat" for name in ctx.host.list_dir("/usr/local") if name.startswith("cuda")]
+
+
+def _libcudas(ctx: CheckContext, folders: Iterable[str]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+    """Yields (folder, file name, version) of each libcuda.so.VERSION; libcuda.so.1 is a link."""
+    for folder in folders:
+        for name in ctx.host.list_dir(folder):
+            if re.fullmatch(r"libcuda\.so\.\d+(\.\d+){1,2}", name):
+                yield folder, name, _version_tuple(name)
+
+
+def _version_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", text))
+
+
+def _torch_cuda() -> tuple[int, int] | None:
+    """Returns the CUDA version of torch's build, from its local version ("+cu129") or the CUDA packages it installs.
+
+    Does not import torch. None if it is a CPU build or the version is not known.
+    """
+    try:
+        label = re.search(r"\+cu(\d+)(\d)$", version("torch"))
+    except PackageNotFoundError:
+        return None
+    if label:
+        return int(label[1]), int(label[2])
+    for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
+        try:
+            major, minor, *_ = _version_tuple(version(package))
+            return major, minor
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+@gpu_check(
+    "G-07", "the driver is new enough for torch's CUDA", needs=("G-01", "G-02", "G-03"), requires=(GPUS_PRESENT,)
+)
+@symptoms(
+    "The NVIDIA driver on your system is too old (found version …)",
+    "CUDA driver version is insufficient for CUDA runtime version",
+)
+def driver_supports_cuda(ctx: CheckContext) -> CheckResult:
+    """A driver supports all CUDA versions of its own major release and of older ones. torch that was built for the next
+    major release does not start on it."""
+    required, supported = _torch_cuda(), ctx.gpus.cuda
+    if required is None:
+        return skip("torch is a CPU build, or its CUDA version is not known")
+    driver = f"driver {ctx.gpus.driver} supports CUDA {supported[0]}.{supported[1]}"
+    actual = f"{driver}, torch was built with {required[0]}.{required[1]}"
+    if supported[0] < required[0]:
+        fix = f"update the driver, or install torch built for CUDA {supported[0]}"
+        return error(actual, f"a driver for CUDA {required[0]}", fix)
+    return ok(actual)
+
+
+@gpu_check(
+    "G-06",
+    "CUDA forward compatibility is used on data-centre GPUs only",
+    needs=("G-01", "G-07"),
+    requires=(GPUS_PRESENT,),
+)
+@symptoms("Error 804: forward compatibility was attempted on non supported HW")
+def forward_compatibility_is_supported(ctx: CheckContext) -> CheckResult:
+    """cuda-compat libraries that are newer than the driver work on data-centre GPUs only."""
+    driver = _version_tuple(ctx.gpus.driver)
+    newer = [folder for folder, _, libcuda in _libcudas(ctx, _compat_folders(ctx)) if libcuda > driver]
+    consumer = next((g for g in ctx.gpus.all if re.search(r"GeForce|TITAN|RTX (?!A|6000|PRO)", g.name)), None)
+    if newer and consumer:
+        actual = f"{newer[0]} on {consumer.name}"
+        return error(actual, "a data-centre GPU, or no compat folder", f"remove {newer[0]}")
+    return ok("not used")

@@ -1,0 +1,88 @@
+"""GPU access: whether the GPUs are in this container, and whether NVML and CUDA see them."""
+
+import re
+
+import pynvml
+
+from doctor import fixes
+from doctor.check import CheckResult, Repair, error, ok, skip, symptoms
+from doctor.checks.categories import gpu_check
+from doctor.checks.preconditions import GPUS_PRESENT
+from doctor.context import CheckContext
+from rtp_llm.machine.devices import apply_cuda_visible_devices
+
+MISSING_LIBRARY = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+VERSION_MISMATCH = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+
+
+@gpu_check("G-01", "the GPUs are available in this container")
+@symptoms(
+    "RuntimeError: No CUDA GPUs are available",
+    "Found no NVIDIA driver on your system",
+    "libcuda.so.1: cannot open shared object file",
+)
+def gpus_are_available(ctx: CheckContext) -> CheckResult:
+    """A container sees GPUs only if the runtime was told to mount them: the device files and the driver's libraries
+    (NVIDIA_DRIVER_CAPABILITIES must include compute and utility)."""
+    gpus, device = ctx.gpus, ctx.config.rtp_device
+    if gpus.failure == 0:
+        return ok(f"{len(gpus.all)} GPUs, driver {gpus.driver}")
+    if gpus.failure not in MISSING_LIBRARY:
+        return ok("the driver's library is installed")  # G-02 and G-03 report its failure
+    num_files = sum(bool(re.fullmatch(r"nvidia[0-9]+", name)) for name in ctx.host.list_dir("/dev"))
+    if device == "cpu" or not (device == "cuda" or num_files):
+        return skip("no NVIDIA GPU here: the ranks run on CPU")
+    hidden = ctx.host.environ.get("NVIDIA_VISIBLE_DEVICES", "") in ("void", "none")
+    actual = "NVIDIA_VISIBLE_DEVICES hides them" if hidden else "no NVIDIA driver library here"
+    return error(f"{actual}; {num_files} device files in /dev", "GPUs, as RTP_DEVICE=cuda asks", fixes.GPU_ACCESS)
+
+
+@gpu_check("G-02", "the NVIDIA driver responds", needs=("G-01",), repair=Repair.RESTART)
+@symptoms("Failed to initialize NVML: Unknown Error")
+def nvml_responds(ctx: CheckContext) -> CheckResult:
+    """After `systemctl daemon-reload` on the host, systemd applies its device rules again and removes the GPUs from
+    running containers. Only a new container gets them back."""
+    code = ctx.gpus.failure
+    if code == 0:
+        return ok("NVML responds")
+    if code in (*MISSING_LIBRARY, VERSION_MISMATCH):
+        return skip("no driver here")
+    return error(f"NVML fails: {pynvml.NVMLError(code)}", "a response", fixes.RECREATE_CONTAINER, code=code)
+
+
+@gpu_check(
+    "G-03", "the driver's kernel module and library have the same version", needs=("G-01",), repair=Repair.REBOOT
+)
+@symptoms("Failed to initialize NVML: Driver/library version mismatch")
+def driver_versions_match(ctx: CheckContext) -> CheckResult:
+    """The host's driver was upgraded under a running container, or without a reboot: the old kernel module is still
+    loaded."""
+    version_file = ctx.host.read("/proc/driver/nvidia/version") or ""
+    match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", version_file)
+    module, library = match[1] if match else "", ctx.gpus.driver
+    if ctx.gpus.failure == VERSION_MISMATCH:
+        actual = f"kernel module {module or 'of one version'}, library of another"
+        return error(actual, "the same version", fixes.REBOOT)
+    if not library:
+        return skip("no driver here")
+    if module and module != library:
+        return error(f"kernel module {module}, library {library}", "the same version", "reboot the host")
+    return ok(f"driver {library}")
+
+
+@gpu_check("G-09", "CUDA_VISIBLE_DEVICES names existing GPUs", needs=("G-01", "G-02", "G-03"), requires=(GPUS_PRESENT,))
+@symptoms("CUDA error: invalid device ordinal", "invalid literal for int() with base 10: 'MIG-…'")
+def visible_devices_exist(ctx: CheckContext) -> CheckResult:
+    """CUDA reads the list up to the first invalid entry and silently ignores the rest. An empty value hides all GPUs,
+    and so does a GPU that is listed twice."""
+    value = ctx.host.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return ok(f"unset: all {len(ctx.gpus.all)} GPUs")
+    if ctx.config.rtp_device == "cpu":
+        return ok("not used: RTP_DEVICE=cpu")
+    problem = apply_cuda_visible_devices([gpu.uuid for gpu in ctx.gpus.all], value).problem
+    if problem:
+        indices = ",".join(str(gpu.index) for gpu in ctx.gpus.all)
+        actual, fix = f"CUDA_VISIBLE_DEVICES={value!r}: {problem}", f"CUDA_VISIBLE_DEVICES={indices}"
+        return error(actual, f"indices from {indices}, or UUIDs", fix)
+    return ok(f"{value}: {len(ctx.gpus.visible)} GPUs")

@@ -1,0 +1,54 @@
+"""Probes that run torch on each GPU (tier 1)."""
+
+import pynvml
+
+from doctor import probes
+from doctor.check import CheckResult, Repair, error, ok, skip, symptoms, unknown
+from doctor.checks.categories import gpu_check
+from doctor.checks.preconditions import GPUS_USED
+from doctor.context import CheckContext
+
+
+@gpu_check(
+    "G-04",
+    "CUDA starts and computes on every GPU",
+    needs=("G-05", "G-06", "G-07", "G-09", "G-12", "G-16"),
+    requires=(GPUS_USED,),
+    timeout=60,
+    repair=Repair.REBOOT,
+)
+@symptoms("Error 802: system not yet initialized", "CUDA error: an illegal memory access was encountered")
+def gpus_compute(ctx: CheckContext) -> CheckResult:
+    """On NVSwitch machines CUDA starts only after the fabric manager, of the same version as the driver, has set up the
+    switches. Tier 1 runs a process that computes on each GPU, and kills it if it hangs."""
+    for gpu in ctx.used_gpus:
+        if gpu.fabric_state not in (None, 0, pynvml.NVML_GPU_FABRIC_STATE_COMPLETED):
+            fix = f"on the host: systemctl restart nvidia-fabricmanager (version {ctx.gpus.driver})"
+            return error(f"{gpu.label}: its NVSwitch fabric is not set up", "fabric state completed", fix)
+    if ctx.tier < 1:
+        return skip("--tier 1 computes on each GPU")
+    for gpu, failure in probes.probe_compute(ctx.used_gpus).items():
+        if failure:
+            fix = "see the message; then nvidia-smi -q"
+            return error(f"GPU {gpu.index}: {failure}", "a correct product of two matrices", fix)
+    return ok(f"{len(ctx.used_gpus)} GPUs allocate and compute")
+
+
+@gpu_check("G-08", "torch has kernels for these GPUs", needs=("G-04",), requires=(GPUS_USED,), timeout=60)
+@symptoms(
+    "no kernel image is available for execution on the device",
+    "with CUDA capability sm_… is not compatible with the current PyTorch installation",
+)
+def torch_has_kernels(ctx: CheckContext) -> CheckResult:
+    """A build of torch contains machine code for some GPU architectures. Tier 1 reads the list from torch."""
+    if ctx.tier < 1:
+        return skip("--tier 1 reads torch's list")
+    compiled = probes.architectures()
+    if compiled is None:
+        return unknown("torch does not report its architectures")
+    for gpu in ctx.used_gpus:
+        if gpu.capability and not probes.supports_capability(compiled, gpu.capability):
+            required = "sm_" + "".join(map(str, gpu.capability))
+            actual = f"{gpu.label} is {required}, torch has {', '.join(compiled)}"
+            return error(actual, required, "install a torch build that has it")
+    return ok(", ".join(compiled))
