@@ -63,8 +63,9 @@ class TestParity:
 def run(
     oracle: Oracle, device: torch.device, dtype: str, forced: drive.ForcedTokens | None = None
 ) -> drive.Completions:
-    requests = [drive.greedy_request(a.prompt, NEW_TOKENS, id=str(i)) for i, a in enumerate(oracle.answers)]
-    return drive.run(drive.make_single_rank_engine(oracle.path, device, act_type=dtype), requests, forced)
+    return drive.run(
+        drive.make_single_rank_engine(oracle.path, device, act_type=dtype), oracle.greedy_requests(), forced
+    )
 
 
 def theirs_in_bf16(case: CheckpointCase, oracle: Oracle, device: torch.device) -> Floats:
@@ -92,7 +93,7 @@ def test_slots_that_nobody_wrote_do_not_matter(device: torch.device, tmp_path: P
     """A NaN in a slot that nobody wrote must not reach the output: 0 x NaN is NaN."""
     oracle = make_oracle(next(case for case in CASES if case.name == "llama"), tmp_path / "llama", device)
     engine = drive.make_single_rank_engine(oracle.path, device)
-    for cache in engine.runner.caches:  # type: ignore[attr-defined]  # a real runner, not the protocol
+    for cache in engine.runner.kv_caches:  # type: ignore[attr-defined]  # a real runner, not the protocol
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
     requests = [drive.greedy_request(a.prompt, NEW_TOKENS, id=str(i)) for i, a in enumerate(oracle.answers)]

@@ -14,7 +14,7 @@ from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.layers.sampler import sample
 from rtp_llm.parallel import group
 from rtp_llm.parallel.group import TorchGroup
-from tests.model.rank import HOST, plan_for
+from tests.model.rank import HOST, local_plan
 from tests.ports import free_start_port
 
 SECONDS = 60
@@ -37,7 +37,7 @@ WAYS: list[dict[str, Any]] = [
 @pytest.fixture
 def alone(device: torch.device) -> Iterator[TorchGroup]:
     """A group of one rank over the backend of this device. A server with one rank never creates such a group."""
-    plan = replace(plan_for(1, free_start_port()), device=device.type)
+    plan = replace(local_plan(1, free_start_port()), device=device.type)
     backend = "nccl" if device.type == "cuda" else "gloo"
     group._init_torch_group(plan, 0, 1, HOST, SECONDS, backend, device)
     made = TorchGroup(0, 1, device)

@@ -120,12 +120,12 @@ def test_its_metrics_tell_of_the_gpu(part: Part, device: torch.device) -> None:
 
 def test_a_killed_rank_costs_the_client_a_pause(part: Part, expected: str, note: Note) -> None:
     epoch = part.epoch
-    stream = Stream(part, GREEDY).flowing()
+    stream = Stream(part, GREEDY).wait_flowing()
     killed = time.monotonic()
     part.kill("rank0")
-    pieces = len(stream.pieces)
+    num_chunks = len(stream.chunks)
     assert stream.text() == expected
-    assert pieces < len(expected)
+    assert num_chunks < len(expected)
     part.wait_healthy(epoch + 1)
     assert "rank0 (killed by a signal)" in part.log
     note("reason", f"the whole text {time.monotonic() - killed:.1f} s after the kill")

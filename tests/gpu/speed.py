@@ -248,14 +248,14 @@ def test_a_full_cache_leaves_room_to_forward(subject: Subject, engine: Engine, n
     note("reason", f"{runner.kv_bytes / MIB:.0f} MiB of KV cache; {sequences} sequences of {blocks} blocks")
     assert runner._forward(last_tokens(runner, sequences, blocks, each=1)) is not None
     longest = min(runner.num_blocks, runner.max_seq_len // runner.block_size)
-    chunk = min(runner.max_tokens, longest * runner.block_size)
+    chunk = min(runner.max_num_batched_tokens, longest * runner.block_size)
     assert runner._forward(last_tokens(runner, 1, longest, each=chunk)) is not None
     wait(subject.device)
 
 
 def forget(subject: Subject, engine: Engine) -> None:
     """Frees the device memory that the other tests of this process hold."""
-    runner_of(engine).caches = []
+    runner_of(engine).kv_caches = []
     torch.nn.Module.to(subject.theirs, "meta")
     if subject.device.type == "cuda":
         torch.cuda.empty_cache()

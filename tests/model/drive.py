@@ -123,7 +123,7 @@ def step(engine: Engine, completions: Completions) -> None:
 
 @contextmanager
 def record_logits(forced: ForcedTokens | None = None) -> Iterator[dict[str, list[NDArray[np.float32]]]]:
-    """Yields the logits [vocab] of each sampled token, by request id. `forced`: tokens that replace the sampled ones."""
+    """Yields the logits [vocab] of each sampled token, by request id. `forced` tokens replace the sampled ones."""
     recorded: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
     def recording_sample(
