@@ -1,7 +1,7 @@
 # Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's package sources, and
 # installs nothing outside this folder. PYTHON=python3.12 selects another Python, TORCH=<requirement or wheel> a torch.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all lint clean
+.PHONY: help install serve test test-all test-gpu gpu-wheels lint clean
 # A recipe that fails must not leave its stamp file.
 .DELETE_ON_ERROR:
 
@@ -20,7 +20,7 @@ WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## create .venv with what serving needs
 
@@ -33,6 +33,16 @@ test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
 
 test-all: $(VENV)/installed-dev ## run every test, as CI does
 	$(PYTEST) $(ARGS)
+
+# A GPU machine often has a Python with its own torch and no network: the suite uses that Python as it is.
+HAS_TORCH := import importlib.util, sys; sys.exit(sys.version_info < (3, 11) or not importlib.util.find_spec("torch"))
+
+test-gpu: ## run the GPU suite (docs/performance); RTP_TEST_DEVICE=cpu without a GPU
+	@if [ ! -e $(VENV)/installed-dev ] && $(PYTHON) -c '$(HAS_TORCH)'; then exec $(PYTHON) -m tests.gpu $(ARGS); fi; \
+	$(MAKE) --silent --no-print-directory $(VENV)/installed-dev && exec $(BIN)/python -m tests.gpu $(ARGS)
+
+gpu-wheels: $(VENV)/created ## download packages for a GPU machine without a network, PYTHON_VERSION (3.12)
+	$(BIN)/python -m tests.gpu.wheels $(or $(PYTHON_VERSION),3.12)
 
 lint: $(VENV)/installed-dev ## check style, format and types
 	$(BIN)/ruff check

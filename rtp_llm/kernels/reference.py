@@ -7,6 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
 QUERIES_PER_TILE = 256  # bounds the scores [heads, queries, keys] that torch may materialise because of the mask
+# Limits the bytes of one gathered tensor or one matrix of scores. The KV cache takes the memory that the warm-up leaves
+# free, and the warm-up has no long sequences. Up to four such tensors exist at a time.
+MAX_SCRATCH_BYTES = 128 << 20
 
 
 def reference_attention(
@@ -17,27 +20,41 @@ def reference_attention(
     cache.values.flatten(0, 1).index_copy_(0, batch.slot_mapping, value)
     out = torch.empty_like(query)
     num_decodes = batch.cpu_step.num_decodes
-    if num_decodes:
-        out[:num_decodes] = _attend_decodes(query[:num_decodes], cache, batch, window, scale)
+    num_blocks = _max_blocks(batch, cache, slice(num_decodes))
+    for rows in _split_rows(num_decodes, num_blocks * cache.keys[0].numel() * cache.keys.itemsize):
+        out[rows] = _attend_decodes(query[rows], cache, batch, rows, window, scale)
     for index in range(num_decodes, batch.cpu_step.num_sequences):
         start, end = (int(n) for n in batch.cpu_step.query_start_loc[index : index + 2])
         out[start:end] = _attend_chunk(query[start:end], cache, batch, index, window, scale)
     return out
 
 
-def _attend_decodes(query: Tensor, cache: LayerKVCache, batch: ForwardBatch, window: int, scale: float) -> Tensor:
-    """Returns the attention output of the first sequences of the batch, which have one query each.
+def _max_blocks(batch: ForwardBatch, cache: LayerKVCache, rows: slice) -> int:
+    """Returns the number of blocks of the longest of these sequences, 0 if there are none."""
+    max_seq_len = int(batch.cpu_step.seq_lens[rows].max(initial=0))
+    return -(-max_seq_len // cache.keys.shape[1])
+
+
+def _split_rows(num_rows: int, bytes_per_row: int) -> list[slice]:
+    """Splits the rows into as few slices as MAX_SCRATCH_BYTES allows."""
+    size = max(1, MAX_SCRATCH_BYTES // max(1, bytes_per_row))
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def _attend_decodes(
+    query: Tensor, cache: LayerKVCache, batch: ForwardBatch, rows: slice, window: int, scale: float
+) -> Tensor:
+    """Returns the attention output of the sequences `rows` of the batch, which have one query each.
 
     query: [S, heads, head_dim]. Pads all sequences to the longest. Treats the query heads of a KV head as its queries,
     which on CPU is ten times as fast as enable_gqa.
     """
-    count = len(query)
     kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
-    width = -(-int(batch.cpu_step.seq_lens[:count].max()) // block_size)
-    block_tables = batch.block_tables[:count, :width]
+    width = _max_blocks(batch, cache, rows)
+    block_tables = batch.block_tables[rows, :width]
     keys, values = (_gather_blocks(blocks, block_tables) for blocks in (cache.keys, cache.values))
     positions = torch.arange(width * block_size, device=query.device)
-    seq_lens = batch.seq_lens[:count, None]
+    seq_lens = batch.seq_lens[rows, None]
     mask = positions < seq_lens
     if window:
         mask &= positions >= seq_lens - window
@@ -71,7 +88,8 @@ def _attend_chunk(
     positions = torch.arange(seq_len, device=query.device)
     tiles = []
     start = seq_len - len(query)
-    for tile in query.split(QUERIES_PER_TILE):
+    max_queries = MAX_SCRATCH_BYTES // (query.shape[1] * seq_len * torch.float32.itemsize)
+    for tile in query.split(max(1, min(QUERIES_PER_TILE, max_queries))):
         query_positions = positions[start : start + len(tile), None]
         start += len(tile)
         mask = positions <= query_positions

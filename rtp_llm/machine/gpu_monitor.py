@@ -62,8 +62,15 @@ class GpuMonitor:
             self._nvml.nvmlShutdown()
 
     def _register_events(self) -> tuple[Any, dict[str, int]]:
-        """Returns an event set with the Xids of all GPUs that support them, and GPU indices by UUID."""
-        events, indices = self._nvml.nvmlEventSetCreate(), {}
+        """Returns an event set with the Xids of all GPUs that support them, and GPU indices by UUID. The set is None
+        if this driver has no events.
+        """
+        indices: dict[str, int] = {}
+        try:
+            events = self._nvml.nvmlEventSetCreate()
+        except pynvml.NVMLError as error:
+            log.info("Xids are not counted: %s", error)
+            return None, indices
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
@@ -75,6 +82,9 @@ class GpuMonitor:
 
     def _wait_for_xid(self, events: Any, indices: Mapping[str, int]) -> None:
         """Blocks until the next reading is due, or an Xid event arrives. Counts the Xid."""
+        if events is None:
+            self._stop.wait(self._period)
+            return
         try:
             event = self._nvml.nvmlEventSetWait_v2(events, int(self._period * 1000))
         except pynvml.NVMLError_Timeout:
@@ -83,6 +93,13 @@ class GpuMonitor:
             log.debug("waiting for Xids: %s", error)
             self._stop.wait(self._period)
             return
-        index = indices.get(str(self._nvml.nvmlDeviceGetUUID(event.device)), -1)
+        index = self._index(event.device, indices)
         self._xids[index, int(event.eventData)] += 1
         log.error("GPU %d: Xid %d", index, event.eventData)
+
+    def _index(self, handle: Any, indices: Mapping[str, int]) -> int:
+        """Returns the index of this GPU, or -1 if the GPU does not respond any more."""
+        try:
+            return indices.get(str(self._nvml.nvmlDeviceGetUUID(handle)), -1)
+        except pynvml.NVMLError:
+            return -1

@@ -107,8 +107,9 @@ class TorchGroup:
 
     @_raises_communication_error
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        tensor = tensor.contiguous()  # the outputs too, since NCCL refuses other layouts
         tensors = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(tensor.contiguous(), tensors, dst=0)
+        dist.gather(tensor, tensors, dst=0)
         return tensors
 
     @_raises_communication_error

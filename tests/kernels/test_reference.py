@@ -5,14 +5,17 @@ Other backends are tested against the reference backend.
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from rtp_llm.contract.step import Step
+from rtp_llm.kernels import reference
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 from rtp_llm.kernels.reference import reference_attention
 
@@ -186,6 +189,26 @@ def test_edges(sequences: list[Sequence], window: int) -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     sequences = [Sequence(20, 1), Sequence(3, 1), Sequence(7, 9)]
     PagedBatch(Layout(16, 6, 2, 0, dtype), sequences, 0).check(tolerance=2e-2)
+
+
+@pytest.mark.parametrize("scratch", [1, 3000, 9000])
+@pytest.mark.parametrize("window", [0, 5])
+def test_little_memory_at_a_time(scratch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers; more is held than allowed only where a single sequence or query takes more."""
+    monkeypatch.setattr(reference, "MAX_SCRATCH_BYTES", scratch)
+    sizes = []
+
+    def attention(query: Tensor, keys: Tensor, values: Tensor, **rest: Any) -> Tensor:
+        scores = query[..., 0].numel() * keys.shape[-2] * 4
+        sizes.append(keys.numel() * keys.itemsize if query.shape[0] > 1 else scores)
+        single = query.shape[0] == 1 and query.shape[-2] in (1, 3)  # a decode's heads of one KV head, or one query
+        assert sizes[-1] <= scratch or single
+        return scaled_dot_product_attention(query, keys, values, **rest)
+
+    monkeypatch.setattr(reference, "scaled_dot_product_attention", attention)
+    sequences = [Sequence(20, 1), Sequence(3, 1), Sequence(41, 1), Sequence(0, 1), Sequence(7, 19), Sequence(0, 9)]
+    PagedBatch(Layout(16, 6, 2, window), sequences, 0).check()
+    assert len(sizes) > 3
 
 
 def test_new_keys_and_values_are_written_and_nothing_else() -> None:

@@ -50,6 +50,40 @@ def test_readings_are_refreshed_and_show_a_lost_gpu() -> None:
     monitor.stop()
 
 
+def test_xid_of_a_lost_gpu_is_counted_and_the_others_are_still_read() -> None:
+    class LostGpuNvml(FakeNvml):
+        def nvmlDeviceGetUUID(self, handle: int) -> str:
+            if handle in self.failed:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+            return super().nvmlDeviceGetUUID(handle)
+
+    nvml = LostGpuNvml(2)
+    monitor = GpuMonitor(None, nvml, period=0.05)
+    monitor.start()
+    until(lambda: monitor.snapshot.read_at > 0)
+    nvml.failed[1] = pynvml.NVML_ERROR_GPU_IS_LOST
+    nvml.xids.put((1, 79))
+    until(lambda: monitor.snapshot.xids == {(-1, 79): 1})
+    read_at = monitor.snapshot.read_at
+    until(lambda: monitor.snapshot.read_at > read_at)
+    assert [gpu.index for gpu in monitor.snapshot.gpus.all] == [0]
+    monitor.stop()
+
+
+def test_readings_continue_with_a_driver_without_events() -> None:
+    class NoEventsNvml(FakeNvml):
+        def nvmlEventSetCreate(self) -> str:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monitor = GpuMonitor(None, NoEventsNvml(1), period=0.05)
+    monitor.start()
+    until(lambda: monitor.snapshot.read_at > 0)
+    read_at = monitor.snapshot.read_at
+    until(lambda: monitor.snapshot.read_at > read_at)
+    assert len(monitor.snapshot.gpus.all) == 1
+    monitor.stop()
+
+
 def test_snapshot_is_empty_without_a_driver() -> None:
     monitor = GpuMonitor(None, FakeNvml(failure=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), period=0.05)
     monitor.start()

@@ -6,7 +6,7 @@ The logits are recorded at the call of the sampler, which all of them pass.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from rtp_llm.model.weights import LoadStats
 from rtp_llm.parallel.group import Group, SingleRankGroup
 from rtp_llm.runner.model_runner import ModelRunner
 
+CPU = torch.device("cpu")
 MAX_SEQ_LEN = 256
 MAX_STEPS = 5000  # far more than any test needs; ends a test whose engine makes no progress
 Settings = Mapping[str, Any]
@@ -50,15 +51,22 @@ class Completion:
 
 
 Completions = dict[str, Completion]
+ForcedTokens = Mapping[str, Sequence[int]]  # by request id
 
 
-def load_runner(path: Path, settings: Settings, group: Group) -> tuple[ModelRunner, LoadStats]:
+def load_runner(
+    path: Path,
+    settings: Settings,
+    group: Group,
+    device: torch.device = CPU,
+    max_seq_len: int = MAX_SEQ_LEN,
+) -> tuple[ModelRunner, LoadStats]:
     """Returns a runner with weights and KV cache. Collective: all ranks of the group must call it."""
     config = Config.model_validate({"checkpoint_path": str(path), **DEFAULT_SETTINGS, **settings})
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
     spec.check_tp(group.size)
-    runner = ModelRunner(config, spec, group, torch.device("cpu"), MAX_SEQ_LEN)
+    runner = ModelRunner(config, spec, group, device, max_seq_len)
     load_stats = runner.load(checkpoint, lambda fraction: None)
     runner.allocate_kv_cache(group.size)
     return runner, load_stats
@@ -75,19 +83,19 @@ def make_engine(runner: ModelRunner, broadcast: BroadcastStep) -> Engine:
     return Engine(Scheduler(blocks, scheduler_config), runner, runner.max_seq_len, epoch=1, broadcast=broadcast)
 
 
-def make_single_rank_engine(path: Path, **settings: Any) -> Engine:
+def make_single_rank_engine(path: Path, device: torch.device = CPU, **settings: Any) -> Engine:
     """Returns an engine at TP 1 in this process."""
-    return make_engine(load_runner(path, settings, SingleRankGroup())[0], lambda step: None)
+    return make_engine(load_runner(path, settings, SingleRankGroup(), device)[0], lambda step: None)
 
 
 def greedy_request(prompt: Sequence[int], max_tokens: int, id: str = "0", **params: Any) -> Request:
     return Request(id, list(prompt), SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **params}))
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> Completions:
-    """Adds all requests at once and runs steps until all have ended."""
+def run(engine: Engine, requests: Sequence[Request], forced: ForcedTokens | None = None) -> Completions:
+    """Adds all requests at once and runs steps until all have ended. `forced`: tokens that replace the sampled ones."""
     completions: Completions = {r.id: Completion() for r in requests}
-    with record_logits() as logits:
+    with record_logits(forced) as logits:
         for request in requests:
             assert engine.add(request) is None, "no token is left to generate"
         finish(engine, completions)
@@ -114,16 +122,23 @@ def step(engine: Engine, completions: Completions) -> None:
 
 
 @contextmanager
-def record_logits() -> Iterator[dict[str, list[NDArray[np.float32]]]]:
-    """Yields the logits [vocab] of each sampled token, by request id."""
+def record_logits(forced: ForcedTokens | None = None) -> Iterator[dict[str, list[NDArray[np.float32]]]]:
+    """Yields the logits [vocab] of each sampled token, by request id. `forced` tokens replace the sampled ones."""
     recorded: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
     def recording_sample(
         logits: Tensor, sampling_metadata: SamplingMetadata
     ) -> tuple[list[SampledToken], list[Logprob]]:
-        for row, request in zip(sampling_metadata.logits_rows, sampling_metadata.requests, strict=True):
-            recorded[request.id].append(logits[row].numpy().copy())
-        return sample(logits, sampling_metadata)
+        requests = sampling_metadata.requests
+        for row, request in zip(sampling_metadata.logits_rows, requests, strict=True):
+            recorded[request.id].append(logits[row].cpu().numpy().copy())
+        tokens, records = sample(logits, sampling_metadata)
+        if forced:
+            tokens = [
+                replace(token, token_id=forced[request.id][request.num_output_tokens])
+                for token, request in zip(tokens, requests, strict=True)
+            ]
+        return tokens, records
 
     with mock.patch("rtp_llm.runner.model_runner.sample", recording_sample):
         yield recorded

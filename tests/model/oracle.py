@@ -1,6 +1,7 @@
 """Expected results from transformers: greedy tokens and all logits, one prompt at a time with its own KV cache."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rtp_llm.contract.request import Request
@@ -36,7 +38,7 @@ class OracleAnswer:
     prompt_logits: Floats
     logits: Floats
 
-    def check(self, tokens: list[int], logits: list[Floats]) -> None:
+    def check(self, tokens: list[int], logits: list[Floats], tolerance: float = TOLERANCE) -> None:
         """Raises AssertionError if tokens or logits differ.
 
         Compares logits only up to the first different token, after which the inputs differ.
@@ -46,7 +48,7 @@ class OracleAnswer:
             i for i, (expected, token) in enumerate(zip(self.tokens, tokens, strict=True)) if expected != token
         ]
         end = differing[0] + 1 if differing else len(tokens)
-        np.testing.assert_allclose(logits[:end], self.logits[:end], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(logits[:end], self.logits[:end], rtol=0, atol=tolerance)
         assert tokens == self.tokens
 
     def after(self, count: int) -> "OracleAnswer":
@@ -61,6 +63,7 @@ class Oracle:
     case: CheckpointCase
     path: Path
     answers: list[OracleAnswer]
+    seed: int = 0  # of its weights
 
     def greedy_requests(self, max_tokens: int = NEW_TOKENS, **params: Any) -> list[Request]:
         """Returns a greedy request per prompt; its id is the index of the prompt."""
@@ -75,14 +78,15 @@ class Oracle:
             answer.check(completions[str(index)].tokens, completions[str(index)].logits)
 
 
-def make_oracle(case: CheckpointCase, directory: Path) -> Oracle:
+def make_oracle(case: CheckpointCase, directory: Path, device: torch.device | str = "cpu") -> Oracle:
     """Tries seeds until the output has no near ties and no loops; the first seed nearly always qualifies."""
     for seed in range(10):
-        model = make_model(case, seed + zlib.crc32(case.name.encode()))
+        weights_seed = seed + zlib.crc32(case.name.encode())
+        model = nn.Module.to(make_model(case, weights_seed), device)
         answers = [generate_answer(model, prompt) for prompt in _prompts(model.config.vocab_size, seed)]
         if all(_is_conclusive(a) for a in answers):
             save_checkpoint(model, case, directory)
-            return Oracle(case, directory, answers)
+            return Oracle(case, directory, answers, weights_seed)
     raise AssertionError(f"{case}: no seed gives greedy output without ties and loops")
 
 
@@ -97,7 +101,8 @@ def _is_conclusive(answer: OracleAnswer) -> bool:
 
 
 @torch.inference_mode()
-def generate_answer(model: PreTrainedModel, prompt: list[int]) -> OracleAnswer:
+def generate_answer(model: PreTrainedModel, prompt: list[int], forced: Sequence[int] = ()) -> OracleAnswer:
+    """Returns the greedy answer, or the logits along the `forced` tokens."""
     _reset_rotary_embedding(model)
     cache = DynamicCache(config=model.config)
     tokens: list[int] = []
@@ -105,9 +110,9 @@ def generate_answer(model: PreTrainedModel, prompt: list[int]) -> OracleAnswer:
     input_ids = prompt
     while len(tokens) < NEW_TOKENS:
         # Positional arguments, because the cache's keyword changed in transformers 5.24.
-        logits = model(torch.tensor([input_ids]), None, None, cache, use_cache=True).logits[0]
-        step_logits.append(logits.numpy())
-        input_ids = [int(logits[-1].argmax())]
+        logits = model(torch.tensor([input_ids], device=model.device), None, None, cache, use_cache=True).logits[0]
+        step_logits.append(logits.float().cpu().numpy())
+        input_ids = [forced[len(tokens)] if forced else int(logits[-1].argmax())]
         tokens += input_ids
     return OracleAnswer(prompt, tokens, step_logits[0], np.stack([logits[-1] for logits in step_logits]))
 
@@ -115,4 +120,4 @@ def generate_answer(model: PreTrainedModel, prompt: list[int]) -> OracleAnswer:
 def _reset_rotary_embedding(model: PreTrainedModel) -> None:
     """Resets dynamic rope, which in transformers remembers the longest sequence, even from other prompts."""
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config)
+    model.model.rotary_emb = type(rotary)(model.config).to(model.device)
