@@ -1,4 +1,4 @@
-"""How the tests are spread over the workers of pytest-xdist."""
+"""The order of the tests."""
 
 import pytest
 
@@ -6,19 +6,10 @@ import pytest
 FIRST = ("tests/container", "tests/parallel", "tests/doctor", "tests/model")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps each file on one worker, since its tests share fixtures and some depend on their order."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_file(item)))
     items.sort(key=_rank)  # stable: the order within a folder stays
 
 
-def _file(item: pytest.Item) -> str:
-    return item.nodeid.split("::")[0]
-
-
 def _rank(item: pytest.Item) -> int:
-    folder = "/".join(_file(item).split("/")[:2])
+    folder = "/".join(item.nodeid.split("/")[:2])
     return FIRST.index(folder) if folder in FIRST else len(FIRST)

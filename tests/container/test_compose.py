@@ -9,6 +9,8 @@ from openai import OpenAI
 from image.demo.train import manual
 from tests.container.engine import Project, docker
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "How do I fix a bus error?"
 ANSWER = next(example.answer for example in manual() if example.questions[0] == QUESTION)
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.container.engine import Container, docker
 
+pytestmark = pytest.mark.slow
+
 MAX_IMAGE_BYTES = 1.3e9
 
 

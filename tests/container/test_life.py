@@ -7,6 +7,8 @@ import pytest
 
 from tests.container.engine import Container, docker, wait_until
 
+pytestmark = pytest.mark.slow
+
 TWO_RANKS = {"TP_SIZE": "2", "RTP_THREADS": "1", "WARM_UP": "0", "TEST_BLOCK_NUM": "256"}
 SHORT = {"prompt": "A large language model is", "max_tokens": 12, "temperature": 0}
 LONG = {"prompt": "A large language model is", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}

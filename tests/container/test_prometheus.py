@@ -7,6 +7,8 @@ import pytest
 from tests.container.engine import Project, free_port, wait_until
 from tests.container.prometheus import Prometheus, build_prometheus
 
+pytestmark = pytest.mark.slow
+
 ALERT_TIMEOUT_SECONDS = 150.0  # longer than the `for` of the alerts
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,11 @@ def test_part_is_found_by_its_processes(part: Part) -> None:
     """The newest if there are several, for example of another test."""
     process = doctor("attach")
     assert process.returncode in (0, 1)
-    assert process.stdout.startswith("part0 of 1, cpu, state in ")
+    header = re.match(r"part(\d+) of (\d+), cpu, state in (.+)\n", process.stdout)
+    assert header
+    plan = json.loads((Path(header[3]) / "part.json").read_text())["plan"]
+    assert (plan["part"], plan["world_size"] // plan["local_world_size"]) == (int(header[1]), int(header[2]))
+    assert Path(header[3]).stat().st_mtime >= part.run_dir.stat().st_mtime
 
 
 def test_stopped_rank_is_silent(part: Part) -> None:

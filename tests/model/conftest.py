@@ -37,7 +37,10 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
     return get
 
 
-@pytest.fixture(scope="session", params=[1, 2, 3, 4], ids="tp{}".format)
+SLOW_TP_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)]
+
+
+@pytest.fixture(scope="session", params=[1, 2, *SLOW_TP_SIZES], ids="tp{}".format)
 def rank_pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """One set of rank processes at a time; pytest orders the tests so that each is started once."""
     rank_pool = RankPool(request.param)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.model import drive
 from tests.model.checkpoints import CASES
-from tests.model.conftest import Oracles
+from tests.model.conftest import SLOW_TP_SIZES, Oracles
 from tests.model.oracle import Oracle
 from tests.model.rank_pool import RankPool
 
@@ -48,7 +48,7 @@ def test_same_tokens_and_logits_from_other_files(rank_pool: RankPool, oracles: O
     compare(rank_pool, oracles(name), "local")
 
 
-@pytest.mark.parametrize("rank_pool", [2, 3, 4], ids="tp{}".format, indirect=True)
+@pytest.mark.parametrize("rank_pool", [2, *SLOW_TP_SIZES], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("name", OVER_GLOO)
 def test_same_tokens_and_logits_over_gloo(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     compare(rank_pool, oracles(name), "gloo")

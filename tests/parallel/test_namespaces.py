@@ -13,6 +13,8 @@ import pytest
 from tests.parallel.conftest import BODIES
 from tests.parallel.parts import Gang, Part
 
+pytestmark = pytest.mark.slow
+
 PORT = 10000  # free in a new namespace
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
