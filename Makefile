@@ -44,10 +44,11 @@ test-gpu: ## run the GPU suite (docs/performance); RTP_TEST_DEVICE=cpu without a
 gpu-wheels: $(VENV)/created ## download packages for a GPU machine without a network, PYTHON_VERSION (3.12)
 	$(BIN)/python -m tests.gpu.wheels $(or $(PYTHON_VERSION),3.12)
 
-lint: $(VENV)/installed-dev ## check style, format and types
+lint: $(VENV)/installed-dev ## check style, format, types and dead code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 clean: ## remove everything that these targets created
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

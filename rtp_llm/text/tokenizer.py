@@ -27,7 +27,6 @@ class Tokenizer:
     """One checkpoint's tokenizer. Thread-safe, since it does not change after loading.
 
     vocab_size      number of ids, including added tokens; the model's embedding may have more or fewer rows
-    bos_id          id of the tokenizer's bos_token, None if it has none
     eos_ids         ids that end a response: those of the tokenizer, generation_config.json and config.json
     special_ids     ids that `skip_special_tokens` omits
     special_tokens  text of each named token ("bos_token", "eos_token" …), the variables of chat templates
@@ -54,7 +53,6 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.templates = dict(templates)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self.token_id(special_tokens.get("bos_token", ""))
         eos_id = self.token_id(special_tokens.get("eos_token", ""))
         self.eos_ids = frozenset(eos_ids) | (set() if eos_id is None else {eos_id})
         steps = list(_decoder_steps(decoder))

@@ -153,7 +153,7 @@ def test_any_text_and_any_ids_agree_with_transformers(tokenizers: tuple[Tokenize
 def test_sizes_and_special_ids_are_those_of_transformers(tokenizers: tuple[Tokenizer, Any]) -> None:
     tokenizer, hf_tokenizer = tokenizers
     assert tokenizer.vocab_size == len(hf_tokenizer)
-    assert tokenizer.bos_id == hf_tokenizer.bos_token_id
+    assert tokenizer.token_id(tokenizer.special_tokens.get("bos_token", "")) == hf_tokenizer.bos_token_id
     assert hf_tokenizer.eos_token_id in tokenizer.eos_ids
     assert set(hf_tokenizer.all_special_ids) <= tokenizer.special_ids
     assert tokenizer.special_tokens == hf_tokenizer.special_tokens_map
