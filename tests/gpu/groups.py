@@ -75,7 +75,8 @@ class Shard:
         code = self.process.poll()
         if code is None:
             return True
-        if code in FINISHED_EXIT_CODES:
+        # pytest-timeout ends the process with 1 as well, in the middle of a test.
+        if code in FINISHED_EXIT_CODES and not unfinished_tests(self.record_path):
             return False
         self._kill_leftovers()
         record_unfinished(self.record_path, "lost", f"its process ended with {code}", self._log_tail())
@@ -152,13 +153,18 @@ def run_group(group: Group, env: Mapping[str, str], log_dir: Path, seconds: floa
 
 def record_unfinished(record: Path, result: str, reason: str, detail: str) -> None:
     """Records this result for each test that started and did not finish."""
-    entries = read_record(record)
-    finished = {entry["test"] for entry in entries if "result" in entry}
-    unfinished = dict.fromkeys(entry["test"] for entry in entries if entry["test"] not in finished)
+    unfinished = unfinished_tests(record)
     with record.open("a") as file:
         for test in unfinished:
             entry = {"test": test, "result": result, "seconds": 0.0, "reason": reason, "detail": detail}
             file.write(json.dumps(entry) + "\n")
+
+
+def unfinished_tests(record: Path) -> list[str]:
+    """Returns the tests that started and did not finish, in order."""
+    entries = read_record(record)
+    finished = {entry["test"] for entry in entries if "result" in entry}
+    return list(dict.fromkeys(entry["test"] for entry in entries if entry["test"] not in finished))
 
 
 def read_record(record: Path) -> list[Json]:

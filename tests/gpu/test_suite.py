@@ -72,6 +72,15 @@ def test_suite_continues_after_any_failure(tmp_path: Path, env: dict[str, str]) 
     assert results["exits"].reason == "its process ended with 7"
 
 
+def test_suite_continues_after_the_timeout_of_a_test(
+    tmp_path: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.gpu.groups.TEST_TIMEOUT_SECONDS", 3)
+    hang = "import time\n\ndef test_a(): pass\n\ndef test_b(): time.sleep(600)\n\ndef test_c(): pass\n"
+    results = run_file(tmp_path, env, hang, 60)
+    assert {test: result.result for test, result in results.items()} == {"a": "passed", "b": "lost", "c": "passed"}
+
+
 @pytest.mark.slow
 def test_group_timeout_kills_hung_test_and_its_processes(tmp_path: Path, env: dict[str, str]) -> None:
     results = run_file(tmp_path, env, TEST_FILE.replace("os._exit(7)", "pass").replace("CUDA error", "another"), 20)
