@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import wraps
+from inspect import unwrap
 from typing import Any, TypeVar
 
 from doctor.context import CheckContext
@@ -194,6 +195,8 @@ def symptoms(*texts: str) -> Callable[[F], F]:
     check."""
 
     def set_symptoms(function: F) -> F:
+        registered = any(unwrap(check.run) is function for check in REGISTRY.values())
+        assert not registered, f"{function.__name__}: @symptoms must stand below the decorator that registers the check"
         function.__dict__["symptoms"] = tuple(map(Symptom, texts))
         return function
 

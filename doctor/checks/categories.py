@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
-from doctor.check import CheckResult, Reading, check, skip
+from doctor.check import CheckFunction, CheckResult, Precondition, Reading, check, skip
 from doctor.checks.preconditions import GPUS_USED
 from doctor.context import CheckContext
 from doctor.gang.view import GangView
@@ -14,13 +14,19 @@ model_check = partial(check, category="model")
 shm_check = partial(check, category="shared memory")
 limits_check = partial(check, category="limits")
 gpu_check = partial(check, category="gpu")
-used_gpu_check = partial(check, category="gpu", needs=("G-09",), preconditions=(GPUS_USED,))
 interconnect_check = partial(check, category="interconnect", needs=("G-09",))
 network_check = partial(check, category="network")
 collective_check = partial(check, category="collective", tier=3)
 
 NOT_RUN = "`rtp-llm-doctor gang` on every part"
 GangCheckFunction = Callable[[CheckContext, GangView], CheckResult | Reading]
+
+
+def used_gpu_check(
+    id: str, title: str, *, preconditions: tuple[Precondition, ...] = (), **options: Any
+) -> Callable[[CheckFunction], CheckFunction]:
+    """Registers a check of the GPUs that the local ranks use; it is skipped if there are none."""
+    return check(id, title, category="gpu", needs=("G-09",), preconditions=(GPUS_USED, *preconditions), **options)
 
 
 def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFunction], GangCheckFunction]:

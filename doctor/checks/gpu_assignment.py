@@ -7,7 +7,7 @@ import pynvml
 from doctor import fixes
 from doctor.check import CheckResult, Repair, error, ok, skip, symptoms, warn
 from doctor.checks.categories import gpu_check, used_gpu_check
-from doctor.checks.preconditions import GPUS_PRESENT, GPUS_USED, NOT_RUNNING
+from doctor.checks.preconditions import GPUS_PRESENT, NOT_RUNNING
 from doctor.context import CheckContext
 from doctor.host import format_bytes
 from rtp_llm.machine.command_line import redacted_command
@@ -29,7 +29,8 @@ def gpus_are_distinct(ctx: CheckContext) -> CheckResult:
         return error(
             f"{uuid} would be used by two ranks", "one GPU per rank", "CUDA_VISIBLE_DEVICES with distinct GPUs"
         )
-    for uuid, parts in (ctx.gang.shared_gpus() if ctx.gang else {}).items():
+    if shared := list(ctx.gang.shared_gpus().items()) if ctx.gang else []:
+        uuid, parts = shared[0]
         fix = "CUDA_VISIBLE_DEVICES=0,1 for the first part of a machine, 2,3 for the second"
         return error(f"{uuid} is used by {' and '.join(parts)}", "separate GPUs for each part", fix)
     return ok(f"{len(ctx.used_gpus)} distinct GPUs")
@@ -53,7 +54,7 @@ def same_gpu_model(ctx: CheckContext) -> CheckResult:
     return ok(f"{len(models)} x {names[0]}")
 
 
-@used_gpu_check("G-12", "the GPUs are in compute mode DEFAULT", preconditions=(GPUS_USED, NOT_RUNNING))
+@used_gpu_check("G-12", "the GPUs are in compute mode DEFAULT", preconditions=(NOT_RUNNING,))
 @symptoms("CUDA error: all CUDA-capable devices are busy or unavailable")
 def compute_mode_is_default(ctx: CheckContext) -> CheckResult:
     """In compute mode EXCLUSIVE_PROCESS a GPU accepts a single process, so a rank cannot share it with another one (an
@@ -85,9 +86,7 @@ def no_mig_with_tensor_parallelism(ctx: CheckContext) -> CheckResult:
     return ok("one rank on a MIG instance")
 
 
-@used_gpu_check(
-    "G-14", "no other process uses the GPUs' memory", preconditions=(GPUS_USED, NOT_RUNNING), repair=Repair.RESTART
-)
+@used_gpu_check("G-14", "no other process uses the GPUs' memory", preconditions=(NOT_RUNNING,), repair=Repair.RESTART)
 @symptoms(
     "Free memory on device cuda:… (…/… GiB) on startup is less than desired GPU memory utilization",
     "torch.OutOfMemoryError: CUDA out of memory",

@@ -19,10 +19,12 @@ def nccl_host_ids_match(ctx: CheckContext, view: GangView) -> CheckResult:
     instead of shared memory."""
     if not ctx.on_gpu:
         return ok("NCCL is not used")
-    for a, b in view.hosts_sharing_nccl_id():
+    if sharing := view.hosts_sharing_nccl_id():
+        a, b = sharing[0]
         actual = f"{a} and {b} look like one machine, and share no memory"
         return error(actual, "one host id if they share memory, else two", fixes.NCCL_HOSTID)
-    for a, b in view.separated_hosts():
+    if separated := view.separated_hosts():
+        a, b = separated[0]
         actual = f"{a} and {b} are on one machine, and NCCL will use the network between them"
         return warn(actual, "one part", fixes.NCCL_HOSTID)
     return ok("each part is a machine of its own")
