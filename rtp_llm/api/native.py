@@ -36,7 +36,7 @@ _ALIASES = {
 }
 
 
-# Fields whose value is a list. In all other fields a list holds one value per prompt of a batch.
+# Fields whose value is itself a list. In all other fields, a list has one value per prompt of a batch.
 _LIST_FIELDS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_str", "select_tokens_id"}
 
 
@@ -266,8 +266,8 @@ class NativeEndpoints:
                 sequences[index].add(chunk)
 
     async def _stream(self, response: NativeResponse, openai_framing: bool) -> AsyncGenerator[str]:
-        """Yields server-sent events, each with a whole response object. Upstream's framing has no space after `data:`
-        and a final `[done]` event; its framing for a top-level `stream` has the space and no final event.
+        """Yields server-sent events, each with a whole response object. Upstream frames events as `data:`
+        without a space, with a final `[done]` event; with `openai_framing` there is the space and no final event.
         """
         prefix = "data: " if openai_framing else "data:"
         sequences = response.sequences

@@ -367,7 +367,9 @@ def test_silent_connection_to_the_step_port_is_dropped_after_a_timeout(
 def test_rank_that_does_not_connect_to_the_step_port_is_named() -> None:
     with (
         closing(listen("127.0.0.1", 0)) as listener,
-        pytest.raises(CommunicationError, match=r"ranks \[1\] did not connect for steps within 0 s"),
+        pytest.raises(
+            CommunicationError, match=r"ranks \[1\] did not connect to rank 0 for scheduler steps within 0 s"
+        ),
     ):
         accept_ranks(listener, two_parts(), 7, 0.1)
 
@@ -376,5 +378,8 @@ def test_connecting_to_the_step_port_times_out(monkeypatch: pytest.MonkeyPatch) 
     def refuse() -> socket.socket:
         raise WireError("connection refused")
 
-    with pytest.raises(CommunicationError, match="rank 0's step port: connection refused"):
-        retry_connect(refuse, 0.1)
+    with pytest.raises(
+        CommunicationError,
+        match=r"cannot connect to rank 0 at 10\.0\.0\.1:9998 \(scheduler steps\): connection refused",
+    ):
+        retry_connect(refuse, "10.0.0.1:9998", 0.1)
