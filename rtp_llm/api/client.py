@@ -210,5 +210,7 @@ class EngineClient:
     def _fail_expired(self) -> None:
         """Fails all sequences if the engine has been lost for longer than `resume_timeout`."""
         if self._in_flight and time.monotonic() - self._lost_at > self._resume_timeout:
-            log.error("no engine for %.0f s: failing %d sequences", self._resume_timeout, self.num_in_flight)
+            log.error(
+                "no engine for %.0f s (RESUME_TIMEOUT): failing %d sequences", self._resume_timeout, self.num_in_flight
+            )
             self.fail_all(f"the engine did not come back within {self._resume_timeout:.0f} s")

@@ -126,7 +126,7 @@ class Service:
             text.encode()
         except UnicodeEncodeError as error:
             raise invalid_format(
-                f"the text has a lone surrogate at character {error.start}: not valid Unicode"
+                f"the text has an unpaired surrogate at character {error.start}: not valid Unicode"
             ) from None
         if len(text) < MAX_INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
@@ -186,7 +186,7 @@ class Service:
                     return
         except TimeoutError:
             timer.on_finish("error", num_tokens)
-            raise timed_out(f"not finished within {timeout:g} s") from None
+            raise timed_out(f"the request was not finished within {timeout:g} s") from None
         except RequestError:
             timer.on_finish("error", num_tokens)
             raise

@@ -235,7 +235,7 @@ def _check_ports(plan: Plan) -> None:
         if member.index == plan.part and member.port != plan.start_port:
             raise ConfigError(
                 f"START_PORT={plan.start_port}, but member {member.name!r} of this part (WORLD_RANK={plan.first_rank})"
-                f" has port {member.port}; use one port",
+                f" has port {member.port}; set START_PORT={member.port}, or change the member's port",
                 check="C-01",
             )
         last_port = member.port + plan.port_stride * plan.local_world_size - 1

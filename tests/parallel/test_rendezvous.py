@@ -44,7 +44,7 @@ def two_parts() -> Plan:
 
 
 class CoordinatorProbe:
-    """A coordinator with its listening socket, and the losses that it reported."""
+    """A coordinator, its listening socket and the lost ranks that it reported."""
 
     def __init__(self, timeouts: Timeouts):
         self.plan = two_parts()
@@ -77,7 +77,7 @@ class CoordinatorProbe:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CoordinatorProbe]]:
-    """Starts coordinators with intervals of a tenth, and asserts that their threads did not fail."""
+    """Starts coordinators with a tenth of the usual intervals. Asserts at the end that no thread failed."""
     monkeypatch.setattr("rtp_llm.parallel.coordinator.HEARTBEAT_INTERVAL_SECONDS", 0.05)
     monkeypatch.setattr("rtp_llm.parallel.coordinator.DISAGREE_GRACE_SECONDS", 0.15)
     with ExitStack() as stack:

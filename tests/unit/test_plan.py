@@ -169,7 +169,8 @@ def test_different_plans_have_different_fingerprints(difference: dict[str, Any])
         ),
         (
             {"tp_size": 2, "local_world_size": 1, "json_gang_parts": TWO, "world_rank": 1},
-            "START_PORT=10000, but member 'x_part1' of this part (WORLD_RANK=1) has port 20000; use one port",
+            "START_PORT=10000, but member 'x_part1' of this part (WORLD_RANK=1) has port 20000;"
+            " set START_PORT=20000, or change the member's port",
         ),
         ({"json_gang_parts": parts("a:12000"), "tp_size": 1}, "START_PORT=10000, but member 'x_part0'"),
         (
