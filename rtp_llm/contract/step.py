@@ -84,7 +84,7 @@ class Step:
         )
         frame_length = NUM_HEADER_FIELDS + sum(lengths)
         if len(flat) != frame_length or min(lengths) < 0:
-            raise ValueError(f"step frame has {len(flat)} numbers, its header says {lengths}")
+            raise ValueError(f"step frame has {len(flat)} numbers, its header says {frame_length}: {lengths}")
         (
             token_ids,
             positions,

@@ -7,8 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
 QUERIES_PER_TILE = 256  # bounds the scores [heads, queries, keys] that torch may materialise because of the mask
-# Limits the bytes of one gathered tensor or one matrix of scores. The KV cache takes the memory that the warm-up leaves
-# free, and the warm-up has no long sequences. Up to four such tensors exist at a time.
+# Limits the bytes of one gathered tensor or one matrix of scores, except that the keys of a single sequence are gathered
+# whole. The KV cache takes the memory that the warm-up leaves free, and the warm-up has no long sequences. Up to four
+# such tensors exist at a time.
 MAX_SCRATCH_BYTES = 128 << 20
 
 
