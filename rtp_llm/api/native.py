@@ -256,7 +256,7 @@ class NativeEndpoints:
                 [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux_string) for i in range(n)]
             )
         text = text_params(body, self.stop_words, config.timeout_ms)
-        reservation = self.service.admit(n * len(prompts))  # last, since an error behind it would leave the slots reserved
+        reservation = self.service.admit(n * len(prompts))  # last: after an error the slots would stay reserved
         self.service.metrics.params_n.observe(n)
         return NativeResponse(groups, text, is_batch, reservation)
 
