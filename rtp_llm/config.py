@@ -170,7 +170,10 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class UpstreamVariable:
-    """A variable of upstream rtp-llm that this server does not use. `refuse`: reason why it must not be ignored."""
+    """A variable of upstream rtp-llm that this server does not use.
+
+    `refuse`: reason why values other than the default are rejected; empty if the variable is ignored.
+    """
 
     name: str
     flag: str
@@ -180,7 +183,7 @@ class UpstreamVariable:
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A valid configuration, and remarks on it to log."""
+    """A valid configuration. `notes` are messages about it to log at INFO, `warnings` at WARNING."""
 
     config: Config
     notes: tuple[str, ...]
@@ -194,15 +197,15 @@ class LoadedConfig:
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
-    """Reads flags and environment. Raises ConfigError with all invalid values and what is allowed."""
+    """Reads flags and environment. Raises ConfigError with all invalid values and the allowed ones."""
     upstream = upstream_variables()
     values = {name: value for name, value in environ.items() if value != ""} | _parse_flags(argv, upstream)
     names = {name.upper() for name in Config.model_fields}
     config = _validate({name.lower(): values[name] for name in names & values.keys()})
     unused = {name: values[name] for name in values.keys() & upstream.keys()}
     _refuse_unsupported(unused, upstream)
-    # Without values, because some upstream variables hold credentials.
-    notes = ("accepted, and not used by this server: " + ", ".join(sorted(unused)),) if unused else ()
+    # Logs the names without values, because some upstream variables hold credentials.
+    notes = ("upstream variables without effect in this server: " + ", ".join(sorted(unused)),) if unused else ()
     return LoadedConfig(config, notes, tuple(_find_misspelled(values, names | upstream.keys())))
 
 

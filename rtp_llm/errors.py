@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
     def is_final(self) -> bool:
         """True if a restart of the ranks cannot help, because the same input fails again.
 
-        69 is final because the rendezvous has already waited GANG_TIMEOUT_MIN, or found parts that disagree.
+        GANG_INCOMPLETE is final because the rendezvous has already waited GANG_TIMEOUT_MIN, or parts disagree.
         """
         return self in _FINAL_CODES
 
@@ -71,7 +71,7 @@ class CheckpointError(FatalError):
 
 
 class GangError(FatalError):
-    """The parts disagree, or a part did not join in time."""
+    """The rendezvous failed: the parts have different settings, or a part did not join in time."""
 
     exit_code = ExitCode.GANG_INCOMPLETE
 
@@ -95,7 +95,7 @@ class GpuError(FatalError):
 
 
 class RequestError(Exception):
-    """A request that ends with an error response.
+    """Ends a request with an error response.
 
     `status` is the HTTP status, `code` and `name` are upstream's `error_code` (reference: alibaba/rtp-llm,
     config/exceptions.py), `param` is the invalid field if there is one.
@@ -155,5 +155,5 @@ def execution_failed(message: str) -> RequestError:
 
 
 def engine_gone(message: str) -> RequestError:
-    """503: the ranks did not start, or did not restart in time."""
+    """503: the ranks have not started or not restarted in time, or the server is stopping."""
     return RequestError(503, 606, "EXECUTION_EXCEPTION", message)

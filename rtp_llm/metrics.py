@@ -1,5 +1,5 @@
-"""Prometheus metrics of requests. The API process owns the registry of its part; rank 0 sends its numbers with each
-step. `api/part_metrics.py` has the metrics of the gang, processes and devices, which are collected at scrape time.
+"""Prometheus metrics of requests. The API process of each part owns a registry; rank 0 sends statistics to it with
+each step. `api/part_metrics.py` has the metrics of the gang, processes and devices, which are read at each scrape.
 
 Names, labels and buckets follow vLLM's: its dashboards work after replacing `vllm:` with `rtp_llm_`.
 """
@@ -16,7 +16,7 @@ TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1),
     *(2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
-# vLLM's buckets and smaller ones: its first bucket, 10 ms, is too large for fast GPUs.
+# vLLM's buckets, and smaller ones: vLLM's first bucket, 10 ms, is too large for fast GPUs.
 ITL_BUCKETS = (
     *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
     *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
@@ -57,7 +57,7 @@ class Metrics:
         self.waiting = gauge("num_requests_waiting", "Sequences in the queue")
         self.waiting_by_reason = gauge(
             "num_requests_waiting_by_reason",
-            "capacity: for a slot or KV blocks; deferred: for lost ranks to return",
+            "Waiting sequences. capacity: for a free slot or KV blocks; deferred: for lost ranks to restart",
             "reason",
         )
         self.kv_usage = gauge("kv_cache_usage_perc", "Fraction of the KV blocks in use, 0 to 1")
@@ -102,8 +102,8 @@ class Metrics:
         self.flops = counter(
             "estimated_flops_per_gpu", "Floating-point operations of matrix products and attention, per rank"
         )
-        self.read_bytes = counter("estimated_read_bytes_per_gpu", "Weights and KV cache read, per rank")
-        self.write_bytes = counter("estimated_write_bytes_per_gpu", "KV cache written, per rank")
+        self.read_bytes = counter("estimated_read_bytes_per_gpu", "Bytes of weights and KV cache read, per rank")
+        self.write_bytes = counter("estimated_write_bytes_per_gpu", "Bytes of KV cache written, per rank")
         self.cache_config = gauge(
             "cache_config_info",
             "1; the labels are the KV cache's settings",
@@ -130,8 +130,8 @@ class Metrics:
         self._epoch_totals: dict[str, float] = {}
 
     def record_step(self, stats: Mapping[str, Any], block_size: int, num_blocks: int) -> None:
-        """Records the numbers that rank 0 sends with each step. Its totals restart at 0 in each epoch; the counters
-        add up over epochs.
+        """Records the statistics that rank 0 sends with each step. Totals in `stats` restart at 0 in each epoch (after
+        a restart of the ranks); the exported counters add up over epochs.
         """
         self.running.set(stats["running"])
         self.waiting.set(stats["waiting"])
@@ -153,7 +153,7 @@ class Metrics:
             self.step_seconds.observe(stats["step_seconds"])
 
     def start_epoch(self, block_size: int, num_blocks: int, prefix_caching: bool) -> None:
-        """Resets the totals, since rank 0 counts from 0 again, and sets the metrics of the new KV cache."""
+        """Handles a new engine: its totals start at 0 again, and its KV cache may have another size."""
         self._epoch_totals.clear()
         self.kv_capacity_tokens.set(block_size * num_blocks)
         self.cache_config.clear()
@@ -162,7 +162,7 @@ class Metrics:
         ).set(1)
 
     def reset_engine_gauges(self) -> None:
-        """Sets the engine's gauges to 0 while there is no engine."""
+        """Sets the gauges that the engine updates to 0, since it is lost."""
         for gauge in (self.running, self.waiting, self.kv_usage, self.kv_used_tokens):
             gauge.set(0)
         self.waiting_by_reason.labels(reason="capacity").set(0)
@@ -173,12 +173,12 @@ class Metrics:
 
 
 def _with_model_label(metric: Any, model_label: dict[str, str], extra_labels: tuple[str, ...]) -> Any:
-    """Returns the child for this model, or with extra labels a metric that still needs those."""
+    """Returns the metric with `model_name` set; if there are `extra_labels`, its `.labels(…)` still has to set them."""
     return _PartialLabels(metric, model_label) if extra_labels else metric.labels(**model_label)
 
 
 class _PartialLabels:
-    """A metric with a fixed model name: `.labels(reason=…)` returns the child."""
+    """A metric whose label `model_name` is set: `.labels(…)` takes the other labels."""
 
     def __init__(self, metric: Any, model_label: dict[str, str]):
         self._metric, self._model_label = metric, model_label

@@ -71,7 +71,7 @@ def main() -> int:
                 raise DoctorError("the doctor found the errors above; fix them, or set RTP_DOCTOR=warn to start anyway")
             return _supervise(part_spec, forwarder)
     except FatalError as error:
-        if not isinstance(error, DoctorError):  # show all other errors too, so that they can be fixed at once
+        if not isinstance(error, DoctorError):  # the doctor reports all errors, this exception only the first
             _run_doctor_process(os.environ.get("RTP_DOCTOR", ""))
         log.critical("%s", error)
         return error.exit_code
@@ -131,8 +131,8 @@ def _check_ports_free(plan: Plan) -> None:
 def _run_doctor_process(mode: str, report: Path | None = None) -> int:
     """Runs the doctor on this part in a separate process and logs its findings. Returns its exit code, 1 for errors.
 
-    Incomplete results (3) or a crash of the doctor are logged as warnings: only known errors prevent a start.
-    `mode`: RTP_DOCTOR. `report`: path for the findings, which the API and the gang's doctor read.
+    Incomplete results (exit code 3) or a crash of the doctor are only logged: they do not prevent a start.
+    `mode`: RTP_DOCTOR. `report`: path of the JSON report, for GET /doctor and the doctor that checks the gang.
     """
     if mode == "off":
         return 0
@@ -155,7 +155,10 @@ def _run_doctor_process(mode: str, report: Path | None = None) -> int:
 
 @contextmanager
 def _run_dir(config: Config) -> Iterator[Path]:
-    """Yields RTP_RUN_DIR, or a temporary folder that is removed at the end. Unix socket paths have up to 107 bytes."""
+    """Yields RTP_RUN_DIR, or a temporary folder that is removed at the end.
+
+    Its path is short, because a unix socket path has at most 107 bytes.
+    """
     if not config.rtp_run_dir:
         try:
             parent = tempfile.gettempdir()
@@ -223,7 +226,7 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
         **_child_stdio(),
         env=_child_environment(part_spec.config),
-        start_new_session=True,  # Ctrl-C then reaches only this process, which stops the others in order
+        start_new_session=True,  # Ctrl-C then signals only this process, which stops the others in order
         preexec_fn=die_with_parent,
     )
     forwarder.set_child(child, part_spec.run_dir)
@@ -231,7 +234,9 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
     _remove_stale_segments(part_spec.shm_prefix)
     if part_spec.exit_code_file.exists():
         return int(part_spec.exit_code_file.read_text())
-    if forwarder.num_signals and code <= 0:  # below 0: a signal before its handlers were set, or the third signal
+    if (
+        forwarder.num_signals and code <= 0
+    ):  # code < 0: killed by a signal before its handlers were set, or by the third
         return ExitCode.OK
     log.critical(
         "supervisord exited with %d without a stop signal; end of its log:\n%s",
@@ -242,7 +247,7 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
 
 
 def _child_environment(config: Config) -> dict[str, str]:
-    """Returns this process's environment, with GANG_SECRET if it was given as a flag: it must not be in a file."""
+    """Returns this process's environment plus GANG_SECRET if it was a flag, since part.json must not contain it."""
     secret = config.gang_secret.get_secret_value()
     return {**os.environ, "GANG_SECRET": secret} if secret else dict(os.environ)
 
@@ -266,7 +271,10 @@ def _tail(path: Path, lines: int = 10) -> str:
 
 
 class SignalForwarder:
-    """Forwards SIGTERM, SIGINT and SIGHUP to supervisord: as SIGTERM, which stops it in order, the third as SIGKILL."""
+    """Forwards SIGTERM, SIGINT and SIGHUP to supervisord.
+
+    The first two as SIGTERM, which stops the part in order; the third as SIGKILL.
+    """
 
     def __init__(self) -> None:
         """Installs the handlers. Before `defer` or `set_child`, a signal ends this process with exit code 0."""
@@ -291,7 +299,7 @@ class SignalForwarder:
         self.num_signals += 1
         if self._child:
             if self.num_signals == 1:
-                log.info("%s: open streams end, then the ranks stop", signal.Signals(number).name)
+                log.info("%s: open streams finish, then the ranks stop", signal.Signals(number).name)
             self._forward(self._child)
         elif not self._deferred:
             sys.exit(ExitCode.OK)

@@ -1,4 +1,4 @@
-"""The API's connection to the engine on rank 0, and the sequences in flight.
+"""The API's connection to the engine (the scheduler loop on rank 0), and the sequences in flight.
 
 Accepted sequences survive a lost engine: the client keeps their prompts and output tokens and submits both again in
 the next epoch. Sampling is a function of (seed, position), so the continuation is the same.
@@ -35,16 +35,16 @@ class InFlightSequence:
     params: SamplingParams
     output_tokens: list[int] = field(default_factory=list)
     outputs: asyncio.Queue[EngineOutput | RequestError] = field(default_factory=asyncio.Queue)
-    engine_losses: int = 0  # since the sequence was accepted
+    engine_losses: int = 0  # how often the engine was lost while the sequence was in flight
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "prompt": self.prompt, "output": self.output_tokens, "params": self.params.to_json()}
 
 
 class EngineClient:
-    """Keeps one connection to the engine's unix socket open while the process runs.
+    """Keeps one connection to the engine's unix socket open while the process runs, and reconnects if it is lost.
 
-    path            the socket
+    path            of the socket
     resume_timeout  seconds that sequences wait for a lost engine
     """
 
@@ -105,7 +105,7 @@ class EngineClient:
                 self._send(FrameType.ABORT, {"id": request_id})
 
     def _send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Sends a frame; drops it without an engine, since all sequences in flight are submitted to the next one."""
+        """Sends a frame, or drops it without an engine: the next one receives all sequences in flight at once."""
         if self._writer and not self._writer.is_closing():
             self._writer.write(pack_json(frame_type, message))
 
@@ -118,7 +118,7 @@ class EngineClient:
             except OSError as error:
                 if self.is_connected:
                     self._on_engine_lost(error)
-            except Exception:  # requests would never end if this task did
+            except Exception:  # without this task, requests would never end
                 log.exception("the engine's frames could not be read")
                 self._on_engine_lost("unreadable frames")
             finally:
@@ -141,7 +141,7 @@ class EngineClient:
                 self._dispatch_outputs(message)
 
     def _on_engine_ready(self, info: EngineInfo, writer: asyncio.StreamWriter) -> None:
-        # Not before READY: a request that arrives after the connection opens would be sent now and again below.
+        # Set here, not when the connection opens: a request that arrives in between would be submitted twice.
         self._writer = writer
         if self.info is None:
             log.info("the engine is ready: requests are served")
@@ -162,7 +162,7 @@ class EngineClient:
             output = EngineOutput.from_json(data)
             sequence = self._in_flight.get(output.request_id)
             if sequence is None:
-                continue  # aborted before the engine received the abort
+                continue  # aborted, but the engine has not received the abort yet
             sequence.output_tokens += output.tokens
             if output.finish == "error":
                 self._metrics.corrupted.inc()
@@ -210,5 +210,7 @@ class EngineClient:
     def _fail_expired(self) -> None:
         """Fails all sequences if the engine has been lost for longer than `resume_timeout`."""
         if self._in_flight and time.monotonic() - self._lost_at > self._resume_timeout:
-            log.error("no engine for %.0f s: failing %d sequences", self._resume_timeout, self.num_in_flight)
+            log.error(
+                "no engine for %.0f s (RESUME_TIMEOUT): failing %d sequences", self._resume_timeout, self.num_in_flight
+            )
             self.fail_all(f"the engine did not come back within {self._resume_timeout:.0f} s")

@@ -11,7 +11,7 @@ from rtp_llm.contract.sampling_params import SamplingParams
 
 @dataclass
 class Choice:
-    """One choice being generated."""
+    """One entry of `choices` in the response: its prompt, its sampling parameters and the output so far."""
 
     prompt: list[int]
     params: SamplingParams
@@ -38,7 +38,9 @@ class GenerationRequest:
     text_params: TextParams
     prompts: list[list[int]]
     reservation: SlotReservation
-    prompt_only: bool = False  # echo with max_tokens=0: the one generated token is not returned
+    prompt_only: bool = (
+        False  # echo with max_tokens=0: returns the prompt only, without the token that the engine generates
+    )
 
     def start(self, service: Service) -> AsyncGenerator[tuple[int, OutputChunk]]:
         return merge([service.generate(s.prompt, s.params, self.text_params, self.reservation) for s in self.sequences])

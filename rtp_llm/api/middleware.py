@@ -45,8 +45,8 @@ class BodySizeMiddleware:
 
 
 class MetricsMiddleware:
-    """Counts and times requests and writes the access log. The `handler` label is the route template: raw paths would
-    create any number of series.
+    """Counts and times requests and writes the access log. The `handler` label is the route template, since each raw
+    path would create a time series.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool):

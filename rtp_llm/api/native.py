@@ -36,7 +36,7 @@ _ALIASES = {
 }
 
 
-# Fields whose value is a list. In all other fields a list holds one value per prompt of a batch.
+# Fields whose value is itself a list. In all other fields, a list has one value per prompt of a batch.
 _LIST_FIELDS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_str", "select_tokens_id"}
 
 
@@ -256,9 +256,7 @@ class NativeEndpoints:
                 [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux_string) for i in range(n)]
             )
         text = text_params(body, self.stop_words, config.timeout_ms)
-        reservation = self.service.admit(
-            n * len(prompts)
-        )  # last, since an error behind it would leave the slots reserved
+        reservation = self.service.admit(n * len(prompts))  # last: after an error the slots would stay reserved
         self.service.metrics.params_n.observe(n)
         return NativeResponse(groups, text, is_batch, reservation)
 
@@ -269,8 +267,8 @@ class NativeEndpoints:
                 sequences[index].add(chunk)
 
     async def _stream(self, response: NativeResponse, openai_framing: bool) -> AsyncGenerator[str]:
-        """Yields server-sent events, each with a whole response object. Upstream's framing has no space after `data:`
-        and a final `[done]` event; its framing for a top-level `stream` has the space and no final event.
+        """Yields server-sent events, each with a whole response object. Upstream frames events as `data:`
+        without a space, with a final `[done]` event; with `openai_framing` there is the space and no final event.
         """
         prefix = "data: " if openai_framing else "data:"
         sequences = response.sequences

@@ -196,9 +196,7 @@ class OpenAIEndpoints:
             for i in range(n)
         ]
         text = text_params(body, self.stop_words, timeout_ms)
-        reservation = self.service.admit(
-            len(sequences)
-        )  # last, since an error behind it would leave the slots reserved
+        reservation = self.service.admit(len(sequences))  # last: after an error the slots would stay reserved
         self.service.metrics.params_n.observe(n)
         return GenerationRequest(sequences, text, prompts, reservation)
 

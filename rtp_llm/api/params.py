@@ -13,10 +13,10 @@ from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import ConfigError, invalid_params, unsupported
 from rtp_llm.text.tokenizer import Tokenizer
 
-MAX_ID_DIGITS = 10  # of a token id; int() rejects thousands
-MIN_TEMPERATURE = 1e-5  # lower ones mean greedy: logits divided by them would overflow
+MAX_ID_DIGITS = 10  # of a token id in logit_bias; int() raises on thousands of digits
+MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, since dividing the logits would overflow
 
-# OpenAI's name of each native field with an equivalent.
+# {native field: OpenAI field} of equivalent request fields.
 _OPENAI_NAME = {
     "min_new_tokens": "min_tokens",
     "random_seed": "seed",
@@ -55,8 +55,8 @@ class StopWords:
 
 
 def split_stop_ids(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Returns (stop token ids, stop strings). The engine stops at single ids; longer sequences are decoded, since stop
-    strings are matched in the text.
+    """Returns (stop token ids, stop strings). The engine stops at a single id; a longer sequence becomes a stop string,
+    which the API process finds in the text.
     """
     single_ids = frozenset(s[0] for s in sequences if len(s) == 1)
     texts = (tokenizer.decode(list(s), skip_special_tokens=False) for s in sequences if len(s) > 1)

@@ -18,7 +18,7 @@ from rtp_llm.metrics import Metrics
 
 PART_STATES = ("rendezvous", "loading", "warmup", "serving", "draining", "failed")
 RESTART_REASONS = ("signal", "rank_crashed", "communication", "hang")  # see supervise/guard.py
-# The values of doctor_check_status.
+# The value of the metric doctor_check_status by the check's status.
 DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}
 
 Samples = list[tuple[dict[str, str], float | None]]
@@ -26,7 +26,7 @@ JsonObject = Mapping[str, Any]
 
 
 def register(metrics: Metrics, state: PartState, config: Config) -> None:
-    """Adds the collectors of the part to its registry."""
+    """Registers the collectors of the part in the registry of `metrics`."""
     metrics.registry.register(PartCollector(state.metrics_snapshot))
     if config.metrics_vllm_aliases:
         metrics.registry.register(VllmMetricAliases(metrics.registry))
@@ -42,7 +42,7 @@ class PartCollector(Collector):
         state = self._read()
         part = {"part": str(state["part"])}
         yield _gauge("ready", "1 while the part serves requests, as /health reports", [({}, float(state["ready"]))])
-        yield _gauge("live", "1: the API process responds", [({}, 1.0)])
+        yield _gauge("live", "1 while the API process responds", [({}, 1.0)])
         states: Samples = [({"state": s}, float(s == state["state"])) for s in PART_STATES]
         yield _gauge("state", "1 for the current state", states)
         yield _gauge("gang_members_expected", "Number of ranks of all parts", [({}, float(state["expected"]))])
@@ -77,7 +77,7 @@ def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Me
         "When the rank last made progress",
         per_rank(lambda r: r["last_seen"] - r["idle_s"]),
     )
-    # The rank that waits longest in the all-reduces arrives first.
+    # The rank that waits longest in the all-reduces entered them first.
     max_wait = max((r["wait_s"] for r in ranks.values() if r["wait_s"] is not None), default=0.0)
     yield _gauge(
         "rank_lag_seconds",
@@ -147,8 +147,8 @@ def _cgroup_metrics(cgroup: Cgroup, part: dict[str, str]) -> Iterable[Metric]:
 
 
 def _gpu_metrics(snapshot: GpuSnapshot, part: dict[str, str], ranks: Mapping[str, JsonObject]) -> Iterable[Metric]:
-    """Yields NVML's readings; omits those that a GPU does not support. The help names dcgm-exporter's equivalent.
-    Ranks use the visible GPUs in order.
+    """Yields NVML's readings; omits those that a GPU does not support. Help texts name dcgm-exporter's equivalents.
+    The n-th rank of a part uses the n-th visible GPU.
     """
     local_ranks = sorted((int(r) for r, rank_status in ranks.items() if str(rank_status["part"]) == part["part"]))
     rank_by_gpu = {gpu.index: str(rank) for rank, gpu in zip(local_ranks, snapshot.gpus.visible, strict=False)}
@@ -170,7 +170,7 @@ def _gpu_metrics(snapshot: GpuSnapshot, part: dict[str, str], ranks: Mapping[str
     yield _gauge("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL", per_gpu(lambda g: g.utilization))
     yield _gauge(
         "gpu_memory_used_bytes",
-        "DCGM_FI_DEV_FB_USED and reserved",
+        "DCGM_FI_DEV_FB_USED plus reserved memory",
         per_gpu(lambda g: g.memory_total - g.memory_free),
     )
     yield _gauge("gpu_memory_free_bytes", "DCGM_FI_DEV_FB_FREE", per_gpu(lambda g: g.memory_free))
@@ -206,7 +206,9 @@ def _gpu_metrics(snapshot: GpuSnapshot, part: dict[str, str], ranks: Mapping[str
         ({"gpu": str(index), "xid": str(xid)} | part, float(count))
         for (index, xid), count in sorted(snapshot.xids.items())
     ]
-    yield _counter("gpu_xid_errors", "Xids since the part started; DCGM_FI_DEV_XID_ERRORS holds only the last", xids)
+    yield _counter(
+        "gpu_xid_errors", "Xid errors since the part started; DCGM_FI_DEV_XID_ERRORS has only the last", xids
+    )
 
 
 def _gpu_labels(gpu: Any, rank_by_gpu: Mapping[int, str], part: dict[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rtp_llm.parallel.part_spec import PartSpec
 
 STATUS_STALE_SECONDS = 3.0  # the status file is written twice a second
 PHASES = ("rendezvous", "loading", "warmup", "serving")
-MAX_IDLE_SECONDS = 60.0  # a rank without progress for so long is unhealthy, even if it sends heartbeats
+MAX_IDLE_SECONDS = 60.0  # after this time without progress a rank is unhealthy, even if it sends heartbeats
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class PartState:
         return int(rank_status["open"]) if rank_status else 0
 
     def _guard_record(self) -> dict[str, dict[str, int]]:
-        """Returns the guard's record: restarts by "program reason" and last exit codes by program."""
+        """Returns guard.json: {"restarts": {"program reason": count}, "last_exit": {program: exit code}}."""
         path = self.part_spec.guard_record_path
         record: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
         return {"restarts": record.get("restarts", {}), "last_exit": record.get("last_exit", {})}

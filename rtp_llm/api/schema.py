@@ -10,7 +10,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
-MAX_STOPS = 64  # each is searched for after every token
+MAX_STOPS = 64  # stop strings per request, each of which is searched for after every token
 MAX_BIASES = 4096
 MAX_ITEMS = 65536  # prompts of a batch, messages of a chat
 
@@ -21,8 +21,8 @@ def _limit_biases(value: Any) -> Any:
     return value
 
 
-# fail_fast and `_limit_biases` bound the number of errors: a body can hold millions of invalid items, and collecting an
-# error for each blocks the event loop for a minute.
+# fail_fast and `_limit_biases` limit the number of validation errors: a body can have millions of invalid items, and
+# collecting an error for each would block the event loop for a minute.
 Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_ITEMS)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 Stops = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)]
@@ -97,7 +97,7 @@ NATIVE_UNSUPPORTED = (
 
 
 class OpenAIRequest(RequestBody):
-    """Fields of both OpenAI endpoints. Those after `user` are common extensions."""
+    """Fields of both OpenAI endpoints. The fields after `user` are not OpenAI's, but common in other servers."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=128)

@@ -36,12 +36,12 @@ MAX_INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, to not blo
 
 @dataclass(frozen=True)
 class TextParams:
-    """Parameters of the text, which the API process applies: stop strings, detokenization, timeout."""
+    """Parameters of a request that the API process applies, not the engine: stop strings, detokenization, timeout."""
 
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
-    timeout_ms: int = 0  # 0: MAX_RPC_TIMEOUT_MS
+    timeout_ms: int = 0  # 0 or less: MAX_RPC_TIMEOUT_MS applies
 
 
 @dataclass
@@ -58,8 +58,8 @@ class OutputChunk:
 
 
 class SlotReservation:
-    """Slots reserved for the sequences of one request. A sequence uses its slot when it starts; `release` frees the
-    slots of sequences that did not start.
+    """Slots reserved for the sequences of one request; there are CONCURRENCY_LIMIT + QUEUE_LIMIT in total. A sequence
+    uses its slot when it starts; `release` frees the slots of sequences that did not start.
     """
 
     def __init__(self, service: "Service", slots: int):
@@ -92,7 +92,7 @@ class Service:
         self.config, self.model_name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
         self.created = int(time.time())
-        self.reserved_slots = 0  # of admitted sequences that have not started, which the client does not count
+        self.reserved_slots = 0  # for sequences that have not started, so that `client.num_in_flight` lacks them
 
     # Before a request is accepted
 
@@ -104,12 +104,12 @@ class Service:
         return self.client.info
 
     def admit(self, sequences: int) -> SlotReservation:
-        """Reserves a slot for each sequence. Raises RequestError 429 if batch and queue are full."""
+        """Reserves a slot per sequence. Raises RequestError 429 if too few are free, 503 if the server is stopping."""
         self.check_capacity(sequences)
         return SlotReservation(self, sequences)
 
     def check_capacity(self, sequences: int) -> None:
-        """Raises as `admit`, without a reservation. Endpoints call it before they encode large batches."""
+        """Raises the same errors as `admit`, but reserves nothing. Endpoints call it before encoding large batches."""
         if self.client.is_draining:
             raise engine_gone("the server is stopping: retry, or use another server")
         used_slots = self.client.num_in_flight + self.reserved_slots
@@ -126,7 +126,7 @@ class Service:
             text.encode()
         except UnicodeEncodeError as error:
             raise invalid_format(
-                f"the text has a lone surrogate at character {error.start}: not valid Unicode"
+                f"the text has an unpaired surrogate at character {error.start}: not valid Unicode"
             ) from None
         if len(text) < MAX_INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
@@ -165,7 +165,7 @@ class Service:
 
         Raises RequestError 503 if the engine is lost, 504 at the timeout, 500 if the sequence fails.
         """
-        reservation.start_one()  # no await until the client counts the sequence, or its slot could be given away
+        reservation.start_one()  # no await until `client.generate` counts it: another request could take the slot
         timer = RequestTimer(self.metrics, len(prompt), params)
         detokenizer = Detokenizer(self.tokenizer, text_params.skip_special_tokens, prompt)
         checker = StopChecker(text_params.stop, text_params.include_stop)
@@ -186,7 +186,7 @@ class Service:
                     return
         except TimeoutError:
             timer.on_finish("error", num_tokens)
-            raise timed_out(f"not finished within {timeout:g} s") from None
+            raise timed_out(f"the request was not finished within {timeout:g} s") from None
         except RequestError:
             timer.on_finish("error", num_tokens)
             raise
@@ -205,7 +205,7 @@ class Service:
         text_params: TextParams,
         num_tokens: int,
     ) -> OutputChunk:
-        """Converts an output to text. `num_tokens` includes the output's."""
+        """Converts an output to text. `num_tokens`: tokens of the sequence so far, including this output."""
         tokens = output.tokens
         if output.finish == "stop" and not text_params.include_stop:
             tokens = tokens[:-1]  # without the stop token

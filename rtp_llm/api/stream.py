@@ -20,7 +20,7 @@ def compact_json(value: Any) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events; `events` are complete, with their separators.
+    """A response of server-sent events; `events` yields whole events, each with its final blank line.
 
     Closes `events` when the response ends, also early, and releases the unused slots of `reservation`.
     """

@@ -8,8 +8,8 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 PREFIX, VLLM_PREFIX = "rtp_llm_", "vllm:"
-# {name without prefix: vLLM's name without prefix} of the metrics that vLLM has too. One histogram of vLLM is called
-# `…_total`.
+# {name: vLLM's name} of the metrics that vLLM has too, without prefixes. All names are equal but one: vLLM's histogram
+# of tokens per step ends in `_total`.
 VLLM_NAMES = {
     name: name
     for name in (
@@ -27,8 +27,8 @@ ENGINE_LABEL = {"engine": "0"}  # vLLM's index of the data-parallel engine
 
 
 class VllmMetricAliases(Collector):
-    """Renames the metrics of the registry's other collectors. Yields nothing while it collects them, since the
-    registry then calls this collector too.
+    """Yields the metrics of the registry's other collectors under vLLM's names. To read them it calls
+    `registry.collect`, which calls this collector again; that inner call yields nothing.
     """
 
     def __init__(self, registry: CollectorRegistry):

@@ -127,6 +127,7 @@ def _engine_info(gang: GangClient, runner: ModelRunner) -> EngineInfo:
 
 def _connect_to_leader(part_spec: PartSpec, gang: GangClient) -> socket.socket:
     plan, timeout = part_spec.plan, part_spec.config.dist_comm_timeout
-    sock = retry_connect(lambda: connect(leader_host(plan), plan.leader_port(STEP_PORT_OFFSET), timeout), timeout)
+    host, port = leader_host(plan), plan.leader_port(STEP_PORT_OFFSET)
+    sock = retry_connect(lambda: connect(host, port, timeout), f"{host}:{port}", timeout)
     sock.sendall(pack_json(FrameType.JOIN, {"rank": gang.rank_status.rank, "epoch": gang.epoch}))
     return sock

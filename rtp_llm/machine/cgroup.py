@@ -8,7 +8,7 @@ from dataclasses import dataclass
 ROOT = "/sys/fs/cgroup"
 UNLIMITED = 1 << 62
 _NUMBER = re.compile(r"0*[1-9][0-9]*")
-V1_UNLIMITED = 1 << 60  # v1 writes "no limit" as the largest multiple of a page
+V1_UNLIMITED = 1 << 60  # v1 reports "no limit" as 2^63 rounded down to a page
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Cgroup:
     def read(cls, read_text: Callable[[str], str | None]) -> "Cgroup":
         """Reads the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
 
-        In a container the limits are in the root of the mount, otherwise in the directory from /proc/self/cgroup.
+        In a container the files are in the root of the cgroup mount; otherwise in the directory that /proc/self/cgroup
+        names.
         """
         paths = parse_proc_cgroup(read_text("/proc/self/cgroup") or "")
         if read_text(f"{ROOT}/cgroup.controllers") is not None:

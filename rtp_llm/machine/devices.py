@@ -11,7 +11,7 @@ import pynvml
 
 @dataclass(frozen=True)
 class VisibleDevices:
-    """NVML indices of the GPUs visible to CUDA, in CUDA's order. `problem`: reason if some listed GPUs are not."""
+    """NVML indices of the GPUs visible to CUDA, in CUDA's order. `problem`: reason why some are hidden, or empty."""
 
     indices: tuple[int, ...]
     problem: str = ""
@@ -45,7 +45,7 @@ def apply_cuda_visible_devices(uuids: Sequence[str], visible: str | None) -> Vis
     for entry in (e.strip() for e in visible.split(",")):
         index = _device_index(entry, uuids)
         if index is None:
-            reason = "is empty" if not entry else f"{entry!r} is not one of the {len(uuids)} GPUs here"
+            reason = "is empty" if not entry else f"{entry!r} is not one of the {len(uuids)} GPUs of this machine"
             return VisibleDevices(tuple(indices), f"{reason}; CUDA ignores it and all after it")
         if index in indices and index >= 0:
             return VisibleDevices((), f"{entry!r} lists GPU {index} twice; CUDA then hides all GPUs")

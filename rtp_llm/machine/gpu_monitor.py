@@ -22,7 +22,7 @@ class GpuSnapshot:
     """The latest readings of all GPUs."""
 
     gpus: GpuInventory = field(default_factory=GpuInventory)
-    read_at: float = 0.0  # seconds since the epoch; 0: not read yet
+    read_at: float = 0.0  # Unix time; 0: not read yet
     xids: Mapping[tuple[int, int], int] = field(default_factory=dict)  # (GPU index, Xid) to count
 
 
@@ -49,7 +49,7 @@ class GpuMonitor:
         try:
             self._nvml.nvmlInit()
         except pynvml.NVMLError as error:
-            log.info("no GPU metrics: %s", error)
+            log.info("GPU metrics are not available: NVML: %s", error)
             return
         try:
             events, indices = self._register_events()
@@ -57,19 +57,19 @@ class GpuMonitor:
                 self.snapshot = GpuSnapshot(read_gpus(self._nvml, self._visible), time.time(), dict(self._xids))
                 self._wait_for_xid(events, indices)
         except pynvml.NVMLError as error:
-            log.warning("no more GPU metrics: %s", error)
+            log.warning("GPU metrics stopped: NVML: %s", error)
         finally:
             self._nvml.nvmlShutdown()
 
     def _register_events(self) -> tuple[Any, dict[str, int]]:
-        """Returns an event set with the Xids of all GPUs that support them, and GPU indices by UUID. The set is None
-        if this driver has no events.
+        """Returns (NVML event set, GPU index by UUID). The set receives the Xid errors of all GPUs that report them; it
+        is None if the driver does not support events.
         """
         indices: dict[str, int] = {}
         try:
             events = self._nvml.nvmlEventSetCreate()
         except pynvml.NVMLError as error:
-            log.info("Xids are not counted: %s", error)
+            log.info("Xid errors of the GPUs are not counted: NVML events: %s", error)
             return None, indices
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
@@ -77,11 +77,11 @@ class GpuMonitor:
                 indices[str(self._nvml.nvmlDeviceGetUUID(handle))] = index
                 self._nvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
             except pynvml.NVMLError as error:
-                log.info("Xids of GPU %d are not counted: %s", index, error)
+                log.info("Xid errors of GPU %d are not counted: NVML events: %s", index, error)
         return events, indices
 
     def _wait_for_xid(self, events: Any, indices: Mapping[str, int]) -> None:
-        """Blocks until the next reading is due, or an Xid event arrives. Counts the Xid."""
+        """Blocks until the next reading is due or an Xid error is reported, and counts the error."""
         if events is None:
             self._stop.wait(self._period)
             return
@@ -89,8 +89,8 @@ class GpuMonitor:
             event = self._nvml.nvmlEventSetWait_v2(events, int(self._period * 1000))
         except pynvml.NVMLError_Timeout:
             return
-        except pynvml.NVMLError as error:  # returned repeatedly once a GPU is lost
-            log.debug("waiting for Xids: %s", error)
+        except pynvml.NVMLError as error:  # NVML returns it at once, again and again, after a GPU is lost
+            log.debug("waiting for Xid errors: %s", error)
             self._stop.wait(self._period)
             return
         index = self._index(event.device, indices)

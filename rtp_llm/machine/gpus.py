@@ -1,6 +1,6 @@
 """Reads the GPUs of this machine through NVML, without a CUDA context.
 
-A reading that the GPU or driver does not support is None. Checks treat it as unknown, neither good nor bad.
+A value that the GPU or driver does not report is None. The doctor's checks treat it as unknown, neither good nor bad.
 """
 
 import ctypes
@@ -18,18 +18,18 @@ from rtp_llm.machine.devices import VisibleDevices, apply_cuda_visible_devices
 
 DRIVER_TIMEOUT_SECONDS = 5.0
 KILL_WAIT_SECONDS = 0.5
-DRIVER_TIMEOUT = int(pynvml.NVML_ERROR_TIMEOUT)
+DRIVER_TIMEOUT = int(pynvml.NVML_ERROR_TIMEOUT)  # `GpuInventory.failure` if the driver does not respond
 P2P_READ = 0  # pynvml's constant is a tuple by mistake
 MAX_NVLINKS = 18  # per GPU; NVML reports "not supported" for links that a GPU does not have
 
-# nvml.h, clocks event reasons, which older versions call throttle reasons.
+# Bits of nvmlClocksEventReason* (nvml.h) that mean the GPU is slowed down by heat or power.
 THROTTLE_REASONS = {
     0x08: "hardware slowdown",
     0x20: "thermal slowdown (software)",
     0x40: "thermal slowdown (hardware)",
     0x80: "power brake",
 }
-APPLICATION_CLOCKS = 0x02
+APPLICATION_CLOCKS = 0x02  # a bit of the same mask: clocks limited by nvidia-smi -ac
 CLOCKS = {"sm": pynvml.NVML_CLOCK_SM, "memory": pynvml.NVML_CLOCK_MEM}
 ALL_LINKS = 0xFFFFFFFF  # scope ID of a field value: sum over the GPU's NVLinks
 NVLINK_BYTES = {
@@ -70,7 +70,7 @@ class Gpu:
     remap_pending: bool = False
     remap_failure: bool = False
     retired_pending: bool = False
-    clock_reasons: int | None = 0  # bits of nvmlClocksEventReason*
+    clock_reasons: int | None = 0  # bit mask of nvmlClocksEventReason*
     temperature: int | None = None
     slowdown_temperature: int | None = None
     persistence: bool | None = None
@@ -147,7 +147,7 @@ def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
 
 
 def completes_within(operation: Callable[[], object], seconds: float = DRIVER_TIMEOUT_SECONDS) -> bool:
-    """Runs `operation` in a forked process, which a hung driver may block forever. Returns True if it ends in time."""
+    """Runs `operation` in a forked process and returns True if it ends in time. A hung driver may block it forever."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -26,7 +26,7 @@ def die_with_parent() -> None:
 def exit_with_supervisord(run_dir: Path) -> None:
     """Ties this process to supervisord: exits with it, and exits at once if the part is already stopping.
 
-    Both can happen while Python starts: supervisord may be gone before the prctl call, and a SIGTERM between fork and
+    The checks cover the start of Python: supervisord may exit before the prctl call, and a SIGTERM between fork and
     exec is lost.
     """
     die_with_parent()

@@ -1,5 +1,7 @@
-"""The coordinator on rank 0: runs the rendezvous, compares fingerprints, assigns the epoch number and detects missing
-heartbeats.
+"""The coordinator on rank 0: runs the rendezvous, in which all ranks join, and detects ranks that are lost later.
+
+It compares the fingerprints of the ranks (values that must be equal on all parts) and assigns the epoch number. An
+epoch lasts from a rendezvous until any rank is lost.
 
 Every rank keeps one TCP connection open. With a key-value store that ranks poll, the coordinator could not push the
 list of missing parts to waiting ranks, and would notice a lost rank only at the next poll; a connection reports EOF.
@@ -25,14 +27,16 @@ log = logging.getLogger(__name__)
 HEARTBEAT_INTERVAL_SECONDS = 0.5
 HELLO_TIMEOUT_SECONDS = 5.0  # from accept to the HELLO frame
 SEND_TIMEOUT_SECONDS = 5.0
-MAX_MESSAGE_BYTES = 1 << 20  # a rank status takes a few hundred
-DISAGREE_GRACE_SECONDS = 1.5  # from the first difference to the rejection, so that it covers the other parts as well
+MAX_MESSAGE_BYTES = 1 << 20  # a heartbeat has a few hundred bytes
+DISAGREE_GRACE_SECONDS = (
+    1.5  # from the first difference to the rejection, which then lists parts that join late as well
+)
 OnRankLost = Callable[[str, ExitCode], None]
 
 
 @dataclass
 class _Peer:
-    """One connection. `rank` is None until its HELLO."""
+    """One connection to the rendezvous port. `rank` is None until its HELLO frame arrives."""
 
     sock: socket.socket
     address: str
@@ -46,7 +50,7 @@ class _Peer:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds until all ranks must have joined, and without a heartbeat or progress until a rank counts as lost."""
+    """Seconds until all ranks must have joined; seconds without a heartbeat, or progress, until a rank is lost."""
 
     join: float
     heartbeat: float
@@ -54,7 +58,10 @@ class Timeouts:
 
 
 class Coordinator:
-    """Serves one epoch of the gang on part 0's rendezvous port, in a thread of rank 0."""
+    """Serves one epoch of the gang on part 0's rendezvous port, in a thread of rank 0.
+
+    Calls `on_lost` with a message and an exit code if a rank is lost after the rendezvous.
+    """
 
     def __init__(self, plan: Plan, epoch: int, listener: socket.socket, timeouts: Timeouts, on_lost: OnRankLost):
         self.plan, self.epoch, self.listener, self.timeouts = plan, epoch, listener, timeouts
@@ -85,10 +92,10 @@ class Coordinator:
             sock, address = self.listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(HEARTBEAT_INTERVAL_SECONDS / 5)  # the listener stays readable: this thread would spin
-            return  # the peer has closed the connection, or it is accepted in a later call
+                time.sleep(HEARTBEAT_INTERVAL_SECONDS / 5)  # the listener stays readable: avoid a busy loop
+            return  # the peer has closed the connection, or a later call accepts it
         sock.settimeout(SEND_TIMEOUT_SECONDS)  # frames to peers are small: a full send buffer means a lost peer
-        # A machine that loses power closes no connection: unacknowledged data then becomes an error of the socket.
+        # A machine that loses power does not close its connections: with this timeout, unacknowledged data is an error.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.timeouts.heartbeat * 1000))
         peer = _Peer(sock, f"{address[0]}:{address[1]}")
         self._peers.append(peer)
@@ -125,7 +132,7 @@ class Coordinator:
             self._broadcast(FrameType.WELCOME, {"epoch": self.epoch, "part0_address": self._part0_address()})
 
     def _part0_address(self) -> str:
-        """Returns the address at which other parts reach part 0. Behind NAT the member list has a different one."""
+        """Returns the local address to which another part connected; behind NAT the member list has a different one."""
         remote = (p for p in self._joined_peers() if self.plan.part_of(p.rank or 0) != 0)
         return str(next((p.sock.getsockname()[0] for p in remote), "127.0.0.1"))
 
@@ -212,6 +219,6 @@ class Coordinator:
         if peer.rank is None:
             # The doctor probes this port: it connects, sends nothing and closes the connection.
             level = logging.WARNING if peer.has_sent_data else logging.DEBUG
-            log.log(level, "rendezvous: dropped %s: %s", peer.address, reason)
+            log.log(level, "rendezvous port: closed the connection from %s: %s", peer.address, reason)
         elif self._formed:
             self.on_lost(f"lost rank {peer.rank} ({peer.address}): {reason}", ExitCode.COMMUNICATION)

@@ -1,7 +1,7 @@
 """A rank's membership in the gang: the rendezvous before torch is imported, then heartbeats.
 
 The lifetime of a gang is divided into numbered epochs. Losing any rank ends the epoch for all ranks: they exit with a
-code for the reason, and the guards of all parts restart them in the next epoch.
+code for the reason, and the guards of all parts (supervise/guard.py) restart them in the next epoch.
 """
 
 import json
@@ -33,8 +33,8 @@ class GangClient:
     def __init__(self, plan: Plan, rank_status: RankStatus, config: Config, run_dir: Path, on_lost: OnRankLost):
         self.plan, self.rank_status, self.config = plan, rank_status, config
         self.epoch = 0
-        self.address = ""  # of this machine as other parts reach it; set by `join`
-        self._rank_statuses: dict[str, dict[str, Any]] = {}  # by rank, latest from the coordinator
+        self.address = ""  # address at which other parts reach this machine; set by `join`
+        self._rank_statuses: dict[str, dict[str, Any]] = {}  # last RankStatus of each rank, from the coordinator
         self._on_lost = on_lost
         self._status_file = GangStatusFile(run_dir) if rank_status.rank == plan.first_rank else None
         self._coordinator: Coordinator | None = None
@@ -75,8 +75,8 @@ class GangClient:
     def wait_until_loaded(self) -> None:
         """Blocks until all ranks have loaded their weights.
 
-        Disks differ in speed, and a fast rank could wait in a collective beyond its timeout. The coordinator detects a
-        rank that makes no progress.
+        Otherwise a rank with a fast disk would enter the first collective early and exceed its timeout there. This wait
+        has no timeout, because the coordinator detects a rank that makes no progress.
         """
         while not self._all_loaded():
             self.rank_status.mark_progress()
@@ -125,7 +125,10 @@ class GangClient:
                 self._report(f"waiting for {message['missing']}")
 
     def _report(self, text: str) -> None:
-        """Logs the text every few seconds and writes it to the gang status for /health; one rank per part does."""
+        """Logs why this rank waits, at most every few seconds, and writes it to the gang status for /health.
+
+        Only the first rank of each part reports.
+        """
         if self._status_file is None:
             return
         self._status_file.write({"epoch": self.epoch, "ranks": {}, "message": text})
@@ -163,14 +166,17 @@ class GangClient:
                 self._status_file.write(gang_status | {"message": ""})
 
     def _lost(self, message: str, code: ExitCode) -> None:
-        # The coordinator in this process has the exact reason: let it report first.
+        # On rank 0 the coordinator reports which rank was lost: wait for it, since the first report ends the process.
         if self._coordinator:
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
         self._on_lost(message, code)
 
 
 class GangStatusFile:
-    """`gang.json` in the run directory: the gang status for the local API process, which checks its age."""
+    """Writes `gang.json` in the run directory: the status of all ranks, or the reason why they wait.
+
+    The API process of the part reads the file and checks its age.
+    """
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "gang.json"
@@ -210,7 +216,7 @@ def exit_process(message: str, code: ExitCode) -> None:
 
 
 def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float) -> dict[int, socket.socket]:
-    """Accepts the step connections of all other ranks on rank 0. Returns sockets by rank.
+    """Accepts on rank 0 the connections over which it sends steps to the other ranks. Returns sockets by rank.
 
     Each connection starts with a JOIN frame. Raises CommunicationError if a rank does not connect within `timeout`
     seconds.
@@ -223,7 +229,9 @@ def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float
             sock, _ = listener.accept()
         except TimeoutError:
             missing = [r for r in range(1, plan.world_size) if r not in peers]
-            raise CommunicationError(f"ranks {missing} did not connect for steps within {timeout:.0f} s") from None
+            raise CommunicationError(
+                f"ranks {missing} did not connect to rank 0 for scheduler steps within {timeout:.0f} s"
+            ) from None
         rank = _read_join(sock, epoch)
         if rank is None:
             sock.close()
@@ -234,26 +242,29 @@ def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float
 
 
 def _read_join(sock: socket.socket, epoch: int) -> int | None:
-    """Returns the rank of a new step connection; None if it is not a rank, or one of another epoch."""
+    """Returns the rank that opened this connection; None if the peer is not a rank, or is one of another epoch."""
     sock.settimeout(CONNECT_TIMEOUT_SECONDS)
     try:
         frame_type, payload = recv_frame(sock)
         message = json.loads(payload) if frame_type == FrameType.JOIN else {}
         if message["epoch"] == epoch:
             return int(message["rank"])
-        log.warning("step port: dropped a connection from another epoch: %s", message)
+        log.warning("step port: closed the connection of a rank from another epoch: %s", message)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("step port: dropped a connection: %s", error)
+        log.warning("step port: closed a connection that is not from a rank: %s", error)
     return None
 
 
-def retry_connect(dial: Callable[[], socket.socket], timeout: float) -> socket.socket:
-    """Calls `dial` until it connects. Raises CommunicationError after `timeout` seconds."""
+def retry_connect(dial: Callable[[], socket.socket], address: str, timeout: float) -> socket.socket:
+    """Calls `dial` until it returns a connection to rank 0, over which rank 0 sends steps.
+
+    `address`: "host:port" of rank 0, for the error. Raises CommunicationError after `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
             return dial()
         except OSError as error:
             if time.monotonic() > deadline:
-                raise CommunicationError(f"rank 0's step port: {error}") from error
+                raise CommunicationError(f"cannot connect to rank 0 at {address} (scheduler steps): {error}") from error
             time.sleep(0.05)

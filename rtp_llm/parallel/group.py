@@ -95,7 +95,7 @@ def _raises_communication_error(collective: Callable[P, R]) -> Callable[P, R]:
 class TorchGroup:
     """The default process group of torch.distributed, over NCCL or gloo."""
 
-    wait_seconds: float | None = None  # NCCL waits on the device, which this process cannot measure
+    wait_seconds: float | None = None  # not measured: NCCL waits on the device
 
     def __init__(self, rank: int, size: int, device: torch.device):
         self.rank, self.size, self.device = rank, size, device
@@ -107,7 +107,7 @@ class TorchGroup:
 
     @_raises_communication_error
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        tensor = tensor.contiguous()  # the outputs too, since NCCL refuses other layouts
+        tensor = tensor.contiguous()  # NCCL accepts only contiguous inputs and outputs
         tensors = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(tensor, tensors, dst=0)
         return tensors
@@ -123,7 +123,7 @@ class TorchGroup:
 
 
 class SharedMemoryGroup(TorchGroup):
-    """CPU ranks on one machine: collectives of steps use shared memory, everything else uses gloo."""
+    """The group of CPU ranks on one machine: all-reduce and gather use shared memory, other collectives use gloo."""
 
     def __init__(self, rank: int, size: int, device: torch.device, communicator: ShmCommunicator):
         super().__init__(rank, size, device)
@@ -153,9 +153,9 @@ def init_group(
 ) -> Group:
     """Initializes the process group of an epoch.
 
-    `host` is part 0's, `address` this machine's as other parts reach it. `timeout` in seconds applies to the
-    initialization and to every collective. `shm_prefix` is the prefix of file names in /dev/shm; empty: gloo for all
-    collectives. Raises CommunicationError.
+    `host`: of part 0. `address`: of this machine, as other parts reach it. `timeout`: seconds for the initialization
+    and for every collective. `shm_prefix`: of file names in /dev/shm; if it is empty, all collectives on CPU use gloo.
+    Raises CommunicationError.
     """
     if plan.world_size == 1:
         return SingleRankGroup()
@@ -175,10 +175,10 @@ def init_group(
 def _init_torch_group(
     plan: Plan, rank: int, epoch: int, host: str, timeout: float, backend: str, device: torch.device
 ) -> dist.Store:
-    """Initializes torch.distributed with a TCPStore on part 0. Keys have the epoch as prefix. Returns the store."""
+    """Initializes torch.distributed with a TCPStore on part 0. Returns the store, which adds the epoch to all keys."""
     duration = timedelta(seconds=timeout)
     port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
-    # By itself the TCPStore listens on all interfaces, also on a single machine: pass it a socket on loopback then.
+    # TCPStore would listen on all interfaces. For a gang of one part, pass it a socket on loopback instead.
     fd = listen("0.0.0.0" if plan.is_multi_part else "127.0.0.1", port).detach() if rank == 0 else None
     tcp_store = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=duration, master_listen_fd=fd)
     store = dist.PrefixStore(f"epoch{epoch}", tcp_store)

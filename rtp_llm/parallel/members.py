@@ -1,4 +1,4 @@
-"""Reads the members of a gang, one per part, from a distribute file, GANG_CONFIG_STRING or JSON_GANG_PARTS.
+"""Reads the members of a gang, one per part, from DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING or JSON_GANG_PARTS.
 
 All validation of the list happens here, before the ranks start. Errors name the source, the key and the value.
 """
@@ -28,6 +28,8 @@ class Member:
 
 @dataclass(frozen=True)
 class _RawMember:
+    """A valid entry of the list. `port` is None if the entry does not set it."""
+
     name: str
     ip: str
     port: int | None

@@ -23,14 +23,14 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """`part.json` in the run directory, which also holds sockets and state files."""
+    """The content of `part.json` in the run directory, and the paths of the sockets and state files beside it."""
 
     run_dir: Path
     config: Config
     plan: Plan
     model: ModelInfo
-    fingerprint: dict[str, Any]
-    tty: bool
+    fingerprint: dict[str, Any]  # values that must be equal on all parts, by name
+    tty: bool  # stdout is a terminal
 
     @property
     def engine_socket(self) -> Path:
@@ -55,7 +55,7 @@ class PartSpec:
 
     @property
     def exit_code_file(self) -> Path:
-        """The file in which the guard passes start_server its exit code."""
+        """The file to which the guard writes the exit code of the part, with which start_server exits."""
         return self.run_dir / "exit_code"
 
     @property

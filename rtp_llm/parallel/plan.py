@@ -11,9 +11,9 @@ from rtp_llm.config import MIN_START_PORT, Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.members import Member, read_members
 
-# Below part 0's START_PORT, within the range that upstream reserves there.
+# Offsets below part 0's START_PORT, in a range that upstream rtp-llm also reserves.
 RENDEZVOUS_PORT_OFFSET, STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET = 1, 2, 11
-# Above each part's START_PORT.
+# Offset above the START_PORT of each part.
 DOCTOR_PORT_OFFSET = 3
 
 
@@ -38,8 +38,8 @@ class Plan:
     world_size: int
     local_world_size: int
     start_port: int
-    port_stride: int
-    device: str
+    port_stride: int  # ports reserved per local rank (WORKER_INFO_PORT_NUM)
+    device: str  # "cpu" or "cuda"
 
     @property
     def first_rank(self) -> int:
@@ -66,7 +66,7 @@ class Plan:
         return rank // self.local_world_size
 
     def describe_part(self, part: int) -> str:
-        """Returns `part1 (10.0.0.2:20000, ranks 2-3)`, without the address if only part 0's is known."""
+        """Returns `part1 (10.0.0.2:20000, ranks 2-3)`, without the address if the plan has only part 0's."""
         first = part * self.local_world_size
         last = first + self.local_world_size - 1
         ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
@@ -142,9 +142,9 @@ def make_plan(config: Config, gpus: int) -> Plan:
 
 
 def check_address(plan: Plan, addresses: set[str]) -> str | None:
-    """Returns a warning if this part's member has none of the machine's `addresses`, as behind NAT; otherwise None.
+    """Returns a warning if this part's address in the plan is not one of the machine's `addresses`; otherwise None.
 
-    Raises ConfigError if another member has one of them: WORLD_RANK then belongs to another machine.
+    Raises ConfigError if the machine has another part's address: WORLD_RANK is then wrong.
     """
     member = next((m for m in plan.members if m.index == plan.part), None)
     if member is None or member.ip in addresses or not member.ip.replace(".", "").isdigit():
@@ -156,13 +156,16 @@ def check_address(plan: Plan, addresses: set[str]) -> str | None:
             f" {local.ip}, which is member {local.name!r}; set WORLD_RANK={local.index * plan.local_world_size}",
             check="C-01",
         )
-    return f"member {member.name!r} is this part, but no interface here has {member.ip}; this is fine only behind NAT"
+    return (
+        f"member {member.name!r} is this part, but no network interface of this machine has {member.ip};"
+        " this is correct only behind NAT"
+    )
 
 
 def _world_and_tp_size(config: Config) -> tuple[int, int]:
     world, tp, dp = config.world_size, config.tp_size, config.dp_size
     if dp != 1:
-        raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not served yet; allowed: 1", check="C-01")
+        raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not supported yet; allowed: 1", check="C-01")
     tp = tp or (world // dp if world else 1)
     world = world or tp * dp
     if world != tp * dp:
@@ -232,7 +235,7 @@ def _check_ports(plan: Plan) -> None:
         if member.index == plan.part and member.port != plan.start_port:
             raise ConfigError(
                 f"START_PORT={plan.start_port}, but member {member.name!r} of this part (WORLD_RANK={plan.first_rank})"
-                f" has port {member.port}; make them the same",
+                f" has port {member.port}; set START_PORT={member.port}, or change the member's port",
                 check="C-01",
             )
         last_port = member.port + plan.port_stride * plan.local_world_size - 1

@@ -29,7 +29,7 @@ def _port_owner(port: int) -> str:
         return " by a process that only root can see"
     pid = next((c.pid for c in connections if c.laddr and c.laddr.port == port and c.status == "LISTEN"), None)
     if pid is None:
-        return " by a process that cannot be seen from here"
+        return " by a process that is not visible in this container"
     try:
         return f" by pid {pid} ({redacted_command(psutil.Process(pid).cmdline())})"
     except psutil.Error:

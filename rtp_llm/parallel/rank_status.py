@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-WAIT_WINDOW_STEPS = 12  # of the moving average `wait_s`
+WAIT_WINDOW_STEPS = 12  # number of steps over which `wait_s` is averaged
 Phase = Literal["rendezvous", "loading", "warmup", "serving"]
 
 
@@ -25,7 +25,9 @@ class RankStatus:
     open: int = 0  # unfinished requests, on rank 0
     weight_bytes: int = 0
     kv_bytes: int = 0
-    wait_s: float | None = None  # for other ranks in the collectives of a step, moving average; None if not measured
+    wait_s: float | None = (
+        None  # seconds per step spent waiting for other ranks in collectives, moving average; None if not measured
+    )
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase
     pid: int = field(default_factory=os.getpid)
     _last_progress: float = field(default_factory=time.monotonic, repr=False)
@@ -37,7 +39,7 @@ class RankStatus:
         self._last_progress = time.monotonic()
 
     def record_step(self, number: int, total_wait_seconds: float | None) -> None:
-        """Records a finished step. `total_wait_seconds`: for other ranks in all steps so far, None if not measured."""
+        """Records a finished step. `total_wait_seconds`: wait for other ranks in all steps so far, or None."""
         self.steps = number
         if total_wait_seconds is not None:
             step_wait_s = total_wait_seconds - self._total_wait_seconds

@@ -1,6 +1,10 @@
-"""The shared-memory segment of CPU ranks on one machine, a locked file in /dev/shm.
+"""The shared-memory segment through which CPU ranks on one machine run collectives: a file in /dev/shm.
 
-Does not import torch, because the doctor uses it to check free space before a start and to find orphaned segments.
+Rank 0 holds a lock (flock) on the file until all ranks have mapped it and it is deleted. A file without a lock is
+orphaned: rank 0 was killed in between.
+
+This module does not import torch, because the doctor uses it before a start, to check free space and to find orphaned
+segments.
 """
 
 import fcntl
@@ -30,8 +34,9 @@ def segment_bytes(size: int) -> int:
 def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
     """Creates the file and reserves its pages, so that a full /dev/shm is an error here instead of SIGBUS later.
 
-    Removes files with the same prefix, which a killed epoch may have left. Returns the path and a file descriptor that
-    holds a shared lock: the segment is orphaned if no process holds one. Raises CommunicationError.
+    Removes files with the same prefix, which ranks killed in an earlier epoch may have left. Returns the path and a
+    file descriptor that holds a shared lock: the segment is orphaned if no process holds one. Raises
+    CommunicationError.
     """
     for stale in DIRECTORY.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
@@ -52,7 +57,7 @@ def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
 
 
 def is_orphaned(path: Path) -> bool:
-    """Returns True if no process in any namespace holds the lock of this segment. False if that cannot be read."""
+    """Returns True if no process in any namespace holds a lock on this file; False if it cannot be opened."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -67,6 +72,6 @@ def is_orphaned(path: Path) -> bool:
 
 
 def orphan_bytes() -> int:
-    """Returns the bytes of orphaned segments of all parts."""
+    """Returns how many bytes of memory the orphaned segments in /dev/shm occupy, including those of other parts."""
     orphans = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
     return sum(path.stat().st_blocks * 512 for path in orphans if path.exists())

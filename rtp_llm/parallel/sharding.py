@@ -55,9 +55,10 @@ def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -
 
 
 def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
-    """Returns one rank's columns of gate and up, which are the rows of down.
+    """Returns the columns of gate_proj and up_proj, and thus the rows of down_proj, that belong to one rank.
 
-    Boundaries are multiples of 64 if each rank gets at least 64, since matrix units compute in such tiles.
+    Boundaries are multiples of 64, since matrix units compute in tiles of that size, or of a smaller power of two if 64
+    does not divide the size or would leave a rank without columns.
     """
     unit = next(u for u in (64, 32, 16, 8, 4, 2, 1) if intermediate_size % u == 0 and intermediate_size // u >= tp_size)
     units = even_split(intermediate_size // unit, tp_size, tp_rank)
@@ -65,7 +66,7 @@ def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
 
 
 def shard_vocab(vocab_size: int, tp_size: int, tp_rank: int) -> range:
-    """Returns one rank's rows of embedding and LM head, without the padding to `padded_vocab / tp_size` rows."""
+    """Returns the vocabulary rows of one rank in embedding and LM head, without the padding rows at the end."""
     rows = padded_vocab(vocab_size, tp_size) // tp_size
     start = min(tp_rank * rows, vocab_size)
     return range(start, min(start + rows, vocab_size))

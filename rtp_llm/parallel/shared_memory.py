@@ -1,6 +1,6 @@
 """All-reduce and gather between CPU ranks on one machine through a shared-memory segment.
 
-gloo takes 0.5 ms per call, which would dominate a step.
+A gloo collective takes about 0.5 ms, which would dominate the duration of a step.
 
 Each rank has a slot in each of two alternating buffers, and a counter. One operation: write the local slot, increment
 the local counter, wait until all counters have the same value, read all slots. A slot is overwritten two operations
@@ -35,7 +35,7 @@ class ShmCommunicator:
         self._counters = np.frombuffer(memory, np.int64, counters_bytes // 8).reshape(size, -1)[:, 0]
         self._slots = torch.frombuffer(memory, dtype=torch.uint8, offset=counters_bytes).view(2, size, SLOT_BYTES)
         self._sequence = 0
-        self.wait_seconds = 0.0  # total, for other ranks
+        self.wait_seconds = 0.0  # total time spent waiting for other ranks
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""

@@ -1,8 +1,9 @@
-"""`python -m rtp_llm.supervise.guard RUN_DIR`: the event listener of supervisord, which restarts lost processes.
+"""`python -m rtp_llm.supervise.guard RUN_DIR`: the guard, which restarts processes of its part after a failure.
 
-If a rank exits, the guard restarts all ranks of the part, because a rank cannot join an existing communicator. The
-number of restarts is limited. Exit codes that a restart cannot fix end the part at once. This process logs to stderr,
-because supervisord's event protocol uses stdout.
+It runs as an event listener of supervisord, which starts the processes of the part and reports their exits. If a rank
+exits, the guard restarts all ranks of the part, because a new process cannot join an existing NCCL or gloo
+communicator. RESTART_LIMIT limits the restarts. If an exit code shows an error that a restart cannot fix, the guard
+stops the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
 """
 
 import json
@@ -34,7 +35,7 @@ HEARTBEAT_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT, so that the other ra
 
 @dataclass
 class RestartBudget:
-    """At most `limit` restarts in ten minutes, with pauses of 0.5, 1, 2, 4 … seconds between them."""
+    """At most `limit` restarts in ten minutes, after delays of 0.5, 1, 2, 4 … 60 seconds."""
 
     limit: int
     _times: deque[float] = field(default_factory=deque)
@@ -50,7 +51,7 @@ class RestartBudget:
 
 
 def incident_exit_code(codes: list[int]) -> ExitCode:
-    """Returns one exit code for the incident. `codes`: exit codes of the processes, -1 if killed by a signal.
+    """Returns one exit code for all processes that exited together. `codes`: theirs, -1 if killed by a signal.
 
     Priority: final codes, crash, hang, communication (usually a consequence of the others).
     """
@@ -97,13 +98,16 @@ class Guard:
         self._history = RestartHistory.open(part_spec.guard_record_path)
         limit = part_spec.config.restart_limit
         self._rank_budget, self._api_budget = RestartBudget(limit), RestartBudget(max(limit, 1))
-        # For incidents in which ranks only lost their peers on another part. The budget of that part limits the
-        # restarts; this larger one prevents an endless loop.
+        # For incidents in which the ranks only lost connections to ranks of another part, where the failure is. The
+        # budget of that part limits the restarts; this larger one prevents an endless loop.
         self._peer_loss_budget = RestartBudget(limit * 5)
         self._killed_rank = ""  # process name of the rank that this guard killed
 
     def handle(self) -> None:
-        """Handles an event: examines the states of all processes, because one incident causes several events."""
+        """Handles an event of supervisord: restarts what is down, or ends the part.
+
+        Examines the states of all processes instead of the event, because one incident causes several events.
+        """
         if not self._is_running():
             return
         if any(i["exitstatus"] == ExitCode.DOCTOR for i in self._down("doctor")):
@@ -129,9 +133,9 @@ class Guard:
             self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
 
     def _seconds_since_status(self, start_time: float) -> float:
-        """Returns seconds since the first rank wrote the gang status; 0 if it has not since its start.
+        """Returns seconds since the first rank wrote the gang status; 0 if it has not written it since its start.
 
-        `start_time` in seconds since the epoch.
+        `start_time`: of that rank's process, Unix time.
         """
         path = self.part_spec.gang_status_path
         try:
@@ -152,7 +156,7 @@ class Guard:
         """Returns False once supervisord has received a stop request."""
         try:
             return bool(self.rpc.supervisor.getState()["statename"] == "RUNNING")
-        except xmlrpc.client.Fault:  # SHUTDOWN_STATE
+        except xmlrpc.client.Fault:  # supervisord is shutting down and rejects calls
             return False
 
     def _down(self, group: str) -> list[dict[str, Any]]:

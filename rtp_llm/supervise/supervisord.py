@@ -1,7 +1,7 @@
 """Generates supervisord's configuration for one part from the plan.
 
 supervisord stops groups one after another, highest priority number first, and all programs of a group together. So
-`api` ends its open streams while the ranks still compute, then all `ranks` stop at once.
+the API process finishes its open streams while the ranks still compute; then all ranks stop at once.
 """
 
 import configparser
@@ -12,7 +12,7 @@ import sys
 from rtp_llm.parallel.part_spec import PartSpec
 
 RANK_STOP_SECONDS = 5
-DRAIN_MARGIN_SECONDS = 5  # that uvicorn may take beyond its own timeout
+DRAIN_MARGIN_SECONDS = 5  # that the API process may take beyond SHUTDOWN_TIMEOUT
 
 
 def supervisord_config(part_spec: PartSpec) -> str:
@@ -64,7 +64,7 @@ def runs_doctor(part_spec: PartSpec) -> bool:
 def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
     """Returns the options of one program.
 
-    supervisord itself does not restart it, because it would do so without limit or delay; the guard does.
+    Disables supervisord's own restarts, which have no limit or delay; the guard restarts programs instead.
     """
     return {
         "command": f"{shlex.quote(sys.executable)} {arguments}",

@@ -15,7 +15,7 @@ from rtp_llm.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text stream of one request.
 
-    The results of all pushes and the flush join to the text of `prompt_ids` + all ids without the text of
+    The results of all `push` calls and of `flush` together are the text that the pushed ids add to the text of
     `prompt_ids`. A character that starts in the prompt is returned whole when it is complete.
     """
 
@@ -40,6 +40,8 @@ class Detokenizer:
 
 
 class _Stream(Protocol):
+    """The decoding of ids that have text, for one kind of tokenizer. The methods are those of `Detokenizer`."""
+
     def push(self, ids: Iterable[int]) -> str: ...
     def flush(self) -> str: ...
 
@@ -65,6 +67,7 @@ class _ByteStream:
         return self._strip_prompt_remainder(self._utf8.decode(b"", final=True))
 
     def _strip_prompt_remainder(self, text: str) -> str:
+        """Returns `text`, at the first call without the U+FFFD of a character that the prompt left incomplete."""
         if not (self._prompt_ends_in_character and text):
             return text
         self._prompt_ends_in_character = False
@@ -73,10 +76,11 @@ class _ByteStream:
 
 
 class _WindowStream:
-    """Decodes the tokens of any other decoder after one token of context, in constant time per id.
+    """Decodes tokens that are not byte-level: the new tokens and one token before them, in constant time per id.
 
-    Buffers only a run of `<0xNN>` tokens: sentencepiece decodes such a run as a unit, and one invalid byte turns all of
-    it into U+FFFD. The context prevents that the decoder treats new text as the start of a text.
+    The token before them is the context: without it the decoder would treat the new text as the start of a text, and
+    drop a space. Buffers only a run of `<0xNN>` tokens: sentencepiece decodes such a run as a unit, and one invalid
+    byte turns all of it into U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, reversed_prompt: Iterable[int]):
@@ -96,6 +100,7 @@ class _WindowStream:
         return self._emit_stable(len(self._pending))
 
     def _emit_stable(self, count: int) -> str:
+        """Removes the first `count` pending tokens. Returns the text that they add after the context."""
         if not count:
             return ""
         before = self._tokenizer.decode(self._context, skip_special_tokens=False)

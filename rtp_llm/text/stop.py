@@ -9,8 +9,8 @@ from collections.abc import Sequence
 class StopChecker:
     """Truncates the text of one request at the first stop string.
 
-    The earliest match wins, of those with the same start the longest. The result does not depend on how the text is
-    split: with the stop strings "a" and "ab", the text "a" stays buffered until the next `push` or `flush`.
+    The earliest match wins; among matches with the same start, the longest. The result does not depend on how the
+    text is split: with the stop strings "a" and "ab", the text "a" stays buffered until the next `push` or `flush`.
 
     include_stop  keeps the matched string at the end of the text
     matched       the matched string, None before a match
@@ -38,8 +38,8 @@ class StopChecker:
         return sendable, None
 
     def flush(self) -> str:
-        """Returns the buffered text at the end of the stream. May set `matched`, if a shorter match was waiting for a
-        longer one.
+        """Returns the buffered text at the end of the stream. Sets `matched` if the text was buffered because a longer
+        stop string might still follow.
         """
         start, stop = self._find_match()
         if stop is not None:
@@ -59,7 +59,7 @@ class StopChecker:
         return min(((at, stop) for at, stop in matches if at >= 0), key=lambda match: match[0], default=(-1, None))
 
     def _partial_match_start(self) -> int:
-        """Returns the start of the longest suffix that is a proper prefix of a stop string."""
+        """Returns the start of the longest suffix of the buffer that is an incomplete stop string."""
         return len(self._buffer) - max((self._overlap(stop) for stop in self._stops), default=0)
 
     def _overlap(self, stop: str) -> int:

@@ -113,7 +113,7 @@ class _CompiledTemplate:
         """Returns the message in the format that this template expects. Removes null values, since templates test
         whether a key is defined.
         """
-        if not isinstance(message, Mapping):  # not validated by all callers
+        if not isinstance(message, Mapping):  # not all callers validate it
             raise TemplateError(f"a message must be an object with a role and content, not {type(message).__name__}")
         normalized = {key: value for key, value in message.items() if value is not None}
         content = message.get("content")
@@ -137,7 +137,7 @@ class _CompiledTemplate:
             raise TemplateError(f"the chat template failed on these messages: {error}") from error
 
 
-# `content is none`, in any spelling: these templates need the null content of an assistant turn that only calls tools.
+# A template with `content is none` needs the null content of an assistant turn that only calls tools.
 _TESTS_FOR_NULL = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b", re.IGNORECASE)
 # Templates that concatenate a call's arguments to a string need JSON text; all others expect an object.
 _CONCATENATES_ARGUMENTS = re.compile(r"\barguments['\"]?\]?\s*[+~]")
@@ -177,7 +177,7 @@ def _with_parsed_arguments(call: Any) -> Any:
 
 
 class _TemplateRaised(jinja2.TemplateError):
-    """Raised by `raise_exception` in a template."""
+    """Raised when a template calls its function `raise_exception`."""
 
 
 class _GenerationTag(Extension):
@@ -237,7 +237,7 @@ def _explicit_template(explicit: str) -> tuple[str, str]:
 
 def _built_in_for_model_type(model_type: str, tokenizer: Tokenizer) -> str | None:
     name = model_type.lower().replace("-", "_")
-    if name == "llama":  # the model type of every Llama generation; the control tokens differ
+    if name == "llama":  # model_type of both generations in config.json; only Llama 3 has this control token
         return "llama2" if tokenizer.token_id("<|start_header_id|>") is None else "llama3"
     return next((built_in for prefix, built_in in _BUILT_IN_BY_MODEL_TYPE.items() if name.startswith(prefix)), None)
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from rtp_llm import files
 from rtp_llm.errors import CheckpointError
 
-# The order in which `AutoTokenizer` adds those that tokenizer.json lacks, so that they get the same ids.
+# In the order in which `AutoTokenizer` adds special tokens that tokenizer.json lacks, so that their ids are the same.
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json files have about 35 MB
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -32,7 +32,7 @@ class Tokenizer:
     special_tokens  text of each named token ("bos_token", "eos_token" …), the variables of chat templates
     templates       chat templates by name; a single one is called "default"
     byte_level      True if tokens use the byte-level alphabet, so that the text is the concatenation of their bytes
-    byte_ids        ids of the `<0xNN>` tokens, if the decoder combines runs of them to characters
+    byte_ids        ids of the `<0xNN>` tokens, runs of which the decoder combines to characters; often empty
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path / 'tokenizer_config.json'} declares tokens in an unknown format: {error}"
             ) from error
-        # tokenizer.json may enable them; transformers disables them too.
+        # tokenizer.json may enable truncation and padding; transformers disables both as well.
         backend.no_truncation()
         backend.no_padding()
         eos_ids = _eos_ids(generation_config, path / "generation_config.json")
@@ -189,12 +189,12 @@ def _parse_json(source: str, path: Path) -> dict[str, Any]:
         value = json.loads(source)
     except json.JSONDecodeError as error:
         raise CheckpointError(
-            f"{path} is not valid JSON ({error}); copy it again, it may be cut short or a Git LFS pointer"
+            f"{path} is not valid JSON ({error}); copy the file again; it may be truncated or a Git LFS pointer"
         ) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the file again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; copy it again")
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; copy the file again")
     return value
 
 
@@ -202,17 +202,20 @@ def _backend(source: str, path: Path) -> Backend:
     try:
         return Backend.from_str(source)
     except Exception as error:  # the backend raises plain Exception for every error
-        raise CheckpointError(f"{path} is not a usable tokenizer: {error}; copy it again") from error
+        raise CheckpointError(f"{path} is not a usable tokenizer: {error}; copy the file again") from error
 
 
 def _token_content(token: object) -> str | None:
-    """Returns the text of a token in a config file: a str, or an object with the token's flags."""
+    """Returns the text of a token from a config file; None if it has none.
+
+    `token` is the text itself, or an object with the text as "content" and the token's flags.
+    """
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 
 
 def _named_tokens(declared: Mapping[str, Any]) -> dict[str, str]:
-    """Returns every `…_token` that has a text, the well-known ones first. Ignores flags such as add_bos_token."""
+    """Returns {key: text} of all keys `…_token` whose value is a token, the well-known keys first."""
     keys = [
         *_SPECIAL_TOKEN_NAMES,
         *(key for key in declared if key.endswith("_token") and key not in _SPECIAL_TOKEN_NAMES),
@@ -226,7 +229,7 @@ def _added_token(token: object) -> AddedToken:
 
 
 def _add_declared(backend: Backend, declared: Mapping[str, Any]) -> None:
-    """Adds the tokens that only tokenizer_config.json declares, in the order of `AutoTokenizer`."""
+    """Adds the tokens that tokenizer.json lacks and other config files declare, in the order of `AutoTokenizer`."""
     by_id = (declared.get("added_tokens_decoder") or {}).items()
     backend.add_tokens([_added_token(token) for _, token in sorted(by_id, key=lambda item: int(item[0]))])
     extra = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []

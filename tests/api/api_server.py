@@ -94,11 +94,11 @@ class ApiServer:
             assert not self.errors.lines, self.errors.lines
 
     def new_engine(self, script: Script | None = None, **options: Any) -> FakeEngine:
-        """Starts another engine on the same socket. The last one must be closed."""
+        """Starts another engine on the same socket. The previous engine must be closed."""
         self.engine = FakeEngine(self.part_spec.engine_socket, script, **options)
         return self.engine
 
-    # The client's side
+    # Requests and waiting
 
     def client(self, timeout: float = TIMEOUT_SECONDS) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
@@ -156,7 +156,7 @@ class ApiServer:
             unblock.set()
 
     def write_gang_status(self, **rank_status: Any) -> None:
-        """Writes the gang status file, which the part's rank writes twice a second."""
+        """Writes the gang status file (gang.json), which the first rank of a part writes twice a second."""
         defaults = {
             "part": 0,
             "pid": 1,

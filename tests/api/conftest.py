@@ -26,14 +26,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The demo model with the usual settings."""
+    """A server of the demo model with the usual settings."""
     with running_server(checkpoint, tmp_path_factory.mktemp("server") / "output") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def small_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The demo model with one running, one queued and short sequences. The fuzz tests use it too."""
+    """A server with one running and one queued sequence and a small MAX_SEQ_LEN, also used by the fuzz tests."""
     output = tmp_path_factory.mktemp("small") / "output"
     limits = {"CONCURRENCY_LIMIT": "1", "QUEUE_LIMIT": "1", "MAX_SEQ_LEN": "256", "SERVED_MODEL_NAME": "small"}
     with running_server(checkpoint, output, DISABLE_ACCESS_LOG="1", **limits) as server:

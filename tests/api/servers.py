@@ -1,6 +1,6 @@
-"""A real server for the tests: `rtp_llm.start_server` as users start it, on free ports.
+"""Runs `rtp_llm.start_server` for the tests, as users start it, on free ports.
 
-Its output goes to a file, which failing tests show. No traceback may appear in it, whatever the tests send.
+The server's output goes to a file, which failing tests show. No request may cause a traceback in the output.
 """
 
 import os

@@ -28,7 +28,7 @@ REJECTED = {"reason": "max_num_queued_reqs", "model_name": "fake"}
 
 @pytest.fixture
 def small_api(start_api: StartApi) -> ApiServer:
-    """One sequence in the engine, one in the queue."""
+    """The API with one slot in the engine and one in the queue."""
     return start_api(concurrency_limit=1, queue_limit=1)
 
 
@@ -105,7 +105,7 @@ def test_each_choice_needs_a_slot(small_api: ApiServer, byte_model: ByteModel) -
 
 
 def test_slots_are_freed_after_every_outcome(small_api: ApiServer, byte_model: ByteModel) -> None:
-    """After a finish, a rejection, an error and a disconnect, repeatedly."""
+    """All slots are free again after sequences that finish, are rejected, fail or lose their client, repeatedly."""
     small_api.engine.script = lambda submission: _script(submission, byte_model)
     for _ in range(3):
         assert small_api.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200
@@ -156,7 +156,7 @@ def test_slots_of_sequences_that_never_start_are_released() -> None:
 
 
 def test_a_real_engine_runs_one_and_queues_one(small_server: ServerProcess) -> None:
-    """The same with a real engine."""
+    """With a real engine: one sequence runs, one waits, the next is rejected."""
     body = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream_options": {"include_usage": True}}
     for _ in range(5):  # until the third request arrives before the first two finish
         with ExitStack() as exit_stack:

@@ -49,7 +49,7 @@ def assert_all_aborted(api: ApiServer, submissions: list[Submission]) -> None:
 def test_disconnect_during_a_stream_aborts_its_sequences(
     path: str, body: dict[str, Any], count: int, after_text: bool, start_api: StartApi
 ) -> None:
-    """Before text: the server must listen for the disconnect, since no write to this client can fail."""
+    """The client disconnects before any text: the server must listen for that, since it writes nothing yet."""
     api = start_api()
     with api.open_stream(path, body) as response:
         submissions = [api.engine.next_submission() for _ in range(count)]
@@ -76,8 +76,8 @@ def test_disconnect_before_a_whole_response_aborts_its_sequences(
 def test_disconnect_before_the_sequences_start(
     path: str, body: dict[str, Any], count: int, start_api: StartApi
 ) -> None:
-    """It disconnects while its long prompt is encoded. Sequences that never start must not keep their slots, which
-    ApiServer checks at its end.
+    """The client disconnects while its long prompt is encoded. Sequences that never start must not keep their slots,
+    which ApiServer checks at its end.
     """
     api = start_api()
     api.engine.close()
@@ -94,7 +94,7 @@ def test_disconnect_before_the_sequences_start(
 
 
 def test_disconnect_of_a_client_that_does_not_read(start_api: StartApi) -> None:
-    """The server waits for space in the socket's buffer, not for the engine."""
+    """The client disconnects while the server waits for space in the socket's buffer, not for the engine."""
     api = start_api()
     with RawHttpConnection(api.url).send("/", json.dumps({"prompt": "Hi", "yield_generator": True}).encode()):
         submissions = api.engine.next_submission()
@@ -116,7 +116,7 @@ def test_disconnect_of_one_client_does_not_abort_another(start_api: StartApi) ->
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/", "/tokenize", "/set_log_level"])
 def test_disconnect_within_the_body_is_not_an_error(path: str, start_api: StartApi) -> None:
-    """No error in the server's log, no 500 in its metrics."""
+    """A client that disconnects within its body causes no error in the server's log and no 500 in the metrics."""
     api = start_api()
     RawHttpConnection(api.url).send(path, b'{"prompt": "half', content_length=1000).close()
     labels = {"method": "POST", "handler": path}
@@ -125,7 +125,7 @@ def test_disconnect_within_the_body_is_not_an_error(path: str, start_api: StartA
 
 
 def test_a_matched_stop_string_ends_the_sequence_in_the_engine(start_api: StartApi, byte_model: ByteModel) -> None:
-    """The engine has no text: without an abort it would continue."""
+    """The API must abort the sequence: the engine does not see the text, so it would continue."""
     api = start_api(lambda submission: [ScriptedOutput(byte_model.tokens("one END two"))])
     response = api.post("/v1/completions", {"prompt": "Hi", "stop": "END"})
     assert response.json()["choices"][0] == {"index": 0, "text": "one ", "logprobs": None, "finish_reason": "stop"}

@@ -198,7 +198,7 @@ def test_a_body_that_is_not_an_object(path: str, client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", POSTS)
 def test_a_body_that_is_too_large(path: str, client: httpx.Client, api: ApiServer) -> None:
-    """With and without a Content-Length, and without waiting for the whole body."""
+    """A too large body is rejected with and without a Content-Length, before all of it has arrived."""
     large = b'{"prompt": "' + b"x" * 300_000 + b'"}'
     assert_error(client.post(path, content=large), 413, 507, "0.25 MiB", "MAX_BODY_MB")
     in_chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
@@ -293,7 +293,7 @@ def test_too_many_biases(start_api: StartApi) -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_an_unpaired_surrogate_is_rejected(path: str, body: dict[str, Any], text: str, client: httpx.Client) -> None:
-    """JSON can represent it, UTF-8 cannot. Neither the tokenizer nor the response may fail on it."""
+    """JSON can represent an unpaired surrogate, UTF-8 cannot: the request is rejected, and the response is valid."""
     raw = json.dumps(body).replace("?", json.dumps(text)[1:-1])
     response = client.post(path, content=raw.encode())
     assert_error(response, 400, response.json()["error_code"])
@@ -301,7 +301,7 @@ def test_an_unpaired_surrogate_is_rejected(path: str, body: dict[str, Any], text
 
 
 def test_template_variables_of_any_name(client: httpx.Client) -> None:
-    """They are passed to the template, even if they have the names of our own parameters."""
+    """chat_template_kwargs reach the template, even if they have the names of parameters of `render`."""
     kwargs = {"self": 1, "options": 2, "template": 3, "kwargs": 4, "name": 5}
     assert client.post(CHAT, json={"messages": HI, "chat_template_kwargs": kwargs}).status_code == 200
 
@@ -330,7 +330,7 @@ def test_unknown_paths_and_methods(client: httpx.Client) -> None:
 
 
 def test_legacy_status(start_api: StartApi, byte_model: ByteModel) -> None:
-    """Every error has status 500 and an unchanged body."""
+    """With LEGACY_HTTP_STATUS every error has status 500 and the same body as without."""
     api = start_api(legacy_http_status=True, concurrency_limit=1, queue_limit=0)
     with api.client() as client:
         for path, body, code, substrings in REJECTED_REQUESTS[::9]:
@@ -351,7 +351,7 @@ def test_legacy_status(start_api: StartApi, byte_model: ByteModel) -> None:
 
 
 def test_a_timeout_aborts_the_request(start_api: StartApi, byte_model: ByteModel) -> None:
-    """The client gets a status, or an event if the stream has started."""
+    """At the timeout the client gets status 504, or an error event if its stream has started."""
     api = start_api(lambda submission: [ScriptedOutput(byte_model.tokens("some"))])
     with api.client() as client:
         assert_error(client.post(NATIVE, json={"prompt": "a", "timeout_ms": 50}), 504, 603, "0.05 s")

@@ -193,7 +193,7 @@ def test_gauges_follow_the_engine(api: ApiServer, byte_model: ByteModel) -> None
 
 
 def test_waiting_sequences_are_counted_by_reason(api: ApiServer) -> None:
-    """They wait for a slot or for lost ranks."""
+    """Sequences wait for a slot (capacity) or for lost ranks (deferred)."""
 
     def waiting() -> tuple[float, float]:
         name = "rtp_llm_num_requests_waiting_by_reason"
@@ -266,7 +266,7 @@ def test_vllm_aliases_are_off_by_default(api: ApiServer) -> None:
 
 
 def test_every_request_counts_with_one_finish_reason(api: ApiServer, byte_model: ByteModel) -> None:
-    """Independent of whether client, API or engine ends it."""
+    """Each sequence counts once as finished, no matter if the client, the API or the engine ends it."""
 
     def finished() -> dict[str, float]:
         reasons = ("stop", "length", "abort", "error")

@@ -27,7 +27,7 @@ AUX_INFO = {
 
 @pytest.fixture(scope="module")
 def api(byte_model: ByteModel) -> Iterator[ApiServer]:
-    """Generates the prompt in upper case, in two steps."""
+    """The API with an engine that returns the prompt in upper case, in two steps."""
 
     def uppercase_script(submission: Submission) -> list[ScriptedOutput]:
         text = byte_model.tokenizer.decode(submission.prompt, skip_special_tokens=True).upper()
@@ -131,7 +131,10 @@ def test_unicode_encodings(encoding: str, api: ApiServer) -> None:
     ids=str,
 )
 def test_settings_precedence(body: dict[str, Any], api: ApiServer) -> None:
-    """Nested under either name or at the top level, which wins; upstream's aliases; lists for a batch."""
+    """Settings may be in generate_config, generation_config or at the top level; the last one wins.
+
+    Also tests upstream's aliases, and lists with one value per prompt.
+    """
     while api.engine.num_pending_submissions:
         api.engine.next_submission()
     generate(api, {"prompt": "ab", **body})
@@ -245,7 +248,7 @@ def stream(api: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
     ids=str,
 )
 def test_upstreams_framing(body: dict[str, Any], api: ApiServer) -> None:
-    """No space after `data:`, CRLF, cumulative text and an end marker."""
+    """Upstream's events have no space after `data:`, end with CRLF, have the text so far, and end with [done]."""
     raw, events = stream(api, body)
     assert [e if e == "[done]" else e["response"] for e in events] == ["A", "ABC", "[done]"]
     assert [e["finished"] for e in events[:-1]] == [False, True]
@@ -255,7 +258,7 @@ def test_upstreams_framing(body: dict[str, Any], api: ApiServer) -> None:
 
 
 def test_framing_of_top_level_stream(api: ApiServer) -> None:
-    """A space after `data:` and no end marker."""
+    """With a top-level `stream`, events have a space after `data:`, and there is no [done] at the end."""
     raw, events = stream(api, {"stream": True})
     assert [e["response"] for e in events] == ["A", "ABC"]
     assert raw.startswith(b'data: {"response"')
@@ -269,7 +272,7 @@ def test_increments(body: dict[str, Any], api: ApiServer) -> None:
 
 
 def test_increments_of_a_batch_join_to_the_texts(api: ApiServer) -> None:
-    """In any order of the sequences, text is sent once only."""
+    """With return_incremental, each text is sent once, in whatever order the sequences of a batch produce it."""
     body = {"prompt_batch": ["abc", "xyz", "123"], "yield_generator": True, "return_incremental": True}
     events = payloads(api.stream("/", body))[:-1]
     texts_by_event = [[item["response"] for item in event["response_batch"]] for event in events]
@@ -292,7 +295,7 @@ def test_tokenize(text: str, api: ApiServer) -> None:
 
 
 def test_tokenize_a_chat(api: ApiServer) -> None:
-    """The token count must be that of the chat endpoint."""
+    """/tokenize returns as many tokens as the chat endpoint counts for the same messages."""
     messages = [{"role": "user", "content": "Hi"}]
     ids = api.post("/tokenize", {"messages": messages}).json()["token_ids"]
     assert api.post("/v1/chat/completions", {"messages": messages}).json()["usage"]["prompt_tokens"] == len(ids)
@@ -303,7 +306,7 @@ def test_tokenize_a_chat(api: ApiServer) -> None:
 
 @pytest.mark.parametrize("path", ["/chat/render", "/v1/chat/render"])
 def test_render(path: str, api: ApiServer) -> None:
-    """Upstream's DebugInfo, with the engine's parameters but without a submission."""
+    """/chat/render returns upstream's DebugInfo with the sampling parameters, and submits nothing to the engine."""
     while api.engine.num_pending_submissions:
         api.engine.next_submission()
     body = {"messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}], "stop": "X"}

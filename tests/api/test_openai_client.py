@@ -252,7 +252,7 @@ def test_echo_and_logprobs(client: openai.OpenAI, tokenizer: Tokenizer, the_toke
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_echo_without_generated_tokens(stream: bool, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
-    """Evaluation harnesses measure likelihoods this way: the prompt's logprobs, no completion tokens."""
+    """echo with max_tokens=0 returns the logprobs of the prompt only, as evaluation harnesses need them."""
     options: dict[str, Any] = {"echo": True, "max_tokens": 0, "logprobs": 1}
     ids = tokenizer.encode("The matrices")
     full = complete(client, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
@@ -359,7 +359,7 @@ def test_leaving_a_stream_early(client: openai.OpenAI, http: httpx.Client) -> No
 
 
 def test_concurrent_requests_get_the_same_text_as_alone(server: ServerProcess) -> None:
-    """24 requests with different seeds and lengths."""
+    """Sends 24 requests with different seeds and lengths at once, then one after another."""
 
     async def ask_all() -> tuple[list[str], list[str]]:
         async with openai.AsyncOpenAI(
@@ -378,7 +378,7 @@ def test_concurrent_requests_get_the_same_text_as_alone(server: ServerProcess) -
 
 
 async def _ask(client: openai.AsyncOpenAI, number: int) -> str:
-    """Sends one request; those with an even number stream."""
+    """Sends request `number`; even numbers use a stream."""
     options: dict[str, Any] = {"model": "demo", "max_tokens": 16 + number, "seed": number, "temperature": 0.8}
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": f"Number {number}"}]
     if number % 2:

@@ -39,7 +39,7 @@ def expected_logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 def test_greedy_completion(
     prompt: str, http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The same tokens, with the same logprobs and top logprobs."""
+    """A greedy completion has the tokens, logprobs and top logprobs of transformers."""
     ids = tokenizer(prompt)["input_ids"]
     body = {"prompt": prompt, "max_tokens": 32, "temperature": 0, "ignore_eos": True, "logprobs": 4}
     choice = http.post("/v1/completions", json=body).json()["choices"][0]
@@ -80,7 +80,7 @@ def test_prompt_logprobs(
 
 
 def test_chat(http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The same rendered prompt, and for sampled tokens the logprobs of the model before temperature."""
+    """A chat has the rendered prompt of transformers, and its logprobs are those before temperature."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello 🚀"}]
     rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     ids = rendered["input_ids"]

@@ -143,7 +143,7 @@ def test_sequences_fail_if_the_engine_does_not_return(start_api: StartApi) -> No
 
 
 def test_requests_before_the_first_engine_are_rejected(start_api: StartApi) -> None:
-    """Its start time and its maximum prompt length are unknown."""
+    """Before the first engine, the maximum prompt length is unknown, so requests get 503."""
     api = start_api(sends_ready=False)
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "Hi"}), ("/", {"prompt": "Hi"})):
         response = api.post(path, body)
@@ -154,7 +154,7 @@ def test_requests_before_the_first_engine_are_rejected(start_api: StartApi) -> N
 
 
 def test_a_sequence_that_loses_too_many_engines_fails(start_api: StartApi, byte_model: ByteModel) -> None:
-    """It may cause the crashes. Sequences that were accepted later continue."""
+    """A sequence in flight at each of several engine losses may cause them, so it fails; later ones continue."""
     api = start_api()
     with ThreadPoolExecutor(2) as pool:
         poison = pool.submit(api.post, "/v1/completions", {"prompt": "poison"})

@@ -113,7 +113,7 @@ def test_a_partial_stop_string_is_sent_at_the_end(api: ApiServer, byte_model: By
 
 
 def test_a_stop_string_that_ends_with_the_last_token_allowed(api: ApiServer, byte_model: ByteModel) -> None:
-    """Both finish reasons apply; "stop" has priority."""
+    """If a stop string ends with the last token allowed, both finish reasons apply; "stop" has priority."""
     set_script(api, [ScriptedOutput(byte_model.tokens("one STO")), ScriptedOutput(byte_model.tokens("P"), "length")])
     assert chat_text(api, {"stop": "STOP"}) == ("one ", "stop", 8)
 
@@ -156,7 +156,7 @@ def submitted(api: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]
 
 
 def test_defaults(api: ApiServer, byte_model: ByteModel) -> None:
-    """OpenAI's defaults, but upstream's chat temperature and max_tokens up to MAX_SEQ_LEN."""
+    """OpenAI's defaults apply, except upstream's chat temperature and max_tokens up to MAX_SEQ_LEN."""
     set_script(api, [ScriptedOutput([], "length")])
     chat = submitted(api, "/v1/chat/completions", CHAT)
     assert (chat["temperature"], chat["max_tokens"]) == (0.7, 2048 - len(byte_model.tokens("user:Hiassistant:")) - 2)
@@ -226,7 +226,7 @@ def with_logprobs(model: ByteModel, text: str) -> list[ScriptedOutput]:
 
 @pytest.mark.parametrize("stop", [None, "🚀!", "zzz"], ids=["no stop", "stop", "other stop"])
 def test_chat_logprobs_have_every_token(stop: str | None, api: ApiServer, byte_model: ByteModel) -> None:
-    """Also tokens whose text is buffered or truncated, in order, in streams and whole responses."""
+    """Streams and whole responses have the logprobs of all tokens, also of those with buffered or truncated text."""
     set_script(api, with_logprobs(byte_model, "é🚀!x"))
     body = {**CHAT, "logprobs": True, "top_logprobs": 1, **({"stop": stop} if stop else {})}
     events = payloads(api.stream("/v1/chat/completions", {**body, **USAGE}))[:-1]
@@ -289,7 +289,7 @@ def test_usage_adds_up(api: ApiServer, byte_model: ByteModel) -> None:
 
 
 def test_long_prompts_are_encoded_in_a_thread(start_api: StartApi, byte_model: ByteModel) -> None:
-    """With the same ids."""
+    """A long prompt, which is encoded in a thread, gets the same ids as without."""
     api = start_api(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
     for length in (10, 4095, 4096, 100_000):
         ids = api.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def engine_unavailable_reason() -> str:
-    """Returns why no container can run on this machine; "" if one can."""
+    """Returns the reason why containers cannot run on this machine; "" if they can."""
     if not shutil.which("docker"):
         return "there is no docker client"
     completed = subprocess.run(["docker", "info"], capture_output=True, text=True)

@@ -43,7 +43,10 @@ class NvmlStruct:
 
 
 class FakeNvml:
-    """Eight GPUs by default. `failed[index]`: error of a GPU that does not respond; `changed[index]`: its readings."""
+    """Fake of pynvml with eight GPUs by default.
+
+    `failed[index]`: error of a GPU that does not respond. `changed[index]`: readings of a GPU that differ.
+    """
 
     def __init__(self, count: int = 8, failure: int = 0):
         self.count, self.failure = count, failure

@@ -93,7 +93,10 @@ def test_snapshot_is_empty_without_a_driver() -> None:
 
 @pytest.fixture
 def scraped() -> dict[tuple[str, ...], float]:
-    """Metrics of part 1 by name, GPU and one more label. Ranks 2, 3 use GPUs 3, 0; GPU 2 is lost, GPU 1 had Xids."""
+    """Metrics of part 1 by (name, GPU, one more label).
+
+    Ranks 2 and 3 use GPUs 3 and 0; GPU 2 is lost, and GPU 1 has reported Xid errors.
+    """
     nvml = FakeNvml(4)
     nvml.failed[2] = pynvml.NVML_ERROR_GPU_IS_LOST
     nvml.changed[0] = {"nvmlDeviceGetCurrentClocksEventReasons": 0x40, "nvmlDeviceGetRemappedRows": (1, 2, 0, 1)}

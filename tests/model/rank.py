@@ -59,7 +59,9 @@ class RankWorker:
             self.followers = FollowerConnections(_accept_followers(plan), TIMEOUT_SECONDS)
         else:
             port = plan.leader_port(STEP_PORT_OFFSET)
-            self.step_socket = retry_connect(lambda: connect(HOST, port, TIMEOUT_SECONDS), TIMEOUT_SECONDS)
+            self.step_socket = retry_connect(
+                lambda: connect(HOST, port, TIMEOUT_SECONDS), f"{HOST}:{port}", TIMEOUT_SECONDS
+            )
             self.step_socket.sendall(pack_json(FrameType.JOIN, {"rank": rank, "epoch": EPOCH}))
 
     def run_job(self, job: dict[str, Any]) -> dict[str, Any]:

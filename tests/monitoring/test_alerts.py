@@ -47,7 +47,7 @@ EVAL_TIME = "35m"
 
 
 class AlertCase(NamedTuple):
-    """Changed series of a healthy gang (None: removed), and the labels of the alert that fires."""
+    """Series that differ from a healthy gang (None: removed), and the labels of the alert that fires."""
 
     alert: str
     changes: dict[str, str | None]

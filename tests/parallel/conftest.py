@@ -56,7 +56,7 @@ def settings(checkpoint: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def single_rank(settings: dict[str, str]) -> Iterator[Part]:
-    """A part with TP_SIZE=1. A test may stop it once `expected` has its outputs."""
+    """A running part with TP_SIZE=1. A test may stop it after `expected` has read its outputs."""
     port = free_start_port()
     with Part({**settings, "START_PORT": str(port), "SHUTDOWN_TIMEOUT": "1"}, port=port) as part:
         yield part.wait_healthy()
@@ -64,9 +64,9 @@ def single_rank(settings: dict[str, str]) -> Iterator[Part]:
 
 @pytest.fixture(scope="session")
 def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Outputs of a single rank for each of BODIES. Other numbers of ranks and recovered faults must not change them.
+    """Outputs of a single rank for each request of BODIES. More ranks or a recovered fault must not change them.
 
-    The first worker that needs them starts the part and leaves the outputs for the others.
+    The first pytest worker that needs the outputs starts the part and saves them in a file for the other workers.
     """
     base = tmp_path_factory.getbasetemp()
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "expected.json"

@@ -1,6 +1,6 @@
 """One HTTP request with the standard library only.
 
-A separate module because it also runs as a script inside a network namespace, which the test process cannot reach:
+It also runs as a script inside a network namespace, which the test process cannot reach:
 
     python fetch.py URL [BODY]        prints [status, text] as JSON; status 0: no response
 """

@@ -1,7 +1,6 @@
 """Parts with real processes: starts `rtp_llm.start_server`, sends requests, injects faults and checks the cleanup.
 
-All processes of a part have a marker variable in their environment, which an orphaned process keeps. It identifies
-ranks that outlived their supervisor.
+All processes of a part have a marker variable in their environment. It identifies ranks that outlive supervisord.
 """
 
 import json
@@ -200,14 +199,17 @@ class Part:
         assert list(self.temporary.iterdir()) == [], self.log
 
     def assert_no_process_left(self, seconds: float = 5) -> None:
-        """`seconds`: time for the kernel to end processes that were killed."""
+        """Asserts that no process of this part runs. The kernel has `seconds` to end killed processes."""
         deadline = time.monotonic() + seconds
         while self.processes() and time.monotonic() < deadline:
             time.sleep(POLL)
         assert self.processes() == {}, self.log
 
     def _assert_no_shared_memory_left(self, seconds: float = 5) -> None:
-        """Waits up to `seconds`, because another test's part may not have mapped its new segment yet."""
+        """Asserts that /dev/shm has no orphaned file.
+
+        Waits up to `seconds`, because another test's part may not have mapped its new segment yet.
+        """
         deadline = time.monotonic() + seconds
         while (orphaned := orphaned_shm_files() - self._orphaned_before) and time.monotonic() < deadline:
             time.sleep(POLL)

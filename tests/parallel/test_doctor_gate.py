@@ -70,7 +70,7 @@ def test_doctor_off_runs_no_checks(settings: dict[str, str]) -> None:
 
 
 def test_all_errors_are_reported_at_once(settings: dict[str, str]) -> None:
-    """The server stops at the first error, whose exit code stays; the doctor reports the others."""
+    """start_server exits with the code of the first error; the doctor lists the other errors in the log."""
     port = free_start_port()
     env = {**settings, "START_PORT": str(port), "TP_SIZE": "many", "CHECKPOINT_PATH": "/nowhere"}
     with Part(env, port=port) as part:
@@ -119,7 +119,7 @@ def test_gang_checks_pass_on_all_parts(gang: Gang) -> None:
 
 @pytest.mark.slow
 def test_gang_checks_pass_on_a_restarted_part(gang: Gang, settings: dict[str, str], expected: dict[str, str]) -> None:
-    """Its doctor reaches that of the running part, which finished its checks before."""
+    """The doctor of a restarted part reaches the doctor of the other part, which has already finished its checks."""
     old = gang.parts[1]
     old.kill("supervisord")
     assert old.wait_end() == 70

@@ -15,7 +15,7 @@ LOADING = "collectives use interface"
 
 
 def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
-    """Starts a part with its sizes as flags, in both spellings."""
+    """Starts a part with TP_SIZE and WORLD_SIZE as flags, in both spellings (--name value, --name=value)."""
     port = free_start_port(ranks)
     flags = ["--start_port", str(port), f"--tp_size={ranks}", "--world_size", str(ranks), *args]
     return Part(settings, flags, port=port, ranks=ranks)
@@ -69,7 +69,7 @@ def test_draining_part_reports_503_and_rejects_requests(settings: dict[str, str]
 
 @pytest.mark.parametrize(("victim", "code"), [("supervisord", 70), ("start_server", -signal.SIGKILL)])
 def test_no_process_outlives_a_killed_supervisor(settings: dict[str, str], victim: str, code: int) -> None:
-    """Includes processes that were still starting and had not called prctl(PR_SET_PDEATHSIG) yet."""
+    """Also tests processes that have not called prctl(PR_SET_PDEATHSIG) yet when supervisord is killed."""
     part = start(settings)
     try:
         part.pid("rank0")
@@ -83,7 +83,7 @@ def test_no_process_outlives_a_killed_supervisor(settings: dict[str, str], victi
 
 
 def test_spent_restart_budget_ends_the_part(settings: dict[str, str], expected: dict[str, str]) -> None:
-    """The first lost rank, during loading, is restarted; the second one ends the part."""
+    """With RESTART_LIMIT=1 the ranks restart after the first lost rank; the second one ends the part."""
     with start(settings, "--restart_limit=1") as part:
         part.wait_log(LOADING, times=2)
         part.kill("rank1")

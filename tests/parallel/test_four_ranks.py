@@ -32,7 +32,7 @@ def test_four_ranks_have_the_outputs_of_one(settings: dict[str, str], expected: 
 
 
 def kill_start_server(part: Part) -> None:
-    """All child processes exit as well. Only the run directory remains, because start_server cannot remove it."""
+    """Kills start_server: all child processes exit. Only the run directory remains, which start_server would remove."""
     part.kill("start_server")
     assert part.wait_end() == -signal.SIGKILL
     part.assert_no_process_left()

@@ -58,7 +58,7 @@ def gangs(
 
 
 def difference(part: Part) -> list[str]:
-    """Returns the indented lines after "disagree"."""
+    """Returns the differences between the parts from a log: the indented lines after "disagree"."""
     lines = part.log.split("the parts of the gang disagree:\n", 1)[1].splitlines()
     return [line for line in lines if line.startswith("  ")]
 

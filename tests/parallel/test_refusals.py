@@ -114,7 +114,7 @@ def test_truncated_tokenizer_exits_65(settings: dict[str, str], checkpoint: Path
 def test_tokenizer_that_the_api_cannot_load_exits_65(
     settings: dict[str, str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Valid JSON that only the tokenizers library rejects."""
+    """tokenizer.json is valid JSON that only the tokenizers library rejects."""
     path = copy_of(checkpoint, tmp_path)
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = [["no", "such"]]

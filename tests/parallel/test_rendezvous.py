@@ -44,7 +44,7 @@ def two_parts() -> Plan:
 
 
 class CoordinatorProbe:
-    """A coordinator with its listening socket, and the losses that it reported."""
+    """A coordinator, its listening socket and the lost ranks that it reported."""
 
     def __init__(self, timeouts: Timeouts):
         self.plan = two_parts()
@@ -77,7 +77,7 @@ class CoordinatorProbe:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CoordinatorProbe]]:
-    """Starts coordinators with intervals of a tenth, and asserts that their threads did not fail."""
+    """Starts coordinators with a tenth of the usual intervals. Asserts at the end that no thread failed."""
     monkeypatch.setattr("rtp_llm.parallel.coordinator.HEARTBEAT_INTERVAL_SECONDS", 0.05)
     monkeypatch.setattr("rtp_llm.parallel.coordinator.DISAGREE_GRACE_SECONDS", 0.15)
     with ExitStack() as stack:
@@ -367,7 +367,9 @@ def test_silent_connection_to_the_step_port_is_dropped_after_a_timeout(
 def test_rank_that_does_not_connect_to_the_step_port_is_named() -> None:
     with (
         closing(listen("127.0.0.1", 0)) as listener,
-        pytest.raises(CommunicationError, match=r"ranks \[1\] did not connect for steps within 0 s"),
+        pytest.raises(
+            CommunicationError, match=r"ranks \[1\] did not connect to rank 0 for scheduler steps within 0 s"
+        ),
     ):
         accept_ranks(listener, two_parts(), 7, 0.1)
 
@@ -376,5 +378,8 @@ def test_connecting_to_the_step_port_times_out(monkeypatch: pytest.MonkeyPatch) 
     def refuse() -> socket.socket:
         raise WireError("connection refused")
 
-    with pytest.raises(CommunicationError, match="rank 0's step port: connection refused"):
-        retry_connect(refuse, 0.1)
+    with pytest.raises(
+        CommunicationError,
+        match=r"cannot connect to rank 0 at 10\.0\.0\.1:9998 \(scheduler steps\): connection refused",
+    ):
+        retry_connect(refuse, "10.0.0.1:9998", 0.1)

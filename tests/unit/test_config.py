@@ -142,7 +142,9 @@ def test_flag_without_value_is_rejected() -> None:
 
 def test_unused_upstream_variables_are_listed_without_values() -> None:
     by_env = load([], dict.fromkeys(ACCEPTED, "s3cret"))
-    assert by_env == LoadedConfig(DEFAULTS, (f"accepted, and not used by this server: {', '.join(ACCEPTED)}",), ())
+    assert by_env == LoadedConfig(
+        DEFAULTS, (f"upstream variables without effect in this server: {', '.join(ACCEPTED)}",), ()
+    )
     assert load([f"--{upstream_variables()[name].flag}=s3cret" for name in ACCEPTED], {}) == by_env
 
 
@@ -152,7 +154,9 @@ def test_unsupported_upstream_feature_is_rejected_unless_off(name: str) -> None:
     (line,) = error_lines(**{name: "something-else"})
     assert line.startswith(f"{name}='something-else': {variable.refuse}")
     if variable.default:
-        assert load([], {name: variable.default}).notes == (f"accepted, and not used by this server: {name}",)
+        assert load([], {name: variable.default}).notes == (
+            f"upstream variables without effect in this server: {name}",
+        )
 
 
 def test_all_spellings_of_off_are_accepted() -> None:

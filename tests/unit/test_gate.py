@@ -1,4 +1,4 @@
-"""How start_server handles the doctor's exit code."""
+"""Tests which exit codes of the doctor prevent start_server from starting the ranks."""
 
 import logging
 import subprocess

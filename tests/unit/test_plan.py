@@ -130,7 +130,7 @@ def test_different_plans_have_different_fingerprints(difference: dict[str, Any])
             {"world_size": 4, "tp_size": 2},
             "WORLD_SIZE=4 is not TP_SIZE=2 x DP_SIZE=1 = 2; set WORLD_SIZE=2, or TP_SIZE=4",
         ),
-        ({"dp_size": 2}, "DP_SIZE=2: data-parallel groups are not served yet; allowed: 1"),
+        ({"dp_size": 2}, "DP_SIZE=2: data-parallel groups are not supported yet; allowed: 1"),
         (
             {"tp_size": 4, "local_world_size": 3},
             "WORLD_SIZE=4 is not a multiple of LOCAL_WORLD_SIZE=3; allowed: 1, 2, 4",
@@ -169,7 +169,8 @@ def test_different_plans_have_different_fingerprints(difference: dict[str, Any])
         ),
         (
             {"tp_size": 2, "local_world_size": 1, "json_gang_parts": TWO, "world_rank": 1},
-            "START_PORT=10000, but member 'x_part1' of this part (WORLD_RANK=1) has port 20000; make them the same",
+            "START_PORT=10000, but member 'x_part1' of this part (WORLD_RANK=1) has port 20000;"
+            " set START_PORT=20000, or change the member's port",
         ),
         ({"json_gang_parts": parts("a:12000"), "tp_size": 1}, "START_PORT=10000, but member 'x_part0'"),
         (
@@ -231,7 +232,7 @@ def test_address_of_another_member_is_rejected() -> None:
 
 
 def test_address_of_no_local_interface_is_a_warning() -> None:
-    assert "this is fine only behind NAT" in str(check_address(two_machines(0), {"127.0.0.1", "172.17.0.2"}))
+    assert "this is correct only behind NAT" in str(check_address(two_machines(0), {"127.0.0.1", "172.17.0.2"}))
 
 
 # Any settings give a consistent plan or ConfigError.
