@@ -15,8 +15,8 @@ PORT ?= $(or $(START_PORT),10000)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Tests mostly wait for the processes that they start, so there are more workers than cores.
-WORKERS ?= $(shell echo $$((2 * $$(nproc))))
+# Tests often wait for the processes that they start, so there is a worker more than cores.
+WORKERS ?= $(shell echo $$((1 + $$(nproc))))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## list the targets

@@ -112,13 +112,13 @@ def describe(part_spec: PartSpec) -> tuple[list[str], bool]:
     ports, port_problems = _ports(plan.local_ports())
     problems += port_problems
     lines += ["", "ranks", *ranks, "", "ports", *ports, "", "shared memory", _memory()]
-    stuck = [
+    stuck_pids = [
         rank.pid
         for rank in gang_status.ranks.values()
         if rank.part == plan.part and rank.idle_seconds + gang_status.age > STUCK_SECONDS
     ]
-    if stuck:
-        lines += ["", "stacks of ranks that make no progress", *_stack_dumps(stuck)]
+    if stuck_pids:
+        lines += ["", "stacks of ranks that make no progress", *_stack_dumps(stuck_pids)]
     lines += ["", f"unhealthy: {'; '.join(problems)}" if problems else "healthy"]
     return lines, not problems
 

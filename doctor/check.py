@@ -1,7 +1,7 @@
-"""Checks and their results.
+"""Checks, their results and the decorator that registers them.
 
-A check is one function with an id: it gets a CheckContext and returns a CheckResult, or a Reading with its bounds. Its
-docstring is what `explain` prints and what docs/doctor.md publishes.
+A check is a function with an id. It gets a CheckContext and returns a CheckResult, or a Reading: a number with its
+bounds. `rtp-llm-doctor explain ID` prints its docstring, and docs/doctor.md contains it.
 """
 
 import math
@@ -17,9 +17,10 @@ from doctor.fixes import Fix
 
 
 class Status(StrEnum):
-    """Result of a check.
+    """Status of a check's result.
 
-    `unknown`: a value could not be read, so the check does not pass. `crash`: the check itself failed.
+    UNKNOWN: a value could not be read in time, or at all, so the check does not pass. CRASH: the check raised an
+    exception, or its process died.
     """
 
     OK = "ok"
@@ -45,7 +46,10 @@ class Repair(StrEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """`actual` and `expected` are clauses of the same form."""
+    """The result of a check. `actual` and `expected` describe the state in the same form: "8 GiB free", "16 GiB".
+
+    `fix`: what to type. `evidence`: values for programs that read the JSON report.
+    """
 
     status: Status
     actual: str
@@ -71,7 +75,7 @@ def unknown(reason: str, fix: Fix | str = "") -> CheckResult:
 
 
 def skip(reason: str, **evidence: Any) -> CheckResult:
-    """Returns the result if there is nothing to check: no GPU, a single part, …"""
+    """Returns the result of a check that does not apply: there is no GPU, or only a single part."""
     return CheckResult(Status.SKIP, reason, evidence=evidence)
 
 
@@ -81,9 +85,9 @@ def _fix(fix: Fix | str) -> Fix:
 
 @dataclass(frozen=True)
 class Reading:
-    """A value with its bounds, in one unit: an error below `minimum`, a warning below `recommended` or above `maximum`.
+    """A number with its bounds in the same unit. `actual` is the number as text for the report.
 
-    `actual` is the value as a clause.
+    The result is an error below `minimum`, a warning below `recommended` or above `maximum`, and ok otherwise.
     """
 
     value: float
@@ -105,7 +109,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Symptom:
-    """Text of a log line that the problem causes; "…" matches any text within the line."""
+    """Text that appears in a log if the checked problem exists. "…" matches up to 200 characters of one line."""
 
     text: str
 
@@ -125,9 +129,10 @@ Precondition = Callable[[CheckContext], CheckResult | None]
 
 @dataclass(frozen=True)
 class Check:
-    """`severity` is the worst status it can report. The check is skipped if one of `needs`, which are ids, fails.
+    """A registered check. It is skipped if a check whose id is in `needs` fails.
 
-    `timeout`: seconds after which its process is killed.
+    `severity`: the worst status that it can report. `repair`: the kind of action that fixes the problem. `timeout`:
+    seconds after which the process that runs it is killed.
     """
 
     id: str
@@ -158,19 +163,21 @@ def check(
     tier: int = 0,
     severity: Status = Status.ERROR,
     needs: tuple[str, ...] = (),
-    requires: tuple[Precondition, ...] = (),
+    preconditions: tuple[Precondition, ...] = (),
     repair: Repair = Repair.CONFIG,
     timeout: float = 0,
 ) -> Callable[[CheckFunction], CheckFunction]:
     """Registers a function as the check `id`. Ids are an interface: scripts select and ignore checks by them.
 
-    The check is skipped if one of `needs` fails, and returns the result of the first of `requires` that is not met.
+    `needs`: ids of other checks; if one of them fails, this check is skipped without running. `preconditions`:
+    functions that run before this one; the first that returns a result (there is no GPU, a file cannot be read)
+    replaces this check's result.
     """
 
     def register(function: CheckFunction) -> CheckFunction:
         @wraps(function)
         def run(ctx: CheckContext) -> CheckResult:
-            result = next(filter(None, (require(ctx) for require in requires)), None) or function(ctx)
+            result = next(filter(None, (precondition(ctx) for precondition in preconditions)), None) or function(ctx)
             return result.result() if isinstance(result, Reading) else result
 
         assert id not in REGISTRY, f"{id} is registered twice"
@@ -183,7 +190,8 @@ def check(
 
 
 def symptoms(*texts: str) -> Callable[[F], F]:
-    """Sets the log lines that the problem causes. Stands below the decorator that registers the check."""
+    """Attaches texts that appear in a log if the problem exists. Must stand below the decorator that registers the
+    check."""
 
     def set_symptoms(function: F) -> F:
         function.__dict__["symptoms"] = tuple(map(Symptom, texts))

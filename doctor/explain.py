@@ -72,8 +72,8 @@ def find_symptoms(text: str) -> list[SymptomMatch]:
         if server_codes:
             ids = EXIT_CODES.get(server_codes[-1], ())
             by_exit_code = [SymptomMatch(number, line, REGISTRY[id]) for id in ids]
-    found = list((waiting | matches).values()) or by_exit_code
-    return sorted(found, key=lambda match: match.number)
+    all_matches = list((waiting | matches).values()) or by_exit_code
+    return sorted(all_matches, key=lambda match: match.number)
 
 
 def _exit_codes(line: str) -> list[int]:

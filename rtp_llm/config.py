@@ -32,9 +32,9 @@ class Config(BaseModel):
 
     # Parallelism and gang
     tp_size: int | None = Field(
-        None, ge=1, le=MAX_RANKS, description="tensor-parallel ranks; default WORLD_SIZE / DP_SIZE"
+        None, ge=1, le=MAX_RANKS, description="number of tensor-parallel ranks; default WORLD_SIZE / DP_SIZE"
     )
-    dp_size: int = Field(1, ge=1, le=MAX_RANKS, description="data-parallel groups; WORLD_SIZE = TP_SIZE x DP_SIZE")
+    dp_size: int = Field(1, ge=1, le=MAX_RANKS, description="number of data-parallel groups; only 1 is supported")
     world_size: int | None = Field(
         None, ge=1, le=MAX_RANKS, description="total number of ranks; default TP_SIZE x DP_SIZE"
     )
@@ -42,83 +42,120 @@ class Config(BaseModel):
         None,
         ge=1,
         le=MAX_RANKS,
-        description="ranks of this part; default min(GPUs, WORLD_SIZE), or WORLD_SIZE without GPUs",
+        description="number of ranks in this part; default min(GPUs, WORLD_SIZE), or WORLD_SIZE without GPUs",
     )
     world_rank: int | None = Field(None, ge=0, description="first rank of this part: part number x LOCAL_WORLD_SIZE")
-    world_index: int | None = Field(None, ge=0, description="part number; alternative to WORLD_RANK")
-    tp_rank: int | None = Field(None, ge=0, description="optional; must equal WORLD_RANK % TP_SIZE")
-    distribute_config_file: str = Field("", description="JSON file with the members x_part0, x_part1, …")
-    gang_config_string: str = Field("", description="the members as name:x_part0,ip:…,port:…;name:x_part1,…")
-    json_gang_parts: str = Field("", description="the members as inline JSON")
-    leader_address: str = Field("", description="part 0's address if there is no member list (LeaderWorkerSet)")
-    zone_name: str = Field("", description="keep only members named <…>_<zone>_part<N>")
-    gang_timeout_min: float = Field(30, gt=0, description="minutes to wait for missing parts at start")
-    gang_sleep_time: float = Field(10, gt=0, description="maximum seconds between log lines about missing parts")
-    dist_comm_timeout: float = Field(300, gt=0, description="seconds without progress until a collective fails")
-    heartbeat_timeout: float = Field(20, ge=2, description="seconds without a heartbeat until a rank counts as lost")
+    world_index: int | None = Field(None, ge=0, description="number of this part, from 0; an alternative to WORLD_RANK")
+    tp_rank: int | None = Field(None, ge=0, description="may stay unset; if set, it must equal WORLD_RANK % TP_SIZE")
+    distribute_config_file: str = Field(
+        "", description="path of the member list, a JSON file with name, ip and port of each part"
+    )
+    gang_config_string: str = Field("", description="the member list as text: name:x_part0,ip:…,port:…;name:x_part1,…")
+    json_gang_parts: str = Field("", description="the member list as JSON text")
+    leader_address: str = Field("", description="address of part 0 if there is no member list (LeaderWorkerSet)")
+    zone_name: str = Field("", description="use only members of this zone: those whose name is …_zone_partN")
+    gang_timeout_min: float = Field(30, gt=0, description="minutes to wait at start until all parts have joined")
+    gang_sleep_time: float = Field(
+        10, gt=0, description="maximum seconds between log lines while this part waits for other parts"
+    )
+    dist_comm_timeout: float = Field(
+        300, gt=0, description="seconds without progress after which a collective operation fails"
+    )
+    heartbeat_timeout: float = Field(
+        20, ge=2, description="seconds without a heartbeat after which a rank counts as lost"
+    )
 
     # The service
     start_port: int = Field(10000, ge=MIN_START_PORT, le=MAX_START_PORT, description="HTTP port of this part")
-    worker_info_port_num: int = Field(9, ge=7, le=1000, description="ports reserved per local rank")
-    concurrency_limit: int = Field(32, ge=1, description="maximum sequences in the engine; more wait in the queue")
-    queue_limit: int = Field(256, ge=0, description="maximum waiting requests; more are rejected with HTTP 429")
-    timeout_keep_alive: int = Field(5, ge=1, description="seconds an idle HTTP connection stays open")
-    shutdown_timeout: int = Field(30, ge=-1, description="seconds that open streams may take at shutdown; -1 = 600")
-    max_body_mb: float = Field(16, gt=0, description="largest HTTP body, MiB")
-    max_rpc_timeout_ms: int = Field(7_200_000, description="default timeout_ms of a request; 0 or less = none")
-    resume_timeout: float = Field(300, gt=0, description="seconds an accepted request waits for lost ranks to return")
-    legacy_http_status: bool = Field(False, description="answer every error with HTTP 500, as upstream does")
-    disable_access_log: bool = Field(False, description="no log line per HTTP request")
+    worker_info_port_num: int = Field(
+        9, ge=7, le=1000, description="number of ports reserved per local rank, from START_PORT up"
+    )
+    concurrency_limit: int = Field(
+        32, ge=1, description="maximum sequences that run at the same time; more wait in the queue"
+    )
+    queue_limit: int = Field(256, ge=0, description="maximum sequences in the queue; more are rejected with HTTP 429")
+    timeout_keep_alive: int = Field(5, ge=1, description="seconds after which an idle HTTP connection is closed")
+    shutdown_timeout: int = Field(
+        30, ge=-1, description="seconds that accepted requests may take to finish at shutdown; -1 = 600"
+    )
+    max_body_mb: float = Field(16, gt=0, description="maximum size of an HTTP request body, MiB")
+    max_rpc_timeout_ms: int = Field(
+        7_200_000, description="timeout in milliseconds of requests that set no timeout_ms; 0 or less = none"
+    )
+    resume_timeout: float = Field(
+        300, gt=0, description="seconds that accepted requests wait for lost ranks to restart; then they fail"
+    )
+    legacy_http_status: bool = Field(
+        False, description="respond to every error with HTTP 500, as upstream rtp-llm does"
+    )
+    disable_access_log: bool = Field(False, description="do not log HTTP requests")
     metrics_vllm_aliases: bool = Field(
         False, description="also export the metrics under vLLM's names, for its dashboards"
     )
-    restart_limit: int = Field(3, ge=0, description="restarts of the ranks allowed in 10 minutes before the part exits")
+    restart_limit: int = Field(
+        3, ge=0, description="maximum restarts of the ranks in 10 minutes; when they are used up, the part exits"
+    )
 
     # The model
-    model_type: str = Field("", description="model family; default: from config.json")
+    model_type: str = Field("", description="model family; default: detected from config.json")
     checkpoint_path: str = Field("", description="folder with config.json and *.safetensors")
     tokenizer_path: str = Field("", description="folder with tokenizer.json; default CHECKPOINT_PATH")
-    served_model_name: str = Field("", description="model name in responses; default: the checkpoint's folder name")
-    act_type: Literal["", "fp32", "bf16", "fp16"] = Field("", description="compute type; default: the checkpoint's")
-    max_seq_len: int = Field(0, ge=0, description="maximum tokens of prompt + output; 0 = the checkpoint's")
+    served_model_name: str = Field("", description="model name in responses; default: name of the checkpoint's folder")
+    act_type: Literal["", "fp32", "bf16", "fp16"] = Field(
+        "", description="data type of the computation; default: the checkpoint's"
+    )
+    max_seq_len: int = Field(0, ge=0, description="maximum tokens of prompt + output; 0 = the checkpoint's maximum")
     json_model_override_args: str = Field("", description="JSON object that overrides keys of config.json")
-    hack_layer_num: int = Field(0, ge=0, description="use only the first N layers (benchmarks)")
+    hack_layer_num: int = Field(0, ge=0, description="run only the first N decoder layers, for benchmarks; 0 = all")
     stop_words_str: str = Field("", description="JSON list of additional stop strings")
     stop_words_list: str = Field("", description="JSON list of additional stop sequences, each a list of token ids")
-    force_stop_words: bool = Field(False, description="use only the stop words above, not the model's")
-    model_template_type: str = Field("", description="built-in chat template, or path of a .jinja file")
-    default_chat_template_key: str = Field("default", description="name of the tokenizer's chat template")
+    force_stop_words: bool = Field(
+        False, description="stop only at STOP_WORDS_STR and STOP_WORDS_LIST, not at the model's EOS tokens"
+    )
+    model_template_type: str = Field(
+        "", description="name of a built-in chat template, or path of a .jinja file; default: the checkpoint's"
+    )
+    default_chat_template_key: str = Field("default", description="name of the tokenizer's chat template to use")
     default_tool_use_template_key: str = Field(
-        "tool_use", description="name of its chat template for requests with tools"
+        "tool_use", description="name of the tokenizer's chat template to use for requests with tools"
     )
 
     # Memory and batches
-    reuse_cache: bool = Field(True, description="prefix cache")
+    reuse_cache: bool = Field(True, description="prefix caching: reuse the KV cache of equal prompt prefixes")
     seq_size_per_block: int = Field(0, ge=0, le=1024, description="tokens per KV block; 0 = 16")
-    kv_cache_mem_mb: int = Field(-1, ge=-1, description="MiB of KV cache per rank; -1 or 0 = measured")
-    test_block_num: int = Field(0, ge=0, description="exact number of KV blocks; 0 = measured")
-    reserver_runtime_mem_mb: int = Field(1024, ge=0, description="MiB per rank that the KV cache leaves free")
-    max_batch_size: int = Field(0, ge=0, description="sequences per step; 0 = CONCURRENCY_LIMIT")
-    max_batch_tokens_size: int = Field(0, ge=0, description="tokens per step; 0 = 512 on CPU, 8192 on a GPU")
-    max_context_batch_size: int = Field(0, ge=0, description="maximum prompts in one step; 0 = no limit")
+    kv_cache_mem_mb: int = Field(
+        -1, ge=-1, description="MiB of KV cache per rank; -1 or 0 = computed from the free memory"
+    )
+    test_block_num: int = Field(
+        0, ge=0, description="exact number of KV blocks, for tests; 0 = computed from the KV cache's memory"
+    )
+    reserver_runtime_mem_mb: int = Field(
+        1024, ge=0, description="MiB of free memory per rank that a KV cache of computed size leaves unused"
+    )
+    max_batch_size: int = Field(0, ge=0, description="maximum sequences per step; 0 = CONCURRENCY_LIMIT")
+    max_batch_tokens_size: int = Field(0, ge=0, description="maximum tokens per step; 0 = 512 on CPU, 8192 on a GPU")
+    max_context_batch_size: int = Field(
+        0, ge=0, description="maximum sequences whose prompts are computed in one step; 0 = no limit"
+    )
     warm_up: bool = Field(True, description="run one step of the maximum size before serving")
 
-    # This process
+    # Logging and runtime
     log_level: Literal["DEBUG", "INFO", "WARN", "WARNING", "ERROR"] = Field("INFO", description="minimum log level")
     log_format: Literal["text", "json"] = Field("text", description="plain text, or one JSON object per line")
-    aux_string: str = Field("", description="returned as aux_info.aux_string")
+    aux_string: str = Field("", description="text that responses of the native API contain as aux_info.aux_string")
     rtp_run_dir: str = Field("", description="folder for sockets and state; default: a new temporary folder")
     rtp_device: Literal["", "cpu", "cuda"] = Field("", description="cpu or cuda; default: cuda if a GPU is visible")
-    rtp_threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = cores / local ranks")
+    rtp_threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = usable cores / LOCAL_WORLD_SIZE")
 
     # The doctor
     rtp_doctor: Literal["enforce", "warn", "off"] = Field(
-        "enforce", description="checks before the start: enforce prevents a start with errors, warn only logs them"
+        "enforce",
+        description="checks before the start: enforce prevents a start with errors, warn only logs them, off runs none",
     )
     gang_secret: SecretStr = Field(
-        SecretStr(""), description="secret that signs messages between the doctors of the parts"
+        SecretStr(""), description="secret with which the doctors of the parts sign their messages"
     )
-    gang_secret_file: str = Field("", description="file that holds GANG_SECRET")
+    gang_secret_file: str = Field("", description="path of a file that contains GANG_SECRET")
 
     @property
     def max_sequences(self) -> int:

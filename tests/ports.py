@@ -1,40 +1,40 @@
-"""Free blocks of ports for servers under test."""
+"""Finds free ranges of ports for servers under test."""
 
 import os
 import random
 import socket
 from collections.abc import Iterable
 
-# Below the range that Linux assigns to clients (32768 and up), and above what services of a machine usually use.
-PORTS = range(20000, 32000)
-BELOW, PER_RANK = 11, 9  # a part reserves START_PORT-11 … START_PORT+9*ranks-1
+# Below Linux's ephemeral ports (32768 and up), above the ports that services usually use.
+TEST_PORTS = range(20000, 32000)
+NUM_PORTS_BELOW, NUM_PORTS_PER_RANK = 11, 9  # a part reserves START_PORT-11 … START_PORT+9*ranks-1
 _reserved: list[range] = []
 
 
 def free_start_port(ranks: int = 1) -> int:
-    """Returns a START_PORT whose reserved block is free and was not returned before in this test run.
+    """Returns a START_PORT whose reserved ports are free and were not returned before in this test run.
 
-    Each worker of pytest-xdist searches a range of its own: a port that is free now could otherwise be taken by
-    another worker before the server listens on it. Raises AssertionError if no block is free.
+    Each worker of pytest-xdist searches its own range: otherwise another worker could take a free port before the
+    server listens on it. Raises AssertionError if no range is free.
     """
     ports = _ports_of_worker()
     for _ in range(500):
-        first = random.randrange(ports.start, ports.stop - BELOW - PER_RANK * ranks)
-        block = range(first, first + BELOW + PER_RANK * ranks)
-        if any(block.start < reserved.stop and reserved.start < block.stop for reserved in _reserved):
+        first = random.randrange(ports.start, ports.stop - NUM_PORTS_BELOW - NUM_PORTS_PER_RANK * ranks)
+        candidate = range(first, first + NUM_PORTS_BELOW + NUM_PORTS_PER_RANK * ranks)
+        if any(candidate.start < reserved.stop and reserved.start < candidate.stop for reserved in _reserved):
             continue
-        if not busy(block):
-            _reserved.append(block)
-            return first + BELOW
-    raise AssertionError(f"no free block of ports in {ports}")
+        if not busy_ports(candidate):
+            _reserved.append(candidate)
+            return first + NUM_PORTS_BELOW
+    raise AssertionError(f"no free range of ports in {ports}")
 
 
 def reserved_ports(start_port: int, ranks: int) -> range:
     """Returns the ports that a part with this START_PORT reserves."""
-    return range(start_port - BELOW, start_port + PER_RANK * ranks)
+    return range(start_port - NUM_PORTS_BELOW, start_port + NUM_PORTS_PER_RANK * ranks)
 
 
-def busy(ports: Iterable[int]) -> list[int]:
+def busy_ports(ports: Iterable[int]) -> list[int]:
     """Returns the ports that cannot be listened on."""
     return [port for port in ports if not _can_listen(port)]
 
@@ -42,8 +42,8 @@ def busy(ports: Iterable[int]) -> list[int]:
 def _ports_of_worker() -> range:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     index = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    size = len(PORTS) // workers
-    return PORTS[index * size : (index + 1) * size]
+    size = len(TEST_PORTS) // workers
+    return TEST_PORTS[index * size : (index + 1) * size]
 
 
 def _can_listen(port: int) -> bool:

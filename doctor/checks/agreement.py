@@ -51,8 +51,8 @@ same_facts_check(
 
 @gang_check("C-04", "all parts use the same software versions")
 def same_software(ctx: CheckContext, view: GangView) -> CheckResult:
-    """Another version of torch computes slightly different numbers, and another version of this server may use another
-    protocol. A different driver is a warning."""
+    """Different versions of torch compute slightly different numbers, and different versions of this server may use
+    different protocols. Different drivers are only a warning."""
     versions, drivers = view.differences("version."), view.differences("gpu.driver")
     if versions:
         return error(format_differences(versions), "one version of everything", SAME_IMAGE)
@@ -62,8 +62,8 @@ def same_software(ctx: CheckContext, view: GangView) -> CheckResult:
 same_facts_check(
     "C-05",
     "all parts have the same checkpoint",
-    """Ranks with slices of different checkpoints compute garbage, or fail with a shape mismatch. config.json and the
-    headers of all files are compared.""",
+    """Ranks with slices of different checkpoints compute garbage, or fail with a shape mismatch. The check compares
+    config.json and the headers of all files.""",
     prefix="model.",
     expected="one checkpoint",
     fix=fixes.SAME_CHECKPOINT,
@@ -74,8 +74,8 @@ same_facts_check(
 @gang_check("C-06", "all parts have the same NCCL settings")
 @symptoms("Detected mixed local Net device counts across ranks")
 def same_nccl_settings(ctx: CheckContext, view: GangView) -> CheckResult:
-    """If NCCL uses InfiniBand on one part and not on another, the two wait for each other forever. The environment and
-    nccl.conf are compared, except for settings that may differ between parts (interfaces)."""
+    """If NCCL uses InfiniBand on one part and not on another, the two wait for each other forever. The check compares
+    the environment and nccl.conf, except for settings that may differ between parts (interface names)."""
     differences = view.differences("env.")
     if not differences:
         return ok(SAME)
@@ -87,8 +87,8 @@ def same_nccl_settings(ctx: CheckContext, view: GangView) -> CheckResult:
 same_facts_check(
     "C-07",
     "all parts have the same engine settings",
-    """MAX_SEQ_LEN, block sizes and batch limits decide what is computed in which order: ranks that differ hang in the
-    first collective that differs.""",
+    """MAX_SEQ_LEN, block sizes and batch limits determine the order and size of the collectives: ranks with different
+    values hang in the first collective that does not match.""",
     prefix="config.",
     expected="the same on every part",
     fix=fixes.SAME_ENVIRONMENT,
@@ -98,8 +98,8 @@ same_facts_check(
 
 @gang_check("C-08", "the clocks are synchronised", severity=Status.WARN, needs=("C-09", "C-10", "N-01"))
 def clocks_in_sync(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
-    """The server does not depend on it, but logs and dashboards of several machines can be compared only if their
-    clocks are synchronised."""
+    """The server itself works without synchronised clocks, but logs and metrics of several machines can be compared
+    only with them."""
     measured = [(source, target, link) for source, target, link in view.links() if link.rtt]
     if not measured:
         return skip("no clock was compared")

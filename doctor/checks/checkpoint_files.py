@@ -45,7 +45,7 @@ def checkpoint_folder_exists(ctx: CheckContext) -> CheckResult:
 @model_check("M-11", "the checkpoint's files are readable", needs=("M-08",))
 @symptoms("PermissionError: [Errno 13] Permission denied: '…safetensors'", "…: cannot be read: Permission denied")
 def checkpoint_is_readable(ctx: CheckContext) -> CheckResult:
-    """A container often runs as another user than the one who downloaded the model."""
+    """A container often runs as another user than the one who downloaded the model, and then cannot read its files."""
     path = ctx.checkpoint_path
     if path is None or not path.is_dir():
         return skip(NO_MODEL)
@@ -63,7 +63,7 @@ def checkpoint_is_readable(ctx: CheckContext) -> CheckResult:
 @model_check("M-05", "no file is a git-lfs pointer", needs=("M-08", "M-11"), repair=Repair.DOWNLOAD)
 @symptoms("Error while deserializing header: HeaderTooLarge", "is a git-lfs pointer, not the file itself")
 def no_lfs_pointers(ctx: CheckContext) -> CheckResult:
-    """`git clone` without git-lfs leaves text files of some 130 bytes in place of the weights."""
+    """`git clone` without git-lfs leaves text files of about 130 bytes in place of the weights."""
     return _check_files(ctx, "M-05", "no file is a git-lfs pointer", "git lfs install && git lfs pull")
 
 
@@ -84,8 +84,8 @@ def no_missing_shards(ctx: CheckContext) -> CheckResult:
     "cut off: … bytes, its header says …",
 )
 def no_damaged_files(ctx: CheckContext) -> CheckResult:
-    """A safetensors file starts with a header that lists its tensors, and so gives the file's length. Only the headers
-    are read, so the check is as fast for a terabyte as for a megabyte."""
+    """A safetensors file starts with a header that lists the offset of each tensor, from which the length of the file
+    follows. The check reads only the headers, so it takes no longer for a large checkpoint than for a small one."""
     fix = "copy or download the named files again"
     return _check_files(ctx, "M-04", "every file is as long as its header says", fix)
 

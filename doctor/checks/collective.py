@@ -18,8 +18,8 @@ MAX_SMALL_SECONDS = 0.05  # of a small all-reduce: a token would take a second a
 )
 @symptoms("Watchdog caught collective operation timeout", "collective all_reduce failed: …")
 def all_reduce_is_correct(ctx: CheckContext) -> CheckResult:
-    """The ranks of the plan form their process group as the server would, over NCCL, or gloo on CPU, on the planned
-    ports, and sum numbers whose result is known: 8 bytes, 64 KiB and 16 MiB."""
+    """All ranks form their process group as the server would (over NCCL, or gloo on CPU, on the server's ports) and sum
+    numbers whose result is known: 8 bytes, 64 KiB and 16 MiB."""
     measured = ctx.collective
     if measured is None:
         return skip(NOT_RUN)
@@ -39,9 +39,9 @@ def all_reduce_is_correct(ctx: CheckContext) -> CheckResult:
 
 @collective_check("X-02", "an all-reduce is fast enough", severity=Status.WARN, needs=("X-01",))
 def all_reduce_is_fast(ctx: CheckContext) -> CheckResult | Reading:
-    """The latency of the smallest all-reduce and the throughput of the largest, compared with the link's maximum, and
-    the resulting time per token: two all-reduces per layer, each of one hidden vector. In a ring of N ranks each link
-    carries 2 (N-1)/N of the bytes."""
+    """Measures the latency of the smallest all-reduce and the throughput of the largest, compares the throughput with
+    the maximum of the slowest link, and predicts the time per token: two all-reduces per layer, each of one hidden
+    vector. In a ring of N ranks each link carries 2 (N-1)/N of the bytes."""
     if ctx.collective is None or "sizes" not in ctx.collective:
         return skip(NOT_RUN)
     seconds = {int(size): float(entry["seconds"]) for size, entry in ctx.collective["sizes"].items()}

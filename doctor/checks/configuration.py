@@ -11,8 +11,8 @@ from rtp_llm.errors import ConfigError
 @configuration_check("M-14", "every setting has a valid value")
 @symptoms("not valid; allowed:", "ValueError: invalid literal for int() with base 10")
 def settings_are_valid(ctx: CheckContext) -> CheckResult:
-    """A variable or flag has a value that its type or range does not allow. The server parses its settings with the
-    same code, and exits with code 64."""
+    """Fails if a variable or flag has a value that its type or range does not allow. The server parses its settings
+    with the same code, and would exit with code 64."""
     errors = [e for e in ctx.parsed_config.config_errors if not _is_service_link(e)]
     if not errors:
         return ok(f"all {len(type(ctx.config).model_fields)} settings are valid")
@@ -60,8 +60,9 @@ def _public_value(ctx: CheckContext, name: str, meant: str) -> str:
 @configuration_check("C-02", "the member list is well-formed", needs=("M-14",))
 @symptoms("get regist members failed, address is empty", "malformed JSON at line …", "no member ends in _part0")
 def member_list_is_valid(ctx: CheckContext) -> CheckResult:
-    """The distribute file (or GANG_CONFIG_STRING, JSON_GANG_PARTS) names every part: `x_part0`, `x_part1` … without
-    gaps, each key equal to its `name`, each with its own address and port. All parts must use the same list."""
+    """The member list (DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING or JSON_GANG_PARTS) names every part: `x_part0`,
+    `x_part1` … without gaps, each key equal to its `name`, each with its own address and port. All parts must use the
+    same list."""
     config, plan = ctx.config, ctx.plan
     config_error = _plan_error(ctx, "C-02")
     if config_error:
@@ -87,8 +88,9 @@ def _plan_error(ctx: CheckContext, id: str) -> ConfigError | None:
 def plan_is_consistent(ctx: CheckContext) -> CheckResult:
     """TP_SIZE, WORLD_SIZE, LOCAL_WORLD_SIZE and WORLD_RANK of all parts must cover every rank exactly once: WORLD_RANK
     is the part's number times LOCAL_WORLD_SIZE, WORLD_SIZE = TP_SIZE x DP_SIZE, and this part's address and START_PORT
-    are those of its member. If one part differs, the others wait for a rank that never joins. Two parts with the same
-    WORLD_RANK are detected by the part number that the doctor at each member's address reports."""
+    equal those of its entry in the member list. If one part differs, the others wait for a rank that never joins.
+    `rtp-llm-doctor gang` also detects two parts with the same WORLD_RANK: the doctor at each address of the list
+    reports its part number."""
     config_error, plan = _plan_error(ctx, "C-01"), ctx.plan
     if config_error:
         fix = "set the variables that the message names"

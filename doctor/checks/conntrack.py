@@ -8,7 +8,9 @@ from doctor.context import CheckContext
 MAX_FILL_RATIO = 0.9
 
 
-@network_check("N-18", "the connection tracking table has free entries", severity=Status.WARN, requires=(MULTI_PART,))
+@network_check(
+    "N-18", "the connection tracking table has free entries", severity=Status.WARN, preconditions=(MULTI_PART,)
+)
 def conntrack_has_free_entries(ctx: CheckContext) -> CheckResult | Reading:
     """A firewall that tracks connections drops new ones when its table is full, and forgets idle ones. The heartbeat of
     every rank keeps this server's own connections alive."""

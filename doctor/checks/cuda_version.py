@@ -10,11 +10,11 @@ from doctor.checks.preconditions import GPUS_PRESENT
 from doctor.context import CheckContext
 
 
-@gpu_check("G-05", "no older libcuda hides the driver's", needs=("G-01", "G-02", "G-03"))
+@gpu_check("G-05", "no cuda-compat libcuda is older than the driver", needs=("G-01", "G-02", "G-03"))
 @symptoms("Error 803: system has unsupported display driver / cuda driver combination")
 def no_old_libcuda(ctx: CheckContext) -> CheckResult:
-    """Images with NVIDIA's cuda-compat package contain a libcuda for forward compatibility. If the loader finds it
-    before the one that the runtime mounts, and the driver is newer, CUDA does not start."""
+    """Images with NVIDIA's cuda-compat package contain a libcuda for forward compatibility. If the dynamic loader finds
+    it before the libcuda that the container runtime mounts, and the driver is newer, CUDA does not start."""
     if not ctx.gpus.driver:
         return skip("the ranks run on CPU")
     library_path = ctx.host.environ.get("LD_LIBRARY_PATH", "").split(":")
@@ -63,15 +63,15 @@ def _torch_cuda() -> tuple[int, int] | None:
 
 
 @gpu_check(
-    "G-07", "the driver is new enough for torch's CUDA", needs=("G-01", "G-02", "G-03"), requires=(GPUS_PRESENT,)
+    "G-07", "the driver is new enough for torch's CUDA", needs=("G-01", "G-02", "G-03"), preconditions=(GPUS_PRESENT,)
 )
 @symptoms(
     "The NVIDIA driver on your system is too old (found version …)",
     "CUDA driver version is insufficient for CUDA runtime version",
 )
 def driver_supports_cuda(ctx: CheckContext) -> CheckResult:
-    """A driver supports all CUDA versions of its own major release and of older ones. torch that was built for the next
-    major release does not start on it."""
+    """A driver supports all CUDA versions of its own major release and of older ones. A torch that was built for the
+    next major release does not start on it."""
     required, supported = _torch_cuda(), ctx.gpus.cuda
     if required is None:
         return skip("torch is a CPU build, or its CUDA version is not known")
@@ -87,11 +87,12 @@ def driver_supports_cuda(ctx: CheckContext) -> CheckResult:
     "G-06",
     "CUDA forward compatibility is used on data-centre GPUs only",
     needs=("G-01", "G-07"),
-    requires=(GPUS_PRESENT,),
+    preconditions=(GPUS_PRESENT,),
 )
 @symptoms("Error 804: forward compatibility was attempted on non supported HW")
 def forward_compatibility_is_supported(ctx: CheckContext) -> CheckResult:
-    """cuda-compat libraries that are newer than the driver work on data-centre GPUs only."""
+    """cuda-compat libraries that are newer than the driver work on data-centre GPUs only. On GeForce and similar cards
+    CUDA fails with error 804."""
     driver = _version_tuple(ctx.gpus.driver)
     newer = [folder for folder, _, libcuda in _libcudas(ctx, _compat_folders(ctx)) if libcuda > driver]
     consumer = next((g for g in ctx.gpus.all if re.search(r"GeForce|TITAN|RTX (?!A|6000|PRO)", g.name)), None)

@@ -6,7 +6,7 @@ from doctor.checks.preconditions import RANKS_ON_GPU
 from doctor.context import CheckContext
 
 
-@network_check("G-21", "no debug setting is active", severity=Status.WARN, requires=(RANKS_ON_GPU,))
+@network_check("G-21", "no debug setting is active", severity=Status.WARN, preconditions=(RANKS_ON_GPU,))
 def no_debug_settings(ctx: CheckContext) -> CheckResult:
     """Settings for debugging that stay in the environment or in nccl.conf make every step slower, or force NCCL to use
     slow paths."""

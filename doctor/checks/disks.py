@@ -18,11 +18,11 @@ MAX_LOAD_SECONDS = 600.0
 NETWORK_DISKS = ("nfs", "nfs4", "cifs", "ceph", "lustre", "glusterfs", "9p", "virtiofs")
 
 
-@model_check("M-09", "the disks that are written have free space")
+@model_check("M-09", "the disks that the server writes to have free space")
 @symptoms("[Errno 28] No space left on device: '/tmp…'")
 def disks_have_free_space(ctx: CheckContext) -> Reading:
-    """The run directory and the temporary files of torch and Triton are in RTP_RUN_DIR and TMPDIR. Without a few free
-    kilobytes there, not even sockets can be created."""
+    """The server keeps its run directory below RTP_RUN_DIR or TMPDIR, and torch and Triton write temporary files to
+    TMPDIR. If these disks are full, the server cannot even create its Unix sockets."""
     folders = {ctx.config.rtp_run_dir or "", ctx.host.environ.get("TMPDIR", "/tmp")} - {""}
     free, texts = [], []
     for name in sorted(folders):
@@ -42,8 +42,8 @@ def disks_have_free_space(ctx: CheckContext) -> Reading:
 
 @model_check("M-10", "the checkpoint is read fast enough", severity=Status.WARN, needs=("M-06", "M-08"), timeout=12)
 def weights_load_fast(ctx: CheckContext) -> CheckResult | Reading:
-    """Tier 1 reads 64 MiB of the checkpoint, bypassing the page cache, and predicts the time for all of it. If the disk
-    does not respond at all, the check is killed after its timeout."""
+    """Tier 1 reads 64 MiB of the checkpoint, bypassing the page cache, and predicts the time to load all of it. If the
+    disk does not respond at all, the check is killed after its timeout."""
     checkpoint = ctx.checkpoint
     if checkpoint is None:
         return skip(NO_MODEL)

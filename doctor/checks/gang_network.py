@@ -61,9 +61,9 @@ def _incomplete(links: Sequence[tuple[PartReport, PartReport]], reason: str) -> 
     "rendezvous at …: Connection refused",
 )
 def planned_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResult:
-    """Every part connects to all ports of the plan on every other part: those below START_PORT on part 0 are for the
-    rendezvous, the steps and torch.distributed. A timeout means that a firewall drops packets; a refused connection,
-    that nothing listens."""
+    """Every part connects to all ports that the server uses on every other part: START_PORT, the doctor's port, and on
+    part 0 also the ports below it, for the rendezvous, the steps that the scheduler sends to the ranks, and
+    torch.distributed. A timeout means that a firewall drops packets; a refused connection, that no process listens."""
     links = _unreachable_links(view, ephemeral=False)
     if links:
         actual = "; ".join(f"{_describe_link(*link)}; {_probable_cause(view, *link)}" for link in links)
@@ -103,9 +103,10 @@ def ephemeral_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckRes
 @gang_check("N-10", "large transfers work between all parts", needs=("C-09", "C-10", "N-01"))
 @symptoms("IBV_WC_LOC_LEN_ERR")
 def large_transfers_work(ctx: CheckContext, view: GangView) -> CheckResult:
-    """If one end sends jumbo frames and a device in between drops them, small messages work and large ones hang. 8 MiB
-    are sent in each direction between all parts, and the MTUs of the interfaces are compared. If replies of a few KiB
-    are lost already, the doctors continue with a TCP segment size (MSS) that every link carries."""
+    """If one end sends jumbo frames and a device in between drops them, small messages arrive and large ones hang.
+    Every part sends 8 MiB to every other part and receives 8 MiB from it, and the MTUs of the interfaces are compared.
+    If even replies of a few KiB are lost, the doctors limit the segment size (MSS) of their connections, so that they
+    can still exchange reports."""
     mtus = {(r.part, r.interface): r.mtu for r in view.comparable}
     lowest = min(mtus.values())
     listed = ", ".join(f"part{part} {interface} {mtu}" for (part, interface), mtu in mtus.items())

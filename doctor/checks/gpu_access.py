@@ -22,7 +22,7 @@ VERSION_MISMATCH = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
     "libcuda.so.1: cannot open shared object file",
 )
 def gpus_are_available(ctx: CheckContext) -> CheckResult:
-    """A container sees GPUs only if the runtime was told to mount them: the device files and the driver's libraries
+    """A container sees GPUs only if the container runtime mounts the device files and the driver's libraries
     (NVIDIA_DRIVER_CAPABILITIES must include compute and utility)."""
     gpus, device = ctx.gpus, ctx.config.rtp_device
     if gpus.failure == 0:
@@ -55,8 +55,8 @@ def nvml_responds(ctx: CheckContext) -> CheckResult:
 )
 @symptoms("Failed to initialize NVML: Driver/library version mismatch")
 def driver_versions_match(ctx: CheckContext) -> CheckResult:
-    """The host's driver was upgraded under a running container, or without a reboot: the old kernel module is still
-    loaded."""
+    """Fails if the host's driver was upgraded under a running container, or without a reboot: then the old kernel
+    module is still loaded, and the new library does not work with it."""
     version_file = ctx.host.read("/proc/driver/nvidia/version") or ""
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", version_file)
     module, library = match[1] if match else "", ctx.gpus.driver
@@ -70,11 +70,13 @@ def driver_versions_match(ctx: CheckContext) -> CheckResult:
     return ok(f"driver {library}")
 
 
-@gpu_check("G-09", "CUDA_VISIBLE_DEVICES names existing GPUs", needs=("G-01", "G-02", "G-03"), requires=(GPUS_PRESENT,))
+@gpu_check(
+    "G-09", "CUDA_VISIBLE_DEVICES names existing GPUs", needs=("G-01", "G-02", "G-03"), preconditions=(GPUS_PRESENT,)
+)
 @symptoms("CUDA error: invalid device ordinal", "invalid literal for int() with base 10: 'MIG-…'")
 def visible_devices_exist(ctx: CheckContext) -> CheckResult:
-    """CUDA reads the list up to the first invalid entry and silently ignores the rest. An empty value hides all GPUs,
-    and so does a GPU that is listed twice."""
+    """CUDA reads CUDA_VISIBLE_DEVICES up to the first invalid entry and silently ignores the rest. An empty value hides
+    all GPUs, and so does a list with a duplicate."""
     value = ctx.host.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return ok(f"unset: all {len(ctx.gpus.all)} GPUs")

@@ -22,8 +22,8 @@ NOT_REPORTED = "this GPU does not report it"
     "Multiple Ranks are using the same GPU/Partition",
 )
 def gpus_are_distinct(ctx: CheckContext) -> CheckResult:
-    """If two parts on one machine see the same GPUs, or ranks use MIG instances of one GPU, two ranks share a device,
-    which NCCL rejects. Between parts, the gang tier compares the UUIDs of the GPUs."""
+    """NCCL refuses two ranks on one device. This happens if two parts on one machine see the same GPUs, or if ranks use
+    MIG instances of one GPU. `rtp-llm-doctor gang` also compares the GPU UUIDs of all parts."""
     uuid, count = Counter(gpu.uuid for gpu in ctx.used_gpus).most_common(1)[0]
     if count > 1:
         return error(
@@ -53,11 +53,11 @@ def same_gpu_model(ctx: CheckContext) -> CheckResult:
     return ok(f"{len(models)} x {names[0]}")
 
 
-@used_gpu_check("G-12", "the compute mode allows ranks and other processes", requires=(GPUS_USED, NOT_RUNNING))
+@used_gpu_check("G-12", "the GPUs are in compute mode DEFAULT", preconditions=(GPUS_USED, NOT_RUNNING))
 @symptoms("CUDA error: all CUDA-capable devices are busy or unavailable")
 def compute_mode_is_default(ctx: CheckContext) -> CheckResult:
-    """In mode EXCLUSIVE_PROCESS a GPU accepts a single process, so a rank excludes any other process (an exporter, an
-    earlier run) and is excluded by it. In mode PROHIBITED it accepts none."""
+    """In compute mode EXCLUSIVE_PROCESS a GPU accepts a single process, so a rank cannot share it with another one (an
+    exporter, an earlier run). In mode PROHIBITED it accepts none."""
     for gpu in ctx.used_gpus:
         fix = f"nvidia-smi -i {gpu.index} -c 0"
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_PROHIBITED:
@@ -70,7 +70,7 @@ def compute_mode_is_default(ctx: CheckContext) -> CheckResult:
 
 
 @gpu_check(
-    "G-13", "no rank uses a MIG instance if TP_SIZE > 1", needs=("G-01", "G-02", "G-03"), requires=(GPUS_PRESENT,)
+    "G-13", "no rank uses a MIG instance if TP_SIZE > 1", needs=("G-01", "G-02", "G-03"), preconditions=(GPUS_PRESENT,)
 )
 @symptoms("device >= 0 && device < num_gpus INTERNAL ASSERT FAILED")
 def no_mig_with_tensor_parallelism(ctx: CheckContext) -> CheckResult:
@@ -86,15 +86,15 @@ def no_mig_with_tensor_parallelism(ctx: CheckContext) -> CheckResult:
 
 
 @used_gpu_check(
-    "G-14", "no other process uses the GPUs' memory", requires=(GPUS_USED, NOT_RUNNING), repair=Repair.RESTART
+    "G-14", "no other process uses the GPUs' memory", preconditions=(GPUS_USED, NOT_RUNNING), repair=Repair.RESTART
 )
 @symptoms(
     "Free memory on device cuda:… (…/… GiB) on startup is less than desired GPU memory utilization",
     "torch.OutOfMemoryError: CUDA out of memory",
 )
 def gpu_memory_is_free(ctx: CheckContext) -> CheckResult:
-    """Another job, or an orphaned process of an earlier run, still uses memory. NVML reports pids of the host; a pid
-    that does not exist in this container belongs to a process outside of it."""
+    """Another job, or an orphaned process of an earlier run, still uses GPU memory. NVML reports pids of the host; a
+    pid that does not exist in this container belongs to a process outside of it."""
     for gpu in ctx.used_gpus:
         used_bytes = gpu.memory_total - gpu.memory_free
         if used_bytes <= MIN_FOREIGN_BYTES:

@@ -15,13 +15,13 @@ from rtp_llm.machine.gpus import APPLICATION_CLOCKS, THROTTLE_REASONS
     "G-15",
     "the GPU memory has no uncorrectable errors",
     needs=("G-01", "G-02", "G-03"),
-    requires=(GPUS_USED,),
+    preconditions=(GPUS_USED,),
     repair=Repair.REPLACE,
 )
 @symptoms("CUDA error: uncorrectable ECC error encountered", "Xid (PCI:…): 48", "Xid (PCI:…): 94", "Xid (PCI:…): 63")
 def no_memory_errors(ctx: CheckContext) -> CheckResult:
-    """Failing HBM rows are remapped to spare rows. A pending remapping needs a reset of the GPU. A failed remapping, or
-    uncorrectable errors, need another GPU."""
+    """The GPU remaps failing rows of its memory to spare rows. A pending remapping, or an uncorrectable error, needs a
+    reset of the GPU; a failed remapping, or errors that return, need another GPU."""
     for gpu in ctx.used_gpus:
         reset = f"nvidia-smi -i {gpu.index} -r"
         if gpu.remap_failure:
@@ -43,8 +43,8 @@ def no_memory_errors(ctx: CheckContext) -> CheckResult:
     "Unable to determine the device handle for GPU …",
 )
 def gpus_on_bus(ctx: CheckContext) -> CheckResult:
-    """A GPU that lost its power or its PCIe link no longer responds. The kernel log has an Xid for this and for other
-    hardware errors that the driver reports; a container often cannot read it."""
+    """A GPU that lost its power or its PCIe link no longer responds. For this and for other hardware errors the driver
+    writes an Xid (an error number of NVIDIA's) to the kernel log, which a container often cannot read."""
     gpus, log = ctx.gpus, ctx.host.kernel_log
     if not gpus.all and not gpus.failed:
         return skip("the ranks run on CPU")
@@ -84,7 +84,7 @@ def not_throttled(ctx: CheckContext) -> CheckResult:
 @used_gpu_check("G-18", "persistence mode keeps the driver loaded", severity=Status.WARN)
 def persistence_mode_is_on(ctx: CheckContext) -> CheckResult:
     """Without persistence mode the driver is unloaded when the last process exits, and each start takes seconds longer.
-    For information."""
+    For information only: the check never fails."""
     if all(gpu.persistence is None for gpu in ctx.used_gpus):
         return skip(NOT_REPORTED)
     off = ", ".join(str(gpu.index) for gpu in ctx.used_gpus if gpu.persistence is False)
@@ -105,7 +105,8 @@ def pcie_width_is_full(ctx: CheckContext) -> CheckResult:
 
 @used_gpu_check("G-20", "no application clocks are set", severity=Status.WARN)
 def no_application_clocks(ctx: CheckContext) -> CheckResult:
-    """Application clocks may be left from a measurement, and limit the GPU's clock. For information."""
+    """Application clocks (nvidia-smi -ac) that were set for a measurement and never reset limit the GPU's clock. For
+    information only: the check never fails."""
     if all(gpu.clock_reasons is None for gpu in ctx.used_gpus):
         return skip(NOT_REPORTED)
     limited = ", ".join(str(gpu.index) for gpu in ctx.used_gpus if (gpu.clock_reasons or 0) & APPLICATION_CLOCKS)

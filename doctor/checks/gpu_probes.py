@@ -13,7 +13,7 @@ from doctor.context import CheckContext
     "G-04",
     "CUDA starts and computes on every GPU",
     needs=("G-05", "G-06", "G-07", "G-09", "G-12", "G-16"),
-    requires=(GPUS_USED,),
+    preconditions=(GPUS_USED,),
     timeout=60,
     repair=Repair.REBOOT,
 )
@@ -34,13 +34,14 @@ def gpus_compute(ctx: CheckContext) -> CheckResult:
     return ok(f"{len(ctx.used_gpus)} GPUs allocate and compute")
 
 
-@gpu_check("G-08", "torch has kernels for these GPUs", needs=("G-04",), requires=(GPUS_USED,), timeout=60)
+@gpu_check("G-08", "torch has kernels for these GPUs", needs=("G-04",), preconditions=(GPUS_USED,), timeout=60)
 @symptoms(
     "no kernel image is available for execution on the device",
     "with CUDA capability sm_… is not compatible with the current PyTorch installation",
 )
 def torch_has_kernels(ctx: CheckContext) -> CheckResult:
-    """A build of torch contains machine code for some GPU architectures. Tier 1 reads the list from torch."""
+    """A build of torch contains kernels for a fixed list of GPU architectures (sm_80, sm_90, …). Tier 1 reads the list
+    from torch and compares it with the GPUs."""
     if ctx.tier < 1:
         return skip("--tier 1 reads torch's list")
     compiled = probes.architectures()

@@ -14,8 +14,9 @@ from doctor.gang.view import GangView
     "failed to open CUDA IPC handle",
 )
 def nccl_host_ids_match(ctx: CheckContext, view: GangView) -> CheckResult:
-    """NCCL assumes that ranks with the same host name and boot id share /dev/shm. Two containers with the same name but
-    separate shared memory do not; two with different names on one machine use the network between them."""
+    """NCCL assumes that ranks with the same host name and boot id share /dev/shm. Two containers with the same host
+    name but separate shared memory then cannot connect; two with different host names on one machine use the network
+    instead of shared memory."""
     if not ctx.on_gpu:
         return ok("NCCL is not used")
     for a, b in view.hosts_sharing_nccl_id():

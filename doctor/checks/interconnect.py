@@ -47,11 +47,12 @@ def nvlink_has_peer_access(ctx: CheckContext) -> CheckResult:
 
 
 @interconnect_check(
-    "P-03", "all NVLinks are up", severity=Status.WARN, needs=("G-09", "G-16"), requires=(TWO_GPUS_USED,)
+    "P-03", "all NVLinks are up", severity=Status.WARN, needs=("G-09", "G-16"), preconditions=(TWO_GPUS_USED,)
 )
 @symptoms("Xid (PCI:…): 74")
 def nvlinks_are_up(ctx: CheckContext) -> CheckResult:
-    """All GPUs of one model should have the same number of active NVLinks: the number that most of them have."""
+    """All GPUs of one model should have the same number of active NVLinks. The check expects as many as most of the
+    GPUs have active, or as the GPU itself has in total if that is more."""
     used = ctx.used_gpus
     if not any(gpu.nvlinks[1] for gpu in used):
         return skip("no NVLink")
@@ -79,9 +80,10 @@ def fabric_is_ready(ctx: CheckContext) -> CheckResult:
     return ok(f"{num_ready} GPUs have joined the fabric")
 
 
-@interconnect_check("P-05", "the GPUs are under one CPU socket, or have NVLink", severity=Status.WARN)
+@interconnect_check("P-05", "the GPUs are on one CPU socket, or connected by NVLink", severity=Status.WARN)
 def gpus_share_socket(ctx: CheckContext) -> CheckResult:
-    """Without NVLink, data between GPUs under different CPU sockets crosses the link between the sockets."""
+    """Without NVLink, data between GPUs on different CPU sockets crosses the link between the sockets, which is
+    slower."""
     pairs = _pairs(ctx)
     if not pairs:
         return skip(FEWER_THAN_TWO_GPUS)
@@ -93,9 +95,11 @@ def gpus_share_socket(ctx: CheckContext) -> CheckResult:
     return ok("no pair crosses the sockets without NVLink")
 
 
-@interconnect_check("P-06", "the CPU cores and the GPUs share NUMA nodes", severity=Status.WARN, requires=(GPUS_USED,))
+@interconnect_check(
+    "P-06", "the CPU cores are on the NUMA nodes of the GPUs", severity=Status.WARN, preconditions=(GPUS_USED,)
+)
 def cores_share_numa_node(ctx: CheckContext) -> CheckResult:
-    """A rank whose CPU cores are on the other socket launches its kernels more slowly."""
+    """A rank whose CPU cores are on another NUMA node than its GPU launches its kernels more slowly."""
     numa_nodes = {g.index: ctx.host.read_int(f"/sys/bus/pci/devices/{g.bus}/numa_node") for g in ctx.used_gpus}
     cores_nodes = _numa_nodes_of_cores(ctx)
     remote = {i: n for i, n in numa_nodes.items() if n is not None and n >= 0 and cores_nodes and n not in cores_nodes}
@@ -120,7 +124,7 @@ def _numa_nodes_of_cores(ctx: CheckContext) -> set[int]:
     return numa_nodes
 
 
-@interconnect_check("P-07", "NCCL can read the PCI topology", severity=Status.WARN, requires=(TWO_GPUS_USED,))
+@interconnect_check("P-07", "NCCL can read the PCI topology", severity=Status.WARN, preconditions=(TWO_GPUS_USED,))
 def pci_topology_is_readable(ctx: CheckContext) -> CheckResult:
     """NCCL reads the topology from /sys. If it is hidden, NCCL assumes a topology and chooses slow paths."""
     for gpu in ctx.used_gpus:
@@ -130,7 +134,7 @@ def pci_topology_is_readable(ctx: CheckContext) -> CheckResult:
     return ok("every GPU is in /sys")
 
 
-@interconnect_check("P-08", "GPUDirect RDMA is available", severity=Status.WARN, requires=(RDMA_BETWEEN_PARTS,))
+@interconnect_check("P-08", "GPUDirect RDMA is available", severity=Status.WARN, preconditions=(RDMA_BETWEEN_PARTS,))
 def gpudirect_is_available(ctx: CheckContext) -> CheckResult:
     """With GPUDirect RDMA, network cards access GPU memory directly, and data between machines bypasses main memory. It
     needs nvidia-peermem, or the open kernel module with DMA-BUF."""

@@ -48,16 +48,16 @@ def gloo_ifname_exists(ctx: CheckContext) -> CheckResult:
 
 @network_check(
     "N-03",
-    "NCCL and gloo use the interface that routes to the peers",
+    "NCCL and gloo use the interface that routes to the other parts",
     needs=("N-04", "N-05", "N-06", "N-07"),
-    requires=(MULTI_PART,),
+    preconditions=(MULTI_PART,),
     timeout=12,
 )
 @symptoms("NCCL INFO Bootstrap : Using docker0:172.17.0.1<0>", "connect() to 172.17.0.1 failed")
 def interface_routes_to_peers(ctx: CheckContext) -> CheckResult:
     """By default NCCL takes the first interface that is not docker*, lo or virbr*: a bridge named br-… or cni0 is not
     excluded. This server sets the interface that routes to part 0, unless NCCL_SOCKET_IFNAME is set already: then that
-    interface must route there as well."""
+    interface must route to the other parts as well."""
     peers, interfaces = ctx.peers, ctx.host.interfaces
     if not peers:
         return skip("a single part")
@@ -90,10 +90,10 @@ def interface_routes_to_peers(ctx: CheckContext) -> CheckResult:
 
 @network_check(
     "N-14",
-    "this part's listed address is a local address",
+    "this part's address in the member list is an address of this machine",
     severity=Status.WARN,
     needs=("C-01", "N-07"),
-    requires=(MULTI_PART,),
+    preconditions=(MULTI_PART,),
 )
 def address_is_local(ctx: CheckContext) -> CheckResult:
     """In a bridged container network the address that other parts use is the host's, and only published ports are

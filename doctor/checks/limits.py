@@ -22,14 +22,15 @@ RANK_BYTES = 250 << 20  # of a rank without weights and cache: Python and torch,
 SERVICE_BYTES = 150 << 20  # of start_server, supervisord, guard and API together
 
 
-@limits_check("L-01", "RDMA can lock memory")
+@limits_check("L-01", "RDMA can lock enough memory")
 @symptoms(
     "NCCL WARN Call to ibv_reg_mr failed",
     "ibv_reg_mr_iova2 failed with error Cannot allocate memory",
     "ibv_create_cq() failed: Cannot allocate memory",
 )
 def rdma_can_lock_memory(ctx: CheckContext) -> CheckResult:
-    """RDMA registers memory with the network card, which locks it. Containers may lock 8 MiB or less by default."""
+    """RDMA registers memory with the network card, which locks it in RAM. Containers may lock 8 MiB or less by default
+    (ulimit -l)."""
     has_cards = bool(ctx.host.list_dir("/sys/class/infiniband"))
     if not has_cards or not ctx.on_gpu or ctx.nccl.value("NCCL_IB_DISABLE") == "1":
         return ok("no RDMA here")
@@ -42,7 +43,7 @@ def rdma_can_lock_memory(ctx: CheckContext) -> CheckResult:
     return error(f"memlock is {text}, with RDMA cards", "unlimited", fixes.LOCKED_MEMORY)
 
 
-@limits_check("L-02", "enough files can be open", requires=(rlimit_readable("nofile"),))
+@limits_check("L-02", "the limit of open files is high enough", preconditions=(rlimit_readable("nofile"),))
 @symptoms("OSError: [Errno 24] Too many open files", "VFS: file-max limit … reached")
 def enough_open_files(ctx: CheckContext) -> Reading:
     """Every HTTP connection, rank and NCCL channel uses a file descriptor. A large gang needs tens of thousands."""
@@ -60,7 +61,9 @@ def enough_open_files(ctx: CheckContext) -> Reading:
     )
 
 
-@limits_check("L-03", "enough processes and threads can start", requires=(CGROUP_READABLE, rlimit_readable("nproc")))
+@limits_check(
+    "L-03", "enough processes and threads can start", preconditions=(CGROUP_READABLE, rlimit_readable("nproc"))
+)
 @symptoms(
     "RuntimeError: can't start new thread",
     "pthread_create failed for thread … of …: Resource temporarily unavailable",
@@ -99,11 +102,14 @@ def threads_can_start(ctx: CheckContext) -> CheckResult:
     return ok("threads start")
 
 
-@limits_check("L-05", "the memory limit is high enough, and no process was OOM-killed", requires=(CGROUP_READABLE,))
+@limits_check(
+    "L-05", "the memory limit is high enough, and no process was OOM-killed", preconditions=(CGROUP_READABLE,)
+)
 @symptoms("exit code 137", "Killed process …", "A process in the process pool was terminated abruptly")
 def memory_limit_suffices(ctx: CheckContext) -> CheckResult:
-    """On CPU the weights are in main memory; on GPUs they pass through it. The cgroup counts the processes that were
-    killed for memory: a count above zero comes from an earlier run in this container, or from another process in it."""
+    """On CPU the weights are in main memory; on GPUs they pass through it while loading. The cgroup counts the
+    processes that the kernel killed for lack of memory: a count above zero comes from an earlier run in this container,
+    or from another process in it."""
     cgroup, spec, plan = ctx.host.cgroup, ctx.spec, ctx.plan
     required = ctx.local_ranks * RANK_BYTES + SERVICE_BYTES
     if spec and plan and plan.tp_size in spec.valid_tp_sizes() and not ctx.on_gpu:
@@ -117,7 +123,9 @@ def memory_limit_suffices(ctx: CheckContext) -> CheckResult:
     return ok("no memory limit" if limit is None or limit >= UNLIMITED else f"the limit is {format_bytes(limit)}")
 
 
-@limits_check("L-06", "there are enough CPU cores for the ranks", severity=Status.WARN, requires=(CGROUP_READABLE,))
+@limits_check(
+    "L-06", "there are enough CPU cores for the ranks", severity=Status.WARN, preconditions=(CGROUP_READABLE,)
+)
 def enough_cores(ctx: CheckContext) -> Reading:
     """Each rank keeps one core busy with launching work, and the API another. A lower CPU quota causes stalls of 100 ms
     each time it is used up."""
@@ -129,7 +137,7 @@ def enough_cores(ctx: CheckContext) -> Reading:
     return Reading(cores, actual, f"{recommended}", fixes.cpu_cores(recommended), recommended=recommended)
 
 
-@limits_check("L-07", "the stack size is limited", severity=Status.WARN, requires=(rlimit_readable("stack"),))
+@limits_check("L-07", "the stack size is limited", severity=Status.WARN, preconditions=(rlimit_readable("stack"),))
 def stack_is_limited(ctx: CheckContext) -> CheckResult:
     """With `ulimit -s unlimited` glibc gives threads a stack of only 2 MiB, which overflows in the topology search of
     NCCL before 2.28."""

@@ -29,8 +29,8 @@ def _planned_ports(ctx: CheckContext) -> list[PlannedPort]:
     "port …, wanted for …: in use by pid …",
 )
 def ports_are_free(ctx: CheckContext) -> CheckResult:
-    """Another server, or an earlier one that has not exited yet, listens on a port that this part needs. All ports of
-    the plan are tried, not only START_PORT."""
+    """Fails if another server, or an earlier one that has not exited yet, listens on a port that this part needs. The
+    doctor tries to listen on all of the part's ports, not only on START_PORT."""
     planned = _planned_ports(ctx)
     if ctx.running:
         return ok(f"{len(planned)} ports, used by this part, which is running")
@@ -81,10 +81,11 @@ def _is_allowed(ctx: CheckContext, start_port: int) -> bool:
     return ports.stop <= 65536 and all(ports.stop <= o.start or o.stop <= ports.start for o in others)
 
 
-@network_check("N-09", "the planned ports conflict with no reserved range", needs=("M-14", "C-02"))
+@network_check("N-09", "the planned ports are outside reserved port ranges", needs=("M-14", "C-02"))
 def ports_are_not_reserved(ctx: CheckContext) -> CheckResult:
-    """Any outgoing connection may take a planned port in the kernel's ephemeral range at any time, and a Service one in
-    Kubernetes' NodePort range. The port ranges of two parts at one address must not overlap."""
+    """An outgoing connection may take any port of the kernel's ephemeral range (net.ipv4.ip_local_port_range) at any
+    time, and a Kubernetes Service any port of the NodePort range, so the server's ports should be outside both. The
+    port ranges of two parts at one address must not overlap."""
     config_error = ctx.plan_result.config_error
     if config_error and config_error.check == "N-09":
         fix = "move one START_PORT by 100 or more, in the list as well"

@@ -13,7 +13,7 @@ from doctor.host import is_ip_address
 MAX_RESOLVE_SECONDS = 1.0
 
 
-@network_check("N-07", "the members' host names resolve", needs=("C-02",), requires=(MULTI_PART,), timeout=12)
+@network_check("N-07", "the members' host names resolve", needs=("C-02",), preconditions=(MULTI_PART,), timeout=12)
 @symptoms(
     "The IPv6 network addresses of (…) cannot be retrieved (gai error: …)",
     "gai error: -2 - Name or service not known",
@@ -43,7 +43,7 @@ def member_names_resolve(ctx: CheckContext) -> CheckResult:
 
 
 @network_check(
-    "N-04", "no other part's host name resolves to loopback", needs=("N-07",), requires=(MULTI_PART,), timeout=12
+    "N-04", "no other part's host name resolves to loopback", needs=("N-07",), preconditions=(MULTI_PART,), timeout=12
 )
 @symptoms(
     "Gloo connectFullMesh failed with … SO_ERROR: Connection refused, remote=[127.0.0.1]:…",

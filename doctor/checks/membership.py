@@ -10,8 +10,8 @@ from doctor.gang.view import GangView
 @check("C-09", "every part responds", category="gang", tier=2, needs=("M-14", "M-13", "C-01", "C-02"))
 @symptoms("Timed out after … seconds waiting for clients", "waiting for part… (…rank…", "missing part… (…rank…")
 def parts_respond(ctx: CheckContext) -> CheckResult:
-    """A part did not respond: its machine is down, its container is not started, or none of its ports can be reached.
-    The doctors of all parts must run at the same time."""
+    """If a part does not respond, its machine is down, its container is not started, or none of its ports can be
+    reached. The doctors of all parts must run at the same time."""
     view = ctx.gang
     if view is None:
         failure = ctx.gang_failure
@@ -37,8 +37,8 @@ def _last_attempt(view: GangView) -> str:
 
 @gang_check("C-10", "the doctors of all parts are compatible", needs=("C-09",))
 def doctors_are_compatible(ctx: CheckContext, view: GangView) -> CheckResult:
-    """Doctors of different releases, or with different secrets, cannot exchange reports: during a rolling update, or if
-    GANG_SECRET is not the same on all parts. Or another program listens on the port of a part's doctor."""
+    """Doctors can exchange reports only if all parts run the same release, which is not so during a rolling update, and
+    have the same GANG_SECRET. The check also fails if another program listens on the port of a part's doctor."""
     listeners = view.foreign_listeners()
     if listeners:
         actual = "; ".join(f"part{a} -> part{b}: another program answers at {address}" for a, b, address in listeners)
@@ -53,7 +53,7 @@ def doctors_are_compatible(ctx: CheckContext, view: GangView) -> CheckResult:
     return ok(f"all of {next(iter(view.part_reports.values())).facts['version.rtp-llm']}")
 
 
-@gang_check("C-11", "no part reports an error of its own", repair=Repair.NONE)
+@gang_check("C-11", "no check fails on another part", repair=Repair.NONE)
 def no_errors_on_other_parts(ctx: CheckContext, view: GangView) -> CheckResult:
     """Each part reports the errors of its own checks to the others, so that the cause is visible on every part."""
     local_part = ctx.plan.part if ctx.plan else -1

@@ -55,7 +55,7 @@ def tp_size_is_valid(ctx: CheckContext) -> CheckResult:
     "Not enough memory. Please try to increase --mem-fraction-static",
 )
 def weights_fit_memory(ctx: CheckContext) -> CheckResult:
-    """The weights per rank follow from the checkpoint and TP_SIZE. The rest of the free memory, less
+    """The size of the weights per rank follows from the checkpoint and TP_SIZE. The rest of the free memory, less
     RESERVER_RUNTIME_MEM_MB, holds the KV cache, and so limits the longest sequence."""
     spec, plan = ctx.spec, ctx.plan
     if spec is None or plan is None or ctx.running:

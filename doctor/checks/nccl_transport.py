@@ -13,7 +13,7 @@ from rtp_llm.parallel.ports import port_conflict
 RAS_PORT = 28028
 
 
-@network_check("N-12", "the RDMA cards have an active port", requires=(RDMA_BETWEEN_PARTS,))
+@network_check("N-12", "the RDMA cards have an active port", preconditions=(RDMA_BETWEEN_PARTS,))
 @symptoms(
     "NET/IB : Got completion from peer … with status=12", "Call to ibv_modify_qp failed with error Invalid argument"
 )
@@ -39,8 +39,8 @@ def rdma_is_usable(ctx: CheckContext) -> CheckResult:
 @network_check("N-16", "NCCL's network plugin is found", severity=Status.WARN)
 @symptoms("Failed to initialize any NET plugin")
 def network_plugin_is_found(ctx: CheckContext) -> CheckResult:
-    """NCCL_NET_PLUGIN names a library of the platform. If it is not found, NCCL falls back to sockets, or does not
-    start if NCCL_NET requires the plugin."""
+    """NCCL_NET_PLUGIN names a plugin library, which the platform provides (for AWS EFA, for example). If it is not
+    found, NCCL falls back to sockets, or does not start if NCCL_NET requires the plugin."""
     name = ctx.nccl.value("NCCL_NET_PLUGIN")
     if not name or name in ("none", "None"):
         return ok("no plugin is set")
@@ -67,8 +67,8 @@ def _is_library_found(ctx: CheckContext, name: str) -> bool:
 
 @network_check("N-17", "NCCL's RAS port is free", severity=Status.WARN)
 def ras_port_is_free(ctx: CheckContext) -> CheckResult:
-    """NCCL 2.24 and later answers status queries (ncclras) on localhost:28028; a second job on the machine cannot. For
-    information."""
+    """NCCL 2.24 and later answers status queries (ncclras) on localhost:28028, which only one job on a machine can use.
+    For information only: the check never fails."""
     if not ctx.on_gpu or ctx.local_ranks < 2:
         return skip("no NCCL on this machine")
     if ctx.nccl.value("NCCL_RAS_ENABLE") == "0" or "NCCL_RAS_ADDR" in ctx.nccl.settings or ctx.running:

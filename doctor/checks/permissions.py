@@ -12,10 +12,10 @@ from doctor.context import CheckContext
 UVM = "/dev/nvidia-uvm"
 
 
-@limits_check("L-08", "the device file of unified memory can be opened", needs=("G-01",))
+@limits_check("L-08", "/dev/nvidia-uvm can be opened", needs=("G-01",))
 @symptoms("/dev/nvidia-uvm: No such file or directory")
 def uvm_can_be_opened(ctx: CheckContext) -> CheckResult:
-    """CUDA, and NCCL 2.23 and later, need the nvidia-uvm kernel module and its device file."""
+    """CUDA, and NCCL 2.23 and later, need the nvidia-uvm kernel module (unified memory) and its device file."""
     if not ctx.on_gpu or not ctx.gpus.all:
         return skip("no GPU")
     path = ctx.host.path(UVM)
@@ -30,13 +30,14 @@ def uvm_can_be_opened(ctx: CheckContext) -> CheckResult:
 
 @limits_check("L-09", "py-spy can dump the stacks of hung processes", severity=Status.WARN)
 def ptrace_is_allowed(ctx: CheckContext) -> CheckResult:
-    """`rtp-llm-doctor attach` shows stacks with py-spy, which needs ptrace. For information only."""
+    """`rtp-llm-doctor attach` shows the stacks of hung processes with py-spy, which needs ptrace. For information only:
+    the check never fails."""
     scope = ctx.host.read_int("/proc/sys/kernel/yama/ptrace_scope") or 0
     allowed = ctx.host.has_capability("SYS_PTRACE") or scope == 0
     return ok("ptrace is allowed" if allowed else f"ptrace_scope={scope} without SYS_PTRACE: py-spy shows no stacks")
 
 
-@limits_check("L-10", "this user has a name")
+@limits_check("L-10", "this process's user id has a user name")
 @symptoms("KeyError: 'getpwuid(): uid not found: …'")
 def user_has_name(ctx: CheckContext) -> CheckResult:
     """torch looks up the user's name when it is imported. An arbitrary uid, as OpenShift assigns, has no name unless
@@ -56,8 +57,8 @@ def user_has_name(ctx: CheckContext) -> CheckResult:
 @limits_check("L-11", "caches and temporary files can be written")
 @symptoms("PermissionError: [Errno 13] Permission denied: '…/.cache", "…: failed to map segment from shared object")
 def caches_are_writable(ctx: CheckContext) -> CheckResult:
-    """Sockets and state are in TMPDIR or RTP_RUN_DIR. Triton compiles kernels into TRITON_CACHE_DIR or HOME and loads
-    them as libraries, which a file system that is mounted noexec does not allow."""
+    """Sockets and state files are in RTP_RUN_DIR or TMPDIR. Triton compiles kernels into TRITON_CACHE_DIR or HOME and
+    loads them as libraries, which fails on a file system that is mounted noexec."""
     environ = ctx.host.environ
     run_dir = ctx.config.rtp_run_dir or environ.get("TMPDIR", "/tmp")
     reason = _not_writable(ctx, run_dir)

@@ -1,4 +1,4 @@
-"""Preconditions of checks (`requires`): what a check needs to have anything to look at."""
+"""Preconditions of checks (the argument `preconditions` of doctor.check.check) that several checks share."""
 
 from collections.abc import Callable
 
@@ -6,24 +6,24 @@ from doctor.check import CheckResult, Precondition, skip, unknown
 from doctor.context import CheckContext
 
 
-def _require(condition: Callable[[CheckContext], object], otherwise: CheckResult) -> Precondition:
+def _precondition(condition: Callable[[CheckContext], object], otherwise: CheckResult) -> Precondition:
     return lambda ctx: None if condition(ctx) else otherwise
 
 
-MULTI_PART = _require(lambda ctx: ctx.is_multi_part, skip("a single part"))
-NOT_RUNNING = _require(lambda ctx: not ctx.running, skip("this part is running and uses it"))
-RANKS_ON_GPU = _require(lambda ctx: ctx.on_gpu, skip("the ranks run on CPU"))
-GPUS_PRESENT = _require(lambda ctx: ctx.gpus.all, skip("the ranks run on CPU"))
-GPUS_USED = _require(lambda ctx: ctx.used_gpus, skip("the ranks run on CPU"))
-TWO_GPUS_USED = _require(lambda ctx: len(ctx.used_gpus) > 1, skip("fewer than two GPUs are used"))
-RDMA_BETWEEN_PARTS = _require(
+MULTI_PART = _precondition(lambda ctx: ctx.is_multi_part, skip("there is only one part"))
+NOT_RUNNING = _precondition(lambda ctx: not ctx.running, skip("this part's server is running and uses these GPUs"))
+RANKS_ON_GPU = _precondition(lambda ctx: ctx.on_gpu, skip("the ranks run on CPU"))
+GPUS_PRESENT = _precondition(lambda ctx: ctx.gpus.all, skip("the ranks run on CPU"))
+GPUS_USED = _precondition(lambda ctx: ctx.used_gpus, skip("the ranks run on CPU"))
+TWO_GPUS_USED = _precondition(lambda ctx: len(ctx.used_gpus) > 1, skip("fewer than two GPUs are used"))
+RDMA_BETWEEN_PARTS = _precondition(
     lambda ctx: ctx.on_gpu and ctx.is_multi_part and ctx.host.list_dir("/sys/class/infiniband"),
-    skip("no RDMA between parts"),
+    skip("there is only one part, no GPU or no RDMA card"),
 )
-CGROUP_READABLE = _require(
-    lambda ctx: ctx.host.cgroup.version, unknown("no cgroup below /sys/fs/cgroup: its limits cannot be read")
+CGROUP_READABLE = _precondition(
+    lambda ctx: ctx.host.cgroup.version, unknown("/sys/fs/cgroup has no cgroup, so its limits cannot be read")
 )
 
 
 def rlimit_readable(name: str) -> Precondition:
-    return _require(lambda ctx: name in ctx.host.rlimits, unknown("/proc/self/limits cannot be read"))
+    return _precondition(lambda ctx: name in ctx.host.rlimits, unknown("/proc/self/limits cannot be read"))

@@ -125,8 +125,8 @@ def no_orphaned_files(ctx: CheckContext) -> CheckResult:
 )
 def shm_is_large_enough(ctx: CheckContext) -> CheckResult:
     """Docker gives a container 64 MiB of shared memory. NCCL needs about 1 GiB between the GPUs of one machine, and a
-    process that writes beyond the limit is killed by SIGBUS. The requirement of this plan depends on the number of
-    ranks, and on whether NCCL allocates its host memory through CUDA."""
+    process that writes beyond the limit is killed by SIGBUS. The required size depends on the number of ranks, and on
+    whether NCCL allocates its host memory through CUDA."""
     space = ctx.host.space(SHM)
     if ctx.running:
         return ok(f"{format_bytes(space.free)} of {format_bytes(space.size)} free; this part is running")
@@ -166,7 +166,8 @@ def _try_reserve(host: Host, num_bytes: int) -> str:
 @symptoms("unlink shared memory /dev/shm/nccl-… failed, error: No such file or directory")
 def logind_keeps_ipc(ctx: CheckContext) -> CheckResult:
     """With RemoveIPC=yes, its default, systemd-logind deletes the shared memory of a user who logs out of the host. A
-    server that this user started from a shell loses its segments, unless the user is a system user."""
+    server that this user started from a shell loses its shared memory, unless the user is a system user (uid below
+    1000)."""
     text = ctx.host.read("/etc/systemd/logind.conf")
     if text is None or not ctx.host.exists("/run/systemd/system"):
         return skip("no logind here")
@@ -199,7 +200,9 @@ def nccl_can_allocate_host_memory(ctx: CheckContext) -> CheckResult:
     return make_result(actual, "allowed", fixes.CUMEM_HOST)
 
 
-@shm_check("S-07", "the memory limit covers /dev/shm as well", severity=Status.WARN, requires=(CGROUP_READABLE,))
+@shm_check(
+    "S-07", "the container's memory limit also covers /dev/shm", severity=Status.WARN, preconditions=(CGROUP_READABLE,)
+)
 def shm_within_memory_limit(ctx: CheckContext) -> CheckResult | Reading:
     """Pages of a tmpfs count against the container's memory limit. If the limit is just enough for the processes, they
     are OOM-killed when /dev/shm fills."""

@@ -13,7 +13,7 @@ from doctor.context import CheckContext
 @symptoms("Can't load tokenizer for '…'", "…: no tokenizer.json")
 def tokenizer_is_usable(ctx: CheckContext) -> CheckResult:
     """Part 0 needs tokenizer.json in TOKENIZER_PATH, with at most as many tokens as the embedding has rows. The chat
-    API needs a chat template: the checkpoint's own, or a built-in one of the model's family."""
+    API also needs a chat template: the checkpoint's own, or the one that MODEL_TEMPLATE_TYPE selects."""
     folder = ctx.tokenizer_path
     if folder is None:
         return skip("only part 0 reads the tokenizer" if ctx.plan and ctx.plan.part else NO_MODEL)

@@ -255,9 +255,10 @@ class NativeEndpoints:
             groups.append(
                 [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux_string) for i in range(n)]
             )
-        reservation = self.service.admit(n * len(prompts))
+        text = text_params(body, self.stop_words, config.timeout_ms)
+        reservation = self.service.admit(n * len(prompts))  # last, since an error behind it would leave the slots reserved
         self.service.metrics.params_n.observe(n)
-        return NativeResponse(groups, text_params(body, self.stop_words, config.timeout_ms), is_batch, reservation)
+        return NativeResponse(groups, text, is_batch, reservation)
 
     async def _collect(self, response: NativeResponse) -> None:
         sequences = response.sequences

@@ -195,9 +195,10 @@ class OpenAIEndpoints:
             for prompt, prompt_params in zip(prompts, params, strict=True)
             for i in range(n)
         ]
-        reservation = self.service.admit(len(sequences))
+        text = text_params(body, self.stop_words, timeout_ms)
+        reservation = self.service.admit(len(sequences))  # last, since an error behind it would leave the slots reserved
         self.service.metrics.params_n.observe(n)
-        return GenerationRequest(sequences, text_params(body, self.stop_words, timeout_ms), prompts, reservation)
+        return GenerationRequest(sequences, text, prompts, reservation)
 
     async def _stream(
         self,

@@ -86,7 +86,9 @@ class Step:
         )
         frame_length = NUM_HEADER_FIELDS + sum(lengths)
         if len(flat) != frame_length or min(lengths) < 0:
-            raise ValueError(f"step frame has {len(flat)} int32 values; its header announces arrays of {lengths}")
+            raise ValueError(
+                f"step frame has {len(flat)} int32 values; its header requires {frame_length}, with arrays of {lengths}"
+            )
         (
             token_ids,
             positions,

@@ -7,9 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
 QUERIES_PER_TILE = 256  # bounds the scores [heads, queries, keys] that torch may materialise because of the mask
-# Limits the bytes of one tensor of gathered keys or values, or of scores; up to four of them exist at a time. The KV
-# cache takes nearly all memory that is free after the warm-up, whose sequence is short; without a limit, steps with
-# long sequences could run out of memory.
+# Limits the bytes of one tensor of gathered keys or values, or of scores, except that the keys of one sequence are
+# never split; up to four such tensors exist at a time. The KV cache takes nearly all memory that is free after the
+# warm-up, whose sequence is short; without a limit, steps with long sequences could run out of memory.
 MAX_SCRATCH_BYTES = 128 << 20
 
 

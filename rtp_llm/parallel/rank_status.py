@@ -40,9 +40,10 @@ class RankStatus:
         """Records a finished step. `total_wait_seconds`: for other ranks in all steps so far, None if not measured."""
         self.steps = number
         if total_wait_seconds is not None:
-            waited = total_wait_seconds - self._total_wait_seconds
+            step_wait_s = total_wait_seconds - self._total_wait_seconds
             self._total_wait_seconds = total_wait_seconds
-            self.wait_s = waited if self.wait_s is None else self.wait_s + (waited - self.wait_s) / WAIT_WINDOW_STEPS
+            previous = step_wait_s if self.wait_s is None else self.wait_s
+            self.wait_s = previous + (step_wait_s - previous) / WAIT_WINDOW_STEPS
 
     def set_phase(self, phase: Phase) -> None:
         now = time.monotonic()

@@ -112,7 +112,7 @@ REJECTED_REQUESTS: list[tuple[str, dict[str, Any], int, tuple[str, ...]]] = [
     (CHAT, {"messages": HI, "stop_token_ids": [258]}, 605, ("stop_token_ids", "258")),
     (CHAT, {"messages": HI, "stop_token_ids": [-1]}, 507, ("stop_token_ids",)),
     (CHAT, {"messages": "Hi"}, 507, ("messages",)),
-    (CHAT, {"messages": [{"role": "nobody", "content": "a"}]}, 507, ("role",)),
+    (CHAT, {"messages": [{"role": "unknown", "content": "a"}]}, 507, ("role",)),
     (CHAT, {"messages": [{"content": "a"}]}, 507, ("role",)),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 507, ("content",)),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 605, ("image_url",)),

@@ -85,7 +85,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 
 @pytest.fixture
 def host(tmp_path: Path) -> FakeHost:
-    host = FakeHost(tmp_path / "machine", {**SECRETS, **PUBLIC, "HF_TOKEN": "hf-of-somebody", "EDITOR": "ed"})
+    host = FakeHost(tmp_path / "machine", {**SECRETS, **PUBLIC, "HF_TOKEN": "hf-of-another-user", "EDITOR": "ed"})
     host.write("/etc/nccl.conf", "NCCL_DEBUG=WARN\nNCCL_SECRET=of-the-file\n")
     return host
 
@@ -139,7 +139,7 @@ def test_the_same_input_gives_the_same_bytes(
 def test_bundle_has_no_secret(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
     files = contents(tmp_path / "bundle.tgz")
-    for secret in [*SECRETS.values(), "hf-of-somebody", "of-the-file"]:
+    for secret in [*SECRETS.values(), "hf-of-another-user", "of-the-file"]:
         for name, text in files.items():
             assert secret not in text, name
             assert json.dumps(secret)[1:-1] not in text, name

@@ -1,4 +1,4 @@
-"""Finds the packages that this Python lacks, and installs them from wheels. Imports the standard library only.
+"""Installs the packages that are missing in this Python from wheels. Imports the standard library only.
 
 A GPU machine often has its own torch and no network. `make gpu-wheels` downloads the other packages on a machine with a
 network. The suite installs those that are missing into a folder on the PYTHONPATH of its processes, and leaves this
@@ -21,95 +21,99 @@ BUILD = ROOT / "build"
 WHEELS = Path(os.environ.get("GPU_WHEELS") or BUILD / "gpu-wheels")
 SITE = BUILD / "gpu-site"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-# What this suite needs for testing. The other tests require a newer transformers.
-OF_TESTS = {"pytest": "8.3", "pytest-timeout": "2.3", "transformers": "5.0"}
-# The GPU machine has these: they must fit its torch and transformers.
-NOT_CARRIED = {"torch", "numpy", "safetensors", "tokenizers", "transformers"}
-LISTED = re.compile(r"([\w.-]+)\s*(?:>=\s*([\w.]+))?")
+# Lowest versions for this suite. The other tests require a newer transformers.
+TEST_REQUIREMENTS = {"pytest": "8.3", "pytest-timeout": "2.3", "transformers": "5.0"}
+# Preinstalled on the GPU machine and not downloaded: their versions depend on its torch and transformers.
+PREINSTALLED = {"torch", "numpy", "safetensors", "tokenizers", "transformers"}
+REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:>=\s*([\w.]+))?")
 
 
-class EnvironmentFault(Exception):
-    """The suite cannot run here. The text says what to type."""
+class SetupError(Exception):
+    """The suite cannot run on this machine. The message contains the command to type."""
 
 
-def canonical(name: str) -> str:
-    """Returns the name of a package in the normal form of PEP 503."""
+def canonical_name(name: str) -> str:
+    """Returns the normalized name of a package (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Returns the numbers that a version begins with: "2.11.0+cu130" → (2, 11)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    parts = [int(part) for part in found[0].split(".")] if found else []
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)
+def release_numbers(version: str) -> tuple[int, ...]:
+    """Returns the release segment of a version without trailing zeros: "2.11.0+cu130" → (2, 11)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    result = [int(part) for part in match[0].split(".")] if match else []
+    while result and result[-1] == 0:
+        result.pop()
+    return tuple(result)
 
 
-def needs() -> dict[str, str]:
-    """Returns the lowest version of each package that the product or this suite needs."""
+def requirements() -> dict[str, str]:
+    """Returns the lowest version of each package that the product and this suite require; "" for any version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [LISTED.match(line) for line in project["dependencies"]]
-    return {canonical(match[1]): match[2] or "" for match in listed if match} | OF_TESTS
+    matches = [REQUIREMENT.match(line) for line in project["dependencies"]]
+    return {canonical_name(match[1]): match[2] or "" for match in matches if match} | TEST_REQUIREMENTS
 
 
-def installed(path: Iterable[str] | None = None) -> dict[str, str]:
-    """Returns the version of each installed package, as Python finds it first."""
-    found: dict[str, str] = {}
-    for one in distributions(path=list(path or sys.path)):
-        found.setdefault(canonical(one.metadata["Name"]), one.version)
-    return found
+def installed_versions(path: Iterable[str] | None = None) -> dict[str, str]:
+    """Returns the version of each installed package; the first on the path if there are several."""
+    versions: dict[str, str] = {}
+    for distribution in distributions(path=list(path or sys.path)):
+        versions.setdefault(canonical_name(distribution.metadata["Name"]), distribution.version)
+    return versions
 
 
-def lacking(have: Mapping[str, str]) -> list[str]:
-    """Describes each package that is absent or too old."""
+def unmet_requirements(versions: Mapping[str, str]) -> list[str]:
+    """Returns a description of each required package that is absent or too old."""
     return [
-        f"{name} ({f'{have[name]}, but {lowest} is needed' if name in have else 'absent'})"
-        for name, lowest in needs().items()
-        if name not in have or numbers(have[name]) < numbers(lowest)
+        f"{name} ({f'{versions[name]}, but {lowest} is needed' if name in versions else 'absent'})"
+        for name, lowest in requirements().items()
+        if name not in versions or release_numbers(versions[name]) < release_numbers(lowest)
     ]
 
 
-def wanted_wheels(have: Mapping[str, str]) -> list[Path]:
-    """Returns the wheels whose package is absent here or older."""
-    found = []
+def wheels_to_install(versions: Mapping[str, str]) -> list[Path]:
+    """Returns the wheels whose package is absent or installed in an older version."""
+    wheels = []
     for wheel in sorted(WHEELS.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
-        if numbers(have.get(canonical(name), "")) < numbers(version):
-            found.append(wheel)
-    return found
+        if release_numbers(versions.get(canonical_name(name), "")) < release_numbers(version):
+            wheels.append(wheel)
+    return wheels
 
 
-def prepare() -> dict[str, str]:
-    """Installs what is missing. Returns the environment of the processes. Raises EnvironmentFault."""
+def install_requirements() -> dict[str, str]:
+    """Installs missing packages into SITE. Returns the environment of the suite's processes.
+
+    Raises SetupError if a requirement is not met afterwards.
+    """
     shutil.rmtree(SITE, ignore_errors=True)
-    wheels = wanted_wheels(installed())
+    wheels = wheels_to_install(installed_versions())
     if wheels:
-        _install(wheels)
-    missing = lacking(installed([str(SITE), *sys.path]))
-    if missing:
-        raise EnvironmentFault(_advice(missing))
-    before = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(SITE), *([before] if before else [])])}
+        _install_wheels(wheels)
+    unmet = unmet_requirements(installed_versions([str(SITE), *sys.path]))
+    if unmet:
+        raise SetupError(_unmet_message(unmet))
+    inherited_path = os.environ.get("PYTHONPATH")
+    paths = [str(ROOT), str(SITE), *([inherited_path] if inherited_path else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _install(wheels: list[Path]) -> None:
+def _install_wheels(wheels: list[Path]) -> None:
     print(f"{len(wheels)} packages from {WHEELS}: {', '.join(w.name.split('-')[0] for w in wheels)}", flush=True)
     options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(SITE))
-    done = subprocess.run([*PIP, "install", *options, *map(str, wheels)], check=False)
-    if done.returncode:
-        raise EnvironmentFault(f"the wheels in {WHEELS} do not suit this Python; {_download()}")
+    completed = subprocess.run([*PIP, "install", *options, *map(str, wheels)], check=False)
+    if completed.returncode:
+        raise SetupError(f"the wheels in {WHEELS} cannot be installed in this Python; {_download_instructions()}")
 
 
-def _advice(missing: list[str]) -> str:
-    here = f"{WHEELS} does not hold that" if WHEELS.is_dir() else f"there is no folder {WHEELS}"
-    return f"{sys.executable} lacks {', '.join(missing)}, and {here}.\n{_download()}"
+def _unmet_message(unmet: list[str]) -> str:
+    reason = f"{WHEELS} does not contain them" if WHEELS.is_dir() else f"{WHEELS} does not exist"
+    return f"packages missing or too old in {sys.executable}: {', '.join(unmet)}; {reason}.\n{_download_instructions()}"
 
 
-def _download() -> str:
+def _download_instructions() -> str:
     version = ".".join(platform.python_version_tuple()[:2])
     return (
-        "Where there is a network: `make .venv/installed-dev test-gpu`. Else, on a machine that has one:\n"
+        "With a network: `make .venv/installed-dev test-gpu`. Without one, run on a machine with a network:\n"
         f"  make gpu-wheels PYTHON_VERSION={version}\n"
-        "and copy its build/gpu-wheels here, or name another folder with GPU_WHEELS=…"
+        "and copy its build/gpu-wheels to this one (another folder: set GPU_WHEELS)"
     )

@@ -1,7 +1,7 @@
 """A pytest plugin that records each result at once, so that no result is lost with its process.
 
 RTP_TEST_RECORD names the file: a line of JSON for each start and each end of a test. The plugin deselects tests that
-have a line there, so that a new process continues after a lost one. RTP_TEST_SHARD ("1/3") selects a share of them.
+have a line there, so that a new process continues after a lost one. RTP_TEST_SHARD ("1/3") selects a shard.
 """
 
 import json
@@ -13,82 +13,85 @@ from typing import Any
 
 import pytest
 
-RECORD, SHARD = "RTP_TEST_RECORD", "RTP_TEST_SHARD"
-POISONED = 99  # exit code: the process has lost its GPU
-REASON, DETAIL = 300, 6000  # characters of a failure that are kept
-# After such an error every call to CUDA fails in this process. Running out of memory is not such an error.
-POISON = re.compile(r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert", re.IGNORECASE)
+RECORD_VARIABLE, SHARD_VARIABLE = "RTP_TEST_RECORD", "RTP_TEST_SHARD"
+GPU_LOST_EXIT_CODE = 99  # after a sticky CUDA error
+MAX_REASON_CHARS, MAX_DETAIL_CHARS = 300, 6000
+# After a sticky error every CUDA call in this process fails. Out of memory is not a sticky error.
+STICKY_CUDA_ERROR = re.compile(
+    r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert", re.IGNORECASE
+)
 
 Note = Callable[[str, Any], None]
 
 
 @pytest.fixture
 def note(record_property: Note) -> Note:
-    """Returns a function that adds `reason` (a few words) or `speed` (a row of the speed table) to the record."""
+    """Returns a function that adds `reason` (short text) or `speed` (a row of the speed table) to the record."""
     return record_property
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the mark that tests/conftest.py gives to every test: pytest-xdist is not loaded here."""
-    config.addinivalue_line("markers", "xdist_group(name): runs on one worker of pytest-xdist with its like")
+    config.addinivalue_line("markers", "xdist_group(name): the tests of a group run on one worker of pytest-xdist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps tests of a class with the same parameters together, since they share an expensive fixture."""
-    share, shares = (int(n) for n in os.environ.get(SHARD, "1/1").split("/"))
-    done = {line["test"] for line in lines()}
-    places = {unit: place for place, unit in enumerate(dict.fromkeys(map(_unit, items)))}
-    items.sort(key=lambda item: places[_unit(item)])
-    items[:] = [item for item in items if places[_unit(item)] % shares == share - 1 and item.nodeid not in done]
+    shard, num_shards = (int(n) for n in os.environ.get(SHARD_VARIABLE, "1/1").split("/"))
+    recorded = {line["test"] for line in load_record()}
+    positions = {key: position for position, key in enumerate(dict.fromkeys(map(_group_key, items)))}
+    items.sort(key=lambda item: positions[_group_key(item)])
+    selected = [item for item in items if positions[_group_key(item)] % num_shards == shard - 1]
+    items[:] = [item for item in selected if item.nodeid not in recorded]
 
 
-def _unit(item: pytest.Item) -> str:
-    callspec, owner = getattr(item, "callspec", None), getattr(item, "cls", None)
-    return f"{owner}{callspec.id}" if callspec and owner else item.nodeid
+def _group_key(item: pytest.Item) -> str:
+    callspec, cls = getattr(item, "callspec", None), getattr(item, "cls", None)
+    return f"{cls}{callspec.id}" if callspec and cls else item.nodeid
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    write({"test": nodeid})
+    append_record({"test": nodeid})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Writes one line per test: its call, or a failure before or after it."""
+    """Writes one line per test: the result of its call, or a failure of setup or teardown."""
     if report.when != "call" and report.passed:
         return
-    write(
+    append_record(
         {
             "test": report.nodeid,
             "result": report.outcome,
             "seconds": report.duration,
             "reason": _reason(report),
-            "detail": report.longreprtext[-DETAIL:] if report.failed else "",
+            "detail": report.longreprtext[-MAX_DETAIL_CHARS:] if report.failed else "",
             "speeds": [value for name, value in report.user_properties if name == "speed"],
         }
     )
-    if report.failed and POISON.search(report.longreprtext):
-        pytest.exit("the GPU is lost to this process", returncode=POISONED)
+    if report.failed and STICKY_CUDA_ERROR.search(report.longreprtext):
+        pytest.exit("a CUDA error has made the GPU unusable for this process", returncode=GPU_LOST_EXIT_CODE)
 
 
 def _reason(report: pytest.TestReport) -> str:
-    noted = "; ".join(str(value) for name, value in report.user_properties if name == "reason")
+    notes = "; ".join(str(value) for name, value in report.user_properties if name == "reason")
     if report.skipped:
-        return str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else noted
+        return str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else notes
     if report.passed:
-        return noted
+        return notes
     crash = getattr(report.longrepr, "reprcrash", None)
-    words = " ".join(str(crash.message).split())[:REASON] if crash else str(report.when)
-    return f"{noted}; {words}" if noted else words
+    message = " ".join(str(crash.message).split())[:MAX_REASON_CHARS] if crash else str(report.when)
+    return f"{notes}; {message}" if notes else message
 
 
-def lines() -> list[dict[str, Any]]:
-    path = os.environ.get(RECORD)
+def load_record() -> list[dict[str, Any]]:
+    path = os.environ.get(RECORD_VARIABLE)
     if not path or not Path(path).exists():
         return []
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def write(line: dict[str, Any]) -> None:
-    path = os.environ.get(RECORD)
+def append_record(line: dict[str, Any]) -> None:
+    path = os.environ.get(RECORD_VARIABLE)
     if path:
         with Path(path).open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,6 +1,6 @@
-"""Measures the speed of a model of realistic size: ours, that of transformers, and the bound of memory bandwidth.
+"""Measures the speed of a model of realistic size: ours, that of transformers, and the limit by memory bandwidth.
 
-The tests report speeds and never assert them. The weights are random, which does not change the cost.
+The tests report speeds and do not assert them. The weights are random, which does not change the cost.
 """
 
 import statistics
@@ -22,12 +22,12 @@ from rtp_llm.parallel.group import SingleRankGroup
 from rtp_llm.runner.model_runner import ModelRunner
 from tests.gpu.plugin import Note
 from tests.model import drive
-from tests.model.conftest import _one_thread  # noqa: F401  # for this process, too
+from tests.model.conftest import _one_thread  # noqa: F401  # applies to these tests, too
 
 MIB = 1 << 20
-CONTEXT = 40960
-# Of Qwen3-0.6B.
-REALISTIC = Qwen3Config(
+MAX_POSITIONS = 40960
+# The dimensions of Qwen3-0.6B.
+QWEN3_0_6B = Qwen3Config(
     vocab_size=151936,
     hidden_size=1024,
     intermediate_size=3072,
@@ -35,7 +35,7 @@ REALISTIC = Qwen3Config(
     num_attention_heads=16,
     num_key_value_heads=8,
     head_dim=128,
-    max_position_embeddings=CONTEXT,
+    max_position_embeddings=MAX_POSITIONS,
     tie_word_embeddings=True,
     dtype="bfloat16",
 )
@@ -51,232 +51,238 @@ TINY = Qwen3Config(
     tie_word_embeddings=True,
     dtype="float32",
 )
-PROMPT = 128  # tokens of each sequence before decoding is timed
-ENDLESS = 10_000  # tokens: until it is aborted
-WARM_STEPS = 4
+PROMPT_TOKENS = 128  # tokens of each sequence before decoding is timed
+UNREACHED_MAX_TOKENS = 10_000  # tokens; the test aborts the request earlier
+WARM_UP_STEPS = 4
 REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What the tests measure on one kind of device."""
+class BenchmarkConfig:
+    """Model and sizes that the tests measure on one type of device."""
 
-    config: Qwen3Config
-    steps: int
-    long_prompt: int
-    copied: int  # bytes, for the bandwidth of memory
+    model_config: Qwen3Config
+    num_steps: int
+    long_prompt_tokens: int
+    copy_bytes: int  # to measure the memory bandwidth
 
 
-SCALES = {
-    "cuda": Scale(REALISTIC, steps=32, long_prompt=4096, copied=1024 * MIB),
-    "cpu": Scale(TINY, steps=16, long_prompt=512, copied=128 * MIB),
+BENCHMARK_CONFIGS = {
+    "cuda": BenchmarkConfig(QWEN3_0_6B, num_steps=32, long_prompt_tokens=4096, copy_bytes=1024 * MIB),
+    "cpu": BenchmarkConfig(TINY, num_steps=16, long_prompt_tokens=512, copy_bytes=128 * MIB),
 }
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One model: that of transformers in memory, and its checkpoint on disk."""
+class BenchmarkModel:
+    """A model of transformers in memory, and its checkpoint on disk."""
 
-    scale: Scale
+    benchmark: BenchmarkConfig
     device: torch.device
-    theirs: PreTrainedModel
+    reference: PreTrainedModel
     path: Path
     bandwidth: float  # bytes per second
 
-    def ids(self, sequences: int, length: int, seed: int) -> list[list[int]]:
-        table: list[list[int]] = (
-            np.random.default_rng(seed).integers(0, self.scale.config.vocab_size, (sequences, length)).tolist()
-        )
-        return table
+    def random_prompts(self, sequences: int, length: int, seed: int) -> list[list[int]]:
+        """Returns random token ids, [sequences, length]."""
+        generator = np.random.default_rng(seed)
+        vocab_size = self.benchmark.model_config.vocab_size
+        prompts: list[list[int]] = generator.integers(0, vocab_size, (sequences, length)).tolist()
+        return prompts
 
     @property
     def parameters(self) -> str:
-        return f"{sum(p.numel() for p in self.theirs.parameters()) / 1e6:.0f} M parameters"
+        return f"{sum(p.numel() for p in self.reference.parameters()) / 1e6:.0f} M parameters"
 
 
 @pytest.fixture(scope="module")
-def subject(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def model(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkModel:
     logging.disable_progress_bar()
-    scale = SCALES[device.type]
-    dtype = scale.config.dtype
-    before = torch.get_default_dtype()
+    benchmark = BENCHMARK_CONFIGS[device.type]
+    dtype = benchmark.model_config.dtype
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)))
     try:
         with device:
-            theirs = Qwen3ForCausalLM(scale.config).eval()
+            reference = Qwen3ForCausalLM(benchmark.model_config).eval()
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)
     path = tmp_path_factory.mktemp("speed") / "model"
-    theirs.save_pretrained(path)
-    return Subject(scale, device, theirs, path, copy_bandwidth(device, scale.copied))
+    reference.save_pretrained(path)
+    return BenchmarkModel(benchmark, device, reference, path, measure_copy_bandwidth(device, benchmark.copy_bytes))
 
 
 @pytest.fixture(scope="module")
-def engine(subject: Subject) -> Engine:
-    """Returns our engine, with room for all sequences of these tests and the step size of a server."""
+def engine(model: BenchmarkModel) -> Engine:
+    """Returns our engine with a KV cache for all sequences of these tests and the step size of a server."""
     settings = {
         "test_block_num": 0,
-        "kv_cache_mem_mb": 8192 if subject.device.type == "cuda" else 256,
+        "kv_cache_mem_mb": 8192 if model.device.type == "cuda" else 256,
         "max_batch_tokens_size": 0,
         "warm_up": True,
     }
-    return drive.make_engine(load(subject, settings), lambda step: None)
+    return drive.make_engine(load_runner(model, settings), lambda step: None)
 
 
-def load(subject: Subject, settings: drive.Settings) -> ModelRunner:
-    context = subject.scale.config.max_position_embeddings
-    return drive.load_runner(subject.path, settings, SingleRankGroup(), subject.device, context)[0]
+def load_runner(model: BenchmarkModel, settings: drive.Settings) -> ModelRunner:
+    context = model.benchmark.model_config.max_position_embeddings
+    return drive.load_runner(model.path, settings, SingleRankGroup(), model.device, context)[0]
 
 
-def copy_bandwidth(device: torch.device, size: int) -> float:
+def measure_copy_bandwidth(device: torch.device, size: int) -> float:
     """Returns the bytes per second, read and written, of the fastest of several copies."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / min(seconds(device, lambda: target.copy_(source)) for _ in range(2 * REPEATS))
+    return 2 * size / min(measure_seconds(device, lambda: target.copy_(source)) for _ in range(2 * REPEATS))
 
 
-def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    wait(device)
-    started = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - started
+def measure_seconds(device: torch.device, operation: Callable[[], object]) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    operation()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @pytest.mark.parametrize("sequences", [1, 8, 32])
-def test_decode(subject: Subject, engine: Engine, note: Note, sequences: int) -> None:
-    steps, floor = ours_decode(subject, engine, sequences)
-    ours, theirs = statistics.median(steps), theirs_decode(subject, sequences)
-    note("reason", f"{ours * 1e3:.2f} ms a step, {max(steps) * 1e3:.2f} the slowest; {subject.parameters}")
-    note(
-        "speed", row(f"decode step, {sequences} sequences", "ms", ours * 1e3, theirs * 1e3, theirs / ours, floor * 1e3)
-    )
+def test_decode(model: BenchmarkModel, engine: Engine, note: Note, sequences: int) -> None:
+    steps, floor = measure_decode(model, engine, sequences)
+    ours, theirs = statistics.median(steps), measure_reference_decode(model, sequences)
+    note("reason", f"{ours * 1e3:.2f} ms per step, slowest {max(steps) * 1e3:.2f}; {model.parameters}")
+    name = f"decode step, {sequences} sequences"
+    note("speed", speed_row(name, "ms", ours * 1e3, theirs * 1e3, theirs / ours, floor * 1e3))
 
 
-def row(what: str, unit: str, ours: float, theirs: float, ratio: float, floor: float | None = None) -> dict[str, Any]:
-    """`ratio`: our speed divided by that of transformers. `floor`: the bytes to read divided by the bandwidth."""
-    return {"what": what, "unit": unit, "ours": ours, "transformers": theirs, "ratio": ratio, "floor": floor}
+def speed_row(
+    name: str, unit: str, ours: float, theirs: float, ratio: float, floor: float | None = None
+) -> dict[str, Any]:
+    """Returns a row of the speed table.
+
+    `ratio`: our speed divided by that of transformers. `floor`: the bytes to read divided by the bandwidth.
+    """
+    return {"name": name, "unit": unit, "ours": ours, "transformers": theirs, "ratio": ratio, "floor": floor}
 
 
-def ours_decode(subject: Subject, engine: Engine, sequences: int) -> tuple[list[float], float]:
+def measure_decode(model: BenchmarkModel, engine: Engine, sequences: int) -> tuple[list[float], float]:
     """Returns the seconds of each step, and the floor of a step."""
     requests = [
-        drive.greedy_request(ids, ENDLESS, id=str(i))
-        for i, ids in enumerate(subject.ids(sequences, PROMPT, seed=sequences))
+        drive.greedy_request(ids, UNREACHED_MAX_TOKENS, id=str(i))
+        for i, ids in enumerate(model.random_prompts(sequences, PROMPT_TOKENS, seed=sequences))
     ]
     for request in requests:
         engine.add(request)
     while any(request.num_output_tokens == 0 for request in requests):
         engine.step()
-    for _ in range(WARM_STEPS):
+    for _ in range(WARM_UP_STEPS):
         engine.step()
-    cost = runner_of(engine).cost
-    before = cost.read_bytes
-    times = [seconds(subject.device, engine.step) for _ in range(subject.scale.steps)]
-    read = (cost.read_bytes - before) / len(times)
+    cost = get_runner(engine).cost
+    initial_read_bytes = cost.read_bytes
+    times = [measure_seconds(model.device, engine.step) for _ in range(model.benchmark.num_steps)]
+    bytes_per_step = (cost.read_bytes - initial_read_bytes) / len(times)
     assert engine.last_step_tokens == sequences
     for request in requests:
         engine.abort(request.id)
-    return times, read / subject.bandwidth
+    return times, bytes_per_step / model.bandwidth
 
 
-def runner_of(engine: Engine) -> ModelRunner:
+def get_runner(engine: Engine) -> ModelRunner:
     assert isinstance(engine.runner, ModelRunner)
     return engine.runner
 
 
 @torch.inference_mode()
-def theirs_decode(subject: Subject, sequences: int) -> float:
-    """Returns the seconds of a step: a long generation minus one of a single token."""
-    table = subject.ids(sequences, PROMPT, seed=sequences)
-    generate(subject, table, 2)
-    count = subject.scale.steps
-    return (best_generate(subject, table, 1 + count) - best_generate(subject, table, 1)) / count
+def measure_reference_decode(model: BenchmarkModel, sequences: int) -> float:
+    """Returns the seconds per decode step: those of a long generation minus those of one token, per further token."""
+    prompts = model.random_prompts(sequences, PROMPT_TOKENS, seed=sequences)
+    generate(model, prompts, 2)
+    num_steps = model.benchmark.num_steps
+    return (measure_generate(model, prompts, 1 + num_steps) - measure_generate(model, prompts, 1)) / num_steps
 
 
-def best_generate(subject: Subject, table: list[list[int]], count: int) -> float:
-    return min(seconds(subject.device, lambda: generate(subject, table, count)) for _ in range(REPEATS))
+def measure_generate(model: BenchmarkModel, prompts: list[list[int]], num_tokens: int) -> float:
+    return min(measure_seconds(model.device, lambda: generate(model, prompts, num_tokens)) for _ in range(REPEATS))
 
 
-def generate(subject: Subject, table: list[list[int]], count: int) -> None:
-    ids = torch.tensor(table, device=subject.device)
+def generate(model: BenchmarkModel, prompts: list[list[int]], num_tokens: int) -> None:
+    ids = torch.tensor(prompts, device=model.device)
     kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-    subject.theirs.generate(ids, max_new_tokens=count, min_new_tokens=count, **kwargs)  # type: ignore[operator]
+    model.reference.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, **kwargs)  # type: ignore[operator]
 
 
-def test_prefill(subject: Subject, engine: Engine, note: Note) -> None:
-    length = subject.scale.long_prompt
-    ours = length / min(ours_prefill(subject, engine, seed) for seed in range(REPEATS + 1))
-    theirs = length / theirs_prefill(subject)
-    note("reason", f"{ours:.0f} tokens/s, a prompt of {length} tokens")
-    note("speed", row(f"prefill, {length} tokens", "tokens/s", ours, theirs, ours / theirs))
+def test_prefill(model: BenchmarkModel, engine: Engine, note: Note) -> None:
+    length = model.benchmark.long_prompt_tokens
+    ours = length / min(measure_prefill(model, engine, seed) for seed in range(REPEATS + 1))
+    theirs = length / measure_reference_prefill(model)
+    note("reason", f"{ours:.0f} tokens/s for a prompt of {length} tokens")
+    note("speed", speed_row(f"prefill, {length} tokens", "tokens/s", ours, theirs, ours / theirs))
 
 
-def ours_prefill(subject: Subject, engine: Engine, seed: int) -> float:
-    """Returns seconds. Each seed gives another prompt, so that the prefix cache has no hits."""
-    request = drive.greedy_request(subject.ids(1, subject.scale.long_prompt, 100 + seed)[0], 1)
+def measure_prefill(model: BenchmarkModel, engine: Engine, seed: int) -> float:
+    """Returns the seconds of one prefill. Each seed gives another prompt, so that the prefix cache has no hits."""
+    request = drive.greedy_request(model.random_prompts(1, model.benchmark.long_prompt_tokens, 100 + seed)[0], 1)
     engine.add(request)
-    return seconds(subject.device, lambda: drive.finish(engine, {"0": drive.Completion()}))
+    return measure_seconds(model.device, lambda: drive.finish(engine, {"0": drive.Completion()}))
 
 
 @torch.inference_mode()
-def theirs_prefill(subject: Subject) -> float:
-    table = subject.ids(1, subject.scale.long_prompt, seed=100)
-    generate(subject, table, 1)
-    return best_generate(subject, table, 1)
+def measure_reference_prefill(model: BenchmarkModel) -> float:
+    prompts = model.random_prompts(1, model.benchmark.long_prompt_tokens, seed=100)
+    generate(model, prompts, 1)
+    return measure_generate(model, prompts, 1)
 
 
-def test_bandwidth(subject: Subject, note: Note) -> None:
-    """Reports the bandwidth that the floors are computed with."""
-    note("reason", f"{subject.bandwidth / 1e9:.0f} GB/s copied, read and written; {subject.parameters}")
+def test_bandwidth(model: BenchmarkModel, note: Note) -> None:
+    """Reports the memory bandwidth from which the floors are computed."""
+    note("reason", f"{model.bandwidth / 1e9:.0f} GB/s copied, read and written; {model.parameters}")
 
 
-def test_a_full_cache_leaves_room_to_forward(subject: Subject, engine: Engine, note: Note) -> None:
-    """The KV cache takes the memory that a warm-up with one prompt leaves free. With sequences that fill this cache, a
-    decode step and a prefill chunk must still fit into memory.
+def test_full_kv_cache_leaves_memory_for_forward(model: BenchmarkModel, engine: Engine, note: Note) -> None:
+    """A decode step and a prefill chunk with sequences that fill the KV cache must still fit into memory.
+
+    The KV cache takes the memory that a warm-up with one prompt leaves free.
     """
-    forget(subject, engine)
-    small = {} if subject.device.type == "cuda" else {"kv_cache_mem_mb": 64}
-    runner = load(subject, {"test_block_num": 0, "max_batch_tokens_size": 0, "warm_up": True} | small)
+    free_device_memory(model, engine)
+    cache_settings = {} if model.device.type == "cuda" else {"kv_cache_mem_mb": 64}
+    runner = load_runner(model, {"test_block_num": 0, "max_batch_tokens_size": 0, "warm_up": True} | cache_settings)
     sequences = runner.config.max_sequences
     blocks = min(runner.num_blocks // sequences, runner.max_seq_len // runner.block_size)
     note("reason", f"{runner.kv_bytes / MIB:.0f} MiB of KV cache; {sequences} sequences of {blocks} blocks")
-    assert runner._forward(last_tokens(runner, sequences, blocks, each=1)) is not None
-    longest = min(runner.num_blocks, runner.max_seq_len // runner.block_size)
-    chunk = min(runner.max_num_batched_tokens, longest * runner.block_size)
-    assert runner._forward(last_tokens(runner, 1, longest, each=chunk)) is not None
-    wait(subject.device)
+    assert runner._forward(make_step(runner, sequences, blocks, num_tokens=1)) is not None
+    max_blocks = min(runner.num_blocks, runner.max_seq_len // runner.block_size)
+    chunk = min(runner.max_num_batched_tokens, max_blocks * runner.block_size)
+    assert runner._forward(make_step(runner, 1, max_blocks, num_tokens=chunk)) is not None
+    synchronize(model.device)
 
 
-def forget(subject: Subject, engine: Engine) -> None:
-    """Frees the device memory that the other tests of this process hold."""
-    runner_of(engine).kv_caches = []
-    torch.nn.Module.to(subject.theirs, "meta")
-    if subject.device.type == "cuda":
+def free_device_memory(model: BenchmarkModel, engine: Engine) -> None:
+    """Frees the device memory that the fixtures of the other tests hold."""
+    get_runner(engine).kv_caches = []
+    torch.nn.Module.to(model.reference, "meta")
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def last_tokens(runner: ModelRunner, sequences: int, blocks: int, each: int) -> Step:
-    """Returns a step with the last `each` tokens of each sequence. The cache content before them is arbitrary."""
+def make_step(runner: ModelRunner, sequences: int, blocks: int, num_tokens: int) -> Step:
+    """Returns a step with the last `num_tokens` tokens of each sequence. The cache content before them is arbitrary."""
     length = blocks * runner.block_size
-    tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
-    positions = np.tile(np.arange(length - each, length, dtype=np.int32), sequences)
-    first = np.repeat(tables[:, 0] * runner.block_size, each).astype(np.int32)
+    block_tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
+    positions = np.tile(np.arange(length - num_tokens, length, dtype=np.int32), sequences)
+    first_slots = np.repeat(block_tables[:, 0] * runner.block_size, num_tokens).astype(np.int32)
     return Step(
         0,
         0,
-        sequences if each == 1 else 0,
+        sequences if num_tokens == 1 else 0,
         token_ids=np.zeros_like(positions),
         positions=positions,
-        slot_mapping=first + positions,
-        query_start_loc=np.arange(0, len(positions) + 1, each, dtype=np.int32),
+        slot_mapping=first_slots + positions,
+        query_start_loc=np.arange(0, len(positions) + 1, num_tokens, dtype=np.int32),
         seq_lens=np.full(sequences, length, dtype=np.int32),
         prompt_lens=np.full(sequences, length, dtype=np.int32),
-        block_tables=tables,
-        logits_indices=np.arange(each - 1, len(positions), each, dtype=np.int32),
+        block_tables=block_tables,
+        logits_indices=np.arange(num_tokens - 1, len(positions), num_tokens, dtype=np.int32),
     )

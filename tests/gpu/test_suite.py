@@ -1,4 +1,4 @@
-"""Tests the suite itself on CPU: it continues after a failure, a lost process or a hang."""
+"""Tests the suite itself on CPU: it continues after a failure, a lost process and a hang."""
 
 import os
 import sys
@@ -9,29 +9,29 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import environment, report
-from tests.gpu.__main__ import choose_device
-from tests.gpu.environment import EnvironmentFault
-from tests.gpu.groups import Group, chosen, run
+from tests.gpu.__main__ import select_device
+from tests.gpu.environment import SetupError
+from tests.gpu.groups import Group, run_group, select_groups
 from tests.gpu.report import Result
 
-TESTS = """\
+TEST_FILE = """\
 import os, subprocess, sys, time
 import pytest
 
-def test_fine(record_property):
-    record_property("reason", "two words")
-    record_property("speed", {"what": "x"})
+def test_passing(record_property):
+    record_property("reason", "short reason")
+    record_property("speed", {"name": "x"})
 
-def test_wrong():
+def test_failing():
     assert 1 == 2
 
-def test_poisoned():
+def test_cuda_error():
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-def test_dies():
+def test_exits():
     os._exit(7)
 
-def test_behind():
+def test_after_exit():
     pass
 
 def test_skipped():
@@ -52,41 +52,50 @@ def env(tmp_path: Path) -> dict[str, str]:
 def run_file(tmp_path: Path, env: dict[str, str], text: str, seconds: float) -> dict[str, Result]:
     file = tmp_path / "some.py"
     file.write_text(textwrap.dedent(text).replace('"left"', repr(str(tmp_path / "left"))))
-    shards = run(Group("some", str(file), seconds), env, tmp_path, seconds)
+    shards = run_group(Group("some", str(file), seconds), env, tmp_path, seconds)
     return {result.test: result for shard in shards for result in shard.results()}
 
 
-def test_it_goes_on_after_any_failure(tmp_path: Path, env: dict[str, str]) -> None:
-    found = run_file(tmp_path, env, TESTS.split("def test_hangs")[0], 60)
-    assert {test: result.result for test, result in found.items()} == {
-        "fine": "passed",
-        "wrong": "failed",
-        "poisoned": "failed",
-        "dies": "lost",
-        "behind": "passed",
+def test_suite_continues_after_any_failure(tmp_path: Path, env: dict[str, str]) -> None:
+    results = run_file(tmp_path, env, TEST_FILE.split("def test_hangs")[0], 60)
+    assert {test: result.result for test, result in results.items()} == {
+        "passing": "passed",
+        "failing": "failed",
+        "cuda_error": "failed",
+        "exits": "lost",
+        "after_exit": "passed",
         "skipped": "skipped",
     }
-    assert found["fine"].reason == "two words"
-    assert found["wrong"].reason == "assert 1 == 2"
-    assert "illegal memory access" in found["poisoned"].detail
-    assert found["dies"].reason == "its process ended with 7"
+    assert results["passing"].reason == "short reason"
+    assert results["failing"].reason == "assert 1 == 2"
+    assert "illegal memory access" in results["cuda_error"].detail
+    assert results["exits"].reason == "its process ended with 7"
+
+
+def test_suite_continues_after_the_timeout_of_a_test(
+    tmp_path: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.gpu.groups.TEST_TIMEOUT_SECONDS", 3)
+    hang = "import time\n\ndef test_a(): pass\n\ndef test_b(): time.sleep(600)\n\ndef test_c(): pass\n"
+    results = run_file(tmp_path, env, hang, 60)
+    assert {test: result.result for test, result in results.items()} == {"a": "passed", "b": "lost", "c": "passed"}
 
 
 @pytest.mark.slow
-def test_a_hang_ends_with_its_group_and_leaves_nothing(tmp_path: Path, env: dict[str, str]) -> None:
-    found = run_file(tmp_path, env, TESTS.replace("os._exit(7)", "pass").replace("CUDA error", "another"), 20)
-    assert found["hangs"].result == "timeout"
-    assert found["behind"].result == "passed"
+def test_group_timeout_kills_hung_test_and_its_processes(tmp_path: Path, env: dict[str, str]) -> None:
+    results = run_file(tmp_path, env, TEST_FILE.replace("os._exit(7)", "pass").replace("CUDA error", "another"), 20)
+    assert results["hangs"].result == "timeout"
+    assert results["after_exit"].result == "passed"
     assert (tmp_path / "left").exists()
-    deadline = time.monotonic() + 10  # the kernel takes a moment to end what was killed
-    while left_of(tmp_path) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 10  # killed processes take a moment to end
+    while leftover_processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left_of(tmp_path) == []
+    assert leftover_processes(tmp_path) == []
 
 
-def left_of(folder: Path) -> list[Path]:
-    mark = f"RTP_TEST_RECORD={folder}".encode()
-    return [process for process in Path("/proc").glob("[0-9]*") if mark in _environ(process)]
+def leftover_processes(folder: Path) -> list[Path]:
+    variable = f"RTP_TEST_RECORD={folder}".encode()
+    return [process for process in Path("/proc").glob("[0-9]*") if variable in _environ(process)]
 
 
 def _environ(process: Path) -> bytes:
@@ -96,60 +105,60 @@ def _environ(process: Path) -> bytes:
         return b""
 
 
-def test_a_file_that_cannot_be_imported_is_no_success(tmp_path: Path, env: dict[str, str]) -> None:
-    found = run_file(tmp_path, env, "import nothing_of_that_name\n", 30)
-    assert [result.result for result in found.values()] == ["not run"]
-    assert "nothing_of_that_name" in next(iter(found.values())).detail
+def test_import_error_is_reported_as_not_run(tmp_path: Path, env: dict[str, str]) -> None:
+    results = run_file(tmp_path, env, "import nothing_of_that_name\n", 30)
+    assert [result.result for result in results.values()] == ["not run"]
+    assert "nothing_of_that_name" in next(iter(results.values())).detail
 
 
 def test_shards_share_the_tests(tmp_path: Path, env: dict[str, str]) -> None:
     file = tmp_path / "some.py"
     file.write_text("import pytest\n\n@pytest.mark.parametrize('n', range(5))\ndef test_it(n):\n    pass\n")
-    shards = run(Group("some", str(file), 30, shards=2), env, tmp_path, 30)
+    shards = run_group(Group("some", str(file), 30, shards=2), env, tmp_path, 30)
     assert [len(shard.results()) for shard in shards] == [3, 2]
 
 
-def test_smoke(tmp_path: Path, env: dict[str, str]) -> None:
-    """One group of the real suite."""
-    shards = run(Group("pieces", "tests/gpu/pieces.py", 100), env, tmp_path, 100)
+def test_components_group_passes(tmp_path: Path, env: dict[str, str]) -> None:
+    """Runs one group of the suite."""
+    shards = run_group(Group("components", "tests/gpu/components.py", 100), env, tmp_path, 100)
     results = shards[0].results()
     assert {result.result for result in results} == {"passed"}, results
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "WHEELS", tmp_path / "nowhere")
-    have = environment.installed()
-    assert environment.lacking(have) == []
-    old = {name: version for name, version in have.items() if name != "fastapi"} | {"pydantic": "1.9"}
-    assert environment.lacking(old) == ["fastapi (absent)", "pydantic (1.9, but 2.14 is needed)"]
-    advice = environment._advice(environment.lacking(old))
-    assert "fastapi (absent)" in advice
-    assert f"make gpu-wheels PYTHON_VERSION={sys.version_info[0]}.{sys.version_info[1]}" in advice
+    versions = environment.installed_versions()
+    assert environment.unmet_requirements(versions) == []
+    incomplete = {name: version for name, version in versions.items() if name != "fastapi"} | {"pydantic": "1.9"}
+    assert environment.unmet_requirements(incomplete) == ["fastapi (absent)", "pydantic (1.9, but 2.14 is needed)"]
+    message = environment._unmet_message(environment.unmet_requirements(incomplete))
+    assert "fastapi (absent)" in message
+    assert f"make gpu-wheels PYTHON_VERSION={sys.version_info[0]}.{sys.version_info[1]}" in message
 
 
-def test_only_wheels_that_are_missed_are_unpacked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_missing_or_older_packages_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "WHEELS", tmp_path)
     for name in ("a_b-1.2.0-py3-none-any.whl", "older-2.0-py3-none-any.whl", "newer-2.0-py3-none-any.whl"):
         (tmp_path / name).touch()
-    found = environment.wanted_wheels({"older": "1.9.9", "newer": "2.0.1"})
-    assert [wheel.name.split("-")[0] for wheel in found] == ["a_b", "older"]
+    wheels = environment.wheels_to_install({"older": "1.9.9", "newer": "2.0.1"})
+    assert [wheel.name.split("-")[0] for wheel in wheels] == ["a_b", "older"]
 
 
-def test_a_cpu_does_not_pose_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_results_never_replace_gpu_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RTP_TEST_RESULTS", raising=False)
-    assert report.destination("cuda") == report.PUBLISHED
-    assert report.PUBLISHED not in report.destination("cpu").parents
-    assert report.destination("cpu").is_relative_to(environment.BUILD)
+    assert report.results_path("cuda") == report.PUBLISHED_RESULTS
+    assert report.PUBLISHED_RESULTS not in report.results_path("cpu").parents
+    assert report.results_path("cpu").is_relative_to(environment.BUILD)
     monkeypatch.delenv("RTP_TEST_DEVICE", raising=False)
-    with pytest.raises(EnvironmentFault, match=r"no GPU was found.*\n.*RTP_TEST_DEVICE=cpu make test-gpu"):
-        choose_device({"torch": "2.13.0+cpu"})
+    with pytest.raises(SetupError, match=r"no GPU was found by torch.*\n.*RTP_TEST_DEVICE=cpu make test-gpu"):
+        select_device({"torch": "2.13.0+cpu"})
     monkeypatch.setenv("RTP_TEST_DEVICE", "cpu")
-    assert choose_device({"torch": "2.13.0+cpu"}) == "cpu"
+    assert select_device({"torch": "2.13.0+cpu"}) == "cpu"
 
 
-def test_groups_are_named() -> None:
+def test_select_groups_rejects_unknown_names() -> None:
     groups = [Group("a", "a.py", 1), Group("b", "b.py", 1)]
-    assert chosen(groups, []) == groups
-    assert chosen(groups, ["b"]) == groups[1:]
+    assert select_groups(groups, []) == groups
+    assert select_groups(groups, ["b"]) == groups[1:]
     with pytest.raises(ValueError, match="no group c; there are a, b"):
-        chosen(groups, ["c"])
+        select_groups(groups, ["c"])

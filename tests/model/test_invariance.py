@@ -202,7 +202,10 @@ def test_requests_with_nan_do_not_affect_others(expected: Expected, order: str, 
 
 
 @pytest.mark.parametrize(
-    ("rank_pool", "name"), [(2, "mistral-window"), (4, "qwen2-14-heads")], ids=["tp2", "tp4"], indirect=["rank_pool"]
+    ("rank_pool", "name"),
+    [(2, "mistral-window"), pytest.param(4, "qwen2-14-heads", marks=pytest.mark.slow)],
+    ids=["tp2", "tp4"],
+    indirect=["rank_pool"],
 )
 def test_several_ranks(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     """Small chunks and few blocks on several ranks; then all requests twice, the second time from the prefix cache."""

@@ -166,6 +166,7 @@ def test_logprobs_are_of_unprocessed_logits(oracle: Oracle) -> None:
     check(completion.logprobs, [7], answer.logits[:1], TOP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_pool", [3], ids="tp{}".format, indirect=True)
 def test_several_ranks(rank_pool: RankPool, oracles: Oracles) -> None:
     oracle = oracles("qwen2-14-heads")

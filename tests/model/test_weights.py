@@ -349,6 +349,7 @@ def test_half_precision(oracles: Oracles, act_type: str) -> None:
         assert np.corrcoef(logits, expected.logits[0])[0, 1] > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_pool", [3], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("collectives", ["local", "gloo"])
 @pytest.mark.parametrize("act_type", ["bf16", "fp16"])

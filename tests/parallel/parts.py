@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 
 import rtp_llm
 from tests.parallel.fetch import fetch
-from tests.ports import busy, reserved_ports
+from tests.ports import busy_ports, reserved_ports
 
 T = TypeVar("T")
 
@@ -195,7 +195,7 @@ class Part:
         """Asserts that no process runs, ports are free, /dev/shm has no new file and the temporary folder is empty."""
         self.assert_no_process_left()
         if not self.inside:
-            assert busy(reserved_ports(self.port, self.ranks)) == [], self.log
+            assert busy_ports(reserved_ports(self.port, self.ranks)) == [], self.log
         self._assert_no_shared_memory_left()
         assert list(self.temporary.iterdir()) == [], self.log
 

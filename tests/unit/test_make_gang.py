@@ -51,6 +51,6 @@ def test_invalid_arguments_exit_2_with_message(tmp_path: Path, arguments: list[s
 
 def test_wait_exits_69_if_a_host_does_not_resolve(tmp_path: Path) -> None:
     assert make_gang(tmp_path / "g", "localhost:1100", "--wait", "60").returncode == 0
-    completed = make_gang(tmp_path / "h", "nobody.invalid:1100", "--wait", "0.01")
+    completed = make_gang(tmp_path / "h", "unknown.invalid:1100", "--wait", "0.01")
     assert completed.returncode == 69
-    assert "nobody.invalid" in completed.stderr
+    assert "unknown.invalid" in completed.stderr
