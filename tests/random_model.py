@@ -2,8 +2,8 @@
 
 Every part of a gang must have the same model, so the same seed gives the same bytes on all machines: the weights are
 computed from raw 64-bit words with exact float32 arithmetic, not with a library's normal distribution, and the
-tokenizer is trained on the text in this file. The head has a large gain: the best token leads by more than a different
-order of summation can change, so greedy output is the same for all batch and TP sizes.
+tokenizer is trained on the text in this file. The output head has a large gain: the logit of the best token leads by
+more than a different order of summation can change, so greedy output is the same for all batch and TP sizes.
 
     python -m tests.random_model FOLDER [--seed N]
 """

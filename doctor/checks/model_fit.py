@@ -12,7 +12,7 @@ from rtp_llm.model.spec import ModelSpec
 @model_check("M-12", "the model architecture is supported", needs=("M-04", "M-05", "M-06", "M-08", "M-11", "M-16"))
 @symptoms(
     "Bfloat16 is only supported on GPUs with compute capability of at least 8.0",
-    "architectures=… is none this server knows",
+    "architectures=… is not supported",
 )
 def architecture_is_supported(ctx: CheckContext) -> CheckResult:
     """config.json gives the model family, the RoPE type, the activation function and the quantization. The GPU must

@@ -4,8 +4,8 @@
     python image/demo/train.py --check    only measures the exact-match accuracy of that model on docs/questions.md
 
 The model is a small Qwen3, trained from random weights on that text only, with transformers and torch's AdamW. The
-examples have several wordings per question and conversations of several turns, so that it answers the last question.
-Needs what `make lint` and `make test` install. The weights differ between processors; the answers should not.
+examples have several wordings per question, and conversations of several turns, so that it learns to answer the last
+question. Needs what `make lint` and `make test` install. The weights differ between processors; the answers should not.
 """
 
 import argparse
@@ -122,7 +122,7 @@ class BatchSampler:
         self._examples, self._tokenizer = examples, tokenizer
 
     def conversation(self, turns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns token ids and labels, both [T]. Labels are IGNORED except for the answers."""
+        """Returns the token ids of a conversation, and as many labels: the ids of the answers, else IGNORED."""
         ids: list[int] = []
         labels: list[int] = []
         if random.random() < 0.15:
@@ -138,7 +138,10 @@ class BatchSampler:
         return torch.tensor(ids), torch.tensor(labels)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Returns ids and labels, [BATCH // turns, longest]. Pads on the right, which causal attention ignores."""
+        """Returns token ids and labels, both [BATCH // turns, length of the longest conversation].
+
+        Pads on the right, which causal attention ignores.
+        """
         turns = random.choice((1, 1, 1, 1, 2, 3))
         ids, labels = zip(*(self.conversation(turns) for _ in range(BATCH // turns)), strict=True)
         return {
@@ -212,7 +215,10 @@ def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
 
 @torch.inference_mode()
 def exact_match(examples: list[Example], wordings: slice) -> float:
-    """Returns the fraction of questions that the model on disk answers exactly. Prints the other questions."""
+    """Returns the fraction of questions that the model on disk answers exactly. Prints the other questions.
+
+    `wordings`: which questions of each example.
+    """
     hf_tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
     model = Qwen3ForCausalLM.from_pretrained(MODEL).eval()
     num_exact = total = 0

@@ -1,4 +1,4 @@
-"""Writes the Grafana dashboard from the table below:
+"""Writes the Grafana dashboard from the table ROWS to stdout:
 
     python image/grafana/make_dashboard.py > image/grafana/dashboards/rtp-llm.json
 
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT = 8, 7  # a third of Grafana's 24 columns
+WIDTH, HEIGHT = 8, 7  # of a panel, in cells of Grafana's grid, which has 24 columns
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RATE = "[$__rate_interval]"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `queries`: (PromQL, legend)."""
+    """One panel. `queries`: (PromQL, legend) of each query."""
 
     title: str
     unit: str

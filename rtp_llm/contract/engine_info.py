@@ -1,14 +1,17 @@
-"""What rank 0 sends to the API process when a connection opens (the READY frame)."""
+"""Properties of the engine, which rank 0 sends to the API process in the first frame of a connection (READY)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Properties of the engine that stay constant during an epoch. The field names are keys of the READY frame."""
+    """Properties of the engine that stay constant during an epoch, that is until all ranks restart.
+
+    The field names are keys of the READY frame (see `parallel.wire`).
+    """
 
     epoch: int
-    max_seq_len: int  # tokens, prompt and output together
+    max_seq_len: int  # tokens of prompt and output together
     vocab_size: int
     block_size: int  # tokens per KV block
     num_blocks: int  # KV blocks, equal on all ranks

@@ -1,10 +1,10 @@
-"""What the engine returns for a request after each step (the EVENTS frame)."""
+"""Output of the engine for one request after a step, sent to the API process in an EVENTS frame (`parallel.wire`)."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-# (logprob of the token, its rank in the vocabulary counted from 0, top N as [(token id, logprob)], most likely first)
+# (logprob of the token, number of more likely tokens, the N most likely tokens in order as [(token id, logprob)])
 Logprob = tuple[float, int, list[tuple[int, float]]]
 
 
@@ -15,11 +15,12 @@ class EngineOutput:
     request_id: str
     tokens: list[int] = field(default_factory=list)  # new token ids: one, or none
     logprobs: list[Logprob] = field(default_factory=list)  # of `tokens`; empty if not requested
-    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of prompt[1:], in the first output that has a token
+    # Of all prompt tokens but the first; only in the first output that has a token.
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     finish: FinishReason | None = None
-    cached_tokens: int = 0  # tokens found in the prefix cache
+    cached_tokens: int = 0  # tokens that were in the prefix cache when the request started
     queue_ms: float = 0.0  # milliseconds from arrival to the first step
-    error: str = ""  # set if `finish` is "error"
+    error: str = ""  # message for the client if `finish` is "error"
 
     def to_json(self) -> list[Any]:
         """Returns the fields as a list, in order of definition."""

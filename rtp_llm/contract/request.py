@@ -5,20 +5,21 @@ from rtp_llm.contract.sampling_params import SamplingParams
 
 
 class Request:
-    """State of one sequence on rank 0.
+    """State of one request on rank 0.
 
-    Each step computes some of the `num_uncomputed_tokens`; once none is left, the next token is sampled and appended.
+    A token is computed when its keys and values are in the KV cache. Each step computes some tokens of the request;
+    once all are computed, the next token is sampled and appended.
 
     id: chosen by the client, unique while the request runs.
     tokens: token ids of prompt and output; `num_prompt_tokens` of them are the prompt.
-    num_computed_tokens: tokens from the start whose keys and values are in the KV cache.
+    num_computed_tokens: the first `num_computed_tokens` of `tokens` are computed.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
     block_ids: KV blocks in order of position (the request's block table).
     block_hashes: prefix-cache keys of its first full blocks, 16 bytes each; computed on demand.
     cache_salt: at most 16 bytes; requests share cached blocks only if their salts are equal.
-    prompt_logprobs: of prompt[1:], as far as computed and not yet returned.
+    prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
     arrival_time: time.monotonic() when the scheduler received it, in seconds.
-    queue_ms: milliseconds from arrival to the first schedule; 0 before.
+    queue_ms: milliseconds from arrival until the request is first scheduled; 0 before.
     """
 
     __slots__ = (
@@ -72,7 +73,10 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Returns whether prompt positions still need logits. Such a request cannot use the prefix cache."""
+        """Returns whether the logits of prompt tokens are still needed.
+
+        The request must then bypass the prefix cache, because cached tokens are not computed and have no logits.
+        """
         return self.params.prompt_logprobs and not self.num_output_tokens
 
     def finish_reason(self, max_seq_len: int) -> FinishReason | None:

@@ -20,11 +20,14 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """How the logits [R, vocab] of a step are used. A logits row is an index into R.
+    """Selects the rows of a step's logits that are sampled, and those that give prompt logprobs.
+
+    The logits have the shape [R, vocab_size]; row i belongs to entry i of `Step.logits_indices`, which has length R.
 
     logits_rows: one row per request; the next token of `requests[i]` is sampled from row `logits_rows[i]`.
     requests: the requests whose tokens are all computed after this step.
-    prompt_logits_rows: (row, id of the next prompt token, top N) for each prompt logprob of this step.
+    prompt_logits_rows: (row, token id, N) for each prompt logprob of this step: the row gives the logprob of that
+        prompt token, which follows the row's token, and of the N most likely tokens.
     """
 
     logits_rows: list[int]

@@ -17,19 +17,22 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over output
     frequency_penalty: float = 0.0  # over output
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id to a number added to its logit
-    seed: int = 0
+    seed: int = 0  # of the random numbers, see `layers.sampler`
     min_tokens: int = 0  # of output; before that many, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()  # includes the end-of-sequence ids unless the client ignores them
     logprobs: int | None = None  # None: off; N: of the sampled token and the N most likely tokens
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = False  # return the logprobs of all prompt tokens but the first
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the parameters as a JSON object of the SUBMIT frame."""
+        """Returns the parameters as the object `params` of a SUBMIT frame (see `parallel.wire`)."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SamplingParams":
-        """Builds the parameters from the object that `to_json` returned; JSON has string keys and no tuples."""
+        """Builds the parameters from a parsed SUBMIT frame.
+
+        JSON has turned the keys of logit_bias into strings and the tuple of stop_token_ids into a list.
+        """
         logit_bias = {int(token): float(bias) for token, bias in data["logit_bias"].items()}
         return cls(**{**data, "stop_token_ids": tuple(data["stop_token_ids"]), "logit_bias": logit_bias})
 

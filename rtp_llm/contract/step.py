@@ -1,4 +1,4 @@
-"""One forward step as flat int32 arrays: the input of every rank, and the frame that rank 0 broadcasts."""
+"""Input of one forward step as int32 arrays. Rank 0 broadcasts it to the other ranks as one frame."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,11 @@ NUM_HEADER_FIELDS = 7
 
 @dataclass(frozen=True)
 class Step:
-    """T tokens of S sequences, R of which need logits. Sequences with one token (decodes) come first.
+    """T tokens of S sequences; the logits of R of the tokens are needed. Sequences with one token (decodes) come first.
 
-    epoch: number of the gang's epoch.
+    W is the largest number of KV blocks of a sequence.
+
+    epoch: number that rises with every restart of all ranks.
     number: of the step in the epoch, counted from 1; the warm-up step has 0.
     num_decodes: the first `num_decodes` sequences have one token each.
     token_ids: [T] int32.
@@ -22,7 +24,7 @@ class Step:
     query_start_loc: [S + 1] int32; sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
     seq_lens: [S] int32, tokens of each sequence in the KV cache after this step.
     prompt_lens: [S] int32, tokens of each prompt.
-    block_tables: [S, W] int32, block ids of each sequence in order of position, padded with 0.
+    block_tables: [S, W] int32, KV block ids of each sequence in order of position, padded with 0.
     logits_indices: [R] int32, indices into T of the tokens whose logits are needed.
     """
 
@@ -40,16 +42,16 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        """Returns T."""
+        """Returns T, the number of tokens."""
         return len(self.token_ids)
 
     @property
     def num_sequences(self) -> int:
-        """Returns S."""
+        """Returns S, the number of sequences."""
         return len(self.seq_lens)
 
     def to_bytes(self) -> bytes:
-        """Returns the frame: a header (epoch, number, num_decodes, T, S, W, R), then the arrays, all int32."""
+        """Returns the frame's payload: (epoch, number, num_decodes, T, S, W, R), then the arrays; all int32."""
         sizes = (self.num_tokens, self.num_sequences, self.block_tables.shape[1], len(self.logits_indices))
         header = np.array((self.epoch, self.number, self.num_decodes, *sizes), dtype=np.int32)
         arrays = (
@@ -67,7 +69,7 @@ class Step:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Step":
-        """Parses a frame. Raises ValueError if its length does not match its header."""
+        """Parses the payload of a frame. Raises ValueError if its length does not match its header."""
         flat = np.frombuffer(bytearray(data), dtype=np.int32)  # a copy, because torch requires writable memory
         epoch, number, num_decodes, num_tokens, num_sequences, width, num_logits = (
             int(n) for n in flat[:NUM_HEADER_FIELDS]
@@ -84,7 +86,9 @@ class Step:
         )
         frame_length = NUM_HEADER_FIELDS + sum(lengths)
         if len(flat) != frame_length or min(lengths) < 0:
-            raise ValueError(f"step frame has {len(flat)} numbers, its header says {frame_length}: {lengths}")
+            raise ValueError(
+                f"step frame has {len(flat)} int32 values; its header requires {frame_length}, with arrays of {lengths}"
+            )
         (
             token_ids,
             positions,

@@ -1,1 +1,1 @@
-"""KV blocks, scheduler, step builder, and the loops that run them."""
+"""Scheduling on rank 0 (KV blocks, scheduler, step builder), and the main loops of all ranks."""

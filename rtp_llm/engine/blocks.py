@@ -1,8 +1,8 @@
 """KV block pool: reference counts, prefix cache and LRU eviction.
 
-A full block is identified by a hash chained over all tokens before it, so equal hashes mean equal prefixes. Freed
-blocks keep their content at the end of the free list; the least recently used block is allocated first. All operations
-are O(1) per block.
+The cache finds a full block by the hash of its tokens and all tokens before them, so equal hashes mean equal prefixes.
+A free block keeps its content until it is allocated again: first the blocks that are not in the cache, then the least
+recently used. All operations are O(1) per block.
 """
 
 from array import array
@@ -12,12 +12,15 @@ from hashlib import blake2b
 
 
 def hash_block(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
-    """Returns the 16-byte hash of `tokens` (one full block) after the prefix with hash `parent` (b"" for none)."""
+    """Returns the 16-byte hash of a full block.
+
+    `parent`: hash of the block before it, b"" for the first. `salt`: at most 16 bytes; separates equal prefixes.
+    """
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=16, salt=salt).digest()
 
 
 class BlockPool:
-    """Pool of `num_blocks` KV blocks of `block_size` tokens each. `enable_caching`: reuse blocks of equal prefixes."""
+    """Pool of `num_blocks` KV blocks of `block_size` tokens each. `enable_caching`: use the prefix cache."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True):
         self.num_blocks, self.block_size, self.enable_caching = num_blocks, block_size, enable_caching
@@ -41,7 +44,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def find_cached_prefix(self, hashes: Sequence[bytes]) -> list[int]:
-        """Returns the blocks of the longest cached prefix of `hashes`. Adds no reference: see `acquire`."""
+        """Returns the blocks of the longest cached prefix of `hashes`. Does not reference them: see `acquire`."""
         blocks = []
         for block_hash in hashes if self.enable_caching else ():
             block = self._block_of_hash.get(block_hash)
@@ -51,7 +54,7 @@ class BlockPool:
         return blocks
 
     def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """Returns how many of these blocks are on the free list; acquiring them removes them from it."""
+        """Returns how many of these blocks count as free until `acquire` references them."""
         return sum(1 for block in blocks if not self._ref_counts[block])
 
     def acquire(self, blocks: Sequence[int]) -> None:
@@ -62,7 +65,10 @@ class BlockPool:
             self._ref_counts[block] += 1
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Returns free blocks with one reference each and evicts their content. The caller has checked `num_free`."""
+        """Removes `num_blocks` (at most `num_free`) blocks from the free list and from the prefix cache.
+
+        Returns them with one reference each.
+        """
         blocks = [self._free_blocks.popitem(last=False)[0] for _ in range(num_blocks)]
         for block in blocks:
             self._ref_counts[block] = 1
@@ -70,7 +76,7 @@ class BlockPool:
         return blocks
 
     def cache_block(self, block: int, block_hash: bytes) -> None:
-        """Adds a full, computed block to the prefix cache. A hash that is cached already keeps its first block."""
+        """Adds a full, computed block to the prefix cache, unless another block with the same hash is in it."""
         if self.enable_caching and block_hash not in self._block_of_hash:
             self._evict_block(block)
             self._block_of_hash[block_hash] = block

@@ -14,12 +14,16 @@ from rtp_llm.engine.step_builder import build_sampling_metadata, build_step, sor
 
 
 class StepExecutor(Protocol):
-    """Rank 0's device work: see `runner.model_runner`."""
+    """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
 
     def execute_and_sample(
         self, step: Step, sampling_metadata: SamplingMetadata
     ) -> tuple[list[SampledToken], list[Logprob]]:
-        """Returns a token per entry of `logits_rows`, and a logprob per entry of `prompt_logits_rows`."""
+        """Computes a step and samples from its logits.
+
+        Returns a token per entry of `sampling_metadata.logits_rows`, and a logprob per entry of
+        `sampling_metadata.prompt_logits_rows`.
+        """
         ...
 
 
@@ -43,8 +47,9 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def add(self, request: Request) -> EngineOutput | None:
-        """Queues a request. Returns its final output if no token is left to generate (a resumed request that was
-        complete), else None.
+        """Queues a request and returns None.
+
+        If no token is left to generate (a resumed request that was complete), returns its final output instead.
         """
         reason = request.finish_reason(self.max_seq_len)
         if reason or request.num_tokens >= self.max_seq_len:

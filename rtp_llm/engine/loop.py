@@ -20,14 +20,14 @@ from rtp_llm.runner.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-KEEPALIVE_INTERVAL_SECONDS = 0.5  # between messages of an idle rank 0 to followers and API
+KEEPALIVE_INTERVAL_SECONDS = 0.5  # between keepalives that an idle rank 0 sends to followers and API process
 
 
 class FollowerConnections:
     """Rank 0's connections to the other ranks."""
 
     def __init__(self, peers: dict[int, socket.socket], timeout: float):
-        """`peers`: one connected socket per rank. `timeout`: seconds per send."""
+        """`peers`: connected sockets by rank. `timeout`: seconds per send."""
         self._peers = peers
         for sock in peers.values():
             sock.settimeout(timeout)
@@ -45,7 +45,7 @@ class FollowerConnections:
             try:
                 sock.sendall(frame)
             except OSError as error:
-                raise CommunicationError(f"lost rank {rank}: {error}") from error
+                raise CommunicationError(f"lost rank {rank} while sending to it: {error}") from error
 
 
 class LeaderLoop:
@@ -62,8 +62,9 @@ class LeaderLoop:
     ):
         """`runner`: the engine's runner, for the metrics.
 
-        `cache_salt_above`: tokens. Keys of longer prompts depend on the prompt's length (dynamic rope), so the prefix
-        cache shares their blocks only between prompts of equal length. 0: off.
+        `cache_salt_above`: a prompt length in tokens; 0: off. With dynamic rope scaling, the attention keys of longer
+        prompts depend on the prompt's length, so the prefix cache shares blocks only between such prompts of equal
+        length.
         """
         self.engine, self.request_server, self.followers = engine, request_server, followers
         self.rank_status, self.runner, self.cache_salt_above = rank_status, runner, cache_salt_above
@@ -97,7 +98,7 @@ class LeaderLoop:
             for request_id in [r for r, client in self._client_of_request.items() if client is message.connection]:
                 self._abort(request_id)
         else:
-            raise CommunicationError(f"unexpected {message.frame_type.name} frame on the request socket")
+            raise CommunicationError(f"the API process sent an unexpected {message.frame_type.name} frame")
 
     def _submit(self, connection: ClientConnection, body: dict[str, Any]) -> None:
         params = SamplingParams.from_json(body["params"])
@@ -114,7 +115,10 @@ class LeaderLoop:
             self._client_of_request.pop(request_id, None)
 
     def _send_outputs(self, outputs: list[EngineOutput], step_seconds: float) -> None:
-        """Sends each client one frame: the outputs of its requests, and the stats. `step_seconds`: 0 for no step."""
+        """Sends each client an EVENTS frame: the outputs of its requests, and the statistics of the engine.
+
+        `step_seconds`: duration of the step; 0 if there was none.
+        """
         outputs_of_client: dict[ClientConnection, list[Any]] = {
             connection: [] for connection in self.request_server.connections
         }
@@ -157,13 +161,13 @@ def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankSta
         try:
             frame_type, payload = recv_frame(sock)
         except OSError as error:
-            raise CommunicationError(f"lost rank 0: {error}") from error
+            raise CommunicationError(f"lost rank 0 while waiting for a step: {error}") from error
         if rank_status.phase != "serving":  # rank 0 sends its first frame once all ranks are connected
             rank_status.set_phase("serving")
         if frame_type == FrameType.STEP:
             step = Step.from_bytes(payload)
             if step.epoch != epoch:
-                raise CommunicationError(f"a step of epoch {step.epoch} reached epoch {epoch}")
+                raise CommunicationError(f"rank 0 sent a step of epoch {step.epoch}; this rank is in epoch {epoch}")
             runner.execute(step)
             rank_status.record_step(step.number, runner.group.wait_seconds)
         rank_status.mark_progress()

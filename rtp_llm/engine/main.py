@@ -1,4 +1,4 @@
-"""`python -m rtp_llm.engine.main RUN_DIR RANK`: the process of one rank."""
+"""`python -m rtp_llm.engine.main RUN_DIR RANK`: runs the process of one rank."""
 
 import os
 import sys
@@ -13,12 +13,15 @@ from rtp_llm.parallel.rank_status import RankStatus
 
 
 def main(run_dir: Path, rank: int) -> None:
-    """Joins the gang, then serves as one rank until the process ends. Raises FatalError."""
+    """Joins the gang, then serves as one rank until the process ends.
+
+    Raises FatalError, for example if the settings of the parts differ or another rank is lost.
+    """
     part_spec = PartSpec.load(run_dir)
     log.setup(f"{part_spec.label} rank{rank}", part_spec.config.log_level, style=part_spec.config.log_format)
     gang = GangClient(part_spec.plan, RankStatus(rank, part_spec.plan.part), part_spec.config, run_dir, exit_process)
     gang.join(part_spec.fingerprint)
-    # Imports torch after the rendezvous: the import takes seconds, and a mismatch between parts must show sooner.
+    # Imports torch after the rendezvous: the import takes seconds, and differing settings should be reported before.
     from rtp_llm.engine.rank import serve_rank
 
     serve_rank(part_spec, gang)

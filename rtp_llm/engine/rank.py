@@ -53,7 +53,7 @@ def _serve(part_spec: PartSpec, gang: GangClient) -> None:
         _run_leader(part_spec, gang, runner)
     else:
         sock = _connect_to_leader(part_spec, gang)
-        log.info("rank %d follows", rank)
+        log.info("rank %d is connected to rank 0 and waits for steps", rank)
         follower_loop(runner, sock, gang.rank_status, gang.epoch)
 
 
@@ -61,7 +61,9 @@ def _select_device(part_spec: PartSpec, rank: int) -> torch.device:
     if part_spec.plan.device != "cuda":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(f"RTP_DEVICE=cuda: torch {torch.__version__} sees no GPU; install its CUDA build, or set cpu")
+        raise ConfigError(
+            f"RTP_DEVICE=cuda: torch {torch.__version__} finds no GPU; install its CUDA build, or set RTP_DEVICE=cpu"
+        )
     device = torch.device("cuda", rank % part_spec.plan.local_world_size)
     torch.cuda.set_device(device)
     return device

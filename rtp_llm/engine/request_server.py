@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class ClientConnection:
-    """One client. `outgoing` buffers what it has not read yet, so that a slow client never blocks a step."""
+    """Connection to one client. `outgoing`: bytes that the client has not read yet, so that it never blocks a step."""
 
     sock: socket.socket
     incoming: FrameBuffer = field(default_factory=FrameBuffer)
@@ -24,7 +24,7 @@ class ClientConnection:
 
 @dataclass(frozen=True)
 class ClientMessage:
-    """A frame from a client. `frame_type`: None if the client disconnected."""
+    """A frame from a client. `frame_type`: None if the client disconnected. `body`: the JSON payload."""
 
     connection: ClientConnection
     frame_type: FrameType | None
@@ -35,7 +35,7 @@ class RequestServer:
     """Accepts clients, sends each a READY frame first, and does all I/O without blocking."""
 
     def __init__(self, path: Path, engine_info: dict[str, Any]):
-        """`path`: of the socket; replaced if it exists. `engine_info`: body of the READY frame."""
+        """`path`: of the socket; an existing file is replaced. `engine_info`: body of the READY frame."""
         self._engine_info = engine_info
         self.connections: set[ClientConnection] = set()
         path.unlink(missing_ok=True)
@@ -48,7 +48,10 @@ class RequestServer:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
     def poll(self, timeout: float) -> list[ClientMessage]:
-        """Returns what clients sent. Waits up to `timeout` seconds if there is nothing yet."""
+        """Accepts clients, sends buffered bytes, and returns the received frames.
+
+        Waits up to `timeout` seconds until a socket is ready.
+        """
         messages: list[ClientMessage] = []
         for key, events in self._selector.select(timeout):
             connection = key.data
@@ -77,13 +80,13 @@ class RequestServer:
         try:
             data = connection.sock.recv(1 << 20)
             if not data:
-                raise WireError("closed")
+                raise WireError("the client closed it")
             frames = list(connection.incoming.feed(data))
             return [ClientMessage(connection, frame_type, json.loads(payload)) for frame_type, payload in frames]
         except BlockingIOError:
             return []
         except (OSError, ValueError) as error:
-            log.info("api connection ended: %s", error)
+            log.info("connection of the API process ended: %s", error)
             self._selector.unregister(connection.sock)
             connection.sock.close()
             self.connections.discard(connection)

@@ -1,7 +1,8 @@
-"""Decides what the next step computes: one token budget, running requests first, no separate prefill and decode phases.
+"""Chooses the tokens that the next step computes: continuous batching with chunked prefill.
 
-Each step computes some of the uncomputed tokens of each request: a decode has one of them, a prefill many, a chunk as
-many as the budget allows (chunked prefill). Plain Python over ints: no torch, no sockets.
+A step computes up to max_num_batched_tokens tokens. Running requests come first: one token of each request that
+decodes, and as many prompt tokens of the others as fit. Waiting requests are admitted if tokens and KV blocks are left.
+Plain Python over ints: no torch, no sockets.
 """
 
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.blocks import BlockPool, hash_block
 
-PROMPT_LOGPROB_CHUNK = 256  # tokens
+PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs, at most
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class SchedulerConfig:
     """Limits of one step."""
 
     max_num_batched_tokens: int
-    max_num_seqs: int
-    max_num_prefills: int = 0  # 0: no limit
+    max_num_seqs: int  # running requests
+    max_num_prefills: int = 0  # requests that compute more than one token; 0: no limit
     max_mixed_chunk: int = 0  # tokens of one prefill in a step with decodes; 0: half of max_num_batched_tokens
 
     @property
@@ -32,7 +33,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """The tokens [start, start + num_tokens) of one request, which this step computes."""
+    """The tokens [start, start + num_tokens) of one request, which one step computes."""
 
     request: Request
     start: int
@@ -40,13 +41,13 @@ class ScheduledChunk:
 
     @property
     def is_last_chunk(self) -> bool:
-        """Returns whether all tokens are computed after this step, so that the next token can be sampled."""
+        """Returns whether the step computes the last token of the request, so that the next token can be sampled."""
         return self.start + self.num_tokens == self.request.num_tokens
 
 
 @dataclass
 class SchedulerStats:
-    """Counters since the start of the epoch, for the metrics."""
+    """Counters since this process started, for the metrics."""
 
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
@@ -62,7 +63,7 @@ class Scheduler:
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     stats: SchedulerStats = field(default_factory=SchedulerStats)
-    _has_preempted: bool = False  # in this step, which then admits no request
+    _has_preempted: bool = False  # the current step has preempted a request, so it admits no waiting one
 
     def add(self, request: Request) -> None:
         """Appends a request to the waiting queue."""
@@ -70,7 +71,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request_id: str) -> Request | None:
-        """Removes a request and frees its blocks. Returns it, or None if it has ended."""
+        """Removes a request and frees its blocks. Returns the request, or None if it has ended."""
         for queue in (self.running, self.waiting):
             for request in queue:
                 if request.id == request_id:
@@ -118,7 +119,7 @@ class Scheduler:
                 num_decodes -= 1
                 num_tokens = 1
             else:
-                # Reserves one token for each of the decodes that follow in the list.
+                # Reserves one token for each decode that comes later in the list.
                 num_tokens = min(num_uncomputed, chunk_limit, budget - num_decodes, self._max_chunk(request))
             if num_tokens > 0:
                 if not self._allocate_slots(request, num_tokens):
@@ -129,11 +130,11 @@ class Scheduler:
         return chunks
 
     def _max_chunk(self, request: Request) -> int:
-        """Returns the maximum tokens per step of a request. Each prompt logprob needs a logits row of vocab_size."""
+        """Returns the maximum tokens per step of a request; prompt logprobs need memory for the logits of each."""
         return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.config.max_num_batched_tokens
 
     def _allocate_slots(self, request: Request, num_tokens: int) -> bool:
-        """Allocates blocks for `num_tokens` more tokens, preempting the newest requests if none are free.
+        """Allocates blocks for `num_tokens` more tokens, preempting the newest requests if too few are free.
 
         Returns False if `request` itself was preempted.
         """
@@ -147,9 +148,9 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Frees the blocks of a request and returns it to the head of the queue.
+        """Frees the blocks of a request and puts it at the head of the waiting queue.
 
-        Its prompt and output are recomputed later, except for the prefix that is then still cached.
+        Its prompt and output are recomputed later, except for a prefix that is then still in the prefix cache.
         """
         self._release_blocks(request)
         request.num_computed_tokens = 0
@@ -189,7 +190,10 @@ class Scheduler:
         return len(self.running) < self.config.max_num_seqs
 
     def _find_cached_prefix(self, request: Request) -> list[int]:
-        """Returns the cached blocks of the request's prefix. They exclude its last token, whose logits are needed."""
+        """Returns the cached blocks of the request's longest cached prefix.
+
+        The last token is never part of it, because it must be computed for its logits.
+        """
         if request.wants_prompt_logprobs:
             return []
         num_full_blocks = (request.num_tokens - 1) // self.blocks.block_size
@@ -210,7 +214,7 @@ class Scheduler:
     # Blocks
 
     def _hash_full_blocks(self, request: Request, num_blocks: int) -> None:
-        """Extends `request.block_hashes` to its first `num_blocks` blocks."""
+        """Extends `request.block_hashes` to the first `num_blocks` blocks of the request."""
         block_size, hashes = self.blocks.block_size, request.block_hashes
         while len(hashes) < num_blocks:
             start = len(hashes) * block_size

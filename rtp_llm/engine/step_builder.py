@@ -10,7 +10,10 @@ from rtp_llm.engine.scheduler import ScheduledChunk
 
 
 def build_step(chunks: Sequence[ScheduledChunk], block_size: int, epoch: int, number: int) -> Step:
-    """Returns the step that computes these chunks. Decodes must come first: see `sort_decodes_first`."""
+    """Returns the step that computes these chunks. Decodes must come first: see `sort_decodes_first`.
+
+    `block_size`: tokens per KV block. `epoch`, `number`: see `Step`.
+    """
     counts = np.array([c.num_tokens for c in chunks], dtype=np.int32)
     query_start_loc = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     token_ids, positions, slot_mapping, logits_indices = [], [], [], []
@@ -41,14 +44,18 @@ def build_step(chunks: Sequence[ScheduledChunk], block_size: int, epoch: int, nu
 
 
 def sort_decodes_first(chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
-    """Returns the chunks with one token first, else in order: attention kernels compute all decodes at once."""
+    """Returns the chunks with one token (decodes), then the others, each in the given order.
+
+    Attention backends can then compute all decodes in one call.
+    """
     return sorted(chunks, key=lambda c: c.num_tokens != 1)
 
 
 def logits_offsets(chunk: ScheduledChunk) -> Ints:
-    """Returns the offsets in the chunk of the tokens whose logits are needed.
+    """Returns which tokens of the chunk need logits, as offsets in the chunk.
 
-    All tokens for prompt logprobs; otherwise the last token of a last chunk, and none of other chunks.
+    If the request wants prompt logprobs: all tokens. Otherwise the last token if this is the request's last chunk, else
+    none.
     """
     if chunk.request.wants_prompt_logprobs:
         return np.arange(chunk.num_tokens, dtype=np.int32)
@@ -57,7 +64,10 @@ def logits_offsets(chunk: ScheduledChunk) -> Ints:
 
 
 def build_sampling_metadata(chunks: Sequence[ScheduledChunk]) -> SamplingMetadata:
-    """Returns which logits rows are sampled and which give prompt logprobs; rows as in `logits_offsets`."""
+    """Returns which logits rows are sampled and which give prompt logprobs.
+
+    The logits have one row for each token that `logits_offsets` returns, in order of the chunks.
+    """
     metadata = SamplingMetadata([], [], [])
     row = 0
     for chunk in chunks:

@@ -1,1 +1,1 @@
-"""Attention kernels behind one interface, with a torch reference that all of them are tested against."""
+"""The interface of attention backends, its reference implementation in torch, and a prepacked linear for CPU."""

@@ -11,10 +11,10 @@ from rtp_llm.contract.step import Step
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """A `contract.step.Step` on the device; see there for the fields that both have.
+    """A `contract.step.Step` copied to the device; its docstring defines T, S, R, W and the fields of the same names.
 
     rope_lens: sequence length that dynamic rope scaling uses for each token, see `layers.rope`.
-    cpu_step: the step in CPU memory, for sizes that a kernel launch needs without waiting for the device.
+    cpu_step: the original step; reading a size from it does not wait for the device.
     """
 
     token_ids: Tensor  # [T] int64
@@ -51,7 +51,7 @@ class ForwardBatch:
 
 @dataclass(frozen=True)
 class LayerKVCache:
-    """KV cache of one layer, in the model's dtype."""
+    """KV cache of one layer on this rank, in the model's dtype. kv_heads: number of KV heads of this rank."""
 
     keys: Tensor  # [num_blocks, block_size, kv_heads, head_dim]
     values: Tensor  # [num_blocks, block_size, kv_heads, head_dim]
@@ -73,9 +73,9 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Writes key and value to the cache (`batch.slot_mapping`), then returns the attention output.
 
-        query: [T, heads, head_dim]; head j attends to KV head j // (heads / kv_heads).
-        key, value: [T, kv_heads, head_dim].
-        window: each query attends to at most this many newest keys, its own included; 0: no limit.
+        query: [T, heads, head_dim], T as in ForwardBatch; head j attends to KV head j // (heads / kv_heads).
+        key, value: [T, kv_heads, head_dim]. heads, kv_heads: numbers of heads on this rank.
+        window: a query attends to the newest `window` keys up to its own position; 0: to all of them.
         scale: factor of the attention scores.
         Returns [T, heads, head_dim].
         """

@@ -7,9 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
 
 QUERIES_PER_TILE = 256  # bounds the scores [heads, queries, keys] that torch may materialise because of the mask
-# Limits the bytes of one gathered tensor or one matrix of scores, but not of the keys of a single sequence. Up to four
-# such tensors exist at a time. The KV cache takes the memory that the warm-up leaves free, and the warm-up has no long
-# sequences.
+# Limits the bytes of one tensor of gathered keys or values, or of scores, except that the keys of one sequence are
+# never split; up to four such tensors exist at a time. The KV cache takes nearly all memory that is free after the
+# warm-up, whose sequence is short; without a limit, steps with long sequences could run out of memory.
 MAX_SCRATCH_BYTES = 128 << 20
 
 
@@ -31,13 +31,13 @@ def reference_attention(
 
 
 def _max_blocks(batch: ForwardBatch, cache: LayerKVCache, rows: slice) -> int:
-    """Returns the number of blocks of the longest of these sequences, 0 if there are none."""
+    """Returns the number of blocks of the longest of the sequences `rows` of the batch, 0 if there are none."""
     max_seq_len = int(batch.cpu_step.seq_lens[rows].max(initial=0))
     return -(-max_seq_len // cache.keys.shape[1])
 
 
 def _split_rows(num_rows: int, bytes_per_row: int) -> list[slice]:
-    """Splits the rows into as few slices as MAX_SCRATCH_BYTES allows."""
+    """Splits `num_rows` sequences into slices that each need at most MAX_SCRATCH_BYTES, or hold one sequence."""
     size = max(1, MAX_SCRATCH_BYTES // max(1, bytes_per_row))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
@@ -47,8 +47,8 @@ def _attend_decodes(
 ) -> Tensor:
     """Returns the attention output of the sequences `rows` of the batch, which have one query each.
 
-    query: [S, heads, head_dim]. Pads all sequences to the longest. Treats the query heads of a KV head as its queries,
-    which on CPU is ten times as fast as enable_gqa.
+    query: [sequences, heads, head_dim]. Pads all sequences to the longest. Passes the query heads of a KV head as
+    several queries of one head, which on CPU is ten times as fast as enable_gqa.
     """
     kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
     width = _max_blocks(batch, cache, rows)
@@ -61,7 +61,7 @@ def _attend_decodes(
         mask &= positions >= seq_lens - window
     grouped_query = query.unflatten(1, (kv_heads, -1))
     attn_mask = mask[:, None, None, :]
-    if query.is_cuda:  # always, because the NaN check below would wait for the device
+    if query.is_cuda:  # without the NaN check below, which would wait for the device
         keys, values = _zero_masked(keys, mask), _zero_masked(values, mask)
     out = scaled_dot_product_attention(grouped_query, keys, values, attn_mask=attn_mask, scale=scale)
     if not query.is_cuda and out.sum().isnan():  # the sum is much cheaper than out.isnan().any()
@@ -71,7 +71,9 @@ def _attend_decodes(
 
 
 def _zero_masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Returns keys or values [S, kv_heads, positions, head_dim] with zeros where `mask` [S, positions] is False.
+    """Returns a copy of keys or values with zeros at the positions where `mask` is False.
+
+    tensor: [sequences, kv_heads, positions, head_dim]. mask: [sequences, positions].
 
     A NaN left in a slot by another request would propagate through the attention mask (0 * NaN is NaN).
     """
@@ -106,8 +108,8 @@ def _attend_chunk(
 def _gather_blocks(blocks: Tensor, block_tables: Tensor) -> Tensor:
     """Returns keys or values in order of position.
 
-    blocks: [num_blocks, block_size, kv_heads, head_dim]. block_tables: [S, W].
-    Returns [S, kv_heads, W * block_size, head_dim].
+    blocks: [num_blocks, block_size, kv_heads, head_dim]. block_tables: [sequences, width], block ids.
+    Returns [sequences, kv_heads, width * block_size, head_dim].
     """
     gathered = blocks.index_select(0, block_tables.flatten())  # much faster than blocks[block_tables]
     return gathered.unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)

@@ -12,7 +12,10 @@ from rtp_llm.parallel.sharding import padded_vocab, shard_vocab
 
 
 def vocab_parameter(name: str, vocab_size: int, hidden_size: int, group: Group) -> ShardedParameter:
-    """Returns this rank's rows of the tensor: [padded vocabulary / ranks, hidden]. Padding rows are zero."""
+    """Returns the parameter for this rank's rows of the checkpoint tensor `name`.
+
+    Its shape is [padded_vocab / number of ranks, hidden_size]; padding rows are zero.
+    """
     shard = shard_vocab(vocab_size, group.size, group.rank)
     num_rows = padded_vocab(vocab_size, group.size) // group.size
     weight_slice = WeightSlice(name, 0, shard, range(len(shard)))
@@ -20,7 +23,7 @@ def vocab_parameter(name: str, vocab_size: int, hidden_size: int, group: Group) 
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding of token ids [T] as [T, hidden], equal on all ranks. Each rank looks up the tokens of its shard."""
+    """Embedding of token ids. Each rank looks up the tokens of its shard of the vocabulary; an all-reduce adds them."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group):
         super().__init__()
@@ -29,7 +32,7 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_start = group.rank * len(self.weight)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids: [T] int64. Returns [T, hidden]."""
+        """token_ids: [num_tokens] int64. Returns [num_tokens, hidden_size], equal on all ranks."""
         if self.group.size == 1:
             return embedding(token_ids, self.weight)
         local_ids = token_ids - self.vocab_start
@@ -51,7 +54,10 @@ class ParallelLMHead(PrepackedLinear):
         )
 
     def forward(self, hidden: Tensor) -> Tensor | None:
-        """hidden: [R, hidden]. Returns logits [R, vocab] float32 on rank 0, None on the other ranks."""
+        """Returns logits [num_rows, vocab_size] float32 on rank 0, None on the other ranks.
+
+        hidden: [num_rows, hidden_size].
+        """
         shards = self.group.gather(linear(hidden, self.weight, prepacked=self.prepacked))
         if shards is None:
             return None

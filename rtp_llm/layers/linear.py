@@ -15,7 +15,7 @@ Columns = list[tuple[str, int, Slices]]  # (tensor name without ".weight", its o
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer whose weight [out, in] can be prepacked for the CPU after loading."""
+    """A linear layer whose weight [out_size, in_size] can be prepacked for the CPU after loading."""
 
     weight: ShardedParameter
 
@@ -31,7 +31,10 @@ class PrepackedLinear(nn.Module):
 
 
 class ColumnParallelLinear(PrepackedLinear):
-    """y = x Wᵀ + b with sharded output features. `columns`: the checkpoint tensors that are stacked in W."""
+    """y = x Wᵀ + b with sharded output features.
+
+    `out_size`: output features of this rank. `columns`: the slices of checkpoint tensors that are stacked in W.
+    """
 
     def __init__(self, in_size: int, out_size: int, columns: Columns, bias: bool):
         super().__init__()
@@ -51,12 +54,15 @@ class ColumnParallelLinear(PrepackedLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, in], equal on all ranks. Returns [T, local out]."""
+        """x: [num_tokens, in_size], equal on all ranks. Returns [num_tokens, out_size], this rank's features."""
         return linear(x, self.weight, self.bias, self.prepacked)
 
 
 class RowParallelLinear(PrepackedLinear):
-    """y = x Wᵀ + b with sharded input features. Adds the bias after the all-reduce, so that it counts once."""
+    """y = x Wᵀ + b with sharded input features. Adds the bias after the all-reduce, so that it counts once.
+
+    `slices`: the input features of this rank.
+    """
 
     def __init__(
         self,
@@ -78,19 +84,25 @@ class RowParallelLinear(PrepackedLinear):
         self.bias = replicated_parameter(f"{name}.bias", out_size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, local in]. Returns [T, out], equal on all ranks."""
+        """x: [num_tokens, local_in_size]. Returns [num_tokens, out_size], equal on all ranks."""
         y = self.group.all_reduce(linear(x, self.weight, prepacked=self.prepacked))
         return y if self.bias is None else y + self.bias
 
 
 def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
-    """Returns the same output features of several tensors, stacked in order (gate and up)."""
+    """Returns the output features `shard` of several tensors, stacked in order (gate_proj, up_proj).
+
+    `full_size`: number of output features of each tensor.
+    """
     width = len(shard)
     return [(name, full_size, [(shard, range(i * width, (i + 1) * width))]) for i, name in enumerate(names)]
 
 
 def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int) -> Columns:
-    """Returns the output features of this rank's query heads (each KV head's group padded), key and value heads."""
+    """Returns the output features of this rank's query, key and value heads, stacked in this order.
+
+    The query heads of each KV head are padded to an equal number, see `HeadShard`.
+    """
     columns = [(f"{prefix}.q_proj", num_heads * head_dim, query_head_slices(heads, head_dim))]
     for index, name in enumerate(("k_proj", "v_proj")):
         base = heads.num_heads + index * len(heads.kv_heads)
@@ -100,7 +112,7 @@ def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, nu
 
 
 def query_head_slices(heads: HeadShard, head_dim: int) -> Slices:
-    """Returns the features of this rank's query heads: outputs of q_proj, inputs of o_proj."""
+    """Returns the slices of this rank's query heads: output features of q_proj, which are input features of o_proj."""
     return [(_head_range(head, head_dim), _head_range(slot, head_dim)) for slot, head in heads.slots()]
 
 

@@ -1,4 +1,4 @@
-"""Parameters that list the slices of the checkpoint that they hold; `model.weights` reads only these."""
+"""Parameters that list the slices of checkpoint tensors that they hold; `model.weights` reads only these slices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import nn
 class WeightSlice:
     """A slice of a checkpoint tensor and its place in the parameter.
 
-    name: of the checkpoint tensor. dim: 0 for rows, 1 for columns.
+    name: of the checkpoint tensor. dim: the dimension that is sliced: 0 for rows, 1 for columns.
     source: indices of `dim` in the checkpoint tensor. target: indices of `dim` in the parameter.
     """
 

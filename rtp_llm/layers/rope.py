@@ -21,18 +21,21 @@ class RotaryEmbedding:
         self.inv_freq = _compute_inv_freq(spec, head_dim).to(device)
 
     def cos_sin(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (cos, sin), each [T, 1, head_dim / 2] in the model's dtype.
+        """Returns (cos, sin), each [num_tokens, 1, head_dim / 2] in the model's dtype.
 
-        positions: [T]. rope_lens: [T], the sequence length for dynamic scaling: the prompt's length for prompt tokens,
-        position + 1 for later ones. These are the lengths behind the keys in transformers' cache, and they do not
-        depend on chunks or on the batch.
+        positions: [num_tokens]. rope_lens: [num_tokens], the sequence length for dynamic scaling: the prompt's length
+        for prompt tokens, position + 1 for later ones. transformers computes its cached keys with the same lengths.
+        They do not depend on chunks or on the batch.
         """
         inv_freq = self._dynamic_inv_freq(rope_lens) if self.spec.kind == "dynamic" else self.inv_freq
         angles = positions[:, None].float() * inv_freq
         return (angles.cos() * self.scale).to(self.dtype)[:, None], (angles.sin() * self.scale).to(self.dtype)[:, None]
 
     def _dynamic_inv_freq(self, rope_lens: Tensor) -> Tensor:
-        """Returns [T, head_dim / 2] float32. The base grows with the length if it exceeds the trained length."""
+        """Returns inverse frequencies [num_tokens, head_dim / 2] float32.
+
+        Their base is theta for lengths up to the trained length, and grows with longer ones.
+        """
         spec, dim = self.spec, self.head_dim
         lengths = rope_lens.clamp(min=spec.original_max).double()
         stretch = spec.factor * lengths / spec.original_max - (spec.factor - 1)
@@ -41,9 +44,9 @@ class RotaryEmbedding:
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (i, i + head_dim / 2), the layout of Hugging Face checkpoints.
+    """Rotates each pair of elements (i, i + head_dim / 2) of a head, the layout of Hugging Face checkpoints.
 
-    x: [T, heads, head_dim]. cos, sin: [T, 1, head_dim / 2]. Returns [T, heads, head_dim].
+    x: [num_tokens, heads, head_dim]. cos, sin: [num_tokens, 1, head_dim / 2]. Returns the same shape as x.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -54,7 +57,7 @@ def _exponents(dim: int) -> Tensor:
 
 
 def _compute_inv_freq(spec: RopeSpec, dim: int) -> Tensor:
-    """Returns [dim / 2] float32: the rotation of each pair per position, in radians."""
+    """Returns inverse frequencies [dim / 2] float32: the rotation of each pair per position, in radians."""
     inv_freq = spec.theta ** -_exponents(dim)
     if spec.kind == "linear":
         inv_freq = inv_freq / spec.factor
@@ -66,7 +69,7 @@ def _compute_inv_freq(spec: RopeSpec, dim: int) -> Tensor:
 
 
 def _llama3_inv_freq(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
-    """Divides low frequencies by the factor, keeps high ones and interpolates between."""
+    """Divides low frequencies by the factor, keeps high ones and interpolates linearly in between."""
     num_rotations = spec.original_max * inv_freq / (2 * math.pi)  # within the trained length
     smooth = (num_rotations - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     smooth = smooth.clamp(0, 1)
@@ -74,7 +77,11 @@ def _llama3_inv_freq(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
 
 
 def _yarn_inv_freq(spec: RopeSpec, inv_freq: Tensor, dim: int) -> Tensor:
-    """Keeps frequencies above beta_fast rotations, divides those below beta_slow by the factor; linear ramp between."""
+    """Interpolates linearly, by index, between kept and divided frequencies.
+
+    Keeps those of more than beta_fast rotations within the trained length; divides those of fewer than beta_slow by the
+    factor.
+    """
     low, high = (_find_correction_index(beta, spec, dim) for beta in (spec.beta_fast, spec.beta_slow))
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)

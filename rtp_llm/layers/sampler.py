@@ -17,7 +17,10 @@ from rtp_llm.contract.sampling_metadata import SampledToken, SamplingMetadata
 
 
 def sample(logits: Tensor, sampling_metadata: SamplingMetadata) -> tuple[list[SampledToken], list[Logprob]]:
-    """logits: [R, vocab] float32. Returns a token per request, and a logprob per entry of `prompt_logits_rows`."""
+    """Returns a token per request, and a logprob per entry of `prompt_logits_rows`.
+
+    logits: [R, vocab_size] float32, see SamplingMetadata.
+    """
     prompt_logprobs = _prompt_logprobs(logits, sampling_metadata)
     requests, rows = sampling_metadata.requests, sampling_metadata.logits_rows
     if not requests:
@@ -42,7 +45,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _process_logits(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Applies penalties, biases and min_tokens to logits [S, vocab]. Returns a copy if any row changes."""
+    """Applies penalties, biases and min_tokens. Returns a copy if any row changes.
+
+    logits: [len(requests), vocab_size].
+    """
     if not any(r.params.needs_logits_processing for r in requests):
         return logits
     processed = logits.clone()
@@ -53,7 +59,7 @@ def _process_logits(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 
 def _process_row(row: Tensor, request: Request) -> None:
-    """Changes logits [vocab] of one request in place."""
+    """Changes the logits [vocab_size] of one request in place."""
     params = request.params
     if params.repetition_penalty != 1:
         token_ids = torch.tensor(sorted(set(request.tokens)), device=row.device)
@@ -74,9 +80,9 @@ def _process_row(row: Tensor, request: Request) -> None:
 
 
 def _sample_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Samples greedily, from all tokens, or from filtered tokens. logits: [S, vocab]. Returns a token per request.
+    """Samples greedily, from all tokens, or from filtered tokens. Returns a token per request.
 
-    The method depends on the request only, so results do not depend on the batch.
+    logits: [len(requests), vocab_size]. The method depends on the request only, so results do not depend on the batch.
     """
     methods: dict[str, list[int]] = {"greedy": [], "unfiltered": [], "filtered": []}
     for index, request in enumerate(requests):
@@ -107,7 +113,7 @@ def _sample_unfiltered(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 def _sample_filtered(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Applies top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751), then min-p (Nguyen et al. 2024, arXiv
-    2407.01082). Returns tokens [S].
+    2407.01082). Returns token ids [len(requests)].
     """
     params = [r.params for r in requests]
     probs, order = _probabilities(logits, requests).sort(dim=-1, descending=True, stable=True)
@@ -124,13 +130,16 @@ def _sample_filtered(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 
 def _probabilities(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Returns [S, vocab] float64."""
+    """Returns softmax(logits / temperature), [len(requests), vocab_size] float64."""
     temperature = _column([r.params.temperature for r in requests], logits)
     return (logits / temperature).softmax(-1)
 
 
 def _inverse_cdf(weights: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Returns [S] indices: inverse transform sampling of `weights` [S, vocab] at each request's uniform number."""
+    """Samples an index into each row by inverse transform sampling, with the uniform number of its request.
+
+    weights: [len(requests), vocab_size], probabilities that need not add up to 1. Returns [len(requests)].
+    """
     numbers = _column([uniform(r.params.seed, r.num_tokens) for r in requests], weights).double()
     cumulative = weights.double().cumsum(-1)
     indices = (cumulative <= numbers * cumulative[:, -1:]).sum(-1)
@@ -138,7 +147,7 @@ def _inverse_cdf(weights: Tensor, requests: Sequence[Request]) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """Returns [S, 1] float64 on the device of `like`."""
+    """Returns the values as a tensor [len(values), 1] float64 on the device of `like`."""
     return torch.tensor(values, device=like.device, dtype=torch.float64)[:, None]
 
 
@@ -146,7 +155,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _sampled_logprobs(logits: Tensor, tokens: Sequence[int], requests: Sequence[Request]) -> list[Logprob | None]:
-    """Returns a logprob per request, None if the request does not ask for it."""
+    """Returns a logprob per request, or None for requests without logprobs."""
     rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
     logprobs: list[Logprob | None] = [None] * len(requests)
     if rows:
@@ -164,7 +173,10 @@ def _prompt_logprobs(logits: Tensor, sampling_metadata: SamplingMetadata) -> lis
 
 
 def _make_logprobs(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[Logprob]:
-    """Returns the logprob of `tokens[i]` and the top `tops[i]` tokens for each row i of logits [rows, vocab]."""
+    """Returns the logprobs of `tokens[i]` and of the `tops[i]` most likely tokens for each row i of the logits.
+
+    logits: [num_rows, vocab_size].
+    """
     log_probs = logits.log_softmax(-1)
     token_log_probs = log_probs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = (log_probs > token_log_probs).sum(-1).tolist()

@@ -1,4 +1,4 @@
-"""Checkpoint files, read by their headers only: which tensors exist, in which file, and whether files are complete.
+"""Reads config.json and the headers of a checkpoint's safetensors files: names, shapes and completeness of tensors.
 
 No torch, so that start_server can reject a bad checkpoint within a second and the doctor can use the same checks.
 """
@@ -46,9 +46,9 @@ class Checkpoint:
     """A checkpoint directory that has passed the header checks."""
 
     path: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # config.json with JSON_MODEL_OVERRIDE_ARGS applied
     tensors: dict[str, TensorInfo]
-    digest: str  # hash of config.json and all headers; parts compare it
+    digest: str  # of config.json and all headers; must be equal on all parts of the gang
 
     @classmethod
     def open(cls, settings: Config) -> "Checkpoint":
@@ -143,7 +143,7 @@ def _is_chat_template(value: Any) -> bool:
 
 
 def _read_overrides(settings: Config) -> dict[str, Any]:
-    """Parses JSON_MODEL_OVERRIDE_ARGS. Raises ConfigError."""
+    """Parses JSON_MODEL_OVERRIDE_ARGS. Raises ConfigError if it is not a JSON object."""
     if not settings.json_model_override_args:
         return {}
     try:
@@ -162,10 +162,10 @@ def _read_overrides(settings: Config) -> dict[str, Any]:
 def _read_json(
     path: Path, digest: Any = None, *, max_bytes: int = files.MAX_FILE_BYTES, check: str = "M-04"
 ) -> dict[str, Any]:
-    """Reads a file that holds a JSON object, and adds its bytes to `digest`.
+    """Returns the JSON object in a file, and adds the bytes of the file to `digest`, a hashlib object.
 
-    Raises CheckpointError: with the id `check` if the file is damaged, M-06 if it is missing, M-11 if access is denied,
-    M-05 if it is a git-lfs pointer.
+    Raises CheckpointError with the id of a doctor check: `check` if the file is damaged, M-06 if it is missing, M-11 if
+    access is denied, M-05 if it is a git-lfs pointer.
     """
     try:
         raw = files.read(path, max_bytes)
@@ -225,7 +225,7 @@ def _check_present(source: Path, shards: list[Path]) -> None:
 
 
 def _expected_shards(shards: Iterable[Path]) -> list[Path]:
-    """Returns all shards that the names of these announce: `model-00001-of-00003.safetensors` is one of three."""
+    """Returns the complete set of shards that the file names imply: `model-1-of-3.safetensors` implies three."""
     sets = {(m[1], len(m[2]), m[3], file.parent) for file in shards if (m := _NUMBERED_SHARD.fullmatch(file.name))}
     return [
         directory / f"{stem}-{number:0{digits}}-of-{total}.safetensors"
@@ -248,20 +248,22 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
                 raise CheckpointError(_lfs_message(file), check="M-05")
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, size):
-                raise CheckpointError(f"{file}: not a safetensors file, or cut off: {size} bytes", check="M-04")
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or cut off: {size} bytes; copy it again", check="M-04"
+                )
             raw = stream.read(header_bytes)
             header = json.loads(raw)
     except OSError as error:
         raise _make_read_error(file, error) from None
     except (RecursionError, ValueError):
-        raise CheckpointError(f"{file}: its header is damaged", check="M-04") from None
+        raise CheckpointError(f"{file}: its header is damaged; copy it again", check="M-04") from None
     digest.update(raw)
     try:
         header.pop("__metadata__", None)
         tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         data_bytes = _validate_offsets((tuple(entry["data_offsets"]), tensors[name]) for name, entry in header.items())
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: its header is damaged", check="M-04") from None
+        raise CheckpointError(f"{file}: its header is damaged; copy it again", check="M-04") from None
     expected_size = 8 + header_bytes + data_bytes
     if size != expected_size:
         kind = "cut off" if size < expected_size else "too long"
@@ -272,10 +274,10 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
 
 
 def _validate_offsets(tensors: Iterable[tuple[tuple[int, int], TensorInfo]]) -> int:
-    """Returns the bytes of all tensors, given as (data_offsets, tensor).
+    """Returns the total size in bytes of tensors, given as ((start, end) offsets of the data, tensor).
 
-    Raises ValueError unless they follow each other without gaps, each as long as its shape and dtype require. The
-    safetensors library rejects the same files.
+    Raises ValueError unless the data of the tensors is contiguous and each is as long as its shape and dtype require.
+    The safetensors library rejects the same files.
     """
     end = 0
     for (start, stop), tensor in sorted(tensors, key=lambda item: item[0]):

@@ -1,4 +1,4 @@
-"""The decoder that a ModelSpec describes: embedding, N layers, norm, output head."""
+"""The decoder that a ModelSpec describes: embedding, layers, norm, output head."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerKVCache, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        """x: [T, hidden]. cos_sin: [T, 1, head_dim / 2] each. Returns [T, hidden]."""
+        """x: [num_tokens, hidden_size]. cos_sin: [num_tokens, 1, head_dim / 2] each. Returns the same shape as x."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, hidden]. Returns [T, hidden]."""
+        """x: [num_tokens, hidden_size]. Returns the same shape."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(silu(gate) * up)
 
@@ -101,7 +101,10 @@ class DecoderLayer(nn.Module):
         cache: LayerKVCache,
         cos_sin: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Returns (output, residual), [T, hidden] each; the next layer or the last norm adds them."""
+        """x, residual: [num_tokens, hidden_size]; the residual of the first layer is None.
+
+        Returns (output, residual) of the same shape; the next layer or the last norm adds them.
+        """
         x, residual = self.input_layernorm.forward_with_residual(x, residual)
         x = self.self_attn(x, batch, cache, cos_sin)
         x, residual = self.post_attention_layernorm.forward_with_residual(x, residual)
@@ -123,7 +126,10 @@ class Decoder(nn.Module):
         self.rope = RotaryEmbedding(spec.rope, spec.head_dim, weight.device, weight.dtype)
 
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerKVCache]) -> Tensor:
-        """Returns the hidden states [T, hidden] after the last norm, equal on all ranks. `caches`: one per layer."""
+        """Returns the hidden states [num_tokens, hidden_size] after the last norm, equal on all ranks.
+
+        `caches`: one per layer.
+        """
         cos_sin = self.rope.cos_sin(batch.positions, batch.rope_lens)
         x, residual = self.embed_tokens(batch.token_ids), None
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -137,5 +143,8 @@ class Decoder(nn.Module):
                 module.prepack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden: [R, hidden]. Returns logits [R, vocab] float32 on rank 0, None on the other ranks."""
+        """Returns logits [num_rows, vocab_size] float32 on rank 0, None on the other ranks.
+
+        hidden: [num_rows, hidden_size].
+        """
         return self.lm_head(hidden)

@@ -1,4 +1,4 @@
-"""Memory of a model on one rank, computed from its spec. No torch, so that the doctor can use it before the start."""
+"""Memory of a model on one rank, computed from its spec. No torch, so that the doctor can use it."""
 
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.sharding import padded_vocab, shard_heads, shard_mlp
@@ -7,7 +7,10 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the bytes of the largest shard, as `layers` allocates it, without norms and biases (some kilobytes)."""
+    """Returns the bytes of the weights on the rank with the largest shard.
+
+    Includes the padding that `layers` adds; excludes norms and biases (some kilobytes).
+    """
     embeddings = head_weights(spec, tp_size) * (1 if spec.tie_embeddings else 2)
     return (layer_weights(spec, tp_size) + embeddings) * ITEM_BYTES[spec.dtype]
 

@@ -1,6 +1,7 @@
 """ModelSpec: a checkpoint's config.json, parsed into the data that the decoder is built from. No torch.
 
-Model families differ by flags of the spec. To add one: a function in FAMILIES, and a test against transformers.
+Model families differ by flags of the spec. To add a family, write a function that returns its flags, register it in
+FAMILIES, and add a test that compares the model with transformers.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ _DTYPES: dict[str, DType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder. Sizes in elements; flags for biases and norms."""
+    """Sizes (in elements) and flags of a decoder."""
 
     family: str
     vocab_size: int
@@ -28,15 +29,15 @@ class ModelSpec:
     intermediate_size: int
     norm_eps: float
     rope: RopeSpec
-    max_positions: int  # tokens
+    max_positions: int  # tokens of the longest supported sequence
     dtype: DType
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # RMSNorm on each query and key head
     tie_embeddings: bool = False
     fused_qkv: bool = False  # wqkv and other tensor names of InternLM2
-    sliding_window: int = 0  # 0: none
+    sliding_window: int = 0  # tokens; 0: none
     window_layers: tuple[bool, ...] = ()  # per layer, whether it uses the window
 
     def window(self, layer: int) -> int:
@@ -48,7 +49,7 @@ class ModelSpec:
         return range(1, self.num_heads + 1)
 
     def check_tp(self, tp_size: int) -> None:
-        """Raises ConfigError if the TP size is not supported."""
+        """Raises ConfigError if the model cannot be split over `tp_size` ranks."""
         if tp_size not in self.valid_tp_sizes():
             raise ConfigError(
                 f"TP_SIZE={tp_size}: the model has {self.num_heads} query heads; allowed: 1 to {self.num_heads}",
@@ -107,8 +108,9 @@ def spec_from_config(config: Json, *, model_type: str = "", act_type: str = "", 
     """Parses a Hugging Face config.json, written by transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) or 5
     (`rope_parameters`, `dtype`).
 
-    `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override it if set.
-    Raises CheckpointError naming the key, ConfigError if MODEL_TYPE is unknown or contradicts the architectures.
+    `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override config.json if set.
+    Raises CheckpointError, which names the key, if config.json is invalid or not supported. Raises ConfigError if
+    MODEL_TYPE is unknown or contradicts the architectures.
     """
     family = _select_family(config, model_type)
     try:
@@ -132,7 +134,7 @@ def _select_family(config: Json, model_type: str) -> str:
         if family not in FAMILIES:
             names = ", ".join(sorted([*FAMILIES, *ALIASES]))
             raise ConfigError(
-                f"MODEL_TYPE={model_type!r}: not a model type this server knows; allowed: {names}", check="M-14"
+                f"MODEL_TYPE={model_type!r}: is not a supported model type; allowed: {names}", check="M-14"
             )
         if detected and detected != family and {detected, family} != {"llama", "mistral"}:
             raise ConfigError(
@@ -143,7 +145,7 @@ def _select_family(config: Json, model_type: str) -> str:
         return family
     if not detected:
         raise CheckpointError(
-            f"config.json: architectures={architectures} is none this server knows; allowed: {', '.join(ARCHITECTURES)}"
+            f"config.json: architectures={architectures} is not supported; allowed: {', '.join(ARCHITECTURES)}"
         )
     return detected
 
@@ -190,7 +192,10 @@ def _read_size(config: Json, key: str) -> int:
 
 
 def _window_flags(config: Json, has_window: Callable[[int], bool]) -> dict[str, Any]:
-    """Returns the sliding-window fields of ModelSpec. `has_window`: by layer, used if there are no layer_types."""
+    """Returns the sliding-window fields of ModelSpec.
+
+    `has_window`: returns whether a layer uses the window; called only if config.json has no layer_types.
+    """
     window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
     if not window:
         return {}
@@ -242,8 +247,9 @@ def _read_rope_kind(settings: Json) -> RopeKind:
 def _read_max_positions(config: Json, max_positions: int) -> int:
     """Returns the longest sequence that the checkpoint supports, in tokens.
 
-    Linear and dynamic scaling multiply the trained length by their factor. llama3 checkpoints give the resulting
-    length as max_position_embeddings, and so do yarn ones unless it equals the trained length.
+    Linear and dynamic scaling multiply max_position_embeddings by their factor. So do yarn checkpoints whose
+    original_max_position_embeddings is missing or the same; for other yarn checkpoints and for llama3,
+    max_position_embeddings is the scaled length already.
     """
     settings = _rope_settings(config)
     kind = _read_rope_kind(settings)

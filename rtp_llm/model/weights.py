@@ -23,7 +23,7 @@ ProgressCallback = Callable[[float], None]  # gets the fraction loaded, 0 … 1
 
 @dataclass(frozen=True)
 class LoadStats:
-    """Amount and duration of one rank's reads."""
+    """Bytes that one rank has read from the checkpoint, and the seconds that this took."""
 
     bytes: int
     seconds: float
@@ -31,7 +31,7 @@ class LoadStats:
 
 @dataclass(frozen=True)
 class _SliceRead:
-    """A WeightSlice in the names and layout of the checkpoint, and the parameter that it is copied to."""
+    """A WeightSlice with the tensor name and rows of the checkpoint, and the parameter that it is copied to."""
 
     parameter: ShardedParameter
     name: str
@@ -43,7 +43,7 @@ class _SliceRead:
 def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
     """Loads all parameters of the model.
 
-    Raises CheckpointError, before reading anything, if tensors are missing or have unexpected shapes.
+    Raises CheckpointError, before it reads any data, if tensors are missing or have unexpected shapes.
     """
     started = time.monotonic()
     reads = _plan_reads(model, spec)
@@ -63,7 +63,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_p
 
 
 def _copy_slice(read: _SliceRead, file: Any) -> int:
-    """Copies one slice into its parameter. Returns its bytes; the file is memory-mapped, so no others are read."""
+    """Copies one slice into its parameter. Returns its size in bytes.
+
+    `file` is memory-mapped, so no other data is read.
+    """
     view = file.get_slice(read.name)
     start, stop = read.source.start, read.source.stop
     tensor = view[start:stop] if read.dim == 0 else view[:, start:stop]
@@ -108,7 +111,10 @@ _INTERNLM2_NAMES = (
 
 
 def _internlm2_slice(weight_slice: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
-    """Translates to InternLM2, whose tensor `wqkv` stacks for each KV head its query heads, its key and its value."""
+    """Returns (tensor name, dim, source) of a slice in an InternLM2 checkpoint.
+
+    Its tensor `wqkv` stacks, for each KV head, the query heads, the key head and the value head.
+    """
     name = _internlm2_name(weight_slice.name)
     for kind, infix in enumerate((".q_proj", ".k_proj", ".v_proj")):
         if infix in weight_slice.name:
@@ -125,7 +131,10 @@ def _internlm2_name(name: str) -> str:
 
 
 def _wqkv_row(kind: int, head: int, group_size: int) -> int:
-    """Returns the position in wqkv, in heads, of a query (`kind` 0), key (1) or value (2) head."""
+    """Returns the position in wqkv, in heads, of a query (`kind` 0), key (1) or value (2) head.
+
+    `group_size`: query heads per KV head.
+    """
     if kind == 0:
         return head // group_size * (group_size + 2) + head % group_size
     return head * (group_size + 2) + group_size + kind - 1
@@ -141,7 +150,7 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) ->
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {tensors[name].shape}, config.json says {shape}"
+                f"{checkpoint.path}: {name} has shape {tensors[name].shape}, config.json requires {shape}"
             )
     unused = [name for name in tensors.keys() - shapes.keys() if not _is_expected_extra(name, spec)]
     if unused:
@@ -149,7 +158,7 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) ->
 
 
 def _expected_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes that the checkpoint must have, by its names. Rows that it stacks in one tensor add up."""
+    """Returns the expected shapes of the checkpoint's tensors, by name. InternLM2's wqkv has the rows of q, k and v."""
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter in _parameters(model):
         for name, shape in parameter.full_shapes.items():
@@ -160,7 +169,7 @@ def _expected_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, 
 
 
 def _is_expected_extra(name: str, spec: ModelSpec) -> bool:
-    """Returns whether an unused tensor is normal: a tied head, a rope table, a layer beyond HACK_LAYER_NUM."""
+    """Returns whether an unused tensor needs no warning: tied head, rope table, or layer beyond HACK_LAYER_NUM."""
     if name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight"):
         return True
     path = name.split(".")

@@ -8,10 +8,10 @@ from rtp_llm.model.spec import ModelSpec
 
 
 class CostEstimate:
-    """Totals of this epoch for the rank with the largest shard: FLOPs, and bytes of weights and KV cache.
+    """FLOPs and bytes (of weights and KV cache) since the process started, for the rank with the largest shard.
 
-    Counts 2 FLOPs per matrix element and token; for attention, 4 per dimension of a query head and attended key.
-    Sliding windows are ignored.
+    Counts 2 FLOPs per matrix element and token, and for attention 4 * head_dim per query head and attended key. Ignores
+    sliding windows.
     """
 
     def __init__(self, spec: ModelSpec, tp_size: int):

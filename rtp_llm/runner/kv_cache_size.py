@@ -19,7 +19,7 @@ UNLIMITED_BYTES = 1 << 62
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """KV cache of one rank, all layers together."""
+    """Size of the KV cache of one rank. A block includes the keys and values of all layers."""
 
     num_blocks: int
     bytes_per_block: int
@@ -36,10 +36,11 @@ def size_kv_cache(
     device: torch.device,
     num_ranks_on_host: int,
 ) -> KVCacheConfig:
-    """Returns the KV cache size of this rank; the gang then uses the smallest of all ranks.
+    """Returns the KV cache size that fits on this rank; the caller then takes the minimum over all ranks.
 
-    block_size: tokens. max_seq_len: tokens. itemsize: bytes of one element. num_ranks_on_host: ranks that share the
-    memory of this machine (CPU only). Raises ConfigError if not even one block fits.
+    local_kv_heads: KV heads on this rank. block_size, max_seq_len: tokens. itemsize: bytes of one element.
+    num_ranks_on_host: ranks that share the memory of this machine (CPU only).
+    Raises ConfigError if not even one block fits.
     """
     bytes_per_block = 2 * spec.num_layers * block_size * local_kv_heads * spec.head_dim * itemsize
     if config.test_block_num:
@@ -48,11 +49,12 @@ def size_kv_cache(
         budget_bytes, source = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
     else:
         budget_bytes, source = _measure_budget(config, device, num_ranks_on_host)
-    # Enough for max_sequences sequences of max_seq_len; more would never be used.
+    # Blocks of max_sequences sequences of max_seq_len tokens; more would never be used.
     max_useful_blocks = config.max_sequences * -(-max_seq_len // block_size)
     num_blocks = min(budget_bytes // bytes_per_block, max_useful_blocks)
     log.info(
-        "KV cache: %s; 2 x %d layers x %d tokens x %d heads x %d x %d B = %.1f KiB a block; %d fit, %d are useful",
+        "KV cache: %s; a block is 2 x %d layers x %d tokens x %d KV heads x %d x %d B = %.1f KiB;"
+        " %d blocks fit, at most %d can be used",
         source,
         spec.num_layers,
         block_size,
@@ -65,20 +67,20 @@ def size_kv_cache(
     )
     if num_blocks < 1:
         raise ConfigError(
-            f"no memory for a KV cache: {source} is less than one block of {bytes_per_block / MIB:.1f} MiB;"
-            " lower RESERVER_RUNTIME_MEM_MB, raise TP_SIZE, or free memory"
+            f"not enough memory for the KV cache: {source} is less than one block of {bytes_per_block / MIB:.1f} MiB;"
+            " raise KV_CACHE_MEM_MB if it is set; otherwise lower RESERVER_RUNTIME_MEM_MB, raise TP_SIZE or free memory"
         )
     return KVCacheConfig(int(num_blocks), bytes_per_block)
 
 
 def _measure_budget(config: Config, device: torch.device, num_ranks_on_host: int) -> tuple[int, str]:
-    """Returns the bytes available for the KV cache, and how they were computed."""
+    """Returns the bytes available for the KV cache, and a text that shows how they were computed."""
     reserve = config.reserver_runtime_mem_mb * MIB
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # Excludes the peak of the warm-up, which the caching allocator keeps for later steps.
+        # `free` excludes the peak memory of the warm-up step, which torch's caching allocator keeps for later steps.
         return max(0, free - reserve), f"{free / MIB:.0f} MiB free after warm-up - {reserve / MIB:.0f} reserved"
-    # The reserve is sized for a GPU; on a small machine it is limited to a quarter.
+    # The default of RESERVER_RUNTIME_MEM_MB is meant for GPUs, so here the reserve is at most a quarter.
     available = min(psutil.virtual_memory().available, _cgroup_available_memory())
     reserve = min(reserve, available // num_ranks_on_host // 4)
     budget_bytes = (available // num_ranks_on_host - reserve) // 2

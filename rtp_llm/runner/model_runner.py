@@ -64,7 +64,9 @@ class ModelRunner:
         return stats
 
     def allocate_kv_cache(self, num_ranks_on_host: int) -> None:
-        """Warms up, then allocates as many KV blocks as fit on every rank. Collective: all ranks must call it.
+        """Runs a warm-up step if WARM_UP is set, then allocates as many KV blocks as fit on every rank.
+
+        Collective: all ranks must call it. `num_ranks_on_host`: see `size_kv_cache`.
 
         Raises ConfigError if MAX_SEQ_LEN is set and one sequence of that length does not fit.
         """
@@ -106,7 +108,7 @@ class ModelRunner:
     def _warm_up(self) -> None:
         """Executes one step of maximum size on a temporary KV cache.
 
-        Memory use reaches its peak, and errors appear before the first request.
+        The allocator then holds the peak memory of a step when the KV cache is sized, and errors appear at startup.
         """
         num_tokens = min(self.max_num_batched_tokens, self.max_seq_len)
         num_blocks = -(-num_tokens // self.block_size)
@@ -131,7 +133,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _forward(self, step: Step) -> Tensor | None:
-        """Returns logits [R, vocab] float32 on rank 0; None on the other ranks, or if R is 0."""
+        """Returns logits [len(step.logits_indices), vocab_size] float32 on rank 0.
+
+        Returns None on the other ranks, and on rank 0 if the step needs no logits.
+        """
         batch = ForwardBatch.from_step(step, self.device)
         hidden = self.model(batch, self.kv_caches)
         if not len(step.logits_indices):
@@ -142,7 +147,7 @@ class ModelRunner:
     def execute_and_sample(
         self, step: Step, sampling_metadata: SamplingMetadata
     ) -> tuple[list[SampledToken], list[Logprob]]:
-        """Computes a step and samples its tokens (rank 0). See `engine.StepExecutor`."""
+        """Computes a step and samples its tokens (rank 0). See `engine.engine.StepExecutor`."""
         logits = self._forward(step)
         self.cost.add(step)
         if logits is None:
@@ -151,5 +156,5 @@ class ModelRunner:
             return sample(logits, sampling_metadata)
 
     def execute(self, step: Step) -> None:
-        """Computes a step (other ranks). Its logits go to rank 0."""
+        """Computes a step on a rank other than 0; the collective that gathers the logits sends its shard to rank 0."""
         self._forward(step)

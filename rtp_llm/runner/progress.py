@@ -10,9 +10,9 @@ LOG_INTERVAL_SECONDS, REDRAW_INTERVAL_SECONDS, BAR_WIDTH = 3.0, 0.1, 40
 
 
 class ProgressBar:
-    """Callback that shows the fraction done, 0 … 1.
+    """Callback that shows the fraction loaded, 0 … 1.
 
-    `silent`: show nothing (every rank of a part except its first).
+    `tty`: draw a bar on stdout instead of logging. `silent`: show nothing (every rank of a part except its first).
     """
 
     def __init__(self, label: str, *, tty: bool, silent: bool):

@@ -105,7 +105,7 @@ class PagedBatch:
         return ForwardBatch.from_step(step, torch.device("cpu"))
 
     def run(self) -> list[Tensor]:
-        """Returns the backend's output by sequence, [num_tokens, heads, dim] each."""
+        """Returns the backend's output by sequence, [num_tokens, heads, DIM] each."""
         new_keys, new_values = (
             torch.cat([t[s.start :] for s, t in zip(self.sequences, tensors, strict=True)])
             for tensors in (self.keys, self.values)
@@ -123,7 +123,7 @@ class PagedBatch:
         return list(out.split([s.num_tokens for s in self.sequences]))
 
     def expected(self, index: int) -> Tensor:
-        """Returns [num_tokens, heads, dim] float64: softmax(scale q k) v over the keys that each query attends to."""
+        """Returns [num_tokens, heads, DIM] float64: softmax(SCALE q k) v over the keys that each query attends to."""
         sequence, layout = self.sequences[index], self.layout
         out = torch.empty(sequence.num_tokens, layout.heads, DIM, dtype=torch.float64)
         for row, head in product(range(sequence.num_tokens), range(layout.heads)):
@@ -194,7 +194,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scratch", [1, 3000, 9000])
 @pytest.mark.parametrize("window", [0, 5])
 def test_little_memory_at_a_time(scratch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers; more is held than allowed only where a single sequence or query takes more."""
+    """Limits the bytes of keys and scores, except of a single sequence or query, without changing the output."""
     monkeypatch.setattr(reference, "MAX_SCRATCH_BYTES", scratch)
     sizes = []
 
@@ -236,7 +236,7 @@ def test_contents_of_unused_slots_are_ignored(unused: float, window: int) -> Non
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_nan_in_one_sequence_does_not_affect_others(window: int) -> None:
-    """Even though the block tables of the other sequences are padded with its block."""
+    """Block tables are padded with block 0, which here belongs to the sequence with NaN."""
     case = PagedBatch(Layout(16, 6, 2, window), [Sequence(41, 1), Sequence(3, 1), Sequence(16, 1), Sequence(5, 6)], 3)
     assert case.block_tables[0][0] == 0
     for tensors in (case.keys, case.values):

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-TRAINED_LENGTH = 32  # tokens; original length of scaled ropes, shorter than the longest prompts
+TRAINED_LENGTH = 32  # tokens; length before rope scaling, shorter than the longest prompts
 Json = dict[str, Any]
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -65,7 +65,7 @@ class CheckpointCase:
 
 
 def make_model(case: CheckpointCase, seed: int) -> PreTrainedModel:
-    """Returns the model in memory, which the oracle runs; it does not depend on the rewritten files."""
+    """Returns the model in memory, from which `tests.model.oracle` computes the expected output."""
     config_class, model_class = FAMILIES[case.family]
     # A copy, because transformers adds keys to `rope_parameters` in place.
     model = model_class(config_class(**json.loads(json.dumps(SIZES | case.config)))).eval()
@@ -82,7 +82,7 @@ def _random_parameter(name: str, like: Tensor, generator: torch.Generator) -> Te
         return 1 + 0.3 * noise
     if name.endswith("bias"):
         return 0.3 * noise
-    # A tied embedding is the head as well: with a larger gain the model would only repeat its input.
+    # A tied embedding is also the output head: with a larger gain the model would only repeat its input.
     gain = 2.0 if any(infix in name for infix in ("embed_tokens", "lm_head", "q_proj")) else 1.5
     return gain / math.sqrt(like.shape[1]) * noise
 
@@ -127,7 +127,7 @@ _INTERNLM2_NAMES = {
 def rewrite_as_internlm2(directory: Path) -> None:
     """Rewrites a llama checkpoint with InternLM2's tensor names and fused layout.
 
-    transformers has no InternLM2. Its computation equals llama's, so the original llama is the oracle.
+    transformers has no InternLM2. Its computation equals llama's, so the original llama gives the expected output.
     """
     rewrite_as_older_config(directory)
     config = json.loads((directory / "config.json").read_text())
@@ -181,7 +181,7 @@ _BIAS: Json = {"attention_bias": True, "mlp_bias": True}
 
 CASES = [
     CheckpointCase("llama", "llama"),
-    # At TP 3 a rank has two heads of one KV head and one of the next, so its second group is padded.
+    # At TP 3 a rank has two query heads of one KV head and one of the next, which is padded to two.
     CheckpointCase(
         "llama-biases", "llama", _BIAS | {"num_attention_heads": 8, "num_key_value_heads": 4}, shard_size="200KB"
     ),

@@ -1,4 +1,4 @@
-"""Fixtures of the model tests: oracles and rank processes, each created once, when a test first uses it."""
+"""Fixtures of the model tests: expected results (oracles) and rank processes, created once, when first used."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
-    """Returns the oracle of a case, by its name."""
+    """Returns a function that returns the Oracle of a CheckpointCase, by its name."""
     cache: dict[str, Oracle] = {}
     cases = {case.name: case for case in CASES}
 
@@ -42,7 +42,7 @@ SLOW_TP_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)]
 
 @pytest.fixture(scope="session", params=[1, 2, *SLOW_TP_SIZES], ids="tp{}".format)
 def rank_pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    """One set of rank processes at a time; pytest orders the tests so that each is started once."""
+    """Yields the rank processes of one TP size. pytest groups the tests by TP size, so each pool starts once."""
     rank_pool = RankPool(request.param)
     yield rank_pool
     rank_pool.close()

@@ -1,6 +1,6 @@
 """Runs the product's runner and engine as rank 0 does, and records the logits that each token was sampled from.
 
-The logits are recorded at the call of the sampler, which all of them pass.
+A wrapper around `layers.sampler.sample` records them.
 """
 
 from collections import defaultdict
@@ -34,13 +34,13 @@ CPU = torch.device("cpu")
 MAX_SEQ_LEN = 256
 MAX_STEPS = 5000  # far more than any test needs; ends a test whose engine makes no progress
 Settings = Mapping[str, Any]
-# Small enough that prompts are chunked beside decodes, large enough to hold every test's requests.
+# Few tokens per step, so that prompts are chunked; enough KV blocks for the requests of every test.
 DEFAULT_SETTINGS: Settings = {"max_batch_tokens_size": 48, "test_block_num": 64, "warm_up": False}
 
 
 @dataclass
 class Completion:
-    """All outputs of one request. `logits`: [vocab] float32 per token, the logits it was sampled from."""
+    """All outputs of one request. `logits`: for each token the logits [vocab_size] float32 that it was sampled from."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)
@@ -123,7 +123,10 @@ def step(engine: Engine, completions: Completions) -> None:
 
 @contextmanager
 def record_logits(forced: ForcedTokens | None = None) -> Iterator[dict[str, list[NDArray[np.float32]]]]:
-    """Yields the logits [vocab] of each sampled token, by request id. `forced` tokens replace the sampled ones."""
+    """Yields lists, by request id, that collect the logits [vocab_size] of each sampled token.
+
+    `forced` tokens replace the sampled ones.
+    """
     recorded: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
     def recording_sample(

@@ -30,7 +30,7 @@ MIN_DISTINCT_TOKENS = 12  # in the output of each prompt
 class OracleAnswer:
     """Expected results for one prompt.
 
-    prompt_logits: [len(prompt), vocab]. logits: [len(tokens), vocab], from which each token was chosen.
+    prompt_logits: [len(prompt), vocab_size]. logits: [len(tokens), vocab_size]; each token is the argmax of its row.
     """
 
     prompt: list[int]
@@ -52,7 +52,7 @@ class OracleAnswer:
         assert tokens == self.tokens
 
     def after(self, count: int) -> "OracleAnswer":
-        """Returns the expected results after the first `count` tokens."""
+        """Returns the expected results without the first `count` tokens."""
         return replace(self, tokens=self.tokens[count:], logits=self.logits[count:])
 
 
@@ -79,7 +79,11 @@ class Oracle:
 
 
 def make_oracle(case: CheckpointCase, directory: Path, device: torch.device | str = "cpu") -> Oracle:
-    """Tries seeds until the output has no near ties and no loops; the first seed nearly always qualifies."""
+    """Saves a checkpoint and returns it with its expected results.
+
+    Tries seeds until the greedy output has no near ties (MIN_LOGIT_GAP) and no loops (MIN_DISTINCT_TOKENS); the first
+    seed nearly always qualifies.
+    """
     for seed in range(10):
         weights_seed = seed + zlib.crc32(case.name.encode())
         model = nn.Module.to(make_model(case, weights_seed), device)
@@ -102,7 +106,7 @@ def _is_conclusive(answer: OracleAnswer) -> bool:
 
 @torch.inference_mode()
 def generate_answer(model: PreTrainedModel, prompt: list[int], forced: Sequence[int] = ()) -> OracleAnswer:
-    """Returns the greedy answer, or the logits along the `forced` tokens."""
+    """Returns the tokens and logits of greedy decoding, or the `forced` tokens and their logits."""
     _reset_rotary_embedding(model)
     cache = DynamicCache(config=model.config)
     tokens: list[int] = []

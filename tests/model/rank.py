@@ -1,7 +1,8 @@
 """One rank of a tensor-parallel group: `python -m tests.model.rank SIZE RANK PORT CONTROL_FD`.
 
-Importing torch takes seconds, so a process runs all jobs of a test session. Jobs and replies are JSON in the product's
-frames over an inherited socket; the process exits when that socket closes, also if pytest has died.
+A job is a checkpoint, settings and requests to complete. Importing torch takes seconds, so a process runs all jobs of a
+test session. Jobs and replies are JSON in frames of `parallel.wire` over the inherited socket CONTROL_FD; the process
+exits when that socket closes, also if pytest has died.
 """
 
 import json
@@ -37,7 +38,7 @@ def local_plan(size: int, port: int) -> Plan:
 
 
 def open_groups(plan: Plan, rank: int) -> dict[str, Group]:
-    """Returns "local", the product's choice for ranks of one machine, and "gloo", which it uses between machines."""
+    """Returns two groups of the same ranks: "local" as on one machine, and "gloo" as between machines."""
     cpu = torch.device("cpu")
     prefix = f"rtp-test-{plan.start_port}-"
     group = init_group(
@@ -72,7 +73,7 @@ class RankWorker:
         if self.followers:
             engine = drive.make_engine(runner, self.followers.broadcast)
             completions = _run_leader(engine, job)
-            self.followers.send_keepalive()  # here it marks the end of the job
+            self.followers.send_keepalive()  # _run_follower returns when it receives this
             return reply | {"completions": completions, "preemptions": engine.scheduler.stats.preemptions}
         assert self.step_socket
         _run_follower(runner, self.step_socket)
@@ -95,7 +96,10 @@ def _run_follower(runner: ModelRunner, step_socket: socket.socket) -> None:
 
 
 def _run_leader(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
-    """Runs the waves of a job. Writes logits, too large for the reply, to the file `out`; returns the rest."""
+    """Runs the job's waves (lists of requests) one after the other, each until all its requests have ended.
+
+    Writes the logits, which are too large for the reply, to the file `out`. Returns the completions without them.
+    """
     completions: drive.Completions = {}
     for wave in job["waves"]:
         completions |= drive.run(engine, [_request(entry) for entry in wave])

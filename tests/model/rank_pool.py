@@ -75,7 +75,10 @@ class RankPool:
     def run(
         self, checkpoint: Path, waves: Sequence[Sequence[Request]], collectives: str = "gloo", **settings: Any
     ) -> RankReport:
-        """Loads the checkpoint on all ranks and runs the waves of requests one after the other."""
+        """Loads the checkpoint on all ranks and runs the waves of requests one after the other.
+
+        `collectives`: "local" or "gloo", see `tests.model.rank.open_groups`.
+        """
         if not self.processes:
             self._start_processes()
         logits_path = Path(self._directory.name) / "logits.npz"

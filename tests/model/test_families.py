@@ -11,7 +11,7 @@ from tests.model.oracle import Oracle
 from tests.model.rank_pool import RankPool
 
 NAMES = [case.name for case in CASES]
-# The same model as a case without that suffix, in other file formats; only loading differs.
+# The same models as the cases without the suffix -older or -older-sharded, in other file formats; only loading differs.
 OTHER_FILES = [
     "llama-tied-older-sharded",
     "rope-linear-older",

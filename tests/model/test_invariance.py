@@ -1,7 +1,7 @@
 """Output does not depend on the batch, chunk and block sizes, the prefix cache, preemptions or resumption.
 
 Greedy requests are compared with transformers. Sampled requests have no oracle; they must give the same tokens as
-alone, in one chunk and without prefix cache.
+if each ran alone, in one chunk and without prefix cache.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ REFERENCE_SETTINGS: Settings = {"max_batch_tokens_size": 512, "reuse_cache": Fal
 
 
 def sampled_request(oracle: Oracle, name: str, output: list[int] | None = None) -> Request:
-    """Returns one of SAMPLED. Each has its own prompt, from the oracle's last ones, which are chunked."""
+    """Returns the request `name` of SAMPLED. Each uses another prompt of the oracle, from the last (the longest) on."""
     index = list(SAMPLED).index(name)
     params = SamplingParams(max_tokens=NEW_TOKENS, seed=100 + index, **SAMPLED[name])
     return Request(name, list(oracle.answers[-1 - index].prompt), params, output)
@@ -78,7 +78,7 @@ def compute_expected(oracle: Oracle) -> Expected:
 
 
 def add_cache_salt(requests: list[Request]) -> list[Request]:
-    """Sets the salt as `engine.loop.LeaderLoop` does for dynamic rope; other ropes work with it too."""
+    """Sets `cache_salt` as `engine.loop.LeaderLoop` does for dynamic rope; the other cases work with a salt too."""
     for request in requests:
         request.cache_salt = request.num_prompt_tokens.to_bytes(8, "little")
     return requests
@@ -183,7 +183,7 @@ def greedy_resumed(prompt: list[int], output: list[int], id: str) -> Request:
 @pytest.mark.parametrize("reuse_cache", [True, False])
 @pytest.mark.parametrize("order", ["first", "last"])
 def test_requests_with_nan_do_not_affect_others(expected: Expected, order: str, reuse_cache: bool) -> None:
-    """They end with an error. Requests in the same batch, and those that get their blocks later, are unaffected."""
+    """Requests with NaN end with an error; others in the batch, and those that reuse their blocks, are unaffected."""
     oracle = expected.oracle
     engine = drive.make_single_rank_engine(oracle.path, test_block_num=40, reuse_cache=reuse_cache)
     used_tokens = {t for a in oracle.answers for t in (*a.prompt, *a.tokens)}
@@ -208,7 +208,7 @@ def test_requests_with_nan_do_not_affect_others(expected: Expected, order: str, 
     indirect=["rank_pool"],
 )
 def test_several_ranks(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
-    """Small chunks and few blocks on several ranks, then all requests again from the prefix cache."""
+    """Small chunks and few blocks on several ranks; then all requests twice, the second time from the prefix cache."""
     expected = compute_expected(oracles(name))
     settings = {"max_batch_tokens_size": 16, "test_block_num": 24}
     report = rank_pool.run(expected.oracle.path, [mixed_requests(expected.oracle)], "local", **settings)

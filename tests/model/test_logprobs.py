@@ -64,7 +64,7 @@ def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> Non
 
 
 def test_prompt_logprobs_per_step_are_limited(oracle: Oracle) -> None:
-    """Each needs a row of logits. The limit is lowered because these prompts are shorter."""
+    """Each prompt logprob needs a row of logits, so the scheduler limits the chunk; lowered for these short prompts."""
     requests = [
         greedy_request(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=i % 2 == 0)
         for i, a in enumerate(oracle.answers)
@@ -113,7 +113,7 @@ def test_preemption_during_the_prompt(oracle: Oracle, reuse_cache: bool) -> None
 
 @pytest.mark.parametrize("reuse_cache", [True, False])
 def test_preemption_after_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
-    """The prompt is recomputed, but its logprobs have been reported already."""
+    """The prompt is recomputed, but its logprobs are not reported again."""
     answers = oracle.answers[-2:]
     engine = drive.make_single_rank_engine(
         oracle.path, reuse_cache=reuse_cache, seq_size_per_block=4, test_block_num=36
@@ -150,7 +150,7 @@ def test_number_of_logprobs_is_limited_to_the_vocabulary(oracle: Oracle) -> None
 
 
 def test_logprobs_are_of_unprocessed_logits(oracle: Oracle) -> None:
-    """Temperature, penalties and biases do not change them."""
+    """Temperature, penalties and biases do not change logprobs."""
     answer = oracle.answers[3]
     params: dict[str, Any] = {
         "logprobs": TOP,

@@ -39,7 +39,7 @@ def without_cache(oracle: Oracle, prompt: list[int]) -> Completion:
 
 def assert_same(completion: Completion, expected: Completion) -> None:
     assert completion.tokens == expected.tokens
-    # Not bit for bit: the order of summation depends on the batch size.
+    # Not exactly equal: the order of summation depends on the batch size.
     assert all(abs(a - b).max() < 1e-4 for a, b in zip(completion.logits, expected.logits, strict=True))
 
 
@@ -96,11 +96,11 @@ def test_equal_blocks_after_different_prefixes_are_not_shared(oracle: Oracle) ->
 
 
 class AllServedError(Exception):
-    """Ends the leader's loop."""
+    """Raised by FakeRequestServer after the last request, to end LeaderLoop.run."""
 
 
 class FakeRequestServer:
-    """Stands in for `engine.request_server.RequestServer`: submits one request after the other."""
+    """Fake of `engine.request_server.RequestServer`: submits each request when the previous one has ended."""
 
     def __init__(self, requests: list[Request]):
         self._requests, self._is_busy = iter(requests), False
@@ -167,7 +167,7 @@ def test_dynamic_rope_shares_only_equal_keys(dynamic_rope_oracle: Oracle) -> Non
 
 
 def test_dynamic_rope_needs_the_cache_salt(dynamic_rope_oracle: Oracle) -> None:
-    """Proves that the test above can fail: without the leader loop there is no salt, and the output is wrong."""
+    """Proves that test_dynamic_rope_shares_only_equal_keys can fail: requests without a salt give wrong output."""
     long = dynamic_rope_oracle.answers[-1].prompt
     engine = drive.make_single_rank_engine(dynamic_rope_oracle.path, seq_size_per_block=BLOCK_SIZE)
     drive.run(engine, [greedy_request(long, 2, id="first")])

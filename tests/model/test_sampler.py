@@ -1,7 +1,8 @@
 """The sampler follows the requested distribution, and depends on seed and position only.
 
-Two methods. With a grid of numbers in place of random ones, the distribution can be measured exactly and compared with
-that of transformers' logits processors. With random numbers, a chi-square test over many seeds.
+Some tests replace the random numbers by an even grid over [0, 1): the fraction of the grid that selects a token is its
+probability, which must equal that of transformers' logits processors. Others draw with many seeds or positions and
+apply a chi-square test.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def make_request(seed: int = 0, output: Sequence[int] = (), **params: Any) -> Re
 
 
 def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Returns a token for each request, all from the same logits [vocab]."""
+    """Returns a token for each request, all from the same logits [VOCAB]."""
     expanded = logits.expand(len(requests), -1)
     sampled, _ = sample(expanded, SamplingMetadata(list(range(len(requests))), list(requests), []))
     tokens = [token.token_id for token in sampled]
@@ -51,12 +52,12 @@ def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 
 def random_logits(seed: int, spread: float = 3) -> Tensor:
-    """Returns normal logits [vocab]. `spread`: standard deviation; with 1 no token is too unlikely to be drawn."""
+    """Returns normally distributed logits [VOCAB]. `spread`: standard deviation; with 1 no token is very unlikely."""
     return spread * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
 def measure_distribution(logits: Tensor, monkeypatch: pytest.MonkeyPatch, **params: Any) -> NDArray[np.float64]:
-    """Returns the probability of each token: the fraction of a fine grid of numbers that selects it."""
+    """Returns the probability of each token: the fraction of an even grid over [0, 1) that selects it."""
     monkeypatch.setattr(sampler, "uniform", lambda seed, position: (seed + 0.5) / GRID_SIZE)
     tokens = draw(logits, [make_request(seed, **params) for seed in range(GRID_SIZE)])
     return np.bincount(tokens, minlength=VOCAB) / GRID_SIZE
@@ -111,7 +112,7 @@ def test_filters_match_transformers(
 
 
 def test_rows_are_sampled_independently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All filters alternate in one batch, and every request gets the same token as alone."""
+    """All filters alternate in one batch, and every request gets the same token as in a batch of its own."""
     logits = random_logits(3)
     monkeypatch.setattr(sampler, "uniform", lambda seed, position: seed / 1000)
     requests = [make_request(i % 1000, **FILTERS[i % len(FILTERS)][0]) for i in range(1500)]
@@ -131,7 +132,7 @@ def test_rows_are_sampled_independently(monkeypatch: pytest.MonkeyPatch) -> None
 )
 @pytest.mark.parametrize("by", ["seed", "position"])
 def test_many_draws_follow_the_distribution(params: dict[str, Any], processors: list[LogitsProcessor], by: str) -> None:
-    """Varies the seed, or the position for one seed; clients rely on both. Fixed seeds, so the test is not flaky."""
+    """Draws with many seeds, or at many positions with one seed. The seeds are fixed, so the test is not flaky."""
     logits, count = random_logits(4), 5000
     if by == "seed":
         requests = [make_request(seed, **params) for seed in range(count)]
@@ -142,7 +143,10 @@ def test_many_draws_follow_the_distribution(params: dict[str, Any], processors: 
 
 
 def is_chi_square_plausible(counts: NDArray[Any], probabilities: NDArray[Any]) -> bool:
-    """Returns whether the statistic is within 4 standard deviations of its mean. Pools rare tokens."""
+    """Returns whether the chi-square statistic is within 4 standard deviations of its mean.
+
+    Pools tokens whose expected count is below 5.
+    """
     expected = probabilities * counts.sum()
     rare = expected < 5
     assert not counts[probabilities == 0].any()
@@ -154,7 +158,7 @@ def is_chi_square_plausible(counts: NDArray[Any], probabilities: NDArray[Any]) -
 
 
 def test_chi_square_detects_a_wrong_distribution() -> None:
-    """Proves that the test above can fail, even for a slightly different temperature."""
+    """Proves that test_many_draws_follow_the_distribution can fail, even for a slightly different temperature."""
     logits = random_logits(4)
     counts = np.bincount(draw(logits, [make_request(s, temperature=1.15) for s in range(5000)]), minlength=VOCAB)
     assert not is_chi_square_plausible(counts, transformers_distribution(logits, []))
@@ -198,7 +202,7 @@ def test_logit_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_logits_are_not_changed_in_place() -> None:
-    """Logprobs are computed from the unprocessed logits, which the rows may be views of."""
+    """The sampler computes logprobs from the unprocessed logits, after it has applied penalties and biases."""
     logits = random_logits(8).expand(2, -1).contiguous()
     before = logits.clone()
     requests = [

@@ -31,7 +31,7 @@ def config_of(path: Path) -> Config:
 
 
 class FakeGroup:
-    """A rank of a group whose other ranks do not exist. Loading does not need them."""
+    """One rank of a process group without the other ranks, which loading does not need."""
 
     wait_seconds: float | None = None
 
@@ -61,7 +61,7 @@ def is_replicated(name: str) -> bool:
     return "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias", "wo.bias"))
 
 
-# One per kind of sharding: divided, replicated and single KV heads, tied embeddings, biases, fused tensors.
+# One case for each kind of sharding: split, replicated and single KV heads, tied embeddings, biases, fused tensors.
 SHARDED_CASES = [
     "llama-biases",
     "llama-mqa-one-layer",
@@ -107,7 +107,7 @@ def group_by_name(elements: list[tuple[str, int]]) -> dict[str, list[int]]:
 def check_contents(parameters: list[ShardedParameter], case: CheckpointCase, path: Path) -> None:
     """Raises AssertionError unless parameters equal the checkpoint's slices, and padding is zero."""
     if case.name.startswith("internlm2"):
-        return  # its names in the file differ; test_families checks its contents
+        return  # the file has other tensor names; test_families checks the contents
     tensors = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
     for parameter in parameters:
         expected = torch.zeros(parameter.shape)
@@ -150,7 +150,7 @@ def test_rank_processes_read_the_same_bytes(rank_pool: RankPool, oracles: Oracle
 
 @pytest.fixture
 def copy_checkpoint(oracles: Oracles, tmp_path: Path) -> Callable[[str], Path]:
-    """Returns a copy of a checkpoint, which the test may damage."""
+    """Returns a function that copies the checkpoint of a case, so that the test can damage the copy."""
     return lambda name: shutil.copytree(oracles(name).path, tmp_path / name)
 
 
@@ -199,7 +199,7 @@ def test_missing_tensor(copy_checkpoint: Callable[[str], Path], name: str, tenso
 @pytest.mark.parametrize(("name", "tensor"), TENSORS)
 @pytest.mark.parametrize("change", ["shorter", "longer", "narrower", "wider"])
 def test_tensor_with_wrong_shape(copy_checkpoint: Callable[[str], Path], name: str, tensor: str, change: str) -> None:
-    """A larger tensor is an error too: a slice of it would load, and give wrong output."""
+    """A larger tensor is an error too: otherwise a slice of it would be loaded, and the output would be wrong."""
 
     def reshape(tensors: dict[str, Tensor]) -> None:
         old = tensors[tensor]
@@ -322,7 +322,7 @@ def test_invalid_checkpoint_path(tmp_path: Path) -> None:
 
 
 def test_digest_differs_between_checkpoints(copy_checkpoint: Callable[[str], Path], oracles: Oracles) -> None:
-    """The parts of a gang compare it to detect different models."""
+    """The parts of a gang compare digests to detect that they have different models."""
 
     def digest(path: Path) -> str:
         return Checkpoint.open(config_of(path)).digest

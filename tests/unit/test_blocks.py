@@ -131,7 +131,7 @@ def test_disabled_cache_finds_nothing() -> None:
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Random allocations and releases; the pool must agree with a simple count of references."""
+    """Random allocations and releases; the pool must agree with a reference count of each block."""
 
     @initialize(num_blocks=st.integers(1, 12))
     def start(self, num_blocks: int) -> None:

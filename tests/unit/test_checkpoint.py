@@ -37,7 +37,7 @@ def model(demo: Path, tmp_path: Path) -> Path:
 
 
 def error_ids(model: Path) -> list[str]:
-    """Returns the check ids of all errors. The server exits with the first one."""
+    """Returns the doctor check ids of all errors. Asserts that Checkpoint.open raises the first error."""
     errors = find_errors(model)
     if errors:
         with pytest.raises(CheckpointError) as error_info:
@@ -147,7 +147,7 @@ def test_settings_files_are_limited_in_size_and_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["index", "numbered", "single"])
 def test_dangling_link_is_reported_with_its_target(layout: str, model: Path) -> None:
-    """As in the snapshot directory of a Hugging Face cache that is mounted without its blobs."""
+    """The snapshot directory of a Hugging Face cache has such links if it is mounted without the blobs directory."""
     name = "model.safetensors" if layout == "single" else "model-00001-of-00001.safetensors"
     (model / "model.safetensors").unlink()
     (model / name).symlink_to("../../blobs/0123abcd")
@@ -183,7 +183,7 @@ INVALID_TOKENIZERS = [
 
 @pytest.mark.parametrize(("name", "text", "check"), INVALID_TOKENIZERS)
 def test_invalid_tokenizer(name: str, text: str, check: str, model: Path) -> None:
-    """The check before the start rejects what the API process could not load."""
+    """`check_tokenizer`, which runs before the start, rejects files that the API process could not load."""
     (model / name).write_text(text)
     with pytest.raises(CheckpointError) as error_info:
         check_tokenizer(model)

@@ -1,6 +1,6 @@
 """The scheduler, checked with a model of the KV cache that records for each slot which prefix it was computed from.
 
-A block that is wrongly shared, written while another request reads it, or leaked shows as a wrong prefix.
+If a block is shared by mistake, or overwritten while another request reads it, the recorded prefix is wrong.
 """
 
 from collections import Counter
@@ -23,13 +23,13 @@ def make_scheduler(blocks: int = 16, tokens: int = 16, sequences: int = 4, **lim
 
 
 def make_request(name: str, prompt: int | list[int], max_tokens: int = 100, **params: bool) -> Request:
-    """`prompt`: its token ids, or their number; in that case requests with different names share no prefix."""
+    """`prompt`: the token ids, or their number; with a number, requests with different names share no prefix."""
     tokens = prompt if isinstance(prompt, list) else [ord(name)] * prompt
     return Request(name, tokens, SamplingParams(max_tokens, **params))  # type: ignore[arg-type]
 
 
 def step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
-    """Schedules and computes one step, as the engine does. Returns (request, start, num_tokens) of each chunk."""
+    """Schedules and computes one step, as the engine does. Returns (request id, start, num_tokens) of each chunk."""
     chunks = scheduler.schedule()
     scheduler.update_after_step(chunks)
     for chunk in chunks:
@@ -107,7 +107,7 @@ def test_newest_request_is_preempted_and_recomputes_prompt_and_output() -> None:
     scheduler.add(make_request("b", 7))
     assert step(scheduler) == [("a", 0, 7), ("b", 0, 7)]
     assert step(scheduler) == [("a", 7, 1), ("b", 7, 1)]
-    assert step(scheduler) == [("a", 8, 1)]  # the ninth token needs a third block, taken from b
+    assert step(scheduler) == [("a", 8, 1)]  # the ninth token of a needs a third block, so b is preempted
     assert [r.id for r in scheduler.waiting] == ["b"]
     assert (scheduler.waiting[0].num_tokens, scheduler.waiting[0].num_computed_tokens, scheduler.stats.preemptions) == (
         9,
@@ -273,7 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(c.num_tokens <= limit for c in chunks), "a prefill chunk beside decodes exceeds its limit"
 
     def compute(self, chunk: ScheduledChunk) -> None:
-        """Reads and writes the slots of a chunk as a rank does: reads those before the chunk, writes those of it."""
+        """Simulates a rank: writes the slots of the chunk and reads all slots of the request up to its end."""
         request, salt = chunk.request, chunk.request.cache_salt
         end = chunk.start + chunk.num_tokens
         assert len(request.block_ids) == self.scheduler.blocks.num_blocks_for(end)

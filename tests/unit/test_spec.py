@@ -1,4 +1,4 @@
-"""config.json to ModelSpec: both formats give the same spec, and errors name the unsupported key and value."""
+"""Parsing of config.json: the formats of transformers 4 and 5 give the same ModelSpec; errors name key and value."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Steps: how chunks become arrays, and the frame, which is rejected if its length is wrong."""
+"""Steps: the arrays of chunks, and the frame of a step, which is rejected if its length is wrong."""
 
 import numpy as np
 import pytest
