@@ -72,12 +72,19 @@ def check_examples() -> list[Example]:
 
 
 def setting_examples() -> list[Example]:
-    """Returns one example per documented setting: its description."""
-    return [
-        Example((f"What does {name.upper()} do?", f"what is {name.upper()}", name.upper()), f"{name.upper()}: {text}.")
-        for name, field in Config.model_fields.items()
-        if (text := field.description)
-    ]
+    """Returns one example per documented setting: its description. Questions of the manual have the manual's answer."""
+    in_manual = {_normalized(question) for example in manual() for question in example.questions}
+    examples = []
+    for name, field in Config.model_fields.items():
+        wordings = (f"What does {name.upper()} do?", f"what is {name.upper()}", name.upper())
+        questions = tuple(question for question in wordings if _normalized(question) not in in_manual)
+        if field.description:
+            examples.append(Example(questions, f"{name.upper()}: {field.description}."))
+    return examples
+
+
+def _normalized(question: str) -> str:
+    return question.lower().rstrip("?")
 
 
 def train_tokenizer(examples: list[Example]) -> Tokenizer:
