@@ -16,17 +16,17 @@ from typing import Any
 
 from tests.gpu import report
 from tests.gpu.environment import BUILD, ROOT, SetupError, install_requirements
-from tests.gpu.groups import Group, Shard, run_group, select_groups
+from tests.gpu.groups import Shard, SuiteGroup, run_group, select_groups
 
 # Limits on a GPU, of the whole suite and of each group.
 SUITE_SECONDS = 350
 CPU_TIMEOUT_FACTOR = 3  # other programs may use the CPU
 GROUPS = [
-    Group("doctor", "tests/gpu/doctor.py", 60),
-    Group("parity", "tests/gpu/parity.py", 110, shards=3),
-    Group("server", "tests/gpu/server.py", 120),
-    Group("components", "tests/gpu/components.py", 50),
-    Group("speed", "tests/gpu/speed.py", 100),
+    SuiteGroup("doctor", "tests/gpu/doctor.py", 60),
+    SuiteGroup("parity", "tests/gpu/parity.py", 110, shards=3),
+    SuiteGroup("server", "tests/gpu/server.py", 120),
+    SuiteGroup("components", "tests/gpu/components.py", 50),
+    SuiteGroup("speed", "tests/gpu/speed.py", 100),
 ]
 CANNOT_RUN = 2
 FACTS_PROGRAM = """
@@ -100,7 +100,7 @@ def read_machine_facts(env: dict[str, str]) -> dict[str, Any]:
     return machine_facts
 
 
-def run_all(groups: list[Group], env: dict[str, str], start: float) -> list[Shard]:
+def run_all(groups: list[SuiteGroup], env: dict[str, str], start: float) -> list[Shard]:
     """Runs the groups one after another, each with its time limit. `start`: time.monotonic() of the suite's start."""
     log_dir = BUILD / "gpu" / "logs"
     timeout_factor = 1 if env["RTP_TEST_DEVICE"] == "cuda" else CPU_TIMEOUT_FACTOR

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Group:
+class SuiteGroup:
     """One file of tests, run by `shards` processes. `seconds`: time limit of the whole group."""
 
     name: str
@@ -41,7 +41,7 @@ class Group:
 class Shard:
     """Runs one shard of a group in a process. Starts a new process if one is lost."""
 
-    group: Group
+    group: SuiteGroup
     number: int
     log_dir: Path
     env: Mapping[str, str]
@@ -136,7 +136,7 @@ def pytest_command(file: str) -> list[str]:
     ]
 
 
-def run_group(group: Group, env: Mapping[str, str], log_dir: Path, seconds: float) -> list[Shard]:
+def run_group(group: SuiteGroup, env: Mapping[str, str], log_dir: Path, seconds: float) -> list[Shard]:
     """Runs a group until it ends, at most for `seconds`."""
     shards = [Shard(group, number, log_dir, env) for number in range(1, group.shards + 1)]
     for shard in shards:
@@ -176,7 +176,7 @@ def short_name(node: str) -> str:
     return node.split("::")[-1].removeprefix("test_")
 
 
-def select_groups(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
+def select_groups(groups: Sequence[SuiteGroup], names: Sequence[str]) -> list[SuiteGroup]:
     """Returns the groups with these names, all groups if `names` is empty. Raises ValueError if a name is unknown."""
     all_names = [group.name for group in groups]
     unknown = [name for name in names if name not in all_names]

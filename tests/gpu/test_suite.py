@@ -11,7 +11,7 @@ import pytest
 from tests.gpu import environment, report
 from tests.gpu.__main__ import select_device
 from tests.gpu.environment import SetupError
-from tests.gpu.groups import Group, run_group, select_groups
+from tests.gpu.groups import SuiteGroup, run_group, select_groups
 from tests.gpu.report import Result
 
 TEST_FILE = """\
@@ -52,7 +52,7 @@ def env(tmp_path: Path) -> dict[str, str]:
 def run_file(tmp_path: Path, env: dict[str, str], text: str, seconds: float) -> dict[str, Result]:
     file = tmp_path / "some.py"
     file.write_text(textwrap.dedent(text).replace('"left"', repr(str(tmp_path / "left"))))
-    shards = run_group(Group("some", str(file), seconds), env, tmp_path, seconds)
+    shards = run_group(SuiteGroup("some", str(file), seconds), env, tmp_path, seconds)
     return {result.test: result for shard in shards for result in shard.results()}
 
 
@@ -114,13 +114,13 @@ def test_import_error_is_reported_as_not_run(tmp_path: Path, env: dict[str, str]
 def test_shards_share_the_tests(tmp_path: Path, env: dict[str, str]) -> None:
     file = tmp_path / "some.py"
     file.write_text("import pytest\n\n@pytest.mark.parametrize('n', range(5))\ndef test_it(n):\n    pass\n")
-    shards = run_group(Group("some", str(file), 30, shards=2), env, tmp_path, 30)
+    shards = run_group(SuiteGroup("some", str(file), 30, shards=2), env, tmp_path, 30)
     assert [len(shard.results()) for shard in shards] == [3, 2]
 
 
 def test_components_group_passes(tmp_path: Path, env: dict[str, str]) -> None:
     """Runs one group of the suite."""
-    shards = run_group(Group("components", "tests/gpu/components.py", 100), env, tmp_path, 100)
+    shards = run_group(SuiteGroup("components", "tests/gpu/components.py", 100), env, tmp_path, 100)
     results = shards[0].results()
     assert {result.result for result in results} == {"passed"}, results
 
@@ -157,7 +157,7 @@ def test_cpu_results_never_replace_gpu_results(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_select_groups_rejects_unknown_names() -> None:
-    groups = [Group("a", "a.py", 1), Group("b", "b.py", 1)]
+    groups = [SuiteGroup("a", "a.py", 1), SuiteGroup("b", "b.py", 1)]
     assert select_groups(groups, []) == groups
     assert select_groups(groups, ["b"]) == groups[1:]
     with pytest.raises(ValueError, match="no group c; there are a, b"):
