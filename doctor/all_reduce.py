@@ -1,6 +1,8 @@
-"""Tier 3: forms the process group of the plan and measures all-reduces of three sizes.
+"""Tier 3 of the doctor: starts the ranks of this part, forms the process group with all parts and times all-reduces of
+three sizes.
 
-`python -m doctor.all_reduce` is one rank: it reads its task as JSON from stdin and prints its measurements.
+`python -m doctor.all_reduce` is one rank. It reads the plan and its rank number as JSON from stdin, and prints its
+measurements as JSON.
 """
 
 import json
@@ -17,13 +19,14 @@ from rtp_llm.machine.process import die_with_parent
 from rtp_llm.parallel.plan import Plan
 
 TIMEOUT_SECONDS = 55.0
-ITERATIONS = {8: 50, 64 << 10: 30, 16 << 20: 5}  # by bytes
+ITERATIONS = {8: 50, 64 << 10: 30, 16 << 20: 5}  # size of the tensor in bytes: number of all-reduces
 
 
 def measure_all_reduce(ctx: CheckContext, plan: Plan, address: str, seconds: float = TIMEOUT_SECONDS) -> dict[str, Any]:
-    """Runs the ranks of this part, for at most `seconds`.
+    """Runs the ranks of this part in processes, for at most `seconds`. `address`: this part's own address.
 
-    Returns {"failure": text} or {"sizes": {bytes: {"wrong", "seconds"}}, "backend": …}.
+    Returns {"failure": error messages of the failed ranks}, or {"sizes": {bytes: {"wrong": number of wrong elements,
+    "seconds": per all-reduce}}, "backend": class name of the process group}.
     """
     task = {"plan": asdict(plan), "address": address, "timeout": seconds - 10, "parent": os.getpid()}
     with ThreadPoolExecutor(plan.local_world_size) as pool:
@@ -51,7 +54,7 @@ def _run_rank(task: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs one rank. Imports torch, unlike the doctor itself."""
+    """Runs one rank in this process. Imports torch, which the doctor's own process never does."""
     import torch
 
     from rtp_llm.parallel.gang_client import leader_host

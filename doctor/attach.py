@@ -1,4 +1,4 @@
-"""`rtp-llm-doctor attach`: the state of a running part, read from its run directory and /proc."""
+"""`rtp-llm-doctor attach`: shows whether a running part is healthy, from its run directory and /proc."""
 
 import os
 import shutil
@@ -29,7 +29,10 @@ STUCK_SECONDS = 10.0
 
 
 class _RankStatusView(BaseModel):
-    """The fields of a rank status (parallel/rank_status.py) that are shown."""
+    """The fields of a rank's status (parallel/rank_status.py) that `attach` prints.
+
+    `idle_s`: seconds from its last progress to its last heartbeat; `silent_s`: seconds since its last heartbeat.
+    """
 
     part: int
     pid: int
@@ -40,12 +43,13 @@ class _RankStatusView(BaseModel):
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds without known progress: before the last heartbeat, and since then."""
+        """Seconds from the last known progress of the rank to the time when gang.json was written."""
         return self.idle_s + self.silent_s
 
 
 class _GangStatusView(BaseModel):
-    """The fields of gang.json that are shown, and the file's age in seconds."""
+    """The fields of gang.json, the state of all ranks, that `attach` prints. `age`: seconds since the file was
+    written."""
 
     epoch: int
     ranks: dict[str, _RankStatusView]
@@ -54,19 +58,21 @@ class _GangStatusView(BaseModel):
 
 
 def find_run_dirs() -> list[Path]:
-    """Returns run directories of the parts that run on this machine, newest first, from process command lines."""
+    """Returns the run directories of the parts that run on this machine, newest first. Finds them in the command lines
+    of the API processes."""
     started: dict[Path, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
         for module, argument in pairwise(process.info["cmdline"] or []):
             path = Path(argument)
-            # Skips other users' parts, and other programs that have these words in their command line.
+            # The test for part.json skips other users' parts, and unrelated programs with such a command line.
             if module == "rtp_llm.api.main" and os.access(path / "part.json", os.R_OK):
                 started[path] = process.info["create_time"]
     return sorted(started, key=lambda path: -started[path])
 
 
 def is_running(ctx: CheckContext) -> bool:
-    """Returns whether the part with these settings runs here, and not another deployment on the same port."""
+    """Returns whether a part with these settings runs on this machine. A part with another plan or checkpoint does not
+    count, even on the same port."""
     return any(_has_same_settings(ctx, run_dir) for run_dir in find_run_dirs())
 
 
@@ -77,7 +83,8 @@ def _has_same_settings(ctx: CheckContext, run_dir: Path) -> bool:
         return False
     if running.plan.start_port != ctx.config.start_port or ctx.plan is None:
         return False
-    # CHECKPOINT_PATH may be unset here. The device depends on what the driver reports now, so it is not compared.
+    # CHECKPOINT_PATH may be unset in this process. The device depends on what the driver reports now, so it is not
+    # compared.
     checkpoints = {str(Path(c.checkpoint_path).absolute()) for c in (running.config, ctx.config) if c.checkpoint_path}
     return replace(running.plan, device=ctx.plan.device) == ctx.plan and len(checkpoints) < 2
 
@@ -88,11 +95,14 @@ def _load(run_dir: Path) -> PartSpec:
         return PartSpec.load(run_dir)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{run_dir / 'part.json'}: is not what start_server writes: {reason}") from None
+        raise ConfigError(f"{run_dir / 'part.json'} is not a valid part.json of start_server: {reason}") from None
 
 
 def attach(run_dir: str) -> int:
-    """Prints the state of a part. Returns 1 if there is a problem, 2 if no part runs."""
+    """Prints the state of the part in `run_dir`; if it is empty, of the newest part on this machine.
+
+    Returns the exit code: 0 if the part is healthy, 1 if there is a problem, 2 if no part runs.
+    """
     run_dirs = [Path(run_dir)] if run_dir else find_run_dirs()
     if not run_dirs or not (run_dirs[0] / "part.json").exists():
         scope = f"in {run_dir}" if run_dir else "among the visible processes; set --run-dir to name its run directory"
@@ -104,7 +114,7 @@ def attach(run_dir: str) -> int:
 
 
 def describe(part_spec: PartSpec) -> tuple[list[str], bool]:
-    """Returns the lines to print, and whether the part is healthy."""
+    """Returns (lines to print, whether the part is healthy)."""
     plan = part_spec.plan
     gang_status = _gang_status(part_spec)
     lines = [f"{part_spec.label} of {plan.num_parts}, {plan.device}, state in {part_spec.run_dir}"]
@@ -135,7 +145,7 @@ def _gang_status(part_spec: PartSpec) -> _GangStatusView:
 
 
 def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], list[str]]:
-    """Returns (lines, problems)."""
+    """Returns (lines, problems) of the ranks. `world_size`: the number of ranks that the gang should have."""
     age = gang_status.age
     is_stale = age > STALE_SECONDS
     lines = [f"  epoch {gang_status.epoch}, as of {age:.1f} s ago" + (" (stale)" if is_stale else "")]
@@ -162,7 +172,10 @@ def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], li
 
 
 def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], list[str]]:
-    """Returns (lines, problems). Only the first port, HTTP, must have a listener after the rendezvous."""
+    """Returns (lines, problems) of this part's ports.
+
+    Only a missing listener on the first port, HTTP, is a problem: the others may be closed after the rendezvous.
+    """
     try:
         listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.laddr and c.status == "LISTEN"}
     except psutil.AccessDenied:
@@ -186,7 +199,7 @@ def _memory() -> str:
 
 
 def _stack_dumps(pids: Iterable[int]) -> list[str]:
-    """Returns the output of py-spy, if it is installed and permitted to trace."""
+    """Returns py-spy's stack dump of each process, or the reason why there is none."""
     program = shutil.which("py-spy")
     if not program:
         return ["  py-spy is not installed (pip install py-spy)"]

@@ -1,6 +1,6 @@
-"""`--bundle`: report, settings and logs for a support request in one file, without secrets.
+"""`--bundle`: writes report, settings and logs for a support request into one archive, without secrets.
 
-The archive is reproducible: the same input gives the same bytes, because times and owners are fixed.
+The same input gives the same bytes, because the archive has fixed times and owners.
 """
 
 import gzip
@@ -32,12 +32,15 @@ TOKEN = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
     re.DOTALL,
 )
-MIN_SECRET_LENGTH = 4  # shorter values occur in any text
-NON_SECRET_VALUES = {"true", "false", "none", "null", "auto"}  # of switches whose names look like a secret's
+MIN_SECRET_LENGTH = 4  # redacting shorter values would also redact ordinary words
+NON_SECRET_VALUES = {"true", "false", "none", "null", "auto"}  # of switches whose name looks like that of a secret
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
-    """Writes a gzipped tar archive and returns the names in it. Raises OSError."""
+    """Writes a gzipped tar archive to `path`, and returns the sorted names of the files in it.
+
+    `run_dir`: adds the state files of the part with this run directory. Raises OSError if `path` cannot be written.
+    """
     files = {"report.json": report.to_json(), "environment.txt": environment_listing(host)}
     for name in ("/proc/self/mountinfo", "/proc/self/limits", "/proc/self/cgroup", "/etc/nccl.conf"):
         text = host.read(name)
@@ -70,14 +73,15 @@ def environment_listing(host: Host) -> str:
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """Redacts `secrets`, also in JSON encoding, and text that looks like a credential.
+    """Returns `text` with "(redacted)" in place of `secrets`, also in JSON encoding, and of text that looks like a
+    credential.
 
-    Credentials are bearer tokens, known token formats, key=value with a secret's name, passwords in URLs and private
-    keys.
+    Credentials are bearer tokens, known token formats, key=value pairs with a secret's name, passwords in URLs and
+    private keys.
     """
     searchable = [s for s in secrets if len(s) >= MIN_SECRET_LENGTH and s.lower() not in NON_SECRET_VALUES]
     spellings = {spelling for secret in searchable for spelling in (secret, json.dumps(secret)[1:-1])}
-    for spelling in sorted(spellings, key=len, reverse=True):  # a secret may contain a shorter one
+    for spelling in sorted(spellings, key=len, reverse=True):  # longest first: a secret may contain a shorter one
         text = text.replace(spelling, REDACTED)
     text = TOKEN.sub(REDACTED, text)
     text = CREDENTIAL.sub(lambda match: match[1] + _quoted_value(match[2]), text)
@@ -85,6 +89,6 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def _quoted_value(value: str) -> str:
-    """Returns the replacement in the same quotes as the value, so that JSON remains valid."""
+    """Returns "(redacted)" in the same quotes as `value`, so that JSON remains valid."""
     quote = value[0] if value[0] in "\"'" else ""
     return f"{quote}{REDACTED}{quote}"

@@ -40,7 +40,8 @@ class _DoctorParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code. Results go to stdout, everything else to stderr."""
+    """Runs the command in `arguments` (default: sys.argv) and returns the exit code. Results go to stdout, errors and
+    progress to stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _ensure_standard_streams()
     try:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(_parser().parse_intermixed_args(doctor_flags), server_flags)
         finally:
-            write("")  # flushes argparse's output, so that a failed write is reported below
+            write("")  # flushes argparse's output (--help), so that a failed write is reported below
     except UsageError as error:
         return _print_error(str(error))
     except (OSError, FatalError) as error:
@@ -73,18 +74,18 @@ def _ensure_standard_streams() -> None:
 
 
 def parse_seconds(text: str) -> float:
-    """Parses the value of --wait."""
+    """Parses the value of --wait. Raises argparse.ArgumentTypeError if it is not a number of seconds from 0."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a float from 0, in seconds")
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a float from 0, in seconds")
     return value
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the doctor's arguments and, after `--`, the server's flags."""
+    """Returns (the doctor's arguments, the server's flags, which follow after `--`)."""
     if "--" not in arguments:
         return arguments, []
     index = arguments.index("--")
@@ -100,17 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", nargs="?", default="node", choices=COMMANDS, help="default: node")
     parser.add_argument("argument", nargs="?", default="", help="id for explain, file or - for explain-log")
-    parser.add_argument("--tier", type=int, choices=TIERS, help="0 static, 1 uses GPUs and disk, 2 gang, 3 collective")
+    parser.add_argument(
+        "--tier", type=int, choices=TIERS, help="0 reads settings and files, 1 uses GPUs and disk, 2 gang, 3 all-reduce"
+    )
     parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="format of the report")
     parser.add_argument("-v", "--verbose", action="store_true", help="also show checks that are ok")
     parser.add_argument(
         "--only",
         default="",
         metavar="IDS",
-        help="comma-separated checks or categories; invalid if the selected tiers contain none of its checks",
+        help="comma-separated check ids or categories to run; an error if the selected tiers do not contain them",
     )
     parser.add_argument(
-        "--ignore", default="", metavar="IDS", help="comma-separated checks whose errors count as warnings"
+        "--ignore", default="", metavar="IDS", help="comma-separated check ids whose errors count as warnings"
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 on warnings")
     parser.add_argument(
@@ -119,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fix", choices=("shm",), help="shm: remove orphaned segments of this server")
     parser.add_argument("--bundle", metavar="FILE", help="write report, settings and logs without secrets to a .tgz")
     parser.add_argument("--run-dir", default="", metavar="DIR", help="attach: the running part's RTP_RUN_DIR")
-    parser.add_argument("--starting", action="store_true", help="a start follows: report a running part as a conflict")
+    parser.add_argument(
+        "--starting", action="store_true", help="the server starts next: ports in use by a running part are an error"
+    )
     parser.add_argument("--save", metavar="FILE", help="also write the JSON report to a file")
     return parser
 
@@ -143,7 +148,8 @@ def _tier(args: argparse.Namespace) -> int:
 
 
 def _selected_tiers(args: argparse.Namespace) -> set[int]:
-    """Returns the tiers to run. --tier 3 excludes tier 2, which needs the doctors of all parts (command gang)."""
+    """Returns the tiers to run: all up to --tier. Without the command `gang`, --tier 3 excludes tier 2, which needs the
+    doctors of all parts."""
     tier = _tier(args)
     return {t for t in range(tier + 1) if t != 2 or tier == 2 or args.command == "gang"}
 
@@ -171,9 +177,11 @@ def _report(args: argparse.Namespace, server_flags: list[str], checks: list[Chec
 
 
 def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
-    """Returns the checks that --only names, by id or category, and their dependencies; None selects all.
+    """Returns the checks that --only names, by id or category, and the checks that these need. Returns None, which
+    selects all checks, if `only` is empty.
 
-    Raises UsageError if a name matches no check of `tiers`: skipping it silently would look like a pass.
+    Raises UsageError if a name exists, but all its checks are outside of `tiers`: skipping it silently would look like
+    a pass.
     """
     names = sorted({name.strip().upper() for name in only.split(",")} - {""})
     if not names:
@@ -195,7 +203,7 @@ def _command_for_tier(tier: int) -> str:
 
 
 def with_dependencies(checks: Sequence[Check]) -> list[Check]:
-    """Returns the checks and all that they need, directly or indirectly, in the registry's order."""
+    """Returns the checks and those that they need, directly or indirectly, in the order of the report."""
     ids: set[str] = set()
     pending = [c.id for c in checks]
     while pending:
@@ -256,7 +264,8 @@ def _explain_log(args: argparse.Namespace, server_flags: list[str]) -> int:
 
 
 def _log_text(name: str) -> str:
-    """Returns the text of a file, of stdin (-), or of a FIFO that is open for writing, as a shell's <(…) is.
+    """Returns the text of a file, of stdin (if `name` is "-"), or of a FIFO that is open for writing, such as a shell's
+    <(…).
 
     Raises UsageError for other file types and for a FIFO without a writer, which would block forever.
     """
@@ -278,9 +287,8 @@ def _log_text(name: str) -> str:
 
 
 def _read_available(fd: int) -> bytes | None:
-    """Reads without blocking. Empty at the end of the file or without a writer; None if a writer has written nothing
-    yet.
-    """
+    """Returns up to 64 KiB without blocking: empty at the end of the file or if a FIFO has no writer, None if a writer
+    has written nothing yet."""
     try:
         return os.read(fd, 1 << 16)
     except BlockingIOError:

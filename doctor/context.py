@@ -1,7 +1,8 @@
-"""What the checks look at: this part's settings, plan, checkpoint and GPUs, read by the server's own code.
+"""The input of all checks: this part's settings, plan, checkpoint and GPUs, read by the server's own code.
 
-If a setting is invalid, its check reports that, and the other checks use the most likely value, so that a typo does not
-hide a full /dev/shm.
+The plan is the server's derived layout: ranks of this part, addresses of all parts, ports and device. If a setting is
+invalid, one check reports it, and the other checks use the most likely value. A typo in TP_SIZE therefore does not hide
+a full /dev/shm.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
 
-# A typo in one of these silently changes the part's rank, size, port or model.
+# Variables that determine rank, size, port and model. A typo in one of them would start a wrong part.
 PLAN_VARIABLES = {
     *("TP_SIZE", "DP_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "WORLD_RANK", "WORLD_INDEX", "TP_RANK"),
     *("DISTRIBUTE_CONFIG_FILE", "GANG_CONFIG_STRING", "JSON_GANG_PARTS", "LEADER_ADDRESS", "ZONE_NAME"),
@@ -35,9 +36,10 @@ ANY_GPUS = 1 << 20
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """`config` holds the valid settings, typos in PLAN_VARIABLES corrected; `config_errors` lists the invalid ones.
+    """The settings as the server parses them. `config`: the valid settings, with typos in PLAN_VARIABLES corrected.
 
-    `misspelled`: pairs of (name that is set, name that was probably meant).
+    `config_errors`: one error per invalid setting. `misspelled`: pairs of (name that is set, name that was probably
+    meant).
     """
 
     config: Config
@@ -47,9 +49,10 @@ class ParsedConfig:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """`plan` is a guess if `config_error` is set, and None if no guess is consistent.
+    """The plan, or the reason why there is none.
 
-    `nat`: why the plan's address is not an address of this machine; empty if it is.
+    `plan`: a guess if `config_error` is set, and None if no guess is consistent. `nat`: a message if this part's
+    address in the member list is not an address of this machine; else empty.
     """
 
     plan: Plan | None
@@ -59,17 +62,20 @@ class PlanResult:
 
 @dataclass
 class CheckContext:
-    """The input of every check. `tier`: the highest tier that was requested, 0 to 3."""
+    """The input of every check.
+
+    `tier`: 1 if checks may compute on GPUs and read from the disk, else 0. `argv`: the server's flags.
+    """
 
     host: Host
     argv: Sequence[str] = ()
     tier: int = 0
-    gang: GangView | None = None  # reports of all parts, from tier 2 on
+    gang: GangView | None = None  # reports of all parts; None unless the gang checks run
     gang_failure: str = ""  # why the parts could not exchange reports
-    collective: dict[str, Any] | None = None
+    collective: dict[str, Any] | None = None  # result of the all-reduce (doctor/examine.py); None below tier 3
     nvml: Any = field(default=None)  # pynvml, or a fake of it in tests
     ignored: frozenset[str] = frozenset()  # ids of checks whose errors do not skip the checks that need them
-    starting: bool = False  # the server starts after this run
+    starting: bool = False  # the server starts after this run (--starting)
     running: bool = False  # this part is running, and uses its ports and its memory
 
     @cached_property
@@ -82,7 +88,8 @@ class CheckContext:
 
     @cached_property
     def gpus(self) -> GpuInventory:
-        """Reads the GPUs once for all checks, after a forked process has shown that the driver does not hang."""
+        """Returns the GPUs, read once for all checks. A forked process reads them first; if it hangs, the driver is not
+        used."""
         visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
         if self.nvml is None and not completes_within(read_gpus):
             return GpuInventory(failure=DRIVER_TIMEOUT, selection=apply_cuda_visible_devices((), visible))
@@ -93,20 +100,20 @@ class CheckContext:
         return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
 
     def preload_with_timeouts(self) -> None:
-        """Reads what may hang, first in a forked process that can be killed.
+        """Reads GPUs, member list and config.json, each first in a forked process with a timeout.
 
-        A dead network disk blocks its reader, and nothing can kill this process. A read that times out becomes an
-        error, and is not tried again.
+        A read from a dead network disk blocks in the kernel and cannot be interrupted, so this process must not try it.
+        A read that times out becomes an error of its check.
         """
         _ = self.gpus  # has a timeout of its own
         if not completes_within(lambda: self.plan_result):
             source = self.config.distribute_config_file or "the member list"
             self.plan_result = PlanResult(
-                None, ConfigError(f"{source}: cannot be read: it gives no answer", check="C-02")
+                None, ConfigError(f"{source}: cannot be read: the file system does not respond", check="C-02")
             )
         path = self.checkpoint_path
         if path and not completes_within(lambda: files.read(path / "config.json")):
-            timed_out = CheckpointError(f"CHECKPOINT_PATH={path}: its disk gives no answer", check="M-08")
+            timed_out = CheckpointError(f"CHECKPOINT_PATH={path}: the file system does not respond", check="M-08")
             self.checkpoint, self.checkpoint_errors = None, [timed_out]
 
     @property
@@ -115,7 +122,8 @@ class CheckContext:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the ranks run on GPUs: by the plan, else by RTP_DEVICE and the visible GPUs."""
+        """Returns whether the ranks run on GPUs: from the plan, or without a plan from RTP_DEVICE and the visible
+        GPUs."""
         if self.plan:
             return self.plan.device == "cuda"
         return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
@@ -136,7 +144,7 @@ class CheckContext:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Returns the members whose address is known; empty without a plan."""
+        """Returns the members of the gang whose address is configured; empty without a plan."""
         return self.plan.members if self.plan else ()
 
     @property
@@ -164,7 +172,8 @@ class CheckContext:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Returns the tokenizer's folder; None on other parts than part 0, which alone reads the tokenizer."""
+        """Returns the tokenizer's folder; None if no path is set, or on parts other than part 0, which do not read the
+        tokenizer."""
         path = self.config.tokenizer_path or self.config.checkpoint_path
         return Path(path) if path and not (self.plan and self.plan.part) else None
 
@@ -201,7 +210,7 @@ class CheckContext:
 
 
 def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
-    """Returns the settings that flags and environment set, and an error for each that is invalid."""
+    """Parses flags and environment. Returns the valid settings and an error for each invalid one."""
     errors: list[ConfigError] = []
     corrected: set[str] = set()
     misspelled: tuple[tuple[str, str], ...] = ()
@@ -209,10 +218,10 @@ def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
         try:
             loaded = load(argv, environ)
         except ConfigError as error:
-            # A value that only a corrected typo put there is not the operator's.
+            # No error for a setting that the user did not set: its value comes from a variable with a typo.
             errors += [] if error.names and set(error.names) <= corrected else [error]
             environ = {name: value for name, value in environ.items() if name not in error.names}
-            # The error is in a flag, or in no single setting: ignore all flags.
+            # The error is in a flag, or names no setting: parse again without any flags.
             if not error.names or any(f"--{name.lower()}" in " ".join(argv) for name in error.names):
                 argv = ()
             continue
@@ -227,7 +236,8 @@ def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
 
 
 def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
-    """Returns the plan, or the error that the server would exit with and a guess of the plan."""
+    """Returns the plan. If the settings are inconsistent, returns the error with which the server would exit, and a
+    guess of the plan."""
     try:
         plan = make_plan(config, num_gpus)
         return PlanResult(plan, nat=check_address(plan, addresses) or "")
@@ -236,7 +246,8 @@ def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
 
 
 def _guess_plan(config: Config, num_gpus: int, addresses: set[str]) -> Plan | None:
-    """Tries other ranks of this part, then more GPUs than are visible; returns the first consistent plan."""
+    """Returns the first consistent plan with another rank of this part, or with more GPUs than are visible; None if
+    there is none."""
     ranks = range(config.world_size or config.tp_size or 1)
     derived = {"world_index": None, "tp_rank": None}
     candidates = [config, *(config.model_copy(update=derived | {"world_rank": rank}) for rank in ranks)]

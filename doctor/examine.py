@@ -1,4 +1,4 @@
-"""Runs all selected checks: the local ones, the gang tier and the collective, and builds the report."""
+"""Runs all selected checks and builds the report: checks of this part, gang checks (tier 2), all-reduce (tier 3)."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from doctor.report import Finding, Report, make_report
 from rtp_llm.errors import FatalError
 from rtp_llm.parallel.plan import Plan
 
-# These checks run a second time with the reports of the other parts.
+# These checks of tier 0 run again when the reports of the other parts are known, and then compare all parts.
 RERUN_WITH_GANG = ("C-01", "C-02", "G-10", "G-11")
 
 
@@ -24,7 +24,8 @@ RERUN_WITH_GANG = ("C-01", "C-02", "G-10", "G-11")
 class RunOptions:
     """Options of the command line.
 
-    `wait`: seconds to wait for other parts. `starting`: a start follows, so a running part is a conflict.
+    `gang`: exchange reports with the other parts. `only`: checks to run, None for all. `wait`: seconds to wait for
+    other parts. `starting`: the server starts next, so a running part is a conflict.
     """
 
     tier: int = 0
@@ -37,7 +38,8 @@ class RunOptions:
 
 
 def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress: Callable[[str], None]) -> Report:
-    """Runs the checks and returns the report. `on_progress` receives messages for the user."""
+    """Runs the checks and returns the report. `argv`: the server's flags. `on_progress`: called with each message for
+    the user."""
     started = time.time()
     ctx = CheckContext(host, argv, 1 if options.tier in (1, 3) else 0)
     ctx.ignored = frozenset(options.ignore)
@@ -64,7 +66,7 @@ def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress
 
 
 def _configured_plan(ctx: CheckContext) -> Plan | None:
-    """Returns the plan, or None if it is only a guess: reports must not be sent to the wrong parts."""
+    """Returns the plan. Returns None if the plan is only a guess: reports must not be sent to wrong addresses."""
     return None if ctx.plan_result.config_error or ctx.parsed_config.config_errors else ctx.plan
 
 
@@ -92,7 +94,7 @@ def _run_gang_checks(
 def _handle_missing_plan(
     ctx: CheckContext, local_findings: list[Finding], options: RunOptions, on_progress: Callable[[str], None]
 ) -> None:
-    """Handles a missing plan: sends this part's errors to the others. No gang check passes."""
+    """Sends this part's errors to the other parts if it has no valid plan. No gang check passes then."""
     errors = errors_by_id(local_findings)
     if not errors.keys() - ctx.ignored:
         ctx.gang_failure = "this part has no valid plan"
@@ -104,17 +106,18 @@ def _handle_missing_plan(
 
 
 def _run_collective_checks(ctx: CheckContext, checks: Sequence[Check], findings: list[Finding]) -> list[Finding]:
-    """Runs an all-reduce, unless a check has failed: then the process group would only wait for its timeout."""
+    """Runs an all-reduce and the checks of its result. Skips it if a check has failed, since the process group would
+    only wait for its timeout."""
     plan = ctx.plan
     failed = [f.id for f in findings if f.status in (Status.ERROR, Status.CRASH) and f.id not in ctx.ignored]
     if failed:
-        ctx.collective = {"skipped": f"because {failed[0]}"}
+        ctx.collective = {"skipped": f"not run, because {failed[0]} did not pass"}
     elif plan is None:
-        ctx.collective = {"unasked": "there is no plan"}
+        ctx.collective = {"unasked": "the settings give no valid plan of ranks and addresses"}
     elif plan.world_size == 1:
-        ctx.collective = {"skipped": "a single rank"}
+        ctx.collective = {"skipped": "there is only one rank"}
     elif plan.is_multi_part and (ctx.gang is None or len(ctx.gang.comparable) < plan.num_parts):
-        ctx.collective = {"unasked": "the parts form one group: `rtp-llm-doctor gang --tier 3` on every part"}
+        ctx.collective = {"unasked": "all parts must take part: run `rtp-llm-doctor gang --tier 3` on every part"}
     else:
         address = ctx.gang.part_reports[plan.part].address if ctx.gang else "127.0.0.1"
         ctx.collective = measure_all_reduce(ctx, plan, address)

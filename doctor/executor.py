@@ -1,7 +1,7 @@
-"""Runs checks one after another in a child process, which sends each finding through a pipe.
+"""Runs checks one after another in a forked process, which sends each finding through a pipe.
 
-A driver, a DNS server or a network file system may hang a check, and a broken library may crash it. Then the child is
-killed and a new one runs the remaining checks; the check's finding says what happened.
+A check may hang in a driver, a DNS server or a network file system, or crash in a broken library. Then the process is
+killed, the check's finding says so, and a new process runs the remaining checks.
 """
 
 import json
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any, NoReturn
 
-from doctor.check import Check, CheckResult, Status, unknown
+from doctor.check import Check, CheckResult, Status, skip, unknown
 from doctor.context import CheckContext
 from doctor.report import Finding, make_finding
 from rtp_llm.machine.process import die_with_parent
@@ -27,7 +27,7 @@ BLOCKING = {Status.ERROR, Status.CRASH, Status.UNKNOWN}
 
 @dataclass
 class _Worker:
-    """A forked process and the pipe to which it writes a line of JSON after each check."""
+    """A forked process that runs checks, and the read end of a pipe to which it writes one line of JSON per check."""
 
     pid: int
     pipe: int
@@ -35,7 +35,8 @@ class _Worker:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def next_finding(self, timeout: float) -> dict[str, Any] | None:
-        """Returns the next finding, or None at the end of the output. Raises TimeoutError after `timeout` seconds."""
+        """Returns the next finding, or None if the process has closed the pipe. Raises TimeoutError after `timeout`
+        seconds."""
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(self.pipe, selectors.EVENT_READ)
@@ -62,9 +63,9 @@ class _Worker:
 
 
 def run_checks(checks: Sequence[Check], ctx: CheckContext, earlier: Sequence[Finding] = ()) -> list[Finding]:
-    """Returns one finding per check, in the same order.
+    """Runs checks and returns one finding per check, in the same order.
 
-    `earlier`: findings of a previous run, for checks that these need.
+    `earlier`: findings of checks that ran before and that these checks may need.
     """
     findings = {finding.id: finding for finding in earlier}
     pending = topological_order(checks)
@@ -81,7 +82,7 @@ def run_checks(checks: Sequence[Check], ctx: CheckContext, earlier: Sequence[Fin
 
 
 def topological_order(checks: Sequence[Check]) -> list[Check]:
-    """Returns the checks in an order in which each one follows those that it needs."""
+    """Returns the checks in an order in which each check follows the checks that it needs."""
     by_id = {check.id: check for check in checks}
     dependencies = {check.id: [id for id in check.needs if id in by_id] for check in checks}
     return [by_id[id] for id in TopologicalSorter(dependencies).static_order()]
@@ -90,10 +91,10 @@ def topological_order(checks: Sequence[Check]) -> list[Check]:
 def _collect(
     worker: _Worker, pending: list[Check], findings: dict[str, Finding]
 ) -> tuple[CheckResult | None, float] | None:
-    """Moves finished checks from `pending` to `findings`.
+    """Moves checks that the worker has finished from `pending` to `findings`.
 
-    Returns None after the last one. If the first pending check fails, returns its result (None: the worker died) and
-    the seconds that it took.
+    Returns None after the last one. If the worker dies or hangs in the first pending check, returns (its result, None
+    if the worker died; the seconds that it took).
     """
     while pending:
         check, started = pending[0], time.monotonic()
@@ -115,7 +116,7 @@ def _crash_result(status: int) -> CheckResult:
 
 
 def _start_worker(pending: Sequence[Check], ctx: CheckContext, findings: dict[str, Finding]) -> _Worker:
-    sys.stdout.flush()  # else the child would have a copy of the buffered output
+    sys.stdout.flush()  # otherwise the child could print the buffered output again
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid:
@@ -140,9 +141,9 @@ def _worker_main(pending: Sequence[Check], ctx: CheckContext, findings: dict[str
 
 
 def _failed_dependency(finding: Finding) -> str:
-    """Returns the id of the check that blocks those which need this one: itself, or the cause of its own skip.
+    """Returns the id of the failed check because of which checks that need this one are skipped; empty if they can run.
 
-    Empty if nothing blocks them.
+    It is this check if it failed, or the failed check because of which this one was skipped.
     """
     return finding.id if finding.status in BLOCKING else str(finding.evidence.get("because", ""))
 
@@ -151,7 +152,7 @@ def _run_check(check: Check, ctx: CheckContext, findings: dict[str, Finding]) ->
     dependencies = (findings[id] for id in check.needs if id in findings and id not in ctx.ignored)
     cause = next(filter(None, map(_failed_dependency, dependencies)), "")
     if cause:
-        return CheckResult(Status.SKIP, f"because {cause}", evidence={"because": cause})
+        return skip(f"not run, because {cause} did not pass", because=cause)
     try:
         return check.run(ctx)
     except Exception as error:  # a bug in one check must not end the doctor

@@ -1,4 +1,4 @@
-"""Commands that inspect no machine: `explain`, `explain-log` and `manual`."""
+"""Commands that do not inspect the machine: `explain`, `explain-log` and `manual`."""
 
 import re
 import textwrap
@@ -11,7 +11,7 @@ from doctor.check import REGISTRY, Check
 from rtp_llm.errors import ExitCode
 
 WIDTH = 100
-# Checks that may explain each of this server's exit codes.
+# Exit code of this server: ids of checks that may find the cause.
 EXIT_CODES = {
     64: ("M-14", "C-01", "C-02", "M-08"),
     65: ("M-04", "M-05", "M-06", "M-07", "M-12"),
@@ -20,13 +20,13 @@ EXIT_CODES = {
     72: ("N-02", "P-01", "C-06"),
     73: ("G-04", "G-14", "G-15", "G-16"),
 }
-# Exit codes of processes killed by SIGBUS, or by SIGKILL when memory ran out.
+# Exit code of a process killed by SIGBUS (/dev/shm is full) or SIGKILL (out of memory): id of the check.
 KILLED = {135: "S-01", -7: "S-01", 137: "L-05", -9: "L-05"}
 KILLED_TEXT = {"Signal 7 (SIGBUS)": "S-01", "Signal 9 (SIGKILL)": "L-05", "(killed by a signal)": "L-05"}
 EXIT_CODE_TEXT = re.compile(
     r"\bexit(?:ed)?[ _]?(?:with )?(?:code|status)\"?[ :=]+(-?\d+)|\bExited \((\d+)\)", re.IGNORECASE
 )
-# Log lines of this server that report no problem, as text or JSON, after any prefix of the container runtime.
+# A log line of this server with level INFO or DEBUG, as text or JSON. The container runtime may add a prefix.
 INFO_LINE = re.compile(
     r"\[(?:start_server|part\d[^\]]*)\] [\d:]+ (?:INFO|DEBUG) |\{\"time\": .*\"level\": \"(?:INFO|DEBUG)\""
 )
@@ -36,7 +36,7 @@ WAITING_TEXT, FORMED_TEXT = "waiting for part", "ranks are here and agree"
 
 @dataclass(frozen=True)
 class SymptomMatch:
-    """A log line and the check for its symptom."""
+    """A log line, its number from 1, and the check whose symptom it contains."""
 
     number: int
     line: str
@@ -44,10 +44,10 @@ class SymptomMatch:
 
 
 def find_symptoms(text: str) -> list[SymptomMatch]:
-    """Returns the first line with a symptom of each check, in order of lines.
+    """Searches a log for symptoms of checks. Returns, for each check, the first line that matches, in order of lines.
 
-    "waiting for part…" counts only if no later line reports that all ranks joined. The exit code is less specific than
-    any message: if nothing else matches, the checks for the last one are returned.
+    A line "waiting for part…" counts only if no later line reports that all ranks joined. The checks for the last exit
+    code are returned only if nothing else matches, because an exit code is less specific than a message.
     """
     symptoms = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
     matches: dict[str, SymptomMatch] = {}
@@ -82,13 +82,13 @@ def _exit_codes(line: str) -> list[int]:
 
 
 def _killed(line: str) -> Iterable[str]:
-    """Yields the ids of checks that explain why the kernel killed a process."""
+    """Yields the ids of checks that may explain why the kernel killed a process, if the line reports this."""
     yield from (KILLED[code] for code in _exit_codes(line) if code in KILLED)
     yield from (id for text, id in KILLED_TEXT.items() if text in line)
 
 
 def explain(check: Check) -> str:
-    """Returns the text of `rtp-llm-doctor explain`."""
+    """Returns the text that `rtp-llm-doctor explain ID` prints."""
     lines = [f"{check.id}  {check.title}", f"category {check.category}, tier {check.tier}, {check.severity}", ""]
     lines += ["\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in check.explanation.split("\n\n"))]
     if check.symptoms:
@@ -99,7 +99,7 @@ def explain(check: Check) -> str:
 
 
 def manual() -> str:
-    """Returns the text of docs/doctor.md."""
+    """Returns the text of docs/doctor.md, which `rtp-llm-doctor manual` prints."""
     lines = [MANUAL_HEAD]
     for category, group in groupby(REGISTRY.values(), key=lambda check: check.category):
         lines.append(f"\n## {category.capitalize()}\n")

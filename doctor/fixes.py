@@ -1,4 +1,4 @@
-"""Fixes that read differently on each container runtime, in one table. A fix of one text stands with its check."""
+"""Fixes whose text differs between container runtimes. Fixes with a single text are in the checks' own modules."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from doctor.runtime import Runtime
 
 @dataclass(frozen=True)
 class Fix:
-    """What to type, by runtime. An empty text falls back to `host`, which needs no runtime's syntax."""
+    """What to type on each runtime. If the text of a runtime is empty, `host` is used."""
 
     host: str = ""
     docker: str = ""
@@ -54,7 +54,8 @@ DISK_SPACE = Fix(
 
 
 def checkpoint_path(path: str, download: str) -> Fix:
-    """`download`: a command to type before, with " then " behind it, or empty."""
+    """Returns how to set CHECKPOINT_PATH=`path`. `download`: a command to run first, which ends with " then ", or
+    empty."""
     return Fix(
         host=f"{download}CHECKPOINT_PATH={path}",
         docker=f"{download}docker run -v {path}:{path}:ro -e CHECKPOINT_PATH={path} …",
@@ -74,7 +75,7 @@ def readable_by(uid: int, gid: int, path: str) -> Fix:
 
 def writable_folder(folder: str) -> Fix:
     return Fix(
-        host=f"make {folder} writable, or set TMPDIR to a folder that is",
+        host=f"make {folder} writable, or set TMPDIR to a writable folder",
         docker="docker run --tmpfs /tmp:exec …",
         compose="tmpfs: [/tmp:exec]",
         kubernetes="mount an emptyDir at /tmp",
@@ -107,10 +108,10 @@ def shm_size(gib: int) -> Fix:
 
 
 def orphaned_files(num_ours: int) -> Fix:
-    """`num_ours`: how many of the files are provably this server's."""
+    """Returns how to remove orphaned files. `num_ours`: number of files that are provably this server's."""
     remove = f"rtp-llm-doctor --fix shm removes {num_ours} of them that are provably this server's; " * bool(num_ours)
     return Fix(
-        host=f"{remove}remove the files that you know",
+        host=f"{remove}remove the files that you do not need",
         docker=f"{remove}recreate the container",
         compose=f"{remove}docker compose up --force-recreate",
         kubernetes=f"{remove}delete the pod: an emptyDir outlives its containers",
@@ -132,8 +133,8 @@ OPEN_FILES = Fix(
     kubernetes="raise LimitNOFILE in the container runtime's unit",
 )
 SECCOMP = Fix(
-    host="lift the limit that forbids threads",
-    docker="upgrade Docker to 20.10.10 or newer; as proof: --security-opt seccomp=unconfined",
+    host="remove the seccomp filter or limit that forbids threads",
+    docker="upgrade Docker to 20.10.10 or newer; to confirm the cause: --security-opt seccomp=unconfined",
     kubernetes="upgrade the container runtime and libseccomp",
 )
 STACK_SIZE = Fix(
@@ -184,7 +185,7 @@ GPU_ACCESS = Fix(
     kubernetes="resources.limits: {nvidia.com/gpu: N}, and the runtime class of the GPU operator",
 )
 RECREATE_CONTAINER = Fix(
-    host="nvidia-smi; restart the driver, or reboot",
+    host="run nvidia-smi to see the error; restart the driver, or reboot",
     docker="recreate the container; with cgroup v2 use CDI (--device nvidia.com/gpu=all)",
     compose="docker compose up --force-recreate",
     kubernetes="delete the pod",
@@ -210,7 +211,7 @@ def free_gpu(index: int) -> Fix:
     return Fix(
         host=f"stop the owner (fuser -v /dev/nvidia{index}), or choose other GPUs with CUDA_VISIBLE_DEVICES",
         docker=f"on the host: fuser -v /dev/nvidia{index}, docker ps; stop the owner",
-        kubernetes="find the pod that shares this GPU, or a process that outlived its own",
+        kubernetes="find the pod that shares this GPU, or a process that outlived its pod",
     )
 
 
@@ -223,7 +224,7 @@ LOCAL_ADDRESS = Fix(
     kubernetes="the pod's own address in the list (a headless Service), or hostNetwork: true",
 )
 RDMA_CARDS = Fix(
-    host="connect the cards, or NCCL_IB_DISABLE=1",
+    host="connect the cards to the network, or NCCL_IB_DISABLE=1",
     docker="docker run --device /dev/infiniband --ulimit memlock=-1 --cap-add IPC_LOCK …, or -e NCCL_IB_DISABLE=1",
     compose='devices: ["/dev/infiniband"], or NCCL_IB_DISABLE: 1',
     kubernetes="request the RDMA device plugin's resource, or NCCL_IB_DISABLE=1",
@@ -236,7 +237,11 @@ NCCL_HOSTID = Fix(
 
 
 def other_start_port(stop_owner: str, port: int, same_in_list: str) -> Fix:
-    """`stop_owner`: how to stop the program that holds the port; `same_in_list`: what to change in the member list."""
+    """Returns how to free the port or choose another START_PORT.
+
+    `stop_owner`: how to stop the process that holds the port. `same_in_list`: what else to change in the member list,
+    or empty.
+    """
     return Fix(
         host=f"{stop_owner}, or START_PORT={port}{same_in_list}",
         docker=f"{stop_owner}, or docker run -e START_PORT={port} -p {port}:{port} …{same_in_list}",
@@ -265,21 +270,21 @@ def name_without_loopback(name: str) -> Fix:
 
 def start_part(world_rank: int) -> Fix:
     return Fix(
-        host=f"start it, with WORLD_RANK={world_rank}, or run `rtp-llm-doctor gang` there as well",
-        kubernetes="kubectl get pods -o wide: is it Pending?",
+        host=f"start the part, with WORLD_RANK={world_rank}, or run `rtp-llm-doctor gang` on its machine as well",
+        kubernetes="kubectl get pods -o wide: is the part's pod Pending?",
     )
 
 
 def free_doctor_port(part: int, port: int) -> Fix:
-    other = f"give part{part} another START_PORT, there and in the member list"
+    other = f"give part{part} another START_PORT, in its settings and in the member list"
     return Fix(
-        host=f"on part{part}'s machine: `ss -ltnp sport = :{port}` shows who has port {port}: stop it, or {other}",
+        host=f"on part{part}'s machine: `ss -ltnp sport = :{port}` shows the process: stop it, or {other}",
         kubernetes=f"with hostNetwork another pod has port {port} of part{part}'s machine: move it, or {other}",
     )
 
 
 def open_ports(part: int, ports: str, source: str) -> Fix:
-    """`ports`: with commas between; `source`: the address that connects."""
+    """Returns how to open TCP ports of a part. `ports`: comma-separated; `source`: IP address that connects to them."""
     return Fix(
         host=f"on part{part}'s machine: open tcp {ports} from {source}",
         docker=f"docker run --network host …, and open tcp {ports} on part{part}'s machine",

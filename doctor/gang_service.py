@@ -1,8 +1,9 @@
-"""`python -m doctor.gang_service RUN_DIR`: the doctor of a running part, if its gang has several parts.
+"""`python -m doctor.gang_service RUN_DIR`: the doctor process of a running part. Runs only if the gang has several
+parts.
 
-Starts with the ranks. During their rendezvous it exchanges reports with the doctors of the other parts, and ends the
-part with exit code 75 if the gang checks find an error that would make the ranks hang. Then it keeps serving, for parts
-that restart and for `rtp-llm-doctor gang` on another part.
+It starts with the ranks. During their rendezvous it exchanges reports with the doctors of the other parts and runs the
+gang checks. It ends the part with exit code 75 if they find an error because of which the ranks would hang. Afterwards
+it keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` on another part.
 """
 
 import asyncio
@@ -35,12 +36,13 @@ from rtp_llm.parallel.wire import listen
 
 log = logging.getLogger("doctor.gang_service")
 
-# The rendezvous compares these as well, and reports a difference with its own exit code (69).
+# Errors of these checks do not end the part here: the rendezvous of the ranks detects them too, and exits with 69.
 CHECKED_AT_RENDEZVOUS = {"C-01", "C-02", "C-05", "C-07", "C-09", "C-11"}
 
 
 def effective_environment(config: Config) -> dict[str, str]:
-    """Returns the environment with the settings of flags as variables."""
+    """Returns the environment, plus the settings that were given as flags, as variables. Leaves out a GANG_SECRET
+    flag."""
     settings = {
         name.upper(): str(value) for name, value in config if name in config.model_fields_set and value is not None
     }
@@ -87,7 +89,7 @@ def _enforce(config: Config, report: Report) -> None:
 
 
 def _startup_findings(path: Path) -> list[Finding]:
-    """Returns the findings of the doctor that start_server ran."""
+    """Returns the findings of the doctor run before this start, from its report; empty if there is none."""
     return Report.model_validate_json(path.read_text()).checks if path.exists() else []
 
 

@@ -1,6 +1,7 @@
-"""The machine as the checks see it. Everything is read below `root`, or by a method that a test can replace.
+"""The machine as the checks see it: files, limits, mounts and network interfaces.
 
-Needs neither `ip`, `ss` or `nvidia-smi` nor root, and writes nothing.
+Files are read below a folder, and all other values come from methods that a test can replace. Needs neither root
+privileges nor the tools `ip`, `ss` and `nvidia-smi`, and writes nothing.
 """
 
 import os
@@ -31,8 +32,8 @@ SECRET_WORDS = (
     *("secret", "token", "password", "passwd", "passphrase", "passcode", "private", "credential"),
     *("access_key", "api_key", "api-key", "apikey"),
 )
-# Excludes this server's settings whose names only look like secrets: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE,
-# DEFAULT_CHAT_TEMPLATE_KEY. The short words match only at the end of a longer name: MYKEY, DB_PASS; not KEYBOARD.
+# Excludes settings of this server that only look like secrets: TOKENIZER_PATH, MAX_BATCH_TOKENS_SIZE,
+# DEFAULT_CHAT_TEMPLATE_KEY. Short words count only at the end of a longer name: MYKEY and DB_PASS, but not KEYBOARD.
 SHORT_WORDS = r"(?<=[\w-])(?<!by)(?<!template[_-])(?:pass|keys?|creds?)(?![a-z])"
 SECRET = "|".join([*SECRET_WORDS, SHORT_WORDS]).replace("token", "token(?!iz|s)")
 MAX_KERNEL_RECORDS = 50_000  # more than the kernel's buffer holds
@@ -40,7 +41,8 @@ MAX_KERNEL_RECORDS = 50_000  # more than the kernel's buffer holds
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Size and free space of a file system, in bytes; `inodes`: free inodes, -1 if it does not count them."""
+    """Size and free space of a file system, in bytes. `inodes`: number of free inodes, or -1 if the file system does
+    not count them."""
 
     size: int
     free: int
@@ -49,7 +51,7 @@ class DiskSpace:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. `speed` in Mbit/s, 0 if unknown; `up`: whether it has a carrier."""
+    """A network interface. `speed`: Mbit/s, 0 if unknown. `up`: it is up and has a carrier."""
 
     name: str
     addresses: tuple[str, ...]
@@ -59,7 +61,8 @@ class Interface:
 
 
 class Host:
-    """`root` is the folder that holds /proc, /sys, /etc and /dev; `environ` is the environment of the server."""
+    """One machine. `root`: folder that contains /proc, /sys, /etc and /dev. `environ`: the environment of the
+    server."""
 
     def __init__(self, root: Path = Path("/"), environ: Mapping[str, str] | None = None):
         self.root = root
@@ -71,7 +74,7 @@ class Host:
         return self.root / name.lstrip("/")
 
     def read(self, name: str) -> str | None:
-        """Returns the text of a file; None if it cannot be read."""
+        """Returns the text of a file, with invalid UTF-8 replaced; None if it cannot be read."""
         try:
             return self.path(name).read_text(errors="replace")
         except OSError:
@@ -81,7 +84,7 @@ class Host:
     def kernel_log(self) -> str | None:
         """Returns the kernel log since boot; None if it cannot be read.
 
-        Reads /dev/kmsg without blocking: each read returns one record, and a blocking one would wait for the next.
+        Opens /dev/kmsg non-blocking: each read returns one record, and after the last one a blocking read would wait.
         """
         try:
             fd = os.open(self.path("/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK)
@@ -93,11 +96,11 @@ class Host:
                 records.append(record)
         except BlockingIOError:
             pass  # no more records
-        except OSError:  # EPIPE: overwritten while it was read; EPERM: only opening is allowed
+        except OSError:  # EPIPE: the record was overwritten; EPERM: this process may open the log, but not read it
             return None if not records else b"".join(records).decode(errors="replace")
         finally:
             os.close(fd)
-        return b"".join(records).decode(errors="replace") or None  # empty: /dev/null is mounted over it
+        return b"".join(records).decode(errors="replace") or None  # empty if /dev/null is mounted over /dev/kmsg
 
     def read_int(self, name: str) -> int | None:
         text = (self.read(name) or "").strip()
@@ -117,7 +120,8 @@ class Host:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """Returns RTP_RUNTIME if it is set (compose cannot be detected), else detects the runtime by its files."""
+        """Returns RTP_RUNTIME if it is set, else the runtime that files and variables indicate. Compose cannot be
+        detected."""
         name = self.environ.get("RTP_RUNTIME", "")
         if name in list(Runtime):
             return Runtime(name)
@@ -138,7 +142,7 @@ class Host:
 
     @cached_property
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """Returns (soft, hard) by short name; RLIM_INFINITY for "unlimited"."""
+        """Returns (soft, hard) limits by the names in RLIMITS ("nofile"); RLIM_INFINITY for "unlimited"."""
         limits = {}
         for line in (self.read("/proc/self/limits") or "").splitlines():
             name = next((n for n in RLIMITS if line.startswith(n)), None)
@@ -152,7 +156,7 @@ class Host:
         return parse_mountinfo(self.read("/proc/self/mountinfo") or "")
 
     def mount(self, path: str) -> Mount | None:
-        """Returns the mount that holds a path."""
+        """Returns the mount of the file system that contains `path`."""
         return mount_of(self.mounts, path)
 
     @cached_property
@@ -160,7 +164,8 @@ class Host:
         return Cgroup.read(self.read)
 
     def space(self, path: str) -> DiskSpace:
-        """Raises OSError if the file system cannot be queried."""
+        """Returns size and free space of the file system that contains `path`. Raises OSError if it cannot be
+        queried."""
         stat = os.statvfs(self.path(path))
         inodes = stat.f_favail if stat.f_files else -1
         return DiskSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, inodes)
@@ -178,7 +183,7 @@ class Host:
         return platform.machine()
 
     def memory_available(self) -> int:
-        """Returns the available bytes: the smaller of the machine's and the cgroup's."""
+        """Returns the available memory in bytes: the machine's, or the cgroup's if that is less."""
         return min(psutil.virtual_memory().available, self.cgroup.available_memory)
 
     # Network
@@ -200,15 +205,15 @@ class Host:
         return socket.gethostname()
 
     def resolve(self, name: str) -> list[str]:
-        """Returns the sorted IPv4 addresses of a name. Raises OSError (gaierror) if it does not resolve."""
+        """Returns the sorted IPv4 addresses of a host name. Raises OSError (gaierror) if it does not resolve."""
         return sorted(
             {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
         )
 
     def source_address(self, ip: str) -> str:
-        """Returns the source address of packets to `ip`. Raises OSError if there is no route."""
+        """Returns the local address from which packets to `ip` are sent. Raises OSError if there is no route."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((ip, 9))  # sends nothing
+            probe.connect((ip, 9))  # on a UDP socket this only selects the route
             return str(probe.getsockname()[0])
 
     def interface_of(self, address: str) -> Interface | None:
@@ -224,7 +229,7 @@ def _limit(text: str) -> int:
 
 
 def parse_number_ranges(text: str) -> set[int]:
-    """Parses the kernel's lists of cores and ports: "0-3,8". Ignores malformed entries."""
+    """Returns the numbers in a kernel's list of CPU cores or ports, such as "0-3,8". Ignores malformed entries."""
     numbers: set[int] = set()
     for entry in filter(None, text.strip().split(",")):
         first, _, last = entry.partition("-")
@@ -234,7 +239,7 @@ def parse_number_ranges(text: str) -> set[int]:
 
 
 def is_ip_address(text: str) -> bool:
-    """Whether `text` is an IPv4 or IPv6 address, not a host name."""
+    """Returns whether `text` is an IPv4 or IPv6 address; a host name is not."""
     try:
         ip_address(text)
     except ValueError:
@@ -243,17 +248,17 @@ def is_ip_address(text: str) -> bool:
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of a variable of this name must never be shown."""
+    """Returns whether the value of a variable with this name must be redacted."""
     return bool(re.search(SECRET, name, re.IGNORECASE))
 
 
 def public_environ(environ: Mapping[str, str], prefixes: Sequence[str]) -> dict[str, str]:
-    """Returns the variables that begin with one of `prefixes`, without secrets."""
+    """Returns the variables whose name begins with one of `prefixes`, without secrets."""
     return {n: v for n, v in sorted(environ.items()) if n.startswith(tuple(prefixes)) and not is_secret(n)}
 
 
 def format_bytes(count: float) -> str:
-    """Returns bytes as text: "64.0 MiB"."""
+    """Returns a size as text, such as "64.0 MiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo. `device` is "major:minor", `point` the mount point."""
+    """One line of /proc/self/mountinfo. `device`: "major:minor". `root`: the mounted subfolder of the file system.
+    `point`: the mount point."""
 
     device: str
     root: str
@@ -47,7 +48,10 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 
 def mount_of(mounts: Sequence[Mount], path: str) -> Mount | None:
-    """Returns the mount that holds an absolute path: the longest mount point above it, the last mounted if equal."""
+    """Returns the mount of the file system that contains an absolute path; None if there is none.
+
+    It is the mount with the longest mount point above the path; of several, the one that was mounted last.
+    """
     best: Mount | None = None
     for mount in mounts:
         point = mount.point.rstrip("/")
@@ -57,5 +61,5 @@ def mount_of(mounts: Sequence[Mount], path: str) -> Mount | None:
 
 
 def _unescape(text: str) -> str:
-    """Decodes the octal escapes of spaces and backslashes."""
+    """Decodes octal escapes such as \\040, which mountinfo uses for spaces, tabs, newlines and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

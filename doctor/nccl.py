@@ -1,6 +1,6 @@
-"""NCCL on this machine: its effective settings, its version and the interface that it would choose.
+"""NCCL on this machine: its effective settings, its version and the network interface that it would choose.
 
-The rules are those of NCCL's documentation (environment variables), src/misc/socket.cc and src/misc/param.cc.
+Follows NCCL's documentation (environment variables), src/misc/socket.cc and src/misc/param.cc.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 
 @dataclass(frozen=True)
 class Setting:
-    """`source` is "environment" or the path of a configuration file."""
+    """The value of an NCCL_* setting. `source`: "environment", or the path of a configuration file."""
 
     value: str
     source: str
@@ -22,7 +22,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Nccl:
-    """`version` is () if no NCCL package is installed."""
+    """Settings and version of NCCL. `version`: such as (2, 27, 3), or () if no NCCL package is installed."""
 
     settings: Mapping[str, Setting]
     version: tuple[int, ...]
@@ -53,7 +53,7 @@ def effective_settings(host: Host) -> dict[str, Setting]:
 
 
 def parse_conf(text: str) -> dict[str, str]:
-    """Parses NAME=value lines; # begins a comment line; the first of two equal names wins."""
+    """Returns the settings in lines NAME=value. Lines that begin with # are comments; of equal names the first wins."""
     settings: dict[str, str] = {}
     for line in text.splitlines():
         name, equals, value = line.partition("=")
@@ -74,7 +74,8 @@ def installed_version() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class NameFilter:
-    """A filter of NCCL_SOCKET_IFNAME: prefixes ("eth,ens"), exact names ("=eth0") or exclusions ("^docker", "^=lo")."""
+    """A filter of interface names, as in NCCL_SOCKET_IFNAME: prefixes ("eth,ens"), exact names ("=eth0") or exclusions
+    ("^docker", "^=lo")."""
 
     names: tuple[str, ...]
     exact: bool
@@ -93,10 +94,10 @@ class NameFilter:
 
 
 def choose_interfaces(interfaces: Sequence[Interface], setting: str) -> list[Interface]:
-    """Returns the interfaces that NCCL would use, the first for its bootstrap.
+    """Returns the interfaces that NCCL would use. It uses the first one for its bootstrap connections.
 
-    `setting`: NCCL_SOCKET_IFNAME. If it is empty, the first of these groups that is not empty: InfiniBand, all except
-    docker*, lo and virbr*, docker*, lo, virbr*.
+    `setting`: the value of NCCL_SOCKET_IFNAME. If it is empty, NCCL takes the first group that exists: ib*; all except
+    docker*, lo and virbr*; docker*; lo; virbr*.
     """
     interfaces = [i for i in interfaces if i.up]
     if setting:

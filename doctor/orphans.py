@@ -1,8 +1,8 @@
-"""Orphaned files in /dev/shm, and the removal of those that are provably this server's.
+"""Finds orphaned shared memory files in /dev/shm, and removes those that are provably this server's.
 
-A file is provably this server's and orphaned if its name is a segment's, it belongs to this user, it is not new, no
-process here has it mapped or open, and its lock is free: every live rank holds it, in any namespace (see
-parallel/segment.py).
+A file is orphaned and provably this server's if its name is that of a segment, it belongs to this user, it is older
+than MIN_AGE_SECONDS, no visible process has it mapped or open, and its lock is free. Every live rank holds the lock,
+also in another namespace (see rtp_llm/parallel/segment.py).
 """
 
 import re
@@ -15,13 +15,14 @@ from doctor.host import Host
 from rtp_llm.parallel import segment
 
 SHM = "/dev/shm"
+# Prefixes of the files that NCCL, torch, Python, CUDA and LLM servers create.
 KNOWN = re.compile(r"(nccl-|psm_|torch_|sem\.|sglang|vllm|cuda\.shm\.|rtp-llm-)")
 MIN_AGE_SECONDS = 10.0  # a rank may be interrupted between creating a file and locking it
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """`ours`: provably this server's, so it can be removed."""
+    """An orphaned file. `ours`: it is provably this server's, so it can be removed."""
 
     name: str
     bytes: int
@@ -30,7 +31,8 @@ class Orphan:
 
 @dataclass(frozen=True)
 class OrphanScan:
-    """`candidates`: number of files with a known name; `unreadable`: number of processes that cannot be inspected."""
+    """The orphaned files. `candidates`: number of files with a known name. `unreadable`: number of processes that
+    cannot be inspected."""
 
     files: tuple[Orphan, ...]
     candidates: int
@@ -42,7 +44,7 @@ class OrphanScan:
 
 
 def find_orphans(host: Host) -> OrphanScan:
-    """Returns the files in /dev/shm that no process uses.
+    """Returns the files with a known name in /dev/shm that no process uses.
 
     If some processes cannot be inspected, only files that are provably this server's count as orphaned.
     """

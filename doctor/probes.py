@@ -1,6 +1,6 @@
-"""Tier 1: short programs that use a GPU, each in a process that is killed if it hangs.
+"""Tier 1: short torch programs that use the GPUs, each in a process that is killed if it hangs.
 
-The doctor itself never loads torch, so a hung driver hangs only the probe.
+The doctor's own process never loads torch, so a driver that hangs blocks only the probe.
 """
 
 import json
@@ -26,8 +26,8 @@ ARCHITECTURES = """
 import json, torch
 print(json.dumps(torch.cuda.get_arch_list()))
 """
-# Copies 4 KiB and 64 MiB from one GPU to every other. Each direction has another pattern, so that a stale buffer is
-# detected, and prints a line: the direction that hangs has none.
+# Copies 4 KiB and 64 MiB from one GPU to every other GPU, and prints one line per target, so that the first missing
+# line shows which copy hangs. The pattern differs per direction, so that a buffer of an earlier copy is detected.
 PEER = """
 import json, sys, torch
 source_gpu, count = int(sys.argv[1]), int(sys.argv[2])
@@ -48,13 +48,14 @@ for target_gpu in range(count):
 
 
 def run_probe(program: str, *arguments: object) -> tuple[list[Any], str]:
-    """Returns the lines of JSON that the program printed, and its error message (empty if it exited with 0)."""
+    """Runs a Python program in a process. Returns (its output lines as JSON values, error message; empty if it exited
+    with 0)."""
     command = [sys.executable, "-c", PROBE_PREAMBLE + program, *map(str, arguments)]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired as timeout:
         text = timeout.stdout.decode() if isinstance(timeout.stdout, bytes) else timeout.stdout or ""
-        return _json_lines(text), f"no answer within {TIMEOUT_SECONDS:.0f} s; the process was killed"
+        return _json_lines(text), f"did not finish within {TIMEOUT_SECONDS:.0f} s and was killed"
     last_line = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
     return _json_lines(process.stdout), "" if process.returncode == 0 else last_line[:300]
 
@@ -64,7 +65,10 @@ def _json_lines(text: str) -> list[Any]:
 
 
 def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
-    """Returns the failure of each GPU, empty if it computes. CUDA numbers the GPUs in the order of `gpus`."""
+    """Multiplies matrices on each GPU. Returns the error message by GPU, empty if the result is correct.
+
+    `gpus`: in the order in which CUDA numbers them.
+    """
 
     def probe(ordinal: int) -> str:
         results, failure = run_probe(COMPUTE, ordinal)
@@ -76,13 +80,17 @@ def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
 
 
 def architectures() -> list[str] | None:
-    """Returns torch.cuda.get_arch_list(); None if torch cannot be imported."""
+    """Returns torch.cuda.get_arch_list(), such as ["sm_80", "sm_90"]; None if torch cannot be imported."""
     results, _ = run_probe(ARCHITECTURES)
     return results[0] if results and results[0] else None
 
 
 def supports_capability(compiled: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether the list has machine code of this major and at most this minor version, or PTX of no newer version."""
+    """Returns whether kernels for the architectures `compiled` run on a GPU with this compute capability.
+
+    They run if one is machine code (sm_) of the same major and no newer minor version, or PTX (compute_) of no newer
+    version.
+    """
     major, minor = capability
     for name in compiled:
         kind, _, digits = name.rstrip("af").partition("_")
@@ -95,7 +103,11 @@ def supports_capability(compiled: Sequence[str], capability: tuple[int, int]) ->
 
 
 def probe_peer_copies(indices: Sequence[int]) -> list[tuple[int, int, str]]:
-    """Returns (source, target, failure) for every direction that fails. `indices`: NVML's, in CUDA's order."""
+    """Copies data between all pairs of GPUs. Returns (source, target, error message) for each direction that fails.
+
+    `indices`: NVML's index of each GPU, in the order in which CUDA numbers the GPUs. After a copy that hangs, the other
+    targets of that source are not tested.
+    """
 
     def probe(source: int) -> list[tuple[int, int, str]]:
         results, failure = run_probe(PEER, source, len(indices))
@@ -103,7 +115,7 @@ def probe_peer_copies(indices: Sequence[int]) -> list[tuple[int, int, str]]:
         failures: list[tuple[int, int, str]] = []
         for target in (t for t in range(len(indices)) if t != source):
             if target not in by_target:
-                return [*failures, (indices[source], indices[target], failure or "no answer")]
+                return [*failures, (indices[source], indices[target], failure or "no result")]
             num_wrong, num_copied = by_target[target]["wrong"], by_target[target]["of"]
             if num_wrong:
                 failures.append((indices[source], indices[target], f"{num_wrong} of {num_copied} numbers are wrong"))

@@ -1,4 +1,4 @@
-"""Formats of the report: table and short for people; JSON, JUnit and Prometheus text for programs."""
+"""Formats of the report: table and short for people; JSON, JUnit XML and Prometheus text for programs."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ STATUS_NUMBERS = {
 
 @dataclass(frozen=True)
 class Style:
-    """Symbols, colours and line width of the output."""
+    """Status symbols, colours and line width of the output."""
 
     symbols: Mapping[Status, str]
     colour: bool
@@ -37,7 +37,8 @@ class Style:
 
     @classmethod
     def for_stream(cls, stream: TextIO, environ: Mapping[str, str] = os.environ) -> "Style":
-        """Uses colour on a TTY unless NO_COLOR is set (no-color.org), and ASCII if the encoding lacks the symbols."""
+        """Returns the style for a stream. Uses colour on a terminal unless NO_COLOR is set (no-color.org), and ASCII
+        symbols if the encoding is not UTF-8."""
         encoding = (stream.encoding or "ascii").lower()
         width = min(max(shutil.get_terminal_size().columns, MIN_WIDTH), MAX_WIDTH) if stream.isatty() else DEFAULT_WIDTH
         colour = stream.isatty() and environ.get("TERM") != "dumb" and not environ.get("NO_COLOR")
@@ -86,7 +87,7 @@ STATUS_NAMES = (
 
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
-    """One line per category, followed by its problems. `verbose`: by all its checks."""
+    """Returns one line per category, followed by its problems; with `verbose` by all its checks."""
     lines = [*(style.colorize(line, "1") for line in _header(report, style)), ""]
     for category in dict.fromkeys(f.category for f in report.checks):
         findings = [f for f in report.checks if f.category == category]
@@ -105,7 +106,7 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
 
 
 def short(report: Report, style: Style) -> str:
-    """One line per problem, then the verdict."""
+    """Returns one line per problem, then the verdict."""
     lines = [f"{style.symbol(f.status)} {f.id} {_sentence(f)}" for f in report.problems()]
     return "\n".join([*lines, _summary_line(report, style)]) + "\n"
 
@@ -115,7 +116,7 @@ def json_text(report: Report, style: Style) -> str:
 
 
 def junit(report: Report, style: Style) -> str:
-    """One test case per check, for CI systems."""
+    """Returns JUnit XML, for CI systems. Each check is a test case."""
     counts = report.counts()
     suite = ElementTree.Element(
         "testsuite",
@@ -145,7 +146,7 @@ def junit(report: Report, style: Style) -> str:
 
 
 def prometheus(report: Report, style: Style) -> str:
-    """Metrics for node_exporter's textfile collector. The server exposes the same names itself."""
+    """Returns metrics for the textfile collector of node_exporter. The server's /metrics has the same names."""
     registry = CollectorRegistry()
     status = Gauge(
         "rtp_llm_doctor_check_status",
@@ -171,7 +172,7 @@ FORMATS: dict[str, Callable[[Report, Style], str]] = {
 
 
 def _header(report: Report, style: Style) -> list[str]:
-    """Returns one line if the width allows, else one per section."""
+    """Returns the lines about doctor, part and machine: a single line if it fits the width, else one per topic."""
     node = report.node
     sections = [f"rtp-llm-doctor {report.tool_version}"]
     if node.part is not None:
@@ -198,7 +199,7 @@ def _entry(finding: Finding, report: Report, style: Style) -> list[str]:
         return lines
     if finding.symptom:
         lines += _wrap(f"{indent}seen as ", f'"{finding.symptom[0]}"', style)
-    # Not wrapped, so that a command can be copied as one line.
+    # Fixes are not wrapped, so that a command can be copied as one line.
     fixes = finding.fix.text(report.node.runtime).splitlines()
     return lines + [f"{indent}{'fix' if number == 0 else '':<8}{fix}" for number, fix in enumerate(fixes)]
 
@@ -229,7 +230,8 @@ def _summary_line(report: Report, style: Style) -> str:
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Writes to stdout or `stream`. Ignores a closed pipe (`| head`) and replaces characters that cannot be encoded.
+    """Writes text to `stream` (default: stdout) and flushes. Ignores a closed pipe (`| head`), and replaces characters
+    that the encoding lacks.
 
     Raises OSError for other failures, such as a full disk.
     """
@@ -242,7 +244,7 @@ def write(text: str, stream: TextIO | None = None) -> None:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        # Else Python would flush again at exit, fail, and exit with 120.
+        # Without this, Python would flush the stream again at exit, fail, and exit with 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if not isinstance(error, BrokenPipeError):
             raise

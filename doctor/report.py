@@ -1,4 +1,4 @@
-"""The report: findings, verdict and exit code. Its JSON form is versioned and has a published schema."""
+"""The report: findings, verdict and exit code. Its JSON form is versioned; docs/doctor-schema.json is its schema."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from doctor.runtime import Runtime
 from rtp_llm import __version__
 
 SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"
-# Fields with defaults are always written, so the published schema requires them.
+# The schema lists fields with defaults as required, because the JSON always contains them.
 MODEL = ConfigDict(frozen=True, extra="forbid", json_schema_serialization_defaults_required=True)
 
 
@@ -31,7 +31,7 @@ class DoctorExitCode(IntEnum):
 
 
 class FixModel(BaseModel):
-    """The fix as commands or settings of each runtime."""
+    """The fix of a finding: commands or settings for each container runtime. An empty text falls back to `host`."""
 
     model_config = MODEL
 
@@ -45,19 +45,21 @@ class FixModel(BaseModel):
 
 
 class Finding(BaseModel):
-    """The result of one check."""
+    """The result of one check in the report."""
 
     model_config = MODEL
 
-    id: str = Field(description="stable id in the failure catalogue")
+    id: str = Field(description="stable id of the check")
     name: str
     category: str
     tier: int
     severity: Literal["warn", "error"] = Field(description="the worst status that this check can have")
     status: Status
-    actual: str = Field(description="the observed state; for skip, unknown and crash: the reason")
+    actual: str = Field(description="the observed state; for skip, unknown and crash the reason")
     expected: str = ""
-    symptom: list[str] = Field(default=[], description="log text that this problem causes; … matches any text")
+    symptom: list[str] = Field(
+        default=[], description="text that appears in logs if the problem exists; … stands for any text"
+    )
     fix: FixModel = FixModel()
     repair: Repair = Repair.NONE
     evidence: dict[str, Any] = Field(default={})
@@ -65,7 +67,7 @@ class Finding(BaseModel):
 
 
 class NodeInfo(BaseModel):
-    """The part and the machine that were checked."""
+    """The part and the machine on which the doctor ran. Part, ranks and device are null or empty without a plan."""
 
     model_config = MODEL
 
@@ -116,14 +118,15 @@ class Report(BaseModel):
         return self.model_dump_json(indent=1, by_alias=True)
 
     def save(self, path: Path) -> None:
-        """Writes the JSON form atomically, because the API process may read it at any time."""
+        """Writes the JSON to `path` atomically, because the API process may read it at any time."""
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_text(self.to_json())
         scratch.replace(path)
 
 
 def escape_unprintable(text: str) -> str:
-    """Escapes characters that a terminal, XML or UTF-8 cannot represent: a path may contain any byte."""
+    """Returns text with unprintable characters escaped. A path may contain bytes that terminals, XML or UTF-8 cannot
+    represent."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -151,7 +154,8 @@ def make_finding(check: Check, result: CheckResult, seconds: float) -> Finding:
 def make_report(
     ctx: CheckContext, findings: Sequence[Finding], *, started: float, ignored: Sequence[str] = (), strict: bool = False
 ) -> Report:
-    """Returns the report. `ignored`: ids of errors that become warnings. `strict`: exit with 1 on warnings."""
+    """Returns the report. `started`: seconds since the epoch. `ignored`: ids whose errors become warnings. `strict`:
+    exit with 1 on warnings."""
     checks = [_as_warning(f) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
     part_is_absent = any(f.id == "C-09" and f.status == Status.ERROR for f in checks)
     verdict, code = _verdict({f.status for f in checks}, part_is_absent, strict)
@@ -176,7 +180,8 @@ Verdict = Literal["ok", "warn", "error", "incomplete"]
 
 
 def _verdict(statuses: set[Status], part_is_absent: bool, strict: bool) -> tuple[Verdict, DoctorExitCode]:
-    """Returns verdict and exit code. An absent part makes the run incomplete, although its finding is an error."""
+    """Returns (verdict, exit code). An absent part makes the run incomplete, although the status of its check is
+    error."""
     if part_is_absent:
         return "incomplete", DoctorExitCode.INCOMPLETE
     if Status.ERROR in statuses:

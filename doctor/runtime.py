@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Runtime(StrEnum):
-    """What runs this process; fixes are printed in its syntax."""
+    """The container runtime of this process. Fixes are printed in its syntax."""
 
     DOCKER = "docker"
     COMPOSE = "compose"

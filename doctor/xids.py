@@ -1,6 +1,7 @@
-"""Xids: hardware errors that NVIDIA's driver writes to the kernel log, and their fixes (NVIDIA, "Xid Errors").
+"""Xids: numbers of GPU errors that NVIDIA's driver writes to the kernel log, with their meaning and fix (NVIDIA, "Xid
+Errors").
 
-Numbers that are missing here are mostly errors of a program.
+Only hardware errors are listed; most other Xids are errors of a program.
 """
 
 import re
@@ -16,20 +17,21 @@ MEANINGS = {
     95: ("an uncontained memory error", "nvidia-smi -i {gpu} -r; if it comes back, take the GPU out of service"),
     119: ("its own processor (GSP) did not respond", "nvidia-smi -i {gpu} -r, or reboot; update the driver"),
 }
-DRIVER_LOADED_TEXT = "NVRM: loading NVIDIA"  # resets every GPU: earlier Xids no longer apply
+DRIVER_LOADED_TEXT = "NVRM: loading NVIDIA"  # loading the driver resets all GPUs, so earlier Xids no longer apply
 XID_LINE = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 
 
 def xids_of_gpu(log: str, bus: str) -> list[int]:
-    """Returns the Xids of the GPU at this PCI address, in the order of the log.
+    """Returns the listed Xids of the GPU with this PCI address ("0000:3b:00.0"), in the order of the log.
 
-    The driver writes the address without the function: `PCI:0000:3b:00`.
+    The driver writes the address without the function: "PCI:0000:3b:00".
     """
     return [xid for address, xid in _reports(log) if bus.startswith(address)]
 
 
 def xids_of_unknown_gpus(log: str, buses: Sequence[str]) -> list[tuple[str, int]]:
-    """Returns (address, Xid) of GPUs at other addresses than these: a GPU that cannot be opened has no known one."""
+    """Returns (PCI address, Xid) of GPUs whose addresses are not in `buses`. NVML has no address of a GPU that it
+    cannot open."""
     return [(address, xid) for address, xid in _reports(log) if not any(bus.startswith(address) for bus in buses)]
 
 

@@ -1,4 +1,4 @@
-"""What must be the same on all parts: software, checkpoint, settings and clocks."""
+"""Checks that software, checkpoint, settings and clocks are the same on all parts."""
 
 from doctor import fixes
 from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, warn
@@ -28,7 +28,10 @@ def same_facts_check(
     seen_as: tuple[str, ...] = (),
     needs: tuple[str, ...] = ("C-09", "C-10"),
 ) -> None:
-    """Registers a check that the facts whose name begins with `prefix` are equal on all parts."""
+    """Registers a check that all facts whose name begins with `prefix` are equal on all parts (doctor/gang/facts.py).
+
+    `explanation`: the check's docstring. `expected`, `fix`: texts of the error. `seen_as`: the check's symptoms.
+    """
 
     def run(ctx: CheckContext, view: GangView) -> CheckResult:
         differences = view.differences(prefix)
@@ -55,8 +58,9 @@ def same_software(ctx: CheckContext, view: GangView) -> CheckResult:
     different protocols. Different drivers are only a warning."""
     versions, drivers = view.differences("version."), view.differences("gpu.driver")
     if versions:
-        return error(format_differences(versions), "one version of everything", SAME_IMAGE)
-    return warn(format_differences(drivers), "one driver version", SAME_IMAGE) if drivers else ok(SAME)
+        return error(format_differences(versions), "the same versions on all parts", SAME_IMAGE)
+    same_driver = "the same driver on every machine"
+    return warn(format_differences(drivers), "one driver version", same_driver) if drivers else ok(SAME)
 
 
 same_facts_check(
@@ -102,11 +106,12 @@ def clocks_in_sync(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
     only with them."""
     measured = [(source, target, link) for source, target, link in view.links() if link.rtt]
     if not measured:
-        return skip("no clock was compared")
+        return skip("the clocks of no two parts were compared")
     source, target, link = max(measured, key=lambda entry: abs(entry[2].clock_offset))
     return Reading(
         abs(link.clock_offset) - link.clock_error,
-        f"part{target.part} is {link.clock_offset:+.3f} s (+-{link.clock_error:.3f}) from part{source.part}",
+        f"the clock of part{target.part} differs from part{source.part}'s by {link.clock_offset:+.3f} s"
+        f" (+-{link.clock_error:.3f})",
         f"within {MAX_CLOCK_OFFSET_SECONDS:g} s",
         "run chrony or systemd-timesyncd on the machines",
         maximum=MAX_CLOCK_OFFSET_SECONDS,

@@ -18,7 +18,7 @@ interconnect_check = partial(check, category="interconnect", needs=("G-09",))
 network_check = partial(check, category="network")
 collective_check = partial(check, category="collective", tier=3)
 
-NOT_RUN = "`rtp-llm-doctor gang` on every part"
+NOT_RUN = "needs `rtp-llm-doctor gang` on every part"
 GangCheckFunction = Callable[[CheckContext, GangView], CheckResult | Reading]
 
 
@@ -30,9 +30,10 @@ def used_gpu_check(
 
 
 def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFunction], GangCheckFunction]:
-    """Registers a check of tier 2 that needs the reports of all parts; it is skipped without them.
+    """Registers a check of tier 2, which gets the reports of all parts. It is skipped if there are none.
 
-    `options`: as of `check`. By default it needs the checks that all parts respond with compatible doctors.
+    `options`: keyword arguments of `check`. By default the check needs C-09 and C-10: all parts respond, with
+    compatible doctors.
     """
 
     settings: dict[str, Any] = {"category": "gang", "tier": 2, "needs": ("C-09", "C-10")} | options
@@ -49,5 +50,5 @@ def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFuncti
 
 
 def format_differences(differences: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns "key: part0=a part1=b; …"."""
+    """Returns values that differ between parts as text: "key: part0=a part1=b; …"."""
     return "; ".join(f"{k}: " + " ".join(f"{p}={v}" for p, v in values.items()) for k, values in differences.items())

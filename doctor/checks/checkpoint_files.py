@@ -11,7 +11,8 @@ NO_MODEL = "CHECKPOINT_PATH is not set"
 
 
 def checkpoint_errors(ctx: CheckContext, id: str) -> str:
-    """Returns the errors of the server's checkpoint reader that belong to the check `id`."""
+    """Returns the errors of the server's checkpoint reader that the check `id` reports, as one text; empty if there are
+    none."""
     errors = [*ctx.checkpoint_errors, *([ctx.spec_error] if ctx.spec_error else [])]
     return "; ".join(str(e) for e in errors if (e.check or "M-12") == id)
 
@@ -50,13 +51,13 @@ def checkpoint_is_readable(ctx: CheckContext) -> CheckResult:
     if path is None or not path.is_dir():
         return skip(NO_MODEL)
     files = [*path.glob("*.json"), *path.glob("*.safetensors")]
-    # A dangling link is M-06's.
+    # A symbolic link to a missing file is not reported here, but by M-06.
     unreadable = sorted(f.name for f in files if f.exists() and not os.access(f, os.R_OK))
     actual = f"uid {ctx.host.uid} cannot read {', '.join(unreadable[:3])}" if unreadable else ""
     actual = actual or checkpoint_errors(ctx, "M-11")
     if actual:
         owner = path.stat()
-        return error(actual, "every file readable", fixes.readable_by(owner.st_uid, owner.st_gid, str(path)))
+        return error(actual, "readable files", fixes.readable_by(owner.st_uid, owner.st_gid, str(path)))
     return ok(f"{len(files)} files are readable")
 
 
@@ -73,7 +74,8 @@ def no_missing_shards(ctx: CheckContext) -> CheckResult:
     """model.safetensors.index.json lists the files that hold the tensors. An interrupted download leaves some of them
     out, or leaves *.incomplete files."""
     partial = sorted(p.name for p in ctx.checkpoint_path.rglob("*.incomplete")) if ctx.checkpoint_path else []
-    actual = "every shard of the index exists" + (f"; left over: {partial[0]}" if partial else "")
+    incomplete = f"; {partial[0]} is left from an interrupted download" if partial else ""
+    actual = f"every shard in the index exists{incomplete}"
     return _check_files(ctx, "M-06", actual, "download the named files again")
 
 
@@ -91,7 +93,8 @@ def no_damaged_files(ctx: CheckContext) -> CheckResult:
 
 
 def _check_files(ctx: CheckContext, id: str, healthy: str, fix: str) -> CheckResult:
-    """Reports the checkpoint reader's errors for the check `id`; `healthy` is the text if there are none."""
+    """Reports the errors of the checkpoint reader that belong to the check `id`. `healthy`: text of the result if there
+    are none."""
     path = ctx.checkpoint_path
     if path is None or not path.is_dir():
         return skip(NO_MODEL)

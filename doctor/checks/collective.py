@@ -1,14 +1,14 @@
-"""Tier 3: whether an all-reduce over the process group of the plan is correct, and fast."""
+"""Tier 3: checks that an all-reduce over all ranks is correct and fast."""
 
 from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, unknown
 from doctor.checks.categories import collective_check
 from doctor.context import CheckContext
 from doctor.host import format_bytes
 
-# Bytes per second, each way, of one link: generations 2 to 4, and 5 (Blackwell); NVIDIA's data sheets.
+# Bytes per second in each direction of one NVLink: generations 2 to 4, and 5 (Blackwell). From NVIDIA's data sheets.
 NVLINK_BYTES, NVLINK_5_BYTES = 25e9, 50e9
-NOT_RUN = "--tier 3, on every part at the same time"
-MAX_SMALL_SECONDS = 0.05  # of a small all-reduce: a token would take a second and more
+NOT_RUN = "needs --tier 3, on every part at the same time"
+MAX_SMALL_SECONDS = 0.05  # for a small all-reduce; with two per layer a token would take a second or more
 
 
 @collective_check(
@@ -28,13 +28,14 @@ def all_reduce_is_correct(ctx: CheckContext) -> CheckResult:
     if "unasked" in measured:
         return unknown(measured["unasked"], "rtp-llm-doctor gang --tier 3")
     if "failure" in measured:
-        fix = "see the first rank's message; the checks above say what it needs"
-        return error(measured["failure"], "a sum", fix)
+        fix = "see the message of the first rank, and the warnings of the other checks"
+        return error(measured["failure"], "a correct sum on every rank", fix)
     for size, entry in measured["sizes"].items():
         if entry["wrong"]:
-            return error(f"{entry['wrong']} wrong numbers in {size} bytes", "none", "NCCL_P2P_DISABLE=1; see P-01")
+            actual = f"{entry['wrong']} wrong numbers in an all-reduce of {size} bytes"
+            return error(actual, "no wrong numbers", "NCCL_P2P_DISABLE=1; see P-01")
     sizes = ", ".join(format_bytes(int(size)) for size in measured["sizes"])
-    return ok(f"{measured['backend']}: correct at {sizes}")
+    return ok(f"{measured['backend']}: correct sums of {sizes}")
 
 
 @collective_check("X-02", "an all-reduce is fast enough", severity=Status.WARN, needs=("X-01",))
@@ -57,17 +58,18 @@ def all_reduce_is_fast(ctx: CheckContext) -> CheckResult | Reading:
 
 
 def _compare_with_link(ctx: CheckContext, rate: float) -> str:
-    """`rate`: bytes per second that were reduced."""
+    """Returns text that compares the throughput with the slowest link. `rate`: bytes reduced per second."""
     link = _slowest_link(ctx)
     if ctx.plan is None or link is None:
-        return "; the link's maximum is not known"
+        return "; the maximum of the slowest link is not known"
     name, max_rate = link
     carried = rate * 2 * (ctx.plan.world_size - 1) / ctx.plan.world_size
     return f"; {format_bytes(carried)}/s over {name}, at most {format_bytes(max_rate)}/s"
 
 
 def _slowest_link(ctx: CheckContext) -> tuple[str, float] | None:
-    """Returns the name of the ring's slowest link and its bytes per second in each direction; None if not known."""
+    """Returns (name, bytes per second in each direction) of the slowest link in the ring of ranks; None if it is not
+    known."""
     if ctx.plan and ctx.plan.is_multi_part and ctx.gang:
         name = ctx.gang.part_reports[ctx.plan.part].interface
         speed = next((i.speed for i in ctx.host.interfaces if i.name == name), 0)  # Mbit/s

@@ -1,4 +1,4 @@
-"""Settings, the member list and the plan, validated by the server's own code."""
+"""Checks of settings, member list and plan (rank layout), with the server's own code."""
 
 from doctor import fixes
 from doctor.check import CheckResult, Status, error, ok, skip, symptoms, warn
@@ -18,11 +18,13 @@ def settings_are_valid(ctx: CheckContext) -> CheckResult:
         return ok(f"all {len(type(ctx.config).model_fields)} settings are valid")
     names = [f"{name} to an allowed value" for e in errors for name in e.names]
     actual = "; ".join(str(e).replace("\n", "; ") for e in errors)
-    fix = f"set {', '.join(names)}, or leave it unset" if names else "correct the command line; see --help"
-    return error(actual, "values as the README's table of settings allows", fix)
+    fix = f"set {', '.join(names)}, or leave it unset" if names else "correct the server's flags; see --help"
+    return error(actual, "values that the README's table of settings allows", fix)
 
 
 def _is_service_link(config_error: ConfigError) -> bool:
+    """Returns whether the error is about a variable that Kubernetes sets for a Service; N-15 reports it instead of
+    M-14."""
     return "enableServiceLinks" in str(config_error)
 
 
@@ -35,7 +37,7 @@ def no_service_links(ctx: CheckContext) -> CheckResult:
     if not errors:
         return ok("no setting holds a Service's address")
     names = ", ".join(errors[0].names)
-    return error(f"{names} was set by Kubernetes for a Service", "settings of your own", fixes.SERVICE_LINKS)
+    return error(f"{names} was set by Kubernetes for a Service", "a value that you set", fixes.SERVICE_LINKS)
 
 
 @configuration_check("M-13", "no variable is a misspelled setting")
@@ -53,7 +55,7 @@ def no_misspelled_variables(ctx: CheckContext) -> CheckResult:
 
 
 def _public_value(ctx: CheckContext, name: str, meant: str) -> str:
-    """Returns the variable's value, or "…" if it may be a secret."""
+    """Returns the value of the variable `name`, or "…" if it is unset or may be a secret."""
     return "…" if is_secret(name) or is_secret(meant) else ctx.host.environ.get(name, "…")
 
 
@@ -73,12 +75,13 @@ def member_list_is_valid(ctx: CheckContext) -> CheckResult:
         lists = "  ".join(f"{part}={value}" for part, value in differences["members"].items())
         return error(f"the parts have different lists: {lists}", "the same list", "give all parts the same file")
     if plan is None or not (config.distribute_config_file or config.gang_config_string or config.json_gang_parts):
-        return skip("no member list is set: a single part, or the leader's address alone")
-    return ok(f"{len(plan.members)} members, part 0 at {plan.leader.ip}:{plan.leader.port}")
+        return skip("no member list is set: there is one part, or only LEADER_ADDRESS is set")
+    return ok(f"{len(plan.members)} parts in the list, part 0 at {plan.leader.ip}:{plan.leader.port}")
 
 
 def _plan_error(ctx: CheckContext, id: str) -> ConfigError | None:
-    """Returns the plan's error if it belongs to the check `id`."""
+    """Returns the error because of which the settings give no valid plan, if the check `id` reports this error; else
+    None."""
     config_error = ctx.plan_result.config_error
     return config_error if config_error and (config_error.check or "C-01") == id else None
 
@@ -95,7 +98,7 @@ def plan_is_consistent(ctx: CheckContext) -> CheckResult:
     if config_error:
         fix = "set the variables that the message names"
         if plan and plan.is_multi_part:
-            fix = f"WORLD_RANK={plan.first_rank} would fit this machine"
+            fix = f"WORLD_RANK={plan.first_rank} would match this machine's address in the member list"
         expected = "WORLD_RANK = part number x LOCAL_WORLD_SIZE, WORLD_SIZE = TP_SIZE x DP_SIZE"
         return error(str(config_error), expected, fix)
     differences = ctx.gang.differences("plan.") if ctx.gang else {}
@@ -105,10 +108,10 @@ def plan_is_consistent(ctx: CheckContext) -> CheckResult:
         return error(f"the parts disagree: {values}", "the same sizes on every part", fix)
     wrong_parts = ctx.gang.wrong_part_links() if ctx.gang else []
     if wrong_parts:
-        fix = "check WORLD_RANK on the part that answers, and that the list's addresses and forwarded ports lead to it"
+        fix = "correct WORLD_RANK on the part that answers, or the addresses and port forwarding in the member list"
         return error("; ".join(wrong_parts), "each part at its own address", fix)
     if plan is None:
-        return skip("the settings give no plan")
+        return skip("the settings give no valid plan of ranks and addresses")
     ranks = f"{plan.ranks.start}-{plan.ranks.stop - 1} of {plan.world_size}"
     return ok(f"TP {plan.tp_size}, ranks {ranks} on {plan.device}")
 
@@ -123,7 +126,7 @@ def enough_gpus_for_ranks(ctx: CheckContext) -> CheckResult:
     if config_error:
         fix = fixes.fewer_ranks(num_gpus, ctx.local_ranks)
         return error(str(config_error), f"at least {ctx.local_ranks} visible GPUs", fix)
-    return ok(f"{num_gpus} GPUs for {ctx.local_ranks} ranks") if ctx.on_gpu else skip("the ranks run on CPU")
+    return ok(f"{num_gpus} visible GPUs for {ctx.local_ranks} ranks") if ctx.on_gpu else skip("the ranks run on CPU")
 
 
 @configuration_check("M-15", "prometheus_client keeps its metrics in memory", severity=Status.WARN)

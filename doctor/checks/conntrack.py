@@ -1,4 +1,4 @@
-"""Connection tracking by the kernel's firewall."""
+"""Check of the kernel's connection tracking table, which firewalls and NAT use."""
 
 from doctor.check import CheckResult, Reading, Status, ok
 from doctor.checks.categories import network_check
@@ -17,7 +17,7 @@ def conntrack_has_free_entries(ctx: CheckContext) -> CheckResult | Reading:
     count = ctx.host.read_int("/proc/sys/net/netfilter/nf_conntrack_count")
     capacity = ctx.host.read_int("/proc/sys/net/netfilter/nf_conntrack_max")
     if count is None or not capacity:
-        return ok("no connection tracking")
+        return ok("the kernel does not track connections")
     actual, fix = f"{count} of {capacity} tracked connections", f"sysctl net.netfilter.nf_conntrack_max={2 * capacity}"
-    expected = f"at most {MAX_FILL_RATIO:.0%} of them"
+    expected = f"at most {MAX_FILL_RATIO:.0%} of the table used"
     return Reading(count, actual, expected, fix, maximum=MAX_FILL_RATIO * capacity)

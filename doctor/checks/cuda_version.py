@@ -1,4 +1,4 @@
-"""Versions of the driver, libcuda and torch's CUDA."""
+"""Checks that the versions of the driver, of libcuda and of torch's CUDA match."""
 
 import re
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ def no_old_libcuda(ctx: CheckContext) -> CheckResult:
         if libcuda < _version_tuple(ctx.gpus.driver):
             fix = f"remove {folder}, or set LD_LIBRARY_PATH=/usr/local/nvidia/lib64"
             return error(f"{folder}/{name} is older than driver {ctx.gpus.driver}", "the driver's own libcuda", fix)
-    return ok("only the driver's libcuda")
+    return ok("no older libcuda")
 
 
 def _compat_folders(ctx: CheckContext) -> list[str]:
@@ -31,7 +31,8 @@ def _compat_folders(ctx: CheckContext) -> list[str]:
 
 
 def _libcudas(ctx: CheckContext, folders: Iterable[str]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-    """Yields (folder, file name, version) of each libcuda.so.VERSION; libcuda.so.1 is a link."""
+    """Yields (folder, file name, version) of each libcuda.so.VERSION in the folders; libcuda.so.1 is only a link to
+    one."""
     for folder in folders:
         for name in ctx.host.list_dir(folder):
             if re.fullmatch(r"libcuda\.so\.\d+(\.\d+){1,2}", name):
@@ -43,9 +44,10 @@ def _version_tuple(text: str) -> tuple[int, ...]:
 
 
 def _torch_cuda() -> tuple[int, int] | None:
-    """Returns the CUDA version of torch's build, from its local version ("+cu129") or the CUDA packages it installs.
+    """Returns the CUDA version for which torch was built, without importing torch: from its version ("2.9.0+cu129") or
+    the CUDA packages it depends on.
 
-    Does not import torch. None if it is a CPU build or the version is not known.
+    Returns None if torch is a CPU build or the CUDA version is not known.
     """
     try:
         label = re.search(r"\+cu(\d+)(\d)$", version("torch"))
@@ -98,5 +100,5 @@ def forward_compatibility_is_supported(ctx: CheckContext) -> CheckResult:
     consumer = next((g for g in ctx.gpus.all if re.search(r"GeForce|TITAN|RTX (?!A|6000|PRO)", g.name)), None)
     if newer and consumer:
         actual = f"{newer[0]} on {consumer.name}"
-        return error(actual, "a data-centre GPU, or no compat folder", f"remove {newer[0]}")
-    return ok("not used")
+        return error(actual, "no cuda-compat folder, unless all are data-centre GPUs", f"remove {newer[0]}")
+    return ok("no cuda-compat folder is newer than the driver, or all are data-centre GPUs")

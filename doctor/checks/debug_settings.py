@@ -1,4 +1,4 @@
-"""Debug settings that slow down every step."""
+"""Check for debug settings that slow down every step."""
 
 from doctor.check import CheckResult, Status, ok, warn
 from doctor.checks.categories import network_check
@@ -22,5 +22,5 @@ def no_debug_settings(ctx: CheckContext) -> CheckResult:
         active.append("NCCL_DEBUG=TRACE")
     if active:
         fix = "unset " + " ".join(text.split(" ")[0] for text in active)
-        return warn(f"{', '.join(active)} set", "none set in production", fix)
-    return ok("none")
+        return warn(f"{', '.join(active)} set", "no debug setting in production", fix)
+    return ok("no debug setting")

@@ -1,4 +1,4 @@
-"""The disks that the server writes, and the one that it reads the weights from."""
+"""Checks of the disks to which the server writes, and of the disk with the weights."""
 
 import os
 import time
@@ -51,22 +51,24 @@ def weights_load_fast(ctx: CheckContext) -> CheckResult | Reading:
     fstype = mount.fstype if mount else "?"
     if ctx.tier < 1:
         is_network = fstype in NETWORK_DISKS or fstype.startswith("fuse")
-        return skip(f"on {fstype}" + (", over the network" if is_network else "") + "; --tier 1 measures it")
+        network = ", a network file system" if is_network else ""
+        return skip(f"the checkpoint is on {fstype}{network}; --tier 1 measures its speed")
     seconds, num_bytes = _read_cold(checkpoint)
     total = sum(f.stat().st_size for f in {t.file for t in checkpoint.tensors.values()})
     speed = num_bytes / max(seconds, 1e-6)
     return Reading(
         total / speed,
-        f"{format_bytes(speed)}/s from {fstype}: {format_bytes(total)} in {total / speed:.1f} s",
+        f"{fstype} reads {format_bytes(speed)}/s, so {format_bytes(total)} take {total / speed:.1f} s",
         f"at most {MAX_LOAD_SECONDS:.0f} s",
-        "copy the checkpoint to a local disk, and raise the start-up probe's budget",
+        "copy the checkpoint to a local disk, or raise failureThreshold of the start-up probe",
         maximum=MAX_LOAD_SECONDS,
         evidence={"bytes_per_second": round(speed)},
     )
 
 
 def _read_cold(checkpoint: Checkpoint) -> tuple[float, int]:
-    """Reads the start of the largest shard, after dropping it from the page cache. Returns seconds and bytes."""
+    """Reads up to READ_BYTES of the largest shard after dropping them from the page cache. Returns (seconds, bytes
+    read)."""
     path = max({t.file for t in checkpoint.tensors.values()}, key=lambda f: f.stat().st_size)
     with path.open("rb", buffering=0) as stream:
         os.posix_fadvise(stream.fileno(), 0, READ_BYTES, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Connections between the parts: ports, large transfers and speed."""
+"""Checks of the connections between the parts: ports, large transfers and speed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,12 +12,12 @@ from doctor.gang.view import GangView
 from doctor.host import format_bytes
 from rtp_llm.model.spec import ModelSpec
 
-# (from, to, how the connection to each port failed)
+# (report of the part that connects, report of the target, {unreachable port: result of `dial`})
 UnreachableLink = tuple[PartReport, PartReport, dict[int, str]]
 
 
 def _unreachable_links(view: GangView, ephemeral: bool) -> list[UnreachableLink]:
-    """Returns the directions with unreachable ports: ephemeral ports, or planned ones."""
+    """Returns the links with unreachable ports. `ephemeral`: only ephemeral ports; else only planned ports."""
     links = []
     for source, target, _ in view.links():
         ports = view.unreachable_ports(source, target)
@@ -28,30 +28,32 @@ def _unreachable_links(view: GangView, ephemeral: bool) -> list[UnreachableLink]
 
 
 def _probable_cause(view: GangView, source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
-    """Returns the probable cause, which follows from the opposite direction and from how the connections failed."""
+    """Returns the probable cause of unreachable ports as text, from the results and from the opposite direction."""
     outcomes = set(ports.values())
     if outcomes <= {"not_doctor"}:
-        return f"another program has what part{target.part} needs"
+        return f"another program listens on ports that part{target.part} needs"
     if outcomes <= {"refused"}:
-        return f"nothing listens there, or part{target.part}'s firewall refuses"
+        return f"no process listens there, or part{target.part}'s firewall rejects the connection"
     if not view.unreachable_ports(target, source):
         return f"part{target.part} reaches part{source.part}, so incoming connections are filtered at part{target.part}"
-    return f"part{target.part} does not reach part{source.part} either: the network between them, or both firewalls"
+    return (
+        f"part{target.part} does not reach part{source.part} either: check the network between them and both firewalls"
+    )
 
 
 def _describe_link(source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
-    texts = {"timeout": "times out", "unreachable": "is unreachable", "not_doctor": "is answered by something else"}
+    texts = {"timeout": "times out", "unreachable": "is unreachable", "not_doctor": "is answered by another program"}
     failures = ", ".join(
-        f"{port} ({target.planned_ports.get(port, 'chosen by the kernel, as NCCL does')}) {texts.get(outcome, outcome)}"
+        f"{port} ({target.planned_ports.get(port, 'an ephemeral port, as NCCL uses')}) {texts.get(outcome, outcome)}"
         for port, outcome in sorted(ports.items())
     )
     return f"part{source.part} -> part{target.part} ({target.address}): {failures}"
 
 
 def _incomplete(links: Sequence[tuple[PartReport, PartReport]], reason: str) -> CheckResult:
-    """Returns the result if some directions were not tried: the check does not pass."""
+    """Returns an unknown result, because some links were not tested."""
     directions = ", ".join(f"part{source.part} -> part{target.part}" for source, target in links)
-    return unknown(f"{reason}: {directions or 'no part'}", "give it more time: --wait")
+    return unknown(f"{reason}: {directions or 'no part'}", "raise the time to wait: --wait SECONDS")
 
 
 @gang_check("N-01", "every part can connect to the planned ports of every other part", repair=Repair.OPEN_PORT)
@@ -69,10 +71,10 @@ def planned_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResul
         actual = "; ".join(f"{_describe_link(*link)}; {_probable_cause(view, *link)}" for link in links)
         ports = ",".join(str(port) for port in sorted({port for _, _, ports in links for port in ports}))
         source, target, _ = links[0]
-        return error(actual, "an open connection on every port", fixes.open_ports(target.part, ports, source.address))
+        return error(actual, "connections to every planned port", fixes.open_ports(target.part, ports, source.address))
     unprobed = view.unprobed()
     if unprobed:
-        return _incomplete(unprobed, "not all directions were tried in time")
+        return _incomplete(unprobed, "not all links were tested in time")
     num_ports = [len(link.ports) for _, _, link in view.links()]
     return ok(f"{sum(num_ports)} ports in {len(num_ports)} directions") if sum(num_ports) else skip("no other part")
 
@@ -97,7 +99,7 @@ def ephemeral_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckRes
         return error(actual, f"tcp {target.port_range} open between the parts", fix)
     if not any(port in target.ephemeral_ports for _, target, link in view.links() for port in link.ports):
         return skip("no ephemeral port was tried")
-    return ok("every one that was tried")
+    return ok("all ephemeral ports that were tried accept connections")
 
 
 @gang_check("N-10", "large transfers work between all parts", needs=("C-09", "C-10", "N-01"))
@@ -116,15 +118,17 @@ def large_transfers_work(ctx: CheckContext, view: GangView) -> CheckResult:
     stalled = view.stalled()
     if stalled:
         actual = f"{'; '.join(stalled)}; MTU: {listed}"
-        return error(actual, "8 MiB in each direction", fix or "lower the MTU on both ends")
+        return error(
+            actual, "transfers of 8 MiB in each direction", fix or "lower the MTU of the interfaces on both parts"
+        )
     missing = view.links_without_transfer()
     if missing:
-        return _incomplete(missing, "no transfer of 8 MiB was completed")
+        return _incomplete(missing, "no transfer of 8 MiB finished in time")
     if not any(view.links()):
         return skip("no other part")
     if len(set(mtus.values())) > 1:
-        return warn(f"the MTUs differ: {listed}", "one MTU", fix)
-    return ok(f"MTU {lowest}; 8 MiB in each direction")
+        return warn(f"the MTUs differ: {listed}", "the same MTU on all parts", fix)
+    return ok(f"MTU {lowest}; 8 MiB passed in each direction")
 
 
 @gang_check(
@@ -135,15 +139,15 @@ def links_are_fast(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
     predicted time per token is computed from the measured throughput and round-trip time."""
     links = [link for _, _, link in view.links() if link.sent_speed and link.received_speed]
     if not links:
-        return skip("no transfer was made")
+        return skip("no transfer between two parts finished")
     slowest = min(min(link.sent_speed, link.received_speed) for link in links)
     rtt = max(link.rtt for link in links)
-    cost = f"; {token_cost(ctx.spec, slowest, rtt) * 1000:.1f} ms per token" if ctx.spec else ""
+    cost = f"; about {token_cost(ctx.spec, slowest, rtt) * 1000:.1f} ms per token" if ctx.spec else ""
     return Reading(
         slowest,
         f"{format_bytes(slowest)}/s, round trip {rtt * 1000:.2f} ms{cost}",
         "10 Gbit/s or more",
-        "use the faster network's addresses in the member list",
+        "write addresses of a faster network into the member list",
         recommended=SLOW_BYTES,
     )
 
@@ -151,6 +155,7 @@ def links_are_fast(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
 def token_cost(spec: ModelSpec, bytes_per_second: float, rtt: float) -> float:
     """Returns the seconds that the all-reduces of one token take between two parts.
 
-    Two per layer, each of half a round trip and one hidden vector.
+    There are two all-reduces per layer. Each takes half a round trip and sends one hidden vector of 2 bytes per
+    element.
     """
     return 2 * spec.num_layers * (rtt / 2 + 2 * spec.hidden_size / bytes_per_second)

@@ -1,4 +1,4 @@
-"""GPU access: whether the GPUs are in this container, and whether NVML and CUDA see them."""
+"""Checks that the GPUs are in this container, and that NVML and CUDA see them."""
 
 import re
 
@@ -28,13 +28,15 @@ def gpus_are_available(ctx: CheckContext) -> CheckResult:
     if gpus.failure == 0:
         return ok(f"{len(gpus.all)} GPUs, driver {gpus.driver}")
     if gpus.failure not in MISSING_LIBRARY:
-        return ok("the driver's library is installed")  # G-02 and G-03 report its failure
+        return ok("NVML, the driver's library libnvidia-ml.so.1, is installed")  # G-02 and G-03 report its error
     num_files = sum(bool(re.fullmatch(r"nvidia[0-9]+", name)) for name in ctx.host.list_dir("/dev"))
     if device == "cpu" or not (device == "cuda" or num_files):
         return skip("no NVIDIA GPU here: the ranks run on CPU")
     hidden = ctx.host.environ.get("NVIDIA_VISIBLE_DEVICES", "") in ("void", "none")
-    actual = "NVIDIA_VISIBLE_DEVICES hides them" if hidden else "no NVIDIA driver library here"
-    return error(f"{actual}; {num_files} device files in /dev", "GPUs, as RTP_DEVICE=cuda asks", fixes.GPU_ACCESS)
+    library = "no NVIDIA driver library (libnvidia-ml.so.1)"
+    actual = "NVIDIA_VISIBLE_DEVICES hides the GPUs" if hidden else library
+    requirement = "GPUs, because RTP_DEVICE=cuda" if device == "cuda" else "GPUs, because /dev has device files of GPUs"
+    return error(f"{actual}; {num_files} device files in /dev", requirement, fixes.GPU_ACCESS)
 
 
 @gpu_check("G-02", "the NVIDIA driver responds", needs=("G-01",), repair=Repair.RESTART)
@@ -46,7 +48,7 @@ def nvml_responds(ctx: CheckContext) -> CheckResult:
     if code == 0:
         return ok("NVML responds")
     if code in (*MISSING_LIBRARY, VERSION_MISMATCH):
-        return skip("no driver here")
+        return skip("no NVIDIA driver library, or a library of another version (G-03)")
     return error(f"NVML fails: {pynvml.NVMLError(code)}", "a response", fixes.RECREATE_CONTAINER, code=code)
 
 
@@ -61,10 +63,10 @@ def driver_versions_match(ctx: CheckContext) -> CheckResult:
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", version_file)
     module, library = match[1] if match else "", ctx.gpus.driver
     if ctx.gpus.failure == VERSION_MISMATCH:
-        actual = f"kernel module {module or 'of one version'}, library of another"
+        actual = f"the kernel module has version {module or '(unknown)'}, the library another one"
         return error(actual, "the same version", fixes.REBOOT)
     if not library:
-        return skip("no driver here")
+        return skip("NVML does not report a driver version")
     if module and module != library:
         return error(f"kernel module {module}, library {library}", "the same version", "reboot the host")
     return ok(f"driver {library}")

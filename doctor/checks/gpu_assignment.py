@@ -1,4 +1,4 @@
-"""The GPUs that the local ranks use: distinct, of one model, and free for them."""
+"""Checks that the local ranks have GPUs of their own, of one model and free for them."""
 
 from collections import Counter
 
@@ -12,8 +12,8 @@ from doctor.context import CheckContext
 from doctor.host import format_bytes
 from rtp_llm.machine.command_line import redacted_command
 
-MIN_FOREIGN_BYTES = 1 << 30  # more than a driver or a display uses itself
-NOT_REPORTED = "this GPU does not report it"
+MIN_FOREIGN_BYTES = 1 << 30  # the driver or a display alone uses less
+NOT_REPORTED = "these GPUs do not report it"
 
 
 @used_gpu_check("G-10", "every rank has a GPU of its own")
@@ -49,7 +49,7 @@ def same_gpu_model(ctx: CheckContext) -> CheckResult:
     capabilities = {capability for _, _, capability in models.values()}
     differs = len(capabilities) > 1 or min(totals) < 0.9 * max(totals)
     if differs or len(names) > 1:
-        actual, fix = f"mixed: {', '.join(names)}", "select GPUs of one model with CUDA_VISIBLE_DEVICES"
+        actual, fix = f"several models: {', '.join(names)}", "select GPUs of one model with CUDA_VISIBLE_DEVICES"
         return (error if differs else warn)(actual, "GPUs of one model", fix)
     return ok(f"{len(models)} x {names[0]}")
 
@@ -62,11 +62,11 @@ def compute_mode_is_default(ctx: CheckContext) -> CheckResult:
     for gpu in ctx.used_gpus:
         fix = f"nvidia-smi -i {gpu.index} -c 0"
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_PROHIBITED:
-            return error(f"{gpu.label} is in mode PROHIBITED", "DEFAULT", fix)
+            return error(f"{gpu.label} is in compute mode PROHIBITED", "DEFAULT", fix)
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS:
             used_by = f", and pid {gpu.processes[0].pid} uses it" if gpu.processes else ""
             make_result = error if gpu.processes else warn
-            return make_result(f"{gpu.label} is in mode EXCLUSIVE_PROCESS{used_by}", "DEFAULT", fix)
+            return make_result(f"{gpu.label} is in compute mode EXCLUSIVE_PROCESS{used_by}", "DEFAULT", fix)
     return skip(NOT_REPORTED) if all(gpu.compute_mode is None for gpu in ctx.used_gpus) else ok("DEFAULT")
 
 
@@ -79,10 +79,10 @@ def no_mig_with_tensor_parallelism(ctx: CheckContext) -> CheckResult:
     parallelism across them does not work."""
     mig_gpu = next((gpu for gpu in ctx.used_gpus if gpu.mig), None)
     if mig_gpu is None:
-        return ok("no MIG")
+        return ok("no rank uses a MIG instance")
     if ctx.local_ranks > 1 or (ctx.plan and ctx.plan.world_size > 1):
         fix = f"TP_SIZE=1, or nvidia-smi -i {mig_gpu.index} -mig 0"
-        return error(f"{mig_gpu.label} is in MIG mode", "whole GPUs for TP > 1", fix)
+        return error(f"{mig_gpu.label} is in MIG mode", "GPUs without MIG if TP_SIZE > 1", fix)
     return ok("one rank on a MIG instance")
 
 
@@ -102,11 +102,11 @@ def gpu_memory_is_free(ctx: CheckContext) -> CheckResult:
         used_by = ", ".join(owners) or "an unknown process"
         actual = f"{gpu.label}: {format_bytes(used_bytes)} of {format_bytes(gpu.memory_total)} used by {used_by}"
         if gpu.memory_free < gpu.memory_total // 2:
-            return error(actual, "at least half of it free", fixes.free_gpu(gpu.index))
-        return warn(actual, "all of it free", fixes.free_gpu(gpu.index))
-    return ok(f"{format_bytes(min(gpu.memory_free for gpu in ctx.used_gpus))} free on each")
+            return error(actual, "at least half of the memory free", fixes.free_gpu(gpu.index))
+        return warn(actual, "all memory free", fixes.free_gpu(gpu.index))
+    return ok(f"{format_bytes(min(gpu.memory_free for gpu in ctx.used_gpus))} free on each GPU")
 
 
 def _describe_process(ctx: CheckContext, pid: int) -> str:
     command = redacted_command((ctx.host.read(f"/proc/{pid}/cmdline") or "").split("\0"))
-    return f"pid {pid} ({command})" if command else f"host pid {pid}, outside of this pid namespace"
+    return f"pid {pid} ({command})" if command else f"pid {pid} of the host, outside of this container"

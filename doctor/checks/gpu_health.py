@@ -1,4 +1,4 @@
-"""GPU health, as NVML and the kernel log report it."""
+"""Checks of GPU health, from NVML and the kernel log."""
 
 import pynvml
 
@@ -25,15 +25,17 @@ def no_memory_errors(ctx: CheckContext) -> CheckResult:
     for gpu in ctx.used_gpus:
         reset = f"nvidia-smi -i {gpu.index} -r"
         if gpu.remap_failure:
-            return error(f"{gpu.label}: remapping a memory row failed", "none failed", "take this GPU out of service")
+            return error(f"{gpu.label}: remapping a memory row failed", "no failure", "take this GPU out of service")
         if gpu.ecc_uncorrected:
-            fix = f"{reset}; if it comes back, take the GPU out of service"
-            return error(f"{gpu.label}: {gpu.ecc_uncorrected} uncorrectable memory errors", "none", fix)
+            fix = f"{reset}; if errors return, take the GPU out of service"
+            return error(f"{gpu.label}: {gpu.ecc_uncorrected} uncorrectable memory errors", "no errors", fix)
         if gpu.remap_pending or gpu.retired_pending:
-            return warn(f"{gpu.label}: remapping a memory row is pending", "none pending", f"{reset}, or reboot")
+            return warn(
+                f"{gpu.label}: remapping a memory row is pending", "no pending remapping", f"{reset}, or reboot"
+            )
     if all(gpu.ecc_uncorrected is None and not gpu.remapped_rows for gpu in ctx.used_gpus):
         return skip(NOT_REPORTED)
-    return ok("no uncorrectable errors, nothing pending")
+    return ok("no uncorrectable errors, no pending remapping")
 
 
 @gpu_check("G-16", "no GPU has fallen off the bus", needs=("G-01", "G-02", "G-03"), repair=Repair.REBOOT)
@@ -51,17 +53,17 @@ def gpus_on_bus(ctx: CheckContext) -> CheckResult:
     if gpus.failed:
         index, code = gpus.failed[0]
         reports = xids.xids_of_unknown_gpus(log or "", [gpu.bus for gpu in gpus.all])
-        last_xid = f"; the kernel reported Xid {reports[-1][1]} of {reports[-1][0]}" if reports else ""
+        last_xid = f"; the kernel log has Xid {reports[-1][1]} of {reports[-1][0]}" if reports else ""
         actual = f"GPU {index}: {pynvml.NVMLError(code)}{last_xid}"
-        return error(actual, "a response", "drain this machine and reboot it", code=code)
+        return error(actual, "a GPU that responds", "drain this machine and reboot it", code=code)
     gpu_xids = [(gpu, xid) for gpu in ctx.used_gpus for xid in xids.xids_of_gpu(log or "", gpu.bus)]
     if gpu_xids:
         gpu, xid = gpu_xids[-1]
         meaning, fix = xids.MEANINGS[xid]
-        count = f"; {len(gpu_xids)} such reports in all" if len(gpu_xids) > 1 else ""
+        count = f"; {len(gpu_xids)} Xids in all" if len(gpu_xids) > 1 else ""
         actual = f"{gpu.label} ({gpu.bus}): Xid {xid}, {meaning}, since the driver was loaded{count}"
         return warn(actual, "no Xid", fix.format(gpu=gpu.index))
-    kernel = "; /dev/kmsg cannot be read, so Xids are not seen" if log is None else ", and the kernel reported no Xid"
+    kernel = "; /dev/kmsg cannot be read, so Xids are not checked" if log is None else ", and the kernel log has no Xid"
     return ok(f"all {len(gpus.all)} GPUs respond{kernel}")
 
 
@@ -72,13 +74,13 @@ def not_throttled(ctx: CheckContext) -> CheckResult:
         reasons = [text for bit, text in THROTTLE_REASONS.items() if (gpu.clock_reasons or 0) & bit]
         if reasons:
             actual = f"{gpu.label}, {gpu.temperature} C: {', '.join(reasons)}"
-            return warn(actual, "no slowdown", "check cooling and power")
+            return warn(actual, "no throttling", "check cooling and power")
         if gpu.temperature and gpu.slowdown_temperature and gpu.temperature >= gpu.slowdown_temperature - 2:
             return warn(f"{gpu.label}: {gpu.temperature} C", f"below {gpu.slowdown_temperature} C", "check cooling")
     temperatures = [gpu.temperature for gpu in ctx.used_gpus if gpu.temperature is not None]
     if not temperatures and all(gpu.clock_reasons is None for gpu in ctx.used_gpus):
         return skip(NOT_REPORTED)
-    return ok(f"at most {max(temperatures)} C" if temperatures else "no slowdown")
+    return ok(f"at most {max(temperatures)} C" if temperatures else "no throttling")
 
 
 @used_gpu_check("G-18", "persistence mode keeps the driver loaded", severity=Status.WARN)
@@ -100,7 +102,7 @@ def pcie_width_is_full(ctx: CheckContext) -> CheckResult:
             fix = "reseat the card, and check the BIOS"
             return warn(f"{gpu.label}: {gpu.pcie_width} PCIe lanes", f"{gpu.pcie_width_max} PCIe lanes", fix)
     widths = [gpu.pcie_width for gpu in ctx.used_gpus if gpu.pcie_width]
-    return ok(f"{min(widths)} lanes") if widths else skip(NOT_REPORTED)
+    return ok(f"{min(widths)} PCIe lanes") if widths else skip(NOT_REPORTED)
 
 
 @used_gpu_check("G-20", "no application clocks are set", severity=Status.WARN)

@@ -24,12 +24,12 @@ def gpus_compute(ctx: CheckContext) -> CheckResult:
     for gpu in ctx.used_gpus:
         if gpu.fabric_state not in (None, 0, pynvml.NVML_GPU_FABRIC_STATE_COMPLETED):
             fix = f"on the host: systemctl restart nvidia-fabricmanager (version {ctx.gpus.driver})"
-            return error(f"{gpu.label}: its NVSwitch fabric is not set up", "fabric state completed", fix)
+            return error(f"{gpu.label}: the NVSwitch fabric is not set up", "fabric state COMPLETED", fix)
     if ctx.tier < 1:
         return skip("--tier 1 computes on each GPU")
     for gpu, failure in probes.probe_compute(ctx.used_gpus).items():
         if failure:
-            fix = "see the message; then nvidia-smi -q"
+            fix = "see the error message, and nvidia-smi -q"
             return error(f"GPU {gpu.index}: {failure}", "a correct product of two matrices", fix)
     return ok(f"{len(ctx.used_gpus)} GPUs allocate and compute")
 
@@ -43,7 +43,7 @@ def torch_has_kernels(ctx: CheckContext) -> CheckResult:
     """A build of torch contains kernels for a fixed list of GPU architectures (sm_80, sm_90, …). Tier 1 reads the list
     from torch and compares it with the GPUs."""
     if ctx.tier < 1:
-        return skip("--tier 1 reads torch's list")
+        return skip("--tier 1 reads torch's list of architectures")
     compiled = probes.architectures()
     if compiled is None:
         return unknown("torch does not report its architectures")
@@ -51,5 +51,5 @@ def torch_has_kernels(ctx: CheckContext) -> CheckResult:
         if gpu.capability and not probes.supports_capability(compiled, gpu.capability):
             required = "sm_" + "".join(map(str, gpu.capability))
             actual = f"{gpu.label} is {required}, torch has {', '.join(compiled)}"
-            return error(actual, required, "install a torch build that has it")
-    return ok(", ".join(compiled))
+            return error(actual, f"torch with {required}", f"install a torch build with {required}")
+    return ok(f"torch has {', '.join(compiled)}")

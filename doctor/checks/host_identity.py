@@ -1,4 +1,4 @@
-"""Which parts NCCL takes for one machine."""
+"""Check of the machines that NCCL distinguishes: which parts it assumes to be on one machine."""
 
 from doctor import fixes
 from doctor.check import CheckResult, error, ok, symptoms, warn
@@ -21,10 +21,10 @@ def nccl_host_ids_match(ctx: CheckContext, view: GangView) -> CheckResult:
         return ok("NCCL is not used")
     if sharing := view.hosts_sharing_nccl_id():
         a, b = sharing[0]
-        actual = f"{a} and {b} look like one machine, and share no memory"
-        return error(actual, "one host id if they share memory, else two", fixes.NCCL_HOSTID)
+        actual = f"NCCL considers {a} and {b} one machine, but they do not share /dev/shm"
+        return error(actual, "different NCCL host ids, because they share no memory", fixes.NCCL_HOSTID)
     if separated := view.separated_hosts():
         a, b = separated[0]
-        actual = f"{a} and {b} are on one machine, and NCCL will use the network between them"
-        return warn(actual, "one part", fixes.NCCL_HOSTID)
-    return ok("each part is a machine of its own")
+        actual = f"{a} and {b} are on one machine, but NCCL will use the network between them"
+        return warn(actual, "one part per machine", fixes.NCCL_HOSTID)
+    return ok("each part is on another machine")

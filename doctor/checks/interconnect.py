@@ -1,4 +1,4 @@
-"""How the GPUs of this machine reach each other: peer access, NVLink, PCIe topology, NUMA."""
+"""Checks of the connections between the GPUs of this machine: peer access, NVLink, PCIe and NUMA topology."""
 
 from collections import Counter
 
@@ -14,8 +14,8 @@ from rtp_llm.machine.gpus import GpuPair
 
 FEWER_THAN_TWO_GPUS = "fewer than two GPUs are used"
 P2P_STATUS = {  # nvml.h, nvmlGpuP2PStatus_t
-    1: "chipset does not support it",
-    2: "topology does not support it",
+    1: "not supported by the chipset",
+    2: "not supported by the topology",
     3: "disabled by a registry key",
     4: "not supported",
     5: "unknown",
@@ -37,12 +37,13 @@ def nvlink_has_peer_access(ctx: CheckContext) -> CheckResult:
         return skip(FEWER_THAN_TWO_GPUS)
     for pair in pairs:
         if pair.nvlink == 0 and pair.p2p not in (None, 0):
-            reason = P2P_STATUS.get(pair.p2p or 0, "no reason given")
-            return error(f"GPU {pair.a} and {pair.b}: {reason}", "peer access over NVLink", "drain this machine")
+            reason = P2P_STATUS.get(pair.p2p or 0, "no reason reported")
+            actual = f"no peer access between GPU {pair.a} and {pair.b}: {reason}"
+            return error(actual, "peer access over NVLink", "drain this machine")
     if all(pair.p2p is None for pair in pairs):
-        return skip("these GPUs do not report it")
+        return skip("these GPUs do not report peer access")
     num_able = sum(pair.p2p == 0 for pair in pairs)
-    fallback = "" if num_able else "; NCCL goes through host memory"
+    fallback = "" if num_able else "; NCCL copies through host memory"
     return ok(f"{num_able} of {len(pairs)} pairs have peer access{fallback}")
 
 
@@ -61,8 +62,8 @@ def nvlinks_are_up(ctx: CheckContext) -> CheckResult:
         num_up, num_expected = gpu.nvlinks[0], max(usual, gpu.nvlinks[1])
         if num_up < num_expected:
             fix = "reset the GPUs, then look at the fabric manager's log"
-            return warn(f"GPU {gpu.index}: {num_up} of {num_expected} NVLinks are up", "all of them", fix)
-    return ok(f"{usual} links up on each GPU")
+            return warn(f"GPU {gpu.index}: {num_up} of {num_expected} NVLinks are up", "all NVLinks up", fix)
+    return ok(f"{usual} NVLinks are up on each GPU")
 
 
 @interconnect_check("P-04", "the NVSwitch fabric is ready", needs=("G-09", "G-16"), repair=Repair.REBOOT)
@@ -76,7 +77,7 @@ def fabric_is_ready(ctx: CheckContext) -> CheckResult:
     num_ready = sum(state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED for state in states)
     if num_ready < len(states):
         fix = "on the host: systemctl restart nvidia-fabricmanager"
-        return error(f"{num_ready} of {len(states)} GPUs have joined the fabric", "all of them", fix)
+        return error(f"{num_ready} of {len(states)} GPUs have joined the fabric", "all GPUs", fix)
     return ok(f"{num_ready} GPUs have joined the fabric")
 
 
@@ -89,10 +90,10 @@ def gpus_share_socket(ctx: CheckContext) -> CheckResult:
         return skip(FEWER_THAN_TWO_GPUS)
     for pair in pairs:
         if (pair.topology or 0) >= pynvml.NVML_TOPOLOGY_SYSTEM and pair.nvlink != 0:
-            actual = f"GPU {pair.a} and {pair.b} are under different sockets, without NVLink"
-            fix = "choose GPUs under one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
-            return warn(actual, "GPUs under one socket", fix)
-    return ok("no pair crosses the sockets without NVLink")
+            actual = f"GPU {pair.a} and {pair.b} are on different CPU sockets, without NVLink"
+            fix = "choose GPUs on one socket with CUDA_VISIBLE_DEVICES (nvidia-smi topo -m)"
+            return warn(actual, "GPUs on one CPU socket", fix)
+    return ok("no two GPUs on different sockets without NVLink")
 
 
 @interconnect_check(
@@ -106,14 +107,15 @@ def cores_share_numa_node(ctx: CheckContext) -> CheckResult:
     if remote:
         index, numa_node = next(iter(remote.items()))
         expected = ",".join(map(str, remote.values()))
-        actual = f"GPU {index} is on NUMA node {numa_node}, the cores are on {sorted(cores_nodes)}"
+        cores = ",".join(map(str, sorted(cores_nodes)))
+        actual = f"GPU {index} is on NUMA node {numa_node}, this process's CPU cores are on NUMA node {cores}"
         fix = f"docker run --cpuset-cpus=$(cat /sys/devices/system/node/node{expected}/cpulist) …"
-        return warn(actual, f"cores of node {expected}", fix)
-    return ok("cores and GPUs share their NUMA nodes")
+        return warn(actual, f"CPU cores of NUMA node {expected}", fix)
+    return ok("the CPU cores are on the NUMA nodes of the GPUs")
 
 
 def _numa_nodes_of_cores(ctx: CheckContext) -> set[int]:
-    """Returns the NUMA nodes that have at least one of the cores that this process may use."""
+    """Returns the NUMA nodes of the CPU cores that this process may use."""
     allowed = parse_number_ranges(ctx.host.status.get("Cpus_allowed_list", ""))
     numa_nodes = set()
     for name in ctx.host.list_dir("/sys/devices/system/node"):
@@ -130,8 +132,8 @@ def pci_topology_is_readable(ctx: CheckContext) -> CheckResult:
     for gpu in ctx.used_gpus:
         path = f"/sys/bus/pci/devices/{gpu.bus}"
         if not ctx.host.exists(path):
-            return warn(f"{path} does not exist", "the PCI tree", "mount /sys read-only into the container")
-    return ok("every GPU is in /sys")
+            return warn(f"{path} does not exist", "the PCI devices in /sys", "mount /sys read-only into the container")
+    return ok("every GPU is visible in /sys/bus/pci")
 
 
 @interconnect_check("P-08", "GPUDirect RDMA is available", severity=Status.WARN, preconditions=(RDMA_BETWEEN_PARTS,))
@@ -158,11 +160,11 @@ def peer_writes_arrive(ctx: CheckContext) -> CheckResult:
         return skip(FEWER_THAN_TWO_GPUS)
     if ctx.tier < 1:
         iommu = "; an IOMMU is active" if ctx.host.list_dir("/sys/class/iommu") else ""
-        return skip(f"--tier 1 writes and reads back{iommu}")
+        return skip(f"--tier 1 copies data between all GPUs{iommu}")
     indices = [gpu.index for gpu in ctx.used_gpus]
     failures = probes.probe_peer_copies(indices)
     if failures:
         source, target, failure = failures[0]
         fix = "iommu=pt and ACS off in the BIOS; until then NCCL_P2P_DISABLE=1"
         return error(f"GPU {source} -> GPU {target}: {failure}", "the pattern that was written", fix)
-    return ok(f"{len(indices) * (len(indices) - 1)} directions verified")
+    return ok(f"correct copies in {len(indices) * (len(indices) - 1)} directions")

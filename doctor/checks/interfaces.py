@@ -1,4 +1,4 @@
-"""The network interface that NCCL and gloo use."""
+"""Checks of the network interface that NCCL and gloo use."""
 
 from doctor import fixes
 from doctor.check import CheckResult, Status, error, ok, skip, symptoms, unknown, warn
@@ -10,7 +10,8 @@ from doctor.nccl import choose_interfaces
 
 
 def _interface_to(ctx: CheckContext, ip: str) -> Interface | None:
-    """Returns the interface that routes to a peer. Raises OSError if there is no route."""
+    """Returns the interface that routes to an address or host name; None if it is not known. Raises OSError if there is
+    no route."""
     address = ip if is_ip_address(ip) else ctx.host.resolve(ip)[0]
     return ctx.host.interface_of(ctx.host.source_address(address))
 
@@ -28,7 +29,7 @@ def nccl_ifname_matches(ctx: CheckContext) -> CheckResult:
     if not choose_interfaces(ctx.host.interfaces, setting.value):
         names = ", ".join(i.name for i in ctx.host.interfaces)
         actual = f"NCCL_SOCKET_IFNAME={setting.value} matches none of {names}"
-        return error(actual, "an interface that is up", "unset NCCL_SOCKET_IFNAME")
+        return error(actual, "a name of an interface that is up", "unset NCCL_SOCKET_IFNAME")
     return ok(f"NCCL_SOCKET_IFNAME={setting.value}")
 
 
@@ -39,7 +40,7 @@ def gloo_ifname_exists(ctx: CheckContext) -> CheckResult:
     value = ctx.host.environ.get("GLOO_SOCKET_IFNAME", "")
     names = [i.name for i in ctx.host.interfaces]
     if not value:
-        return ok("not set: the server chooses")
+        return ok("not set: the server chooses the interface that routes to part 0")
     if value in names:
         return ok(f"GLOO_SOCKET_IFNAME={value}")
     actual = f"GLOO_SOCKET_IFNAME={value} is not an interface that is up"
@@ -60,7 +61,7 @@ def interface_routes_to_peers(ctx: CheckContext) -> CheckResult:
     interface must route to the other parts as well."""
     peers, interfaces = ctx.peers, ctx.host.interfaces
     if not peers:
-        return skip("a single part")
+        return skip("the addresses of the other parts are not configured")
     try:
         routes = [_interface_to(ctx, member.ip) for member in peers]
     except OSError as exception:
@@ -68,7 +69,7 @@ def interface_routes_to_peers(ctx: CheckContext) -> CheckResult:
         return error(f"no route to {ips}: {exception.strerror}", "a route", "correct the member list, or add a route")
     route = routes[0]
     if route is None:
-        return unknown("the interface that routes to the peers is not known")
+        return unknown("the interface that routes to the other parts is not known")
     setting = ctx.nccl.settings.get("NCCL_SOCKET_IFNAME")
     gloo = ctx.host.environ.get("GLOO_SOCKET_IFNAME")
     required = f"the interface to {peers[0].name} is {route.name}"
@@ -81,8 +82,8 @@ def interface_routes_to_peers(ctx: CheckContext) -> CheckResult:
         fix = f"export GLOO_SOCKET_IFNAME={route.name}, or unset it"
         return error(f"gloo would use {gloo}, {required}", route.name, fix)
     if len({r.name for r in routes if r}) > 1:
-        fix = "give the members addresses of one network"
-        return warn("the peers are reached over several interfaces", "one network", fix)
+        fix = "write addresses of one network into the member list"
+        return warn("the routes to the other parts use several interfaces", "one interface", fix)
     default = (choose_interfaces(interfaces, "") or [route])[0]
     by_default = f"; by default NCCL would choose {default.name} ({default.addresses[0]})" if default != route else ""
     return ok(f"{route.name} ({route.addresses[0]}){by_default}")
@@ -100,4 +101,4 @@ def address_is_local(ctx: CheckContext) -> CheckResult:
     forwarded. NCCL and gloo listen on ephemeral ports, which are not published."""
     if ctx.plan_result.nat:
         return warn(ctx.plan_result.nat, "an address of this machine", fixes.LOCAL_ADDRESS)
-    return ok("the listed address is a local one")
+    return ok("the address in the member list is local")

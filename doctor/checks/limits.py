@@ -1,4 +1,4 @@
-"""Limits of the process and its container: locked memory, files, threads, memory, cores and stack."""
+"""Checks of the limits of this process and its container: locked memory, files, threads, memory, cores and stack."""
 
 import resource
 import threading
@@ -14,12 +14,12 @@ from rtp_llm.model.footprint import weight_bytes
 
 INFINITY = resource.RLIM_INFINITY
 MIN_OPEN_FILES, RECOMMENDED_OPEN_FILES = 1024, 65536
-# Threads of a rank beside those that compute: (minimum, recommended). Measured on CPU: 5; CUDA and NCCL add some 30.
+# Threads of a rank, without one compute thread per core: (minimum, recommended). Measured: 5 on CPU, about 35 on GPU.
 THREADS_PER_RANK = {"cpu": (8, 24), "cuda": (40, 80)}
-OTHER_PROCESSES = 16
+OTHER_PROCESSES = 16  # processes and threads besides the ranks
 CORES_PER_GPU_RANK = 2
-RANK_BYTES = 250 << 20  # of a rank without weights and cache: Python and torch, measured on CPU
-SERVICE_BYTES = 150 << 20  # of start_server, supervisord, guard and API together
+RANK_BYTES = 250 << 20  # one rank without weights and KV cache, that is Python and torch; measured on CPU
+SERVICE_BYTES = 150 << 20  # start_server, supervisord, guard and API together
 
 
 @limits_check("L-01", "RDMA can lock enough memory")
@@ -33,14 +33,14 @@ def rdma_can_lock_memory(ctx: CheckContext) -> CheckResult:
     (ulimit -l)."""
     has_cards = bool(ctx.host.list_dir("/sys/class/infiniband"))
     if not has_cards or not ctx.on_gpu or ctx.nccl.value("NCCL_IB_DISABLE") == "1":
-        return ok("no RDMA here")
+        return ok("NCCL does not use RDMA")
     if "memlock" not in ctx.host.rlimits:
         return unknown("/proc/self/limits cannot be read")
     limit, _ = ctx.host.rlimits["memlock"]
     text = "unlimited" if limit == INFINITY else format_bytes(limit)
     if limit == INFINITY or ctx.host.has_capability("IPC_LOCK"):
         return ok(f"memlock is {text}")
-    return error(f"memlock is {text}, with RDMA cards", "unlimited", fixes.LOCKED_MEMORY)
+    return error(f"memlock is {text}, but NCCL uses RDMA cards", "unlimited", fixes.LOCKED_MEMORY)
 
 
 @limits_check("L-02", "the limit of open files is high enough", preconditions=(rlimit_readable("nofile"),))
@@ -48,13 +48,13 @@ def rdma_can_lock_memory(ctx: CheckContext) -> CheckResult:
 def enough_open_files(ctx: CheckContext) -> Reading:
     """Every HTTP connection, rank and NCCL channel uses a file descriptor. A large gang needs tens of thousands."""
     soft, hard = ctx.host.rlimits["nofile"]
-    # start_server raises the soft limit as far as it may.
+    # start_server raises the soft limit to the hard limit.
     reachable = soft if soft == INFINITY else max(soft, hard if hard != INFINITY else 1 << 20)
     recommended = RECOMMENDED_OPEN_FILES if ctx.on_gpu else MIN_OPEN_FILES
     return Reading(
         UNLIMITED if reachable == INFINITY else reachable,
         "no limit of open files" if reachable == INFINITY else f"at most {reachable} open files",
-        f"{recommended}",
+        f"{recommended} or more",
         fixes.OPEN_FILES,
         minimum=MIN_OPEN_FILES,
         recommended=recommended,
@@ -81,7 +81,7 @@ def enough_threads(ctx: CheckContext) -> Reading:
     return Reading(
         available,
         "no limit" if available >= UNLIMITED else f"{source} allows {available} more threads",
-        f"some {recommended} for {ctx.local_ranks} ranks",
+        f"about {recommended} for {ctx.local_ranks} ranks",
         fixes.num_threads(4 * recommended),
         minimum=minimum,
         recommended=recommended,
@@ -118,9 +118,11 @@ def memory_limit_suffices(ctx: CheckContext) -> CheckResult:
     if limit is not None and limit < required:
         return error(f"the memory limit is {format_bytes(limit)}", f"at least {format_bytes(required)}", fix)
     if cgroup.oom_kills:
-        actual = f"{cgroup.oom_kills} processes of this container were killed for memory"
-        return warn(actual, "none", fix, oom_kills=cgroup.oom_kills)
-    return ok("no memory limit" if limit is None or limit >= UNLIMITED else f"the limit is {format_bytes(limit)}")
+        actual = f"{cgroup.oom_kills} processes of this container were OOM-killed"
+        return warn(actual, "no OOM-killed process", fix, oom_kills=cgroup.oom_kills)
+    return ok(
+        "no memory limit" if limit is None or limit >= UNLIMITED else f"the memory limit is {format_bytes(limit)}"
+    )
 
 
 @limits_check(
@@ -132,9 +134,9 @@ def enough_cores(ctx: CheckContext) -> Reading:
     cgroup, ranks = ctx.host.cgroup, ctx.local_ranks
     cores = min(ctx.host.cores, cgroup.cpus or ctx.host.cores)
     recommended = ranks * (CORES_PER_GPU_RANK if ctx.on_gpu else 1)
-    throttled = f"; the quota was used up {cgroup.throttled} times" if cgroup.throttled else ""
-    actual = f"{cores:g} cores for {ranks} ranks{throttled}"
-    return Reading(cores, actual, f"{recommended}", fixes.cpu_cores(recommended), recommended=recommended)
+    throttled = f"; the CPU quota was used up {cgroup.throttled} times" if cgroup.throttled else ""
+    actual = f"{cores:g} CPU cores for {ranks} ranks{throttled}"
+    return Reading(cores, actual, f"{recommended} cores", fixes.cpu_cores(recommended), recommended=recommended)
 
 
 @limits_check("L-07", "the stack size is limited", severity=Status.WARN, preconditions=(rlimit_readable("stack"),))
@@ -144,5 +146,5 @@ def stack_is_limited(ctx: CheckContext) -> CheckResult:
     limit, _ = ctx.host.rlimits["stack"]
     version = ctx.nccl.version
     if limit != INFINITY or not version or version >= (2, 28) or not ctx.on_gpu:
-        return ok("stack " + ("unlimited" if limit == INFINITY else format_bytes(limit)))
-    return warn(f"the stack is unlimited, NCCL {ctx.nccl.version_text}", "8 MiB", fixes.STACK_SIZE)
+        return ok("the stack limit is " + ("unlimited" if limit == INFINITY else format_bytes(limit)))
+    return warn(f"the stack is unlimited, with NCCL {ctx.nccl.version_text}", "8 MiB", fixes.STACK_SIZE)

@@ -1,4 +1,4 @@
-"""The TCP ports that this part listens on."""
+"""Checks of the TCP ports on which this part listens."""
 
 import re
 from dataclasses import replace
@@ -13,7 +13,7 @@ from rtp_llm.config import MAX_START_PORT
 from rtp_llm.parallel.plan import PlannedPort
 from rtp_llm.parallel.ports import port_conflict
 
-NODE_PORTS = range(30000, 32768)  # Kubernetes' default
+NODE_PORTS = range(30000, 32768)  # Kubernetes' default range for Services of type NodePort
 
 
 def _planned_ports(ctx: CheckContext) -> list[PlannedPort]:
@@ -33,7 +33,7 @@ def ports_are_free(ctx: CheckContext) -> CheckResult:
     doctor tries to listen on all of the part's ports, not only on START_PORT."""
     planned = _planned_ports(ctx)
     if ctx.running:
-        return ok(f"{len(planned)} ports, used by this part, which is running")
+        return ok(f"this part's server is running and uses its {len(planned)} ports")
     conflicts = [(port, reason) for port, reason in ((p, port_conflict(p)) for p in planned) if reason]
     if conflicts:
         actual = "; ".join(f"port {port.port}, for {port.purpose}: {reason}" for port, reason in conflicts)
@@ -52,9 +52,10 @@ def _fix_port(ctx: CheckContext, conflict: str) -> Fix:
 
 
 def _free_start_port(ctx: CheckContext) -> int | None:
-    """Returns the next START_PORT above this one, or else from 10000 on, whose ports are all free and allowed.
+    """Returns the next START_PORT above the configured one, or else from 10000, for which all ports of this part are
+    free and allowed.
 
-    Prefers one outside of the ranges that outgoing connections and NodePort Services use.
+    Prefers ports outside the ephemeral range and the NodePort range. Returns None if there is none.
     """
     start, planned, (low, high) = ctx.config.start_port, _planned_ports(ctx), _ephemeral_range(ctx)
     candidates = [*range(start + 100, MAX_START_PORT + 1, 100), *range(10000, start, 100)]
@@ -72,7 +73,8 @@ def _free_start_port(ctx: CheckContext) -> int | None:
 
 
 def _is_allowed(ctx: CheckContext, start_port: int) -> bool:
-    """Whether the ports reserved for this START_PORT are valid, and are not reserved for a part at the same address."""
+    """Returns whether the port range for this START_PORT is valid, and does not overlap that of another part at the
+    same address."""
     plan, local = ctx.plan, ctx.local_member
     if plan is None or local is None:
         return True
@@ -88,7 +90,7 @@ def ports_are_not_reserved(ctx: CheckContext) -> CheckResult:
     port ranges of two parts at one address must not overlap."""
     config_error = ctx.plan_result.config_error
     if config_error and config_error.check == "N-09":
-        fix = "move one START_PORT by 100 or more, in the list as well"
+        fix = "change one START_PORT by 100 or more, also in the member list"
         return error(str(config_error), "port ranges that do not overlap", fix)
     planned = [port.port for port in _planned_ports(ctx)]
     low, high = _ephemeral_range(ctx)
@@ -100,13 +102,14 @@ def ports_are_not_reserved(ctx: CheckContext) -> CheckResult:
         return warn(f"ports {ports} are in {low}-{high}, which outgoing connections use", f"ports below {low}", fix)
     node_ports = ", ".join(str(port) for port in planned if port in NODE_PORTS)
     if node_ports and ctx.host.runtime == "kubernetes":
-        return warn(f"ports {node_ports} are NodePorts", "ports below 30000", "START_PORT=10000")
+        return warn(f"ports {node_ports} are in the NodePort range", "ports below 30000", "START_PORT=10000")
     min_port = ctx.host.read_int("/proc/sys/net/ipv4/ip_unprivileged_port_start") or 0
     privileged = [port for port in planned if port < min_port]
     if privileged and ctx.host.uid != 0:
-        actual = f"ports {privileged} need privileges (below {min_port})"
-        return error(actual, f"{min_port} or above", "START_PORT=10000")
-    return ok(f"outside {low}-{high}")
+        ports = ", ".join(map(str, privileged))
+        actual = f"only root may listen on ports {ports} (below {min_port})"
+        return error(actual, f"ports from {min_port}", "START_PORT=10000")
+    return ok(f"the ports are outside the ephemeral range {low}-{high}")
 
 
 def _ephemeral_range(ctx: CheckContext) -> tuple[int, int]:

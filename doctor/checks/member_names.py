@@ -1,4 +1,4 @@
-"""Host names in the member list, and the addresses that they resolve to."""
+"""Checks of the host names in the member list, and of the addresses to which they resolve."""
 
 import time
 from ipaddress import ip_address
@@ -31,15 +31,16 @@ def member_names_resolve(ctx: CheckContext) -> CheckResult:
         except OSError as exception:
             actual, fix = f"{member.name}: {member.ip}: {exception.strerror}", fixes.resolvable_name(member.ip)
             if ctx.starting:  # the other machines, containers or pods may start later
-                expected = "an IPv4 address before long: the rendezvous waits for it"
+                expected = "an IPv4 address when the other parts have started, for which the rendezvous waits"
+                # "because" skips the checks that need N-07, although this is only a warning.
                 return warn(actual, expected, fix, because="N-07")
             return error(actual, "an IPv4 address", fix)
         if time.monotonic() - started > MAX_RESOLVE_SECONDS:
             slow.append(member.ip)
     if slow:
         actual = f"{slow[0]} takes over a second to resolve"
-        return warn(actual, "resolution within a second", "write addresses into the member list")
-    return ok(f"{len(ctx.members)} members")
+        return warn(actual, "resolution within a second", "write IP addresses into the member list")
+    return ok(f"the addresses of all {len(ctx.members)} parts are known")
 
 
 @network_check(
@@ -60,5 +61,5 @@ def no_loopback_names(ctx: CheckContext) -> CheckResult:
         addresses = ctx.host.resolve(member.ip)
         if all(ip_address(a).is_loopback for a in addresses):
             actual = f"{member.name} is listed as {member.ip}, which is {addresses[0]} here"
-            return error(actual, "its machine's address", fixes.name_without_loopback(member.ip))
+            return error(actual, "the address of that part's machine", fixes.name_without_loopback(member.ip))
     return ok("no other part's name resolves to loopback")

@@ -1,4 +1,4 @@
-"""Whether every part responds, with a compatible doctor and without errors of its own."""
+"""Checks that every part responds, with a compatible doctor and without errors."""
 
 from doctor import fixes
 from doctor.check import CheckResult, Repair, check, error, ok, skip, symptoms, unknown
@@ -24,8 +24,11 @@ def parts_respond(ctx: CheckContext) -> CheckResult:
 
 
 def _last_attempt(view: GangView) -> str:
-    """Returns how the last connections to the absent parts failed, in parentheses."""
-    texts = {"refused": "refuses: nothing runs there", "timeout": "does not respond: down, or filtered"}
+    """Returns how the last connections to the absent parts failed, as text in parentheses; empty if there were none."""
+    texts = {
+        "refused": "refuses connections: no process listens",
+        "timeout": "does not respond: the machine is down, or a firewall drops packets",
+    }
     attempts = {
         f"port {port} {texts.get(outcome, outcome)}"
         for part_report in view.part_reports.values()
@@ -48,9 +51,9 @@ def doctors_are_compatible(ctx: CheckContext, view: GangView) -> CheckResult:
     refusals, differences = view.protocol_errors(), view.differences("doctor.")
     if refusals or differences:
         actual = refusals[0] if refusals else format_differences(differences)
-        fix = "the same image, by digest, and the same GANG_SECRET on every part"
-        return error(actual, "one version and one secret", fix)
-    return ok(f"all of {next(iter(view.part_reports.values())).facts['version.rtp-llm']}")
+        fix = "use the same image, by digest, and the same GANG_SECRET on every part"
+        return error(actual, "the same version and GANG_SECRET on all parts", fix)
+    return ok(f"all parts have version {next(iter(view.part_reports.values())).facts['version.rtp-llm']}")
 
 
 @gang_check("C-11", "no check fails on another part", repair=Repair.NONE)

@@ -1,4 +1,5 @@
-"""Whether the model is supported, and fits this plan and this memory."""
+"""Checks that the server supports the model, and that it fits TP_SIZE and the free memory. <<<* "there is no plan" ===
+"the settings give no valid plan of ranks and addresses" >>>"""
 
 from doctor.check import CheckResult, error, ok, skip, symptoms, unknown, warn
 from doctor.checks.categories import model_check
@@ -44,8 +45,8 @@ def tp_size_is_valid(ctx: CheckContext) -> CheckResult:
     if plan.tp_size not in valid_sizes:
         actual = f"TP_SIZE={plan.tp_size}, the model has {spec.num_heads} query heads"
         return error(actual, f"1 to {valid_sizes[-1]}; without padding {even}", f"TP_SIZE={max(even_sizes)}")
-    padded = f"; {spec.num_heads} heads are padded, {even} would need none" if spec.num_heads % plan.tp_size else ""
-    return ok(f"TP {plan.tp_size} of up to {valid_sizes[-1]}{padded}")
+    padded = f"; {spec.num_heads} heads need padding, TP {even} none" if spec.num_heads % plan.tp_size else ""
+    return ok(f"TP {plan.tp_size}; the maximum is {valid_sizes[-1]}{padded}")
 
 
 @model_check("M-03", "the model fits into memory", needs=("M-01", "G-14"))
@@ -59,7 +60,9 @@ def weights_fit_memory(ctx: CheckContext) -> CheckResult:
     RESERVER_RUNTIME_MEM_MB, holds the KV cache, and so limits the longest sequence."""
     spec, plan = ctx.spec, ctx.plan
     if spec is None or plan is None or ctx.running:
-        return skip(NO_MODEL if spec is None else "this part is running" if ctx.running else "there is no plan")
+        return skip(
+            NO_MODEL if spec is None else "this part's server is running" if ctx.running else "there is no plan"
+        )
     free = _free_bytes_per_rank(ctx)
     if free is None:
         return unknown("the GPUs' free memory cannot be read")
@@ -80,7 +83,7 @@ def _free_bytes_per_rank(ctx: CheckContext) -> int | None:
     if ctx.on_gpu:
         free = [gpu.memory_free for gpu in ctx.used_gpus]
         return max(0, min(free) - (ctx.config.reserver_runtime_mem_mb << 20)) if free else None
-    # As runner/kv_cache_size.py divides a machine's memory between ranks, before half of the rest goes to the KV cache.
+    # runner/kv_cache_size.py divides the machine's memory between the ranks in the same way.
     return ctx.host.memory_available() // ctx.local_ranks
 
 

@@ -1,4 +1,4 @@
-"""What NCCL uses between machines: RDMA cards and network plugins; and NCCL's RAS port."""
+"""Checks of what NCCL uses between machines: RDMA cards and network plugins; and of NCCL's RAS port."""
 
 import ctypes.util
 
@@ -28,12 +28,12 @@ def rdma_is_usable(ctx: CheckContext) -> CheckResult:
     if not num_active:
         return error(f"none of {len(cards)} RDMA cards has an active port", "an active port", fixes.RDMA_CARDS)
     if not any(name.startswith("uverbs") for name in ctx.host.list_dir("/dev/infiniband")):
-        return error("/dev/infiniband is not in this container", "its device files", fixes.RDMA_CARDS)
+        return error("/dev/infiniband is not in this container", "the device files of the cards", fixes.RDMA_CARDS)
     gid_index = ctx.nccl.value("NCCL_IB_GID_INDEX")
     if gid_index and ctx.nccl.version >= (2, 21):
-        actual = f"NCCL_IB_GID_INDEX={gid_index}: NCCL 2.21 and later finds the right one"
-        return warn(actual, "unset", "unset NCCL_IB_GID_INDEX")
-    return ok(f"{num_active} active ports")
+        actual = f"NCCL_IB_GID_INDEX={gid_index} is set, but NCCL 2.21 and later finds the right index itself"
+        return warn(actual, "the variable unset", "unset NCCL_IB_GID_INDEX")
+    return ok(f"{num_active} active RDMA ports")
 
 
 @network_check("N-16", "NCCL's network plugin is found", severity=Status.WARN)
@@ -43,18 +43,19 @@ def network_plugin_is_found(ctx: CheckContext) -> CheckResult:
     found, NCCL falls back to sockets, or does not start if NCCL_NET requires the plugin."""
     name = ctx.nccl.value("NCCL_NET_PLUGIN")
     if not name or name in ("none", "None"):
-        return ok("no plugin is set")
+        return ok("NCCL_NET_PLUGIN is not set")
     if _is_library_found(ctx, name):
         return ok(f"NCCL_NET_PLUGIN={name}")
     fix = "add the plugin's folder to LD_LIBRARY_PATH, or unset NCCL_NET_PLUGIN"
     network = ctx.nccl.value("NCCL_NET")
     if network and network not in ("Socket", "IB"):
-        return error(f"NCCL_NET={network} needs plugin {name}, which is not found", "the library", fix)
-    return warn(f"NCCL_NET_PLUGIN={name} is not found", "the library", fix)
+        return error(f"NCCL_NET={network} needs plugin {name}, which is not found", "a library that is found", fix)
+    return warn(f"NCCL_NET_PLUGIN={name} is not found", "a library that is found", fix)
 
 
 def _is_library_found(ctx: CheckContext, name: str) -> bool:
-    """Whether NCCL would find a plugin: by its path, or by one of three names in the loader's folders."""
+    """Returns whether NCCL would find a plugin: at its path, or under one of three names in the folders of the dynamic
+    loader."""
     if "/" in name:
         return ctx.host.exists(name)
     folders = [folder for folder in ctx.host.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
@@ -70,8 +71,8 @@ def ras_port_is_free(ctx: CheckContext) -> CheckResult:
     """NCCL 2.24 and later answers status queries (ncclras) on localhost:28028, which only one job on a machine can use.
     For information only: the check never fails."""
     if not ctx.on_gpu or ctx.local_ranks < 2:
-        return skip("no NCCL on this machine")
+        return skip("NCCL is not used on this machine")
     if ctx.nccl.value("NCCL_RAS_ENABLE") == "0" or "NCCL_RAS_ADDR" in ctx.nccl.settings or ctx.running:
-        return ok("configured")
+        return ok("the RAS port is configured, or this part's server is running")
     conflict = port_conflict(PlannedPort(RAS_PORT, "", "127.0.0.1"))
     return ok(f"localhost:{RAS_PORT} " + (f"{conflict}: ncclras cannot query this part" if conflict else "is free"))

@@ -1,4 +1,4 @@
-"""What the user of this process can open, trace and write."""
+"""Checks of what this process's user can open, trace and write."""
 
 import errno
 import os
@@ -48,9 +48,9 @@ def user_has_name(ctx: CheckContext) -> CheckResult:
     if any(line.split(":")[2:3] == [str(uid)] for line in (ctx.host.read("/etc/passwd") or "").splitlines()):
         return ok(f"uid {uid} has a name")
     try:
-        pwd.getpwuid(uid)  # a directory service may have it
+        pwd.getpwuid(uid)  # finds users of a directory service, such as LDAP, as well
     except KeyError:
-        return error(f"uid {uid} has no name, and USER is not set", "a name", fixes.USER_NAME)
+        return error(f"uid {uid} has no user name, and USER is not set", "a user name", fixes.USER_NAME)
     return ok(f"uid {uid} has a name")
 
 
@@ -76,7 +76,7 @@ def caches_are_writable(ctx: CheckContext) -> CheckResult:
 
 
 def _not_writable(ctx: CheckContext, folder: str) -> str:
-    """Returns why a folder cannot be written or created; empty if it can."""
+    """Returns the reason why a folder cannot be written or created; empty if it can."""
     path = ctx.host.path(folder)
     existing = next(p for p in (path, *path.parents) if p.exists())
     mount = ctx.host.mount(folder)

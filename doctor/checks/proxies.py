@@ -1,4 +1,4 @@
-"""HTTP proxies between the parts."""
+"""Check that no HTTP proxy is used between the parts."""
 
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
@@ -20,12 +20,13 @@ def no_proxy_between_parts(ctx: CheckContext) -> CheckResult:
     missing = [name for name in names if not _is_covered(name, entries)]
     if missing:
         fix = f"no_proxy={','.join([*sorted(entries - {''}), *missing])}"
-        return warn(f"no_proxy lacks {', '.join(missing)}", "every part", fix)
+        return warn(f"no_proxy lacks {', '.join(missing)}", "every part in no_proxy", fix)
     return ok("no_proxy lists every part")
 
 
 def _is_covered(name: str, entries: set[str]) -> bool:
-    """Whether an entry of no_proxy covers a name: itself, "*", ".internal", "10.0.0.0/8", or 127.0.0.1 localhost."""
+    """Returns whether an entry of no_proxy covers a name: the name itself, "*", ".internal" for subdomains,
+    "10.0.0.0/8" for addresses."""
     if name in entries or "*" in entries or (name == "localhost" and "127.0.0.1" in entries):
         return True
     if is_ip_address(name):

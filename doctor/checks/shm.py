@@ -1,4 +1,4 @@
-"""/dev/shm: large enough, free enough, of the right type; and the host memory that NCCL may use instead."""
+"""Checks of /dev/shm: size, free space and type; and of the host memory that NCCL may use instead."""
 
 import ctypes
 import os
@@ -18,14 +18,17 @@ from rtp_llm.parallel import segment
 
 MIB = 1 << 20
 DOCKER_DEFAULT_BYTES = 64 * MIB
-NCCL_MIN_BYTES, NCCL_RECOMMENDED_BYTES = 1 << 30, 2 << 30  # NCCL's documentation; alibaba/rtp-llm's
-CUMEM_MIN_BYTES, CUMEM_RECOMMENDED_BYTES = 16 * MIB, 64 * MIB
+NCCL_MIN_BYTES, NCCL_RECOMMENDED_BYTES = 1 << 30, 2 << 30  # from the documentation of NCCL and of alibaba/rtp-llm
+CUMEM_MIN_BYTES, CUMEM_RECOMMENDED_BYTES = 16 * MIB, 64 * MIB  # if NCCL allocates host memory through CUDA
 GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}  # numbers of the system call
 
 
 @dataclass(frozen=True)
 class ShmRequirement:
-    """Bytes of /dev/shm: with less than `minimum` the start fails, with less than `recommended` it may fail."""
+    """Required bytes of /dev/shm. With less than `minimum` the start fails; with less than `recommended` it may fail.
+
+    `reason`: what needs them, as text.
+    """
 
     minimum: int
     recommended: int
@@ -33,15 +36,16 @@ class ShmRequirement:
 
 
 def shm_requirement(ctx: CheckContext) -> ShmRequirement:
-    """Returns what this plan needs: on CPU the segment of the ranks, on GPUs NCCL's, unless NCCL uses other memory."""
+    """Returns the required size: on CPU that of the ranks' segment, on GPUs that of NCCL's files, which depends on
+    uses_cumem_host()."""
     ranks = ctx.local_ranks
     if ranks == 1 and not (ctx.is_multi_part and ctx.on_gpu):
-        return ShmRequirement(0, 0, "a single rank needs none")
+        return ShmRequirement(0, 0, "a single rank needs no shared memory")
     if not ctx.on_gpu:
         if not segment.is_supported() or ctx.is_multi_part:
-            return ShmRequirement(0, 0, "gloo needs none")
+            return ShmRequirement(0, 0, "gloo needs no shared memory")
         size = -(-segment.segment_bytes(ranks) // MIB) * MIB
-        return ShmRequirement(size, size, f"the segment of {ranks} ranks")
+        return ShmRequirement(size, size, f"the shared memory of {ranks} ranks")
     if uses_cumem_host(ctx):
         reason = "NCCL allocates its host memory through CUDA here, and uses little of it"
         return ShmRequirement(CUMEM_MIN_BYTES, CUMEM_RECOMMENDED_BYTES, reason)
@@ -49,8 +53,11 @@ def shm_requirement(ctx: CheckContext) -> ShmRequirement:
 
 
 def uses_cumem_host(ctx: CheckContext) -> bool:
-    """Whether NCCL allocates host memory through the CUDA driver: NCCL 2.24, driver 12.6, NUMA system calls allowed
-    (NCCL documentation, troubleshooting; src/misc/cudawrap.cc)."""
+    """Returns whether NCCL allocates host memory through the CUDA driver, and so needs little of /dev/shm.
+
+    It does with NCCL 2.24, CUDA 12.6 and permitted NUMA system calls (NCCL documentation, troubleshooting;
+    src/misc/cudawrap.cc).
+    """
     setting = ctx.nccl.value("NCCL_CUMEM_HOST_ENABLE")
     if setting in ("0", "1"):
         return setting == "1"
@@ -58,7 +65,8 @@ def uses_cumem_host(ctx: CheckContext) -> bool:
 
 
 def numa_allowed(host: Host) -> bool | None:
-    """Whether get_mempolicy(2) is allowed, which Docker's seccomp profile denies. None on an unknown architecture."""
+    """Returns whether the system call get_mempolicy(2) is permitted; Docker's seccomp profile denies it. None on
+    unknown architectures."""
     number = GET_MEMPOLICY.get(host.machine)
     if number is None:
         return None
@@ -129,7 +137,7 @@ def shm_is_large_enough(ctx: CheckContext) -> CheckResult:
     whether NCCL allocates its host memory through CUDA."""
     space = ctx.host.space(SHM)
     if ctx.running:
-        return ok(f"{format_bytes(space.free)} of {format_bytes(space.size)} free; this part is running")
+        return ok(f"{format_bytes(space.free)} of {format_bytes(space.size)} free; this part's server is running")
     requirement = shm_requirement(ctx)
     minimum, recommended = requirement.minimum, requirement.recommended
     actual = f"/dev/shm has {format_bytes(space.size)}"
@@ -149,7 +157,7 @@ def shm_is_large_enough(ctx: CheckContext) -> CheckResult:
 
 
 def _try_reserve(host: Host, num_bytes: int) -> str:
-    """Reserves and releases bytes of /dev/shm. Returns the kernel's error message, or an empty string."""
+    """Reserves and releases bytes of /dev/shm. Returns the kernel's error message; empty if it succeeds."""
     path = host.path(f"{SHM}/rtp-llm-doctor-{os.getpid()}")
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
@@ -170,14 +178,14 @@ def logind_keeps_ipc(ctx: CheckContext) -> CheckResult:
     1000)."""
     text = ctx.host.read("/etc/systemd/logind.conf")
     if text is None or not ctx.host.exists("/run/systemd/system"):
-        return skip("no logind here")
+        return skip("systemd-logind does not run here")
     if ctx.host.uid < 1000:
-        return ok(f"uid {ctx.host.uid} is a system user, whose segments logind keeps")
+        return ok(f"uid {ctx.host.uid} is a system user, whose shared memory logind keeps")
     values = re.findall(r"^\s*RemoveIPC\s*=\s*(\S+)", text, re.MULTILINE)
     if values and values[-1].lower() in ("no", "false", "0", "off"):
         return ok("RemoveIPC=no")
     fix = "RemoveIPC=no in /etc/systemd/logind.conf of the host"
-    return warn("logind deletes segments at logout", "RemoveIPC=no", fix)
+    return warn("logind deletes shared memory at logout", "RemoveIPC=no", fix)
 
 
 @shm_check("S-06", "NCCL can allocate its host memory")
@@ -197,7 +205,7 @@ def nccl_can_allocate_host_memory(ctx: CheckContext) -> CheckResult:
         return ok("NUMA system calls are allowed")
     make_result = error if version < (2, 26, 5) else warn
     actual = f"NUMA system calls are denied, NCCL {ctx.nccl.version_text}"
-    return make_result(actual, "allowed", fixes.CUMEM_HOST)
+    return make_result(actual, "permission for NUMA system calls", fixes.CUMEM_HOST)
 
 
 @shm_check(

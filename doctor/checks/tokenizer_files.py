@@ -1,4 +1,4 @@
-"""The tokenizer and its chat template."""
+"""Checks of the tokenizer and its chat template."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def tokenizer_is_usable(ctx: CheckContext) -> CheckResult:
     if tokenizer_error and tokenizer_error.check == "M-07":
         return error(str(tokenizer_error), "a valid tokenizer.json", f"{fix}, or download it again")
     if tokenizer_error:
-        return skip(f"because {tokenizer_error.check}", because=tokenizer_error.check)
+        return skip(f"not run, because {tokenizer_error.check} did not pass", because=tokenizer_error.check)
     num_tokens = _num_tokens(folder / "tokenizer.json")
     if num_tokens and ctx.spec and num_tokens > ctx.spec.vocab_size:
         actual = f"the tokenizer has ids up to {num_tokens - 1}, the embedding {ctx.spec.vocab_size} rows"
@@ -33,7 +33,7 @@ def tokenizer_is_usable(ctx: CheckContext) -> CheckResult:
 
 
 def _num_tokens(path: Path) -> int:
-    """Returns the largest token id of a tokenizer.json, plus 1."""
+    """Returns the largest token id in tokenizer.json, plus 1."""
     table = json.loads(path.read_bytes())
     vocabulary, added = table["model"]["vocab"], table.get("added_tokens") or []
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))

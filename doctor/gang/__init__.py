@@ -1,1 +1,1 @@
-"""The gang tier: the parts' doctors exchange reports, probe the network in both directions and compare settings."""
+"""Tier 2: the doctors of all parts exchange reports, probe the network in both directions and compare settings."""

@@ -1,4 +1,5 @@
-"""TCP connections between the doctors of the parts: connect, serve, transfer, and close without blocking."""
+"""TCP connections between the doctors of the parts: connect, serve, transfer, and close without waiting for lost
+packets."""
 
 import asyncio
 import contextlib
@@ -12,7 +13,7 @@ from doctor.gang.messages import Greeting, new_nonce
 
 DIAL_SECONDS = 3.0
 CLOSE_SECONDS = 0.5
-SMALL_MSS = 536  # bytes: the default MSS of IPv4, which every link carries (RFC 9293, 3.7.1)
+SMALL_MSS = 536  # bytes; the default MSS of IPv4, small enough for every link (RFC 9293, 3.7.1)
 CHUNK_BYTES = 1 << 16
 NUM_EPHEMERAL_PORTS = 3
 CONNECT_ERRORS = {
@@ -27,10 +28,9 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
-    """Opens a TCP connection.
+    """Opens a TCP connection. Raises OSError or TimeoutError.
 
-    `small_mss`: both ends send segments of at most SMALL_MSS bytes, which pass if larger ones are dropped. Raises
-    OSError or TimeoutError.
+    `small_mss`: limits the segments in both directions to SMALL_MSS bytes, for links that drop larger packets.
     """
     sock = socket.socket()
     try:
@@ -46,10 +46,8 @@ async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """Closes a connection, and aborts it if unsent bytes remain after CLOSE_SECONDS.
-
-    On a link that drops large segments they would never be sent.
-    """
+    """Closes a connection. Aborts it if unsent bytes remain after CLOSE_SECONDS: a link that drops large packets never
+    delivers them."""
     writer.close()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -59,14 +57,15 @@ async def close(writer: asyncio.StreamWriter) -> None:
 
 
 def classify_error(error: OSError) -> str:
-    """Returns why a connection failed: refused, timeout, unreachable or reset."""
+    """Returns the reason why a connection failed: refused, timeout, unreachable or reset."""
     return "timeout" if isinstance(error, TimeoutError) else CONNECT_ERRORS.get(error.errno or 0, "unreachable")
 
 
 async def dial(host: str, port: int, *, expect_greeting: bool = True) -> str:
-    """Returns the result of a connection attempt: open, refused, timeout, unreachable, reset or not_doctor.
+    """Connects to a port and closes the connection. Returns the result: open, refused, timeout, unreachable, reset or
+    not_doctor.
 
-    not_doctor: connected, but no doctor's greeting arrived although `expect_greeting` is set.
+    not_doctor: the connection succeeded, but no greeting of a doctor arrived although `expect_greeting` is set.
     """
     try:
         reader, writer = await connect(host, port)
@@ -87,7 +86,11 @@ async def dial(host: str, port: int, *, expect_greeting: bool = True) -> str:
 async def serve_ports(
     part: int, handle: Handler, responder: socket.socket | None, greeting_sockets: list[socket.socket]
 ) -> AsyncIterator[None]:
-    """Serves requests on the responder's socket. The other sockets send a greeting and close the connection."""
+    """Serves this part's ports while the context is open.
+
+    `handle`: serves a connection to `responder`, the socket of the doctor's port. On the `greeting_sockets` each
+    connection gets a greeting and is closed.
+    """
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -98,7 +101,7 @@ async def serve_ports(
     async with AsyncExitStack() as stack:
         for sock in greeting_sockets:
             await stack.enter_async_context(_serve_socket(greet, sock))
-        # Last, because a peer dials the other ports as soon as it has a reply.
+        # The responder starts last, because another part dials the other ports as soon as the responder has replied.
         if responder:
             await stack.enter_async_context(_serve_socket(handle, responder))
         yield
@@ -106,7 +109,7 @@ async def serve_ports(
 
 @asynccontextmanager
 async def _serve_socket(handle: Handler, sock: socket.socket) -> AsyncIterator[None]:
-    """Serves a socket. On exit it aborts all connections and waits for their handlers.
+    """Serves a socket while the context is open. On exit, aborts all connections and waits for their handlers.
 
     Handlers are not cancelled, because asyncio logs the cancellation of a connection handler as an error.
     """
@@ -126,14 +129,15 @@ async def _serve_socket(handle: Handler, sock: socket.socket) -> AsyncIterator[N
         yield
     finally:
         server.close()
-        await asyncio.sleep(0)  # starts the handlers of connections that were accepted just now
+        await asyncio.sleep(0)  # lets the handlers of the latest connections start and register themselves
         for writer in connections.values():
             writer.transport.abort()
         await asyncio.gather(*connections)
 
 
 def bind_ephemeral(address: str) -> list[socket.socket]:
-    """Returns sockets bound to ephemeral ports of this address, as NCCL binds its own."""
+    """Returns NUM_EPHEMERAL_PORTS sockets on ports that the kernel chooses at this address, as NCCL does for its
+    listeners."""
     sockets = []
     for _ in range(NUM_EPHEMERAL_PORTS):
         sock = socket.socket()
@@ -143,11 +147,11 @@ def bind_ephemeral(address: str) -> list[socket.socket]:
 
 
 async def send_bytes(writer: asyncio.StreamWriter, count: int, stall_timeout: float | None = None) -> None:
-    """Sends random bytes, `count` rounded down to whole chunks.
+    """Sends `count` random bytes, rounded down to a multiple of CHUNK_BYTES.
 
-    Raises TimeoutError if the peer accepts no more bytes for `stall_timeout` seconds.
+    Raises TimeoutError if no chunk can be written for `stall_timeout` seconds.
     """
-    chunk = os.urandom(CHUNK_BYTES)  # incompressible: a compressing tunnel would look faster than it is
+    chunk = os.urandom(CHUNK_BYTES)  # a tunnel that compresses data would otherwise look faster than it is
     for _ in range(count // len(chunk)):
         writer.write(chunk)
         async with asyncio.timeout(stall_timeout):
@@ -155,10 +159,10 @@ async def send_bytes(writer: asyncio.StreamWriter, count: int, stall_timeout: fl
 
 
 async def receive_bytes(reader: asyncio.StreamReader, count: int, stall_timeout: float | None = None) -> int:
-    """Receives and discards `count` bytes; returns `count`.
+    """Receives and discards `count` bytes. Returns `count`.
 
-    Raises TimeoutError if no bytes arrive for `stall_timeout` seconds, ConnectionResetError if the peer closes the
-    connection early.
+    Raises TimeoutError if no bytes arrive for `stall_timeout` seconds, and ConnectionResetError if the other side
+    closes the connection early.
     """
     remaining = count
     while remaining:

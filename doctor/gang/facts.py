@@ -1,4 +1,8 @@
-"""Builds this part's report: facts to compare by dotted name, and the identity of its machine, namespaces and GPUs."""
+"""Builds this part's report for the other parts.
+
+It has facts, which are compared by name, and an identity, which shows which parts share a machine, a namespace or a
+GPU.
+"""
 
 import json
 import os
@@ -15,7 +19,7 @@ from rtp_llm import __version__
 from rtp_llm.parallel.plan import Plan
 
 COMPARED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
-# These legitimately differ between parts, so they are not compared.
+# Variables that begin with one of COMPARED_PREFIXES, but may differ between parts, so they are not compared.
 PER_PART_VARIABLES = {
     *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_HOSTID"),
     *("NCCL_RAS_ADDR", "NCCL_DEBUG_FILE", "NCCL_CONF_FILE"),
@@ -29,7 +33,8 @@ PACKAGES = ("torch", "triton", "safetensors", "numpy")
 
 
 def collect_facts(ctx: CheckContext) -> dict[str, str]:
-    """Returns facts by dotted name, which starts with plan, members, config, version, env, model, gpu or doctor."""
+    """Returns facts by dotted name, such as "version.torch". The first word is plan, members, config, version, env,
+    model, gpu or doctor."""
     facts = {
         "version.rtp-llm": __version__,
         "version.python": platform.python_version(),
@@ -60,7 +65,7 @@ def _version(package: str) -> str:
 
 
 def collect_identity(ctx: CheckContext) -> dict[str, Any]:
-    """Returns what tells machines, IPC namespaces, /dev/shm mounts and GPUs apart."""
+    """Returns values that show which parts share a machine, an IPC namespace, a /dev/shm or a GPU."""
     host = ctx.host
     return {
         "hostname": host.hostname,
@@ -83,10 +88,10 @@ def _ipc_namespace(ctx: CheckContext) -> str:
 
 
 def _local_address(ctx: CheckContext, plan: Plan) -> str:
-    """Returns the address at which other parts reach this one: the source address of the route to a peer.
+    """Returns the address at which other parts reach this part: the source address of packets to another member.
 
-    Part 0 may have no peers in its plan if only LEADER_ADDRESS was set; then it is the leader's own address, or the
-    first one that is not loopback.
+    If only LEADER_ADDRESS is set, part 0 has no other members in its plan. Then it is the leader's address, or else the
+    first address of this machine that is not loopback.
     """
     peer = next((m for m in plan.members if m.index != plan.part), None)
     if peer:
@@ -97,7 +102,11 @@ def _local_address(ctx: CheckContext, plan: Plan) -> str:
 
 
 def local_part_report(ctx: CheckContext, plan: Plan, problems: dict[str, str], listening: bool) -> PartReport:
-    """Returns this part's report before any link is probed. Raises OSError if there is no route to a peer."""
+    """Returns this part's report before any link is probed.
+
+    `problems`: errors of this part's checks, by id. `listening`: placeholder sockets listen on the planned ports.
+    Raises OSError if there is no route to another member.
+    """
     member = next((m for m in plan.members if m.index == plan.part), None)
     address = _local_address(ctx, plan)
     interface = ctx.host.interface_of(address)

@@ -1,7 +1,9 @@
-"""Gossip between the parts' doctors: each part listens, probes the others and passes on every report it has.
+"""Gossip between the doctors of the parts: each part serves requests, probes the others and forwards every report that
+it has.
 
-No part leads. A request carries the sender's reports and the reply those of the receiver, so one open direction between
-two parts is enough to exchange reports. Each part repeats this until all reports are complete, or until its deadline.
+No part coordinates. A request carries the sender's reports and the reply those of the receiver, so two parts can
+exchange reports if either of them can connect to the other. Each part repeats this until all parts have all final
+reports, or until its deadline.
 """
 
 import asyncio
@@ -20,21 +22,21 @@ log = logging.getLogger("doctor.gang")
 
 TRANSFER_BYTES = 8 << 20
 TRANSFER_SECONDS = 8.0
-MIN_TRANSFERS, MAX_TRANSFERS = 3, 20  # the best one counts: a machine that starts a server is busy at times
-MIN_MEASURE_SECONDS = 2.0  # for a link that looks slow
-SLOW_BYTES = 125_000_000  # per second: 1 Gbit/s
-STALL_SECONDS = 4.0  # without progress of a transfer
-REPLY_SECONDS = 2.0  # a doctor replies at once; after this timeout, requests are sent in small segments
+MIN_TRANSFERS, MAX_TRANSFERS = 3, 20  # the fastest one counts: others may be slow because the machine is busy
+MIN_MEASURE_SECONDS = 2.0  # a link below SLOW_BYTES is measured for at least this time
+SLOW_BYTES = 125_000_000  # bytes per second: 1 Gbit/s
+STALL_SECONDS = 4.0  # a transfer without progress for this time has failed
+REPLY_SECONDS = 2.0  # a doctor replies at once; after this timeout, requests use small TCP segments
 SMALL_MSS_REPLY_SECONDS = 5.0
 RETRY_INTERVAL_SECONDS = 0.2
 PROGRESS_INTERVAL_SECONDS = 3.0
-ABSENT_GRACE_SECONDS = 6.0  # of the total time, for gossip between the present parts if another one is absent
-FINAL_GOSSIP_SECONDS = 1.0  # of the total time, for parts that have not yet received all reports
+ABSENT_GRACE_SECONDS = 6.0  # before the deadline: stop waiting for absent parts, exchange the reports of the others
+FINAL_GOSSIP_SECONDS = 1.0  # at the end: send the final reports to parts that do not have them yet
 CLOCK_ROUNDS = 5
 
 
 class ReplyTimeoutError(TimeoutError):
-    """The peer sent a greeting but no reply before the timeout."""
+    """The other part sent a greeting, but no reply before the timeout."""
 
 
 class WrongPartError(ProtocolError):
@@ -42,7 +44,7 @@ class WrongPartError(ProtocolError):
 
 
 class GossipSession:
-    """One part's side of the gossip. `secret` signs all messages.
+    """The exchange of reports from the view of this part. `part_report`: its own report. `secret`: signs all messages.
 
     `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
     """
@@ -50,12 +52,12 @@ class GossipSession:
     def __init__(self, plan: Plan, part_report: PartReport, secret: bytes, *, observe_only: bool = False):
         self.plan, self.part_report, self.secret, self.observe_only = plan, part_report, secret, observe_only
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
-        self.small_mss_members: set[int] = set()  # members that only small segments reach
+        self.small_mss_members: set[int] = set()  # members to which large packets seem to be lost
 
     # Server side
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serves the requests of one connection until the peer closes it."""
+        """Serves the requests of one connection until the other side closes it."""
         nonce = new_nonce()
         try:
             writer.write(Greeting(self.plan.part, nonce).pack())
@@ -85,7 +87,7 @@ class GossipSession:
         await writer.drain()
 
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
-        """Stores reports of other parts. An older report never replaces a newer one of the same run."""
+        """Stores reports of other parts, except those older than the stored report of the same run."""
         for data in reports:
             received = PartReport.from_json(data)
             if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:
@@ -123,9 +125,10 @@ class GossipSession:
             await close(writer)
 
     async def probe_member(self, member: Member, deadline: float) -> None:
-        """Retries until the member's report arrives, directly or through another part, then probes every port of it.
+        """Retries until the member's report arrives, from the member or through another part. Then probes all ports of
+        the member.
 
-        `deadline`: monotonic seconds; ends the retries.
+        `deadline`: monotonic time in seconds at which the retries end.
         """
         link = self.part_report.links.setdefault(member.index, LinkResult())
         result = await self._exchange_reports(member, link)
@@ -141,7 +144,7 @@ class GossipSession:
             await self._probe_links(member, part_report, link)
 
     async def _exchange_reports(self, member: Member, link: LinkResult) -> str:
-        """Exchanges reports with a member once.
+        """Sends this part's reports to a member once and stores the reports in the reply.
 
         Returns replied, reply_timeout, not_doctor, wrong_part, protocol_error, or a result of `classify_error`.
         """
@@ -166,7 +169,7 @@ class GossipSession:
         return "replied"
 
     def _no_retry_needed(self, member: Member, result: str) -> bool:
-        if result == "reply_timeout":  # the next request is sent in small segments
+        if result == "reply_timeout":  # the next request uses small segments
             return False
         return member.index in self.part_reports or result in ("wrong_part", "protocol_error")
 
@@ -179,10 +182,10 @@ class GossipSession:
             await self.probe_member(Member(part, report.name, report.address, report.start_port), deadline)
 
     async def _probe_links(self, member: Member, part_report: PartReport, link: LinkResult) -> None:
-        """Dials every port of the member, then measures transfers and the clock if its responder replies."""
+        """Dials every port of the member. If its doctor replies, also measures transfers and the clock offset."""
         ephemeral = part_report.ephemeral_ports
         ports = [*part_report.planned_ports, *ephemeral]
-        # The servers of a running part send no greeting: there an open connection is sufficient.
+        # On the planned ports of a running part the server listens, which sends no greeting.
         results = await asyncio.gather(
             *(dial(member.ip, port, expect_greeting=part_report.listening or port in ephemeral) for port in ports)
         )
@@ -192,8 +195,8 @@ class GossipSession:
             await self._compare_clocks(member, link)
 
     async def _measure_transfers(self, member: Member, link: LinkResult) -> None:
-        """Transfers 8 MiB in each direction. Detects links that drop large segments and pass small ones."""
-        # Remains set if the deadline ends this function early.
+        """Measures the throughput in both directions. Detects links that deliver small packets and drop large ones."""
+        # This error remains if the deadline of the session cancels the transfers below.
         link.transfer_error = (
             "long messages stalled, short ones passed" if member.index in self.small_mss_members else ""
         )
@@ -207,7 +210,8 @@ class GossipSession:
         link.transfer_error = ""
 
     async def _best_throughput(self, member: Member, direction: str) -> float:
-        """Returns the best throughput of several transfers, in bytes per second."""
+        """Returns the throughput of the fastest of several transfers, in bytes per second. `direction`: sent or
+        received."""
         best, first_started = 0.0, time.monotonic()
         for number in range(MAX_TRANSFERS):
             started = time.monotonic()
@@ -234,7 +238,8 @@ class GossipSession:
             await close(writer)
 
     async def _compare_clocks(self, member: Member, link: LinkResult) -> None:
-        """Measures the clock offset as NTP does (RFC 5905, section 8). The round with the shortest RTT counts."""
+        """Measures the clock offset as NTP does (RFC 5905, section 8). Uses the round with the shortest round-trip
+        time."""
         samples: list[tuple[float, float]] = []
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
@@ -253,7 +258,7 @@ class GossipSession:
     def converged(self, ignore_absent: bool) -> bool:
         """Returns whether every present part has probed its links and has the final reports of all present parts.
 
-        Unless `ignore_absent` is set, all parts of the plan must be present.
+        Returns False if a part is absent, unless `ignore_absent` is set.
         """
         present = set(self.part_reports)
         if len(present) < self.plan.num_parts and not ignore_absent:
@@ -261,9 +266,10 @@ class GossipSession:
         return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
     async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
-        """Probes all members, then exchanges reports until the session has converged.
+        """Probes all members, then exchanges reports until the session has converged, at most until `deadline`
+        (monotonic seconds).
 
-        Ends by `deadline` (monotonic seconds); a part that is not finished then has `probing_done` unset.
+        If this part has not probed all links by then, `probing_done` of its report remains unset.
         """
         total = max(0.0, deadline - time.monotonic())
         final = min(FINAL_GOSSIP_SECONDS, total / 10)
@@ -279,7 +285,8 @@ class GossipSession:
             await self._linger(members, final)
 
     async def _run_session(self, members: list[Member], absent_deadline: float) -> None:
-        """Probes, then gossips. Waits for absent parts until `absent_deadline` (monotonic seconds)."""
+        """Probes the members, then exchanges reports. Waits for absent parts until `absent_deadline` (monotonic
+        seconds)."""
         unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
         await asyncio.gather(
             *(self.probe_member(member, absent_deadline) for member in members),
@@ -292,12 +299,12 @@ class GossipSession:
 
     def _set_probing_done(self) -> None:
         self.part_report.probing_done = True
-        self.merge_reports([])  # updates received_from, which includes this part
+        self.merge_reports([])  # adds this part to received_from
 
     async def report_errors(self, members: list[Member], deadline: float) -> None:
-        """Sends this part's errors until all parts have them, or until `deadline` (monotonic seconds).
+        """Sends the errors of this part, which has no valid plan and so probes no links, to the other parts.
 
-        For a part without a valid plan, which probes no links.
+        Ends when all parts have them, or at `deadline` (monotonic seconds).
         """
         self._set_probing_done()
         try:
@@ -310,9 +317,9 @@ class GossipSession:
             log.debug("the gossip session timed out")
 
     async def _linger(self, members: list[Member], seconds: float) -> None:
-        """Sends the final reports to the members, some of which may be unable to connect to this part.
+        """Sends the final reports to the members once: some of them may be unable to connect to this part.
 
-        Then keeps serving until `seconds` have passed, for parts that still send requests.
+        Then waits until `seconds` have passed in all, so that this part can still reply to requests.
         """
         end = time.monotonic() + seconds
         try:
@@ -323,7 +330,8 @@ class GossipSession:
         await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     async def _gossip(self, members: list[Member], include_unresponsive: bool = False) -> None:
-        """Exchanges reports once with all members that have replied before, or with all."""
+        """Exchanges reports once with each member that has replied before; with `include_unresponsive`, with every
+        member."""
         links = self.part_report.links
         targets = [m for m in members if include_unresponsive or (m.index in links and links[m.index].replied)]
         await asyncio.gather(
@@ -339,15 +347,15 @@ class GossipSession:
 
 
 async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeting:
-    """Reads the greeting of a member's responder.
+    """Reads the greeting of a member's doctor.
 
-    Raises NotADoctorError if there is none, WrongPartError if another part sent it.
+    Raises NotADoctorError if no greeting arrives, and WrongPartError if it comes from another part.
     """
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             greeting = await Greeting.read(reader)
     except (TimeoutError, ConnectionResetError) as error:
-        raise NotADoctorError("the program that listens there sends no greeting") from error
+        raise NotADoctorError("the program that listens on the doctor's port sends no greeting") from error
     if greeting.part != member.index:
         raise WrongPartError(f"part{greeting.part} answers at {member.ip}:{member.port + DOCTOR_PORT_OFFSET}")
     return greeting

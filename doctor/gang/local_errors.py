@@ -1,6 +1,6 @@
-"""Sends this part's errors to the other parts if its plan is invalid.
+"""Sends the errors of this part to the other parts if its plan is invalid.
 
-Otherwise they would wait for it and report it as absent.
+Without this, the others would wait for the part and report it as absent.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ from rtp_llm.parallel.wire import listen
 def report_local_errors(
     ctx: CheckContext, errors: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> None:
-    """Sends errors (text by check id) until all other parts have them, or for `wait_seconds`.
+    """Sends errors (text by check id) until all other parts have them, at most for `wait_seconds`.
 
-    Returns at once if no listed member has an address of this machine. Raises ConfigError or OSError.
+    Does nothing if no member of the list has an address of this machine. Raises ConfigError or OSError.
     """
     plan = _plan_of_local_member(ctx)
     if plan is None:
@@ -45,7 +45,10 @@ async def _send_errors(ctx: CheckContext, plan: Plan, errors: dict[str, str], wa
 
 
 def _plan_of_local_member(ctx: CheckContext) -> Plan | None:
-    """Returns a plan for the listed member with an address of this machine; START_PORT decides if there are several."""
+    """Returns a plan for the member with an address of this machine; if there are several, for the one with START_PORT.
+
+    Its sizes are placeholders: only its part number, members and ports are used.
+    """
     try:
         members = read_members(ctx.config)
     except ConfigError:

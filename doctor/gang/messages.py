@@ -1,7 +1,7 @@
-"""Wire format between the parts' doctors: length-prefixed JSON, signed with GANG_SECRET.
+"""Messages between the doctors of the parts: JSON with a length prefix, signed with GANG_SECRET.
 
-The side that accepts a connection sends a greeting with a nonce. A request is signed over that nonce, the reply over
-the nonce in the request, so recorded messages cannot be replayed.
+The side that accepts a connection first sends a greeting with a random number (nonce). A request is signed together
+with that nonce, and the reply together with the nonce in the request, so recorded messages cannot be replayed.
 """
 
 import asyncio
@@ -16,24 +16,24 @@ from typing import Any
 PROTOCOL = "rtp-llm-doctor"
 VERSION = 3
 LENGTH = struct.Struct("<I")
-MAX_MESSAGE_BYTES = 4 << 20  # a part's report has some kilobytes
+MAX_MESSAGE_BYTES = 4 << 20  # the report of one part has a few KiB
 SIGNATURE_BYTES = 32
 
 
 class ProtocolError(ConnectionError):
-    """The peer is not a doctor of this version, or signs with another secret."""
+    """The other side is not a doctor, has another protocol version or another GANG_SECRET, or closed the connection."""
 
 
 class NotADoctorError(ProtocolError):
     """Another program listens on the doctor's port."""
 
-    def __init__(self, message: str = "another program listens there") -> None:
+    def __init__(self, message: str = "another program listens on the doctor's port") -> None:
         super().__init__(message)
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """The first message on a connection, from the listening side."""
+    """The first message on a connection, sent by the side that accepted it. `part`: number of the sender's part."""
 
     part: int
     nonce: str
@@ -45,12 +45,14 @@ class Greeting:
 
     @classmethod
     async def read(cls, reader: asyncio.StreamReader) -> "Greeting":
-        """Reads a greeting. Raises NotADoctorError if another program listens, ProtocolError if versions differ."""
+        """Reads a greeting. Raises NotADoctorError if it is not one, and ProtocolError if its version differs."""
         message = _parse_object(await _receive(reader))
         if message.get("protocol") != PROTOCOL:
             raise NotADoctorError
         if message.get("version") != VERSION:
-            raise ProtocolError(f"its doctor has protocol version {message.get('version')}, this one {VERSION}")
+            raise ProtocolError(
+                f"the other part's doctor has protocol version {message.get('version')}, this one {VERSION}"
+            )
         return cls(int(message["part"]), str(message["nonce"]))
 
 
@@ -64,7 +66,8 @@ def pack_signed(message: dict[str, Any], nonce: str, secret: bytes) -> bytes:
 
 
 async def read_signed(reader: asyncio.StreamReader, nonce: str, secret: bytes) -> dict[str, Any]:
-    """Reads a signed message. Raises ProtocolError if it was signed with another secret."""
+    """Reads a message that was signed together with `nonce`. Raises ProtocolError if it was signed with another
+    secret."""
     data = await _receive(reader)
     signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _sign(body, nonce, secret)):
@@ -73,7 +76,7 @@ async def read_signed(reader: asyncio.StreamReader, nonce: str, secret: bytes) -
 
 
 def _sign(body: bytes, nonce: str, secret: bytes) -> bytes:
-    """Returns the HMAC. With an empty secret it still differs from that of a part that has a secret."""
+    """Returns the HMAC of a message. An empty secret is valid: its HMAC differs from that of every other secret."""
     return hmac.new(secret, nonce.encode() + body, hashlib.sha256).digest()
 
 

@@ -1,4 +1,4 @@
-"""The report that each part sends to the others: its identity, its settings and the results of its probes."""
+"""The report that each part sends to the others: its settings, its identity and the results of its probes."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 
 @dataclass
 class LinkResult:
-    """Results of one part's probes of another. Speeds in bytes/s, times in seconds.
+    """Results of one part's probes of another part, in one direction. Speeds in bytes/s, times in seconds.
 
-    `ports`: result by port: open, refused, timeout, unreachable, reset, not_doctor; instead of these, the
-    responder's port alone may have protocol_error, reply_timeout or wrong_part. `transfer_error`: empty if the large
-    transfers succeeded or were not tried.
+    `ports`: result by port: open, refused, timeout, unreachable, reset or not_doctor. If the other part's report is
+    missing, the only entry is the port of its doctor, whose result may also be protocol_error, reply_timeout or
+    wrong_part. `transfer_error`: empty if the large transfers succeeded or were not tried.
     """
 
     ports: dict[int, str] = field(default_factory=dict)
-    replied: bool = False  # the responder replied to a request
-    protocol_error: str = ""  # another version or secret
+    replied: bool = False  # the other doctor replied to a request
+    protocol_error: str = ""  # message if the other doctor has another version or secret
     foreign_address: str = ""  # ip:port at which another program answers instead of the doctor
-    wrong_part: str = ""  # which other part answers at this member's address
-    reply_timed_out: bool = False  # the peer sent a greeting but no reply
+    wrong_part: str = ""  # message if the doctor of a third part answers at this address
+    reply_timed_out: bool = False  # the other doctor sent a greeting but no reply
     transfer_error: str = ""
     sent_speed: float = 0.0
     received_speed: float = 0.0
@@ -29,11 +29,12 @@ class LinkResult:
 
 @dataclass
 class PartReport:
-    """One part's report.
+    """The report of one part.
 
-    `facts`: comparable values by dotted name. `identity`: values that tell machines, namespaces and GPUs apart.
-    `probing_done`: all links of this part were probed. `received_from`: parts whose final reports this part has.
-    `has_valid_plan`: if False, the report only carries `problems` and its links are not probed.
+    `facts`: values to compare, by dotted name. `identity`: values that show which parts share a machine, a namespace or
+    a GPU. `probing_done`: this part has probed all its links, so the report is final. `received_from`: parts whose
+    final report this part has. `has_valid_plan`: if False, only `problems` is meaningful and no links are probed.
+    `links`: results by part number.
     """
 
     part: int
@@ -61,7 +62,7 @@ class PartReport:
 
     @property
     def progress(self) -> tuple[bool, int]:
-        """Grows during a run: of two reports with the same `run_id`, the one with the larger value is newer."""
+        """Increases during a run: of two reports with the same `run_id`, the one with the larger value is newer."""
         return self.probing_done, len(self.received_from)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +70,8 @@ class PartReport:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "PartReport":
-        """Parses a report; converts keys to integers, which JSON does not have.
+        """Returns the report in a decoded JSON object. JSON has only string keys, so part and port numbers are
+        converted to int.
 
         Raises TypeError, KeyError, ValueError or AttributeError if the data is invalid.
         """

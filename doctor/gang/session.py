@@ -1,4 +1,4 @@
-"""Runs a gossip session for this part: opens sockets, exchanges reports and returns the view of the gang."""
+"""Runs the gossip session of this part: opens sockets, exchanges reports and returns the reports of all parts."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,16 @@ from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, Plan
 from rtp_llm.parallel.wire import listen
 
-MAX_FULL_MESH_PARTS = 8  # in larger gangs a part probes only part 0 and its neighbours
+MAX_FULL_MESH_PARTS = 8  # in larger gangs a part probes only part 0, the previous and the next part
 
 
 def exchange_reports(
     ctx: CheckContext, plan: Plan, problems: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> GangView:
-    """Exchanges reports until every part has all of them, or for `wait_seconds`.
+    """Exchanges reports until every part has all of them, at most for `wait_seconds`.
 
-    `problems`: errors of this part's own checks, by id. Raises ConfigError or OSError.
+    `problems`: errors of this part's checks, by id. `on_progress`: called with messages for the user. Raises
+    ConfigError or OSError.
     """
     return asyncio.run(_run_session(ctx, plan, problems, wait_seconds, on_progress))
 
@@ -33,7 +34,7 @@ def exchange_reports(
 async def _run_session(
     ctx: CheckContext, plan: Plan, problems: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> GangView:
-    # The doctor of a running part listens already, and sends that part's report.
+    # If the server of this part runs, its doctor already listens and sends this part's report.
     session = open_session(ctx, plan, problems, listening=not ctx.running, observe_only=ctx.running)
     async with contextlib.AsyncExitStack() as stack:
         if not ctx.running:
@@ -47,20 +48,21 @@ async def _run_session(
 def open_session(
     ctx: CheckContext, plan: Plan, problems: dict[str, str], *, listening: bool, observe_only: bool = False
 ) -> GossipSession:
-    """Returns a session. `listening`: placeholder sockets listen on this part's planned ports."""
+    """Returns a session of this part. `listening`: placeholder sockets listen on this part's planned ports."""
     part_report = local_part_report(ctx, plan, problems, listening)
     return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only)
 
 
 def greeting_sockets(session: GossipSession) -> list[socket.socket]:
-    """Binds ephemeral ports on the address that the collectives would use, and adds them to the part's report."""
+    """Returns sockets on ephemeral ports of the address that the collectives use, and adds their ports to the part's
+    report."""
     sockets = bind_ephemeral(session.part_report.address)
     session.part_report.ephemeral_ports = [sock.getsockname()[1] for sock in sockets]
     return sockets
 
 
 def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
-    """Returns the members that this part probes: all, or part 0 and the neighbours in a large gang."""
+    """Returns the members that this part probes: all others, or part 0 and its two neighbours if the gang is large."""
     if plan.num_parts <= MAX_FULL_MESH_PARTS:
         return ctx.peers
     parts = {0, (plan.part + 1) % plan.num_parts, (plan.part - 1) % plan.num_parts}
@@ -69,7 +71,8 @@ def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
 
 @contextlib.contextmanager
 def _planned_sockets(plan: Plan) -> Iterator[tuple[socket.socket | None, list[socket.socket]]]:
-    """Yields (responder, placeholder listeners) on this part's planned ports. Skips ports that are in use."""
+    """Listens on this part's planned ports. Yields (socket of the doctor's port, sockets of the others); skips ports in
+    use."""
     responder: socket.socket | None = None
     placeholders: list[socket.socket] = []
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""All parts' reports together. Every part computes the same results from them, so all print the same verdict."""
+"""The reports of all parts, and what follows from them. The results are the same on every part."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ Identity = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class GangView:
-    """`part_reports` by part. No result depends on the part that computes it."""
+    """The reports of all parts. `part_reports`: by part number; absent parts have none. `plan`: the plan of this
+    part."""
 
     part_reports: Mapping[int, PartReport]
     plan: Plan
 
     @cached_property
     def comparable(self) -> list[PartReport]:
-        """Reports of parts with a valid plan and correct member addresses (N-04). Of other parts, only the problems
-        are meaningful.
-        """
+        """Reports of the parts with a valid plan and correct member addresses (N-04). Only the `problems` of other
+        parts are meaningful."""
         return [r for _, r in sorted(self.part_reports.items()) if r.has_valid_plan and "N-04" not in r.problems]
 
     @property
     def absent(self) -> list[int]:
-        """Parts without a report. Excludes parts at whose address something answers: other checks report those."""
+        """Numbers of the parts that sent no report. Excludes parts at whose address any program answers: other checks
+        report those."""
         answering = {
             part
             for part_report in self.part_reports.values()
@@ -45,7 +46,8 @@ class GangView:
                     yield source, part, link
 
     def _link_errors(self, error_of: Callable[[LinkResult], str]) -> list[str]:
-        """Returns "part0 -> part1: error" for the links of comparable parts that have this kind of error."""
+        """Returns "part0 -> part1: error" for links of comparable parts. `error_of`: returns the error of a link, or an
+        empty text."""
         return [
             f"{source.label} -> part{part}: {error_of(link)}"
             for source in self.comparable
@@ -74,10 +76,10 @@ class GangView:
         return self._link_errors(lambda link: link.wrong_part)
 
     def stalled(self) -> list[str]:
-        """Returns "part0 -> part1: error" for links that pass short messages and drop long ones."""
+        """Returns "part0 -> part1: error" for links that deliver short messages and lose long ones."""
 
         def error_of(link: LinkResult) -> str:
-            no_reply = "it sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""
+            no_reply = "the doctor sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""
             return link.transfer_error or no_reply
 
         return self._link_errors(error_of)
@@ -96,7 +98,7 @@ class GangView:
     def links_without_transfer(self) -> list[tuple[PartReport, PartReport]]:
         """Returns (source, target) of links on which no large transfer finished.
 
-        Excludes targets that report another program on the responder's port (N-08).
+        Excludes targets that report another program on their doctor's port (N-08).
         """
         without_transfer = [
             (source, target)
@@ -118,14 +120,14 @@ class GangView:
                     yield source, targets[part], link
 
     def unreachable_ports(self, source: PartReport, target: PartReport) -> dict[int, str]:
-        """Returns the ports of `target` that `source` cannot reach, with the result of each connection attempt."""
+        """Returns the ports of `target` to which `source` cannot connect: {port: result of the attempt}."""
         link = source.links.get(target.part)
         if link is None:
             return {}
         ports = {port: result for port, result in link.ports.items() if result != "open"}
         if "N-08" in target.problems:  # the target itself reports the program that holds its ports
             ports = {port: result for port, result in ports.items() if result != "not_doctor"}
-        if not target.listening:  # the server may listen later: a refusal shows that no firewall drops packets
+        if not target.listening:  # the server may listen later; "refused" shows that no firewall drops the packets
             ports = {
                 port: result
                 for port, result in ports.items()
@@ -161,11 +163,11 @@ class GangView:
     # Machines of all parts
 
     def hosts_sharing_nccl_id(self) -> list[tuple[str, str]]:
-        """Returns pairs of parts that NCCL takes for one machine although they share no memory."""
+        """Returns pairs of parts that NCCL considers one machine although they do not share /dev/shm."""
         return self._pairs(lambda a, b: _nccl_host_id(a) == _nccl_host_id(b) and _shared_memory(a) != _shared_memory(b))
 
     def separated_hosts(self) -> list[tuple[str, str]]:
-        """Returns pairs of parts on one machine that NCCL takes for two."""
+        """Returns pairs of parts on one machine that NCCL considers two machines."""
         return self._pairs(
             lambda a, b: a.get("boot_id") == b.get("boot_id") != "" and _nccl_host_id(a) != _nccl_host_id(b)
         )
@@ -175,7 +177,7 @@ class GangView:
 
 
 def _nccl_host_id(identity: Identity) -> tuple[str, str]:
-    """Returns what NCCL hashes: NCCL_HOSTID, or host name and boot id (src/misc/utils.cc)."""
+    """Returns what NCCL hashes to identify a machine: NCCL_HOSTID, or host name and boot id (src/misc/utils.cc)."""
     configured = str(identity.get("nccl_hostid", ""))
     return (configured, "") if configured else (str(identity.get("hostname")), str(identity.get("boot_id")))
 

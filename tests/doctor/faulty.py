@@ -24,7 +24,7 @@ ENVIRON = {
     "PROMETHEUS_MULTIPROC_DIR": "/tmp/metrics",
     "http_proxy": "http://proxy:3128",
 }
-# Status by id of its problems.
+# The checks that find a problem on a FaultyHost, and their status.
 FAULTS = {
     "M-13": "warn",
     "M-15": "warn",
@@ -67,7 +67,8 @@ class NoDriver:
 
 
 def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Report:
-    """Runs the checks of tier 0 on it, without trying ports of this machine."""
+    """Returns the report of tier 0 for a FaultyHost. The check for free ports gets a fake result instead of trying
+    ports."""
 
     def port_conflict(planned: PlannedPort) -> str:
         return "in use by pid 4711 (nginx: master process nginx)" if planned.port == 10000 else ""
@@ -78,7 +79,7 @@ def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Re
 
 
 def without_timings(report: Report) -> Report:
-    """Replaces the values that change between runs and releases."""
+    """Returns the report with fixed values in place of those that change between runs and releases."""
     checks = [
         c.model_copy(update={"duration_ms": 0.5, "actual": re.sub(r"\ball \d+ settings", "all settings", c.actual)})
         for c in report.checks

@@ -155,7 +155,8 @@ def doctor(
     timeout: float = 60,
     code: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the doctor as a process. `inside`: a command prefix; `code`: folder of the packages."""
+    """Runs the doctor as a process. `inside`: a command that runs it, such as nsenter; `code`: folder with the doctor's
+    packages."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/root", **(env or {})}
     command = [*inside, sys.executable, "-m", "doctor", *arguments]
     return subprocess.run(command, env=clean, cwd=code, capture_output=True, text=True, timeout=timeout, check=False)

@@ -68,7 +68,7 @@ def test_healthy_part(part: Part) -> None:
 
 
 def test_part_is_found_by_its_processes(part: Part) -> None:
-    """The newest if there are several, for example of another test."""
+    """Without --run-dir, attach shows the newest part on this machine, which may be the part of another test."""
     process = doctor("attach")
     assert process.returncode in (0, 1)
     header = re.match(r"part(\d+) of (\d+), cpu, state in (.+)\n", process.stdout)
@@ -125,7 +125,7 @@ def test_missing_status_file(part: Part, tmp_path: Path) -> None:
 
 
 def test_running_part_does_not_conflict_with_its_own_ports_and_memory(part: Part) -> None:
-    """With --starting it does, because a second start would fail."""
+    """With --starting, a running part is a conflict, because a second start would fail."""
     env = {"START_PORT": str(part.port), "TP_SIZE": "2"}
     running = report(doctor("-o", "json", "--only", "N-08,S-01", env=env))
     assert (running["verdict"], running["exit_code"]) == ("ok", 0)
@@ -153,7 +153,7 @@ def test_no_part_among_the_processes() -> None:
 
 @contextmanager
 def process_with_arguments(*arguments: str) -> Iterator[int]:
-    """Runs a process with these words in its command line."""
+    """Runs a process that has these arguments in its command line."""
     code = "import sys; print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -177,7 +177,7 @@ def test_process_that_looks_like_a_part_is_ignored(text: str, tmp_path: Path) ->
     process = doctor("attach", "--run-dir", str(tmp_path))
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith(
-        f"rtp-llm-doctor: cannot run: {tmp_path}/part.json: is not what start_server writes: "
+        f"rtp-llm-doctor: cannot run: {tmp_path}/part.json is not a valid part.json of start_server: "
     )
     assert len(process.stderr.splitlines()) == 1
 

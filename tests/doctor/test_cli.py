@@ -60,7 +60,7 @@ def unnamed_user() -> list[str]:
         ((), TYPO, 0, "ready, with warnings:"),
         (("--strict",), TYPO, 1, "ready, with warnings:"),
         ((), HUB_NAME, 1, "not ready:"),
-        (("--ignore", "M-08"), HUB_NAME, 1, "not ready:"),  # then its consequence is reported
+        (("--ignore", "M-08"), HUB_NAME, 1, "not ready:"),  # M-07, which needs M-08, runs and fails
         (("--ignore", "M-08,M-07"), HUB_NAME, 0, "ready, with warnings:"),
         (("--ignore", "m-08, M-07, M-13"), HUB_NAME, 0, "ready, with warnings:"),
         (("--ignore", "M-08,M-07", "--strict"), HUB_NAME, 1, "ready, with warnings:"),
@@ -147,7 +147,7 @@ def test_only_selects_categories() -> None:
 
 
 def test_only_fails_if_a_dependency_fails() -> None:
-    """M-05 alone would be skipped, because the checkpoint is missing."""
+    """M-05 is skipped because M-08 fails, so the run must fail although only M-05 was selected."""
     process = doctor("-o", "json", "--only", "M-05", env=HUB_NAME)
     assert failed_checks(report(process)) == {"M-08": "error"}
     assert process.returncode == 1
@@ -332,7 +332,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 def test_infinite_wait_is_a_usage_error(wait: str) -> None:
     process = doctor("gang", f"--wait={wait}")
     assert (process.returncode, process.stdout) == (2, "")
-    assert f"argument --wait: '{wait}': allowed is a float from 0" in process.stderr
+    assert f"argument --wait: '{wait}': allowed: a float from 0" in process.stderr
 
 
 @pytest.mark.parametrize("only", ["N-01,S-01", "S-01,X-01"])
@@ -366,7 +366,8 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def test_no_rank_of_tier_3_outlives_the_doctor() -> None:
-    """One rank is killed before the group forms, so the other would wait for it for most of a minute."""
+    """One rank is killed before the process group forms. Without the doctor, the other rank would wait for most of a
+    minute."""
     env = {**os.environ, **PORT, "TP_SIZE": "2", "RTP_DEVICE": "cpu"}
     command = [sys.executable, "-m", "doctor", "--tier", "3", "--only", "X-01"]
     with subprocess.Popen(command, cwd=REPOSITORY, env=env) as process:
@@ -403,7 +404,7 @@ def test_encoding_without_the_symbols(environ: dict[str, str]) -> None:
 
 
 def test_an_unnamed_user_without_a_home(unnamed_user: list[str]) -> None:
-    """torch would fail (L-10); the doctor itself does not."""
+    """torch cannot be imported by a user without a name (L-10). The doctor must run nevertheless."""
     process = doctor("-o", "json", env=PORT, inside=["env", "-u", "HOME", *unnamed_user])
     assert failed_checks(report(process)) == {"L-10": "error"}
     assert (process.returncode, process.stderr) == (1, "")

@@ -98,7 +98,7 @@ def test_a_real_segmentation_fault(ctx: CheckContext) -> None:
 
 
 def test_hanging_check_is_killed_and_unknown(ctx: CheckContext) -> None:
-    """Also if it blocks all signals but SIGKILL."""
+    """The check blocks all signals except SIGKILL."""
     findings = run_checks([make("T-1"), make("T-2", hanging, timeout=0.3), make("T-3")], ctx)
     assert results(findings) == {
         "T-1": (Status.OK, "passed"),
@@ -150,7 +150,7 @@ def test_invalid_utf8_is_escaped(ctx: CheckContext) -> None:
 def test_check_is_skipped_if_a_dependency_fails(cause: Function, timeout: float, ctx: CheckContext) -> None:
     checks = [make("T-1", cause, timeout=timeout), make("T-2", raising, needs=("T-0", "T-1")), make("T-3")]
     by_id = results(run_checks(checks, ctx))
-    assert by_id["T-2"] == (Status.SKIP, "because T-1")
+    assert by_id["T-2"] == (Status.SKIP, "not run, because T-1 did not pass")
     assert by_id["T-3"] == (Status.OK, "passed")
 
 
@@ -165,25 +165,31 @@ def test_skipped_checks_name_the_first_cause(ctx: CheckContext) -> None:
     """T-5 needs T-4, and so on to T-1: the first check that fails is the only problem."""
     chain = [make("T-1", failing), *(make(f"T-{n}", raising, needs=(f"T-{n - 1}",)) for n in (2, 3, 4, 5))]
     findings = run_checks([*chain, make("T-6")], ctx)
-    assert [f.actual for f in findings] == ["failed", *["because T-1"] * 4, "passed"]
+    assert [f.actual for f in findings] == ["failed", *["not run, because T-1 did not pass"] * 4, "passed"]
     assert [f.id for f in report(ctx, findings).problems()] == ["T-1"]
 
 
 def test_dependencies_run_first_in_any_order_of_the_list(ctx: CheckContext) -> None:
     checks = [make("T-1", raising, needs=("T-2",)), make("T-2", raising, needs=("T-3",)), make("T-3", failing)]
     findings = run_checks(checks, ctx)
-    assert [(f.id, f.actual) for f in findings] == [("T-1", "because T-3"), ("T-2", "because T-3"), ("T-3", "failed")]
+    assert [(f.id, f.actual) for f in findings] == [
+        ("T-1", "not run, because T-3 did not pass"),
+        ("T-2", "not run, because T-3 did not pass"),
+        ("T-3", "failed"),
+    ]
 
 
 def test_the_first_of_several_causes_is_named(ctx: CheckContext) -> None:
     checks = [make("T-1", failing), make("T-2", failing), make("T-3", needs=("T-2", "T-1"))]
-    assert run_checks(checks, ctx)[2].actual == "because T-2"
+    assert run_checks(checks, ctx)[2].actual == "not run, because T-2 did not pass"
 
 
 def test_earlier_findings_count_as_dependencies(ctx: CheckContext) -> None:
     """Checks of a later tier may need those of an earlier one."""
     earlier = run_checks([make("T-1", failing), make("T-2", needs=("T-1",))], ctx)
-    assert results(run_checks([make("T-3", needs=("T-2",))], ctx, earlier)) == {"T-3": (Status.SKIP, "because T-1")}
+    assert results(run_checks([make("T-3", needs=("T-2",))], ctx, earlier)) == {
+        "T-3": (Status.SKIP, "not run, because T-1 did not pass")
+    }
 
 
 def test_unknown_makes_the_run_incomplete(ctx: CheckContext) -> None:

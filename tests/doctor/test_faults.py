@@ -33,8 +33,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class FaultyPart:
-    """A healthy container with a model, and a part of two ranks."""
+class FakePart:
+    """A healthy part of two ranks, in a container with a model. A test changes it to add a fault."""
 
     def __init__(self, root: Path, demo: Path):
         self.model = root / "checkpoint"
@@ -97,71 +97,71 @@ class FaultyPart:
 
 
 @pytest.fixture
-def part(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyPart:
+def part(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> FakePart:
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "")  # not this machine's ports
-    return FaultyPart(tmp_path, demo)
+    return FakePart(tmp_path, demo)
 
 
-def add_interfaces(part: FaultyPart, *names: str) -> None:
+def add_interfaces(part: FakePart, *names: str) -> None:
     found = [Interface(name, (f"10.{n + 1}.0.5",), 1500, 25000) for n, name in enumerate(names)]
     part.host.__dict__["interfaces"] = [*found, Interface("eth0", ("10.0.0.5",), 1500, 25000)]
 
 
-def write_invalid_length(part: FaultyPart) -> None:
+def write_invalid_length(part: FakePart) -> None:
     part.shard.write_bytes(struct.pack("<Q", 1 << 60) + b"x" * 100)
 
 
-def write_invalid_header(part: FaultyPart) -> None:
+def write_invalid_header(part: FakePart) -> None:
     table = b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'
     part.shard.write_bytes(struct.pack("<Q", len(table)) + table)
 
 
-def tokenizer(part: FaultyPart, tokens: int) -> None:
+def tokenizer(part: FakePart, tokens: int) -> None:
     path = part.model / "tokenizer.json"
     table = json.loads(path.read_text())
     table["added_tokens"].append({**table["added_tokens"][0], "id": tokens, "content": "<|far|>"})
     path.write_text(json.dumps(table))
 
 
-def remove_template(part: FaultyPart) -> None:
+def remove_template(part: FakePart) -> None:
     path = part.model / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
     (part.model / "chat_template.jinja").unlink(missing_ok=True)
 
 
-def use_unknown_uid(part: FaultyPart) -> None:
+def use_unknown_uid(part: FakePart) -> None:
     part.host.fake_uid = 4242
     part.write("/etc/passwd", "root:x:0:0::/root:/bin/sh\n")
 
 
-def replace_shm_mount(part: FaultyPart, line: str) -> None:
+def replace_shm_mount(part: FakePart, line: str) -> None:
     text = (part.host.read("/proc/self/mountinfo") or "").replace(
         "4 3 0:33 / /dev/shm rw,nosuid,nodev - tmpfs shm rw,size=2097152k", line
     )
     part.write("/proc/self/mountinfo", text)
 
 
-def list_by_name(part: FaultyPart) -> None:
+def list_by_name(part: FakePart) -> None:
     part.members(JSON_GANG_PARTS=json.dumps(MEMBERS).replace("10.0.0.6", "node-b"))
 
 
-def resolve_to_loopback(part: FaultyPart) -> None:
+def resolve_to_loopback(part: FakePart) -> None:
     list_by_name(part)
     part.host.host_names["node-b"] = ["127.0.1.1"]
 
 
-def all_of(*steps: Callable[[FaultyPart], object]) -> Callable[[FaultyPart], None]:
-    """Returns a fault of several steps."""
+def all_of(*steps: Callable[[FakePart], object]) -> Callable[[FakePart], None]:
+    """Returns a function that applies several changes, one after another."""
 
-    def apply(part: FaultyPart) -> None:
+    def apply(part: FakePart) -> None:
         for step in steps:
             step(part)
 
     return apply
 
 
-# name: (id, fault, status, text of the fix)
-FAULTS: dict[str, tuple[str, Callable[[FaultyPart], object], str, str]] = {
+# name of the fault: (id of the check that finds it, function that causes it, status, text in the fix)
+FAULTS: dict[str, tuple[str, Callable[[FakePart], object], str, str]] = {
     "a value": ("M-14", lambda part: part.set(START_PORT="many"), "error", "set START_PORT to an allowed value"),
     "two values": ("M-14", lambda part: part.set(START_PORT="x", MAX_SEQ_LEN="-1"), "error", "MAX_SEQ_LEN"),
     "a service": ("N-15", lambda part: part.set(START_PORT="tcp://10.96.0.7:80"), "error", "rename the Service"),
@@ -199,8 +199,8 @@ FAULTS: dict[str, tuple[str, Callable[[FaultyPart], object], str, str]] = {
         "error",
         "correct the list",
     ),
-    "a rank": ("C-01", lambda part: part.members(WORLD_RANK="7"), "error", "WORLD_RANK=0 would fit"),
-    "another machine's rank": ("C-01", lambda part: part.members(WORLD_RANK="1"), "error", "WORLD_RANK=0 would fit"),
+    "a rank": ("C-01", lambda part: part.members(WORLD_RANK="7"), "error", "WORLD_RANK=0 would match"),
+    "another machine's rank": ("C-01", lambda part: part.members(WORLD_RANK="1"), "error", "WORLD_RANK=0 would match"),
     "sizes": ("C-01", lambda part: part.set(WORLD_SIZE="3"), "error", "set the variables"),
     "metrics folder": ("M-15", lambda part: part.set(PROMETHEUS_MULTIPROC_DIR="/tmp"), "warn", "unset"),
     "no folder": (
@@ -393,7 +393,7 @@ FAULTS: dict[str, tuple[str, Callable[[FaultyPart], object], str, str]] = {
             )
         ),
         "error",
-        "move one START_PORT",
+        "change one START_PORT",
     ),
     "an unknown name": ("N-07", list_by_name, "error", "--add-host node-b"),
     "a loopback name": ("N-04", resolve_to_loopback, "error", "--add-host node-b"),
@@ -436,14 +436,14 @@ FAULTS: dict[str, tuple[str, Callable[[FaultyPart], object], str, str]] = {
 }
 
 
-def test_healthy_part_has_no_problems(part: FaultyPart) -> None:
+def test_healthy_part_has_no_problems(part: FakePart) -> None:
     assert problems(run_context_checks(part.ctx())) == {}
     part.members()
     assert problems(run_context_checks(part.ctx())) == {}
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_the_only_problem_found(name: str, part: FaultyPart) -> None:
+def test_fault_is_the_only_problem_found(name: str, part: FakePart) -> None:
     id, inject, status, remedy = FAULTS[name]
     inject(part)
     found = run_context_checks(part.ctx())
@@ -451,14 +451,14 @@ def test_fault_is_the_only_problem_found(name: str, part: FaultyPart) -> None:
     assert remedy in fix(by_id(found, id))
 
 
-def test_memory_limit_below_requirement_is_an_error(part: FaultyPart) -> None:
-    """The same limit also makes the model too large for the free memory."""
+def test_memory_limit_below_requirement_is_an_error(part: FakePart) -> None:
+    """M-03 may fail too, because the model does not fit into the memory limit."""
     part.write("/sys/fs/cgroup/memory.max", f"{300 << 20}\n")
     assert problems(run_context_checks(part.ctx()))["L-05"] == "error"
 
 
 @pytest.mark.fault("M-10")
-def test_slow_disk_is_a_warning(part: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_disk_is_a_warning(part: FakePart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("doctor.checks.disks._read_cold", lambda checkpoint: (64.0, 64 << 10))
     ctx = part.ctx()
     ctx.tier = 1
@@ -468,7 +468,7 @@ def test_slow_disk_is_a_warning(part: FaultyPart, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.fault("L-04")
-def test_threads_that_cannot_start_are_an_error(part: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_cannot_start_are_an_error(part: FakePart, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -478,25 +478,25 @@ def test_threads_that_cannot_start_are_an_error(part: FaultyPart, monkeypatch: p
     assert "seccomp" in by_id(found, "L-04").actual
 
 
-def test_cgroup_limits_are_unknown_without_a_cgroup(part: FaultyPart) -> None:
+def test_cgroup_limits_are_unknown_without_a_cgroup(part: FakePart) -> None:
     """No cgroup is mounted, which must not be reported as "no limit"."""
     shutil.rmtree(part.host.path("/sys/fs/cgroup"))
     found = run_context_checks(part.ctx())
     assert problems(found) == dict.fromkeys(("S-07", "L-03", "L-05", "L-06"), "unknown")
 
 
-def test_process_limits_are_unknown_if_unreadable(part: FaultyPart) -> None:
+def test_process_limits_are_unknown_if_unreadable(part: FakePart) -> None:
     part.write("/proc/self/limits", "")
     assert problems(run_context_checks(part.ctx())) == dict.fromkeys(("L-02", "L-03", "L-07"), "unknown")
 
 
-def test_root_cgroup_of_a_bare_host_has_no_limit(part: FaultyPart) -> None:
+def test_root_cgroup_of_a_bare_host_has_no_limit(part: FakePart) -> None:
     for name in ("memory.max", "memory.current", "pids.max", "pids.current", "cpu.max", "memory.events"):
         part.host.remove(f"/sys/fs/cgroup/{name}")
     assert problems(run_context_checks(part.ctx())) == {}
 
 
-def test_unresolvable_name_is_a_warning_at_start(part: FaultyPart) -> None:
+def test_unresolvable_name_is_a_warning_at_start(part: FakePart) -> None:
     """The other parts may start later. Checks that need the name are skipped."""
     members = {"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "not-yet", "port": 10000}}
     part.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
@@ -506,10 +506,10 @@ def test_unresolvable_name_is_a_warning_at_start(part: FaultyPart) -> None:
     ctx.starting = True
     found = run_context_checks(ctx)
     assert problems(found) == {"N-07": "warn"}
-    assert by_id(found, "N-04").actual == "because N-07"
+    assert by_id(found, "N-04").actual == "not run, because N-07 did not pass"
 
 
-def test_proposed_port_is_valid_and_all_its_ports_free(part: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposed_port_is_valid_and_all_its_ports_free(part: FakePart, monkeypatch: pytest.MonkeyPatch) -> None:
     """65000 is the highest START_PORT; at 10000 the rendezvous port would be in use."""
     taken = {65000, 9999}
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda p: "in use" if p.port in taken else "")
@@ -534,7 +534,7 @@ def in_use(*ports: int) -> Callable[[PlannedPort], str]:
     ],
 )
 def test_proposed_port_passes_all_checks(
-    start: int, ports: tuple[int, ...], proposed: int, part: FaultyPart, monkeypatch: pytest.MonkeyPatch
+    start: int, ports: tuple[int, ...], proposed: int, part: FakePart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", in_use(*ports))
     part.set(START_PORT=str(start))
@@ -544,12 +544,12 @@ def test_proposed_port_passes_all_checks(
     assert problems(run_context_checks(part.ctx())) == {}
 
 
-def test_no_port_is_proposed_if_none_is_free(part: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_port_is_proposed_if_none_is_free(part: FakePart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "in use")
     assert fix(by_id(run_context_checks(part.ctx()), "N-08")) == "stop its owner"
 
 
-def test_proposed_port_is_not_reserved_for_another_part(part: FaultyPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposed_port_is_not_reserved_for_another_part(part: FakePart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", in_use(10000))
     members = {"x_part0": {"ip": "10.0.0.5"}, "x_part1": {"ip": "10.0.0.5", "port": 10105}}
     part.members(JSON_GANG_PARTS=json.dumps(members))
@@ -561,7 +561,7 @@ def test_proposed_port_is_not_reserved_for_another_part(part: FaultyPart, monkey
 @pytest.mark.parametrize(
     ("no_proxy_entry", "status"), [("10.0.0.0/8", "ok"), ("10.1.0.0/16", "warn"), (".nodes", "warn")]
 )
-def test_no_proxy_networks_and_suffixes(part: FaultyPart, no_proxy_entry: str, status: str) -> None:
+def test_no_proxy_networks_and_suffixes(part: FakePart, no_proxy_entry: str, status: str) -> None:
     members = {f"x_part{n}": {"ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
     part.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
     part.set(http_proxy="http://proxy:3128", no_proxy=f"localhost,{no_proxy_entry}")

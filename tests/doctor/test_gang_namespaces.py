@@ -235,7 +235,7 @@ def test_filtered_ephemeral_ports_are_an_error(sides: list[Side], demo: Path) ->
         reports = run_gang_doctors(sides, demo)
     text = assert_same_problem(reports, "N-02", "error", 1)
     assert text.startswith(f"part0 -> part1 ({ADDRESSES[1]}): 4")
-    assert text.count("chosen by the kernel, as NCCL does) times out") == 3
+    assert text.count("an ephemeral port, as NCCL uses) times out") == 3
     assert "part1 reaches part0, so incoming connections are filtered at part1" in text
     assert f"open tcp {RANGE.replace('-', ':')} between the machines" in fix(reports[0], "N-02")
 
@@ -328,7 +328,7 @@ def test_error_of_one_part_is_reported_by_the_other(sides: list[Side], demo: Pat
 
 @pytest.mark.fault("C-11")
 def test_part_with_invalid_rank_sends_its_error(sides: list[Side], demo: Path) -> None:
-    """It has no plan, and is not reported as absent."""
+    """A part without a valid plan sends its errors to the others, so they do not report it as absent."""
     reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "7"}, wait=10)
     assert gang_problems(reports[1]) == {"C-01": "error"}
     assert gang_problems(reports[0]) == {"C-11": "error"}
@@ -352,7 +352,7 @@ def hosts_files(sides: Sequence[Side], *lines: str) -> Iterator[None]:
 
 @pytest.mark.fault("C-01")
 def test_duplicate_rank_is_found_by_address(sides: list[Side], demo: Path) -> None:
-    """The second part's address is that of part 1."""
+    """The second part has WORLD_RANK=0, but an address that the member list assigns to part 1."""
     reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "0"}, wait=10)
     assert [gang_problems(r) for r in reports] == [{"C-11": "error"}, {"C-01": "error"}]
     assert "set WORLD_RANK=1" in actual(reports[0], "C-11")
@@ -360,17 +360,18 @@ def test_duplicate_rank_is_found_by_address(sides: list[Side], demo: Path) -> No
 
 @pytest.mark.fault("C-01")
 def test_duplicate_rank_is_found_by_greeting(sides: list[Side], demo: Path) -> None:
-    """The list has host names, so only the part number in the greeting shows the wrong part."""
+    """The member list has host names, so only the part number in the doctor's greeting reveals the wrong rank."""
     hosts = "".join(f"{address} node-{n}\n" for n, address in enumerate(ADDRESSES))
     with hosts_files(sides, hosts, hosts):
         reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "0"}, addresses=("node-0", "node-1"), wait=6)
     text = assert_same_problem(reports, "C-01", "error", 1)
     assert text == f"part0 -> part1: part0 answers at node-1:{PORT + 3}"
-    assert "check WORLD_RANK on the part that answers" in fix(reports[0], "C-01")
+    assert "correct WORLD_RANK on the part that answers" in fix(reports[0], "C-01")
 
 
 def test_two_healthy_parts_with_leader_address_only(sides: list[Side], demo: Path) -> None:
-    """Part 0 has no addresses of other parts, and waits for as many as its plan has."""
+    """Part 0 does not know the addresses of other parts. It waits until the number of parts in its plan have sent
+    reports."""
     leader = {"JSON_GANG_PARTS": "", "LEADER_ADDRESS": ADDRESSES[0]}
     for part_report in run_gang_doctors(sides, demo, leader, leader):
         assert gang_problems(part_report) == {}
@@ -406,7 +407,7 @@ def test_parts_of_different_versions(sides: list[Side], demo: Path, tmp_path: Pa
 
 
 def test_tier_3_of_one_part_alone_is_incomplete(demo: Path) -> None:
-    """The process group needs all parts, so the collective is unknown."""
+    """The all-reduce needs the ranks of all parts, so its result is unknown."""
     env = settings(demo, 0, ("127.0.0.1", "127.0.0.1"))
     members = json.loads(env["JSON_GANG_PARTS"])
     members["x_part1"]["port"] = PORT + 100
@@ -431,7 +432,7 @@ def test_name_of_another_part_that_resolves_to_loopback_is_an_error(sides: list[
 def test_all_reduce_over_both_parts_is_correct(sides: list[Side], demo: Path) -> None:
     for side, part_report in zip(sides, run_gang_doctors(sides, demo, arguments=("--tier=3",)), strict=True):
         assert gang_problems(part_report) == {}
-        assert "correct at 8 B, 64.0 KiB, 16.0 MiB" in actual(part_report, "X-01")
+        assert "correct sums of 8 B, 64.0 KiB, 16.0 MiB" in actual(part_report, "X-01")
         assert "ms per token" in actual(part_report, "X-02")
         assert f"/s over {side.device}, at most 1.2 GiB/s" in actual(part_report, "X-02")
 

@@ -15,7 +15,7 @@ from doctor.gang.part_report import LinkResult, PartReport
 from doctor.gang.view import GangView
 from doctor.report import Finding
 from tests.doctor.fixtures import FakeHost, by_id, problems
-from tests.doctor.test_gpu_faults import FaultyGpuPart, gpu_part  # noqa: F401  # a fixture
+from tests.doctor.test_gpu_faults import FakeGpuPart, gpu_part  # noqa: F401  # a fixture
 
 MEMBERS = {f"x_part{n}": {"name": f"x_part{n}", "ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(3)}
 GANG = ("C-01", "C-02", "G-10", "G-11")
@@ -77,7 +77,7 @@ def remove_part(gang: FakeGang) -> None:
 
 
 def combine(*steps: Callable[[FakeGang], object]) -> Callable[[FakeGang], None]:
-    """One fault of several steps."""
+    """Returns a function that causes several faults, one after another."""
 
     def inject(gang: FakeGang) -> None:
         for step in steps:
@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
         "C-08",
         lambda gang: setattr(gang.part_reports[1].links[2], "clock_offset", 31.5),
         "warn",
-        "part2 is +31.500 s",
+        "the clock of part2 differs from part1's by +31.500 s",
     ),
     "a slow link": (
         "N-13",
@@ -125,13 +125,13 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
             lambda gang: setattr(gang.part_reports[1].links[0], "transfer_error", "8 MiB received: stalled"),
         ),
         "error",
-        "part0 -> part1: it sends a greeting but no reply; part1 -> part0: 8 MiB received: stalled; MTU",
+        "part0 -> part1: the doctor sends a greeting but no reply; part1 -> part0: 8 MiB received: stalled; MTU",
     ),
     "no transfer was made": (
         "N-10",
         lambda gang: gang.part_reports[0].links.update({1: LinkResult(dict.fromkeys((10000, 10003, 40001), "open"))}),
         "unknown",
-        "no transfer of 8 MiB was completed: part0 -> part1",
+        "no transfer of 8 MiB finished in time: part0 -> part1",
     ),
     "the time was up": (
         "N-01",
@@ -140,7 +140,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
             lambda gang: gang.part_reports[1].links.update({2: LinkResult()}),
         ),
         "unknown",
-        "not all directions were tried in time: part1 -> part2",
+        "not all links were tested in time: part1 -> part2",
     ),
     "another part answers": (
         "C-01",
@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
         "N-01",
         lambda gang: set_ports(gang, 0, 1, "refused", 10003),
         "error",
-        "part0 -> part1 (10.0.0.6): 10003 (doctor (START_PORT + 3)) refused; nothing listens there",
+        "part0 -> part1 (10.0.0.6): 10003 (doctor (START_PORT + 3)) refused; no process listens there",
     ),
     "closed in both directions": (
         "N-01",
@@ -211,8 +211,8 @@ def test_findings_are_the_same_on_every_part(gang: FakeGang) -> None:
     assert [(f.id, f.actual) for f in gang.run_gang_checks()] == [(f.id, f.actual) for f in first]
 
 
-def on_gpus(gang: FakeGang, gpu_part: FaultyGpuPart) -> FakeGang:  # noqa: F811
-    """The same parts, each with a GPU."""
+def on_gpus(gang: FakeGang, gpu_part: FakeGpuPart) -> FakeGang:  # noqa: F811
+    """Gives each part of the gang a GPU."""
     gang.ctx.__dict__["gpus"] = gpu_part.ctx().gpus
     gang.ctx.__dict__.pop("plan_result", None)
     for part, part_report in gang.part_reports.items():
@@ -222,19 +222,21 @@ def on_gpus(gang: FakeGang, gpu_part: FaultyGpuPart) -> FakeGang:  # noqa: F811
 
 
 @pytest.mark.fault("S-05")
-def test_parts_with_one_nccl_host_id_and_separate_memory_are_an_error(gang: FakeGang, gpu_part: FaultyGpuPart) -> None:  # noqa: F811
+def test_parts_with_one_nccl_host_id_and_separate_memory_are_an_error(gang: FakeGang, gpu_part: FakeGpuPart) -> None:  # noqa: F811
     on_gpus(gang, gpu_part)
     assert problems(gang.run_gang_checks()) == {}
     for part in (1, 2):
         gang.part_reports[part].identity |= {"hostname": "node", "boot_id": "same"}
     findings = gang.run_gang_checks()
     assert problems(findings) == {"S-05": "error"}
-    assert by_id(findings, "S-05").actual == "part1 and part2 look like one machine, and share no memory"
+    assert (
+        by_id(findings, "S-05").actual == "NCCL considers part1 and part2 one machine, but they do not share /dev/shm"
+    )
     gang.part_reports[2].identity |= {"hostname": "other"}
     assert problems(gang.run_gang_checks()) == {"S-05": "warn"}
 
 
-def test_shared_or_different_gpus_are_an_error(gang: FakeGang, gpu_part: FaultyGpuPart) -> None:  # noqa: F811
+def test_shared_or_different_gpus_are_an_error(gang: FakeGang, gpu_part: FakeGpuPart) -> None:  # noqa: F811
     on_gpus(gang, gpu_part)
     gang.part_reports[2].identity["gpus"][0] |= {"total": 40 << 30}
     assert problems(gang.run_gang_checks()) == {"G-11": "error"}

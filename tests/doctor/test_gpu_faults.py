@@ -54,8 +54,8 @@ def healthy_gpus(count: int = 8, visible: str | None = None) -> GpuInventory:
     )
 
 
-class FaultyGpuPart:
-    """A healthy machine with eight GPUs, and the settings of a part that uses all of them."""
+class FakeGpuPart:
+    """A healthy part with eight GPUs and eight ranks. A test changes it to add a fault."""
 
     def __init__(self, root: Path):
         self.environ = {"TP_SIZE": "8"}
@@ -111,24 +111,24 @@ class FaultyGpuPart:
 
 
 @pytest.fixture
-def gpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyGpuPart:
-    part = FaultyGpuPart(tmp_path)
+def gpu_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpuPart:
+    part = FakeGpuPart(tmp_path)
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda planned: "")  # not this machine's ports
     monkeypatch.setattr("doctor.checks.shm.numa_allowed", lambda host: part.numa)
     monkeypatch.setattr("doctor.checks.cuda_version._torch_cuda", lambda: (12, 8))
     return part
 
 
-def fail_nvml(gpu_part: FaultyGpuPart, failure: int) -> None:
+def fail_nvml(gpu_part: FakeGpuPart, failure: int) -> None:
     gpu_part.gpus = GpuInventory(failure=failure)
     gpu_part.set(TP_SIZE="1", RTP_DEVICE="cuda")
 
 
-def set_pairs(gpu_part: FaultyGpuPart, *pairs: GpuPair) -> None:
+def set_pairs(gpu_part: FakeGpuPart, *pairs: GpuPair) -> None:
     gpu_part.gpus = replace(gpu_part.gpus, pairs=pairs)
 
 
-def add_rdma_cards(gpu_part: FaultyGpuPart, *, files: bool = True, state: str = "4: ACTIVE") -> None:
+def add_rdma_cards(gpu_part: FakeGpuPart, *, files: bool = True, state: str = "4: ACTIVE") -> None:
     members = '{"x_part0": {"ip": "10.0.0.5", "port": 10000}, "x_part1": {"ip": "10.0.0.6", "port": 10000}}'
     gpu_part.set(TP_SIZE="16", LOCAL_WORLD_SIZE="8", JSON_GANG_PARTS=members)
     gpu_part.host.write("/sys/class/infiniband/mlx5_0/ports/1/state", state + "\n")
@@ -138,17 +138,17 @@ def add_rdma_cards(gpu_part: FaultyGpuPart, *, files: bool = True, state: str = 
         gpu_part.host.write("/dev/infiniband/uverbs0", "")
 
 
-def all_of(*steps: Callable[[FaultyGpuPart], object]) -> Callable[[FaultyGpuPart], None]:
+def all_of(*steps: Callable[[FakeGpuPart], object]) -> Callable[[FakeGpuPart], None]:
     """Returns a fault of several steps."""
 
-    def apply(part: FaultyGpuPart) -> None:
+    def apply(part: FakeGpuPart) -> None:
         for step in steps:
             step(part)
 
     return apply
 
 
-FAULTS: dict[str, tuple[Callable[[FaultyGpuPart], object], str, str]] = {
+FAULTS: dict[str, tuple[Callable[[FakeGpuPart], object], str, str]] = {
     "G-01": (lambda part: fail_nvml(part, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "error", "docker run --gpus all"),
     "G-02": (lambda part: fail_nvml(part, pynvml.NVML_ERROR_UNKNOWN), "error", "recreate the container"),
     "G-03": (lambda part: fail_nvml(part, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "error", "reboot"),
@@ -230,12 +230,12 @@ FAULTS: dict[str, tuple[Callable[[FaultyGpuPart], object], str, str]] = {
 }
 
 
-def test_healthy_gpus_have_no_problems(gpu_part: FaultyGpuPart) -> None:
+def test_healthy_gpus_have_no_problems(gpu_part: FakeGpuPart) -> None:
     assert problems(run_context_checks(gpu_part.ctx())) == {}
 
 
 @pytest.mark.parametrize("id", FAULTS)
-def test_gpu_fault_is_the_only_problem_found(id: str, gpu_part: FaultyGpuPart) -> None:
+def test_gpu_fault_is_the_only_problem_found(id: str, gpu_part: FakeGpuPart) -> None:
     inject, status, remedy = FAULTS[id]
     inject(gpu_part)
     found = run_context_checks(gpu_part.ctx())
@@ -251,8 +251,8 @@ KERNEL_LOG = """\
 
 
 @pytest.mark.fault("G-16")
-def test_xid_in_the_kernel_log_is_a_warning(gpu_part: FaultyGpuPart) -> None:
-    """Only hardware errors: Xid 31, of GPU 2, is an error of a program."""
+def test_xid_in_the_kernel_log_is_a_warning(gpu_part: FakeGpuPart) -> None:
+    """Xid 31 of GPU 2 is not reported, because it is an error of a program, not of the hardware."""
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG)
     found = run_context_checks(gpu_part.ctx())
     assert problems(found) == {"G-16": "warn"}
@@ -262,12 +262,12 @@ def test_xid_in_the_kernel_log_is_a_warning(gpu_part: FaultyGpuPart) -> None:
     assert "drain this machine" in fix(by_id(found, "G-16"))
 
 
-def test_kernel_log_without_xids_or_unreadable_is_ok(gpu_part: FaultyGpuPart) -> None:
+def test_kernel_log_without_xids_or_unreadable_is_ok(gpu_part: FakeGpuPart) -> None:
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
-        "/dev/kmsg cannot be read, so Xids are not seen"
+        "/dev/kmsg cannot be read, so Xids are not checked"
     )
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG.splitlines()[1])
-    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith("the kernel reported no Xid")
+    assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith("the kernel log has no Xid")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_kernel_log_without_xids_or_unreadable_is_ok(gpu_part: FaultyGpuPart) ->
         ("G-20", {"clock_reasons": None}),
     ],
 )
-def test_missing_reading_is_skipped(id: str, readings: dict[str, Any], gpu_part: FaultyGpuPart) -> None:
+def test_missing_reading_is_skipped(id: str, readings: dict[str, Any], gpu_part: FakeGpuPart) -> None:
     for gpu in gpu_part.gpus.all:
         gpu_part.set_readings(gpu.index, **readings)
     assert (
@@ -289,16 +289,16 @@ def test_missing_reading_is_skipped(id: str, readings: dict[str, Any], gpu_part:
         by_id(run_context_checks(gpu_part.ctx()), id).actual,
     ) == (
         "skip",
-        "this GPU does not report it",
+        "these GPUs do not report it",
     )
 
 
-def test_missing_peer_access_reading_is_skipped(gpu_part: FaultyGpuPart) -> None:
+def test_missing_peer_access_reading_is_skipped(gpu_part: FakeGpuPart) -> None:
     set_pairs(gpu_part, GpuPair(0, 1, p2p=None, nvlink=None, topology=None))
     assert by_id(run_context_checks(gpu_part.ctx()), "P-02").status == "skip"
 
 
-def test_xids_before_the_driver_was_loaded_are_ignored(gpu_part: FaultyGpuPart) -> None:
+def test_xids_before_the_driver_was_loaded_are_ignored(gpu_part: FakeGpuPart) -> None:
     loaded = "4,1204,88214,-;NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.86.15\n"
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG + loaded)
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").status == "ok"
@@ -306,24 +306,24 @@ def test_xids_before_the_driver_was_loaded_are_ignored(gpu_part: FaultyGpuPart) 
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").status == "warn"
 
 
-def test_empty_kernel_log_counts_as_unreadable(gpu_part: FaultyGpuPart) -> None:
+def test_empty_kernel_log_counts_as_unreadable(gpu_part: FakeGpuPart) -> None:
     """As if /dev/null is mounted over /dev/kmsg."""
     gpu_part.host.write("/dev/kmsg", "")
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
-        "/dev/kmsg cannot be read, so Xids are not seen"
+        "/dev/kmsg cannot be read, so Xids are not checked"
     )
 
 
-def test_lost_gpu_is_reported_with_its_xid(gpu_part: FaultyGpuPart) -> None:
+def test_lost_gpu_is_reported_with_its_xid(gpu_part: FakeGpuPart) -> None:
     gpu_part.gpus = replace(gpu_part.gpus, failed=((8, pynvml.NVML_ERROR_GPU_IS_LOST),))
     gpu_part.host.write("/dev/kmsg", KERNEL_LOG.replace("0000:13:00", "0000:18:00"))
     assert by_id(run_context_checks(gpu_part.ctx()), "G-16").actual.endswith(
-        "; the kernel reported Xid 79 of 0000:18:00"
+        "; the kernel log has Xid 79 of 0000:18:00"
     )
 
 
 @pytest.mark.parametrize("id", ["G-04", "G-08", "P-01"])
-def test_probes_are_skipped_at_tier_0(id: str, gpu_part: FaultyGpuPart) -> None:
+def test_probes_are_skipped_at_tier_0(id: str, gpu_part: FakeGpuPart) -> None:
     assert by_id(run_context_checks(gpu_part.ctx()), id).status == "skip"
 
 
@@ -331,33 +331,31 @@ def test_probes_are_skipped_at_tier_0(id: str, gpu_part: FaultyGpuPart) -> None:
 
 
 @pytest.mark.fault("G-04")
-def test_gpu_that_does_not_compute_is_an_error(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_probes(monkeypatch, compute={3: "no answer within 50 s; the process was killed"})
+def test_gpu_that_does_not_compute_is_an_error(gpu_part: FakeGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_probes(monkeypatch, compute={3: "did not finish within 50 s and was killed"})
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-04": "error"}
-    assert "GPU 3: no answer" in by_id(found, "G-04").actual
-    assert by_id(found, "P-01").actual == by_id(found, "G-08").actual == "because G-04"
+    assert "GPU 3: did not finish" in by_id(found, "G-04").actual
+    assert by_id(found, "P-01").actual == by_id(found, "G-08").actual == "not run, because G-04 did not pass"
 
 
 @pytest.mark.fault("P-04")
-def test_fabric_that_is_not_ready_is_an_error(gpu_part: FaultyGpuPart) -> None:
+def test_fabric_that_is_not_ready_is_an_error(gpu_part: FakeGpuPart) -> None:
     """G-04 fails as well: CUDA does not start (error 802)."""
     gpu_part.set_readings(4, fabric_state=2)
     assert problems(run_context_checks(gpu_part.ctx())) == {"G-04": "error", "P-04": "error"}
 
 
 @pytest.mark.fault("G-08")
-def test_torch_without_kernels_for_the_gpu_is_an_error(
-    gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_without_kernels_for_the_gpu_is_an_error(gpu_part: FakeGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_probes(monkeypatch, known=["sm_80", "sm_86"])
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-08": "error"}
-    assert by_id(found, "G-08").expected == "sm_90"
+    assert by_id(found, "G-08").expected == "torch with sm_90"
 
 
 @pytest.mark.fault("P-01")
-def test_lost_peer_writes_are_an_error(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_peer_writes_are_an_error(gpu_part: FakeGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_probes(monkeypatch, copies=[(2, 5, "1024 of 1024 numbers are wrong")])
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"P-01": "error"}
@@ -365,7 +363,7 @@ def test_lost_peer_writes_are_an_error(gpu_part: FaultyGpuPart, monkeypatch: pyt
     assert "NCCL_P2P_DISABLE=1" in fix(by_id(found, "P-01"))
 
 
-def test_healthy_gpus_at_tier_1_have_no_problems(gpu_part: FaultyGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healthy_gpus_at_tier_1_have_no_problems(gpu_part: FakeGpuPart, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_probes(monkeypatch)
     assert problems(run_context_checks(gpu_part.ctx(tier=1), tier=1)) == {}
 
@@ -387,13 +385,13 @@ def fake_probes(
     [
         ((9, 0), 18, "268.1 GiB/s over 18 NVLinks, at most 419.1 GiB/s"),
         ((10, 0), 18, "268.1 GiB/s over 18 NVLinks, at most 838.2 GiB/s"),
-        ((9, 0), 0, "the link's maximum is not known"),
+        ((9, 0), 0, "the maximum of the slowest link is not known"),
     ],
 )
 def test_throughput_is_compared_with_the_link(
-    gpu_part: FaultyGpuPart, capability: tuple[int, int], links: int, text: str
+    gpu_part: FakeGpuPart, capability: tuple[int, int], links: int, text: str
 ) -> None:
-    """16 MiB in 102 us: each of eight links of a ring carries 14/8 of that."""
+    """16 MiB take 102 us. In a ring of eight ranks, each link carries 14/8 of the bytes."""
     for gpu in gpu_part.gpus.all:
         gpu_part.set_readings(gpu.index, capability=capability, nvlinks=(links, links))
     ctx = gpu_part.ctx(tier=3)

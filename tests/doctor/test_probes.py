@@ -66,7 +66,7 @@ def test_probe_compute_reports_failures(fake_torch: pytest.MonkeyPatch, behaviou
 def test_probe_of_a_hung_gpu_is_killed(fake_torch: pytest.MonkeyPatch) -> None:
     fake_torch.setenv("FAKE", "hang")
     fake_torch.setattr(probes, "TIMEOUT_SECONDS", 1.0)
-    assert set(probes.probe_compute(GPUS).values()) == {"no answer within 1 s; the process was killed"}
+    assert set(probes.probe_compute(GPUS).values()) == {"did not finish within 1 s and was killed"}
 
 
 def test_lost_peer_copy_is_reported(fake_torch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from tests.doctor.fixtures import REPOSITORY, FakeHost, by_id, doctor, failed_ch
 
 
 def in_mount_namespace(script: str) -> list[str]:
-    """The words that run a command in a mount namespace of its own, after `script`."""
+    """Returns a command prefix that runs `script` and then a command in a new mount namespace."""
     command = ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
@@ -148,7 +148,8 @@ def test_unreadable_checkpoint_is_an_error(
 
 @dataclass(frozen=True)
 class SharedMemoryMount:
-    """A /dev/shm: its directory as this process reaches it, and the words that run a command with it."""
+    """A file system at /dev/shm. `directory`: its path in this process; `inside`: a command prefix that runs a command
+    with it."""
 
     directory: Path
     inside: list[str]
@@ -156,7 +157,7 @@ class SharedMemoryMount:
 
 @pytest.fixture
 def shm_mount() -> Iterator[SharedMemoryMount]:
-    """Mounts another /dev/shm, if this user may: the doctors of other tests must not see orphaned files."""
+    """Mounts a separate /dev/shm if this user may, so that the doctors of other tests do not see the orphaned files."""
     hold = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm && echo mounted && exec sleep 600"]
     if not shutil.which("unshare") or subprocess.run([*hold[:2], "true"], capture_output=True).returncode:
         yield SharedMemoryMount(Path("/dev/shm"), [])
@@ -171,7 +172,8 @@ def shm_mount() -> Iterator[SharedMemoryMount]:
 
 @pytest.fixture
 def shm_files(shm_mount: SharedMemoryMount) -> Iterator[dict[str, Path]]:
-    """Creates files in /dev/shm as of a killed rank, a live rank and other programs; all but one are old enough."""
+    """Creates files in /dev/shm: of a killed rank, of a live rank and of other programs. All but one are older than
+    MIN_AGE_SECONDS."""
     ours = f"rtp-llm-{os.getpid():012x}-"
     paths = {
         "ours": shm_mount.directory / f"{ours}00000001",
@@ -232,7 +234,7 @@ def test_segment_of_a_live_process_is_not_orphaned() -> None:
 
 
 def test_three_faults_give_three_problems(demo: Path) -> None:
-    """The screen of the README."""
+    """The faults are those of the screen in the README."""
     inside = in_mount_namespace("mount -t tmpfs -o size=2m tmpfs /dev/shm")
     with listening() as port:
         env = {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": str(port), "WROLD_RANK": "0"}
@@ -269,7 +271,7 @@ def test_hung_driver_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.timeout(60)
 def test_hung_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a file on it blocks forever, so a forked process must try first."""
+    """Opening a file on the hung disk blocks forever, so a forked process must try it first."""
 
     def dead(path: Path, most: int = 0) -> bytes:
         threading.Event().wait()
@@ -281,8 +283,8 @@ def test_hung_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("rtp_llm.files.read", dead)
     found = run_doctor(host, (), RunOptions(), print)
     assert {f.id: f.status for f in found.problems()} == {"M-08": "error"}
-    assert by_id(found.checks, "M-08").actual == f"CHECKPOINT_PATH={demo}: its disk gives no answer"
+    assert by_id(found.checks, "M-08").actual == f"CHECKPOINT_PATH={demo}: the file system does not respond"
     host.environ = {**host.environ, "DISTRIBUTE_CONFIG_FILE": "/mnt/list.json", "CHECKPOINT_PATH": ""}
     found = run_doctor(host, (), RunOptions(), print)
     assert {f.id: f.status for f in found.problems()} == {"C-02": "error"}
-    assert "/mnt/list.json: cannot be read: it gives no answer" in by_id(found.checks, "C-02").actual
+    assert "/mnt/list.json: cannot be read: the file system does not respond" in by_id(found.checks, "C-02").actual

@@ -27,7 +27,7 @@ def test_too_little_shm_exits_75_with_the_fix(settings: dict[str, str]) -> None:
     env = {**settings, "TP_SIZE": "2", "START_PORT": str(port), "RTP_RUNTIME": "docker"}
     with Part(env, port=port, ranks=2, inside=small_shm_prefix()) as part:
         assert part.wait_end() == 75
-        assert "S-01 /dev/shm has 2.0 MiB; expected 5.0 MiB for the segment of 2 ranks" in part.log
+        assert "S-01 /dev/shm has 2.0 MiB; expected 5.0 MiB for the shared memory of 2 ranks" in part.log
         assert "docker run --shm-size=2g" in part.log
         assert "engine.main" not in part.log
 
