@@ -66,7 +66,10 @@ def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress
 
 
 def _configured_plan(ctx: CheckContext) -> Plan | None:
-    """Returns the plan. Returns None if the plan is only a guess: reports must not be sent to wrong addresses."""
+    """Returns the plan of the gang (its parts, their addresses and ranks), or None if settings are invalid.
+
+    A plan that was guessed then may hold wrong addresses, and reports must not be sent to those.
+    """
     return None if ctx.plan_result.config_error or ctx.parsed_config.config_errors else ctx.plan
 
 

@@ -164,7 +164,7 @@ class Config(BaseModel):
 
     @property
     def drain_seconds(self) -> int:
-        """SHUTDOWN_TIMEOUT in seconds. -1 means no limit upstream; here it is 600, so that a stop always ends."""
+        """SHUTDOWN_TIMEOUT in seconds. -1, no limit in alibaba/rtp-llm, means 600 here, so that a stop always ends."""
         return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
 
 

@@ -140,4 +140,4 @@ def no_multiprocess_metrics(ctx: CheckContext) -> CheckResult:
     num_stale = sum(name.endswith(".db") for name in ctx.host.list_dir(folder))
     stale = f", with {num_stale} files of an earlier run" if num_stale else ""
     actual = f"PROMETHEUS_MULTIPROC_DIR={folder} is set{stale}"
-    return warn(actual, "the variable unset", fixes.UNSET_MULTIPROC_DIR)
+    return warn(actual, "PROMETHEUS_MULTIPROC_DIR unset", fixes.UNSET_MULTIPROC_DIR)

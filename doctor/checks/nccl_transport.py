@@ -32,7 +32,7 @@ def rdma_is_usable(ctx: CheckContext) -> CheckResult:
     gid_index = ctx.nccl.value("NCCL_IB_GID_INDEX")
     if gid_index and ctx.nccl.version >= (2, 21):
         actual = f"NCCL_IB_GID_INDEX={gid_index} is set, but NCCL 2.21 and later finds the right index itself"
-        return warn(actual, "the variable unset", "unset NCCL_IB_GID_INDEX")
+        return warn(actual, "NCCL_IB_GID_INDEX unset", "unset NCCL_IB_GID_INDEX")
     return ok(f"{num_active} active RDMA ports")
 
 

@@ -137,7 +137,8 @@ def shm_is_large_enough(ctx: CheckContext) -> CheckResult:
     whether NCCL allocates its host memory through CUDA."""
     space = ctx.host.space(SHM)
     if ctx.running:
-        return ok(f"{format_bytes(space.free)} of {format_bytes(space.size)} free; this part's server is running")
+        free = f"{format_bytes(space.free)} of {format_bytes(space.size)} free"
+        return ok(f"{free}, beside what this part's running server uses")
     requirement = shm_requirement(ctx)
     minimum, recommended = requirement.minimum, requirement.recommended
     actual = f"/dev/shm has {format_bytes(space.size)}"
