@@ -56,7 +56,7 @@ class Example:
 
 
 def manual() -> list[Example]:
-    """Returns the sections of docs/questions.md: a heading, a comment with other wordings, the answer."""
+    """Returns the sections of docs/questions.md: a question, its other wordings (a comment) and the answer."""
     sections = re.findall(r"^## (.+)\n<!-- (.+?) -->\n\n(.+)\n", QUESTIONS.read_text(), re.MULTILINE)
     return [Example((heading, *others.split(" | ")), answer) for heading, others, answer in sections]
 

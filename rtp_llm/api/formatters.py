@@ -1,4 +1,4 @@
-"""JSON of OpenAI responses: whole objects and stream chunks, with the logprobs of both endpoints."""
+"""JSON of /v1/chat/completions and /v1/completions: whole responses and stream chunks, with logprobs."""
 
 import codecs
 import time
@@ -132,7 +132,7 @@ class _TextOffset:
 
 @dataclass
 class _LogprobTable:
-    """The parallel lists of a completion's logprobs; `text_offset` is the offset of the next token in the text."""
+    """The parallel lists of a completion's logprobs. `text_offset`: characters of the tokens so far."""
 
     tokenizer: Tokenizer
     text_offset: _TextOffset

@@ -42,7 +42,7 @@ _LIST_FIELDS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_t
 
 @dataclass
 class NativeSequence:
-    """One sequence of one prompt and its output so far."""
+    """One of the sequences that are generated for a prompt, and its output so far."""
 
     prompt: list[int]
     params: SamplingParams

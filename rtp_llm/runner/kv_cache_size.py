@@ -53,8 +53,8 @@ def size_kv_cache(
     max_useful_blocks = config.max_sequences * -(-max_seq_len // block_size)
     num_blocks = min(budget_bytes // bytes_per_block, max_useful_blocks)
     log.info(
-        "KV cache: %s; a block is 2 x %d layers x %d tokens x %d KV heads x %d x %d B = %.1f KiB;"
-        " %d blocks fit, at most %d can be used",
+        "KV cache: %s; a block is 2 (K, V) x %d layers x %d tokens x %d KV heads x head size %d x %d B = %.1f KiB;"
+        " %d blocks fit, the running sequences use at most %d",
         source,
         spec.num_layers,
         block_size,
