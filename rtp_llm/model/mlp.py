@@ -1,0 +1,34 @@
+"""Feed-forward layers."""
+
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, merged_columns
+from rtp_llm.model.spec import ModelSpec
+from rtp_llm.parallel.group import Group
+from rtp_llm.parallel.sharding import shard_mlp
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) over this rank's columns."""
+
+    def __init__(self, spec: ModelSpec, layer: int, group: Group):
+        super().__init__()
+        prefix, full_size = f"model.layers.{layer}.mlp", spec.intermediate_size
+        shard = shard_mlp(full_size, group.size, group.rank)
+        columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full_size, shard)
+        self.gate_up_proj = ColumnParallelLinear(spec.hidden_size, 2 * len(shard), columns, spec.mlp_bias)
+        self.down_proj = RowParallelLinear(
+            f"{prefix}.down_proj",
+            full_size,
+            len(shard),
+            spec.hidden_size,
+            [(shard, range(len(shard)))],
+            spec.mlp_bias,
+            group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, hidden_size]. Returns the same shape."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(silu(gate) * up)
