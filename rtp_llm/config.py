@@ -1,7 +1,7 @@
 """Defines all settings: name, type, default and description of every variable.
 
 Field `tp_size` of `Config` is the variable TP_SIZE and the flag --tp_size. A flag overrides the environment, which
-overrides the default. Variables of upstream rtp-llm that this server does not use are in `upstream_variables.json`;
+overrides the default. Variables of alibaba/rtp-llm that this server does not use are in `upstream_variables.json`;
 they are accepted with a log line.
 """
 
@@ -159,7 +159,7 @@ class Config(BaseModel):
 
     @property
     def max_sequences(self) -> int:
-        """Maximum sequences in one step."""
+        """Maximum number of sequences that one step of the engine computes."""
         return self.max_batch_size or self.concurrency_limit
 
     @property
@@ -170,7 +170,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class UpstreamVariable:
-    """A variable of upstream rtp-llm that this server does not use.
+    """A variable of alibaba/rtp-llm that this server does not use.
 
     `refuse`: reason why values other than the default are rejected; empty if the variable is ignored.
     """
@@ -222,7 +222,7 @@ def secret(config: Config) -> bytes:
 
 
 def upstream_variables() -> dict[str, UpstreamVariable]:
-    """Returns upstream's variables that are accepted without effect, by name."""
+    """Returns the variables of alibaba/rtp-llm that are accepted without effect, by name."""
     table = json.loads(package("rtp_llm").joinpath("upstream_variables.json").read_text())
     return {name: UpstreamVariable(name=name, **entry) for name, entry in table.items()}
 
@@ -312,7 +312,7 @@ def _refuse_unsupported(values: Mapping[str, str], upstream: Mapping[str, Upstre
 
 
 def _equals_default(value: str, default: str) -> bool:
-    """Compares a value with the default. `0`, `False` and `off` are equal."""
+    """Returns whether the value equals the default. `0`, `False` and `off` count as equal."""
     falsy = {"0", "false", "no", "off", "f", "n", "", "{}", "none", "disabled"}
     return value.lower() == default.lower() or (value.lower() in falsy and default.lower() in falsy)
 

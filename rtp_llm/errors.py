@@ -24,7 +24,8 @@ class ExitCode(IntEnum):
     def is_final(self) -> bool:
         """True if a restart of the ranks cannot help, because the same input fails again.
 
-        GANG_INCOMPLETE is final because the rendezvous has already waited GANG_TIMEOUT_MIN, or parts disagree.
+        GANG_INCOMPLETE is final because the rendezvous has already waited GANG_TIMEOUT_MIN, or parts have different
+        settings.
         """
         return self in _FINAL_CODES
 
@@ -83,7 +84,7 @@ class DoctorError(FatalError):
 
 
 class CommunicationError(FatalError):
-    """A joined peer disconnected or sent an unexpected message."""
+    """After the rendezvous, another process disconnected, did not respond in time or sent an unexpected message."""
 
     exit_code = ExitCode.COMMUNICATION
 
@@ -97,8 +98,8 @@ class GpuError(FatalError):
 class RequestError(Exception):
     """Ends a request with an error response.
 
-    `status` is the HTTP status, `code` and `name` are upstream's `error_code` (reference: alibaba/rtp-llm,
-    config/exceptions.py), `param` is the invalid field if there is one.
+    `status` is the HTTP status, `code` and `name` are an error code of alibaba/rtp-llm (config/exceptions.py), `param`
+    is the invalid field if there is one.
     """
 
     def __init__(self, status: int, code: int, name: str, message: str, *, param: str | None = None):
@@ -106,7 +107,10 @@ class RequestError(Exception):
         self.status, self.code, self.name, self.message, self.param = status, code, name, message, param
 
     def body(self) -> dict[str, Any]:
-        """Returns upstream's three fields, and OpenAI's error object, which OpenAI clients display."""
+        """Returns the JSON body of the response.
+
+        It has the three fields of alibaba/rtp-llm, and OpenAI's `error` object, which OpenAI clients display.
+        """
         types = {429: "rate_limit_error"} | dict.fromkeys(range(400, 429), "invalid_request_error")
         error_type = types.get(self.status, "server_error")
         return {

@@ -162,7 +162,7 @@ class Metrics:
         ).set(1)
 
     def reset_engine_gauges(self) -> None:
-        """Sets the gauges that the engine updates to 0, since it is lost."""
+        """Sets to 0 the gauges that describe a running engine, since the engine is lost."""
         for gauge in (self.running, self.waiting, self.kv_usage, self.kv_used_tokens):
             gauge.set(0)
         self.waiting_by_reason.labels(reason="capacity").set(0)

@@ -1,7 +1,8 @@
 """`python3 -m rtp_llm.start_server`: the main process of one part.
 
-Validates all input that can be checked without a GPU, writes the part spec, runs supervisord and forwards signals to
-it. Exits with a code for the reason, because supervisord itself always exits with 0.
+Validates all input that can be checked without a GPU, writes part.json (settings and plan, for the other processes of
+the part), runs supervisord and forwards signals to it. Exits with a code for the reason, because supervisord itself
+always exits with 0.
 """
 
 import fcntl
@@ -80,7 +81,8 @@ def main() -> int:
 def _append_to_stdout() -> None:
     """Sets O_APPEND on stdout.
 
-    supervisord reopens its stdout for each program. If it is a file, programs would overwrite each other's lines.
+    supervisord reopens its stdout for each program. If stdout is a file, programs would otherwise overwrite each
+    other's lines.
     """
     fd = sys.stdout.fileno()
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
@@ -192,7 +194,7 @@ def _run_dir(config: Config) -> Iterator[Path]:
 
 
 def _remove_stale_segments(prefix: str) -> None:
-    """Removes segments of ranks that were killed between creating and unlinking them."""
+    """Removes the shared-memory files of ranks that were killed before they could unlink them."""
     for stale in SHM.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
 
@@ -247,7 +249,10 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
 
 
 def _child_environment(config: Config) -> dict[str, str]:
-    """Returns this process's environment plus GANG_SECRET if it was a flag, since part.json must not contain it."""
+    """Returns this process's environment, plus GANG_SECRET if it was set by a flag.
+
+    The child processes read all other settings from part.json, which must not contain a secret.
+    """
     secret = config.gang_secret.get_secret_value()
     return {**os.environ, "GANG_SECRET": secret} if secret else dict(os.environ)
 
@@ -273,7 +278,7 @@ def _tail(path: Path, lines: int = 10) -> str:
 class SignalForwarder:
     """Forwards SIGTERM, SIGINT and SIGHUP to supervisord.
 
-    The first two as SIGTERM, which stops the part in order; the third as SIGKILL.
+    The first two signals that arrive are forwarded as SIGTERM, which stops the part in order; the third as SIGKILL.
     """
 
     def __init__(self) -> None:
@@ -287,7 +292,10 @@ class SignalForwarder:
                 signal.signal(number, self._stop)
 
     def defer(self) -> None:
-        """Counts signals until `set_child`, because an exception from a handler during a fork is ignored."""
+        """From now on only counts signals; `set_child` forwards them.
+
+        A handler must not exit while the child is forked, because an exception in it would be ignored.
+        """
         self._deferred = True
 
     def set_child(self, child: "subprocess.Popen[bytes]", run_dir: Path) -> None:

@@ -28,7 +28,9 @@ def same_facts_check(
     seen_as: tuple[str, ...] = (),
     needs: tuple[str, ...] = ("C-09", "C-10"),
 ) -> None:
-    """Registers a check that all facts whose name begins with `prefix` are equal on all parts (doctor/gang/facts.py).
+    """Registers a check that compares the facts whose name begins with `prefix`; they must be equal on all parts.
+
+    Facts are named values that each part reports to the others (doctor/gang/facts.py).
 
     `explanation`: the check's docstring. `expected`, `fix`: texts of the error. `seen_as`: the check's symptoms.
     """
@@ -58,9 +60,9 @@ def same_software(ctx: CheckContext, view: GangView) -> CheckResult:
     different protocols. Different drivers are only a warning."""
     versions, drivers = view.differences("version."), view.differences("gpu.driver")
     if versions:
-        return error(format_differences(versions), "the same versions on all parts", SAME_IMAGE)
+        return error(format_differences(versions), "the same software versions on all parts", SAME_IMAGE)
     same_driver = "the same driver on every machine"
-    return warn(format_differences(drivers), "one driver version", same_driver) if drivers else ok(SAME)
+    return warn(format_differences(drivers), "one driver version on all parts", same_driver) if drivers else ok(SAME)
 
 
 same_facts_check(
@@ -106,7 +108,7 @@ def clocks_in_sync(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
     only with them."""
     measured = [(source, target, link) for source, target, link in view.links() if link.rtt]
     if not measured:
-        return skip("the clocks of no two parts were compared")
+        return skip("no part could compare its clock with that of another part")
     source, target, link = max(measured, key=lambda entry: abs(entry[2].clock_offset))
     return Reading(
         abs(link.clock_offset) - link.clock_error,

@@ -25,12 +25,14 @@ GangCheckFunction = Callable[[CheckContext, GangView], CheckResult | Reading]
 def used_gpu_check(
     id: str, title: str, *, preconditions: tuple[Precondition, ...] = (), **options: Any
 ) -> Callable[[CheckFunction], CheckFunction]:
-    """Registers a check of the GPUs that the local ranks use; it is skipped if there are none."""
+    """Registers a check of the GPUs that the local ranks use. The check is skipped if they use none."""
     return check(id, title, category="gpu", needs=("G-09",), preconditions=(GPUS_USED, *preconditions), **options)
 
 
 def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFunction], GangCheckFunction]:
-    """Registers a check of tier 2, which gets the reports of all parts. It is skipped if there are none.
+    """Registers a check of tier 2 (the checks that `rtp-llm-doctor gang` adds), which gets the reports of all parts.
+
+    The check is skipped if the parts have not exchanged reports.
 
     `options`: keyword arguments of `check`. By default the check needs C-09 and C-10: all parts respond, with
     compatible doctors.

@@ -93,8 +93,8 @@ def no_damaged_files(ctx: CheckContext) -> CheckResult:
 
 
 def _check_files(ctx: CheckContext, id: str, healthy: str, fix: str) -> CheckResult:
-    """Reports the errors of the checkpoint reader that belong to the check `id`. `healthy`: text of the result if there
-    are none."""
+    """Returns the result of the check `id`: the errors of the checkpoint reader that this check reports, or else the
+    text `healthy`."""
     path = ctx.checkpoint_path
     if path is None or not path.is_dir():
         return skip(NO_MODEL)

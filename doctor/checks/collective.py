@@ -1,4 +1,4 @@
-"""Tier 3: checks that an all-reduce over all ranks is correct and fast."""
+"""Checks of tier 3, which `--tier 3` adds: an all-reduce over all ranks is correct and fast."""
 
 from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, unknown
 from doctor.checks.categories import collective_check
@@ -33,7 +33,7 @@ def all_reduce_is_correct(ctx: CheckContext) -> CheckResult:
     for size, entry in measured["sizes"].items():
         if entry["wrong"]:
             actual = f"{entry['wrong']} wrong numbers in an all-reduce of {size} bytes"
-            return error(actual, "no wrong numbers", "NCCL_P2P_DISABLE=1; see P-01")
+            return error(actual, "no wrong number in any all-reduce", "NCCL_P2P_DISABLE=1; see check P-01")
     sizes = ", ".join(format_bytes(int(size)) for size in measured["sizes"])
     return ok(f"{measured['backend']}: correct sums of {sizes}")
 
@@ -58,7 +58,10 @@ def all_reduce_is_fast(ctx: CheckContext) -> CheckResult | Reading:
 
 
 def _compare_with_link(ctx: CheckContext, rate: float) -> str:
-    """Returns text that compares the throughput with the slowest link. `rate`: bytes reduced per second."""
+    """Returns text that compares the throughput of an all-reduce with the maximum of the slowest link between ranks.
+
+    `rate`: bytes reduced per second.
+    """
     link = _slowest_link(ctx)
     if ctx.plan is None or link is None:
         return "; the maximum of the slowest link is not known"

@@ -23,8 +23,8 @@ def settings_are_valid(ctx: CheckContext) -> CheckResult:
 
 
 def _is_service_link(config_error: ConfigError) -> bool:
-    """Returns whether the error is about a variable that Kubernetes sets for a Service; N-15 reports it instead of
-    M-14."""
+    """Returns whether the error is about a variable that Kubernetes sets for a Service. Such an error belongs to check
+    N-15, so M-14 leaves it out."""
     return "enableServiceLinks" in str(config_error)
 
 
@@ -73,7 +73,8 @@ def member_list_is_valid(ctx: CheckContext) -> CheckResult:
     differences = ctx.gang.differences("members") if ctx.gang else {}
     if differences:
         lists = "  ".join(f"{part}={value}" for part, value in differences["members"].items())
-        return error(f"the parts have different lists: {lists}", "the same list", "give all parts the same file")
+        actual = f"the parts have different member lists: {lists}"
+        return error(actual, "the same member list on all parts", "give all parts the same member list")
     if plan is None or not (config.distribute_config_file or config.gang_config_string or config.json_gang_parts):
         return skip("no member list is set: there is one part, or only LEADER_ADDRESS is set")
     return ok(f"{len(plan.members)} parts in the list, part 0 at {plan.leader.ip}:{plan.leader.port}")
@@ -105,7 +106,7 @@ def plan_is_consistent(ctx: CheckContext) -> CheckResult:
     if differences:
         values = "; ".join(f"{k}: " + " ".join(f"{p}={v}" for p, v in d.items()) for k, d in differences.items())
         fix = "give all parts the same settings"
-        return error(f"the parts disagree: {values}", "the same sizes on every part", fix)
+        return error(f"the parts have different sizes: {values}", "the same sizes on every part", fix)
     wrong_parts = ctx.gang.wrong_part_links() if ctx.gang else []
     if wrong_parts:
         fix = "correct WORLD_RANK on the part that answers, or the addresses and port forwarding in the member list"

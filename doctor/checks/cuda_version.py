@@ -23,7 +23,7 @@ def no_old_libcuda(ctx: CheckContext) -> CheckResult:
         if libcuda < _version_tuple(ctx.gpus.driver):
             fix = f"remove {folder}, or set LD_LIBRARY_PATH=/usr/local/nvidia/lib64"
             return error(f"{folder}/{name} is older than driver {ctx.gpus.driver}", "the driver's own libcuda", fix)
-    return ok("no older libcuda")
+    return ok("no cuda-compat libcuda is older than the driver")
 
 
 def _compat_folders(ctx: CheckContext) -> list[str]:
@@ -100,5 +100,5 @@ def forward_compatibility_is_supported(ctx: CheckContext) -> CheckResult:
     consumer = next((g for g in ctx.gpus.all if re.search(r"GeForce|TITAN|RTX (?!A|6000|PRO)", g.name)), None)
     if newer and consumer:
         actual = f"{newer[0]} on {consumer.name}"
-        return error(actual, "no cuda-compat folder, unless all are data-centre GPUs", f"remove {newer[0]}")
-    return ok("no cuda-compat folder is newer than the driver, or all are data-centre GPUs")
+        return error(actual, "no cuda-compat folder, unless all GPUs are data-centre GPUs", f"remove {newer[0]}")
+    return ok("no cuda-compat library is newer than the driver, or all GPUs are data-centre GPUs")

@@ -17,7 +17,10 @@ UnreachableLink = tuple[PartReport, PartReport, dict[int, str]]
 
 
 def _unreachable_links(view: GangView, ephemeral: bool) -> list[UnreachableLink]:
-    """Returns the links with unreachable ports. `ephemeral`: only ephemeral ports; else only planned ports."""
+    """Returns every pair of parts of which one cannot reach some ports of the other.
+
+    `ephemeral`: True considers only ephemeral ports, False only the ports in the plan.
+    """
     links = []
     for source, target, _ in view.links():
         ports = view.unreachable_ports(source, target)
@@ -28,7 +31,10 @@ def _unreachable_links(view: GangView, ephemeral: bool) -> list[UnreachableLink]
 
 
 def _probable_cause(view: GangView, source: PartReport, target: PartReport, ports: Mapping[int, str]) -> str:
-    """Returns the probable cause of unreachable ports as text, from the results and from the opposite direction."""
+    """Returns as text why `source` probably cannot reach `ports` of `target`.
+
+    Judges by the results of the attempts, and by whether `target` reaches `source`.
+    """
     outcomes = set(ports.values())
     if outcomes <= {"not_doctor"}:
         return f"another program listens on ports that part{target.part} needs"
@@ -51,7 +57,7 @@ def _describe_link(source: PartReport, target: PartReport, ports: Mapping[int, s
 
 
 def _incomplete(links: Sequence[tuple[PartReport, PartReport]], reason: str) -> CheckResult:
-    """Returns an unknown result, because some links were not tested."""
+    """Returns a result with status UNKNOWN, which names the pairs of parts whose connection was not tested."""
     directions = ", ".join(f"part{source.part} -> part{target.part}" for source, target in links)
     return unknown(f"{reason}: {directions or 'no part'}", "raise the time to wait: --wait SECONDS")
 
@@ -76,7 +82,8 @@ def planned_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResul
     if unprobed:
         return _incomplete(unprobed, "not all links were tested in time")
     num_ports = [len(link.ports) for _, _, link in view.links()]
-    return ok(f"{sum(num_ports)} ports in {len(num_ports)} directions") if sum(num_ports) else skip("no other part")
+    actual = f"{sum(num_ports)} ports accept connections, in {len(num_ports)} directions between parts"
+    return ok(actual) if sum(num_ports) else skip("there is no other part")
 
 
 @gang_check(
@@ -125,7 +132,7 @@ def large_transfers_work(ctx: CheckContext, view: GangView) -> CheckResult:
     if missing:
         return _incomplete(missing, "no transfer of 8 MiB finished in time")
     if not any(view.links()):
-        return skip("no other part")
+        return skip("there is no other part")
     if len(set(mtus.values())) > 1:
         return warn(f"the MTUs differ: {listed}", "the same MTU on all parts", fix)
     return ok(f"MTU {lowest}; 8 MiB passed in each direction")

@@ -36,7 +36,7 @@ def gpus_are_available(ctx: CheckContext) -> CheckResult:
     library = "no NVIDIA driver library (libnvidia-ml.so.1)"
     actual = "NVIDIA_VISIBLE_DEVICES hides the GPUs" if hidden else library
     requirement = "GPUs, because RTP_DEVICE=cuda" if device == "cuda" else "GPUs, because /dev has device files of GPUs"
-    return error(f"{actual}; {num_files} device files in /dev", requirement, fixes.GPU_ACCESS)
+    return error(f"{actual}; {num_files} GPU device files in /dev", requirement, fixes.GPU_ACCESS)
 
 
 @gpu_check("G-02", "the NVIDIA driver responds", needs=("G-01",), repair=Repair.RESTART)
@@ -48,8 +48,8 @@ def nvml_responds(ctx: CheckContext) -> CheckResult:
     if code == 0:
         return ok("NVML responds")
     if code in (*MISSING_LIBRARY, VERSION_MISMATCH):
-        return skip("no NVIDIA driver library, or a library of another version (G-03)")
-    return error(f"NVML fails: {pynvml.NVMLError(code)}", "a response", fixes.RECREATE_CONTAINER, code=code)
+        return skip("the driver's library is missing (G-01), or the kernel module has another version (G-03)")
+    return error(f"NVML fails: {pynvml.NVMLError(code)}", "a response of NVML", fixes.RECREATE_CONTAINER, code=code)
 
 
 @gpu_check(
@@ -64,11 +64,11 @@ def driver_versions_match(ctx: CheckContext) -> CheckResult:
     module, library = match[1] if match else "", ctx.gpus.driver
     if ctx.gpus.failure == VERSION_MISMATCH:
         actual = f"the kernel module has version {module or '(unknown)'}, the library another one"
-        return error(actual, "the same version", fixes.REBOOT)
+        return error(actual, "the same version of both", fixes.REBOOT)
     if not library:
         return skip("NVML does not report a driver version")
     if module and module != library:
-        return error(f"kernel module {module}, library {library}", "the same version", "reboot the host")
+        return error(f"kernel module {module}, library {library}", "the same version of both", "reboot the host")
     return ok(f"driver {library}")
 
 
@@ -81,12 +81,12 @@ def visible_devices_exist(ctx: CheckContext) -> CheckResult:
     all GPUs, and so does a list with a duplicate."""
     value = ctx.host.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
-        return ok(f"unset: all {len(ctx.gpus.all)} GPUs")
+        return ok(f"CUDA_VISIBLE_DEVICES is unset: all {len(ctx.gpus.all)} GPUs are visible")
     if ctx.config.rtp_device == "cpu":
-        return ok("not used: RTP_DEVICE=cpu")
+        return ok("CUDA_VISIBLE_DEVICES is not used, because RTP_DEVICE=cpu")
     problem = apply_cuda_visible_devices([gpu.uuid for gpu in ctx.gpus.all], value).problem
     if problem:
         indices = ",".join(str(gpu.index) for gpu in ctx.gpus.all)
         actual, fix = f"CUDA_VISIBLE_DEVICES={value!r}: {problem}", f"CUDA_VISIBLE_DEVICES={indices}"
-        return error(actual, f"indices from {indices}, or UUIDs", fix)
-    return ok(f"{value}: {len(ctx.gpus.visible)} GPUs")
+        return error(actual, f"GPU indices from {indices}, or GPU UUIDs", fix)
+    return ok(f"CUDA_VISIBLE_DEVICES={value}: {len(ctx.gpus.visible)} GPUs")

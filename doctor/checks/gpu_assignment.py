@@ -1,4 +1,4 @@
-"""Checks that the local ranks have GPUs of their own, of one model and free for them."""
+"""Checks that each local rank has a GPU of its own, that these GPUs are of one model, and that they are free."""
 
 from collections import Counter
 

@@ -26,7 +26,7 @@ def gpus_compute(ctx: CheckContext) -> CheckResult:
             fix = f"on the host: systemctl restart nvidia-fabricmanager (version {ctx.gpus.driver})"
             return error(f"{gpu.label}: the NVSwitch fabric is not set up", "fabric state COMPLETED", fix)
     if ctx.tier < 1:
-        return skip("--tier 1 computes on each GPU")
+        return skip("needs --tier 1, which computes on each GPU")
     for gpu, failure in probes.probe_compute(ctx.used_gpus).items():
         if failure:
             fix = "see the error message, and nvidia-smi -q"
@@ -43,13 +43,14 @@ def torch_has_kernels(ctx: CheckContext) -> CheckResult:
     """A build of torch contains kernels for a fixed list of GPU architectures (sm_80, sm_90, …). Tier 1 reads the list
     from torch and compares it with the GPUs."""
     if ctx.tier < 1:
-        return skip("--tier 1 reads torch's list of architectures")
+        return skip("needs --tier 1, which reads torch's list of GPU architectures")
     compiled = probes.architectures()
     if compiled is None:
-        return unknown("torch does not report its architectures")
+        return unknown("torch does not report for which GPU architectures it has kernels")
     for gpu in ctx.used_gpus:
         if gpu.capability and not probes.supports_capability(compiled, gpu.capability):
             required = "sm_" + "".join(map(str, gpu.capability))
-            actual = f"{gpu.label} is {required}, torch has {', '.join(compiled)}"
-            return error(actual, f"torch with {required}", f"install a torch build with {required}")
-    return ok(f"torch has {', '.join(compiled)}")
+            actual = f"{gpu.label} is {required}, torch has kernels for {', '.join(compiled)}"
+            fix = f"install a torch build with kernels for {required}"
+            return error(actual, f"torch with kernels for {required}", fix)
+    return ok(f"torch has kernels for {', '.join(compiled)}")

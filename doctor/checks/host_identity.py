@@ -1,4 +1,4 @@
-"""Check of the machines that NCCL distinguishes: which parts it assumes to be on one machine."""
+"""Check of the host ids by which NCCL decides which parts are on the same machine."""
 
 from doctor import fixes
 from doctor.check import CheckResult, error, ok, symptoms, warn
@@ -22,9 +22,9 @@ def nccl_host_ids_match(ctx: CheckContext, view: GangView) -> CheckResult:
     if sharing := view.hosts_sharing_nccl_id():
         a, b = sharing[0]
         actual = f"NCCL considers {a} and {b} one machine, but they do not share /dev/shm"
-        return error(actual, "different NCCL host ids, because they share no memory", fixes.NCCL_HOSTID)
+        return error(actual, "different NCCL host ids for parts that do not share /dev/shm", fixes.NCCL_HOSTID)
     if separated := view.separated_hosts():
         a, b = separated[0]
         actual = f"{a} and {b} are on one machine, but NCCL will use the network between them"
         return warn(actual, "one part per machine", fixes.NCCL_HOSTID)
-    return ok("each part is on another machine")
+    return ok("NCCL detects correctly which parts share a machine")

@@ -52,11 +52,11 @@ def nvlink_has_peer_access(ctx: CheckContext) -> CheckResult:
 )
 @symptoms("Xid (PCI:…): 74")
 def nvlinks_are_up(ctx: CheckContext) -> CheckResult:
-    """All GPUs of one model should have the same number of active NVLinks. The check expects as many as most of the
-    GPUs have active, or as the GPU itself has in total if that is more."""
+    """All GPUs of one model should have the same number of active NVLinks. The check expects on each GPU
+    the larger of two numbers: the links that this GPU has in total, and the links that are active on most GPUs."""
     used = ctx.used_gpus
     if not any(gpu.nvlinks[1] for gpu in used):
-        return skip("no NVLink")
+        return skip("these GPUs have no NVLink")
     usual = Counter(gpu.nvlinks[0] for gpu in used).most_common(1)[0][0]
     for gpu in used:
         num_up, num_expected = gpu.nvlinks[0], max(usual, gpu.nvlinks[1])
@@ -73,7 +73,7 @@ def fabric_is_ready(ctx: CheckContext) -> CheckResult:
     unsupported = (None, pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED)
     states = [gpu.fabric_state for gpu in ctx.used_gpus if gpu.fabric_state not in unsupported]
     if not states:
-        return skip("no NVSwitch fabric")
+        return skip("these GPUs have no NVSwitch fabric")
     num_ready = sum(state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED for state in states)
     if num_ready < len(states):
         fix = "on the host: systemctl restart nvidia-fabricmanager"
@@ -145,7 +145,7 @@ def gpudirect_is_available(ctx: CheckContext) -> CheckResult:
     if is_open_module or any(ctx.host.exists(path) for path in modules):
         return ok("GPUDirect RDMA can be used")
     fix = "on the host: modprobe nvidia-peermem"
-    return warn("neither nvidia-peermem nor the open kernel module is loaded", "one of them loaded", fix)
+    return warn("neither nvidia-peermem nor the open kernel module is loaded", "one of the two loaded", fix)
 
 
 @interconnect_check(
@@ -160,11 +160,11 @@ def peer_writes_arrive(ctx: CheckContext) -> CheckResult:
         return skip(FEWER_THAN_TWO_GPUS)
     if ctx.tier < 1:
         iommu = "; an IOMMU is active" if ctx.host.list_dir("/sys/class/iommu") else ""
-        return skip(f"--tier 1 copies data between all GPUs{iommu}")
+        return skip(f"needs --tier 1, which copies data between all GPUs{iommu}")
     indices = [gpu.index for gpu in ctx.used_gpus]
     failures = probes.probe_peer_copies(indices)
     if failures:
         source, target, failure = failures[0]
         fix = "iommu=pt and ACS off in the BIOS; until then NCCL_P2P_DISABLE=1"
         return error(f"GPU {source} -> GPU {target}: {failure}", "the pattern that was written", fix)
-    return ok(f"correct copies in {len(indices) * (len(indices) - 1)} directions")
+    return ok(f"correct copies in {len(indices) * (len(indices) - 1)} directions between GPUs")

@@ -23,9 +23,10 @@ def nccl_ifname_matches(ctx: CheckContext) -> CheckResult:
     environment or in nccl.conf. If it matches no interface, NCCL does not start."""
     setting = ctx.nccl.settings.get("NCCL_SOCKET_IFNAME")
     if setting is None:
-        return ok("not set: the server chooses the interface that routes to part 0")
+        return ok("NCCL_SOCKET_IFNAME is not set: the server chooses the interface that routes to part 0")
     if setting.source != "environment":
-        return ok(f"{setting.source} sets {setting.value}; the server's own choice overrides it")
+        chosen = "the server chooses the interface that routes to part 0 instead"
+        return ok(f"{setting.source} sets NCCL_SOCKET_IFNAME={setting.value}; {chosen}")
     if not choose_interfaces(ctx.host.interfaces, setting.value):
         names = ", ".join(i.name for i in ctx.host.interfaces)
         actual = f"NCCL_SOCKET_IFNAME={setting.value} matches none of {names}"
@@ -40,7 +41,7 @@ def gloo_ifname_exists(ctx: CheckContext) -> CheckResult:
     value = ctx.host.environ.get("GLOO_SOCKET_IFNAME", "")
     names = [i.name for i in ctx.host.interfaces]
     if not value:
-        return ok("not set: the server chooses the interface that routes to part 0")
+        return ok("GLOO_SOCKET_IFNAME is not set: the server chooses the interface that routes to part 0")
     if value in names:
         return ok(f"GLOO_SOCKET_IFNAME={value}")
     actual = f"GLOO_SOCKET_IFNAME={value} is not an interface that is up"
@@ -86,7 +87,7 @@ def interface_routes_to_peers(ctx: CheckContext) -> CheckResult:
         return warn("the routes to the other parts use several interfaces", "one interface", fix)
     default = (choose_interfaces(interfaces, "") or [route])[0]
     by_default = f"; by default NCCL would choose {default.name} ({default.addresses[0]})" if default != route else ""
-    return ok(f"{route.name} ({route.addresses[0]}){by_default}")
+    return ok(f"the route to the other parts uses {route.name} ({route.addresses[0]}){by_default}")
 
 
 @network_check(
@@ -101,4 +102,4 @@ def address_is_local(ctx: CheckContext) -> CheckResult:
     forwarded. NCCL and gloo listen on ephemeral ports, which are not published."""
     if ctx.plan_result.nat:
         return warn(ctx.plan_result.nat, "an address of this machine", fixes.LOCAL_ADDRESS)
-    return ok("the address in the member list is local")
+    return ok("this part's address in the member list is an address of this machine")

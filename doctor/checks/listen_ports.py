@@ -108,7 +108,7 @@ def ports_are_not_reserved(ctx: CheckContext) -> CheckResult:
     if privileged and ctx.host.uid != 0:
         ports = ", ".join(map(str, privileged))
         actual = f"only root may listen on ports {ports} (below {min_port})"
-        return error(actual, f"ports from {min_port}", "START_PORT=10000")
+        return error(actual, f"ports of {min_port} or above", "START_PORT=10000")
     return ok(f"the ports are outside the ephemeral range {low}-{high}")
 
 

@@ -47,7 +47,7 @@ def doctors_are_compatible(ctx: CheckContext, view: GangView) -> CheckResult:
         actual = "; ".join(f"part{a} -> part{b}: another program answers at {address}" for a, b, address in listeners)
         _, part, address = listeners[0]
         port = int(address.rpartition(":")[2])
-        return error(actual, f"the doctor of part{part}", fixes.free_doctor_port(part, port))
+        return error(actual, f"an answer from the doctor of part{part}", fixes.free_doctor_port(part, port))
     refusals, differences = view.protocol_errors(), view.differences("doctor.")
     if refusals or differences:
         actual = refusals[0] if refusals else format_differences(differences)

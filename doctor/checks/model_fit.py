@@ -1,5 +1,4 @@
-"""Checks that the server supports the model, and that it fits TP_SIZE and the free memory. <<<* "there is no plan" ===
-"the settings give no valid plan of ranks and addresses" >>>"""
+"""Checks that the server supports the model, and that it fits TP_SIZE and the free memory."""
 
 from doctor.check import CheckResult, error, ok, skip, symptoms, unknown, warn
 from doctor.checks.categories import model_check
@@ -8,6 +7,8 @@ from doctor.context import CheckContext
 from doctor.host import format_bytes
 from rtp_llm.model.footprint import ITEM_BYTES, kv_bytes_per_token, weight_bytes
 from rtp_llm.model.spec import ModelSpec
+
+NO_PLAN = "the settings give no valid plan of ranks and addresses"
 
 
 @model_check("M-12", "the model architecture is supported", needs=("M-04", "M-05", "M-06", "M-08", "M-11", "M-16"))
@@ -20,7 +21,7 @@ def architecture_is_supported(ctx: CheckContext) -> CheckResult:
     also support the data type: bf16 needs compute capability 8.0."""
     spec, spec_error = ctx.spec, ctx.spec_error
     if spec_error and spec_error.check in ("", "M-12"):
-        return error(str(spec_error), "a family that the README lists, not quantized", "choose another checkpoint")
+        return error(str(spec_error), "a model family of the README, not quantized", "choose another checkpoint")
     if spec is None:
         return skip(NO_MODEL)
     too_old = next((g for g in ctx.gpus.visible if ctx.on_gpu and g.capability and g.capability < (8, 0)), None)
@@ -38,13 +39,13 @@ def tp_size_is_valid(ctx: CheckContext) -> CheckResult:
     padded. A TP_SIZE that divides the number of heads needs no padding."""
     spec, plan = ctx.spec, ctx.plan
     if spec is None or plan is None:
-        return skip(NO_MODEL if spec is None else "there is no plan")
+        return skip(NO_MODEL if spec is None else NO_PLAN)
     valid_sizes = spec.valid_tp_sizes()
     even_sizes = [n for n in valid_sizes if spec.num_heads % n == 0]
     even = ", ".join(map(str, even_sizes))
     if plan.tp_size not in valid_sizes:
         actual = f"TP_SIZE={plan.tp_size}, the model has {spec.num_heads} query heads"
-        return error(actual, f"1 to {valid_sizes[-1]}; without padding {even}", f"TP_SIZE={max(even_sizes)}")
+        return error(actual, f"1 to {valid_sizes[-1]}; no padding with {even}", f"TP_SIZE={max(even_sizes)}")
     padded = f"; {spec.num_heads} heads need padding, TP {even} none" if spec.num_heads % plan.tp_size else ""
     return ok(f"TP {plan.tp_size}; the maximum is {valid_sizes[-1]}{padded}")
 
@@ -60,9 +61,7 @@ def weights_fit_memory(ctx: CheckContext) -> CheckResult:
     RESERVER_RUNTIME_MEM_MB, holds the KV cache, and so limits the longest sequence."""
     spec, plan = ctx.spec, ctx.plan
     if spec is None or plan is None or ctx.running:
-        return skip(
-            NO_MODEL if spec is None else "this part's server is running" if ctx.running else "there is no plan"
-        )
+        return skip(NO_MODEL if spec is None else "this part's server is running" if ctx.running else NO_PLAN)
     free = _free_bytes_per_rank(ctx)
     if free is None:
         return unknown("the GPUs' free memory cannot be read")
@@ -72,10 +71,10 @@ def weights_fit_memory(ctx: CheckContext) -> CheckResult:
     sizes = f"{format_bytes(weights)} of weights per rank, {format_bytes(free)} free"
     if free < weights:
         fix = _fix_memory(ctx, spec, free)
-        return error(sizes, f"{format_bytes(weights)} per rank", fix, free=free, weights=weights)
+        return error(sizes, f"{format_bytes(weights)} free per rank", fix, free=free, weights=weights)
     if longest < max_seq_len:
         actual, fix = f"{sizes}: sequences of up to {longest} tokens fit", f"MAX_SEQ_LEN={longest // 16 * 16}"
-        return warn(actual, f"MAX_SEQ_LEN of {max_seq_len}", f"{fix}, or a larger TP_SIZE", longest=longest)
+        return warn(actual, f"memory for {max_seq_len} tokens", f"{fix}, or a larger TP_SIZE", longest=longest)
     return ok(f"{sizes}; longest sequence that fits: {longest} tokens", longest=longest, free=free, weights=weights)
 
 

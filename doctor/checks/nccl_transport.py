@@ -21,14 +21,15 @@ def rdma_is_usable(ctx: CheckContext) -> CheckResult:
     """NCCL uses every active RDMA port. If no port is active, or the device files are not in the container, it falls
     back to TCP or fails."""
     if ctx.nccl.value("NCCL_IB_DISABLE") == "1":
-        return ok("NCCL_IB_DISABLE=1")
+        return ok("NCCL does not use the RDMA cards: NCCL_IB_DISABLE=1")
     cards = ctx.host.list_dir("/sys/class/infiniband")
     states = [ctx.host.read(f"/sys/class/infiniband/{card}/ports/1/state") or "" for card in cards]
     num_active = sum("ACTIVE" in state for state in states)
     if not num_active:
         return error(f"none of {len(cards)} RDMA cards has an active port", "an active port", fixes.RDMA_CARDS)
     if not any(name.startswith("uverbs") for name in ctx.host.list_dir("/dev/infiniband")):
-        return error("/dev/infiniband is not in this container", "the device files of the cards", fixes.RDMA_CARDS)
+        expected = "the device files of the RDMA cards"
+        return error("/dev/infiniband is not in this container", expected, fixes.RDMA_CARDS)
     gid_index = ctx.nccl.value("NCCL_IB_GID_INDEX")
     if gid_index and ctx.nccl.version >= (2, 21):
         actual = f"NCCL_IB_GID_INDEX={gid_index} is set, but NCCL 2.21 and later finds the right index itself"
@@ -45,12 +46,13 @@ def network_plugin_is_found(ctx: CheckContext) -> CheckResult:
     if not name or name in ("none", "None"):
         return ok("NCCL_NET_PLUGIN is not set")
     if _is_library_found(ctx, name):
-        return ok(f"NCCL_NET_PLUGIN={name}")
+        return ok(f"the plugin NCCL_NET_PLUGIN={name} is found")
     fix = "add the plugin's folder to LD_LIBRARY_PATH, or unset NCCL_NET_PLUGIN"
     network = ctx.nccl.value("NCCL_NET")
     if network and network not in ("Socket", "IB"):
-        return error(f"NCCL_NET={network} needs plugin {name}, which is not found", "a library that is found", fix)
-    return warn(f"NCCL_NET_PLUGIN={name} is not found", "a library that is found", fix)
+        actual = f"NCCL_NET={network} needs plugin {name}, which is not found"
+        return error(actual, "a plugin library that is found", fix)
+    return warn(f"NCCL_NET_PLUGIN={name} is not found", "a plugin library that is found", fix)
 
 
 def _is_library_found(ctx: CheckContext, name: str) -> bool:
@@ -73,6 +75,6 @@ def ras_port_is_free(ctx: CheckContext) -> CheckResult:
     if not ctx.on_gpu or ctx.local_ranks < 2:
         return skip("NCCL is not used on this machine")
     if ctx.nccl.value("NCCL_RAS_ENABLE") == "0" or "NCCL_RAS_ADDR" in ctx.nccl.settings or ctx.running:
-        return ok("the RAS port is configured, or this part's server is running")
+        return ok("NCCL_RAS_ENABLE or NCCL_RAS_ADDR is set, or this part's server is running")
     conflict = port_conflict(PlannedPort(RAS_PORT, "", "127.0.0.1"))
     return ok(f"localhost:{RAS_PORT} " + (f"{conflict}: ncclras cannot query this part" if conflict else "is free"))

@@ -36,8 +36,11 @@ class ShmRequirement:
 
 
 def shm_requirement(ctx: CheckContext) -> ShmRequirement:
-    """Returns the required size: on CPU that of the ranks' segment, on GPUs that of NCCL's files, which depends on
-    uses_cumem_host()."""
+    """Returns the required size of /dev/shm.
+
+    On CPU it is the size of the segment, the file through which the ranks exchange tensors. On GPUs it is the size of
+    NCCL's files, which depends on uses_cumem_host().
+    """
     ranks = ctx.local_ranks
     if ranks == 1 and not (ctx.is_multi_part and ctx.on_gpu):
         return ShmRequirement(0, 0, "a single rank needs no shared memory")
@@ -55,8 +58,8 @@ def shm_requirement(ctx: CheckContext) -> ShmRequirement:
 def uses_cumem_host(ctx: CheckContext) -> bool:
     """Returns whether NCCL allocates host memory through the CUDA driver, and so needs little of /dev/shm.
 
-    It does with NCCL 2.24, CUDA 12.6 and permitted NUMA system calls (NCCL documentation, troubleshooting;
-    src/misc/cudawrap.cc).
+    NCCL 2.24 and later does so with CUDA 12.6 and later if NUMA system calls are permitted (NCCL documentation,
+    troubleshooting; src/misc/cudawrap.cc). NCCL_CUMEM_HOST_ENABLE=0 or 1 overrides this.
     """
     setting = ctx.nccl.value("NCCL_CUMEM_HOST_ENABLE")
     if setting in ("0", "1"):
@@ -65,8 +68,8 @@ def uses_cumem_host(ctx: CheckContext) -> bool:
 
 
 def numa_allowed(host: Host) -> bool | None:
-    """Returns whether the system call get_mempolicy(2) is permitted; Docker's seccomp profile denies it. None on
-    unknown architectures."""
+    """Returns whether the system call get_mempolicy(2) is permitted; Docker's seccomp profile denies it.
+    Returns None on unknown architectures."""
     number = GET_MEMPOLICY.get(host.machine)
     if number is None:
         return None
@@ -103,8 +106,8 @@ def shm_is_tmpfs(ctx: CheckContext) -> CheckResult:
 @symptoms("No space left on device: '/dev/shm/…'")
 def no_orphaned_files(ctx: CheckContext) -> CheckResult:
     """A killed process leaves its files in /dev/shm, and in Kubernetes an emptyDir there outlives the container: after
-    some restarts it is full, and every start fails. This server unlinks its segments as soon as all ranks have opened
-    them; NCCL and others do not."""
+    some restarts it is full, and every start fails. This server unlinks its own files there as soon as all ranks
+    have opened them; NCCL and others do not."""
     scan = find_orphans(ctx.host)
     if not scan.files:
         unreadable = f"; {scan.unreadable} processes cannot be inspected" if scan.unreadable and scan.candidates else ""
@@ -138,7 +141,7 @@ def shm_is_large_enough(ctx: CheckContext) -> CheckResult:
     space = ctx.host.space(SHM)
     if ctx.running:
         free = f"{format_bytes(space.free)} of {format_bytes(space.size)} free"
-        return ok(f"{free}, beside what this part's running server uses")
+        return ok(f"{free}, while this part's server is running and uses some of it")
     requirement = shm_requirement(ctx)
     minimum, recommended = requirement.minimum, requirement.recommended
     actual = f"/dev/shm has {format_bytes(space.size)}"

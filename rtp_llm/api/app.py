@@ -59,8 +59,9 @@ ERROR_RESPONSE = {
 
 
 def create_app(config: Config, state: PartState, metrics: Metrics, service: Service | None) -> FastAPI:
-    """Returns the application of one part. `service` is None on parts other than 0: these serve health and metrics
-    only.
+    """Returns the FastAPI application of one part.
+
+    `service` generates text. It is None on parts other than 0, which serve only health and metrics.
     """
 
     @asynccontextmanager
@@ -113,7 +114,7 @@ def _add_error_handlers(app: FastAPI, config: Config) -> None:
         return Response(status_code=499)  # nginx's "client closed request", for the access log only
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        log.error("request %s %s failed", request.method, request.url.path, exc_info=error)
         message = "internal error; the server's log has the details"
         return error_response(RequestError(500, 514, "UNKNOWN_ERROR", message))
 

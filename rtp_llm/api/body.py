@@ -1,4 +1,4 @@
-"""Reads JSON request bodies, ignores their content type (`curl -d` declares a form) and validates them."""
+"""Reads and validates JSON request bodies, whatever content type the client declares (`curl -d` declares a form)."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -14,7 +14,7 @@ REF = "#/components/schemas/{model}"
 
 
 def json_body(model: type[Model], *, optional: bool = False) -> Callable[[Request], Awaitable[Model]]:
-    """Returns a FastAPI dependency that reads the body as `model`; `optional` accepts an empty body.
+    """Returns a FastAPI dependency that reads the body as an instance of `model`; `optional` accepts an empty body.
 
     The dependency raises RequestError 400, which names the invalid field and what it accepts.
     """
@@ -27,7 +27,10 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[[Reques
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Returns a JSON object, which may be wrapped in a JSON string (upstream accepts that). Raises RequestError 400."""
+    """Returns the JSON object in `raw`. Raises RequestError 400.
+
+    The object may be wrapped in a JSON string, as alibaba/rtp-llm accepts it.
+    """
     if not raw.strip():
         raise invalid_format("the body is empty: send a JSON object")
     data = _parse_json(raw)
@@ -39,7 +42,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[Model], data: dict[str, Any]) -> Model:
-    """Returns `data` as `model`. Raises RequestError 400 with the first invalid field."""
+    """Returns `data` as an instance of `model`. Raises RequestError 400, which names the first invalid field."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -49,7 +52,10 @@ def validate(model: type[Model], data: dict[str, Any]) -> Model:
 
 
 def body_schema(model: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
-    """Returns `openapi_extra` for a route that uses `json_body`; `streams` documents a text/event-stream response."""
+    """Returns FastAPI's argument `openapi_extra` for a route that uses `json_body`.
+
+    `streams`: whether to document a text/event-stream response.
+    """
     schema = {"$ref": REF.format(model=model.__name__)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     if streams:

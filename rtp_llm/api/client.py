@@ -1,7 +1,8 @@
 """The API's connection to the engine (the scheduler loop on rank 0), and the sequences in flight.
 
-Accepted sequences survive a lost engine: the client keeps their prompts and output tokens and submits both again in
-the next epoch. Sampling is a function of (seed, position), so the continuation is the same.
+Accepted sequences survive the loss of the engine: the client keeps their prompts and output tokens, and submits both
+again after the restart of the ranks, which begins a new epoch. Sampling is a function of (seed, position), so the
+continuation is the same.
 """
 
 import asyncio
@@ -61,7 +62,7 @@ class EngineClient:
 
     @property
     def is_connected(self) -> bool:
-        """True after the engine's READY frame. Nothing may be sent before it."""
+        """True once the engine has sent READY on this connection. Nothing may be sent to it before."""
         return self._writer is not None
 
     @property
@@ -71,7 +72,7 @@ class EngineClient:
 
     @property
     def num_in_flight(self) -> int:
-        """Sequences that are accepted and not finished."""
+        """Number of sequences that are accepted and not finished."""
         return len(self._in_flight)
 
     def start(self) -> None:
@@ -105,7 +106,7 @@ class EngineClient:
                 self._send(FrameType.ABORT, {"id": request_id})
 
     def _send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Sends a frame, or drops it without an engine: the next one receives all sequences in flight at once."""
+        """Sends a message to the engine. Drops it if none is connected: a new engine gets all sequences in flight."""
         if self._writer and not self._writer.is_closing():
             self._writer.write(pack_json(frame_type, message))
 
@@ -149,7 +150,7 @@ class EngineClient:
             self._metrics.start_epoch(info.block_size, info.num_blocks, info.prefix_caching)
         self.info = info
         if self._in_flight:
-            log.info("epoch %d: submitting %d accepted sequences again", info.epoch, self.num_in_flight)
+            log.info("the engine is back, epoch %d: submitting %d sequences again", info.epoch, self.num_in_flight)
             self._metrics.resumed.inc(sum(1 for sequence in self._in_flight.values() if sequence.engine_losses))
         for sequence in self._in_flight.values():
             self._send(FrameType.SUBMIT, sequence.to_json())
@@ -173,8 +174,9 @@ class EngineClient:
             sequence.outputs.put_nowait(output)
 
     def _on_engine_lost(self, reason: object) -> None:
-        """Handles a lost engine. Fails sequences that lost MAX_ENGINE_LOSSES engines, since they may cause the crash;
-        keeps the others for resubmission.
+        """Handles the loss of the engine. Keeps the sequences in flight, to submit them again.
+
+        Fails those that were in flight at MAX_ENGINE_LOSSES losses, since they may cause the crashes.
         """
         log.warning("lost the engine: %s; %d sequences wait for it", reason, self.num_in_flight)
         self._lost_at = time.monotonic()
@@ -189,8 +191,8 @@ class EngineClient:
             self.fail_all("the server is stopping")
 
     def drain(self, seconds: float) -> None:
-        """Starts draining. Fails the sequences that are still in flight after `seconds`, or at once without an
-        engine.
+        """Starts draining: new sequences are rejected. Fails the sequences that are still in flight after `seconds`, or
+        at once if no engine is connected.
         """
         self._draining = True
         loop = asyncio.get_running_loop()

@@ -40,7 +40,7 @@ class ResponseHeader:
 
 
 class ChatFormatter:
-    """Formats the choices of a chat stream."""
+    """Formats the choices of a streamed chat completion."""
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self.tokenizer, self.logprobs = tokenizer, logprobs
@@ -132,7 +132,10 @@ class _TextOffset:
 
 @dataclass
 class _LogprobTable:
-    """The parallel lists of a completion's logprobs. `text_offset`: characters of the tokens so far."""
+    """The lists of a completion's `logprobs` field, with one entry per token each.
+
+    `text_offset`: counts the characters of the tokens so far.
+    """
 
     tokenizer: Tokenizer
     text_offset: _TextOffset
@@ -142,7 +145,7 @@ class _LogprobTable:
     text_offsets: list[int] = field(default_factory=list)
 
     def add_prompt(self, sequence: Choice) -> None:
-        """Adds the prompt's tokens. The first one has no logprob."""
+        """Adds the prompt's tokens to the lists. The first token has no logprob."""
         self._append(sequence.prompt[0], None)
         logprobs = sequence.chunks[0].prompt_logprobs if sequence.chunks else []
         self.add(sequence.prompt[1:], logprobs)
@@ -159,8 +162,8 @@ class _LogprobTable:
         self.text_offset.advance(token, self.tokenizer.token_bytes(token))
 
     def _top_logprobs_by_text(self, token: int, logprob: Logprob) -> dict[str, float]:
-        """Returns {text: logprob} of `token` and the top tokens. Several tokens may have the same text (all partial
-        characters do); the first one is kept, so that `token` keeps its own value.
+        """Returns {text: logprob} of `token` and the top tokens. Several tokens may have the same text (U+FFFD
+        for any part of a character); the first one is kept, so that `token` keeps its own value.
         """
         values: dict[str, float] = {}
         for token_id, value in ((token, logprob[0]), *logprob[2]):

@@ -72,9 +72,10 @@ def main(run_dir: Path) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn that drains: after SIGTERM it runs until the accepted requests finish, with 503 on /health.
+    """A uvicorn server that drains: after SIGTERM it runs until the accepted requests finish; /health returns 503.
 
-    Parts without the model's endpoints also wait while rank 0 has open requests, which need the ranks of all parts.
+    Parts other than 0 accept no requests to the model. They wait until rank 0 has none open, because each request needs
+    the ranks of all parts.
     """
 
     def __init__(self, state: PartState, service: Service | None, config: uvicorn.Config):

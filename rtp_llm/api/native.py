@@ -1,6 +1,6 @@
-"""Upstream's native endpoints: POST /, /batch_infer, /tokenize, /tokenizer/encode (alibaba/rtp-llm, frontend_app.py).
+"""Native endpoints, as in alibaba/rtp-llm (frontend_app.py): POST /, /batch_infer, /tokenize, /tokenizer/encode.
 
-All accept any content type, since upstream's README uses a plain `curl -d`.
+All accept any content type, since the README of alibaba/rtp-llm uses a plain `curl -d`.
 """
 
 import asyncio
@@ -160,7 +160,7 @@ def native_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class NativeEndpoints:
-    """The native endpoints of one service."""
+    """The native endpoints of one served model."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words
@@ -267,8 +267,10 @@ class NativeEndpoints:
                 sequences[index].add(chunk)
 
     async def _stream(self, response: NativeResponse, openai_framing: bool) -> AsyncGenerator[str]:
-        """Yields server-sent events, each with a whole response object. Upstream frames events as `data:`
-        without a space, with a final `[done]` event; with `openai_framing` there is the space and no final event.
+        """Yields server-sent events, each with a whole response object.
+
+        As in alibaba/rtp-llm, an event starts with `data:` without a space, and the last event is `[done]`. With
+        `openai_framing`, an event starts with `data: `, and there is no `[done]`.
         """
         prefix = "data: " if openai_framing else "data:"
         sequences = response.sequences

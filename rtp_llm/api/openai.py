@@ -38,7 +38,7 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class OpenAIEndpoints:
-    """The OpenAI endpoints of one service."""
+    """The OpenAI endpoints of one served model."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words
@@ -70,7 +70,7 @@ class OpenAIEndpoints:
         return JSONResponse(header.response(choices, generation.usage()))
 
     async def render(self, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> dict[str, Any]:
-        """Returns the rendered prompt and the parameters of a chat request, for debugging (upstream's DebugInfo)."""
+        """Returns the rendered prompt and the parameters of a chat request, for debugging."""
         prompt = self._render(body)
         generation = await self._chat_generation(body)
         generation.reservation.release()

@@ -1,4 +1,7 @@
-"""Converts request bodies of both APIs to SamplingParams and TextParams: defaults, limits, unsupported fields."""
+"""Converts request bodies of the OpenAI and native APIs to parameters: defaults, limits, unsupported fields.
+
+SamplingParams are for the engine, TextParams for the API process.
+"""
 
 import json
 import secrets
@@ -48,7 +51,9 @@ class StopWords:
         strings = _json_list("STOP_WORDS_STR", config.stop_words_str, str)
         sequences = _json_list("STOP_WORDS_LIST", config.stop_words_list, list)
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for s in sequences for i in s):
-            raise ConfigError(f"STOP_WORDS_LIST={config.stop_words_list!r}: allowed: lists of token ids, 0 or more")
+            raise ConfigError(
+                f"STOP_WORDS_LIST={config.stop_words_list!r}: allowed: [[ID, …], …] with token ids of 0 or more"
+            )
         ids, texts = split_stop_ids(sequences, tokenizer)
         eos_ids = frozenset() if config.force_stop_words else tokenizer.eos_ids
         return cls(eos_ids | ids, (*strings, *texts))

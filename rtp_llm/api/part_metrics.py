@@ -26,14 +26,14 @@ JsonObject = Mapping[str, Any]
 
 
 def register(metrics: Metrics, state: PartState, config: Config) -> None:
-    """Registers the collectors of the part in the registry of `metrics`."""
+    """Registers the collectors of this part's metrics in `metrics.registry`."""
     metrics.registry.register(PartCollector(state.metrics_snapshot))
     if config.metrics_vllm_aliases:
         metrics.registry.register(VllmMetricAliases(metrics.registry))
 
 
 class PartCollector(Collector):
-    """Collects the metrics of one part. `read` is `PartState.metrics_snapshot`."""
+    """Collects the metrics of one part. `read` returns their values (`PartState.metrics_snapshot`)."""
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read
@@ -111,8 +111,10 @@ def _process_metrics(processes: Mapping[str, JsonObject]) -> Iterable[Metric]:
 
 
 def _guard_metrics(guard: Mapping[str, Mapping[str, int]], programs: Iterable[str]) -> Iterable[Metric]:
-    """Yields the metrics of the guard's restarts. The series of common reasons start at 0, because Prometheus'
-    increase() misses the first restart of a series that starts at 1.
+    """Yields the metrics of restarts by the guard, the process that restarts failed processes of the part.
+
+    The series of common reasons start at 0, because Prometheus' increase() misses the first restart of a series that
+    starts at 1.
     """
     counts = {(name, reason): 0 for name in programs for reason in RESTART_REASONS}
     counts |= {(key.split(" ")[0], key.split(" ")[1]): count for key, count in guard["restarts"].items()}
@@ -131,7 +133,7 @@ def _shm_metrics(shm: Mapping[str, float], part: dict[str, str]) -> Iterable[Met
 
 
 def _cgroup_metrics(cgroup: Cgroup, part: dict[str, str]) -> Iterable[Metric]:
-    """Yields the metrics of the container's cgroup. Omits the sample if no limit is set."""
+    """Yields the metrics of the container's cgroup. A limit that is not set has no sample."""
 
     def sample(value: int | None) -> Samples:
         return [(part, None if value is None or value >= UNLIMITED else float(value))]
@@ -238,7 +240,7 @@ def _label_names(samples: Samples) -> list[str]:
 
 
 def _add_samples(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
-    """Adds the samples that have a value and returns `family`."""
+    """Adds to `family` the samples that have a value, and returns `family`."""
     for labels, value in samples:
         if value is not None:
             family.add_metric(list(labels.values()), value)

@@ -33,7 +33,10 @@ class Health:
 
 
 class PartState:
-    """Reads the gang status file, which the part's first rank writes, and the processes of the part."""
+    """Reads the state of the part's processes, and the gang status file (state of all ranks).
+
+    The part's first rank writes that file.
+    """
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
@@ -43,7 +46,7 @@ class PartState:
         self._processes: dict[int, psutil.Process] = {}
 
     def gang_status(self) -> dict[str, Any]:
-        """Returns the last gang status and its `age` in seconds; without ranks if the file is missing or stale."""
+        """Returns the last gang status and its `age` in seconds. It has no ranks if the file is missing or stale."""
         path = self.part_spec.gang_status_path
         try:
             age = time.time() - path.stat().st_mtime
@@ -115,12 +118,15 @@ class PartState:
 
     @property
     def num_open_requests(self) -> int:
-        """Requests that rank 0 has not finished, from its last heartbeat."""
+        """Number of requests that rank 0 has not finished, from its last heartbeat."""
         rank_status = self.gang_status()["ranks"].get("0")
         return int(rank_status["open"]) if rank_status else 0
 
     def _guard_record(self) -> dict[str, dict[str, int]]:
-        """Returns guard.json: {"restarts": {"program reason": count}, "last_exit": {program: exit code}}."""
+        """Returns guard.json, in which the guard (the process that restarts failed processes) counts restarts.
+
+        Its content is {"restarts": {"program reason": count}, "last_exit": {program: exit code}}.
+        """
         path = self.part_spec.guard_record_path
         record: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
         return {"restarts": record.get("restarts", {}), "last_exit": record.get("last_exit", {})}
@@ -133,8 +139,9 @@ class PartState:
         return missing | {name: self._process_stats(pid) for name, pid in pids.items()}
 
     def _helper_pids(self) -> dict[str, int]:
-        """Returns the pids of the processes that are not ranks. Finds the guard by its command line, since it writes
-        no pid file.
+        """Returns {program: pid} of the part's processes that are not ranks.
+
+        Finds the guard (the process that restarts failed processes) by its command line, since it writes no pid file.
         """
         pid = _read_text(str(self.part_spec.run_dir / "supervisord.pid"))
         if pid is None:

@@ -97,7 +97,7 @@ NATIVE_UNSUPPORTED = (
 
 
 class OpenAIRequest(RequestBody):
-    """Fields of both OpenAI endpoints. The fields after `user` are not OpenAI's, but common in other servers."""
+    """Fields that both OpenAI endpoints have. The fields after `user` are not OpenAI's, but common in other servers."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=128)

@@ -58,8 +58,10 @@ class OutputChunk:
 
 
 class SlotReservation:
-    """Slots reserved for the sequences of one request; there are CONCURRENCY_LIMIT + QUEUE_LIMIT in total. A sequence
-    uses its slot when it starts; `release` frees the slots of sequences that did not start.
+    """Slots that one request has reserved for its sequences.
+
+    Each sequence needs a slot; the server has CONCURRENCY_LIMIT + QUEUE_LIMIT of them. A sequence uses its slot when it
+    starts; `release` frees the slots of sequences that did not start.
     """
 
     def __init__(self, service: "Service", slots: int):
@@ -78,7 +80,7 @@ class SlotReservation:
 
 
 class Service:
-    """One served model."""
+    """One served model: its tokenizer, its chat template and the connection to the engine."""
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class Service:
 
     @property
     def engine_info(self) -> EngineInfo:
-        """The current or last engine. Raises RequestError 503 until the ranks have loaded for the first time."""
+        """Properties of the current or last engine. Raises RequestError 503 until the ranks have first loaded."""
         if self.client.info is None:
             raise engine_gone("the model is still loading: see /health")
         return self.client.info
@@ -205,7 +207,7 @@ class Service:
         text_params: TextParams,
         num_tokens: int,
     ) -> OutputChunk:
-        """Converts an output to text. `num_tokens`: tokens of the sequence so far, including this output."""
+        """Returns the text chunk for `output`. `num_tokens`: tokens of the sequence so far, including this output."""
         tokens = output.tokens
         if output.finish == "stop" and not text_params.include_stop:
             tokens = tokens[:-1]  # without the stop token

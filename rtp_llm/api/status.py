@@ -1,4 +1,4 @@
-"""Health, metrics and the status endpoints that upstream's routers and probes call."""
+"""Health, metrics and the status endpoints that routers and probes for alibaba/rtp-llm call."""
 
 import asyncio
 import itertools
@@ -50,7 +50,7 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def doctor() -> Response:
-        """Returns the doctor's report of this part's start, with the results of the gang's checks."""
+        """Returns the report of the doctor that ran at this part's start, with the results of the gang's checks."""
         report = state.doctor_report()
         if report is None:
             return JSONResponse({"detail": "the doctor has not run: RTP_DOCTOR=off"}, status_code=404)
@@ -72,7 +72,7 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     page = files("rtp_llm").joinpath("api/console.html").read_text()
 
     async def home(request: Request) -> Response:
-        """Returns a chat page to browsers, upstream's JSON to other clients."""
+        """Returns a chat page to browsers, and to other clients the same JSON as alibaba/rtp-llm."""
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page)
         return JSONResponse({"status": "home"})

@@ -35,19 +35,19 @@ class Detokenizer:
         return self._stream.flush()
 
     def _ids_with_text(self, ids: Iterable[int]) -> Iterator[int]:
-        """Yields the ids that have text. Skipped special tokens and padding ids cannot serve as context."""
+        """Yields the ids that add text. Leaves out skipped special tokens and padding ids, which have none."""
         return (token_id for token_id in ids if token_id not in self._skipped_ids and self._token_bytes(token_id))
 
 
 class _Stream(Protocol):
-    """The decoding of ids that have text, for one kind of tokenizer. The methods are those of `Detokenizer`."""
+    """Decodes ids for one kind of tokenizer. Its methods are those of `Detokenizer`; every id must have text."""
 
     def push(self, ids: Iterable[int]) -> str: ...
     def flush(self) -> str: ...
 
 
 class _ByteStream:
-    """Decodes byte-level tokens: their bytes are UTF-8. The codec buffers an incomplete character."""
+    """Decodes byte-level tokens, whose bytes are UTF-8. Python's UTF-8 decoder buffers an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer, reversed_prompt: Iterable[int]):
         self._token_bytes = tokenizer.token_bytes
@@ -67,7 +67,10 @@ class _ByteStream:
         return self._strip_prompt_remainder(self._utf8.decode(b"", final=True))
 
     def _strip_prompt_remainder(self, text: str) -> str:
-        """Returns `text`, at the first call without the U+FFFD of a character that the prompt left incomplete."""
+        """Returns `text`. If the prompt ended within a character, the first text loses a leading U+FFFD.
+
+        That U+FFFD would stand for bytes of the prompt.
+        """
         if not (self._prompt_ends_in_character and text):
             return text
         self._prompt_ends_in_character = False
@@ -100,7 +103,7 @@ class _WindowStream:
         return self._emit_stable(len(self._pending))
 
     def _emit_stable(self, count: int) -> str:
-        """Removes the first `count` pending tokens. Returns the text that they add after the context."""
+        """Removes the first `count` pending tokens. Returns the text that they add to the text before them."""
         if not count:
             return ""
         before = self._tokenizer.decode(self._context, skip_special_tokens=False)
@@ -115,7 +118,7 @@ class _WindowStream:
 
 
 def _context_from_prompt(tokenizer: Tokenizer, reversed_prompt: Iterable[int]) -> list[int]:
-    """Returns the prompt's last token that is not a byte token, and the byte tokens after it."""
+    """Returns the prompt's last token that is not a byte token (`<0xNN>`), and the byte tokens after it."""
     reversed_context: list[int] = []
     for token_id in reversed_prompt:
         reversed_context.append(token_id)

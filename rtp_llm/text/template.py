@@ -31,7 +31,10 @@ class ChatTemplate:
     """The templates of one server: the default, and optionally one for requests with tools."""
 
     def __init__(self, name: str, source: str | None, tool_source: str | None, variables: Mapping[str, str]):
-        """`variables` are the named special tokens. Raises TemplateError if a template has a syntax error."""
+        """`variables`: the named special tokens, which templates use.
+
+        Raises TemplateError if a template has a syntax error.
+        """
         self.name = name
         self._default = None if source is None else _CompiledTemplate(name, source)
         self._with_tools = self._default if tool_source is None else _CompiledTemplate(name, tool_source)
@@ -144,7 +147,7 @@ _CONCATENATES_ARGUMENTS = re.compile(r"\barguments['\"]?\]?\s*[+~]")
 
 
 def _iterates_content(node: nodes.Node) -> bool:
-    """Returns True if a loop over `node` iterates over a message's content, also through filters."""
+    """Returns whether `node`, over which a Jinja loop iterates, is a message's content, filtered or not."""
     while isinstance(node, nodes.Filter) and node.node is not None:
         node = node.node
     if isinstance(node, nodes.Getitem):
@@ -163,8 +166,9 @@ def _part_text(part: object) -> str:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """Returns the call with its arguments parsed. OpenAI clients send them as JSON text, but templates use `tojson` or
-    iterate over them.
+    """Returns the tool call with its arguments parsed.
+
+    OpenAI clients send the arguments as JSON text, but templates use `tojson` or iterate over them.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
@@ -205,7 +209,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Replaces Jinja's filter, which escapes HTML."""
+    """Replaces Jinja's filter `tojson`, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -81,7 +81,7 @@ class Tokenizer:
             _add_declared(backend, declared)
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path / 'tokenizer_config.json'} declares tokens in an unknown format: {error}"
+                f"{path / 'tokenizer_config.json'} declares tokens in an unknown format: {error}; copy the file again"
             ) from error
         # tokenizer.json may enable truncation and padding; transformers disables both as well.
         backend.no_truncation()
@@ -259,14 +259,17 @@ def _declared_templates(config: Mapping[str, Any], path: Path) -> dict[str, str]
 
 
 def _template_files(path: Path, file_names: set[str]) -> dict[str, str]:
-    """Reads chat_template.jinja and additional_chat_templates, which override those of tokenizer_config.json."""
+    """Returns {name: template} from chat_template.jinja and the folder additional_chat_templates.
+
+    These templates override those of tokenizer_config.json.
+    """
     paths = {"default": path / "chat_template.jinja"} if "chat_template.jinja" in file_names else {}
     paths |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     return {name: _read_text(file) for name, file in paths.items()}
 
 
 def _decoder_steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yields a decoder's steps in order, with nested sequences flattened."""
+    """Yields the steps of tokenizer.json's "decoder" in order, with nested sequences flattened."""
     if decoder is None:
         return
     if decoder.get("type") != "Sequence":
@@ -276,7 +279,7 @@ def _decoder_steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, A
 
 
 def _replacements_of_step(step: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the (pattern, content) that a step replaces, such as sentencepiece's ▁ and a space."""
+    """Returns (text, its replacement) of a decoder step that replaces text, such as sentencepiece's ▁ by a space."""
     if step.get("type") == "Metaspace":
         return [(step.get("replacement", "▁"), " ")]
     pattern = step.get("pattern") or {}
@@ -296,8 +299,9 @@ _BYTE_ALPHABET = _byte_alphabet()
 
 
 def _from_byte_alphabet(token: str) -> bytes:
-    """Returns the bytes of a token. As in the backend's decoder, a token with a character outside the alphabet is
-    literal text.
+    """Returns the bytes of a token in GPT-2's byte alphabet.
+
+    A token with a character outside that alphabet is literal text, as in the decoder of the tokenizers library.
     """
     values = [_BYTE_ALPHABET.get(character) for character in token]
     bytes_in_alphabet = [value for value in values if value is not None]

@@ -351,7 +351,7 @@ def test_torch_without_kernels_for_the_gpu_is_an_error(gpu_part: FakeGpuPart, mo
     fake_probes(monkeypatch, known=["sm_80", "sm_86"])
     found = run_context_checks(gpu_part.ctx(tier=1), tier=1)
     assert problems(found) == {"G-08": "error"}
-    assert by_id(found, "G-08").expected == "torch with sm_90"
+    assert by_id(found, "G-08").expected == "torch with kernels for sm_90"
 
 
 @pytest.mark.fault("P-01")
