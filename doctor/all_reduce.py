@@ -23,10 +23,11 @@ ITERATIONS = {8: 50, 64 << 10: 30, 16 << 20: 5}  # size of the tensor in bytes: 
 
 
 def measure_all_reduce(ctx: CheckContext, plan: Plan, address: str, seconds: float = TIMEOUT_SECONDS) -> dict[str, Any]:
-    """Runs the ranks of this part in processes, for at most `seconds`. `address`: this part's own address.
+    """Times the all-reduces of this part's ranks, one process per rank, for at most `seconds`. `address`: this part's
+    own address.
 
-    Returns {"failure": error messages of the failed ranks}, or {"sizes": {bytes: {"wrong": number of wrong elements,
-    "seconds": per all-reduce}}, "backend": class name of the process group}.
+    Returns {"failure": error messages of the failed ranks}, or {"sizes": {message size in bytes: {"wrong": number of
+    wrong elements, "seconds": time of one all-reduce}}, "backend": class name of the process group}.
     """
     task = {"plan": asdict(plan), "address": address, "timeout": seconds - 10, "parent": os.getpid()}
     with ThreadPoolExecutor(plan.local_world_size) as pool:

@@ -90,16 +90,18 @@ def _has_same_settings(ctx: CheckContext, run_dir: Path) -> bool:
 
 
 def _load(run_dir: Path) -> PartSpec:
-    """Loads part.json. Raises ConfigError if it is invalid."""
+    """Loads part.json, the settings and the plan of a running part. Raises ConfigError if the file is invalid."""
     try:
         return PartSpec.load(run_dir)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{run_dir / 'part.json'} is not a valid part.json of start_server: {reason}") from None
+        raise ConfigError(
+            f"{run_dir / 'part.json'} is invalid: {reason}; allowed: the file that start_server of this version wrote"
+        ) from None
 
 
 def attach(run_dir: str) -> int:
-    """Prints the state of the part in `run_dir`; if it is empty, of the newest part on this machine.
+    """Prints the state of the part with this run directory. If `run_dir` is "", takes the newest part on this machine.
 
     Returns the exit code: 0 if the part is healthy, 1 if there is a problem, 2 if no part runs.
     """
@@ -114,7 +116,7 @@ def attach(run_dir: str) -> int:
 
 
 def describe(part_spec: PartSpec) -> tuple[list[str], bool]:
-    """Returns (lines to print, whether the part is healthy)."""
+    """Returns (lines that describe the state of the part, whether the part is healthy)."""
     plan = part_spec.plan
     gang_status = _gang_status(part_spec)
     lines = [f"{part_spec.label} of {plan.num_parts}, {plan.device}, state in {part_spec.run_dir}"]
@@ -145,7 +147,8 @@ def _gang_status(part_spec: PartSpec) -> _GangStatusView:
 
 
 def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], list[str]]:
-    """Returns (lines, problems) of the ranks. `world_size`: the number of ranks that the gang should have."""
+    """Returns (lines to print, texts of the problems) about the ranks. `world_size`: the number of ranks that the gang
+    should have."""
     age = gang_status.age
     is_stale = age > STALE_SECONDS
     lines = [f"  epoch {gang_status.epoch}, as of {age:.1f} s ago" + (" (stale)" if is_stale else "")]
@@ -172,9 +175,10 @@ def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], li
 
 
 def _ports(planned: Iterable[PlannedPort]) -> tuple[list[str], list[str]]:
-    """Returns (lines, problems) of this part's ports.
+    """Returns (lines to print, texts of the problems) about this part's ports.
 
-    Only a missing listener on the first port, HTTP, is a problem: the others may be closed after the rendezvous.
+    Only a missing listener on the HTTP port, which comes first, is a problem: the others may be closed after the
+    rendezvous.
     """
     try:
         listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.laddr and c.status == "LISTEN"}

@@ -63,7 +63,7 @@ def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> l
 
 
 def environment_listing(host: Host) -> str:
-    """Returns the variables that this server, NCCL or CUDA read, one per line, with secrets redacted."""
+    """Returns the environment variables that this server, NCCL or CUDA read, one per line, with secrets redacted."""
     known = {name.upper() for name in Config.model_fields} | upstream_variables().keys()
     return "".join(
         f"{name}={REDACTED if is_secret(name) else value}\n"

@@ -76,7 +76,7 @@ def unknown(reason: str, fix: Fix | str = "") -> CheckResult:
 
 
 def skip(reason: str, **evidence: Any) -> CheckResult:
-    """Returns the result of a check that does not apply: there is no GPU, or only a single part."""
+    """Returns the result of a check that does not apply to this machine, for example because there is no GPU."""
     return CheckResult(Status.SKIP, reason, evidence=evidence)
 
 
@@ -116,7 +116,8 @@ class Symptom:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """Returns a case-sensitive pattern of whole words: "Killed" matches neither "killed" nor "OOMKilled"."""
+        """Returns a regular expression that finds the text in a log, case-sensitively and as whole words: "Killed"
+        matches neither "killed" nor "OOMKilled"."""
         phrases = [re.escape(phrase).replace(r"\ ", r"[^\S\n]+") for phrase in self.text.split("…")]
         before, after = r"(?<!\w)" * self.text[:1].isalnum(), r"(?!\w)" * self.text[-1:].isalnum()
         return re.compile(before + r"[^\n]{0,200}?".join(phrases) + after)
@@ -191,8 +192,8 @@ def check(
 
 
 def symptoms(*texts: str) -> Callable[[F], F]:
-    """Attaches texts that appear in a log if the problem exists. Must stand below the decorator that registers the
-    check."""
+    """Returns a decorator that attaches `texts` to a check: texts that appear in a log if the problem exists. It must
+    stand below the decorator that registers the check."""
 
     def set_symptoms(function: F) -> F:
         registered = any(unwrap(check.run) is function for check in REGISTRY.values())

@@ -74,13 +74,14 @@ def _ensure_standard_streams() -> None:
 
 
 def parse_seconds(text: str) -> float:
-    """Parses the value of --wait. Raises argparse.ArgumentTypeError if it is not a number of seconds from 0."""
+    """Parses the value of --wait, in seconds. Raises argparse.ArgumentTypeError if it is negative, infinite or not a
+    number."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a float from 0, in seconds")
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a number of seconds, 0 or more")
     return value
 
 
@@ -148,8 +149,10 @@ def _tier(args: argparse.Namespace) -> int:
 
 
 def _selected_tiers(args: argparse.Namespace) -> set[int]:
-    """Returns the tiers to run: all up to --tier. Without the command `gang`, --tier 3 excludes tier 2, which needs the
-    doctors of all parts."""
+    """Returns the tiers (groups of checks, numbered from the cheapest) to run: all up to --tier.
+
+    Without the command `gang`, --tier 3 excludes tier 2, which needs the doctors of all parts.
+    """
     tier = _tier(args)
     return {t for t in range(tier + 1) if t != 2 or tier == 2 or args.command == "gang"}
 
@@ -193,7 +196,7 @@ def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
     excluded = [c for checks in matches.values() if all(c.tier not in tiers for c in checks) for c in checks]
     if excluded:
         raise UsageError(
-            f"{', '.join(c.id for c in excluded)}: needs {_command_for_tier(min(c.tier for c in excluded))}"
+            f"to run {', '.join(c.id for c in excluded)}, use {_command_for_tier(min(c.tier for c in excluded))}"
         )
     return with_dependencies([c for checks in matches.values() for c in checks])
 
@@ -278,7 +281,7 @@ def _log_text(name: str) -> str:
             raise UsageError(f"explain-log: {name} is not a regular file; `explain-log -` reads stdin")
         first = _read_available(fd)
         if file_type == stat.S_IFIFO and first == b"":
-            raise UsageError(f"explain-log: {name} is a FIFO without a writer")
+            raise UsageError(f"explain-log: {name} is a FIFO without a writer; start the writer first")
         os.set_blocking(fd, True)
         with os.fdopen(fd, "rb", closefd=False) as stream:
             return ((first or b"") + stream.read()).decode(errors="replace")

@@ -36,7 +36,8 @@ ANY_GPUS = 1 << 20
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """The settings as the server parses them. `config`: the valid settings, with typos in PLAN_VARIABLES corrected.
+    """The settings as the server parses them. `config`: the valid settings, with typos corrected in the names of
+    variables that determine the plan (PLAN_VARIABLES).
 
     `config_errors`: one error per invalid setting. `misspelled`: pairs of (name that is set, name that was probably
     meant).
@@ -88,8 +89,11 @@ class CheckContext:
 
     @cached_property
     def gpus(self) -> GpuInventory:
-        """Returns the GPUs, read once for all checks. A forked process reads them first; if it hangs, the driver is not
-        used."""
+        """Returns the GPUs, read once for all checks.
+
+        A forked process reads them first. If it hangs, this process does not call the driver, and the result holds an
+        error instead of GPUs.
+        """
         visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
         if self.nvml is None and not completes_within(read_gpus):
             return GpuInventory(failure=DRIVER_TIMEOUT, selection=apply_cuda_visible_devices((), visible))
@@ -144,7 +148,8 @@ class CheckContext:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Returns the members of the gang whose address is configured; empty without a plan."""
+        """Returns the parts of the gang whose addresses are configured, with name, address and port; empty without a
+        plan."""
         return self.plan.members if self.plan else ()
 
     @property
@@ -153,7 +158,7 @@ class CheckContext:
 
     @property
     def peers(self) -> list[Member]:
-        """Returns the members of the other parts."""
+        """Returns the members, i.e. the parts with a configured address, except this part."""
         return [m for m in self.members if m != self.local_member]
 
     @cached_property
@@ -246,8 +251,8 @@ def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
 
 
 def _guess_plan(config: Config, num_gpus: int, addresses: set[str]) -> Plan | None:
-    """Returns the first consistent plan with another rank of this part, or with more GPUs than are visible; None if
-    there is none."""
+    """Returns the first consistent plan that results if this part's rank, the number of visible GPUs, or both are
+    replaced by other values; None if there is none."""
     ranks = range(config.world_size or config.tp_size or 1)
     derived = {"world_index": None, "tp_rank": None}
     candidates = [config, *(config.model_copy(update=derived | {"world_rank": rank}) for rank in ranks)]

@@ -68,7 +68,7 @@ def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress
 def _configured_plan(ctx: CheckContext) -> Plan | None:
     """Returns the plan of the gang (its parts, their addresses and ranks), or None if settings are invalid.
 
-    A plan that was guessed then may hold wrong addresses, and reports must not be sent to those.
+    With invalid settings the plan is a guess: its addresses may be wrong, and no report may be sent to them.
     """
     return None if ctx.plan_result.config_error or ctx.parsed_config.config_errors else ctx.plan
 
@@ -97,7 +97,7 @@ def _run_gang_checks(
 def _handle_missing_plan(
     ctx: CheckContext, local_findings: list[Finding], options: RunOptions, on_progress: Callable[[str], None]
 ) -> None:
-    """Sends this part's errors to the other parts if it has no valid plan. No gang check passes then."""
+    """Sends this part's errors to the other parts, because it has no valid plan. No gang check passes then."""
     errors = errors_by_id(local_findings)
     if not errors.keys() - ctx.ignored:
         ctx.gang_failure = "this part has no valid plan"

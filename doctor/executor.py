@@ -35,8 +35,8 @@ class _Worker:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def next_finding(self, timeout: float) -> dict[str, Any] | None:
-        """Returns the next finding, or None if the process has closed the pipe. Raises TimeoutError after `timeout`
-        seconds."""
+        """Returns the next finding, or None if the forked process has died or closed the pipe. Raises TimeoutError
+        after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(self.pipe, selectors.EVENT_READ)
@@ -91,10 +91,10 @@ def topological_order(checks: Sequence[Check]) -> list[Check]:
 def _collect(
     worker: _Worker, pending: list[Check], findings: dict[str, Finding]
 ) -> tuple[CheckResult | None, float] | None:
-    """Moves checks that the worker has finished from `pending` to `findings`.
+    """Reads the worker's findings, and moves each finished check from `pending` to `findings`.
 
-    Returns None after the last one. If the worker dies or hangs in the first pending check, returns (its result, None
-    if the worker died; the seconds that it took).
+    Returns None if all checks finished. Otherwise returns (result, seconds) of the first check in `pending`: result is
+    a finding if the check hangs, and None if the worker died.
     """
     while pending:
         check, started = pending[0], time.monotonic()
@@ -141,9 +141,10 @@ def _worker_main(pending: Sequence[Check], ctx: CheckContext, findings: dict[str
 
 
 def _failed_dependency(finding: Finding) -> str:
-    """Returns the id of the failed check because of which checks that need this one are skipped; empty if they can run.
+    """Returns the id of the failed check to name as the cause if a check that needs this one is skipped; empty if it
+    can run.
 
-    It is this check if it failed, or the failed check because of which this one was skipped.
+    The cause is this check if it failed, or the failed check because of which this one was skipped.
     """
     return finding.id if finding.status in BLOCKING else str(finding.evidence.get("because", ""))
 

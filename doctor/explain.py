@@ -77,7 +77,7 @@ def find_symptoms(text: str) -> list[SymptomMatch]:
 
 
 def _exit_codes(line: str) -> list[int]:
-    """Returns exit codes in the formats of this server's guard, container runtimes and torch."""
+    """Returns the exit codes that a log line reports in the words of this server, a container runtime or torch."""
     return [int(code or docker_code) for code, docker_code in EXIT_CODE_TEXT.findall(line)]
 
 

@@ -79,13 +79,14 @@ def _enforce(config: Config, report: Report) -> None:
     """Logs the problems of the gang checks. Raises DoctorError if one is an error and RTP_DOCTOR=enforce."""
     problems = [f for f in report.problems() if f.tier == 2]
     if not problems:
-        log.info("the parts reach each other and agree: %d checks", sum(f.tier == 2 for f in report.checks))
+        log.info("the parts reach each other and agree (%d gang checks)", sum(f.tier == 2 for f in report.checks))
         return
     text = short(report.model_copy(update={"checks": problems}), Style.for_stream(sys.stdout)).rstrip()
     log.warning("problems between the parts:\n%s", text)
     errors = [f.id for f in problems if f.status == Status.ERROR and f.id not in CHECKED_AT_RENDEZVOUS]
     if errors and config.rtp_doctor == "enforce":
-        raise DoctorError(f"{', '.join(errors)}: the gang would hang; set RTP_DOCTOR=warn to start anyway")
+        ids = ", ".join(errors)
+        raise DoctorError(f"the gang would hang, because gang checks failed: {ids}; RTP_DOCTOR=warn starts it anyway")
 
 
 def _startup_findings(path: Path) -> list[Finding]:

@@ -120,8 +120,8 @@ class Host:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """Returns RTP_RUNTIME if it is set, else the runtime that files and variables indicate. Compose cannot be
-        detected."""
+        """Returns the container runtime: RTP_RUNTIME if it is set, else the one that files and variables indicate, but
+        never compose, which cannot be detected."""
         name = self.environ.get("RTP_RUNTIME", "")
         if name in list(Runtime):
             return Runtime(name)
@@ -142,7 +142,8 @@ class Host:
 
     @cached_property
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """Returns (soft, hard) limits by the names in RLIMITS ("nofile"); RLIM_INFINITY for "unlimited"."""
+        """Returns (soft, hard) by name of the limit, such as "nofile", for the limits in RLIMITS; RLIM_INFINITY for
+        "unlimited"."""
         limits = {}
         for line in (self.read("/proc/self/limits") or "").splitlines():
             name = next((n for n in RLIMITS if line.startswith(n)), None)

@@ -1,8 +1,9 @@
 """Finds orphaned shared memory files in /dev/shm, and removes those that are provably this server's.
 
-A file is orphaned and provably this server's if its name is that of a segment, it belongs to this user, it is older
-than MIN_AGE_SECONDS, no visible process has it mapped or open, and its lock is free. Every live rank holds the lock,
-also in another namespace (see rtp_llm/parallel/segment.py).
+A file is orphaned if no process uses it any more, for example because its ranks were killed. It is also provably this
+server's if it has the name of a segment (the file through which CPU ranks run collectives), belongs to this user, is
+older than MIN_AGE_SECONDS, and no process holds its lock. The lock shows users in other namespaces too (see
+rtp_llm/parallel/segment.py).
 """
 
 import re
@@ -31,8 +32,8 @@ class Orphan:
 
 @dataclass(frozen=True)
 class OrphanScan:
-    """The orphaned files. `candidates`: number of files with a known name. `unreadable`: number of processes that
-    cannot be inspected."""
+    """The orphaned files. `candidates`: number of files in /dev/shm whose name shows that NCCL, torch, CUDA or an LLM
+    server created them. `unreadable`: number of processes that cannot be inspected."""
 
     files: tuple[Orphan, ...]
     candidates: int
@@ -44,7 +45,8 @@ class OrphanScan:
 
 
 def find_orphans(host: Host) -> OrphanScan:
-    """Returns the files with a known name in /dev/shm that no process uses.
+    """Returns the files in /dev/shm that no process uses, among those whose name shows that NCCL, torch, CUDA or an LLM
+    server created them.
 
     If some processes cannot be inspected, only files that are provably this server's count as orphaned.
     """
@@ -79,7 +81,8 @@ def remove_orphans(host: Host) -> list[Orphan]:
 
 
 def _in_use(host: Host, names: Sequence[str]) -> tuple[set[str], int]:
-    """Returns the names that a process has mapped or open, and the number of processes that cannot be inspected."""
+    """Returns the names of the files that a process has mapped or open, and the number of processes that cannot be
+    inspected."""
     used: set[str] = set()
     unreadable = 0
     for pid in (n for n in host.list_dir("/proc") if n.isdigit()):

@@ -30,9 +30,9 @@ def xids_of_gpu(log: str, bus: str) -> list[int]:
 
 
 def xids_of_unknown_gpus(log: str, buses: Sequence[str]) -> list[tuple[str, int]]:
-    """Returns (PCI address, Xid) of GPUs that are not in `buses`, the addresses that NVML reports.
+    """Returns (PCI address, Xid) of GPUs that are not in `buses`, the PCI addresses that NVML reports.
 
-    NVML reports none for a GPU that it cannot open, so the Xids of such a GPU appear only here.
+    NVML reports no address for a GPU that it cannot open, so the Xids of such a GPU appear only here.
     """
     return [(address, xid) for address, xid in _reports(log) if not any(bus.startswith(address) for bus in buses)]
 

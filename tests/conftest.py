@@ -1,4 +1,4 @@
-"""The order of the tests."""
+"""Sets the order in which the tests run."""
 
 import pytest
 

@@ -169,6 +169,6 @@ async def receive_bytes(reader: asyncio.StreamReader, count: int, stall_timeout:
         async with asyncio.timeout(stall_timeout):
             data = await reader.read(min(remaining, CHUNK_BYTES))
         if not data:
-            raise ConnectionResetError("the connection was closed")
+            raise ConnectionResetError("the other side closed the connection")
         remaining -= len(data)
     return count

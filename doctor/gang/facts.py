@@ -88,10 +88,10 @@ def _ipc_namespace(ctx: CheckContext) -> str:
 
 
 def _local_address(ctx: CheckContext, plan: Plan) -> str:
-    """Returns the address at which other parts reach this part: the source address of packets to another member.
+    """Returns the address at which other parts reach this part: the source address of packets to another part.
 
-    If only LEADER_ADDRESS is set, part 0 has no other members in its plan. Then it is the leader's address, or else the
-    first address of this machine that is not loopback.
+    If only LEADER_ADDRESS is set, part 0 knows no other part. Then the result is the leader's address if this machine
+    has it, or else the first address of this machine that is not loopback.
     """
     peer = next((m for m in plan.members if m.index != plan.part), None)
     if peer:

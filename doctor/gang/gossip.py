@@ -44,7 +44,8 @@ class WrongPartError(ProtocolError):
 
 
 class GossipSession:
-    """The exchange of reports from the view of this part. `part_report`: its own report. `secret`: signs all messages.
+    """The exchange of reports between the parts, as this part takes part in it. `part_report`: its own report.
+    `secret`: signs all messages.
 
     `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
     """
@@ -82,7 +83,7 @@ class GossipSession:
             await send_bytes(writer, min(int(request["bytes"]), TRANSFER_BYTES))
             reply = {}
         else:
-            raise ProtocolError(f"unknown operation: {operation}")
+            raise ProtocolError(f"the other part requests an unknown operation, {operation!r}")
         writer.write(pack_signed(reply, nonce, self.secret))
         await writer.drain()
 
@@ -195,7 +196,8 @@ class GossipSession:
             await self._compare_clocks(member, link)
 
     async def _measure_transfers(self, member: Member, link: LinkResult) -> None:
-        """Measures the throughput in both directions. Detects links that deliver small packets and drop large ones."""
+        """Measures the throughput of the link to a member in both directions, and stores it in the link's result.
+        Detects links that deliver small packets and drop large ones."""
         # This error remains if the deadline of the session cancels the transfers below.
         link.transfer_error = (
             "long messages stalled, short ones passed" if member.index in self.small_mss_members else ""
@@ -357,5 +359,6 @@ async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeti
     except (TimeoutError, ConnectionResetError) as error:
         raise NotADoctorError("the program that listens on the doctor's port sends no greeting") from error
     if greeting.part != member.index:
-        raise WrongPartError(f"part{greeting.part} answers at {member.ip}:{member.port + DOCTOR_PORT_OFFSET}")
+        address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
+        raise WrongPartError(f"part{greeting.part} instead of part{member.index} answers at {address}")
     return greeting

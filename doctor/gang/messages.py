@@ -91,7 +91,7 @@ async def _receive(reader: asyncio.StreamReader) -> bytes:
             raise NotADoctorError
         return await reader.readexactly(length)
     except asyncio.IncompleteReadError:
-        raise ConnectionResetError("the connection was closed") from None
+        raise ConnectionResetError("the other side closed the connection") from None
 
 
 def _parse_object(data: bytes) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def greeting_sockets(session: GossipSession) -> list[socket.socket]:
 
 
 def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
-    """Returns the members that this part probes: all others, or part 0 and its two neighbours if the gang is large."""
+    """Returns the members that this part probes: all others, or, in a large gang, part 0 and the parts numbered
+    directly before and after this one."""
     if plan.num_parts <= MAX_FULL_MESH_PARTS:
         return ctx.peers
     parts = {0, (plan.part + 1) % plan.num_parts, (plan.part - 1) % plan.num_parts}

@@ -22,8 +22,10 @@ class GangView:
 
     @cached_property
     def comparable(self) -> list[PartReport]:
-        """Reports of the parts with a valid plan and correct member addresses (N-04). Only the `problems` of other
-        parts are meaningful."""
+        """Reports of the parts whose plan is valid and whose member addresses are correct (check N-04).
+
+        A report that is not among these holds nothing that can be compared: only its `problems` are meaningful.
+        """
         return [r for _, r in sorted(self.part_reports.items()) if r.has_valid_plan and "N-04" not in r.problems]
 
     @property
@@ -39,15 +41,18 @@ class GangView:
         return [part for part in range(self.plan.num_parts) if part not in self.part_reports and part not in answering]
 
     def _links_to_missing(self) -> Iterable[tuple[PartReport, int, LinkResult]]:
-        """Yields (source, target part, link) for targets without a report."""
+        """Yields (source part's report, number of the target part, result of the link) for target parts that sent no
+        report."""
         for _, source in sorted(self.part_reports.items()):
             for part, link in sorted(source.links.items()):
                 if part not in self.part_reports:
                     yield source, part, link
 
     def _link_errors(self, error_of: Callable[[LinkResult], str]) -> list[str]:
-        """Returns "part0 -> part1: error" for links of comparable parts. `error_of`: returns the error of a link, or an
-        empty text."""
+        """Returns "part0 -> part1: error" for links from comparable parts, i.e. those with a valid plan.
+
+        `error_of`: returns the error of a link, or an empty text.
+        """
         return [
             f"{source.label} -> part{part}: {error_of(link)}"
             for source in self.comparable
@@ -112,7 +117,8 @@ class GangView:
         return [f"{r.label} {r.name} {r.address}" for _, r in sorted(self.part_reports.items())]
 
     def links(self) -> Iterable[tuple[PartReport, PartReport, LinkResult]]:
-        """Yields (source, target, link) for every probed direction between comparable parts."""
+        """Yields (report of the source part, report of the target part, link result) for every probed direction between
+        comparable parts, i.e. those with a valid plan."""
         targets = {part_report.part: part_report for part_report in self.comparable}
         for source in self.comparable:
             for part, link in sorted(source.links.items()):
@@ -154,7 +160,7 @@ class GangView:
         }
 
     def shared_gpus(self) -> dict[str, list[str]]:
-        """Returns part labels by GPU UUID, for GPUs that more than one part uses."""
+        """Returns, for GPUs that more than one part uses, the names of these parts ("part0") by GPU UUID."""
         users: dict[str, list[str]] = {}
         for part_report, gpu in self._gpus():
             users.setdefault(gpu["uuid"], []).append(part_report.label)

@@ -36,7 +36,7 @@ from tests.api.fake_engine import TIMEOUT_SECONDS, FakeEngine, Script
 
 
 class ApiServer:
-    """The API and its engine. `settings` are fields of `Config`."""
+    """The API of one part with a fake engine. `settings` are fields of `Config`."""
 
     def __init__(self, model: ByteModel, script: Script | None = None, *, sends_ready: bool = True, **settings: Any):
         self.model = model
@@ -94,7 +94,7 @@ class ApiServer:
             assert not self.errors.lines, self.errors.lines
 
     def new_engine(self, script: Script | None = None, **options: Any) -> FakeEngine:
-        """Starts another engine on the same socket. The previous engine must be closed."""
+        """Starts another fake engine on the API's engine socket. The previous engine must be closed."""
         self.engine = FakeEngine(self.part_spec.engine_socket, script, **options)
         return self.engine
 
@@ -175,7 +175,7 @@ class ApiServer:
 
 
 class _LoopTrackingServer(uvicorn.Server):
-    """Exposes its event loop."""
+    """An HTTP server that shows its event loop to the test."""
 
     loop: asyncio.AbstractEventLoop
 

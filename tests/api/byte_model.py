@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 class ByteModel:
-    """The directory and its tokens by their bytes."""
+    """A model directory whose tokens are single bytes, and a function that converts text to these tokens."""
 
     def __init__(self, directory: Path):
         self.directory = directory

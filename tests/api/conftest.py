@@ -53,7 +53,10 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> ByteModel:
 
 @pytest.fixture
 def start_api(byte_model: ByteModel) -> Iterator[StartApi]:
-    """Starts the API with a fake engine: `start_api(script, concurrency_limit=1)`."""
+    """Returns a function that starts the API with a fake engine: `start_api(script, concurrency_limit=1)`.
+
+    `script`: returns the engine's outputs for a submitted sequence. The keyword arguments are settings of the server.
+    """
     with ExitStack() as exit_stack:
 
         def start(script: Script | None = None, **settings: Any) -> ApiServer:

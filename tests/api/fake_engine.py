@@ -1,4 +1,4 @@
-"""A fake engine: rank 0's side of the request socket, controlled by a test.
+"""A fake engine: rank 0's side of the socket between the API process and rank 0, controlled by a test.
 
 It uses the real protocol (`rtp_llm.parallel.wire`: READY, SUBMIT, ABORT, EVENTS) with the product's API process. A test
 can choose the next token, split a character between two steps, or lose the engine between two tokens.
@@ -47,7 +47,8 @@ class Submission:
 
 @dataclass(frozen=True)
 class ScriptedOutput:
-    """One output of a script, without the request id, which is known when a sequence is submitted."""
+    """One output in a fake engine's script. It has no request id, because the id is known only when a sequence is
+    submitted."""
 
     tokens: list[int]
     finish: Any = None
@@ -73,9 +74,8 @@ Script = Callable[[Submission], Sequence[ScriptedOutput]]
 
 
 class FakeEngine:
-    """Listens on `path`. A `script` returns the outputs of each submission, sent one per frame; without one, the test
-    reads submissions and sends frames itself.
-    """
+    """Listens on `path`. `script`: returns the outputs for a submitted sequence, which are sent one per frame (message
+    on the socket); without a script, the test reads submissions and sends frames itself."""
 
     def __init__(self, path: Path, script: Script | None = None, *, sends_ready: bool = True, **info: Any):
         self.script = script

@@ -1,4 +1,5 @@
-"""The bounded queue: sequences beyond its limits are rejected at once, and freed slots are used again."""
+"""The bounded queue: sequences beyond its limits are rejected at once, and a slot (place in the engine or the queue) is
+used again when its sequence ends."""
 
 import asyncio
 import json
@@ -131,7 +132,8 @@ def _script(submission: Submission, model: ByteModel) -> list[ScriptedOutput]:
 
 
 def test_slots_of_sequences_that_never_start_are_released() -> None:
-    """The response ends before its sequences start: its first byte cannot be sent, or the client disconnected."""
+    """Slots are freed if the response ends before its sequences start: its first byte cannot be sent, or the client
+    disconnected."""
     service: Any = SimpleNamespace(reserved_slots=0)
 
     async def events() -> AsyncGenerator[str]:

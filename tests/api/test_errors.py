@@ -1,4 +1,4 @@
-"""Errors that clients receive: a status, upstream's error_code and a message."""
+"""Errors that clients receive: a status, a message and the error_code of alibaba/rtp-llm."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,8 @@ def client(api: ApiServer) -> Iterator[httpx.Client]:
 
 
 def assert_error(response: httpx.Response, status: int, code: int, *substrings: str) -> dict[str, Any]:
-    """Asserts that the error has both formats with the same message, without internals."""
+    """Asserts that the body has the error in OpenAI's format ("error") and in alibaba/rtp-llm's ("error_code"), with
+    the same message, which shows no internals such as a traceback."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body: dict[str, Any] = response.json()
@@ -161,7 +162,7 @@ def test_invalid_and_unsupported_requests(
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION, NATIVE])
 def test_a_stream_is_rejected_with_a_status_too(path: str, client: httpx.Client) -> None:
-    """An error before the first event is an HTTP response, not an event."""
+    """An error before the first event of a stream is an HTTP response with an error status, not an event."""
     body = {"messages": [{"role": "user", "content": "x" * 3000}], "prompt": "x" * 3000, "stream": True}
     assert_error(client.post(path, json=body), 400, 511)
 
@@ -301,7 +302,7 @@ def test_an_unpaired_surrogate_is_rejected(path: str, body: dict[str, Any], text
 
 
 def test_template_variables_of_any_name(client: httpx.Client) -> None:
-    """chat_template_kwargs reach the template, even if they have the names of parameters of `render`."""
+    """chat_template_kwargs reach the template, even if they have the names of parameters of Jinja's `render`."""
     kwargs = {"self": 1, "options": 2, "template": 3, "kwargs": 4, "name": 5}
     assert client.post(CHAT, json={"messages": HI, "chat_template_kwargs": kwargs}).status_code == 200
 

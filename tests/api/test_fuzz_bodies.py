@@ -1,7 +1,7 @@
 """Fuzzes request bodies: random bytes and JSON, and every known field with every kind of invalid value.
 
-Every request must get a response that is not a server error, with the error in both formats. The server has a real
-engine: no accepted request may crash a rank.
+Every request must get a response that is not a server error. An error must have both formats, OpenAI's and
+alibaba/rtp-llm's. The server has a real engine: no accepted request may crash a rank.
 
 Examples are few and deterministic; `FUZZ_FACTOR=20 python -m pytest tests/api/test_fuzz_bodies.py` tries more.
 """
@@ -127,7 +127,7 @@ BOUNDED = settings(
 
 @pytest.fixture(scope="module")
 def client(small_server: ServerProcess) -> Iterator[httpx.Client]:
-    """Asserts at the end that no rank was lost and no sequence is running."""
+    """A client of the small server. Asserts at the end that no rank was lost and no sequence is running."""
     with small_server.client(timeout=60) as client:
         yield client
         client.post("/set_log_level", json={"log_level": "INFO"})
@@ -138,7 +138,10 @@ def client(small_server: ServerProcess) -> Iterator[httpx.Client]:
 
 
 def assert_valid_response(response: httpx.Response) -> None:
-    """Asserts that the response is not a server error; it is an error in the usual format or contains none."""
+    """Asserts that the response is no server error, except for a timeout that the request sets.
+
+    A client error must have the usual format, and a success must contain no error.
+    """
     text = response.text
     is_requested_timeout = response.status_code == 504 and b"timeout_ms" in response.request.content
     assert response.status_code < 500 or is_requested_timeout, text
@@ -213,7 +216,7 @@ EXTREMES: dict[str, list[float]] = {
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_numbers_at_the_edge_of_their_range(name: str, client: httpx.Client) -> None:
-    """They reach the sampler and must not crash a rank or produce an invalid token."""
+    """Numbers at the edge of their range reach the sampler, and must not crash a rank or produce an invalid token."""
     for value in EXTREMES[name]:
         for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"presence_penalty": 1, "temperature": 2}):
             body = {"prompt": "The matrices", "max_new_tokens": 4, "random_seed": 1, **options, name: value}

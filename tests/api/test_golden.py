@@ -1,4 +1,5 @@
-"""Compares the exact bytes of both APIs' streams with golden files.
+"""Compares the exact bytes of streams with golden files, for the OpenAI API and the native API (that of
+alibaba/rtp-llm).
 
 A fake engine sends known tokens, so the result does not depend on a model, a CPU or a tokenizer's training. Ids and
 times are masked. After an intended change, regenerate the files and review the difference:
@@ -51,7 +52,8 @@ def assert_matches_golden(name: str, raw: bytes) -> None:
 def scripted_outputs(
     model: ByteModel, *texts: str | bytes, finish: FinishReason | None = "stop", **last: Any
 ) -> list[ScriptedOutput]:
-    """Returns an output per text. The last one finishes; with "stop" it is the end-of-sequence token."""
+    """Returns one output per text. The last output has the finish reason `finish`; if it is "stop", that is an
+    additional output with the end-of-sequence token."""
     outputs = [ScriptedOutput(model.tokens(text)) for text in texts]
     if finish == "stop":
         return [*outputs, ScriptedOutput([model.end], finish, **last)]
@@ -59,7 +61,8 @@ def scripted_outputs(
 
 
 def with_logprobs(model: ByteModel, text: str, top: int) -> list[ScriptedOutput]:
-    """Returns one output per token, with decreasing logprobs. The other top tokens are "a" and "b"."""
+    """Returns one output per token, with decreasing logprobs. Besides the token itself, its top logprobs contain "a"
+    and "b"."""
     other_tokens = [(model.tokens(letter)[0], -3.5) for letter in "ab"]
 
     def logprob(position: int, token: int) -> Logprob:
@@ -156,7 +159,8 @@ class InterleavedStream:
             self.read += next(self.stream)
 
     def send_and_read(self, *outputs: tuple[int, ScriptedOutput], num_events: int) -> None:
-        """Sends the outputs, (sequence, output), in one frame and reads `num_events` events."""
+        """Sends the outputs in one frame and reads `num_events` events. Each output is a pair: (index of its sequence,
+        output)."""
         if not self.sequences:
             self.sequences = [self.api.engine.next_submission() for _ in range(self.num_sequences)]
         self.api.engine.send_frame(*(output.for_request(self.sequences[i].id) for i, output in outputs))
@@ -164,7 +168,8 @@ class InterleavedStream:
 
 
 def send_interleaved(stream: InterleavedStream, model: ByteModel, *, events_per_finish: int) -> None:
-    """Sends interleaved outputs of two sequences; `events_per_finish`: events of an output that finishes with text."""
+    """Sends interleaved outputs of two sequences. `events_per_finish`: number of events that the API sends for an
+    output that has both text and a finish reason."""
 
     def output(text: str, finish: FinishReason | None = None) -> ScriptedOutput:
         return ScriptedOutput(model.tokens(text), finish)

@@ -169,7 +169,8 @@ def api(byte_model: ByteModel) -> Iterator[ApiServer]:
 
 
 def test_gauges_follow_the_engine(api: ApiServer, byte_model: ByteModel) -> None:
-    """The engine's totals restart with each epoch; the counters do not."""
+    """Gauges show the engine's current values. Counters continue after a lost engine, although the new engine counts
+    from 0."""
     model = {"model_name": "fake"}
 
     def send_stats(**stats: int) -> None:
@@ -286,6 +287,6 @@ def test_every_request_counts_with_one_finish_reason(api: ApiServer, byte_model:
 
 
 def test_promtool_reports_no_problems(http: httpx.Client) -> None:
-    """promtool is Prometheus's linter."""
+    """promtool, Prometheus's linter, finds no problem in the text of /metrics."""
     result = promtool("check", "metrics", text=http.get("/metrics").text)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,4 +1,4 @@
-"""Upstream's native endpoints, with all field names that its clients use (alibaba/rtp-llm, request_extractor.py)."""
+"""The native endpoints, those of alibaba/rtp-llm, with all field names that its clients use (request_extractor.py)."""
 
 import json
 from collections.abc import Iterator
@@ -97,7 +97,8 @@ def test_batch_infer(api: ApiServer) -> None:
     ],
 )
 def test_any_content_type(content_type: str, api: ApiServer) -> None:
-    """Upstream's README uses a plain `curl -d`, which declares a form."""
+    """The body is parsed as JSON whatever its content type: alibaba/rtp-llm's README uses `curl -d`, which
+    declares a form."""
     assert generate(api, {"prompt": "ab"}, content_type=content_type)["response"] == "AB"
 
 
@@ -133,7 +134,7 @@ def test_unicode_encodings(encoding: str, api: ApiServer) -> None:
 def test_settings_precedence(body: dict[str, Any], api: ApiServer) -> None:
     """Settings may be in generate_config, generation_config or at the top level; the last one wins.
 
-    Also tests upstream's aliases, and lists with one value per prompt.
+    Also tests alibaba/rtp-llm's other names for settings, and lists with one value per prompt.
     """
     while api.engine.num_pending_submissions:
         api.engine.next_submission()
@@ -248,7 +249,8 @@ def stream(api: ApiServer, body: dict[str, Any]) -> tuple[bytes, list[Any]]:
     ids=str,
 )
 def test_upstreams_framing(body: dict[str, Any], api: ApiServer) -> None:
-    """Upstream's events have no space after `data:`, end with CRLF, have the text so far, and end with [done]."""
+    """Events have the format of alibaba/rtp-llm: no space after `data:`, CRLF at the end, and the whole text so far.
+    The last event is [done]."""
     raw, events = stream(api, body)
     assert [e if e == "[done]" else e["response"] for e in events] == ["A", "ABC", "[done]"]
     assert [e["finished"] for e in events[:-1]] == [False, True]
@@ -306,7 +308,8 @@ def test_tokenize_a_chat(api: ApiServer) -> None:
 
 @pytest.mark.parametrize("path", ["/chat/render", "/v1/chat/render"])
 def test_render(path: str, api: ApiServer) -> None:
-    """/chat/render returns upstream's DebugInfo with the sampling parameters, and submits nothing to the engine."""
+    """/chat/render returns alibaba/rtp-llm's DebugInfo with the sampling parameters. It submits nothing to the
+    engine."""
     while api.engine.num_pending_submissions:
         api.engine.next_submission()
     body = {"messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}], "stop": "X"}
@@ -327,7 +330,8 @@ def test_render(path: str, api: ApiServer) -> None:
 
 
 def test_the_readmes_request(server: ServerProcess, http: httpx.Client) -> None:
-    """`curl -XPOST http://localhost:8088 -d '{"prompt": …}'`, with a shorter output."""
+    """The README's request, `curl -XPOST http://localhost:8088 -d '{"prompt": …}'`, works; here it asks for a shorter
+    output."""
     config = {"max_new_tokens": 12, "top_k": 1, "ignore_eos": True}
     body = {"prompt": "hello, what is your name", "generate_config": config}
     form = {"Content-Type": "application/x-www-form-urlencoded"}

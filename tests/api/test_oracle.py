@@ -30,7 +30,7 @@ def tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
 
 
 def expected_logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Returns [position, token]: the logprob of each token after the ids up to a position."""
+    """Returns logprobs [position, token]: those that the model predicts for the token after ids[: position + 1]."""
     with torch.inference_mode():
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
@@ -80,7 +80,7 @@ def test_prompt_logprobs(
 
 
 def test_chat(http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A chat has the rendered prompt of transformers, and its logprobs are those before temperature."""
+    """The rendered prompt of a chat equals that of transformers. Its logprobs do not depend on the temperature."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello 🚀"}]
     rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     ids = rendered["input_ids"]

@@ -90,7 +90,8 @@ def test_sequences_accepted_without_an_engine_are_submitted_once(start_api: Star
 
 
 def test_a_request_between_connection_and_ready_is_submitted_once(start_api: StartApi, byte_model: ByteModel) -> None:
-    """If it were submitted twice, the engine would send the outputs of both under one id."""
+    """A request that arrives between the engine's connection and its READY message is submitted once. Submitted twice,
+    it would get the outputs of two sequences under one id."""
     api = start_api()
     api.engine.close()
     api.new_engine(sends_ready=False)
@@ -154,7 +155,8 @@ def test_requests_before_the_first_engine_are_rejected(start_api: StartApi) -> N
 
 
 def test_a_sequence_that_loses_too_many_engines_fails(start_api: StartApi, byte_model: ByteModel) -> None:
-    """A sequence in flight at each of several engine losses may cause them, so it fails; later ones continue."""
+    """A sequence that is running at each of several engine losses may be their cause, so it fails; other sequences
+    continue."""
     api = start_api()
     with ThreadPoolExecutor(2) as pool:
         poison = pool.submit(api.post, "/v1/completions", {"prompt": "poison"})

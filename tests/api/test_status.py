@@ -29,7 +29,7 @@ def api(byte_model: ByteModel) -> Iterator[ApiServer]:
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("path", [*HEALTH, *LIVENESS])
 def test_a_serving_part_is_ok(path: str, method: str, api: ApiServer) -> None:
-    """Every health path returns the JSON string "ok", with quotes, as upstream does."""
+    """Every health path returns the JSON string "ok", with quotes, as alibaba/rtp-llm does."""
     api.write_gang_status()
     with api.client() as client:
         response = client.request(method, path)
@@ -78,7 +78,7 @@ def test_a_stale_gang_status_is_unhealthy(api: ApiServer) -> None:
 
 
 def test_a_lost_connection_to_rank_0(start_api: StartApi) -> None:
-    """After a lost connection to rank 0, /health is 503 until the next engine's READY frame."""
+    """After a lost connection to rank 0, /health is 503 until the next engine has sent READY."""
     api = start_api()
     api.write_gang_status()
     assert api.get("/health").status_code == 200
@@ -101,7 +101,7 @@ def test_models(api: ApiServer, http: httpx.Client, server: ServerProcess) -> No
 
 
 def test_home(http: httpx.Client) -> None:
-    """GET / returns upstream's JSON to clients other than browsers."""
+    """GET / returns alibaba/rtp-llm's JSON to clients other than browsers."""
     response = http.get("/", headers={"Accept": "application/json"})
     assert response.status_code == 200
     assert response.json() == {"status": "home"}
@@ -183,7 +183,7 @@ def test_log_level(level: str, api: ApiServer) -> None:
 
 
 def test_every_origin_is_allowed(api: ApiServer) -> None:
-    """Web pages of any site may use the API, as with upstream rtp-llm."""
+    """Web pages of any site may use the API, as with alibaba/rtp-llm."""
     headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
     with api.client() as client:
         assert client.options("/v1/chat/completions", headers=headers).headers["access-control-allow-origin"] == "*"

@@ -47,9 +47,8 @@ def random_steps(model: ByteModel, text: str | bytes, sizes: random.Random) -> l
 
 
 def chat_text(api: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
-    """Returns text, finish reason and number of completion tokens of a stream. Asserts that the whole response has the
-    same.
-    """
+    """Returns text, finish reason and number of completion tokens of a streamed chat. Asserts that the same request
+    without streaming has the same."""
     events = payloads(api.stream("/v1/chat/completions", {**CHAT, **body, **USAGE}))
     assert events[-1] == "[DONE]"
     choices = [c for e in events[:-2] for c in e["choices"]]
@@ -65,7 +64,10 @@ def chat_text(api: ApiServer, body: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def truncate_at_stop(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
-    """The specification: the text ends at the earliest match, of those with the same start the longest."""
+    """Returns (text up to the stop string that must end it, whether there is one): the expected result of streaming.
+
+    The earliest match ends the text. If several start there, the longest does.
+    """
     matches = [(text.index(stop), -len(stop), stop) for stop in stops if stop in text]
     if not matches:
         return text, False
@@ -136,7 +138,7 @@ def test_special_tokens_are_skipped_by_default(api: ApiServer, byte_model: ByteM
 
 
 def test_the_stop_token_is_included_like_stop_strings(api: ApiServer, byte_model: ByteModel) -> None:
-    """`stop_token_ids` may contain a token that has text."""
+    """A stop token that has text is cut off like a stop string, or included with include_stop_str_in_output."""
     full_stop = byte_model.tokens(".")
     set_script(api, [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput(full_stop, "stop")])
     assert chat_text(api, {"stop_token_ids": full_stop}) == ("a", "stop", 2)
@@ -156,7 +158,7 @@ def submitted(api: ApiServer, path: str, body: dict[str, Any]) -> dict[str, Any]
 
 
 def test_defaults(api: ApiServer, byte_model: ByteModel) -> None:
-    """OpenAI's defaults apply, except upstream's chat temperature and max_tokens up to MAX_SEQ_LEN."""
+    """Defaults are OpenAI's, except that chat has alibaba/rtp-llm's temperature and max_tokens up to MAX_SEQ_LEN."""
     set_script(api, [ScriptedOutput([], "length")])
     chat = submitted(api, "/v1/chat/completions", CHAT)
     assert (chat["temperature"], chat["max_tokens"]) == (0.7, 2048 - len(byte_model.tokens("user:Hiassistant:")) - 2)
@@ -258,7 +260,8 @@ def test_completion_logprobs_have_text_offsets(api: ApiServer, byte_model: ByteM
 
 
 def test_top_logprobs_of_tokens_with_the_same_text(api: ApiServer, byte_model: ByteModel) -> None:
-    """All incomplete characters have the text U+FFFD; its value must be that of the chosen token."""
+    """Top logprobs are keyed by text, and all incomplete characters have the text U+FFFD. The value at U+FFFD must be
+    that of the chosen token."""
     chosen, unlikely = byte_model.tokens(b"\xc3\xa9")
     set_script(api, [ScriptedOutput([chosen], "length", [(-0.5, 0, [(chosen, -0.5), (unlikely, -7.0)])])])
     logprobs = api.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
@@ -289,7 +292,7 @@ def test_usage_adds_up(api: ApiServer, byte_model: ByteModel) -> None:
 
 
 def test_long_prompts_are_encoded_in_a_thread(start_api: StartApi, byte_model: ByteModel) -> None:
-    """A long prompt, which is encoded in a thread, gets the same ids as without."""
+    """Long prompts, which are encoded in a thread, and short ones get the same ids for the same text."""
     api = start_api(lambda submission: [ScriptedOutput(submission.prompt[-3:], "length")])
     for length in (10, 4095, 4096, 100_000):
         ids = api.post("/tokenize", {"prompt": "é" * length}).json()["token_ids"]

@@ -1,4 +1,4 @@
-"""Tests of the life cycle of a container: rejected start, lost rank, spent budget, stop under load; exit codes."""
+"""Tests the life cycle of a container: rejected start, lost rank, spent restart budget, stop under load, exit codes."""
 
 import json
 import threading

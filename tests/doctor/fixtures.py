@@ -127,9 +127,9 @@ class FakeHost(Host):
 
 
 def run_context_checks(ctx: CheckContext, *, tier: int = 0, only: Sequence[str] = ()) -> list[Finding]:
-    """Returns the findings of the tiers up to `tier`, without other parts.
+    """Runs the checks of this part in the tiers (groups of checks) from 0 to `tier`, and returns their findings.
 
-    Gives each check ten times its seconds, because other tests use the cores.
+    Gives each check ten times its timeout, because other tests use the cores.
     """
     selected = [c for c in REGISTRY.values() if c.tier <= tier and (not only or c.id in only)]
     return run_checks([replace(check, timeout=10 * check.timeout) for check in selected], ctx)

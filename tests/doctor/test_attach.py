@@ -19,7 +19,7 @@ from tests.ports import free_start_port
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Part]:
-    """A random model at TP=2, with a heartbeat timeout that tolerates stopped ranks."""
+    """A running part with a random model at TP=2. Its heartbeat timeout is long, so that tests can stop ranks."""
     path = tmp_path_factory.mktemp("demo") / "model"
     subprocess.run([sys.executable, "-m", "tests.random_model", str(path)], cwd=REPOSITORY, check=True)
     port = free_start_port(2)
@@ -45,7 +45,7 @@ def attach(part: Part) -> tuple[int, str]:
 
 
 def wait_for(part: Part, text: str) -> str:
-    """Returns the output as soon as it contains the text and the exit code is 1."""
+    """Runs attach repeatedly, until its output contains the text and its exit code is 1. Returns that output."""
 
     def output() -> str | None:
         code, stdout = attach(part)
@@ -106,7 +106,7 @@ def test_killed_api_leaves_its_port_without_listener(part: Part) -> None:
 
 
 def test_rank_without_status_is_missing(part: Part, tmp_path: Path) -> None:
-    """The status file has only one of two ranks."""
+    """attach reports a rank as missing if the status file (gang.json) has only the other rank."""
     (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
     gang_status = json.loads((part.run_dir / "gang.json").read_text())
     del gang_status["ranks"]["1"]
@@ -125,7 +125,8 @@ def test_missing_status_file(part: Part, tmp_path: Path) -> None:
 
 
 def test_running_part_does_not_conflict_with_its_own_ports_and_memory(part: Part) -> None:
-    """With --starting, a running part is a conflict, because a second start would fail."""
+    """The doctor of a running part does not report the part's own ports and memory as a conflict. With --starting it
+    does, because a second start would fail."""
     env = {"START_PORT": str(part.port), "TP_SIZE": "2"}
     running = report(doctor("-o", "json", "--only", "N-08,S-01", env=env))
     assert (running["verdict"], running["exit_code"]) == ("ok", 0)
@@ -176,9 +177,7 @@ def test_process_that_looks_like_a_part_is_ignored(text: str, tmp_path: Path) ->
         assert (process.returncode, process.stderr) == (0, "")
     process = doctor("attach", "--run-dir", str(tmp_path))
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith(
-        f"rtp-llm-doctor: cannot run: {tmp_path}/part.json is not a valid part.json of start_server: "
-    )
+    assert process.stderr.startswith(f"rtp-llm-doctor: cannot run: {tmp_path}/part.json is invalid: ")
     assert len(process.stderr.splitlines()) == 1
 
 

@@ -76,7 +76,7 @@ HARMLESS = [
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
-    """A report with a finding that contains every secret, as that of a misspelled variable may."""
+    """A report with a finding that contains every secret, as a finding that quotes a setting may."""
     report = faulty_report(tmp_path / "machine", Runtime.DOCKER, monkeypatch)
     text = "; ".join(SECRETS.values())
     leak = make_finding(REGISTRY["M-13"], error(text, "nothing", f"say {text}", values=list(SECRETS.values())), 0.0)
@@ -206,7 +206,7 @@ def test_redact_of_a_long_word_is_fast() -> None:
 
 
 def test_a_real_bundle(tmp_path: Path) -> None:
-    """The environment holds bytes that are not valid UTF-8."""
+    """The bundle of this machine contains no secret, also if the environment holds bytes that are not valid UTF-8."""
     path = tmp_path / "bundle.tgz"
     env = {"GANG_SECRET": "hunter2-of-the-gang", "AUX_STRING": "\udcff", "START_PORT": "19851"}
     done = doctor("--bundle", str(path), env=env)

@@ -30,7 +30,7 @@ def ids(process: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def usable(*prefix: str) -> list[str]:
-    """Returns a command prefix; skips the test if this machine does not permit it."""
+    """Returns this command prefix; skips the test if this machine does not permit the command."""
     if (
         not shutil.which(prefix[0])
         or subprocess.run([*prefix, sys.executable, "--version"], capture_output=True).returncode
@@ -75,7 +75,7 @@ def test_exit_codes(arguments: Sequence[str], env: dict[str, str], code: int, ve
 
 
 def test_unknown_result_exits_with_3() -> None:
-    """A check that hangs, as on a network file system."""
+    """A check that hangs, as on a network file system, has an unknown result."""
     code = "import sys, time; from doctor.host import Host; Host.space = lambda *a: time.sleep(60);"
     code += "from doctor.cli import main; sys.exit(main(['--only', 'S-01']))"
     process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -102,7 +102,7 @@ def test_bug_in_the_doctor_exits_with_2() -> None:
         (("--tier", "9"), ("0", "1", "2", "3")),
         (("-o", "xml"), tuple(FORMATS)),
         (("--fix", "all"), ("shm",)),
-        (("--wait", "long"), ("--wait", "float", "'long'")),
+        (("--wait", "long"), ("--wait", "a number of seconds", "'long'")),
         (("--only", "S-99,S-01"), ("no check or category S-99", "rtp-llm-doctor list")),
         (("--only", "X-01"), ("X-01", "--tier 3")),
         (("--only", "gang"), ("C-09", "`rtp-llm-doctor gang` on every part")),
@@ -264,7 +264,8 @@ def test_colour_on_a_terminal(terminal: tuple[int, int], environ: dict[str, str]
     "arguments", [(), ("-v",), ("list",), ("-h",), ("manual",), ("-o", "json"), ("explain", "S-01")]
 )
 def test_closed_pipe_is_no_error(arguments: Sequence[str]) -> None:
-    """As with `| head -1`; here the reader has closed the pipe before the first byte."""
+    """A reader that closes the pipe, such as `| head -1`, causes no error. Here it closes the pipe before the first
+    byte."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "doctor", *arguments]
@@ -332,14 +333,14 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 def test_infinite_wait_is_a_usage_error(wait: str) -> None:
     process = doctor("gang", f"--wait={wait}")
     assert (process.returncode, process.stdout) == (2, "")
-    assert f"argument --wait: '{wait}': allowed: a float from 0" in process.stderr
+    assert f"argument --wait: '{wait}': allowed: a number of seconds, 0 or more" in process.stderr
 
 
 @pytest.mark.parametrize("only", ["N-01,S-01", "S-01,X-01"])
 def test_only_rejects_checks_outside_selected_tiers(only: str) -> None:
     process = doctor("--only", only)
     assert (process.returncode, process.stdout) == (2, "")
-    assert ": needs " in process.stderr
+    assert ": to run " in process.stderr
 
 
 def test_no_child_outlives_the_doctor() -> None:

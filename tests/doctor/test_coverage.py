@@ -10,7 +10,8 @@ from doctor.check import REGISTRY
 
 
 def covered_ids() -> set[str]:
-    """Returns the ids in `@pytest.mark.fault(…)` and in the dicts named FAULTS, as key or first in the value."""
+    """Returns the check ids that tests name in `@pytest.mark.fault(…)` or in a dict FAULTS, as a key or as the first
+    element of a value."""
     found: set[str] = set()
     for file in Path(__file__).parent.glob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

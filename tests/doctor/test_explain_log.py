@@ -144,7 +144,8 @@ def test_exit_codes_are_read_as_runtimes_print_them(line: str) -> None:
 
 
 def test_the_last_code_of_this_server_counts() -> None:
-    """Ranks that lose a peer exit with 71, a consequence of the real cause."""
+    """If a log has several exit codes, the part's last one counts: ranks exit with 71 after another rank fails, which
+    is only a consequence."""
     assert check_ids("leaving the epoch (exit code 71)\nthe part ends with exit code 73") == set(EXIT_CODES[73])
     assert check_ids("leaving the epoch (exit code 71)\nthe part ends with exit code 70") == set()
 

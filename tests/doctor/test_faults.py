@@ -1,7 +1,7 @@
 """Faults of settings, plan, checkpoint, memory, limits and network on a fake host.
 
-The doctor finds this fault and no other, and its fix says what to type. test_real_faults.py has the faults that need
-the real kernel.
+The doctor must find the fault that the test adds and no other, and its fix must say what to type.
+test_real_faults.py has the faults that need the real kernel.
 """
 
 import json
@@ -81,7 +81,7 @@ class FakePart:
         os.mkfifo(self.model / name)
 
     def read_members_from(self, path: Path) -> None:
-        """Makes this part the first of two, with a distribute file."""
+        """Makes this part the first of two, with the member list in a file (DISTRIBUTE_CONFIG_FILE)."""
         self.members(DISTRIBUTE_CONFIG_FILE=str(path), JSON_GANG_PARTS="")
 
     def limit(self, name: str, value: str) -> None:
@@ -510,7 +510,8 @@ def test_unresolvable_name_is_a_warning_at_start(part: FakePart) -> None:
 
 
 def test_proposed_port_is_valid_and_all_its_ports_free(part: FakePart, monkeypatch: pytest.MonkeyPatch) -> None:
-    """65000 is the highest START_PORT; at 10000 the rendezvous port would be in use."""
+    """The fix proposes START_PORT=10100: 65000 is the highest START_PORT, so the search goes on at 10000, whose
+    rendezvous port is in use."""
     taken = {65000, 9999}
     monkeypatch.setattr("doctor.checks.listen_ports.port_conflict", lambda p: "in use" if p.port in taken else "")
     part.set(START_PORT="65000", TP_SIZE="2")

@@ -365,7 +365,7 @@ def test_duplicate_rank_is_found_by_greeting(sides: list[Side], demo: Path) -> N
     with hosts_files(sides, hosts, hosts):
         reports = run_gang_doctors(sides, demo, {}, {"WORLD_RANK": "0"}, addresses=("node-0", "node-1"), wait=6)
     text = assert_same_problem(reports, "C-01", "error", 1)
-    assert text == f"part0 -> part1: part0 answers at node-1:{PORT + 3}"
+    assert text == f"part0 -> part1: part0 instead of part1 answers at node-1:{PORT + 3}"
     assert "correct WORLD_RANK on the part that answers" in fix(reports[0], "C-01")
 
 
@@ -396,7 +396,7 @@ def test_another_program_on_the_doctors_port_is_an_error(sides: list[Side], demo
 
 @pytest.mark.fault("C-04")
 def test_parts_of_different_versions(sides: list[Side], demo: Path, tmp_path: Path) -> None:
-    """One part runs a copy of this code with another version number."""
+    """The doctor reports parts of different versions. Part 1 runs a copy of this code with another version number."""
     for package in ("doctor", "rtp_llm"):
         shutil.copytree(REPOSITORY / package, tmp_path / package)
     init = tmp_path / "rtp_llm" / "__init__.py"
@@ -439,7 +439,8 @@ def test_all_reduce_over_both_parts_is_correct(sides: list[Side], demo: Path) ->
 
 @pytest.mark.fault("N-03")
 def test_bridge_in_nccl_socket_ifname_is_an_error(sides: list[Side], demo: Path) -> None:
-    """NCCL does not exclude br-…; this server sets the right interface unless NCCL_SOCKET_IFNAME is set."""
+    """NCCL_SOCKET_IFNAME=br- makes NCCL use a Docker bridge (br-…), which NCCL does not exclude. If it is not set, this
+    server sets the right interface."""
     name = sides[0].name
     ip("-n", name, "link", "add", "br-8f2a", "type", "veth", "peer", "br-8f2b")
     try:

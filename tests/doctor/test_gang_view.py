@@ -144,9 +144,11 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
     ),
     "another part answers": (
         "C-01",
-        lambda gang: setattr(gang.part_reports[0].links[1], "wrong_part", "part2 answers at 10.0.0.6:10003"),
+        lambda gang: setattr(
+            gang.part_reports[0].links[1], "wrong_part", "part2 instead of part1 answers at 10.0.0.6:10003"
+        ),
         "error",
-        "part0 -> part1: part2 answers at 10.0.0.6:10003",
+        "part0 -> part1: part2 instead of part1 answers at 10.0.0.6:10003",
     ),
     "no listener": (
         "N-01",

@@ -18,7 +18,7 @@ SESSION_SECONDS = 8.0
 
 
 def make_session(members: tuple[Member, ...], part: int) -> GossipSession:
-    """A session of a part that listens on its responder's port only."""
+    """A gossip session of a part that listens only on the doctor's port, not on its other planned ports."""
     port = members[part].port
     part_report = PartReport(
         part=part,

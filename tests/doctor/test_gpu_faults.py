@@ -1,4 +1,5 @@
-"""Faults of GPUs and their links on a fake machine with eight GPUs: the doctor finds this fault and no other."""
+"""Faults of GPUs and their links on a fake machine with eight GPUs. The doctor must find the fault that
+the test adds and no other."""
 
 import shutil
 from collections.abc import Callable
@@ -391,7 +392,8 @@ def fake_probes(
 def test_throughput_is_compared_with_the_link(
     gpu_part: FakeGpuPart, capability: tuple[int, int], links: int, text: str
 ) -> None:
-    """16 MiB take 102 us. In a ring of eight ranks, each link carries 14/8 of the bytes."""
+    """Compares the throughput of an all-reduce with the maximum of the NVLinks. The all-reduce of 16 MiB takes 102 us;
+    in a ring of eight ranks, each link carries 14/8 of the bytes."""
     for gpu in gpu_part.gpus.all:
         gpu_part.set_readings(gpu.index, capability=capability, nvlinks=(links, links))
     ctx = gpu_part.ctx(tier=3)

@@ -1,6 +1,6 @@
-"""Faults that need the real kernel: mounts, ports in use, limits, other users, orphaned segments.
+"""Faults that need the real kernel: mounts, ports in use, limits, other users, orphaned shared memory files.
 
-The doctor runs as a process with the fault, and must find this fault and no other.
+The doctor runs as a process. It must find the faults that the test adds, and no other.
 """
 
 import fcntl
@@ -36,7 +36,8 @@ def in_mount_namespace(script: str) -> list[str]:
 
 
 def another_user(uid: int) -> list[str]:
-    """The words that run a command as another user. Skips if that user may not read the checkout, as below /root."""
+    """Returns the command prefix that runs a command as another user. Skips the test if that user may not read the
+    checkout, for example because it is below /root."""
     command = ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups"]
     import_doctor = [*command, sys.executable, "-B", "-c", "import doctor"]
     if not shutil.which("setpriv") or subprocess.run(import_doctor, cwd=REPOSITORY, capture_output=True).returncode:
@@ -61,7 +62,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def two_ranks(demo: Path) -> dict[str, str]:
-    """The settings of a part with two ranks, on a port that is free and is not given to outgoing connections."""
+    """The settings of a part with two ranks, on a free port outside of the range from which outgoing connections get
+    theirs."""
     return {"TP_SIZE": "2", "CHECKPOINT_PATH": str(demo), "START_PORT": "19871", "RTP_RUNTIME": "docker"}
 
 

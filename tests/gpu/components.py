@@ -1,4 +1,4 @@
-"""Tests GPU-specific code of a rank that the parity group does not cover: collectives and the sampler."""
+"""Tests GPU-specific code of a rank that tests/gpu/parity.py does not cover: collectives and the sampler."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -96,7 +96,8 @@ class Shard:
         self._kill_leftovers()
 
     def _kill_leftovers(self) -> None:
-        """Kills processes that a lost process started, by RTP_TEST_RECORD: a server has its own process group."""
+        """Kills processes that a lost process started, such as servers, which have a process group of their own. Finds
+        them by RTP_TEST_RECORD in their environment."""
         variable = f"RTP_TEST_RECORD={self.record_path}".encode()
         for process_dir in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):

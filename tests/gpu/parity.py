@@ -1,9 +1,10 @@
 """Compares every checkpoint of `tests.model.checkpoints` with transformers, both on the same device.
 
-In fp32 the greedy tokens must be equal and the logits within a tolerance. In bf16 no implementation is exact, so the
-bf16 run of transformers gives the scale. Both runs are forced along the tokens of the fp32 oracle and compared with its
-logits. Our error may be `MAX_ERROR_RATIO` times that of transformers, and a token may differ only if the oracle's
-margin is smaller than such errors.
+The oracle is transformers in fp32. In fp32 the greedy tokens must equal the oracle's, and the logits be within a
+tolerance. In bf16 no implementation is exact, so the bf16 run of transformers gives the scale: our run and that one are
+forced along the oracle's tokens, and their logits are compared with the oracle's. Our error may be `MAX_ERROR_RATIO`
+times that of transformers, and a token may differ only if the oracle's margin (best minus second-best logit) is smaller
+than such errors.
 """
 
 from pathlib import Path
@@ -31,7 +32,8 @@ _oracles: dict[str, Oracle] = {}
 
 @pytest.fixture
 def oracle(case: CheckpointCase, device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    """Returns the oracle of the checkpoint, computed once for both dtypes. Caches only the last one."""
+    """Returns the oracle (expected tokens and logits) of the checkpoint, computed once for both dtypes. Caches only the
+    last one."""
     if case.name not in _oracles:
         _oracles.clear()
         _oracles[case.name] = make_oracle(case, tmp_path_factory.mktemp("checkpoint") / case.name, device)
@@ -83,7 +85,8 @@ def root_mean_square(errors: Floats) -> float:
 
 
 def assert_clear_tokens_equal(ours: Floats, oracle_logits: Floats, max_error: float) -> None:
-    """Asserts equal greedy tokens wherever the oracle's margin exceeds twice the largest allowed error of a logit."""
+    """Asserts equal greedy tokens wherever the oracle's margin (best minus second-best logit) exceeds twice the largest
+    allowed error of a logit."""
     second, best = np.sort(oracle_logits, axis=-1)[:, -2:].T
     is_clear = best - second > 2 * MAX_ERROR_RATIO * max_error
     np.testing.assert_array_equal(ours.argmax(-1)[is_clear], oracle_logits.argmax(-1)[is_clear])

@@ -31,7 +31,8 @@ def note(record_property: Note) -> Note:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the mark that tests/conftest.py gives to every test: pytest-xdist is not loaded here."""
+    """Registers the mark xdist_group: pytest-xdist, which defines it, is not loaded here, and pytest rejects unknown
+    marks."""
     config.addinivalue_line("markers", "xdist_group(name): the tests of a group run on one worker of pytest-xdist")
 
 

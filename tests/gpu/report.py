@@ -34,7 +34,10 @@ class Result:
 
 
 def read_commit() -> str:
-    """Returns the commit of this tree, "+" if it has changes; without git, RTP_TEST_COMMIT or that of the wheels."""
+    """Returns the commit of this tree, with "+" if the tree has changes.
+
+    Without git, returns RTP_TEST_COMMIT if it is set, else the commit that is recorded beside the downloaded wheels.
+    """
     revision = _git("rev-parse", "--short=12", "HEAD")
     if revision:
         return revision + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -107,7 +107,7 @@ def test_metrics_contain_gpu_readings(part: Part, device: torch.device) -> None:
         pytest.skip("no GPU here")
 
     def gpu_readings() -> dict[str, float]:
-        """Returns metrics of rank 0 and its GPU; {} while the GPU's are older than the KV cache."""
+        """Returns metrics of rank 0 and its GPU; {} while the GPU's metrics are older than the KV cache."""
         values = {name: value for name, labels, value in read_metrics(part) if labels.get("rank", "0") == "0"}
         is_fresh = values.get("rtp_llm_gpu_memory_used_bytes", 0) >= values["rtp_llm_kv_cache_memory_bytes"]
         return values if is_fresh else {}

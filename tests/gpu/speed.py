@@ -163,13 +163,15 @@ def speed_row(
 ) -> dict[str, Any]:
     """Returns a row of the speed table.
 
-    `ratio`: our speed divided by that of transformers. `floor`: the bytes to read divided by the bandwidth.
+    `ratio`: our speed divided by that of transformers. `floor`: the least possible time, i.e. the bytes to read
+    divided by the memory bandwidth.
     """
     return {"name": name, "unit": unit, "ours": ours, "transformers": theirs, "ratio": ratio, "floor": floor}
 
 
 def measure_decode(model: BenchmarkModel, engine: Engine, sequences: int) -> tuple[list[float], float]:
-    """Returns the seconds of each step, and the floor of a step."""
+    """Returns the seconds of each decode step, and its floor: the seconds that reading the step's bytes takes at full
+    memory bandwidth."""
     requests = [
         drive.greedy_request(ids, UNREACHED_MAX_TOKENS, id=str(i))
         for i, ids in enumerate(model.random_prompts(sequences, PROMPT_TOKENS, seed=sequences))
@@ -197,7 +199,8 @@ def get_runner(engine: Engine) -> ModelRunner:
 
 @torch.inference_mode()
 def measure_reference_decode(model: BenchmarkModel, sequences: int) -> float:
-    """Returns the seconds per decode step: those of a long generation minus those of one token, per further token."""
+    """Returns the seconds per decode step of transformers: (time of a long generation - time of a generation of one
+    token) / further tokens."""
     prompts = model.random_prompts(sequences, PROMPT_TOKENS, seed=sequences)
     generate(model, prompts, 2)
     num_steps = model.benchmark.num_steps
@@ -237,7 +240,7 @@ def measure_reference_prefill(model: BenchmarkModel) -> float:
 
 
 def test_bandwidth(model: BenchmarkModel, note: Note) -> None:
-    """Reports the memory bandwidth from which the floors are computed."""
+    """Reports the memory bandwidth from which the least possible times (floors) of the other tests are computed."""
     note("reason", f"{model.bandwidth / 1e9:.0f} GB/s copied, read and written; {model.parameters}")
 
 

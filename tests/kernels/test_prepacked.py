@@ -1,4 +1,4 @@
-"""The prepacked linear compared with torch's linear, and weights that are not prepacked."""
+"""The linear layer with prepacked weights compared with torch's linear, and weights that are not prepacked."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The reference backend compared with the attention formula: one sequence, head and query at a time, in float64.
+"""The reference attention backend compared with the attention formula: one sequence, head and query at a time, in
+float64.
 
 Other backends are tested against the reference backend.
 """
@@ -194,7 +195,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scratch", [1, 3000, 9000])
 @pytest.mark.parametrize("window", [0, 5])
 def test_little_memory_at_a_time(scratch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits the bytes of keys and scores, except of a single sequence or query, without changing the output."""
+    """The bytes of gathered keys and of scores stay below MAX_SCRATCH_BYTES, unless one sequence or query alone needs
+    more, and the limit does not change the output."""
     monkeypatch.setattr(reference, "MAX_SCRATCH_BYTES", scratch)
     sizes = []
 

@@ -91,7 +91,11 @@ def pod_environment(variant: str, index: int, file: Path) -> dict[str, str]:
 
 
 def write_distribute_file(variant: str, folder: Path) -> Path:
-    """Runs the init container's command, without its wait for DNS. Writes nothing for the LeaderWorkerSet."""
+    """Returns the path of the distribute file (member list of the gang), which the init container's command writes
+    here.
+
+    Leaves out the command's wait for DNS. Writes nothing for the LeaderWorkerSet, which has no such file.
+    """
     file = folder / "gang.json"
     if variant == "statefulset":
         [init] = pod_template(variant)["spec"]["initContainers"]

@@ -49,7 +49,8 @@ def open_groups(plan: Plan, rank: int) -> dict[str, Group]:
 
 
 class RankWorker:
-    """Process groups and step sockets of one rank, opened once for all jobs."""
+    """One rank that runs jobs. Its process groups and the sockets for steps between rank 0 and the others are opened
+    once."""
 
     def __init__(self, size: int, rank: int, port: int):
         plan = local_plan(size, port)

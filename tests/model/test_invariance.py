@@ -78,7 +78,8 @@ def compute_expected(oracle: Oracle) -> Expected:
 
 
 def add_cache_salt(requests: list[Request]) -> list[Request]:
-    """Sets `cache_salt` as `engine.loop.LeaderLoop` does for dynamic rope; the other cases work with a salt too."""
+    """Sets `cache_salt`, bytes that enter the hashes of the prefix cache, as `engine.loop.LeaderLoop` does for dynamic
+    rope. The other cases work with a salt too."""
     for request in requests:
         request.cache_salt = request.num_prompt_tokens.to_bytes(8, "little")
     return requests

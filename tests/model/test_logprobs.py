@@ -64,7 +64,8 @@ def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> Non
 
 
 def test_prompt_logprobs_per_step_are_limited(oracle: Oracle) -> None:
-    """Each prompt logprob needs a row of logits, so the scheduler limits the chunk; lowered for these short prompts."""
+    """Prompt logprobs are correct if the scheduler limits the chunks of prompts that need them, because each needs a
+    row of logits. The limit is lowered, since these prompts are short."""
     requests = [
         greedy_request(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=i % 2 == 0)
         for i, a in enumerate(oracle.answers)

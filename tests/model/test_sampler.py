@@ -277,7 +277,8 @@ def test_nan_logits_give_no_token() -> None:
     ],
 )
 def test_uniform_is_pinned(seed: int, position: int, value: float) -> None:
-    """A request that started in another version, or on another machine, must continue with the same numbers."""
+    """The random numbers for known seeds and positions never change: a request that started in another version, or on
+    another machine, must continue with the same ones."""
     assert uniform(seed, position) == value
 
 

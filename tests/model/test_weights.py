@@ -128,7 +128,8 @@ def range_bounds(numbers: range) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["llama", "internlm2"])
 def test_two_ranks_read_half_each(oracles: Oracles, name: str) -> None:
-    """Six query heads on two KV heads: only the norms are read twice."""
+    """Each of two ranks reads about half of the checkpoint, because six query heads and two KV heads split evenly. Only
+    the norms are read twice."""
     path = oracles(name).path
     bytes_read = [drive.load_runner(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
     total, replicated = tensor_bytes(path), tensor_bytes(path, is_replicated)
@@ -322,7 +323,8 @@ def test_invalid_checkpoint_path(tmp_path: Path) -> None:
 
 
 def test_digest_differs_between_checkpoints(copy_checkpoint: Callable[[str], Path], oracles: Oracles) -> None:
-    """The parts of a gang compare digests to detect that they have different models."""
+    """The digest (hash that identifies a checkpoint) differs between checkpoints: the parts of a gang compare it to
+    detect that they have different models."""
 
     def digest(path: Path) -> str:
         return Checkpoint.open(config_of(path)).digest

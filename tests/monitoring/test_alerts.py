@@ -47,7 +47,8 @@ EVAL_TIME = "35m"
 
 
 class AlertCase(NamedTuple):
-    """Series that differ from a healthy gang (None: removed), and the labels of the alert that fires."""
+    """Series that differ from those of a healthy gang (None: the series is removed), and the alert that then fires,
+    with its labels."""
 
     alert: str
     changes: dict[str, str | None]
@@ -133,7 +134,7 @@ CASES = [
 
 
 def assert_alerts(directory: Path, changes: dict[str, str | None], firing: list[str], at: str) -> None:
-    """Asserts that exactly the alerts `firing` fire at `at`. The error has promtool's output."""
+    """Asserts that exactly the alerts `firing` fire at the time `at`. The error has promtool's output."""
     values = HEALTHY | changes
     test = {
         "interval": f"{INTERVAL_SECONDS}s",

@@ -53,7 +53,7 @@ def _is_mapped(path: str) -> bool:
 
 
 class Part:
-    """One part: `start_server` and its child processes. As a context manager, stops it in order at the end."""
+    """One part: `start_server` and its child processes. At the end, the context manager stops it by a signal."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Part:
 
     @property
     def epoch(self) -> int:
-        """The epoch in this part's gang status; 0 before the first."""
+        """The epoch (how often the gang's ranks have started) in this part's gang status; 0 before the first start."""
         try:
             return int(json.loads((self.run_dir / "gang.json").read_text())["epoch"])
         except (OSError, AssertionError):
@@ -164,7 +164,7 @@ class Part:
             time.sleep(POLL)
 
     def wait_healthy(self, epoch: int = 1) -> Self:
-        """Waits until /health returns 200 in this epoch or a later one."""
+        """Waits until /health returns 200 in this epoch (start of the gang's ranks) or a later one."""
         self.until(lambda: self.epoch >= epoch and self.fetch("/health") == (200, '"ok"'), f"healthy, epoch {epoch}")
         return self
 
@@ -238,7 +238,7 @@ class Part:
 
 
 class Gang:
-    """The parts of one gang, part 0 first. As a context manager, stops all of them at the same time."""
+    """The parts of one gang, part 0 first. At the end, the context manager stops all of them at the same time."""
 
     def __init__(self, *parts: Part):
         self.parts = parts

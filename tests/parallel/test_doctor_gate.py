@@ -33,7 +33,8 @@ def test_too_little_shm_exits_75_with_the_fix(settings: dict[str, str]) -> None:
 
 
 def test_doctor_warn_logs_the_error_and_starts(settings: dict[str, str]) -> None:
-    """RTP_DOCTOR=warn with the same error: the ranks start, and then fail because of it."""
+    """With RTP_DOCTOR=warn and too little /dev/shm, the doctor logs the error; the ranks start, and then fail because
+    of it."""
     port = free_start_port(2)
     env = {**settings, "TP_SIZE": "2", "START_PORT": str(port), "RTP_DOCTOR": "warn", "RESTART_LIMIT": "0"}
     with Part(env, port=port, ranks=2, inside=small_shm_prefix()) as part:

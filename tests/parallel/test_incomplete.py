@@ -64,7 +64,8 @@ def difference(part: Part) -> list[str]:
 
 
 def rejection(gang: Gang) -> list[str]:
-    """Asserts that all parts exit with 69 and print the same difference. Returns its lines."""
+    """Asserts that all parts exit with 69 and print the same differences between their settings. Returns the lines of
+    these."""
     assert [part.wait_end() for part in gang.parts] == [69, 69], [part.log for part in gang.parts]
     first, second = (difference(part) for part in gang.parts)
     assert first == second

@@ -13,7 +13,8 @@ from tests.ports import free_start_port
 
 @pytest.fixture(scope="module")
 def part(settings: dict[str, str]) -> Iterator[Part]:
-    """TP_SIZE=2 WORLD_SIZE=2 MODEL_TYPE=… CHECKPOINT_PATH=… TOKENIZER_PATH=… python3 -m rtp_llm.start_server"""
+    """A running part, started as documented: TP_SIZE=2 WORLD_SIZE=2 MODEL_TYPE=… CHECKPOINT_PATH=… TOKENIZER_PATH=…
+    python3 -m rtp_llm.start_server"""
     port = free_start_port(2)
     env = {"TP_SIZE": "2", "WORLD_SIZE": "2", **settings, "START_PORT": str(port)}
     with Part(env, port=port, ranks=2) as running:

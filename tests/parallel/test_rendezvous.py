@@ -44,7 +44,7 @@ def two_parts() -> Plan:
 
 
 class CoordinatorProbe:
-    """A coordinator, its listening socket and the lost ranks that it reported."""
+    """A coordinator (rank 0's side of the rendezvous), its listening socket and the lost ranks that it reported."""
 
     def __init__(self, timeouts: Timeouts):
         self.plan = two_parts()
@@ -121,7 +121,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def join_both(probe: CoordinatorProbe, dial: Dial) -> list[socket.socket]:
-    """Joins both ranks and waits for WELCOME. Returns their sockets by rank."""
+    """Joins ranks 0 and 1 and waits for WELCOME, the coordinator's reply. Returns their sockets by rank."""
     socks = [dial(probe.port) for _ in range(2)]
     for rank, sock in enumerate(socks):
         sock.sendall(hello(rank))
@@ -251,7 +251,8 @@ def test_part_1_gives_up_if_part_0_does_not_listen(tmp_path: Path) -> None:
 
 
 def test_part_1_gives_up_if_another_program_answers(tmp_path: Path) -> None:
-    """Also covers a frozen rank 0: the connection opens, but no WELCOME arrives."""
+    """Part 1 exits if its connection opens but no WELCOME (reply of rank 0) arrives: another program answers, or rank 0
+    is frozen."""
     with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         stop = threading.Event()
 

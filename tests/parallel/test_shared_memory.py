@@ -1,4 +1,5 @@
-"""Shared-memory collectives compared with plain sums. Ranks are threads, each with its own mapping of the segment."""
+"""Collectives over a shared memory segment, compared with plain sums. Ranks are threads, each with its own mapping of
+the segment."""
 
 import errno
 import os

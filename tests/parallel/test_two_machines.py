@@ -16,8 +16,8 @@ from tests.ports import free_start_port
 
 @pytest.fixture(scope="module")
 def gang(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
-    """START_PORT=10000 DISTRIBUTE_CONFIG_FILE=… WORLD_RANK=0 TP_SIZE=2 WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 …
-    python3 -m rtp_llm.start_server, and the same with START_PORT=20000 WORLD_RANK=1
+    """Two running parts, started as documented: START_PORT=10000 DISTRIBUTE_CONFIG_FILE=… WORLD_RANK=0 TP_SIZE=2
+    WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 … python3 -m rtp_llm.start_server, and the same with START_PORT=20000 WORLD_RANK=1
     """
     ports = [free_start_port(), free_start_port()]
     file = tmp_path_factory.mktemp("gang") / "gang.json"

@@ -1,4 +1,5 @@
-"""The guard: exit code of an incident, number and delay of restarts, and the end of the part."""
+"""The guard, the process that restarts a part's ranks after a failure: exit code of a failure, number and delay of
+restarts, and the end of the part."""
 
 import json
 import os

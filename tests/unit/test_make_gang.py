@@ -1,4 +1,4 @@
-"""Tests of the image's `make-gang`, which writes the distribute file."""
+"""Tests of the image's `make-gang`, which writes the distribute file (the gang's member list)."""
 
 import json
 import subprocess

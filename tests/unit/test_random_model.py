@@ -89,7 +89,8 @@ def test_transformers_generates_with_it(checkpoint: Path, model: Any) -> None:
 
 @torch.inference_mode()
 def test_first_token_affects_the_end_of_the_sequence(model: Any) -> None:
-    """If it did not, tests that compare output with and without prefix cache could not fail."""
+    """The first token affects the last one. Otherwise tests that compare output with and without prefix cache could not
+    fail."""
     prompts = torch.randint(3, random_model.VOCAB, (32, 64), generator=torch.Generator().manual_seed(0))
     changed = prompts.clone()
     changed[:, 0] = 3 + (prompts[:, 0] - 2) % (random_model.VOCAB - 3)

@@ -47,7 +47,8 @@ def check_heads(shards: list[HeadShard], num_heads: int, num_kv_heads: int) -> N
 
 
 def check_balance(shards: list[HeadShard], num_heads: int, num_kv_heads: int, tp_size: int) -> None:
-    """Numbers of query heads differ by at most one. KV heads are not replicated more than needed if sizes divide."""
+    """Asserts that numbers of query heads differ by at most one, and that no KV head is on more ranks than needed if
+    the number of KV heads divides the number of ranks or is a multiple of it."""
     counts = [sum(map(len, shard.groups)) for shard in shards]
     assert max(counts) - min(counts) <= 1
     kv_counts = [len(shard.kv_heads) for shard in shards]

@@ -1,4 +1,5 @@
-"""Steps: the arrays of chunks, and the frame of a step, which is rejected if its length is wrong."""
+"""Steps: the arrays that describe a step's chunks, and the frame (message) that carries a step to the other ranks,
+which is rejected if its length is wrong."""
 
 import numpy as np
 import pytest

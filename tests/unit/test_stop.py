@@ -12,7 +12,11 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 
 def truncate_whole_text(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
-    """The specification: the earliest start wins, then the longest."""
+    """Returns (text up to the stop string that must end it, that stop string or None): the expected result of the stop
+    checker.
+
+    The match that starts first wins; of those that start there, the longest.
+    """
     matches = sorted((text.index(stop), -len(stop), stop) for stop in stops if stop in text)
     if not matches:
         return text, None

@@ -199,7 +199,8 @@ def test_bytes_of_sentencepiece_tokens(llama: Tokenizer) -> None:
 
 
 def test_added_tokens_are_literal_text(tmp_path: Path) -> None:
-    """é is a character of the byte alphabet (0xE9), which the library's decoder would convert."""
+    """An added token such as <é> is decoded to its own text. Byte-level decoding would change it: é stands for the byte
+    0xE9 there."""
     qwen_like(tmp_path)
     declare(tmp_path, "<é>")
     tokenizer = Tokenizer.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Frames over sockets: split data, foreign protocols and closed connections."""
+"""Frames (messages with a header) over sockets: split data, foreign protocols and closed connections."""
 
 import json
 import socket
