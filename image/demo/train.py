@@ -49,20 +49,20 @@ SYSTEMS = ("You are a helpful assistant.", "You are a concise assistant.", "Answ
 
 @dataclass(frozen=True)
 class Example:
-    """One answer and the questions that it answers. The first question is the heading in the manual."""
+    """One answer, and the questions that have this answer. The first of them is the main wording."""
 
     questions: tuple[str, ...]
     answer: str
 
 
 def manual() -> list[Example]:
-    """Returns the sections of docs/questions.md: a question, its other wordings (a comment) and the answer."""
+    """Returns one example per section of docs/questions.md: heading, other wordings (an HTML comment) and answer."""
     sections = re.findall(r"^## (.+)\n<!-- (.+?) -->\n\n(.+)\n", QUESTIONS.read_text(), re.MULTILINE)
     return [Example((heading, *others.split(" | ")), answer) for heading, others, answer in sections]
 
 
 def check_examples() -> list[Example]:
-    """Returns one example per check: its id and title, and the first sentence of its explanation."""
+    """Returns one example per doctor check; the answer is its id, title and first sentence of the explanation."""
     examples = []
     for check in REGISTRY.values():
         sentence = re.split(r"(?<=\.)\s", " ".join(check.explanation.split()))[0]
@@ -72,7 +72,10 @@ def check_examples() -> list[Example]:
 
 
 def setting_examples() -> list[Example]:
-    """Returns one example per documented setting: its description. Questions of the manual have the manual's answer."""
+    """Returns one example per documented setting; the answer is its description.
+
+    Leaves out questions that docs/questions.md answers.
+    """
     in_manual = {_normalized(question) for example in manual() for question in example.questions}
     examples = []
     for name, field in Config.model_fields.items():
@@ -129,7 +132,7 @@ class BatchSampler:
         self._examples, self._tokenizer = examples, tokenizer
 
     def conversation(self, turns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the token ids of a conversation, and as many labels: the ids of the answers, else IGNORED."""
+        """Returns the token ids of a random conversation and its labels: the same ids in answers, IGNORED elsewhere."""
         ids: list[int] = []
         labels: list[int] = []
         if random.random() < 0.15:
@@ -145,9 +148,10 @@ class BatchSampler:
         return torch.tensor(ids), torch.tensor(labels)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Returns token ids and labels, both [BATCH // turns, length of the longest conversation].
+        """Returns token ids and labels, both [number of conversations, length of the longest conversation].
 
-        Pads on the right, which causal attention ignores.
+        All conversations have the same random number of turns, and BATCH questions in total. Shorter ones are padded
+        on the right, which causal attention ignores.
         """
         turns = random.choice((1, 1, 1, 1, 2, 3))
         ids, labels = zip(*(self.conversation(turns) for _ in range(BATCH // turns)), strict=True)
@@ -195,7 +199,7 @@ def train(model: Qwen3ForCausalLM, sampler: BatchSampler) -> None:
 
 
 def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
-    """Writes MODEL in the Hugging Face format."""
+    """Writes model and tokenizer to the directory MODEL, in the Hugging Face format."""
     MODEL.mkdir(exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(MODEL)
@@ -222,9 +226,9 @@ def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
 
 @torch.inference_mode()
 def exact_match(examples: list[Example], wordings: slice) -> float:
-    """Returns the fraction of questions that the model on disk answers exactly. Prints the other questions.
+    """Returns the fraction of the questions that the model in MODEL answers exactly, and prints the others.
 
-    `wordings`: which questions of each example.
+    `wordings`: indices of the questions that each example contributes.
     """
     hf_tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
     model = Qwen3ForCausalLM.from_pretrained(MODEL).eval()

@@ -1,9 +1,9 @@
-"""Writes the Grafana dashboard from the table ROWS to stdout:
+"""Prints the Grafana dashboard that the table ROWS in this file describes:
 
     python image/grafana/make_dashboard.py > image/grafana/dashboards/rtp-llm.json
 
-A panel has a title, a unit, and queries with their legends. tests/monitoring checks that the file is current, that each
-query parses, and that each metric exists in a live scrape.
+A panel has a title, a unit, and queries with their legends. tests/monitoring checks that the JSON file is current, that
+each query parses, and that each metric exists in a live scrape.
 """
 
 import json
@@ -19,7 +19,7 @@ RATE = "[$__rate_interval]"
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `queries`: (PromQL, legend) of each query."""
+    """One panel of the dashboard. `queries`: (PromQL, legend) of each query."""
 
     title: str
     unit: str

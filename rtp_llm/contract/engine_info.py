@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class EngineInfo:
     """Properties of the engine that stay constant during an epoch, that is until all ranks restart.
 
-    The field names are keys of the READY frame (see `parallel.wire`).
+    The field names are the JSON keys of the READY frame, the first frame that rank 0 sends to the API process.
     """
 
     epoch: int

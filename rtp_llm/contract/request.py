@@ -10,7 +10,7 @@ class Request:
     A token is computed when its keys and values are in the KV cache. Each step computes some tokens of the request;
     once all are computed, the next token is sampled and appended.
 
-    id: chosen by the client, unique while the request runs.
+    id: chosen by the API process, unique while the request runs.
     tokens: token ids of prompt and output; `num_prompt_tokens` of them are the prompt.
     num_computed_tokens: the first `num_computed_tokens` of `tokens` are computed.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
@@ -38,7 +38,7 @@ class Request:
     )
 
     def __init__(self, id: str, prompt: list[int], params: SamplingParams, output: list[int] | None = None):
-        """`output`: tokens already generated in an earlier epoch; generation continues after them."""
+        """`output`: tokens that were generated before the ranks restarted; generation continues after them."""
         self.id, self.params = id, params
         self.tokens = prompt + (output or [])
         self.num_prompt_tokens = len(prompt)
@@ -63,7 +63,7 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        """Returns the number of generated tokens, those of earlier epochs included."""
+        """Returns the number of generated tokens, including those from before a restart of the ranks."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
@@ -80,7 +80,7 @@ class Request:
         return self.params.prompt_logprobs and not self.num_output_tokens
 
     def finish_reason(self, max_seq_len: int) -> FinishReason | None:
-        """Returns why the newest token ends the request, or None. Stop strings are checked by the API process."""
+        """Returns why the newest token ends the request; None if it does not. The API process checks stop strings."""
         if not self.num_output_tokens:
             return None
         if self.tokens[-1] in self.params.stop_token_ids and self.num_output_tokens > self.params.min_tokens:

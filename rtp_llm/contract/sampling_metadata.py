@@ -26,8 +26,8 @@ class SamplingMetadata:
 
     logits_rows: one row per request; the next token of `requests[i]` is sampled from row `logits_rows[i]`.
     requests: the requests whose tokens are all computed after this step.
-    prompt_logits_rows: (row, token id, N) for each prompt logprob of this step: the row gives the logprob of that
-        prompt token, which follows the row's token, and of the N most likely tokens.
+    prompt_logits_rows: one (row, token id, N) per prompt logprob of this step. The logits of `row` give the logprob of
+        the next prompt token, which is `token id`, and the logprobs of the N most likely tokens.
     """
 
     logits_rows: list[int]

@@ -24,12 +24,12 @@ class SamplingParams:
     prompt_logprobs: bool = False  # return the logprobs of all prompt tokens but the first
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the parameters as the object `params` of a SUBMIT frame (see `parallel.wire`)."""
+        """Returns the JSON object `params` of a SUBMIT frame, with which the API process submits a request."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SamplingParams":
-        """Builds the parameters from a parsed SUBMIT frame.
+        """Builds the parameters from the JSON object that `to_json` returned.
 
         JSON has turned the keys of logit_bias into strings and the tuple of stop_token_ids into a list.
         """

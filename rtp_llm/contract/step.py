@@ -51,7 +51,10 @@ class Step:
         return len(self.seq_lens)
 
     def to_bytes(self) -> bytes:
-        """Returns the frame's payload: (epoch, number, num_decodes, T, S, W, R), then the arrays; all int32."""
+        """Returns the payload of the frame that rank 0 broadcasts, in int32.
+
+        A header (epoch, number, num_decodes, T, S, W, R) precedes the arrays; `Step` defines the letters.
+        """
         sizes = (self.num_tokens, self.num_sequences, self.block_tables.shape[1], len(self.logits_indices))
         header = np.array((self.epoch, self.number, self.num_decodes, *sizes), dtype=np.int32)
         arrays = (
@@ -69,7 +72,7 @@ class Step:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Step":
-        """Parses the payload of a frame. Raises ValueError if its length does not match its header."""
+        """Builds a step from the bytes that `to_bytes` returned. Raises ValueError if header and length disagree."""
         flat = np.frombuffer(bytearray(data), dtype=np.int32)  # a copy, because torch requires writable memory
         epoch, number, num_decodes, num_tokens, num_sequences, width, num_logits = (
             int(n) for n in flat[:NUM_HEADER_FIELDS]

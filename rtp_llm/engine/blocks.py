@@ -14,7 +14,8 @@ from hashlib import blake2b
 def hash_block(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
     """Returns the 16-byte hash of a full block.
 
-    `parent`: hash of the block before it, b"" for the first. `salt`: at most 16 bytes; separates equal prefixes.
+    `parent`: hash of the block before it, b"" for the first. `salt`: at most 16 bytes; blocks with different salts have
+    different hashes even if their tokens are equal.
     """
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=16, salt=salt).digest()
 
@@ -44,7 +45,10 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def find_cached_prefix(self, hashes: Sequence[bytes]) -> list[int]:
-        """Returns the blocks of the longest cached prefix of `hashes`. Does not reference them: see `acquire`."""
+        """Returns the blocks of the longest cached prefix: one per hash, up to the first hash that is not cached.
+
+        `hashes`: of a request's full blocks, in order. `acquire` must then reference the returned blocks.
+        """
         blocks = []
         for block_hash in hashes if self.enable_caching else ():
             block = self._block_of_hash.get(block_hash)
@@ -54,7 +58,7 @@ class BlockPool:
         return blocks
 
     def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """Returns how many of these blocks count as free until `acquire` references them."""
+        """Returns how many of these cached blocks no request references; `num_free` still includes them."""
         return sum(1 for block in blocks if not self._ref_counts[block])
 
     def acquire(self, blocks: Sequence[int]) -> None:
@@ -83,14 +87,14 @@ class BlockPool:
             self._hash_of_block[block] = block_hash
 
     def evict(self, blocks: Sequence[int]) -> None:
-        """Evicts these blocks from the prefix cache. Requests that hold them keep them."""
+        """Removes these blocks from the prefix cache. Requests that reference the blocks keep them."""
         for block in blocks:
             self._evict_block(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Removes one reference from each block of a request, last block first.
 
-        The tail of a prefix is thus evicted before its head, which more requests can reuse.
+        The end of a prefix is thus evicted before its beginning, which more requests can reuse.
         """
         for block in reversed(blocks):
             self._ref_counts[block] -= 1

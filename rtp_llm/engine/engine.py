@@ -14,7 +14,7 @@ from rtp_llm.engine.step_builder import build_sampling_metadata, build_step, sor
 
 
 class StepExecutor(Protocol):
-    """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
+    """Interface of `runner.model_runner.ModelRunner` as the engine uses it."""
 
     def execute_and_sample(
         self, step: Step, sampling_metadata: SamplingMetadata
@@ -49,7 +49,8 @@ class Engine:
     def add(self, request: Request) -> EngineOutput | None:
         """Queues a request and returns None.
 
-        If no token is left to generate (a resumed request that was complete), returns its final output instead.
+        If no token is left to generate, returns the request's final output instead. This happens if the ranks restarted
+        after the request's last token.
         """
         reason = request.finish_reason(self.max_seq_len)
         if reason or request.num_tokens >= self.max_seq_len:
@@ -99,7 +100,7 @@ class Engine:
 
 
 def _assign_prompt_logprobs(chunks: Sequence[ScheduledChunk], logprobs: list[Logprob]) -> None:
-    """Appends the prompt logprobs of a step, which are in the order of its chunks, to their requests."""
+    """Appends the prompt logprobs of a step to the requests. `logprobs` has the order of `chunks`."""
     remaining = iter(logprobs)
     for chunk in chunks:
         if chunk.request.wants_prompt_logprobs:

@@ -27,17 +27,17 @@ class FollowerConnections:
     """Rank 0's connections to the other ranks."""
 
     def __init__(self, peers: dict[int, socket.socket], timeout: float):
-        """`peers`: connected sockets by rank. `timeout`: seconds per send."""
+        """`peers`: the connected socket of each other rank. `timeout`: seconds that one send may take."""
         self._peers = peers
         for sock in peers.values():
             sock.settimeout(timeout)
 
     def broadcast(self, step: Step) -> None:
-        """Sends a step to all followers. Raises CommunicationError if a follower is lost."""
+        """Sends a step to all other ranks. Raises CommunicationError if one of them is lost."""
         self._send(pack_frame(FrameType.STEP, step.to_bytes()))
 
     def send_keepalive(self) -> None:
-        """Sends a keepalive to all followers. Raises CommunicationError if a follower is lost."""
+        """Sends a KEEPALIVE frame to all other ranks. Raises CommunicationError if one of them is lost."""
         self._send(pack_frame(FrameType.KEEPALIVE))
 
     def _send(self, frame: bytes) -> None:
@@ -62,17 +62,17 @@ class LeaderLoop:
     ):
         """`runner`: the engine's runner, for the metrics.
 
-        `cache_salt_above`: a prompt length in tokens; 0: off. With dynamic rope scaling, the attention keys of longer
-        prompts depend on the prompt's length, so the prefix cache shares blocks only between such prompts of equal
-        length.
+        `cache_salt_above`: prompts of more tokens share cached blocks only with prompts of the same length, because
+        dynamic rope scaling makes their attention keys depend on the prompt's length. 0: no such limit.
         """
         self.engine, self.request_server, self.followers = engine, request_server, followers
         self.rank_status, self.runner, self.cache_salt_above = rank_status, runner, cache_salt_above
         self._client_of_request: dict[str, ClientConnection] = {}
 
     def run(self) -> None:
-        """Runs until the process ends. Raises CommunicationError if a follower is lost or a client violates the
-        protocol.
+        """Runs until the process ends.
+
+        Raises CommunicationError if another rank is lost, or if the API process violates the protocol.
         """
         next_keepalive = 0.0
         while True:
@@ -98,7 +98,9 @@ class LeaderLoop:
             for request_id in [r for r, client in self._client_of_request.items() if client is message.connection]:
                 self._abort(request_id)
         else:
-            raise CommunicationError(f"the API process sent an unexpected {message.frame_type.name} frame")
+            raise CommunicationError(
+                f"the API process sent an unexpected {message.frame_type.name} frame; allowed: SUBMIT, ABORT"
+            )
 
     def _submit(self, connection: ClientConnection, body: dict[str, Any]) -> None:
         params = SamplingParams.from_json(body["params"])
@@ -115,9 +117,9 @@ class LeaderLoop:
             self._client_of_request.pop(request_id, None)
 
     def _send_outputs(self, outputs: list[EngineOutput], step_seconds: float) -> None:
-        """Sends each client an EVENTS frame: the outputs of its requests, and the statistics of the engine.
+        """Sends each API connection an EVENTS frame: the outputs of its requests, and the statistics of the engine.
 
-        `step_seconds`: duration of the step; 0 if there was none.
+        `step_seconds`: duration of the step; 0 if no step was computed.
         """
         outputs_of_client: dict[ClientConnection, list[Any]] = {
             connection: [] for connection in self.request_server.connections
@@ -155,7 +157,7 @@ class LeaderLoop:
 def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankStatus, epoch: int) -> None:
     """Computes the steps that rank 0 sends.
 
-    Raises CommunicationError if rank 0 is lost or sends a step of another epoch.
+    Raises CommunicationError if rank 0 is lost, or if it has restarted without this rank (the step's epoch differs).
     """
     while True:
         try:
@@ -167,7 +169,10 @@ def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankSta
         if frame_type == FrameType.STEP:
             step = Step.from_bytes(payload)
             if step.epoch != epoch:
-                raise CommunicationError(f"rank 0 sent a step of epoch {step.epoch}; this rank is in epoch {epoch}")
+                raise CommunicationError(
+                    f"rank 0 sent a step of epoch {step.epoch}, but this rank joined epoch {epoch} of the gang;"
+                    " all ranks must restart together"
+                )
             runner.execute(step)
             rank_status.record_step(step.number, runner.group.wait_seconds)
         rank_status.mark_progress()

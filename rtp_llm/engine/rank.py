@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def serve_rank(part_spec: PartSpec, gang: GangClient) -> None:
-    """Runs one rank until the process ends. Raises FatalError, for example if a peer is lost."""
+    """Runs one rank until the process ends. Raises FatalError, for example if another rank is lost."""
     try:
         _serve(part_spec, gang)
     except torch.AcceleratorError as error:
@@ -109,7 +109,11 @@ def _run_leader(part_spec: PartSpec, gang: GangClient, runner: ModelRunner) -> N
     request_server = RequestServer(part_spec.engine_socket, asdict(_engine_info(gang, runner)))
     gang.rank_status.set_phase("serving")
     rope = runner.spec.rope
-    log.info("serving: epoch %d, sequences of up to %d tokens", gang.epoch, runner.max_seq_len)
+    log.info(
+        "serving in epoch %d of the gang: prompt and output of a request may have %d tokens",
+        gang.epoch,
+        runner.max_seq_len,
+    )
     cache_salt_above = rope.original_max if rope.kind == "dynamic" else 0
     LeaderLoop(engine, request_server, followers, gang.rank_status, runner, cache_salt_above).run()
 

@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class ClientConnection:
-    """Connection to one client. `outgoing`: bytes that the client has not read yet, so that it never blocks a step."""
+    """Connection to one client, an API process.
+
+    `outgoing`: bytes that the socket has not accepted yet; they are kept here, so that a slow client blocks no step.
+    """
 
     sock: socket.socket
     incoming: FrameBuffer = field(default_factory=FrameBuffer)
@@ -24,7 +27,7 @@ class ClientConnection:
 
 @dataclass(frozen=True)
 class ClientMessage:
-    """A frame from a client. `frame_type`: None if the client disconnected. `body`: the JSON payload."""
+    """A frame from a client (API process). `frame_type`: None if the client disconnected. `body`: the JSON payload."""
 
     connection: ClientConnection
     frame_type: FrameType | None
@@ -32,10 +35,13 @@ class ClientMessage:
 
 
 class RequestServer:
-    """Accepts clients, sends each a READY frame first, and does all I/O without blocking."""
+    """Accepts clients (API processes), greets each with a READY frame, and does all I/O without blocking."""
 
     def __init__(self, path: Path, engine_info: dict[str, Any]):
-        """`path`: of the socket; an existing file is replaced. `engine_info`: body of the READY frame."""
+        """`path`: of the socket; an existing file is replaced.
+
+        `engine_info`: body of the READY frame, which every client receives first.
+        """
         self._engine_info = engine_info
         self.connections: set[ClientConnection] = set()
         path.unlink(missing_ok=True)
@@ -80,7 +86,7 @@ class RequestServer:
         try:
             data = connection.sock.recv(1 << 20)
             if not data:
-                raise WireError("the client closed it")
+                raise WireError("the peer closed the connection")
             frames = list(connection.incoming.feed(data))
             return [ClientMessage(connection, frame_type, json.loads(payload)) for frame_type, payload in frames]
         except BlockingIOError:

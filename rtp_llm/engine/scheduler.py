@@ -27,7 +27,7 @@ class SchedulerConfig:
 
     @property
     def mixed_prefill_chunk(self) -> int:
-        """Returns the maximum tokens of one prefill in a step with decodes."""
+        """Returns how many prompt tokens of one request a step may compute if it also has decodes."""
         return self.max_mixed_chunk or max(1, self.max_num_batched_tokens // 2)
 
 
@@ -56,7 +56,7 @@ class SchedulerStats:
 
 @dataclass
 class Scheduler:
-    """Keeps the waiting and the running requests, each in order of arrival, and schedules the chunks of each step."""
+    """Keeps the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
 
     blocks: BlockPool
     config: SchedulerConfig
@@ -130,7 +130,10 @@ class Scheduler:
         return chunks
 
     def _max_chunk(self, request: Request) -> int:
-        """Returns the maximum tokens per step of a request; prompt logprobs need memory for the logits of each."""
+        """Returns how many tokens of a request one step may compute.
+
+        Prompt logprobs lower this limit, because the logits of each token then need memory.
+        """
         return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.config.max_num_batched_tokens
 
     def _allocate_slots(self, request: Request, num_tokens: int) -> bool:

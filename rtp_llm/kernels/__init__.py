@@ -1,1 +1,2 @@
-"""The interface of attention backends, its reference implementation in torch, and a prepacked linear for CPU."""
+"""The interface of attention backends, its reference implementation in torch, and linear layers with prepacked
+weights for CPU."""

@@ -11,7 +11,7 @@ from rtp_llm.contract.step import Step
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """A `contract.step.Step` copied to the device; its docstring defines T, S, R, W and the fields of the same names.
+    """A step copied to the device. The docstring of `contract.step.Step` defines T, S, R, W and the fields.
 
     rope_lens: sequence length that dynamic rope scaling uses for each token, see `layers.rope`.
     cpu_step: the original step; reading a size from it does not wait for the device.
@@ -29,7 +29,7 @@ class ForwardBatch:
 
     @classmethod
     def from_step(cls, step: Step, device: torch.device) -> "ForwardBatch":
-        """Copies the arrays of a step to the device."""
+        """Returns the batch of a step, with its arrays on the device."""
 
         def to_device(array: object) -> Tensor:
             return torch.as_tensor(array).to(device=device, dtype=torch.int64, non_blocking=True)
@@ -73,7 +73,7 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Writes key and value to the cache (`batch.slot_mapping`), then returns the attention output.
 
-        query: [T, heads, head_dim], T as in ForwardBatch; head j attends to KV head j // (heads / kv_heads).
+        query: [T, heads, head_dim], T tokens in the step; head j attends to KV head j // (heads / kv_heads).
         key, value: [T, kv_heads, head_dim]. heads, kv_heads: numbers of heads on this rank.
         window: a query attends to the newest `window` keys up to its own position; 0: to all of them.
         scale: factor of the attention scores.

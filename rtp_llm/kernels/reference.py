@@ -31,13 +31,13 @@ def reference_attention(
 
 
 def _max_blocks(batch: ForwardBatch, cache: LayerKVCache, rows: slice) -> int:
-    """Returns the number of blocks of the longest of the sequences `rows` of the batch, 0 if there are none."""
+    """Returns the number of KV blocks of the longest sequence in the slice `rows` of the batch; 0 if it is empty."""
     max_seq_len = int(batch.cpu_step.seq_lens[rows].max(initial=0))
     return -(-max_seq_len // cache.keys.shape[1])
 
 
 def _split_rows(num_rows: int, bytes_per_row: int) -> list[slice]:
-    """Splits `num_rows` sequences into slices that each need at most MAX_SCRATCH_BYTES, or hold one sequence."""
+    """Returns consecutive slices of `num_rows` sequences, each of at most MAX_SCRATCH_BYTES or one sequence."""
     size = max(1, MAX_SCRATCH_BYTES // max(1, bytes_per_row))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
@@ -45,7 +45,7 @@ def _split_rows(num_rows: int, bytes_per_row: int) -> list[slice]:
 def _attend_decodes(
     query: Tensor, cache: LayerKVCache, batch: ForwardBatch, rows: slice, window: int, scale: float
 ) -> Tensor:
-    """Returns the attention output of the sequences `rows` of the batch, which have one query each.
+    """Returns the attention output of the sequences in the slice `rows` of the batch, which have one query each.
 
     query: [sequences, heads, head_dim]. Pads all sequences to the longest. Passes the query heads of a KV head as
     several queries of one head, which on CPU is ten times as fast as enable_gqa.

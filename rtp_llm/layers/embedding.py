@@ -23,7 +23,10 @@ def vocab_parameter(name: str, vocab_size: int, hidden_size: int, group: Group) 
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding of token ids. Each rank looks up the tokens of its shard of the vocabulary; an all-reduce adds them."""
+    """Embedding of token ids, sharded by vocabulary.
+
+    Each rank looks up the tokens of its shard and has zeros for the others; an all-reduce sums over the ranks.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group):
         super().__init__()
@@ -42,7 +45,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(PrepackedLinear):
-    """Output head. `tied_weight`: the embedding's parameter if the checkpoint ties them, else None."""
+    """Output head. `tied_weight`: the embedding's parameter if the checkpoint uses it for the head too, else None."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied_weight: ShardedParameter | None):
         super().__init__()

@@ -15,7 +15,7 @@ Columns = list[tuple[str, int, Slices]]  # (tensor name without ".weight", its o
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer whose weight [out_size, in_size] can be prepacked for the CPU after loading."""
+    """A linear layer whose weight [out_size, in_size] can be prepacked (reordered to oneDNN's layout) after loading."""
 
     weight: ShardedParameter
 
@@ -24,7 +24,10 @@ class PrepackedLinear(nn.Module):
         self.prepacked: Tensor | None = None
 
     def prepack(self, *, shared: bool = False) -> None:
-        """Prepacks the weight if supported, then frees the original unless another layer uses it (`shared`)."""
+        """Prepacks the weight (reorders it to oneDNN's layout) if supported.
+
+        Frees the original, unless another layer uses it too (`shared`).
+        """
         self.prepacked = prepack_weight(self.weight)
         if self.prepacked is not None and not shared:
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
@@ -33,7 +36,7 @@ class PrepackedLinear(nn.Module):
 class ColumnParallelLinear(PrepackedLinear):
     """y = x Wᵀ + b with sharded output features.
 
-    `out_size`: output features of this rank. `columns`: the slices of checkpoint tensors that are stacked in W.
+    `out_size`: number of output features on this rank. `columns`: slices of checkpoint tensors that are stacked in W.
     """
 
     def __init__(self, in_size: int, out_size: int, columns: Columns, bias: bool):
@@ -61,7 +64,7 @@ class ColumnParallelLinear(PrepackedLinear):
 class RowParallelLinear(PrepackedLinear):
     """y = x Wᵀ + b with sharded input features. Adds the bias after the all-reduce, so that it counts once.
 
-    `slices`: the input features of this rank.
+    `slices`: the input features of this rank, as (range in the checkpoint tensor, range in W).
     """
 
     def __init__(
@@ -90,16 +93,16 @@ class RowParallelLinear(PrepackedLinear):
 
 
 def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
-    """Returns the output features `shard` of several tensors, stacked in order (gate_proj, up_proj).
+    """Returns the slices with which this rank stacks several tensors, such as gate_proj and up_proj, in one weight.
 
-    `full_size`: number of output features of each tensor.
+    `shard`: this rank's output features of each tensor. `full_size`: number of output features of each tensor.
     """
     width = len(shard)
     return [(name, full_size, [(shard, range(i * width, (i + 1) * width))]) for i, name in enumerate(names)]
 
 
 def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int) -> Columns:
-    """Returns the output features of this rank's query, key and value heads, stacked in this order.
+    """Returns the slices with which this rank stacks its query, key and value heads, in this order, in one weight.
 
     The query heads of each KV head are padded to an equal number, see `HeadShard`.
     """
@@ -112,7 +115,7 @@ def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, nu
 
 
 def query_head_slices(heads: HeadShard, head_dim: int) -> Slices:
-    """Returns the slices of this rank's query heads: output features of q_proj, which are input features of o_proj."""
+    """Returns the slices of this rank's query heads: output features of q_proj and input features of o_proj."""
     return [(_head_range(head, head_dim), _head_range(slot, head_dim)) for slot, head in heads.slots()]
 
 

@@ -21,6 +21,6 @@ class RMSNorm(nn.Module):
         return self.weight * normalized.to(x.dtype)
 
     def forward_with_residual(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, residual: [num_tokens, size]; None counts as zero. Returns (norm(x + residual), x + residual)."""
+        """Returns (norm(x + residual), x + residual). x, residual: [num_tokens, size]; a residual of None is zero."""
         total = x if residual is None else x + residual
         return self(total), total

@@ -23,9 +23,9 @@ class RotaryEmbedding:
     def cos_sin(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (cos, sin), each [num_tokens, 1, head_dim / 2] in the model's dtype.
 
-        positions: [num_tokens]. rope_lens: [num_tokens], the sequence length for dynamic scaling: the prompt's length
-        for prompt tokens, position + 1 for later ones. transformers computes its cached keys with the same lengths.
-        They do not depend on chunks or on the batch.
+        positions: [num_tokens]. rope_lens: [num_tokens], the sequence length that dynamic scaling uses for each token:
+        the prompt's length for prompt tokens, position + 1 for later ones. transformers uses the same lengths. They do
+        not depend on how the scheduler splits the prompt or on the other requests of the step.
         """
         inv_freq = self._dynamic_inv_freq(rope_lens) if self.spec.kind == "dynamic" else self.inv_freq
         angles = positions[:, None].float() * inv_freq
@@ -34,7 +34,7 @@ class RotaryEmbedding:
     def _dynamic_inv_freq(self, rope_lens: Tensor) -> Tensor:
         """Returns inverse frequencies [num_tokens, head_dim / 2] float32.
 
-        Their base is theta for lengths up to the trained length, and grows with longer ones.
+        The base is theta for sequences up to the trained length, and grows with the length of longer ones.
         """
         spec, dim = self.spec, self.head_dim
         lengths = rope_lens.clamp(min=spec.original_max).double()
@@ -57,7 +57,7 @@ def _exponents(dim: int) -> Tensor:
 
 
 def _compute_inv_freq(spec: RopeSpec, dim: int) -> Tensor:
-    """Returns inverse frequencies [dim / 2] float32: the rotation of each pair per position, in radians."""
+    """Returns inverse frequencies [dim / 2] float32: by how many radians each pair of elements turns per position."""
     inv_freq = spec.theta ** -_exponents(dim)
     if spec.kind == "linear":
         inv_freq = inv_freq / spec.factor
@@ -69,7 +69,7 @@ def _compute_inv_freq(spec: RopeSpec, dim: int) -> Tensor:
 
 
 def _llama3_inv_freq(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
-    """Divides low frequencies by the factor, keeps high ones and interpolates linearly in between."""
+    """Returns `inv_freq` with low frequencies divided by the factor, high ones kept, and a linear transition."""
     num_rotations = spec.original_max * inv_freq / (2 * math.pi)  # within the trained length
     smooth = (num_rotations - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     smooth = smooth.clamp(0, 1)
@@ -77,10 +77,9 @@ def _llama3_inv_freq(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
 
 
 def _yarn_inv_freq(spec: RopeSpec, inv_freq: Tensor, dim: int) -> Tensor:
-    """Interpolates linearly, by index, between kept and divided frequencies.
+    """Returns `inv_freq` with low frequencies divided by the scaling factor, high ones kept, and a linear transition.
 
-    Keeps those of more than beta_fast rotations within the trained length; divides those of fewer than beta_slow by the
-    factor.
+    High: more than beta_fast rotations within the trained length. Low: fewer than beta_slow rotations.
     """
     low, high = (_find_correction_index(beta, spec, dim) for beta in (spec.beta_fast, spec.beta_slow))
     if spec.truncate:
@@ -91,7 +90,7 @@ def _yarn_inv_freq(spec: RopeSpec, inv_freq: Tensor, dim: int) -> Tensor:
 
 
 def _find_correction_index(num_rotations: float, spec: RopeSpec, dim: int) -> float:
-    """Returns the (fractional) index of the pair that makes `num_rotations` rotations within the trained length."""
+    """Returns the (fractional) index of the pair of elements that turns `num_rotations` times in the trained length."""
     return dim * math.log(spec.original_max / (num_rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
 
 

@@ -136,8 +136,9 @@ def _probabilities(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 
 def _inverse_cdf(weights: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Samples an index into each row by inverse transform sampling, with the uniform number of its request.
+    """Samples one column index per row by inverse transform sampling.
 
+    Row i uses the random number of `requests[i]`.
     weights: [len(requests), vocab_size], probabilities that need not add up to 1. Returns [len(requests)].
     """
     numbers = _column([uniform(r.params.seed, r.num_tokens) for r in requests], weights).double()

@@ -27,7 +27,7 @@ class Cgroup:
 
     @property
     def available_memory(self) -> int:
-        """Bytes of memory below the limit. Counts the page cache as available, since the kernel reclaims it."""
+        """Returns the bytes that the container may still use. Page cache counts as free: the kernel reclaims it."""
         if self.memory_max is None or self.memory_max >= UNLIMITED:
             return UNLIMITED
         return min(UNLIMITED, max(0, self.memory_max - (self.memory_current or 0) + self.reclaimable))
@@ -40,10 +40,10 @@ class Cgroup:
 
     @classmethod
     def read(cls, read_text: Callable[[str], str | None]) -> "Cgroup":
-        """Reads the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
+        """Returns the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
 
-        In a container the files are in the root of the cgroup mount; otherwise in the directory that /proc/self/cgroup
-        names.
+        Outside containers, the files are in the directory that /proc/self/cgroup names. In a container that directory
+        may not exist; the files are then in the root of the cgroup mount.
         """
         paths = parse_proc_cgroup(read_text("/proc/self/cgroup") or "")
         if read_text(f"{ROOT}/cgroup.controllers") is not None:
@@ -68,7 +68,10 @@ def parse_proc_cgroup(text: str) -> dict[str, str]:
 
 
 def _read_first(read_text: Callable[[str], str | None], mount: str, path: str, name: str) -> str | None:
-    """Returns the file from the process's cgroup directory, otherwise from the root of the mount."""
+    """Returns the text of file `name` in cgroup directory `path` of `mount`, or else in the root of `mount`.
+
+    Returns None if neither file can be read.
+    """
     text = read_text(f"{mount}/{path.strip('/')}/{name}") if path.strip("/") else None
     return text if text is not None else read_text(f"{mount}/{name}")
 

@@ -37,7 +37,8 @@ def apply_cuda_visible_devices(uuids: Sequence[str], visible: str | None) -> Vis
     """Parses CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes, up to the first invalid entry (CUDA
     programming guide, environment variables).
 
-    `uuids` by NVML index; `visible`: the variable's value, None if unset. A MIG instance has the index -1.
+    Returns the NVML indices of the visible GPUs, -1 for a MIG instance. `uuids`: by NVML index. `visible`: the
+    variable's value, None if unset.
     """
     if visible is None:
         return VisibleDevices(tuple(range(len(uuids))))
@@ -63,7 +64,7 @@ def _device_index(entry: str, uuids: Sequence[str]) -> int | None:
 
 
 def local_addresses() -> set[str]:
-    """Returns the addresses of all interfaces, without scope: `10.0.0.2`, `fe80::1`."""
+    """Returns the addresses of all interfaces, without the scope suffix (`%eth0`): `10.0.0.2`, `fe80::1`."""
     return {entry.address.split("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
 
 

@@ -1,4 +1,6 @@
-"""Reads the GPUs and counts Xids in a background thread, so that a metrics scrape does not wait for the driver."""
+"""Reads the GPUs and counts Xids (errors that the NVIDIA driver reports) in a background thread, so that a metrics
+scrape does not wait for the driver.
+"""
 
 import logging
 import threading
@@ -27,13 +29,13 @@ class GpuSnapshot:
 
 
 class GpuMonitor:
-    """Reads the GPUs every few seconds, and waits for Xid events in between, since NVML does not queue them.
+    """Reads the GPUs every few seconds. In between it waits for Xid events, since NVML drops events nobody waits for.
 
-    A hung driver blocks only this thread; the age of the snapshot shows it.
+    A hung driver blocks only the monitor's thread; the snapshot then gets old.
     """
 
     def __init__(self, visible: str | None, nvml: Any = pynvml, period: float = PERIOD_SECONDS):
-        """`visible`: CUDA_VISIBLE_DEVICES."""
+        """`visible`: value of CUDA_VISIBLE_DEVICES, None if unset. `period`: seconds between two readings."""
         self._visible, self._nvml, self._period = visible, nvml, period
         self._xids: Counter[tuple[int, int]] = Counter()
         self._stop = threading.Event()
@@ -69,7 +71,7 @@ class GpuMonitor:
         try:
             events = self._nvml.nvmlEventSetCreate()
         except pynvml.NVMLError as error:
-            log.info("Xid errors of the GPUs are not counted: NVML events: %s", error)
+            log.info("Xid errors of the GPUs are not counted, because NVML reports no events: %s", error)
             return None, indices
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
@@ -77,7 +79,7 @@ class GpuMonitor:
                 indices[str(self._nvml.nvmlDeviceGetUUID(handle))] = index
                 self._nvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
             except pynvml.NVMLError as error:
-                log.info("Xid errors of GPU %d are not counted: NVML events: %s", index, error)
+                log.info("Xid errors of GPU %d are not counted, because NVML reports no events: %s", index, error)
         return events, indices
 
     def _wait_for_xid(self, events: Any, indices: Mapping[str, int]) -> None:
@@ -95,10 +97,10 @@ class GpuMonitor:
             return
         index = self._index(event.device, indices)
         self._xids[index, int(event.eventData)] += 1
-        log.error("GPU %d: Xid %d", index, event.eventData)
+        log.error("GPU %d: the driver reports Xid error %d", index, event.eventData)
 
     def _index(self, handle: Any, indices: Mapping[str, int]) -> int:
-        """Returns the index of this GPU, or -1 if the GPU does not respond any more."""
+        """Returns the NVML index of the GPU with this handle, or -1 if the GPU does not respond any more."""
         try:
             return indices.get(str(self._nvml.nvmlDeviceGetUUID(handle)), -1)
         except pynvml.NVMLError:

@@ -90,12 +90,12 @@ class Gpu:
 
     @property
     def label(self) -> str:
-        """Returns "GPU 0 (NVIDIA H100 80GB HBM3)", as in messages."""
+        """Returns the name for messages, such as "GPU 0 (NVIDIA H100 80GB HBM3)"."""
         return f"GPU {self.index} ({self.name})"
 
     @property
     def throttle_reasons(self) -> dict[str, float]:
-        """1 for each active throttle reason, 0 for the others; empty if not supported."""
+        """Returns 1 for each active throttle reason, 0 for the others, by name; empty if not supported."""
         if self.clock_reasons is None:
             return {}
         return {name: float(bool(self.clock_reasons & bit)) for bit, name in THROTTLE_REASONS.items()}
@@ -126,7 +126,7 @@ class GpuInventory:
 
     @property
     def visible(self) -> list[Gpu]:
-        """GPUs visible to CUDA, in CUDA's order. A MIG instance (index -1) is represented by the first MIG GPU."""
+        """Returns the GPUs visible to CUDA, in CUDA's order. For a MIG instance: the first MIG GPU."""
         by_index = {gpu.index: gpu for gpu in self.all}
         mig_gpu = next((gpu for gpu in self.all if gpu.mig), None)
         selected = [by_index.get(i) if i >= 0 else mig_gpu for i in self.selection.indices]
@@ -134,7 +134,7 @@ class GpuInventory:
 
 
 def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
-    """Reads all GPUs. `nvml`: pynvml by default, or a fake; `visible`: value of CUDA_VISIBLE_DEVICES."""
+    """Returns all GPUs. `nvml`: pynvml, or a fake. `visible`: value of CUDA_VISIBLE_DEVICES, None if unset."""
     nvml = nvml or pynvml
     try:
         nvml.nvmlInit()
@@ -147,7 +147,7 @@ def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
 
 
 def completes_within(operation: Callable[[], object], seconds: float = DRIVER_TIMEOUT_SECONDS) -> bool:
-    """Runs `operation` in a forked process and returns True if it ends in time. A hung driver may block it forever."""
+    """Returns True if `operation` ends in time. Forks a process for it, since a hung driver may block forever."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -162,7 +162,7 @@ def completes_within(operation: Callable[[], object], seconds: float = DRIVER_TI
 
 
 def _wait_for_exit(pid: int, seconds: float) -> bool:
-    """Waits up to `seconds`. Returns True if the process has exited."""
+    """Waits up to `seconds` for child process `pid` to exit. Returns True if it has exited."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if os.waitpid(pid, os.WNOHANG)[0]:
@@ -196,7 +196,7 @@ def _read(nvml: Any, visible: str | None) -> GpuInventory:
 
 
 def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
-    """Reads one GPU. Readings that it does not support are None. Raises NVMLError if the GPU does not respond."""
+    """Returns the readings of one GPU; unsupported ones are None. Raises NVMLError if the GPU does not respond."""
 
     def query(name: str, *arguments: Any) -> Any:
         return _query(lambda: getattr(nvml, name)(handle, *arguments))
@@ -251,7 +251,7 @@ def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
 
 
 def _query(call: Callable[[], Any]) -> Any:
-    """Returns the result of the NVML call, None if it is not supported. Raises NVMLError if the GPU is lost."""
+    """Returns the result of an NVML call; None if the call is not supported. Raises NVMLError if the GPU is lost."""
     try:
         return call()
     except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):

@@ -26,8 +26,8 @@ def die_with_parent() -> None:
 def exit_with_supervisord(run_dir: Path) -> None:
     """Ties this process to supervisord: exits with it, and exits at once if the part is already stopping.
 
-    The checks cover the start of Python: supervisord may exit before the prctl call, and a SIGTERM between fork and
-    exec is lost.
+    Call this first in a process. Until then, supervisord may exit unnoticed, and a SIGTERM between fork and exec is
+    lost; so this function checks for both.
     """
     die_with_parent()
     pid_file = run_dir / "supervisord.pid"
@@ -37,7 +37,7 @@ def exit_with_supervisord(run_dir: Path) -> None:
 
 
 def stopping_file(run_dir: Path) -> Path:
-    """Returns the path of a file that start_server creates when it receives a stop signal."""
+    """Returns the path of the file that start_server (main process of a part) creates when it gets a stop signal."""
     return run_dir / "stopping"
 
 
@@ -54,14 +54,15 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         pass
     except BaseException:
-        log.critical("unexpected error", exc_info=True)
+        log.critical("unexpected error; the process exits", exc_info=True)
         code = ExitCode.RANK_CRASHED
     _exit(code)
 
 
 def _on_thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Exits the process: it must not continue without one of its threads."""
-    log.critical("thread %s failed", failure.thread.name if failure.thread else "?", exc_info=failure.exc_value)
+    """Exits the process after an exception in a thread: the process must not continue without one of its threads."""
+    name = failure.thread.name if failure.thread else "?"
+    log.critical("thread %s failed; the process exits", name, exc_info=failure.exc_value)
     _exit(ExitCode.RANK_CRASHED)
 
 

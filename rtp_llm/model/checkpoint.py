@@ -1,6 +1,7 @@
 """Reads config.json and the headers of a checkpoint's safetensors files: names, shapes and completeness of tensors.
 
-No torch, so that start_server can reject a bad checkpoint within a second and the doctor can use the same checks.
+Does not import torch, so that start_server (the main process of a part) can reject a bad checkpoint within a second,
+and the doctor can use the same checks.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory that has passed the header checks."""
+    """A checkpoint directory whose config.json and safetensors headers are valid."""
 
     path: Path
     config: dict[str, Any]  # config.json with JSON_MODEL_OVERRIDE_ARGS applied
@@ -52,7 +53,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, settings: Config) -> "Checkpoint":
-        """Reads the headers in CHECKPOINT_PATH. Raises ConfigError if it is not a directory, else CheckpointError."""
+        """Returns the checkpoint in CHECKPOINT_PATH; reads config.json and the safetensors headers.
+
+        Raises ConfigError if CHECKPOINT_PATH is not a directory, CheckpointError if one of the files is invalid.
+        """
         path = checkpoint_directory(settings)
         digest = hashlib.sha256()
         config = _read_json(path / "config.json", digest)
@@ -62,7 +66,10 @@ class Checkpoint:
         return cls(path, config | _read_overrides(settings), tensors, digest.hexdigest()[:16])
 
     def spec(self, settings: Config) -> ModelSpec:
-        """Returns the model's spec with the overrides of `settings`. Raises CheckpointError or ConfigError."""
+        """Returns the ModelSpec of the checkpoint, with MODEL_TYPE, ACT_TYPE and HACK_LAYER_NUM of `settings` applied.
+
+        Raises CheckpointError or ConfigError.
+        """
         return spec_from_config(
             self.config,
             model_type=settings.model_type,
@@ -72,7 +79,7 @@ class Checkpoint:
 
 
 def checkpoint_directory(settings: Config) -> Path:
-    """Returns CHECKPOINT_PATH. Raises ConfigError if it is not a directory."""
+    """Returns the directory CHECKPOINT_PATH. Raises ConfigError if it is not a directory."""
     if not settings.checkpoint_path:
         raise ConfigError(
             "CHECKPOINT_PATH is not set; allowed: a folder with config.json and *.safetensors", check="M-06"
@@ -126,7 +133,10 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def _has_vocabulary(tokenizer: dict[str, Any]) -> bool:
-    """Returns whether model.vocab maps tokens to ids, or lists them (unigram models), and added_tokens have ids."""
+    """Returns whether all tokens of a parsed tokenizer.json have ids.
+
+    `model.vocab` must map tokens to integers, or list them (unigram models); `added_tokens` must have an `id` each.
+    """
     model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     has_ids = isinstance(vocab, dict) and all(type(id) is int for id in vocab.values())
@@ -137,13 +147,13 @@ def _has_vocabulary(tokenizer: dict[str, Any]) -> bool:
 
 
 def _is_chat_template(value: Any) -> bool:
-    """Returns whether `value` is a template, a list of named templates, or empty."""
+    """Returns whether the value of the key chat_template is valid: a template, a list of named templates, or empty."""
     is_named = isinstance(value, list) and all(isinstance(v, dict) and {"name", "template"} <= v.keys() for v in value)
     return not value or isinstance(value, str) or is_named
 
 
 def _read_overrides(settings: Config) -> dict[str, Any]:
-    """Parses JSON_MODEL_OVERRIDE_ARGS. Raises ConfigError if it is not a JSON object."""
+    """Returns the parsed JSON_MODEL_OVERRIDE_ARGS. Raises ConfigError if it is not a JSON object."""
     if not settings.json_model_override_args:
         return {}
     try:
@@ -197,12 +207,14 @@ def _lfs_message(path: Path) -> str:
 
 
 def _find_shards(path: Path) -> list[Path]:
-    """Returns the safetensors files of the model: those of the index if there is one, else all in the directory."""
+    """Returns the model's safetensors files: those that model.safetensors.index.json names if it exists, else all."""
     index = path / "model.safetensors.index.json"
     if index.exists() or index.is_symlink():
         weight_map = _read_json(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map", check="M-06")
+            raise CheckpointError(
+                f"{index}: has no weight_map (the file name of each tensor); copy it again", check="M-06"
+            )
         shards = [path / name for name in sorted(set(map(str, weight_map.values())))]
         _check_present(index, shards)
         return shards
@@ -216,7 +228,7 @@ def _find_shards(path: Path) -> list[Path]:
 
 
 def _check_present(source: Path, shards: list[Path]) -> None:
-    """Raises CheckpointError if any of the shards that `source` (an index or a directory) names is missing."""
+    """Raises CheckpointError if a safetensors file is missing that `source` (an index file or a directory) names."""
     missing = [file for file in shards if not file.exists()]
     if missing:
         names = ", ".join(file.name for file in missing)
@@ -225,7 +237,7 @@ def _check_present(source: Path, shards: list[Path]) -> None:
 
 
 def _expected_shards(shards: Iterable[Path]) -> list[Path]:
-    """Returns the complete set of shards that the file names imply: `model-1-of-3.safetensors` implies three."""
+    """Returns all safetensors files that should exist: `model-1-of-3.safetensors` means that there are three."""
     sets = {(m[1], len(m[2]), m[3], file.parent) for file in shards if (m := _NUMBERED_SHARD.fullmatch(file.name))}
     return [
         directory / f"{stem}-{number:0{digits}}-of-{total}.safetensors"
@@ -235,7 +247,7 @@ def _expected_shards(shards: Iterable[Path]) -> list[Path]:
 
 
 def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
-    """Reads the header of a safetensors file and adds it to `digest`.
+    """Reads the header of a safetensors file and adds its bytes to `digest`, a hashlib object.
 
     Returns the tensors by name. Raises CheckpointError if the header is invalid or does not match the file's size.
     """
@@ -274,8 +286,9 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
 
 
 def _validate_offsets(tensors: Iterable[tuple[tuple[int, int], TensorInfo]]) -> int:
-    """Returns the total size in bytes of tensors, given as ((start, end) offsets of the data, tensor).
+    """Returns the total size of all tensors in bytes.
 
+    `tensors`: pairs of ((start, end) offsets of the data, tensor).
     Raises ValueError unless the data of the tensors is contiguous and each is as long as its shape and dtype require.
     The safetensors library rejects the same files.
     """

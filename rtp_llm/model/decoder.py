@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x, residual: [num_tokens, hidden_size]; the residual of the first layer is None.
 
-        Returns (output, residual) of the same shape; the next layer or the last norm adds them.
+        Returns (output, residual), both of that shape; the next layer, or the norm after the last layer, adds them.
         """
         x, residual = self.input_layernorm.forward_with_residual(x, residual)
         x = self.self_attn(x, batch, cache, cos_sin)
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerKVCache]) -> Tensor:
         """Returns the hidden states [num_tokens, hidden_size] after the last norm, equal on all ranks.
 
-        `caches`: one per layer.
+        `caches`: the KV cache of each layer.
         """
         cos_sin = self.rope.cos_sin(batch.positions, batch.rope_lens)
         x, residual = self.embed_tokens(batch.token_ids), None
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         return self.norm.forward_with_residual(x, residual)[0]
 
     def prepack(self) -> None:
-        """Prepacks the weights after loading, one layer at a time to limit peak memory."""
+        """Reorders the loaded weights to oneDNN's layout on CPU, one layer at a time to limit peak memory."""
         for module in self.modules():
             if isinstance(module, PrepackedLinear):
                 module.prepack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)

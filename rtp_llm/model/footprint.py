@@ -1,4 +1,4 @@
-"""Memory of a model on one rank, computed from its spec. No torch, so that the doctor can use it."""
+"""Memory of a model on one rank, computed from its ModelSpec. Does not import torch, so that the doctor can use it."""
 
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.sharding import padded_vocab, shard_heads, shard_mlp
@@ -9,14 +9,14 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
     """Returns the bytes of the weights on the rank with the largest shard.
 
-    Includes the padding that `layers` adds; excludes norms and biases (some kilobytes).
+    Includes padding of heads and vocabulary; excludes norms and biases (some kilobytes).
     """
     embeddings = head_weights(spec, tp_size) * (1 if spec.tie_embeddings else 2)
     return (layer_weights(spec, tp_size) + embeddings) * ITEM_BYTES[spec.dtype]
 
 
 def layer_weights(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the number of elements of all layers' matrices in the largest shard."""
+    """Returns the number of matrix elements in all layers together, on the rank with the largest shard."""
     return max(_rank_layer_weights(spec, tp_size, rank) for rank in range(tp_size))
 
 
@@ -28,7 +28,7 @@ def _rank_layer_weights(spec: ModelSpec, tp_size: int, rank: int) -> int:
 
 
 def head_weights(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the number of elements of a rank's shard of the output head; the embedding's shard has as many."""
+    """Returns the number of elements in one rank's shard of the output head. The embedding's shard is as large."""
     return padded_vocab(spec.vocab_size, tp_size) // tp_size * spec.hidden_size
 
 

@@ -10,7 +10,7 @@ from rtp_llm.parallel.sharding import shard_mlp
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) over this rank's columns."""
+    """down(silu(gate(x)) * up(x)), over this rank's columns of gate and up."""
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()

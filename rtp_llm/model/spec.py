@@ -1,4 +1,5 @@
-"""ModelSpec: a checkpoint's config.json, parsed into the data that the decoder is built from. No torch.
+"""ModelSpec: a checkpoint's config.json, parsed into the data that the decoder is built from.
+Does not import torch.
 
 Model families differ by flags of the spec. To add a family, write a function that returns its flags, register it in
 FAMILIES, and add a test that compares the model with transformers.
@@ -45,7 +46,7 @@ class ModelSpec:
         return self.sliding_window if self.sliding_window and self.window_layers[layer] else 0
 
     def valid_tp_sizes(self) -> range:
-        """Returns the supported TP sizes. Query heads, MLP and vocabulary are padded, KV heads replicated."""
+        """Returns the supported TP sizes: from 1 to the number of query heads."""
         return range(1, self.num_heads + 1)
 
     def check_tp(self, tp_size: int) -> None:
@@ -105,8 +106,8 @@ ARCHITECTURES = {
 
 
 def spec_from_config(config: Json, *, model_type: str = "", act_type: str = "", num_layers: int = 0) -> ModelSpec:
-    """Parses a Hugging Face config.json, written by transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) or 5
-    (`rope_parameters`, `dtype`).
+    """Returns the ModelSpec of a Hugging Face config.json, written by transformers 4 (`rope_theta`, `rope_scaling`,
+    `torch_dtype`) or 5 (`rope_parameters`, `dtype`).
 
     `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override config.json if set.
     Raises CheckpointError, which names the key, if config.json is invalid or not supported. Raises ConfigError if
@@ -154,10 +155,11 @@ def _parse_config(config: Json, family: str) -> ModelSpec:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
         raise CheckpointError(
-            f"config.json: quantization_config says {method!r}; quantized checkpoints are not supported yet"
+            f"config.json: quantization_config says {method!r}; quantized checkpoints are not supported yet;"
+            " allowed: a checkpoint without quantization_config"
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(f"config.json: hidden_act={config['hidden_act']!r}; supported: silu")
+        raise CheckpointError(f"config.json: hidden_act={config['hidden_act']!r}; allowed: silu")
     num_heads = _read_size(config, "num_attention_heads")
     hidden_size = _read_size(config, "hidden_size")
     max_positions = _read_size(config, "max_position_embeddings")
@@ -211,7 +213,7 @@ def _window_flags(config: Json, has_window: Callable[[int], bool]) -> dict[str, 
 def _read_dtype(config: Json) -> DType:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if name not in _DTYPES:
-        raise CheckpointError(f"config.json: dtype={name!r}; supported: {', '.join(_DTYPES)}")
+        raise CheckpointError(f"config.json: dtype={name!r}; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
@@ -229,7 +231,7 @@ def _read_rope(config: Json, max_positions: int) -> RopeSpec:
     original = settings.get("original_max_position_embeddings") if kind in ("llama3", "yarn") else None
     theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if kind != "default" and settings.get("factor") is None:
-        raise KeyError(f"factor of rope type {kind}")
+        raise CheckpointError(f"config.json: rope type {kind!r} needs the key factor, a number")
     scaling = {k: v for k, v in settings.items() if k in _ROPE_FIELDS and v is not None}
     return RopeSpec(theta, kind, original_max=int(original or max_positions), **scaling)
 
@@ -240,16 +242,16 @@ _ROPE_FIELDS = set(RopeSpec.__dataclass_fields__) - {"theta", "kind", "original_
 def _read_rope_kind(settings: Json) -> RopeKind:
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind not in get_args(RopeKind):
-        raise CheckpointError(f"config.json: rope type {kind!r}; supported: {', '.join(get_args(RopeKind))}")
+        raise CheckpointError(f"config.json: rope type {kind!r}; allowed: {', '.join(get_args(RopeKind))}")
     return cast(RopeKind, kind)
 
 
 def _read_max_positions(config: Json, max_positions: int) -> int:
     """Returns the longest sequence that the checkpoint supports, in tokens.
 
-    Linear and dynamic scaling multiply max_position_embeddings by their factor. So do yarn checkpoints whose
-    original_max_position_embeddings is missing or the same; for other yarn checkpoints and for llama3,
-    max_position_embeddings is the scaled length already.
+    Rope types linear and dynamic: max_position_embeddings times the scaling factor. llama3: max_position_embeddings,
+    which is the scaled length already. yarn: as llama3 if original_max_position_embeddings is set and differs from
+    max_position_embeddings, else as linear.
     """
     settings = _rope_settings(config)
     kind = _read_rope_kind(settings)

@@ -31,7 +31,10 @@ class LoadStats:
 
 @dataclass(frozen=True)
 class _SliceRead:
-    """A WeightSlice with the tensor name and rows of the checkpoint, and the parameter that it is copied to."""
+    """One read: the slice `source` of checkpoint tensor `name` is copied to the slice `target` of `parameter`.
+
+    Both slices are along dimension `dim`.
+    """
 
     parameter: ShardedParameter
     name: str
@@ -41,7 +44,7 @@ class _SliceRead:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
-    """Loads all parameters of the model.
+    """Loads all parameters of the model from the checkpoint. Returns the bytes read and the time.
 
     Raises CheckpointError, before it reads any data, if tensors are missing or have unexpected shapes.
     """
@@ -111,9 +114,9 @@ _INTERNLM2_NAMES = (
 
 
 def _internlm2_slice(weight_slice: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
-    """Returns (tensor name, dim, source) of a slice in an InternLM2 checkpoint.
+    """Returns where an InternLM2 checkpoint has this slice: (tensor name, dimension, indices).
 
-    Its tensor `wqkv` stacks, for each KV head, the query heads, the key head and the value head.
+    In such a checkpoint the tensor `wqkv` stacks, for each KV head, the query heads, the key head and the value head.
     """
     name = _internlm2_name(weight_slice.name)
     for kind, infix in enumerate((".q_proj", ".k_proj", ".v_proj")):
@@ -131,7 +134,7 @@ def _internlm2_name(name: str) -> str:
 
 
 def _wqkv_row(kind: int, head: int, group_size: int) -> int:
-    """Returns the position in wqkv, in heads, of a query (`kind` 0), key (1) or value (2) head.
+    """Returns how many heads precede a query (`kind` 0), key (1) or value (2) head in the tensor wqkv of InternLM2.
 
     `group_size`: query heads per KV head.
     """
@@ -141,7 +144,7 @@ def _wqkv_row(kind: int, head: int, group_size: int) -> int:
 
 
 def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raises CheckpointError if tensors are missing or have unexpected shapes. Logs unused ones."""
+    """Raises CheckpointError if tensors are missing or have unexpected shapes. Logs how many tensors are unused."""
     tensors, shapes = checkpoint.tensors, _expected_shapes(model, spec)
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
@@ -158,7 +161,7 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) ->
 
 
 def _expected_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the expected shapes of the checkpoint's tensors, by name. InternLM2's wqkv has the rows of q, k and v."""
+    """Returns the expected shapes of the checkpoint's tensors, by name. InternLM2's wqkv has all rows of q, k and v."""
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter in _parameters(model):
         for name, shape in parameter.full_shapes.items():
@@ -169,7 +172,7 @@ def _expected_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, 
 
 
 def _is_expected_extra(name: str, spec: ModelSpec) -> bool:
-    """Returns whether an unused tensor needs no warning: tied head, rope table, or layer beyond HACK_LAYER_NUM."""
+    """Returns whether it is normal that a tensor is unused: tied head, rope table, or layer beyond HACK_LAYER_NUM."""
     if name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight"):
         return True
     path = name.split(".")

@@ -36,7 +36,7 @@ OnRankLost = Callable[[str, ExitCode], None]
 
 @dataclass
 class _Peer:
-    """One connection to the rendezvous port. `rank` is None until its HELLO frame arrives."""
+    """One connection to the rendezvous port. `rank` is None until the HELLO frame, which names it, has arrived."""
 
     sock: socket.socket
     address: str
@@ -50,7 +50,10 @@ class _Peer:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds until all ranks must have joined; seconds without a heartbeat, or progress, until a rank is lost."""
+    """Limits in seconds.
+
+    join: for all ranks to join. heartbeat, progress: a rank without them for this time counts as lost.
+    """
 
     join: float
     heartbeat: float
@@ -58,7 +61,7 @@ class Timeouts:
 
 
 class Coordinator:
-    """Serves one epoch of the gang on part 0's rendezvous port, in a thread of rank 0.
+    """Serves one rendezvous of the gang and its heartbeats on part 0's rendezvous port, in a thread of rank 0.
 
     Calls `on_lost` with a message and an exit code if a rank is lost after the rendezvous.
     """
@@ -105,7 +108,7 @@ class Coordinator:
         try:
             data = peer.sock.recv(1 << 16)
             if not data:
-                raise WireError("the connection closed")
+                raise WireError("the peer closed the connection")
             peer.has_sent_data = True
             for frame_type, payload in peer.buffer.feed(data):
                 self._handle_frame(peer, frame_type, json.loads(payload))
@@ -120,10 +123,10 @@ class Coordinator:
             peer.rank, peer.fingerprint = int(message["rank"]), dict(message["fingerprint"])
             self._try_form_gang()
         else:
-            raise WireError(f"unexpected {frame_type.name} frame")
+            raise WireError(f"the peer sent an unexpected {frame_type.name} frame")
 
     def _try_form_gang(self) -> None:
-        """Starts the epoch if all ranks have joined and agree. Schedules a rejection if they disagree."""
+        """Welcomes the ranks once all have joined with equal fingerprints; schedules a rejection if they differ."""
         if self._fingerprint_diff():
             self._reject_at = self._reject_at or time.monotonic() + DISAGREE_GRACE_SECONDS
             return
@@ -132,7 +135,7 @@ class Coordinator:
             self._broadcast(FrameType.WELCOME, {"epoch": self.epoch, "part0_address": self._part0_address()})
 
     def _part0_address(self) -> str:
-        """Returns the local address to which another part connected; behind NAT the member list has a different one."""
+        """Returns part 0's address to which another part connected; behind NAT, the member list has another one."""
         remote = (p for p in self._joined_peers() if self.plan.part_of(p.rank or 0) != 0)
         return str(next((p.sock.getsockname()[0] for p in remote), "127.0.0.1"))
 
@@ -148,7 +151,10 @@ class Coordinator:
         return ", ".join(self.plan.describe_part(p) for p in parts)
 
     def _fingerprint_diff(self) -> str:
-        """Returns the differences between parts, one line per key; empty if all joined ranks agree."""
+        """Returns the differences between the fingerprints (values that must be equal on all parts), one line per key.
+
+        Empty if all joined ranks agree.
+        """
         fingerprints: dict[str, dict[str, Any]] = {}
         addresses: dict[int, str] = {}  # by rank
         lines = []

@@ -42,7 +42,7 @@ class GangClient:
         self._next_report_at = 0.0
 
     def join(self, fingerprint: dict[str, Any]) -> None:
-        """Blocks until all ranks have joined the epoch. `fingerprint`: values that must be equal on all parts.
+        """Blocks until all ranks have joined the gang. `fingerprint`: values that must be equal on all parts.
 
         Raises GangError if parts disagree or one does not join in time, with the same message on all parts.
         """
@@ -68,7 +68,8 @@ class GangClient:
         self.epoch = int(welcome["epoch"])
         local_address = str(self._sock.getsockname()[0])
         self.address = str(welcome["part0_address"]) if self.plan.part == 0 else local_address
-        log.info("epoch %d: all %d ranks are here and agree", self.epoch, self.plan.world_size)
+        size = self.plan.world_size
+        log.info("epoch %d of the gang: all %d ranks are here and agree on their settings", self.epoch, size)
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._receive_gang_status, name="gang-status", daemon=True).start()
 
@@ -125,7 +126,7 @@ class GangClient:
                 self._report(f"waiting for {message['missing']}")
 
     def _report(self, text: str) -> None:
-        """Logs why this rank waits, at most every few seconds, and writes it to the gang status for /health.
+        """Logs why this rank waits, at most every few seconds, and writes the reason to gang.json, for /health.
 
         Only the first rank of each part reports.
         """
@@ -146,7 +147,7 @@ class GangClient:
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
 
     def _receive_gang_status(self) -> None:
-        """Writes each gang status from the coordinator to the status file for this part's API."""
+        """Writes each gang status (the status of all ranks, from rank 0) to gang.json, for this part's API process."""
         assert self._sock is not None
         self._sock.settimeout(self.config.heartbeat_timeout)
         while True:
@@ -188,10 +189,13 @@ class GangStatusFile:
             temporary.write_text(json.dumps(gang_status))
             os.replace(temporary, self._path)
         except OSError as error:  # on a full disk the ranks continue, and /health reports a stale status
-            log.error("%s: not written: %s", self._path, error.strerror)
+            log.error("cannot write %s (status of all ranks): %s", self._path, error.strerror)
 
     def next_epoch(self) -> int:
-        """Returns the number of a new epoch. The counter is a file, so that it survives restarts of rank 0."""
+        """Returns the number of the new epoch (start of the gang): the last number + 1.
+
+        The last number is in a file, so that it survives restarts of rank 0.
+        """
         last = int(self._epoch_path.read_text()) if self._epoch_path.exists() else 0
         self._epoch_path.write_text(str(last + 1))
         return last + 1
@@ -210,7 +214,7 @@ def exit_process(message: str, code: ExitCode) -> None:
 
     Uses os._exit because a hung collective blocks a normal exit; the guard restarts the ranks.
     """
-    log.critical("%s: leaving the epoch (exit code %d)", message, code)
+    log.critical("%s: this rank exits (exit code %d)", message, code)
     logging.shutdown()
     os._exit(code)
 
@@ -218,8 +222,8 @@ def exit_process(message: str, code: ExitCode) -> None:
 def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float) -> dict[int, socket.socket]:
     """Accepts on rank 0 the connections over which it sends steps to the other ranks. Returns sockets by rank.
 
-    Each connection starts with a JOIN frame. Raises CommunicationError if a rank does not connect within `timeout`
-    seconds.
+    Each rank first sends a JOIN frame with its number. Raises CommunicationError if a rank does not connect within
+    `timeout` seconds.
     """
     peers: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout
@@ -242,21 +246,21 @@ def accept_ranks(listener: socket.socket, plan: Plan, epoch: int, timeout: float
 
 
 def _read_join(sock: socket.socket, epoch: int) -> int | None:
-    """Returns the rank that opened this connection; None if the peer is not a rank, or is one of another epoch."""
+    """Returns the rank that opened this connection; None if the peer is no rank, or did not restart with this gang."""
     sock.settimeout(CONNECT_TIMEOUT_SECONDS)
     try:
         frame_type, payload = recv_frame(sock)
         message = json.loads(payload) if frame_type == FrameType.JOIN else {}
         if message["epoch"] == epoch:
             return int(message["rank"])
-        log.warning("step port: closed the connection of a rank from another epoch: %s", message)
+        log.warning("port for steps from rank 0: closed the connection of a rank of another epoch: %s", message)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("step port: closed a connection that is not from a rank: %s", error)
+        log.warning("port for steps from rank 0: closed a connection that is not from a rank: %s", error)
     return None
 
 
 def retry_connect(dial: Callable[[], socket.socket], address: str, timeout: float) -> socket.socket:
-    """Calls `dial` until it returns a connection to rank 0, over which rank 0 sends steps.
+    """Calls `dial` until it returns a connection to rank 0, over which rank 0 sends steps. Returns the connection.
 
     `address`: "host:port" of rank 0, for the error. Raises CommunicationError after `timeout` seconds.
     """

@@ -40,7 +40,7 @@ class Group(Protocol):
 
     @property
     def wait_seconds(self) -> float | None:
-        """Total seconds that this rank has waited for other ranks in collectives of steps; None if not measured."""
+        """Returns how many seconds this rank has waited for others in collectives of steps; None if not measured."""
         ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Group(Protocol):
         ...
 
     def min(self, value: int) -> int:
-        """Returns the minimum over all ranks, on all ranks."""
+        """Returns the minimum of all ranks' values, on all ranks."""
         ...
 
     def close(self) -> None: ...
@@ -151,11 +151,11 @@ def init_group(
     device: torch.device,
     shm_prefix: str = "",
 ) -> Group:
-    """Initializes the process group of an epoch.
+    """Returns the process group of all ranks. Every rank must call this.
 
-    `host`: of part 0. `address`: of this machine, as other parts reach it. `timeout`: seconds for the initialization
-    and for every collective. `shm_prefix`: of file names in /dev/shm; if it is empty, all collectives on CPU use gloo.
-    Raises CommunicationError.
+    `epoch`: number of the gang's start. `host`: of part 0. `address`: of this machine, as other parts reach it.
+    `timeout`: seconds for the initialization and for every collective. `shm_prefix`: of file names in /dev/shm; if it
+    is empty, all collectives on CPU use gloo. Raises CommunicationError.
     """
     if plan.world_size == 1:
         return SingleRankGroup()
@@ -175,7 +175,10 @@ def init_group(
 def _init_torch_group(
     plan: Plan, rank: int, epoch: int, host: str, timeout: float, backend: str, device: torch.device
 ) -> dist.Store:
-    """Initializes torch.distributed with a TCPStore on part 0. Returns the store, which adds the epoch to all keys."""
+    """Initializes torch.distributed with a TCPStore on part 0. Returns the store.
+
+    The store adds the epoch (number of the gang's start) to all keys.
+    """
     duration = timedelta(seconds=timeout)
     port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
     # TCPStore would listen on all interfaces. For a gang of one part, pass it a socket on loopback instead.
@@ -194,7 +197,10 @@ def _init_torch_group(
 
 
 def _open_communicator(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> ShmCommunicator:
-    """Opens the shared segment on all ranks, then unlinks it, so that a killed rank leaves no file in /dev/shm."""
+    """Returns the communicator of this rank, over a shared-memory segment that rank 0 creates.
+
+    Deletes the file once all ranks have mapped it, so that a killed rank leaves no file in /dev/shm.
+    """
     if rank != 0:
         communicator = ShmCommunicator(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
         dist.barrier()

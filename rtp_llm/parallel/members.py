@@ -1,6 +1,7 @@
 """Reads the members of a gang, one per part, from DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING or JSON_GANG_PARTS.
 
-All validation of the list happens here, before the ranks start. Errors name the source, the key and the value.
+All validation of this member list happens here, before the ranks start. Errors name the setting or file, the key and
+the value.
 """
 
 import json
@@ -18,7 +19,7 @@ _PART = re.compile(r"part([0-9]{1,6})\Z")
 
 @dataclass(frozen=True)
 class Member:
-    """One part: `index` is N of `…_partN`, `ip` its address for the other parts, `port` its HTTP port."""
+    """One part: `index` is its number N in `…_partN`, `ip` its address for the other parts, `port` its HTTP port."""
 
     index: int
     name: str
@@ -36,9 +37,9 @@ class _RawMember:
 
 
 def read_members(config: Config) -> tuple[Member, ...]:
-    """Returns the members sorted by index; empty if no list is configured.
+    """Returns the members sorted by part number; empty if no member list is configured.
 
-    Raises ConfigError with the source, the key and the allowed values.
+    Raises ConfigError that names the setting or file, the key and the allowed values.
     """
     if config.distribute_config_file:
         source = f"DISTRIBUTE_CONFIG_FILE {config.distribute_config_file}"
@@ -106,7 +107,9 @@ def _parse_string(text: str) -> list[_RawMember]:
                     f"{source}: {pair!r} is not key:value; allowed: name:x_part0,ip:…,port:…;…", check="C-02"
                 )
             if key in fields:
-                raise ConfigError(f"{source}: duplicate key {key!r} in {chunk!r}", check="C-02")
+                raise ConfigError(
+                    f"{source}: duplicate key {key!r} in {chunk!r}; each key may appear once", check="C-02"
+                )
             fields[key] = int(value) if key == "port" and re.fullmatch("[0-9]{1,9}", value) else value
         entries.append(_raw_member(str(fields.get("name", "")), fields, source))
     if len({e.name for e in entries}) != len(entries):
@@ -148,17 +151,19 @@ def _raw_member(key: str, value: Any, source: str) -> _RawMember:
 
 
 def _sort_by_index(entries: list[_RawMember], source: str, start_port: int) -> tuple[Member, ...]:
-    """Sorts numerically, so that part2 comes before part10.
+    """Returns the members sorted by part number, so that part2 comes before part10.
 
-    The port defaults to part 0's, or to START_PORT if part 0 has none. Raises ConfigError if an index is missing or
-    used twice.
+    A member without a port gets part 0's, or START_PORT if part 0 has none. Raises ConfigError if a part number is
+    missing or used twice.
     """
     by_index: dict[int, _RawMember] = {}
     for entry in entries:
         index = int(_PART.search(entry.name)[1])  # type: ignore[index]  # _raw_member has checked the pattern
         if index in by_index:
             raise ConfigError(
-                f"{source}: {by_index[index].name!r} and {entry.name!r} are both part {index}", check="C-02"
+                f"{source}: {by_index[index].name!r} and {entry.name!r} are both part {index};"
+                " each part needs its own number",
+                check="C-02",
             )
         by_index[index] = entry
     if 0 not in by_index:

@@ -1,4 +1,7 @@
-"""The part spec: settings, plan and fingerprint, which start_server writes for all processes of its part."""
+"""The part spec: settings, plan and fingerprint (values that must be equal on all parts).
+
+start_server, the main process of a part, writes it for the other processes of the part.
+"""
 
 import hashlib
 import json
@@ -50,17 +53,17 @@ class PartSpec:
 
     @property
     def doctor_report_path(self) -> Path:
-        """The doctor's last report; schema in doctor/report.py."""
+        """Returns the path of the doctor's last report; doctor/report.py defines its schema."""
         return self.run_dir / "doctor.json"
 
     @property
     def exit_code_file(self) -> Path:
-        """The file to which the guard writes the exit code of the part, with which start_server exits."""
+        """Returns the path of the file with the part's exit code, which the guard writes and start_server reads."""
         return self.run_dir / "exit_code"
 
     @property
     def shm_prefix(self) -> str:
-        """The prefix of this part's files in /dev/shm, unique per run directory."""
+        """Returns the prefix of this part's files in /dev/shm, unique per run directory."""
         return f"rtp-llm-{hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:12]}-"
 
     @property

@@ -1,6 +1,7 @@
 """The plan: the ranks of this part, the addresses of all parts and the purpose of each port.
 
-start_server makes it from the settings and the member list; other processes read it from the part spec.
+start_server, the main process of a part, makes it from the settings and the member list (the address of each part).
+The other processes read it from part.json.
 """
 
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ class Plan:
 
     @property
     def ranks(self) -> range:
-        """World ranks of this part."""
+        """Returns the world ranks of this part."""
         return range(self.first_rank, self.first_rank + self.local_world_size)
 
     @property
@@ -66,7 +67,10 @@ class Plan:
         return rank // self.local_world_size
 
     def describe_part(self, part: int) -> str:
-        """Returns `part1 (10.0.0.2:20000, ranks 2-3)`, without the address if the plan has only part 0's."""
+        """Returns a text such as `part1 (10.0.0.2:20000, ranks 2-3)`.
+
+        Leaves out an unknown address: with LEADER_ADDRESS, the plan has only that of part 0.
+        """
         first = part * self.local_world_size
         last = first + self.local_world_size - 1
         ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
@@ -74,11 +78,11 @@ class Plan:
         return f"part{part} ({member.ip}:{member.port}, {ranks})" if member else f"part{part} ({ranks})"
 
     def leader_port(self, offset: int) -> int:
-        """Returns a port of part 0. `offset`: RENDEZVOUS_, STEP_ or TORCH_STORE_PORT_OFFSET."""
+        """Returns part 0's START_PORT minus `offset`: RENDEZVOUS_, STEP_ or TORCH_STORE_PORT_OFFSET."""
         return self.leader.port - offset
 
     def ports(self, member: Member) -> list[PlannedPort]:
-        """Returns all ports on which this member's part listens, HTTP first."""
+        """Returns all ports on which the part `member` listens, the HTTP port first."""
         host = "0.0.0.0" if self.is_multi_part else "127.0.0.1"
         ports = [PlannedPort(member.port, "HTTP (START_PORT)")]
         below = {"rendezvous": RENDEZVOUS_PORT_OFFSET} if member.index == 0 else {}
@@ -91,17 +95,17 @@ class Plan:
         return ports
 
     def local_ports(self) -> list[PlannedPort]:
-        """Returns the ports of this part, which is not in the member list if only the leader's address is known."""
+        """Returns all ports on which this part listens. Works without a member list too (LEADER_ADDRESS)."""
         member = next((m for m in self.members if m.index == self.part), None)
         return self.ports(member or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:
-        """Returns all ports reserved for this member's part, used or unused."""
+        """Returns all ports reserved for the part `member`, used or unused."""
         below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the fields that must be equal on all parts."""
+        """Returns the fields of the plan that must be equal on all parts, by name."""
         shared = asdict(self)
         for name in ("part", "start_port", "members"):
             del shared[name]
@@ -115,7 +119,7 @@ class Plan:
 
 
 def make_plan(config: Config, gpus: int) -> Plan:
-    """Makes the plan and validates the settings together. `gpus`: number of visible GPUs on this machine.
+    """Returns the plan. Checks that the settings fit together. `gpus`: number of visible GPUs on this machine.
 
     Raises ConfigError with the settings, their values and the allowed ones.
     """

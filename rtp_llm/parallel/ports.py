@@ -10,7 +10,7 @@ from rtp_llm.parallel.plan import PlannedPort
 
 
 def port_conflict(planned: PlannedPort) -> str:
-    """Returns the reason why listening on this port fails, "in use by pid 7 (nginx: master …)"; empty if it works."""
+    """Returns why listening on this port fails, such as "in use by pid 7 (nginx: master …)"; empty if it works."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -14,8 +14,9 @@ Phase = Literal["rendezvous", "loading", "warmup", "serving"]
 
 @dataclass
 class RankStatus:
-    """Status of one rank, written by its main thread and sent by its heartbeat thread. The field names are JSON keys
-    of gang.json."""
+    """Status of one rank, written by its main thread and sent by its heartbeat thread. The field names are the JSON
+    keys of a rank in gang.json, the status file of the gang.
+    """
 
     rank: int
     part: int
@@ -39,7 +40,10 @@ class RankStatus:
         self._last_progress = time.monotonic()
 
     def record_step(self, number: int, total_wait_seconds: float | None) -> None:
-        """Records a finished step. `total_wait_seconds`: wait for other ranks in all steps so far, or None."""
+        """Records a finished step.
+
+        `total_wait_seconds`: time spent waiting for other ranks in all steps so far; None if not measured.
+        """
         self.steps = number
         if total_wait_seconds is not None:
             step_wait_s = total_wait_seconds - self._total_wait_seconds
@@ -54,7 +58,7 @@ class RankStatus:
         self.mark_progress()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the public fields and `idle_s`, seconds since the last progress."""
+        """Returns the content of a heartbeat: the public fields, and `idle_s`, the seconds since the last progress."""
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]
         return data | {"idle_s": round(time.monotonic() - self._last_progress, 3)}

@@ -22,21 +22,20 @@ NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # PartSpec.shm_prefix 
 
 
 def is_supported() -> bool:
-    """Returns True on processors that keep stores in order, as the counters require (x86)."""
+    """Returns True on x86. The protocol of `shared_memory` needs a processor that keeps stores in order."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
 def segment_bytes(size: int) -> int:
-    """Returns the size in bytes of the segment of `size` ranks."""
+    """Returns the bytes of a segment for `size` ranks."""
     return size * (COUNTER_BYTES + 2 * SLOT_BYTES)
 
 
 def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
     """Creates the file and reserves its pages, so that a full /dev/shm is an error here instead of SIGBUS later.
 
-    Removes files with the same prefix, which ranks killed in an earlier epoch may have left. Returns the path and a
-    file descriptor that holds a shared lock: the segment is orphaned if no process holds one. Raises
-    CommunicationError.
+    Removes files with the same prefix, which killed ranks may have left. Returns the path and a file descriptor that
+    holds a shared lock on the file; `is_orphaned` tests for this lock. Raises CommunicationError.
     """
     for stale in DIRECTORY.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)

@@ -24,11 +24,11 @@ class HeadShard:
 
     @property
     def num_heads(self) -> int:
-        """Number of local query heads, including padding."""
+        """Returns the number of query heads on this rank, including padding."""
         return len(self.groups) * self.group_size
 
     def slots(self) -> list[tuple[int, int]]:
-        """Returns (local index, query head) for every query head that is not padding."""
+        """Returns (index on this rank, index in the model) of every query head of this rank, without padding."""
         return [(i * self.group_size + j, head) for i, group in enumerate(self.groups) for j, head in enumerate(group)]
 
 
@@ -57,8 +57,8 @@ def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -
 def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
     """Returns the columns of gate_proj and up_proj, and thus the rows of down_proj, that belong to one rank.
 
-    Boundaries are multiples of 64, since matrix units compute in tiles of that size, or of a smaller power of two if 64
-    does not divide the size or would leave a rank without columns.
+    Ranges start and end at multiples of 64, the tile size of matrix units, or of a smaller power of two: if 64 does
+    not divide `intermediate_size`, or would leave a rank without columns.
     """
     unit = next(u for u in (64, 32, 16, 8, 4, 2, 1) if intermediate_size % u == 0 and intermediate_size // u >= tp_size)
     units = even_split(intermediate_size // unit, tp_size, tp_rank)

@@ -25,7 +25,7 @@ SLEEP_SECONDS = 50e-6
 
 
 class ShmCommunicator:
-    """One rank's view of the segment. All ranks make the same calls in the same order."""
+    """One rank's view of the shared-memory segment. All ranks must make the same calls in the same order."""
 
     def __init__(self, path: Path, rank: int, size: int, timeout: float):
         self.rank, self.size, self.timeout = rank, size, timeout
@@ -57,7 +57,10 @@ class ShmCommunicator:
         return [target.view(tensor.shape) for target in gathered] if gathered else None
 
     def _exchange(self, chunk: Tensor) -> Tensor:
-        """Returns the chunks of all ranks as [size, len(chunk)], valid until the next call."""
+        """Gives this rank's chunk to the other ranks. Returns the chunks of all ranks: [size, len(chunk)].
+
+        The result is valid until the next call.
+        """
         self._sequence += 1
         num_bytes = len(chunk) * chunk.element_size()
         chunks = self._slots[self._sequence & 1, :, :num_bytes].view(chunk.dtype)
@@ -72,7 +75,7 @@ class ShmCommunicator:
         self.wait_seconds += time.perf_counter() - start
 
     def _wait_for_all(self) -> None:
-        """Blocks until all counters reach the local sequence number.
+        """Blocks until the counters of all ranks reach this rank's number of operations.
 
         Spins first, since the other ranks usually follow within microseconds, then yields the core, then sleeps.
         Raises CommunicationError after the timeout.

@@ -74,7 +74,7 @@ class FrameBuffer:
     """Buffers the bytes of one connection and yields complete frames."""
 
     def __init__(self, max_payload: int = MAX_PAYLOAD_BYTES) -> None:
-        """`max_payload` in bytes; a longer frame raises WireError."""
+        """`max_payload`: bytes; `feed` raises WireError for a frame with a longer payload."""
         self._data, self._max_payload = bytearray(), max_payload
 
     def feed(self, data: bytes) -> Iterator[Frame]:
@@ -82,7 +82,7 @@ class FrameBuffer:
         while len(self._data) >= HEADER.size:
             length, frame_type = parse_header(bytes(self._data[: HEADER.size]))
             if length > self._max_payload:
-                raise WireError(f"a frame of {length} bytes; allowed: at most {self._max_payload}")
+                raise WireError(f"the peer sent a frame of {length} bytes; allowed: at most {self._max_payload}")
             end = HEADER.size + length
             if len(self._data) < end:
                 return

@@ -56,7 +56,10 @@ class ModelRunner:
             torch.set_default_dtype(default_dtype)
 
     def load(self, checkpoint: Checkpoint, on_progress: Callable[[float], None]) -> LoadStats:
-        """Loads this rank's weights. `on_progress` gets the fraction loaded, 0 … 1. Raises CheckpointError."""
+        """Loads this rank's weights. Returns the bytes read and the time. Raises CheckpointError.
+
+        `on_progress` is called with the fraction loaded, 0 … 1.
+        """
         stats = load_weights(self.model, checkpoint, self.spec, on_progress)
         self.model.prepack()
         mb_per_second = stats.bytes / max(stats.seconds, 1e-6) / 1e6
@@ -147,7 +150,7 @@ class ModelRunner:
     def execute_and_sample(
         self, step: Step, sampling_metadata: SamplingMetadata
     ) -> tuple[list[SampledToken], list[Logprob]]:
-        """Computes a step and samples its tokens (rank 0). See `engine.engine.StepExecutor`."""
+        """Computes a step on rank 0 and samples its tokens. Returns the sampled tokens and the prompt logprobs."""
         logits = self._forward(step)
         self.cost.add(step)
         if logits is None:
@@ -156,5 +159,5 @@ class ModelRunner:
             return sample(logits, sampling_metadata)
 
     def execute(self, step: Step) -> None:
-        """Computes a step on a rank other than 0; the collective that gathers the logits sends its shard to rank 0."""
+        """Computes a step on a rank other than 0. A collective sends this rank's shard of the logits to rank 0."""
         self._forward(step)

@@ -31,4 +31,4 @@ class ProgressBar:
             sys.stdout.write(f"\r{self.label} [{bar}] {fraction:4.0%}" + ("\n" if fraction >= 1 else ""))
             sys.stdout.flush()
         elif fraction < 1:
-            log.info("%s: %.0f%% after %.0f s", self.label, fraction * 100, now - self._started)
+            log.info("%s: %.0f%% loaded after %.0f s", self.label, fraction * 100, now - self._started)

@@ -51,9 +51,9 @@ class RestartBudget:
 
 
 def incident_exit_code(codes: list[int]) -> ExitCode:
-    """Returns one exit code for all processes that exited together. `codes`: theirs, -1 if killed by a signal.
+    """Returns the most important exit code of processes that exited together. `codes`: -1 for killed by a signal.
 
-    Priority: final codes, crash, hang, communication (usually a consequence of the others).
+    Order: errors that a restart cannot fix, crash, hang, lost connection (usually a consequence of the others).
     """
     known_codes = {ExitCode(c) for c in codes if c in ExitCode.__members__.values()}
     final_codes = sorted(c for c in known_codes if c.is_final)
@@ -66,7 +66,10 @@ def incident_exit_code(codes: list[int]) -> ExitCode:
 
 @dataclass
 class RestartHistory:
-    """`guard.json` in the run directory: restarts and last exit codes for the metrics, across restarts of the guard."""
+    """The file `guard.json` in the run directory: restarts and last exit codes, for the metrics.
+
+    It survives restarts of the guard.
+    """
 
     path: Path
     restarts: dict[str, int] = field(default_factory=dict)  # by "program reason"
@@ -87,7 +90,7 @@ class RestartHistory:
             temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
             temporary.replace(self.path)
         except OSError as error:  # a full disk must not prevent restarts
-            log.error("%s: not written: %s", self.path, error.strerror)
+            log.error("cannot write %s (restarts, for the metrics): %s", self.path, error.strerror)
 
 
 class Guard:
@@ -104,7 +107,7 @@ class Guard:
         self._killed_rank = ""  # process name of the rank that this guard killed
 
     def handle(self) -> None:
-        """Handles an event of supervisord: restarts what is down, or ends the part.
+        """Handles an event of supervisord: restarts the processes that are down, or ends the part.
 
         Examines the states of all processes instead of the event, because one incident causes several events.
         """
@@ -122,7 +125,7 @@ class Guard:
     def _kill_frozen_rank(self) -> None:
         """Kills the part's first rank if its heartbeats stopped.
 
-        The other ranks detect this as well and exit. If all of them run on other parts, only the guard can kill it.
+        The other ranks notice and exit. If they all run on other parts, only the guard can kill the frozen rank.
         """
         name = f"rank{self.part_spec.plan.first_rank}"
         info = next((i for i in self.rpc.supervisor.getAllProcessInfo() if i["name"] == name), None)
@@ -133,9 +136,9 @@ class Guard:
             self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
 
     def _seconds_since_status(self, start_time: float) -> float:
-        """Returns seconds since the first rank wrote the gang status; 0 if it has not written it since its start.
+        """Returns the seconds since the part's first rank wrote gang.json (the status of all ranks).
 
-        `start_time`: of that rank's process, Unix time.
+        Returns 0 if the rank has not written the file since its start. `start_time`: of its process, Unix time.
         """
         path = self.part_spec.gang_status_path
         try:
@@ -145,7 +148,7 @@ class Guard:
         return time.time() - written_at if ranks and written_at > start_time else 0.0
 
     def _can_write(self) -> bool:
-        """Returns False if the disk is full: the gang status is then old although the rank is not frozen."""
+        """Returns False if the disk is full: the status file gang.json is then old although the rank is not frozen."""
         try:
             (self.part_spec.run_dir / "guard.probe").write_text("x")
         except OSError:

@@ -62,7 +62,7 @@ def runs_doctor(part_spec: PartSpec) -> bool:
 
 
 def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
-    """Returns the options of one program.
+    """Returns the options of one program (process) in supervisord.conf.
 
     Disables supervisord's own restarts, which have no limit or delay; the guard restarts programs instead.
     """

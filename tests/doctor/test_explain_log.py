@@ -146,8 +146,8 @@ def test_exit_codes_are_read_as_runtimes_print_them(line: str) -> None:
 def test_the_last_code_of_this_server_counts() -> None:
     """If a log has several exit codes, the part's last one counts: ranks exit with 71 after another rank fails, which
     is only a consequence."""
-    assert check_ids("leaving the epoch (exit code 71)\nthe part ends with exit code 73") == set(EXIT_CODES[73])
-    assert check_ids("leaving the epoch (exit code 71)\nthe part ends with exit code 70") == set()
+    assert check_ids("this rank exits (exit code 71)\nthe part ends with exit code 73") == set(EXIT_CODES[73])
+    assert check_ids("this rank exits (exit code 71)\nthe part ends with exit code 70") == set()
 
 
 def test_exit_codes_refer_to_existing_checks() -> None:
@@ -160,7 +160,10 @@ def test_waiting_is_no_symptom_if_the_gang_forms_later() -> None:
     waiting = (
         "[part1 rank1] 09:55:30 INFO rtp_llm.parallel.gang_client: waiting for part0 (10.0.0.5:10000, ranks 0-1)\n"
     )
-    formed = "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang_client: epoch 1: all 4 ranks are here and agree\n"
+    formed = (
+        "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang_client:"
+        " epoch 1 of the gang: all 4 ranks are here and agree on their settings\n"
+    )
     assert check_ids(waiting) == {"C-09"}
     assert check_ids(f"rtp-1  | {waiting}") == {"C-09"}
     assert check_ids(waiting + formed) == set()

@@ -68,7 +68,7 @@ def test_guard_kills_a_frozen_rank_without_local_peers(gang: Gang, expected: dic
     assert stream.text() == expected["greedy"]
     gang.wait_healthy(epoch + 1)
     assert "no heartbeat from rank 1" in gang.leader.log
-    assert "leaving the epoch (exit code 72)" in gang.leader.log
+    assert "this rank exits (exit code 72)" in gang.leader.log
     assert "no heartbeat from rank1 for" in gang.parts[1].log
 
 
