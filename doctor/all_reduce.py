@@ -1,5 +1,5 @@
-"""Tier 3 of the doctor: starts the ranks of this part, forms the process group with all parts and times all-reduces of
-three sizes.
+"""The all-reduce of `rtp-llm-doctor --tier 3`: starts the ranks of this part, forms the process group with all parts
+and times all-reduces of three sizes.
 
 `python -m doctor.all_reduce` is one rank. It reads the plan and its rank number as JSON from stdin, and prints its
 measurements as JSON.

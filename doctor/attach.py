@@ -151,7 +151,10 @@ def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], li
     should have."""
     age = gang_status.age
     is_stale = age > STALE_SECONDS
-    lines = [f"  epoch {gang_status.epoch}, as of {age:.1f} s ago" + (" (stale)" if is_stale else "")]
+    lines = [
+        f"  epoch {gang_status.epoch} (starts of the gang so far), as of {age:.1f} s ago"
+        + (" (stale)" if is_stale else "")
+    ]
     if gang_status.message:
         lines.append(f"  {gang_status.message}")
     problems = [f"no status from the ranks for {age:.1f} s"] if is_stale else []

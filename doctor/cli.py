@@ -183,8 +183,8 @@ def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
     """Returns the checks that --only names, by id or category, and the checks that these need. Returns None, which
     selects all checks, if `only` is empty.
 
-    Raises UsageError if a name exists, but all its checks are outside of `tiers`: skipping it silently would look like
-    a pass.
+    Raises UsageError if a name exists, but none of its checks is in `tiers` (groups of checks that --tier selects):
+    skipping it silently would look like a pass.
     """
     names = sorted({name.strip().upper() for name in only.split(",")} - {""})
     if not names:

@@ -104,7 +104,8 @@ class CheckContext:
         return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
 
     def preload_with_timeouts(self) -> None:
-        """Reads GPUs, member list and config.json, each first in a forked process with a timeout.
+        """Reads GPUs, member list (addresses of all parts) and config.json, each first in a forked process with a
+        timeout.
 
         A read from a dead network disk blocks in the kernel and cannot be interrupted, so this process must not try it.
         A read that times out becomes an error of its check.

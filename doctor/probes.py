@@ -1,4 +1,4 @@
-"""Tier 1: short torch programs that use the GPUs, each in a process that is killed if it hangs.
+"""Short torch programs that use the GPUs, for the checks of `--tier 1`, each in a process that is killed if it hangs.
 
 The doctor's own process never loads torch, so a driver that hangs blocks only the probe.
 """

@@ -98,13 +98,13 @@ class Report(BaseModel):
         default=SCHEMA, validation_alias="schema", serialization_alias="schema"
     )
     tool_version: str = __version__
-    started: float = Field(description="seconds since the epoch")
+    started: float = Field(description="Unix time in seconds")
     duration_s: float
     node: NodeInfo
     verdict: Literal["ok", "warn", "error", "incomplete"]
     exit_code: int
     checks: list[Finding]
-    members: list[str] = Field(default=[], description="parts that responded (gang tier)")
+    members: list[str] = Field(default=[], description="parts that responded; empty if the parts exchanged no reports")
     drift: list[Drift] = []
 
     def counts(self) -> Counter[Status]:
@@ -154,8 +154,8 @@ def make_finding(check: Check, result: CheckResult, seconds: float) -> Finding:
 def make_report(
     ctx: CheckContext, findings: Sequence[Finding], *, started: float, ignored: Sequence[str] = (), strict: bool = False
 ) -> Report:
-    """Returns the report. `started`: seconds since the epoch. `ignored`: ids whose errors become warnings. `strict`:
-    exit with 1 on warnings."""
+    """Returns the report. `started`: Unix time in seconds. `ignored`: ids of checks whose errors count as warnings.
+    `strict`: a warning sets exit code 1 in the report."""
     checks = [_as_warning(f) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
     part_is_absent = any(f.id == "C-09" and f.status == Status.ERROR for f in checks)
     verdict, code = _verdict({f.status for f in checks}, part_is_absent, strict)
@@ -180,8 +180,8 @@ Verdict = Literal["ok", "warn", "error", "incomplete"]
 
 
 def _verdict(statuses: set[Status], part_is_absent: bool, strict: bool) -> tuple[Verdict, DoctorExitCode]:
-    """Returns (verdict, exit code). An absent part makes the run incomplete, although the status of its check is
-    error."""
+    """Returns (verdict, exit code). `strict`: a warning gives exit code 1. An absent part makes the run incomplete,
+    although the status of its check is error."""
     if part_is_absent:
         return "incomplete", DoctorExitCode.INCOMPLETE
     if Status.ERROR in statuses:

@@ -1,4 +1,4 @@
-"""Checks of settings, member list and plan (rank layout), with the server's own code."""
+"""Checks of settings, member list (addresses of all parts) and plan (rank layout), with the server's own code."""
 
 from doctor import fixes
 from doctor.check import CheckResult, Status, error, ok, skip, symptoms, warn

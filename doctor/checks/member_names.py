@@ -1,4 +1,4 @@
-"""Checks of the host names in the member list, and of the addresses to which they resolve."""
+"""Checks of the host names in the member list (addresses of all parts), and of the addresses to which they resolve."""
 
 import time
 from ipaddress import ip_address

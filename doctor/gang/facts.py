@@ -105,7 +105,7 @@ def local_part_report(ctx: CheckContext, plan: Plan, problems: dict[str, str], l
     """Returns this part's report before any link is probed.
 
     `problems`: errors of this part's checks, by id. `listening`: placeholder sockets listen on the planned ports.
-    Raises OSError if there is no route to another member.
+    Raises OSError if there is no route to another part.
     """
     member = next((m for m in plan.members if m.index == plan.part), None)
     address = _local_address(ctx, plan)

@@ -40,7 +40,7 @@ class ReplyTimeoutError(TimeoutError):
 
 
 class WrongPartError(ProtocolError):
-    """Another part answers at this member's address."""
+    """At the address of one part, the doctor of another part answers."""
 
 
 class GossipSession:
@@ -53,7 +53,7 @@ class GossipSession:
     def __init__(self, plan: Plan, part_report: PartReport, secret: bytes, *, observe_only: bool = False):
         self.plan, self.part_report, self.secret, self.observe_only = plan, part_report, secret, observe_only
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
-        self.small_mss_members: set[int] = set()  # members to which large packets seem to be lost
+        self.small_mss_members: set[int] = set()  # numbers of parts to which large packets seem to be lost
 
     # Server side
 
@@ -126,8 +126,8 @@ class GossipSession:
             await close(writer)
 
     async def probe_member(self, member: Member, deadline: float) -> None:
-        """Retries until the member's report arrives, from the member or through another part. Then probes all ports of
-        the member.
+        """Retries until the report of the part `member` arrives, from it or through another part. Then probes all ports
+        of this part.
 
         `deadline`: monotonic time in seconds at which the retries end.
         """
@@ -145,7 +145,7 @@ class GossipSession:
             await self._probe_links(member, part_report, link)
 
     async def _exchange_reports(self, member: Member, link: LinkResult) -> str:
-        """Sends this part's reports to a member once and stores the reports in the reply.
+        """Sends all reports that this part has to another part once and stores the reports in the reply.
 
         Returns replied, reply_timeout, not_doctor, wrong_part, protocol_error, or a result of `classify_error`.
         """
@@ -183,7 +183,8 @@ class GossipSession:
             await self.probe_member(Member(part, report.name, report.address, report.start_port), deadline)
 
     async def _probe_links(self, member: Member, part_report: PartReport, link: LinkResult) -> None:
-        """Dials every port of the member. If its doctor replies, also measures transfers and the clock offset."""
+        """Connects to every port of another part. If its doctor replies, also measures the throughput to and from that
+        part and the offset of its clock."""
         ephemeral = part_report.ephemeral_ports
         ports = [*part_report.planned_ports, *ephemeral]
         # On the planned ports of a running part the server listens, which sends no greeting.
@@ -196,9 +197,9 @@ class GossipSession:
             await self._compare_clocks(member, link)
 
     async def _measure_transfers(self, member: Member, link: LinkResult) -> None:
-        """Measures the throughput of the link to a member in both directions, and stores it in the link's result.
-        Detects links that deliver small packets and drop large ones."""
-        # This error remains if the deadline of the session cancels the transfers below.
+        """Measures the throughput of the link to another part in both directions, and stores it in `link`. Detects
+        links that deliver small packets and drop large ones."""
+        # This error remains if the deadline of `run` cancels the transfers below.
         link.transfer_error = (
             "long messages stalled, short ones passed" if member.index in self.small_mss_members else ""
         )
@@ -212,8 +213,8 @@ class GossipSession:
         link.transfer_error = ""
 
     async def _best_throughput(self, member: Member, direction: str) -> float:
-        """Returns the throughput of the fastest of several transfers, in bytes per second. `direction`: sent or
-        received."""
+        """Returns the throughput of the fastest of several test transfers to or from another part, in bytes per second.
+        `direction`: sent or received."""
         best, first_started = 0.0, time.monotonic()
         for number in range(MAX_TRANSFERS):
             started = time.monotonic()
@@ -240,8 +241,8 @@ class GossipSession:
             await close(writer)
 
     async def _compare_clocks(self, member: Member, link: LinkResult) -> None:
-        """Measures the clock offset as NTP does (RFC 5905, section 8). Uses the round with the shortest round-trip
-        time."""
+        """Measures the clock offset of another part as NTP does (RFC 5905, section 8). Uses the round with the shortest
+        round-trip time."""
         samples: list[tuple[float, float]] = []
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
@@ -258,7 +259,8 @@ class GossipSession:
     # Convergence
 
     def converged(self, ignore_absent: bool) -> bool:
-        """Returns whether every present part has probed its links and has the final reports of all present parts.
+        """Returns whether every present part (one whose report has arrived) has probed its links and has the final
+        reports of all present parts.
 
         Returns False if a part is absent, unless `ignore_absent` is set.
         """
@@ -268,8 +270,8 @@ class GossipSession:
         return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
     async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
-        """Probes all members, then exchanges reports until the session has converged, at most until `deadline`
-        (monotonic seconds).
+        """Probes the parts in `members`, then exchanges reports until `converged`, at most until `deadline` (monotonic
+        seconds).
 
         If this part has not probed all links by then, `probing_done` of its report remains unset.
         """
@@ -280,14 +282,14 @@ class GossipSession:
             async with asyncio.timeout(total - final):
                 await self._run_session(members, deadline - min(ABSENT_GRACE_SECONDS, total / 2))
         except TimeoutError:
-            log.debug("the gossip session timed out")
+            log.debug("the exchange of reports with the other parts timed out")
         finally:
             progress.cancel()
         if not self.observe_only:
             await self._linger(members, final)
 
     async def _run_session(self, members: list[Member], absent_deadline: float) -> None:
-        """Probes the members, then exchanges reports. Waits for absent parts until `absent_deadline` (monotonic
+        """Probes the other parts, then exchanges reports. Waits for absent parts until `absent_deadline` (monotonic
         seconds)."""
         unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
         await asyncio.gather(
@@ -316,10 +318,10 @@ class GossipSession:
                     await asyncio.sleep(RETRY_INTERVAL_SECONDS)
                 await self._linger(members, FINAL_GOSSIP_SECONDS)
         except TimeoutError:
-            log.debug("the gossip session timed out")
+            log.debug("the exchange of reports with the other parts timed out")
 
     async def _linger(self, members: list[Member], seconds: float) -> None:
-        """Sends the final reports to the members once: some of them may be unable to connect to this part.
+        """Sends the final reports to the other parts once: some of them may be unable to connect to this part.
 
         Then waits until `seconds` have passed in all, so that this part can still reply to requests.
         """
@@ -332,8 +334,8 @@ class GossipSession:
         await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     async def _gossip(self, members: list[Member], include_unresponsive: bool = False) -> None:
-        """Exchanges reports once with each member that has replied before; with `include_unresponsive`, with every
-        member."""
+        """Exchanges reports once with each other part that has replied before; with `include_unresponsive`, with every
+        other part."""
         links = self.part_report.links
         targets = [m for m in members if include_unresponsive or (m.index in links and links[m.index].replied)]
         await asyncio.gather(
@@ -349,9 +351,9 @@ class GossipSession:
 
 
 async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeting:
-    """Reads the greeting of a member's doctor.
+    """Reads the greeting of the doctor of the part `member`.
 
-    Raises NotADoctorError if no greeting arrives, and WrongPartError if it comes from another part.
+    Raises NotADoctorError if no greeting arrives, and WrongPartError if it comes from a different part.
     """
     try:
         async with asyncio.timeout(DIAL_SECONDS):

@@ -23,7 +23,7 @@ def report_local_errors(
 ) -> None:
     """Sends errors (text by check id) until all other parts have them, at most for `wait_seconds`.
 
-    Does nothing if no member of the list has an address of this machine. Raises ConfigError or OSError.
+    Does nothing if no part in the member list has an address of this machine. Raises ConfigError or OSError.
     """
     plan = _plan_of_local_member(ctx)
     if plan is None:
@@ -45,9 +45,10 @@ async def _send_errors(ctx: CheckContext, plan: Plan, errors: dict[str, str], wa
 
 
 def _plan_of_local_member(ctx: CheckContext) -> Plan | None:
-    """Returns a plan for the member with an address of this machine; if there are several, for the one with START_PORT.
+    """Returns a plan for the part in the member list that has an address of this machine; if there are several, for the
+    one with this START_PORT.
 
-    Its sizes are placeholders: only its part number, members and ports are used.
+    Its sizes are placeholders: only its part number, member list and ports are used.
     """
     try:
         members = read_members(ctx.config)

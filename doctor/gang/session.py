@@ -1,4 +1,4 @@
-"""Runs the gossip session of this part: opens sockets, exchanges reports and returns the reports of all parts."""
+"""Runs the exchange of reports for this part: opens sockets, exchanges reports and returns the reports of all parts."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,8 @@ async def _run_session(
 def open_session(
     ctx: CheckContext, plan: Plan, problems: dict[str, str], *, listening: bool, observe_only: bool = False
 ) -> GossipSession:
-    """Returns a session of this part. `listening`: placeholder sockets listen on this part's planned ports."""
+    """Returns a GossipSession, not yet started. `listening`: placeholder sockets listen on this part's planned
+    ports."""
     part_report = local_part_report(ctx, plan, problems, listening)
     return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only)
 
@@ -62,7 +63,7 @@ def greeting_sockets(session: GossipSession) -> list[socket.socket]:
 
 
 def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
-    """Returns the members that this part probes: all others, or, in a large gang, part 0 and the parts numbered
+    """Returns the parts that this part probes: all others, or, in a large gang, part 0 and the parts numbered
     directly before and after this one."""
     if plan.num_parts <= MAX_FULL_MESH_PARTS:
         return ctx.peers

@@ -22,7 +22,8 @@ class GangView:
 
     @cached_property
     def comparable(self) -> list[PartReport]:
-        """Reports of the parts whose plan is valid and whose member addresses are correct (check N-04).
+        """Reports of the parts whose plan is valid and whose address in the member list is one of their machine (check
+        N-04).
 
         A report that is not among these holds nothing that can be compared: only its `problems` are meaningful.
         """

@@ -150,7 +150,11 @@ class EngineClient:
             self._metrics.start_epoch(info.block_size, info.num_blocks, info.prefix_caching)
         self.info = info
         if self._in_flight:
-            log.info("the engine is back, epoch %d: submitting %d sequences again", info.epoch, self.num_in_flight)
+            log.info(
+                "the engine is back (start %d of the gang): submitting %d sequences again",
+                info.epoch,
+                self.num_in_flight,
+            )
             self._metrics.resumed.inc(sum(1 for sequence in self._in_flight.values() if sequence.engine_losses))
         for sequence in self._in_flight.values():
             self._send(FrameType.SUBMIT, sequence.to_json())

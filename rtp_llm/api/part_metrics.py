@@ -71,7 +71,11 @@ def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Me
     yield _gauge(
         "rank_idle_seconds", "Time since the rank's main thread last made progress", per_rank(lambda r: r["idle_s"])
     )
-    yield _gauge("rank_steps", "Steps that the rank has computed in this epoch", per_rank(lambda r: r["steps"]))
+    yield _gauge(
+        "rank_steps",
+        "Steps that the rank has computed since the last start of the gang",
+        per_rank(lambda r: r["steps"]),
+    )
     yield _gauge(
         "last_step_timestamp_seconds",
         "When the rank last made progress",

@@ -97,7 +97,8 @@ NATIVE_UNSUPPORTED = (
 
 
 class OpenAIRequest(RequestBody):
-    """Fields that both OpenAI endpoints have. The fields after `user` are not OpenAI's, but common in other servers."""
+    """Fields that the bodies of /v1/chat/completions and /v1/completions share. The fields after `user` are not
+    OpenAI's, but common in other servers."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=128)
@@ -142,7 +143,7 @@ Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITE
 
 
 class ChatRequest(OpenAIRequest):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: Messages = Field(min_length=1)
     max_tokens: Count | None = None
@@ -164,7 +165,7 @@ Prompt = str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, max_leng
 
 
 class CompletionRequest(OpenAIRequest):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: Prompt
     max_tokens: Count | None = 16
@@ -175,7 +176,7 @@ class CompletionRequest(OpenAIRequest):
 
 
 class NativeRequest(BaseModel):
-    """POST /. Fields of generate_config may also be set at the top level, which takes precedence."""
+    """Body of POST /. Fields of generate_config may also be set at the top level, which takes precedence."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -192,7 +193,7 @@ class NativeRequest(BaseModel):
 
 
 class BatchInferRequest(BaseModel):
-    """POST /batch_infer."""
+    """Body of POST /batch_infer."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -201,7 +202,7 @@ class BatchInferRequest(BaseModel):
 
 
 class TokenizeRequest(RequestBody):
-    """POST /tokenize: a prompt or chat messages."""
+    """Body of POST /tokenize: a prompt or chat messages."""
 
     prompt: str | None = None
     messages: Messages | None = None
@@ -210,13 +211,13 @@ class TokenizeRequest(RequestBody):
 
 
 class EncodeRequest(RequestBody):
-    """POST /tokenizer/encode."""
+    """Body of POST /tokenizer/encode."""
 
     prompt: str
     return_offsets_mapping: bool = False
 
 
 class LogLevelRequest(RequestBody):
-    """POST /set_log_level."""
+    """Body of POST /set_log_level."""
 
     log_level: Literal["DEBUG", "INFO", "WARN", "WARNING", "ERROR"]

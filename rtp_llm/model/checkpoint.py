@@ -228,7 +228,10 @@ def _find_shards(path: Path) -> list[Path]:
 
 
 def _check_present(source: Path, shards: list[Path]) -> None:
-    """Raises CheckpointError if a safetensors file is missing that `source` (an index file or a directory) names."""
+    """Raises CheckpointError if one of `shards`, the safetensors files that should exist, is missing.
+
+    `source`: the index file, or the directory with the numbered files, from which `shards` follows.
+    """
     missing = [file for file in shards if not file.exists()]
     if missing:
         names = ", ".join(file.name for file in missing)

@@ -135,7 +135,7 @@ class Coordinator:
             self._broadcast(FrameType.WELCOME, {"epoch": self.epoch, "part0_address": self._part0_address()})
 
     def _part0_address(self) -> str:
-        """Returns part 0's address to which another part connected; behind NAT, the member list has another one."""
+        """Returns part 0's address to which another part connected; behind NAT, the settings have another one."""
         remote = (p for p in self._joined_peers() if self.plan.part_of(p.rank or 0) != 0)
         return str(next((p.sock.getsockname()[0] for p in remote), "127.0.0.1"))
 

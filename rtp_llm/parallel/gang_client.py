@@ -1,7 +1,8 @@
 """A rank's membership in the gang: the rendezvous before torch is imported, then heartbeats.
 
-The lifetime of a gang is divided into numbered epochs. Losing any rank ends the epoch for all ranks: they exit with a
-code for the reason, and the guards of all parts (supervise/guard.py) restart them in the next epoch.
+The lifetime of a gang is divided into numbered epochs (starts of all ranks). Losing any rank ends the epoch for all
+ranks: they exit with a code for the reason, and the guards of all parts (supervise/guard.py) restart them in the next
+epoch.
 """
 
 import json
@@ -253,7 +254,10 @@ def _read_join(sock: socket.socket, epoch: int) -> int | None:
         message = json.loads(payload) if frame_type == FrameType.JOIN else {}
         if message["epoch"] == epoch:
             return int(message["rank"])
-        log.warning("port for steps from rank 0: closed the connection of a rank of another epoch: %s", message)
+        log.warning(
+            "port for steps from rank 0: closed the connection of a rank of another epoch (start of the gang): %s",
+            message,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("port for steps from rank 0: closed a connection that is not from a rank: %s", error)
     return None

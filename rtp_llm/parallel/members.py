@@ -1,4 +1,5 @@
-"""Reads the members of a gang, one per part, from DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING or JSON_GANG_PARTS.
+"""Reads the member list of a gang, with one entry (member) per part, from DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING or
+JSON_GANG_PARTS.
 
 All validation of this member list happens here, before the ranks start. Errors name the setting or file, the key and
 the value.
@@ -37,7 +38,7 @@ class _RawMember:
 
 
 def read_members(config: Config) -> tuple[Member, ...]:
-    """Returns the members sorted by part number; empty if no member list is configured.
+    """Returns the members (one per part) sorted by part number; empty if no member list is configured.
 
     Raises ConfigError that names the setting or file, the key and the allowed values.
     """
@@ -151,7 +152,7 @@ def _raw_member(key: str, value: Any, source: str) -> _RawMember:
 
 
 def _sort_by_index(entries: list[_RawMember], source: str, start_port: int) -> tuple[Member, ...]:
-    """Returns the members sorted by part number, so that part2 comes before part10.
+    """Returns the members (one per part) sorted by part number, so that part2 comes before part10.
 
     A member without a port gets part 0's, or START_PORT if part 0 has none. Raises ConfigError if a part number is
     missing or used twice.

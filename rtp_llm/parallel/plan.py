@@ -29,8 +29,8 @@ class PlannedPort:
 
 @dataclass(frozen=True)
 class Plan:
-    """One part's view of the gang. Ranks are 0 … world_size-1 over all parts; rank = part x local_world_size + local
-    rank.
+    """The layout of the gang, and which part this is. Ranks are 0 … world_size-1 over all parts; rank = part x
+    local_world_size + local rank.
     """
 
     members: tuple[Member, ...]
@@ -82,7 +82,7 @@ class Plan:
         return self.leader.port - offset
 
     def ports(self, member: Member) -> list[PlannedPort]:
-        """Returns all ports on which the part `member` listens, the HTTP port first."""
+        """Returns all ports on which a part listens, the HTTP port first. `member`: its entry in the member list."""
         host = "0.0.0.0" if self.is_multi_part else "127.0.0.1"
         ports = [PlannedPort(member.port, "HTTP (START_PORT)")]
         below = {"rendezvous": RENDEZVOUS_PORT_OFFSET} if member.index == 0 else {}
@@ -100,7 +100,7 @@ class Plan:
         return self.ports(member or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:
-        """Returns all ports reserved for the part `member`, used or unused."""
+        """Returns all ports reserved for a part, used or unused. `member`: its entry in the member list."""
         below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 

@@ -25,7 +25,7 @@ SLEEP_SECONDS = 50e-6
 
 
 class ShmCommunicator:
-    """One rank's view of the shared-memory segment. All ranks must make the same calls in the same order."""
+    """One rank's access to the shared-memory segment. All ranks must make the same calls in the same order."""
 
     def __init__(self, path: Path, rank: int, size: int, timeout: float):
         self.rank, self.size, self.timeout = rank, size, timeout

@@ -1,4 +1,4 @@
-"""Fixtures of the API tests: two real servers per session, and the API alone with a fake engine."""
+"""Fixtures of the API tests: two real servers per pytest run, and the API alone with a fake engine."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

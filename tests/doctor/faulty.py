@@ -67,8 +67,8 @@ class NoDriver:
 
 
 def faulty_report(root: Path, runtime: Runtime, patch: pytest.MonkeyPatch) -> Report:
-    """Returns the report of tier 0 for a FaultyHost. The check for free ports gets a fake result instead of trying
-    ports."""
+    """Returns the report of all checks without --tier for a FaultyHost. The check for free ports gets a fake result
+    instead of trying ports."""
 
     def port_conflict(planned: PlannedPort) -> str:
         return "in use by pid 4711 (nginx: master process nginx)" if planned.port == 10000 else ""

@@ -185,7 +185,7 @@ def test_the_first_of_several_causes_is_named(ctx: CheckContext) -> None:
 
 
 def test_earlier_findings_count_as_dependencies(ctx: CheckContext) -> None:
-    """Checks of a later tier may need those of an earlier one."""
+    """Checks of a higher tier (group of checks, --tier) may need those of a lower one, which ran before."""
     earlier = run_checks([make("T-1", failing), make("T-2", needs=("T-1",))], ctx)
     assert results(run_checks([make("T-3", needs=("T-2",))], ctx, earlier)) == {
         "T-3": (Status.SKIP, "not run, because T-1 did not pass")

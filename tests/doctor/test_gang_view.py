@@ -22,7 +22,7 @@ GANG = ("C-01", "C-02", "G-10", "G-11")
 
 
 class FakeGang:
-    """The reports of three healthy parts after a session, as part 0 has them."""
+    """The reports of three healthy parts, as part 0 has them when their doctors have exchanged reports."""
 
     def __init__(self, root: Path):
         env = {"JSON_GANG_PARTS": json.dumps(MEMBERS), "TP_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "WORLD_RANK": "0"}

@@ -1,4 +1,5 @@
-"""Gossip sessions of two parts in one process, for cases that network namespaces cannot reproduce reliably."""
+"""The exchange of reports (gossip) between the doctors of two parts in one process, for cases that network namespaces
+cannot reproduce reliably."""
 
 import asyncio
 import contextlib
@@ -18,7 +19,7 @@ SESSION_SECONDS = 8.0
 
 
 def make_session(members: tuple[Member, ...], part: int) -> GossipSession:
-    """A gossip session of a part that listens only on the doctor's port, not on its other planned ports."""
+    """The exchange of reports, for a part that listens only on the doctor's port, not on its other planned ports."""
     port = members[part].port
     part_report = PartReport(
         part=part,

@@ -1,4 +1,5 @@
-"""The probes of tier 1, run against a fake torch that succeeds, computes wrong results, fails or hangs."""
+"""The short torch programs of `rtp-llm-doctor --tier 1`, run against a fake torch that succeeds, computes wrong
+results, fails or hangs."""
 
 from dataclasses import replace
 from pathlib import Path

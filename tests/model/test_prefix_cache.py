@@ -127,7 +127,7 @@ class FakeRequestServer:
 
 
 def serve(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
-    """Serves requests through the loop of rank 0, which salts the cache keys of long prompts."""
+    """Serves requests through the loop of rank 0, which adds a salt (extra bytes) to the cache keys of long prompts."""
     request_server = FakeRequestServer(requests)
     leader = LeaderLoop(
         engine,
@@ -167,7 +167,8 @@ def test_dynamic_rope_shares_only_equal_keys(dynamic_rope_oracle: Oracle) -> Non
 
 
 def test_dynamic_rope_needs_the_cache_salt(dynamic_rope_oracle: Oracle) -> None:
-    """Proves that test_dynamic_rope_shares_only_equal_keys can fail: requests without a salt give wrong output."""
+    """Proves that test_dynamic_rope_shares_only_equal_keys can fail: without a salt in the cache keys of long
+    prompts, the output is wrong."""
     long = dynamic_rope_oracle.answers[-1].prompt
     engine = drive.make_single_rank_engine(dynamic_rope_oracle.path, seq_size_per_block=BLOCK_SIZE)
     drive.run(engine, [greedy_request(long, 2, id="first")])

@@ -22,8 +22,8 @@ def members(ports: list[int]) -> str:
 
 
 def two_parts(settings: dict[str, str], only: int | None = None, extra_members: int = 0, **of_part_1: str) -> Gang:
-    """Starts two parts with one rank each. `of_part_1`: settings of part 1 only; `extra_members`: members that only
-    part 1's list has; `only`: the single part to start.
+    """Starts two parts with one rank each. `of_part_1`: settings of part 1 only; `extra_members`: number of
+    parts that only part 1's member list has; `only`: the single part to start.
     """
     ports = [free_start_port(), free_start_port()]
     common = {**settings, "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "JSON_GANG_PARTS": members(ports)}

@@ -233,7 +233,7 @@ def member(tmp_path: Path, plan: Plan, rank: int, **settings: Any) -> GangClient
 
 
 def as_part_1(plan: Plan, rendezvous_port: int) -> Plan:
-    """Returns part 1's view of the plan, with part 0 at this rendezvous port."""
+    """Returns the plan as part 1 has it, with part 0 at this rendezvous port."""
     members = [{"index": 0, "name": "x_part0", "ip": "127.0.0.1", "port": rendezvous_port + 1}]
     members.append({"index": 1, "name": "x_part1", "ip": "127.0.0.1", "port": plan.start_port + 100})
     return Plan.from_json(

@@ -1,4 +1,4 @@
-"""Member lists: all formats, and for each error the message that says what to fix."""
+"""Member lists (addresses of all parts): all formats, and for each error the message that says what to fix."""
 
 import json
 from pathlib import Path
