@@ -137,6 +137,9 @@ class Config(BaseModel):
     max_context_batch_size: int = Field(
         0, ge=0, description="maximum sequences whose prompts are computed in one step; 0 = no limit"
     )
+    rtp_pipeline_depth: int = Field(
+        0, ge=0, le=1, description="steps that are scheduled before the result of the last one is known"
+    )
     warm_up: bool = Field(True, description="run one step of the maximum size before serving")
 
     # Logging and runtime

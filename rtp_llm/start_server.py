@@ -11,9 +11,11 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,7 @@ log = logging.getLogger("rtp_llm.start_server")
 
 SHM = Path("/dev/shm")
 DOCTOR_TIMEOUT_SECONDS = 60
+WAKE_TIMEOUT_SECONDS = 5
 MAX_OPEN_FILES = 1 << 20  # some programs close all file descriptors up to the limit, so it must not be huge
 
 
@@ -232,6 +235,7 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
         preexec_fn=die_with_parent,
     )
     forwarder.set_child(child, part_spec.run_dir)
+    _wake(child, part_spec.supervisor_socket)
     code = child.wait()
     _remove_stale_segments(part_spec.shm_prefix)
     if part_spec.exit_code_file.exists():
@@ -248,6 +252,18 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
     return ExitCode.RANK_CRASHED
 
 
+def _wake(child: "subprocess.Popen[bytes]", supervisor_socket: Path) -> None:
+    """Connects to supervisord once it listens: it starts its programs after its first event, or after a second."""
+    deadline = time.monotonic() + WAKE_TIMEOUT_SECONDS
+    while child.poll() is None and time.monotonic() < deadline:
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(supervisor_socket))
+                return
+        except OSError:
+            time.sleep(0.01)
+
+
 def _child_environment(config: Config) -> dict[str, str]:
     """Returns this process's environment, plus GANG_SECRET if it was set by a flag.
 
@@ -258,10 +274,10 @@ def _child_environment(config: Config) -> dict[str, str]:
 
 
 def _child_stdio() -> dict[str, Any]:
-    """Returns stdio arguments for supervisord.
+    """Returns the arguments `stdout` and `stderr` of the subprocess.Popen call that starts supervisord.
 
-    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald); a pipe to `cat` relays
-    the output instead.
+    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald). Only
+    then are they a pipe to `cat`, which this starts.
     """
     try:
         os.close(os.open("/dev/fd/1", os.O_WRONLY | os.O_APPEND))

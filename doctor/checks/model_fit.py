@@ -17,8 +17,8 @@ NO_PLAN = "the settings give no valid plan of ranks and addresses"
     "architectures=… is not supported",
 )
 def architecture_is_supported(ctx: CheckContext) -> CheckResult:
-    """config.json gives the model family, the RoPE type, the activation function and the quantization. The GPU must
-    also support the data type: bf16 needs compute capability 8.0."""
+    """config.json gives the model family, the RoPE type, the activation function and the quantization. All of
+    them must be supported by rtp-llm, and the data type by the GPU: bf16 needs compute capability 8.0."""
     spec, spec_error = ctx.spec, ctx.spec_error
     if spec_error and spec_error.check in ("", "M-12"):
         return error(str(spec_error), "a model family of the README, not quantized", "choose another checkpoint")

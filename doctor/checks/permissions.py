@@ -44,7 +44,7 @@ def user_has_name(ctx: CheckContext) -> CheckResult:
     USER sets one."""
     uid = ctx.host.uid
     if any(ctx.host.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
-        return ok(f"an environment variable such as USER gives uid {uid} a name")
+        return ok(f"uid {uid} has a name: USER, LOGNAME, LNAME or USERNAME is set")
     if any(line.split(":")[2:3] == [str(uid)] for line in (ctx.host.read("/etc/passwd") or "").splitlines()):
         return ok(f"uid {uid} has a name")
     try:

@@ -220,7 +220,7 @@ def shm_within_memory_limit(ctx: CheckContext) -> CheckResult | Reading:
     are OOM-killed when /dev/shm fills."""
     limit, shm_bytes = ctx.host.cgroup.memory_max, shm_requirement(ctx).recommended
     if limit is None or limit >= UNLIMITED:
-        return ok("no memory limit")
+        return ok("the container has no memory limit")
     return Reading(
         limit,
         f"the memory limit is {format_bytes(limit)}, of which /dev/shm may take {format_bytes(shm_bytes)}",

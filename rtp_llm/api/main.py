@@ -45,7 +45,7 @@ def main(run_dir: Path) -> None:
     metrics.info.labels(family=model.family, dtype=model.dtype, tp_size=str(plan.tp_size)).set(1)
     client, service = None, None
     if plan.part == 0:
-        client = EngineClient(part_spec.engine_socket, metrics, config.resume_timeout)
+        client = EngineClient(part_spec.engine_sockets, metrics, config.resume_timeout)
         tokenizer = Tokenizer.load(Path(config.tokenizer_path or config.checkpoint_path))
         template = _template(config, tokenizer, model.family)
         service = Service(config, model.name, tokenizer, template, metrics, client)

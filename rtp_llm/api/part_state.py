@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +13,7 @@ import psutil
 from rtp_llm.api.client import EngineClient
 from rtp_llm.machine.cgroup import Cgroup
 from rtp_llm.machine.gpu_monitor import GpuMonitor
+from rtp_llm.machine.memory import read_text
 from rtp_llm.parallel import segment
 from rtp_llm.parallel.part_spec import PartSpec
 
@@ -101,7 +101,7 @@ class PartState:
             "processes": self._all_process_stats(gang_status["ranks"]),
             "guard": self._guard_record(),
             "doctor": self.doctor_report(),
-            "cgroup": Cgroup.read(_read_text),
+            "cgroup": Cgroup.read(read_text),
             "shm": {
                 "size": shm.f_frsize * shm.f_blocks,
                 "free": shm.f_frsize * shm.f_bavail,
@@ -143,7 +143,7 @@ class PartState:
 
         Finds the guard (the process that restarts failed processes) by its command line, since it writes no pid file.
         """
-        pid = _read_text(str(self.part_spec.run_dir / "supervisord.pid"))
+        pid = read_text(str(self.part_spec.run_dir / "supervisord.pid"))
         if pid is None:
             return {"api": os.getpid()}
         pids = {"api": os.getpid(), "supervisord": int(pid)}
@@ -170,10 +170,3 @@ class PartState:
         except psutil.Error:
             self._processes.pop(pid, None)
             return {"up": 0.0}
-
-
-def _read_text(path: str) -> str | None:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return None

@@ -8,15 +8,27 @@ class Request:
     """State of one request on rank 0.
 
     A token is computed when its keys and values are in the KV cache. Each step computes some tokens of the request;
-    once all are computed, the next token is sampled and appended.
+    once all are computed, the next token is sampled and appended. A step may be scheduled before the result of the
+    step before is known: tokens that are scheduled to be computed count as computed, and a token that is scheduled to
+    be sampled counts as a token, whose id is pending.
 
     id: chosen by the API process, unique while the request runs.
-    tokens: token ids of prompt and output; `num_prompt_tokens` of them are the prompt.
-    num_computed_tokens: the first `num_computed_tokens` of `tokens` are computed.
+    tokens: known token ids of prompt and output; `num_prompt_tokens` of them are the prompt.
+    num_pending_tokens: tokens after `tokens` that steps in flight sample; draft tokens count until they are rejected.
+    num_computed_tokens: so many of the first tokens are computed, once all steps in flight have run.
+    num_in_flight: steps with tokens of this request whose results are not known yet.
+    num_tokens_at_start: number of tokens when the request last entered the batch; ranks sampled those that follow, and
+        hold them.
+    last_turn: rises among running requests, each time that one takes its turn because not all can have a token.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
-    block_ids: KV blocks in order of position (the request's block table).
-    block_hashes: prefix-cache keys of its first full blocks, 16 bytes each; computed on demand.
-    cache_salt: at most 16 bytes; requests share cached blocks only if their salts are equal.
+    slot: number of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
+    has_ended: finished or aborted; results of steps in flight are discarded.
+    must_wait_for_result: no step of it is scheduled while a token is pending, for example because of a grammar.
+    block_tables: for each KV cache group, KV blocks in order of position; 0 for a block outside the group's window.
+    block_hashes: by block size, prefix-cache keys of the first full blocks, 16 bytes each; computed on demand.
+    extra_keys: what else keys and values depend on (an adapter) or must be kept apart by (a cache salt); requests share
+        cached blocks only if their extra keys are equal.
+    skip_prefix_cache: the request computes all of its tokens.
     prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
     arrival_time: time.monotonic() when the scheduler received it, in seconds.
     queue_ms: milliseconds from arrival until the request is first scheduled; 0 before.
@@ -25,15 +37,23 @@ class Request:
     __slots__ = (
         "arrival_time",
         "block_hashes",
-        "block_ids",
-        "cache_salt",
+        "block_tables",
         "cached_tokens",
+        "extra_keys",
+        "has_ended",
         "id",
+        "last_turn",
+        "must_wait_for_result",
         "num_computed_tokens",
+        "num_in_flight",
+        "num_pending_tokens",
         "num_prompt_tokens",
+        "num_tokens_at_start",
         "params",
         "prompt_logprobs",
         "queue_ms",
+        "skip_prefix_cache",
+        "slot",
         "tokens",
     )
 
@@ -42,28 +62,30 @@ class Request:
         self.id, self.params = id, params
         self.tokens = prompt + (output or [])
         self.num_prompt_tokens = len(prompt)
-        self.num_computed_tokens = 0
-        self.cached_tokens = 0
-        self.block_ids: list[int] = []
-        self.block_hashes: list[bytes] = []
-        self.cache_salt = b""
+        self.num_computed_tokens = self.num_pending_tokens = self.num_in_flight = 0
+        self.num_tokens_at_start = self.last_turn = self.cached_tokens = 0
+        self.slot = -1
+        self.has_ended = self.must_wait_for_result = self.skip_prefix_cache = False
+        self.block_tables: list[list[int]] = []
+        self.block_hashes: dict[int, list[bytes]] = {}
+        self.extra_keys: tuple[str | bytes, ...] = ()
         self.prompt_logprobs: list[Logprob] = []
         self.arrival_time = 0.0
         self.queue_ms = 0.0
 
     @property
     def num_tokens(self) -> int:
-        """Returns the number of tokens of prompt and output."""
-        return len(self.tokens)
+        """Returns the number of tokens of prompt and output, pending ones included."""
+        return len(self.tokens) + self.num_pending_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Returns the number of tokens whose keys and values are not in the KV cache; 1 while decoding."""
-        return len(self.tokens) - self.num_computed_tokens
+        return len(self.tokens) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        """Returns the number of generated tokens, including those from before a restart of the ranks."""
+        """Returns the number of known generated tokens, including those from before a restart of the ranks."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
@@ -73,18 +95,25 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Returns whether the logits of prompt tokens are still needed.
+        """Returns whether the logits of prompt tokens are still needed by steps that are scheduled from now on.
 
         The request must then bypass the prefix cache, because cached tokens are not computed and have no logits.
         """
-        return self.params.prompt_logprobs and not self.num_output_tokens
+        return self.params.prompt_logprobs and self.num_tokens == self.num_prompt_tokens
+
+    def has_reached_limit(self, max_seq_len: int) -> bool:
+        """Returns whether no token may follow, pending ones included, whatever they are."""
+        return self.num_tokens - self.num_prompt_tokens >= self.params.max_tokens or self.num_tokens >= max_seq_len
 
     def finish_reason(self, max_seq_len: int) -> FinishReason | None:
-        """Returns why the newest token ends the request; None if it does not. The API process checks stop strings."""
+        """Returns why the newest known token ends the request; None if it does not. Ignores tokens that are pending.
+
+        The API process checks stop strings.
+        """
         if not self.num_output_tokens:
             return None
         if self.tokens[-1] in self.params.stop_token_ids and self.num_output_tokens > self.params.min_tokens:
             return "stop"
-        if self.num_output_tokens >= self.params.max_tokens or self.num_tokens >= max_seq_len:
+        if self.num_output_tokens >= self.params.max_tokens or len(self.tokens) >= max_seq_len:
             return "length"
         return None

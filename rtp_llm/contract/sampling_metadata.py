@@ -1,35 +1,102 @@
 """The sampler's input and output on rank 0, besides the logits."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.contract.request import Request
 
 
 @dataclass(frozen=True)
-class SampledToken:
-    """One sampled token.
+class SamplingMetadata:
+    """What rank 0 needs to sample a step, besides the step.
 
-    token_id: None if the logits contain NaN.
-    logprob: None unless the request asks for logprobs.
+    new_requests: (slot, request) of those that enter the batch with this step, with their tokens so far.
+    prompt_logprobs: (token id, N) for each entry of `Step.logprob_indices`: the row gives the logprob of that prompt
+        token, which follows the row's token, and of the N most likely tokens.
+    hidden_indices: indices into the tokens of the step whose hidden state a pooled request returns.
     """
 
-    token_id: int | None
-    logprob: Logprob | None = None
+    new_requests: list[tuple[int, Request]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int]] = field(default_factory=list)
+    hidden_indices: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class SamplingMetadata:
-    """Selects the rows of a step's logits that are sampled, and those that give prompt logprobs.
+class SampledRows:
+    """Says which sequence and which position each row of the logits [R, vocab_size] belongs to.
 
-    The logits have the shape [R, vocab_size]; row i belongs to entry i of `Step.logits_indices`, which has length R.
+    A sequence has one row, or 1 + k adjacent rows in a step that verifies k draft tokens: the row at draft offset 0
+    gives the token after the sequence's last token, the row at offset j the token after the j-th draft.
 
-    logits_rows: one row per request; the next token of `requests[i]` is sampled from row `logits_rows[i]`.
-    requests: the requests whose tokens are all computed after this step.
-    prompt_logits_rows: one (row, token id, N) per prompt logprob of this step. The logits of `row` give the logprob of
-        the next prompt token, which is `token id`, and the logprobs of the N most likely tokens.
+    slots: [R] int64; the sequence's slot, which `Sampler.reset` has filled.
+    positions: [R] int64; the position of the token that the row samples, that is the number of tokens before it.
+    draft_offsets: [R] int64.
+    draft_tokens: [R] int64; the draft that precedes the token of the row, -1 at offset 0. So the drafts before row i
+        are `draft_tokens[i - draft_offsets[i] + 1 : i + 1]`.
     """
 
-    logits_rows: list[int]
-    requests: list[Request]
-    prompt_logits_rows: list[tuple[int, int, int]]
+    slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    draft_offsets: NDArray[np.int64]
+    draft_tokens: NDArray[np.int64]
+
+    @classmethod
+    def build(
+        cls, slots: Sequence[int], positions: Sequence[int], drafts: Sequence[Sequence[int]] | None = None
+    ) -> "SampledRows":
+        """Returns the rows of sequences. `positions`: of their rows at draft offset 0. `drafts`: theirs, if any."""
+        tails = drafts or [()] * len(slots)
+        counts = [1 + len(tail) for tail in tails]
+        offsets = np.array([offset for count in counts for offset in range(count)], np.int64)
+        return cls(
+            np.repeat(np.array(slots, np.int64), counts),
+            np.repeat(np.array(positions, np.int64), counts) + offsets,
+            offsets,
+            np.array([token for tail in tails for token in (-1, *tail)], np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, rows: slice) -> "SampledRows":
+        """Returns some of the rows, with all rows of each of their sequences."""
+        return SampledRows(self.slots[rows], self.positions[rows], self.draft_offsets[rows], self.draft_tokens[rows])
+
+    def drafts_before(self, row: int) -> list[int]:
+        """Returns the draft tokens between the sequence's last token and the token that the row samples."""
+        drafts: list[int] = self.draft_tokens[row - self.draft_offsets[row] + 1 : row + 1].tolist()
+        return drafts
+
+
+@dataclass
+class SampledTokens:
+    """The new tokens of one sequence after a step: one without drafts, else up to one more than it had drafts.
+
+    slot: the slot of the sequence.
+    token_ids: the accepted drafts, then the token sampled after them.
+    logprobs: of `token_ids`; empty unless the request asks for logprobs.
+    failed: the logits of the token after `token_ids` contain NaN or +inf, or only -inf. The request cannot continue.
+    """
+
+    slot: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    failed: bool = False
+
+
+@dataclass
+class StepResult:
+    """Result of a step on rank 0, empty on the other ranks.
+
+    tokens: of each sequence with sampled rows, in order.
+    prompt_logprobs: for each entry of `Step.logprob_indices`.
+    hidden_states: [hidden_size] float32 for each entry of `SamplingMetadata.hidden_indices`.
+    """
+
+    tokens: list[SampledTokens] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    hidden_states: list[list[float]] = field(default_factory=list)

@@ -21,6 +21,7 @@ class SamplingParams:
     min_tokens: int = 0  # of output; before that many, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()  # includes the end-of-sequence ids unless the client ignores them
     logprobs: int | None = None  # None: off; N: of the sampled token and the N most likely tokens
+    pooling: bool = False  # return the hidden state of the last prompt token, and no tokens
     prompt_logprobs: bool = False  # return the logprobs of all prompt tokens but the first
 
     def to_json(self) -> dict[str, Any]:
@@ -40,14 +41,3 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Returns whether the most likely token is always chosen."""
         return self.temperature == 0 or self.top_k == 1
-
-    @property
-    def needs_logits_processing(self) -> bool:
-        """Returns whether penalties, biases or min_tokens change the logits before sampling."""
-        return bool(
-            self.repetition_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.logit_bias
-            or self.min_tokens
-        )

@@ -1,117 +1,82 @@
-"""Input of one forward step as int32 arrays. Rank 0 broadcasts it to the other ranks as one frame."""
+"""What rank 0 sends to every rank before a step: the difference to the sequences of the step before."""
 
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
-NUM_HEADER_FIELDS = 7
+HEADER = struct.Struct("<iiI")  # epoch, number, digest
+# Integers per row of the arrays that are tables; all others are vectors.
+ROW_SIZES = {"new_sequences": 3, "rewinds": 2, "new_blocks": 4}
 
 
 @dataclass(frozen=True)
 class Step:
-    """T tokens of S sequences; the logits of R of the tokens are needed. Sequences with one token (decodes) come first.
+    """A step computes T tokens of S sequences. Ranks keep each sequence under its slot (`runner.input_batch`).
 
-    W is the largest number of KV blocks of a sequence.
+    A sequence whose token was sampled in its last step continues with that token, which ranks hold on the device: no
+    step carries it. Sequences with one token come first, so that an attention backend can compute them together.
 
     epoch: number that rises with every restart of all ranks.
-    number: of the step in the epoch, counted from 1; the warm-up step has 0.
-    num_decodes: the first `num_decodes` sequences have one token each.
-    token_ids: [T] int32.
-    positions: [T] int32, of each token in its sequence.
-    slot_mapping: [T] int32, KV cache slot that each token is written to: block id * block_size + offset in the block.
-    query_start_loc: [S + 1] int32; sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
-    seq_lens: [S] int32, tokens of each sequence in the KV cache after this step.
-    prompt_lens: [S] int32, tokens of each prompt.
-    block_tables: [S, W] int32, KV block ids of each sequence in order of position, padded with 0.
-    logits_indices: [R] int32, indices into T of the tokens whose logits are needed.
+    number: of the step in the epoch, counted from 1.
+    digest: checksum of the arrays that rank 0 computes from this step, see `InputBatch.prepare`.
+    ended_slots: [E] int32, slots of the sequences that have left since the last step; freed before all else.
+    new_sequences: [N, 3] int32, (slot, tokens of the prompt, computed tokens) of the sequences that enter.
+    rewinds: [X, 2] int32, (slot, computed tokens) of the sequences with fewer computed tokens than were scheduled,
+        because draft tokens were rejected.
+    new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
+    slots: [S] int32, of the sequences in this step.
+    counts: [S] int32, tokens of each.
+    num_sampled: [S] int32, rows of each that are sampled, its last ones: 0 before the end of a prompt, otherwise 1 and
+        one for each draft token.
+    token_ids: [K] int32, all tokens of the sequences in order, without those that ranks hold on the device.
+    logprob_indices: [L] int32, indices into T of the prompt tokens whose logits are needed.
     """
 
     epoch: int
     number: int
-    num_decodes: int
+    digest: int
+    ended_slots: Ints
+    new_sequences: Ints
+    rewinds: Ints
+    new_blocks: Ints
+    slots: Ints
+    counts: Ints
+    num_sampled: Ints
     token_ids: Ints
-    positions: Ints
-    slot_mapping: Ints
-    query_start_loc: Ints
-    seq_lens: Ints
-    prompt_lens: Ints
-    block_tables: Ints
-    logits_indices: Ints
+    logprob_indices: Ints
 
     @property
     def num_tokens(self) -> int:
         """Returns T, the number of tokens."""
-        return len(self.token_ids)
-
-    @property
-    def num_sequences(self) -> int:
-        """Returns S, the number of sequences."""
-        return len(self.seq_lens)
+        return int(self.counts.sum())
 
     def to_bytes(self) -> bytes:
-        """Returns the payload of the frame that rank 0 broadcasts, in int32.
-
-        A header (epoch, number, num_decodes, T, S, W, R) precedes the arrays; `Step` defines the letters.
-        """
-        sizes = (self.num_tokens, self.num_sequences, self.block_tables.shape[1], len(self.logits_indices))
-        header = np.array((self.epoch, self.number, self.num_decodes, *sizes), dtype=np.int32)
-        arrays = (
-            header,
-            self.token_ids,
-            self.positions,
-            self.slot_mapping,
-            self.query_start_loc,
-            self.seq_lens,
-            self.prompt_lens,
-            self.block_tables,
-            self.logits_indices,
-        )
-        return b"".join(array.tobytes() for array in arrays)
+        """Returns the payload of a STEP frame: epoch, number, digest, the number of rows of each array, the arrays."""
+        arrays = [getattr(self, name) for name in ARRAYS]
+        lengths = np.array([len(array) for array in arrays], np.int32)
+        header = HEADER.pack(self.epoch, self.number, self.digest)
+        return b"".join((header, lengths.tobytes(), *(array.tobytes() for array in arrays)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Step":
-        """Builds a step from the bytes that `to_bytes` returned. Raises ValueError if header and length disagree."""
-        flat = np.frombuffer(bytearray(data), dtype=np.int32)  # a copy, because torch requires writable memory
-        epoch, number, num_decodes, num_tokens, num_sequences, width, num_logits = (
-            int(n) for n in flat[:NUM_HEADER_FIELDS]
-        )
-        lengths = (
-            num_tokens,  # token_ids
-            num_tokens,  # positions
-            num_tokens,  # slot_mapping
-            num_sequences + 1,  # query_start_loc
-            num_sequences,  # seq_lens
-            num_sequences,  # prompt_lens
-            num_sequences * width,  # block_tables
-            num_logits,  # logits_indices
-        )
-        frame_length = NUM_HEADER_FIELDS + sum(lengths)
-        if len(flat) != frame_length or min(lengths) < 0:
-            raise ValueError(
-                f"step frame has {len(flat)} int32 values; its header requires {frame_length}, with arrays of {lengths}"
-            )
-        (
-            token_ids,
-            positions,
-            slot_mapping,
-            query_start_loc,
-            seq_lens,
-            prompt_lens,
-            block_tables,
-            logits_indices,
-        ) = np.split(flat[NUM_HEADER_FIELDS:], np.cumsum(lengths)[:-1])
-        return cls(
-            epoch,
-            number,
-            num_decodes,
-            token_ids,
-            positions,
-            slot_mapping,
-            query_start_loc,
-            seq_lens,
-            prompt_lens,
-            block_tables.reshape(num_sequences, width),
-            logits_indices,
-        )
+        """Parses the payload of a STEP frame. Raises ValueError if its length does not match its header."""
+        if len(data) < HEADER.size + 4 * len(ARRAYS) or len(data) % 4:
+            raise ValueError(f"a step frame of {len(data)} bytes; allowed: int32 values with a complete header")
+        flat = np.frombuffer(data, np.int32, offset=HEADER.size)
+        lengths = flat[: len(ARRAYS)].astype(np.int64)
+        sizes = lengths * [ROW_SIZES.get(name, 1) for name in ARRAYS]
+        if sizes.min() < 0 or sizes.sum() != len(flat) - len(ARRAYS):
+            raise ValueError(f"step frame has {len(flat) - len(ARRAYS)} int32 values; its header requires {sizes}")
+        parts = np.split(flat[len(ARRAYS) :], np.cumsum(sizes)[:-1])
+        arrays: dict[str, Any] = {
+            name: part.reshape(-1, ROW_SIZES[name]) if name in ROW_SIZES else part
+            for name, part in zip(ARRAYS, parts, strict=True)
+        }
+        return cls(*HEADER.unpack_from(data), **arrays)
+
+
+ARRAYS = tuple(field.name for field in fields(Step) if field.name not in ("epoch", "number", "digest"))

@@ -2,55 +2,91 @@
 that the leader loop and the tests can use the same object.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 from rtp_llm.contract.engine_output import EngineOutput, Logprob
 from rtp_llm.contract.request import Request
-from rtp_llm.contract.sampling_metadata import SampledToken, SamplingMetadata
+from rtp_llm.contract.sampling_metadata import SamplingMetadata, StepResult
 from rtp_llm.contract.step import Step
-from rtp_llm.engine.scheduler import ScheduledChunk, Scheduler
-from rtp_llm.engine.step_builder import build_sampling_metadata, build_step, sort_decodes_first
+from rtp_llm.engine.scheduler import Scheduler
+from rtp_llm.engine.scheduler_output import RequestUpdate, ScheduledChunk, SchedulerOutput
+from rtp_llm.engine.step_builder import build_sampling_metadata, build_step
 
 
 class StepExecutor(Protocol):
-    """Interface of `runner.model_runner.ModelRunner` as the engine uses it."""
+    """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
 
-    def execute_and_sample(
-        self, step: Step, sampling_metadata: SamplingMetadata
-    ) -> tuple[list[SampledToken], list[Logprob]]:
-        """Computes a step and samples from its logits.
+    def prepare(self, step: Step) -> Any:
+        """Applies a step to the sequences of rank 0. Returns its inputs, which have a `digest()`."""
+        ...
 
-        Returns a token per entry of `sampling_metadata.logits_rows`, and a logprob per entry of
-        `sampling_metadata.prompt_logits_rows`.
-        """
+    def execute(self, inputs: Any, sampling_metadata: SamplingMetadata) -> StepResult:
+        """Computes a step and samples. Waits for the device."""
         ...
 
 
-BroadcastStep = Callable[[Step], None]
+@dataclass(frozen=True)
+class EngineCallbacks:
+    """Calls that the engine makes before rank 0 computes a step.
+
+    broadcast: sends the step to the other ranks.
+    on_launch: gets the ids of the requests that this step and the unfinished ones before it compute.
+    """
+
+    broadcast: Callable[[Step], None] = lambda step: None
+    on_launch: Callable[[set[str]], None] = lambda request_ids: None
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose result is not processed yet. `result`: returns it, after waiting for it if necessary."""
+
+    output: SchedulerOutput
+    result: Callable[[], StepResult]
 
 
 class Engine:
-    """Runs scheduler and runner. `broadcast` sends each step to the other ranks before rank 0 computes it."""
+    """Runs scheduler and runner.
+
+    With a pipeline depth of 1, a thread computes a step while the engine schedules the next one and processes the
+    result of the one before. With 0, each step is computed and processed before the next is scheduled.
+    """
 
     def __init__(
-        self, scheduler: Scheduler, runner: StepExecutor, max_seq_len: int, epoch: int, broadcast: BroadcastStep
+        self,
+        scheduler: Scheduler,
+        runner: StepExecutor,
+        max_seq_len: int,
+        epoch: int,
+        callbacks: EngineCallbacks | None = None,
+        pipeline_depth: int = 0,
     ):
-        self.scheduler, self.runner, self.max_seq_len = scheduler, runner, max_seq_len
-        self.epoch, self.broadcast = epoch, broadcast
+        self.scheduler, self.runner, self.max_seq_len, self.epoch = scheduler, runner, max_seq_len, epoch
+        self.callbacks, self.pipeline_depth = callbacks or EngineCallbacks(), pipeline_depth
         self.num_steps = 0
         self.last_step_tokens = 0
+        self._launched: deque[LaunchedStep] = deque()
+        self._thread = ThreadPoolExecutor(1, "step") if pipeline_depth else None
+
+    def close(self) -> None:
+        """Waits for the step that the thread computes, and drops those after it. Abort the communicator before."""
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
 
     @property
     def has_work(self) -> bool:
-        """Returns whether any request is waiting or running."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        """Returns whether any request is waiting or running, or a step is not processed."""
+        return bool(self.scheduler.waiting or self.scheduler.running or self._launched)
 
     def add(self, request: Request) -> EngineOutput | None:
         """Queues a request and returns None.
 
-        If no token is left to generate, returns the request's final output instead. This happens if the ranks restarted
-        after the request's last token.
+        If no token is left to generate (a resumed request that was complete), returns its final output instead.
         """
         reason = request.finish_reason(self.max_seq_len)
         if reason or request.num_tokens >= self.max_seq_len:
@@ -64,45 +100,67 @@ class Engine:
         return EngineOutput(request_id, finish="abort") if request else None
 
     def step(self) -> list[EngineOutput]:
-        """Computes one step. Returns an output per request that got a token or failed."""
-        chunks = sort_decodes_first(self.scheduler.schedule())
-        if not chunks:
-            return []
+        """Launches the next step, if any, then processes the result of the oldest one if the pipeline is full.
+
+        Returns an output per request that got tokens or failed.
+        """
+        output = self.scheduler.schedule()
+        if output.chunks:
+            self._launch(output)
+        if self._launched and (len(self._launched) > self.pipeline_depth or not output.chunks):
+            return self._process(self._launched.popleft())
+        return []
+
+    def _launch(self, output: SchedulerOutput) -> None:
         self.num_steps += 1
-        step = build_step(chunks, self.scheduler.blocks.block_size, self.epoch, self.num_steps)
-        self.last_step_tokens = step.num_tokens
-        self.broadcast(step)
-        sampling_metadata = build_sampling_metadata(chunks)
-        sampled_tokens, prompt_logprobs = self.runner.execute_and_sample(step, sampling_metadata)
-        self.scheduler.update_after_step(chunks)
-        _assign_prompt_logprobs(chunks, prompt_logprobs)
-        return [
-            self._apply_sample(request, sampled)
-            for request, sampled in zip(sampling_metadata.requests, sampled_tokens, strict=True)
-        ]
+        step = build_step(output, self.epoch, self.num_steps)
+        inputs = self.runner.prepare(step)
+        outputs = (output, *(launched.output for launched in self._launched))
+        self.callbacks.on_launch({chunk.request.id for output in outputs for chunk in output.chunks})
+        self.callbacks.broadcast(replace(step, digest=inputs.digest()))
+        execute = partial(self.runner.execute, inputs, build_sampling_metadata(output.chunks))
+        result = self._thread.submit(execute).result if self._thread else execute
+        self._launched.append(LaunchedStep(output, result))
 
-    def _apply_sample(self, request: Request, sampled: SampledToken) -> EngineOutput:
-        if sampled.token_id is None:
-            self.scheduler.finish_invalid(request)
-            return EngineOutput(request.id, finish="error", error="the model's logits contain NaN")
-        output = EngineOutput(
-            request.id, tokens=[sampled.token_id], cached_tokens=request.cached_tokens, queue_ms=request.queue_ms
-        )
-        if sampled.logprob is not None:
-            output.logprobs = [sampled.logprob]
-        if request.prompt_logprobs:
-            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
-        request.tokens.append(sampled.token_id)
-        output.finish = request.finish_reason(self.max_seq_len)
-        if output.finish:
-            self.scheduler.finish(request)
-        return output
+    def _process(self, launched: LaunchedStep) -> list[EngineOutput]:
+        chunks, result = launched.output.chunks, launched.result()
+        self.last_step_tokens = launched.output.num_tokens
+        _assign_prompt_logprobs(chunks, result.prompt_logprobs)
+        updates = self.scheduler.update(launched.output, [None if t.failed else t.token_ids for t in result.tokens])
+        sampled, hidden_states = iter(result.tokens), iter(result.hidden_states)
+        outputs = []
+        for update in updates:
+            if update.request.params.pooling:
+                output = _make_output(update, hidden_state=next(hidden_states))
+            else:
+                output = _make_output(update, logprobs=next(sampled).logprobs[: len(update.tokens)])
+            if output.tokens or output.finish:  # else the request had ended before
+                outputs.append(output)
+        return outputs
 
 
-def _assign_prompt_logprobs(chunks: Sequence[ScheduledChunk], logprobs: list[Logprob]) -> None:
-    """Appends the prompt logprobs of a step to the requests. `logprobs` has the order of `chunks`."""
+def _make_output(
+    update: RequestUpdate, logprobs: Sequence[Logprob] = (), hidden_state: Sequence[float] = ()
+) -> EngineOutput:
+    request = update.request
+    if update.finish == "error":
+        return EngineOutput(request.id, finish="error", error="the model's logits contain NaN or infinity")
+    output = EngineOutput(
+        request.id,
+        tokens=update.tokens,
+        logprobs=list(logprobs),
+        finish=update.finish,
+        cached_tokens=request.cached_tokens,
+        queue_ms=request.queue_ms,
+        hidden_state=list(hidden_state),
+    )
+    if request.prompt_logprobs:
+        output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
+    return output
+
+
+def _assign_prompt_logprobs(chunks: Sequence[ScheduledChunk], logprobs: Sequence[Logprob]) -> None:
+    """Appends the prompt logprobs of a step, in the order of its chunks, to their requests."""
     remaining = iter(logprobs)
     for chunk in chunks:
-        if chunk.request.wants_prompt_logprobs:
-            num_logprobs = min(chunk.num_tokens, chunk.request.num_tokens - 1 - chunk.start)
-            chunk.request.prompt_logprobs.extend(next(remaining) for _ in range(num_logprobs))
+        chunk.request.prompt_logprobs.extend(next(remaining) for _ in range(chunk.num_prompt_logprobs))

@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Any
 
+from rtp_llm.contract.engine_events import EngineStats, pack_events
 from rtp_llm.contract.engine_output import EngineOutput
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
@@ -20,6 +21,7 @@ from rtp_llm.runner.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
+SNAPSHOT_INTERVAL_STEPS = 1000  # between comparisons of all sequences; the digest of a step covers its own only
 KEEPALIVE_INTERVAL_SECONDS = 0.5  # between keepalives that an idle rank 0 sends to followers and API process
 
 
@@ -35,6 +37,10 @@ class FollowerConnections:
     def broadcast(self, step: Step) -> None:
         """Sends a step to all other ranks. Raises CommunicationError if one of them is lost."""
         self._send(pack_frame(FrameType.STEP, step.to_bytes()))
+
+    def send_snapshot(self, snapshot: bytes) -> None:
+        """Sends rank 0's sequences, which all other ranks compare with theirs: see `InputBatch.check_snapshot`."""
+        self._send(pack_frame(FrameType.SNAPSHOT, snapshot))
 
     def send_keepalive(self) -> None:
         """Sends a KEEPALIVE frame to all other ranks. Raises CommunicationError if one of them is lost."""
@@ -70,18 +76,24 @@ class LeaderLoop:
         self._client_of_request: dict[str, ClientConnection] = {}
 
     def run(self) -> None:
-        """Runs until the process ends.
+        """Runs until the epoch ends.
 
-        Raises CommunicationError if another rank is lost, or if the API process violates the protocol.
+        Raises CommunicationError if the epoch is aborted, if another rank is lost, or if the API process violates the
+        protocol.
         """
         next_keepalive = 0.0
         while True:
             for message in self.request_server.poll(0 if self.engine.has_work else KEEPALIVE_INTERVAL_SECONDS):
                 self._handle_message(message)
             now = time.monotonic()
+            self.runner.residency.mesh.tp.check_aborted()
             if self.engine.has_work:
-                self._send_outputs(self.engine.step(), time.monotonic() - now)
-                self.rank_status.record_step(self.engine.num_steps, self.runner.group.wait_seconds)
+                outputs = self.engine.step()
+                self.runner.residency.mesh.tp.check_aborted()  # the outputs of an aborted step are arbitrary
+                if self.engine.num_steps % SNAPSHOT_INTERVAL_STEPS == 0:
+                    self.followers.send_snapshot(self.runner.input_batch.snapshot())
+                self._send_outputs(outputs, time.monotonic() - now)
+                self.rank_status.record_step(self.engine.num_steps, self.runner.residency.mesh.tp.wait_seconds)
             elif now >= next_keepalive:
                 next_keepalive = now + KEEPALIVE_INTERVAL_SECONDS
                 self.followers.send_keepalive()
@@ -106,7 +118,7 @@ class LeaderLoop:
         params = SamplingParams.from_json(body["params"])
         request = Request(str(body["id"]), list(body["prompt"]), params, list(body["output"]))
         if 0 < self.cache_salt_above < request.num_prompt_tokens:
-            request.cache_salt = request.num_prompt_tokens.to_bytes(8, "little")
+            request.extra_keys = (request.num_prompt_tokens.to_bytes(8, "little"),)
         self._client_of_request[request.id] = connection
         final_output = self.engine.add(request)
         if final_output:
@@ -121,7 +133,7 @@ class LeaderLoop:
 
         `step_seconds`: duration of the step; 0 if no step was computed.
         """
-        outputs_of_client: dict[ClientConnection, list[Any]] = {
+        outputs_of_client: dict[ClientConnection, list[EngineOutput]] = {
             connection: [] for connection in self.request_server.connections
         }
         for output in outputs:
@@ -130,34 +142,34 @@ class LeaderLoop:
                 if output.finish
                 else self._client_of_request[output.request_id]
             )
-            outputs_of_client[client].append(output.to_json())
+            outputs_of_client[client].append(output)
         stats = self._stats(step_seconds)
         for client, client_outputs in outputs_of_client.items():
-            self.request_server.send(client, FrameType.EVENTS, {"events": client_outputs, "stats": stats})
+            self.request_server.send(client, pack_frame(FrameType.EVENTS, pack_events(client_outputs, stats)))
 
-    def _stats(self, step_seconds: float) -> dict[str, Any]:
-        scheduler = self.engine.scheduler
-        stats = scheduler.stats
-        return {
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "kv_used": scheduler.blocks.num_used,
-            "preemptions": stats.preemptions,
-            "prefix_queries": stats.prefix_queries,
-            "prefix_hits": stats.prefix_hits,
-            "flops": self.runner.cost.flops,
-            "read_bytes": self.runner.cost.read_bytes,
-            "write_bytes": self.runner.cost.write_bytes,
-            "steps": self.engine.num_steps,
-            "step_tokens": self.engine.last_step_tokens if step_seconds else 0,
-            "step_seconds": step_seconds,
-        }
+    def _stats(self, step_seconds: float) -> EngineStats:
+        scheduler, cost = self.engine.scheduler, self.runner.cost
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_used=scheduler.kv_cache_manager.pool.num_used,
+            preemptions=scheduler.stats.preemptions,
+            prefix_queries=scheduler.stats.prefix_queries,
+            prefix_hits=scheduler.stats.prefix_hits,
+            flops=cost.flops,
+            read_bytes=cost.read_bytes,
+            write_bytes=cost.write_bytes,
+            steps=self.engine.num_steps,
+            step_tokens=self.engine.last_step_tokens if step_seconds else 0,
+            step_seconds=step_seconds,
+        )
 
 
 def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankStatus, epoch: int) -> None:
     """Computes the steps that rank 0 sends.
 
-    Raises CommunicationError if rank 0 is lost, or if it has restarted without this rank (the step's epoch differs).
+    Raises CommunicationError if rank 0 is lost, if it has restarted without this rank (the step's epoch differs), or if
+    it keeps other sequences than this rank.
     """
     while True:
         try:
@@ -173,6 +185,10 @@ def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankSta
                     f"rank 0 sent a step of epoch {step.epoch}, but this rank joined epoch {epoch} of the gang;"
                     " all ranks must restart together"
                 )
-            runner.execute(step)
-            rank_status.record_step(step.number, runner.group.wait_seconds)
+            inputs = runner.prepare(step)
+            inputs.check_digest()
+            runner.execute(inputs)
+            rank_status.record_step(step.number, runner.residency.mesh.tp.wait_seconds)
+        elif frame_type == FrameType.SNAPSHOT:
+            runner.input_batch.check_snapshot(payload)
         rank_status.mark_progress()

@@ -44,6 +44,7 @@ class RequestServer:
         """
         self._engine_info = engine_info
         self.connections: set[ClientConnection] = set()
+        self._launched_ids: set[str] = set()
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -52,6 +53,12 @@ class RequestServer:
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
+
+    def close(self) -> None:
+        """Closes the socket and all connections, at which the clients keep their requests for the next epoch."""
+        self._selector.close()
+        for sock in (self._listener, *(connection.sock for connection in self.connections)):
+            sock.close()
 
     def poll(self, timeout: float) -> list[ClientMessage]:
         """Accepts clients, sends buffered bytes, and returns the received frames.
@@ -69,10 +76,21 @@ class RequestServer:
                 self._flush(connection)
         return messages
 
-    def send(self, connection: ClientConnection, frame_type: FrameType, body: dict[str, Any]) -> None:
+    def send(self, connection: ClientConnection, frame: bytes) -> None:
         """Sends a frame, or as much of it as the socket takes; `poll` sends the rest."""
-        connection.outgoing += pack_json(frame_type, body)
+        connection.outgoing += frame
         self._flush(connection)
+
+    def announce_launch(self, request_ids: set[str]) -> None:
+        """Tells the clients which requests the next steps compute, if these are not the same as before.
+
+        If this process dies in a step, the clients know the requests that may be the cause.
+        """
+        if request_ids == self._launched_ids:
+            return
+        self._launched_ids = request_ids
+        for connection in self.connections:
+            self.send(connection, pack_json(FrameType.LAUNCH, {"ids": sorted(request_ids)}))
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
@@ -80,7 +98,7 @@ class RequestServer:
         connection = ClientConnection(sock)
         self._selector.register(sock, selectors.EVENT_READ, connection)
         self.connections.add(connection)
-        self.send(connection, FrameType.READY, self._engine_info)
+        self.send(connection, pack_json(FrameType.READY, self._engine_info))
 
     def _read(self, connection: ClientConnection) -> list[ClientMessage]:
         try:

@@ -2,17 +2,26 @@
 
 A step computes up to max_num_batched_tokens tokens. Running requests come first: one token of each request that
 decodes, and as many prompt tokens of the others as fit. Waiting requests are admitted if tokens and KV blocks are left.
-Plain Python over ints: no torch, no sockets.
+
+A step may be scheduled while the step before is in flight, that is before its result is known. Requests then count
+what is scheduled as done (see `Request`), and blocks are published or freed only once the last step that uses them is
+known. Plain Python over ints: no torch, no sockets.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from heapq import nsmallest
 
+from rtp_llm.contract.engine_output import FinishReason
 from rtp_llm.contract.request import Request
-from rtp_llm.engine.blocks import BlockPool, hash_block
+from rtp_llm.engine.admission_control import AdmissionControl
+from rtp_llm.engine.kv_cache_manager import KVCacheManager, NewBlocks
+from rtp_llm.engine.proposer import DraftProposer
+from rtp_llm.engine.scheduler_output import RequestUpdate, ScheduledChunk, SchedulerOutput
 
+CHUNK_TILE = 16  # tokens; chunks of a prompt end at multiples, so that a recomputed prompt has the same chunks
 PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs, at most
 
 
@@ -24,25 +33,17 @@ class SchedulerConfig:
     max_num_seqs: int  # running requests
     max_num_prefills: int = 0  # requests that compute more than one token; 0: no limit
     max_mixed_chunk: int = 0  # tokens of one prefill in a step with decodes; 0: half of max_num_batched_tokens
+    max_seq_len: int = 2**31 - 1  # tokens of prompt and output of one request
 
     @property
     def mixed_prefill_chunk(self) -> int:
         """Returns how many prompt tokens of one request a step may compute if it also has decodes."""
         return self.max_mixed_chunk or max(1, self.max_num_batched_tokens // 2)
 
-
-@dataclass(frozen=True)
-class ScheduledChunk:
-    """The tokens [start, start + num_tokens) of one request, which one step computes."""
-
-    request: Request
-    start: int
-    num_tokens: int
-
     @property
-    def is_last_chunk(self) -> bool:
-        """Returns whether the step computes the last token of the request, so that the next token can be sampled."""
-        return self.start + self.num_tokens == self.request.num_tokens
+    def chunk_tile(self) -> int:
+        """Returns the number whose multiples chunks end at; 1 if steps are too small for CHUNK_TILE."""
+        return CHUNK_TILE if min(self.mixed_prefill_chunk, self.max_num_batched_tokens) >= CHUNK_TILE else 1
 
 
 @dataclass
@@ -52,18 +53,28 @@ class SchedulerStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
+    window_freed: int = 0  # blocks of running requests that were freed because they lay outside the window
 
 
-@dataclass
 class Scheduler:
     """Keeps the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
 
-    blocks: BlockPool
-    config: SchedulerConfig
-    waiting: deque[Request] = field(default_factory=deque)
-    running: list[Request] = field(default_factory=list)
-    stats: SchedulerStats = field(default_factory=SchedulerStats)
-    _has_preempted: bool = False  # the current step has preempted a request, so it admits no waiting one
+    def __init__(
+        self, kv_cache_manager: KVCacheManager, config: SchedulerConfig, proposer: DraftProposer | None = None
+    ):
+        """`proposer`: of draft tokens; requests then wait for the result of each step."""
+        self.kv_cache_manager, self.config, self.proposer = kv_cache_manager, config, proposer
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.stats = SchedulerStats()
+        self.admission_control = AdmissionControl(kv_cache_manager)
+        self._is_admission_blocked = False  # nothing has changed since the first waiting request did not fit
+        self._is_short_of_blocks = False  # the current step leaves out or preempts a request, and so admits none
+        self._num_releasing = 0  # requests that have left the batch, and whose blocks a step in flight still uses
+        self._last_turn = 0
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._ended_slots: list[int] = []  # since the last step
+        self._rewinds: dict[int, int] = {}  # by slot, since the last step: see `SchedulerOutput`
 
     def add(self, request: Request) -> None:
         """Appends a request to the waiting queue."""
@@ -71,168 +82,320 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request_id: str) -> Request | None:
-        """Removes a request and frees its blocks. Returns the request, or None if it has ended."""
+        """Ends a request. Returns the request, or None if it has ended."""
         for queue in (self.running, self.waiting):
             for request in queue:
                 if request.id == request_id:
-                    queue.remove(request)
-                    self._release_blocks(request)
+                    self.finish(request)
                     return request
         return None
 
-    def schedule(self) -> list[ScheduledChunk]:
-        """Returns the chunks of the next step, running requests first; empty if there is no request."""
-        chunks = self._schedule_running()
-        if not self._has_preempted:
-            chunks += self._admit_waiting(chunks)
-        return chunks
-
-    def update_after_step(self, chunks: Iterable[ScheduledChunk]) -> None:
-        """Marks the tokens of a step as computed and adds the blocks that it filled to the prefix cache."""
-        for chunk in chunks:
-            chunk.request.num_computed_tokens = chunk.start + chunk.num_tokens
-            self._cache_full_blocks(chunk)
-
-    def finish_invalid(self, request: Request) -> None:
-        """Ends a request whose keys and values are invalid, and evicts its blocks from the prefix cache."""
-        self.blocks.evict(request.block_ids)
-        self.finish(request)
-
     def finish(self, request: Request) -> None:
-        """Ends a running request and frees its blocks."""
-        self.running.remove(request)
-        self._release_blocks(request)
+        """Ends a running or waiting request, and frees its blocks once no step in flight uses them."""
+        request.has_ended = True
+        self._is_admission_blocked = False
+        self.admission_control.record_output_length(request.num_output_tokens)
+        if request.slot >= 0:
+            self.running.remove(request)
+            self._leave_batch(request)
+        else:
+            self.waiting.remove(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Returns the next step. It has no chunks if no request can be computed before a step in flight is known."""
+        self._is_short_of_blocks = False
+        chunks = self._schedule_running()
+        if self.proposer:
+            self._add_drafts(chunks, self.proposer)
+        if not self._is_short_of_blocks:
+            chunks += self._admit_waiting(chunks)
+        if not chunks:
+            return SchedulerOutput([])
+        chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
+        output = SchedulerOutput(chunks, self._ended_slots, list(self._rewinds.items()))
+        self._ended_slots, self._rewinds = [], {}
+        return output
+
+    def update(self, output: SchedulerOutput, results: Iterable[list[int] | None]) -> list[RequestUpdate]:
+        """Applies the results of a step. Must be called once for each step with chunks, in order.
+
+        `results`: for each chunk with `num_sampled` > 0 the sampled tokens: accepted draft tokens and the one after.
+        None ends the request with an error, because its logits, and so its keys and values, are invalid.
+
+        Returns an update for each chunk with `num_sampled` > 0, and for each that is pooled.
+        """
+        updates, remaining = [], iter(results)
+        for chunk in output.chunks:
+            request = chunk.request
+            request.num_in_flight -= 1
+            is_releasing = request.slot < 0
+            if chunk.num_sampled or chunk.is_pooled:
+                updates.append(self._apply_result(chunk, next(remaining) if chunk.num_sampled else []))
+            elif not request.has_ended:
+                self._publish(request, chunk.start, chunk.start + chunk.num_tokens)
+            if is_releasing and not request.num_in_flight:
+                self._num_releasing -= 1
+                self._release_blocks(request)
+        return updates
 
     # Running requests
 
     def _schedule_running(self) -> list[ScheduledChunk]:
-        self._has_preempted = False
         chunks: list[ScheduledChunk] = []
-        budget = self.config.max_num_batched_tokens
-        num_decodes = sum(1 for r in self.running if r.num_uncomputed_tokens == 1)
+        requests, budget = self._take_turns([r for r in self.running if self._is_ready(r)])
+        num_decodes = sum(1 for r in requests if r.num_uncomputed_tokens == 1)
         chunk_limit = self.config.mixed_prefill_chunk if num_decodes else self.config.max_num_batched_tokens
-        index = 0
-        while index < len(self.running) and budget:
-            request = self.running[index]
-            num_uncomputed = request.num_uncomputed_tokens
-            if num_uncomputed == 1:
+        has_prefill = False
+        for request in requests:
+            if request.slot < 0:
+                continue  # was preempted for the sake of an older one
+            num_tokens = 1
+            if request.num_uncomputed_tokens == 1:
                 num_decodes -= 1
-                num_tokens = 1
-            else:
-                # Reserves one token for each decode that comes later in the list.
-                num_tokens = min(num_uncomputed, chunk_limit, budget - num_decodes, self._max_chunk(request))
-            if num_tokens > 0:
-                if not self._allocate_slots(request, num_tokens):
-                    break  # the request itself was preempted; it was the last in the list
-                chunks.append(ScheduledChunk(request, request.num_computed_tokens, num_tokens))
+            else:  # reserves one token for each decode that comes later in the list
+                limit = min(chunk_limit, budget - num_decodes)
+                num_tokens = self._chunk_size(request, request.num_computed_tokens, limit, has_prefill)
+            if num_tokens > 0 and (new_blocks := self._allocate_slots(request, num_tokens)) is not None:
+                chunks.append(self._make_chunk(request, num_tokens, new_blocks))
                 budget -= num_tokens
-            index += 1
+                has_prefill = has_prefill or num_tokens > 1
         return chunks
 
-    def _max_chunk(self, request: Request) -> int:
-        """Returns how many tokens of a request one step may compute.
+    def _is_ready(self, request: Request) -> bool:
+        """Returns whether the request can be computed before the steps in flight are known."""
+        if not request.num_pending_tokens:
+            return request.num_uncomputed_tokens > 0
+        must_wait = request.must_wait_for_result or self.proposer
+        return not must_wait and not request.has_reached_limit(self.config.max_seq_len)
 
-        Prompt logprobs lower this limit, because the logits of each token then need memory.
+    def _take_turns(self, requests: list[Request]) -> tuple[list[Request], int]:
+        """Returns the requests that may be computed, and the tokens of the step that are theirs.
+
+        If there are more requests than tokens, those that have waited longest take their turn, and one token is left
+        to admit another request.
         """
-        return PROMPT_LOGPROB_CHUNK if request.wants_prompt_logprobs else self.config.max_num_batched_tokens
+        budget = self.config.max_num_batched_tokens
+        can_admit = self.waiting and not self._is_admission_blocked and len(self.running) < self.config.max_num_seqs
+        if len(requests) >= budget > 1 and can_admit:
+            budget -= 1
+        if len(requests) <= budget:
+            return requests, budget
+        turn = nsmallest(budget, requests, key=lambda r: r.last_turn)
+        for request in turn:
+            self._last_turn += 1
+            request.last_turn = self._last_turn
+        first = self._last_turn - budget
+        return [r for r in requests if r.last_turn > first], budget
 
-    def _allocate_slots(self, request: Request, num_tokens: int) -> bool:
+    def _chunk_size(self, request: Request, start: int, limit: int, has_prefill: bool) -> int:
+        """Returns how many tokens from `start` on, at most `limit`, are computed; 0 or less: none.
+
+        `has_prefill`: the step computes another prefill, so that this one can wait if it would not reach a tile's end.
+        """
+        num_tokens = min(request.num_tokens - start, limit)
+        if request.wants_prompt_logprobs:  # whose logits need memory
+            num_tokens = min(num_tokens, PROMPT_LOGPROB_CHUNK)
+        if start + num_tokens == request.num_tokens:
+            return num_tokens
+        num_aligned = num_tokens - (start + num_tokens) % self.config.chunk_tile
+        return num_aligned if num_aligned > 0 or has_prefill else num_tokens
+
+    def _allocate_slots(self, request: Request, num_tokens: int) -> NewBlocks | None:
         """Allocates blocks for `num_tokens` more tokens, preempting the newest requests if too few are free.
 
-        Returns False if `request` itself was preempted.
+        Returns None if `request` must wait: it was preempted itself, or a step in flight uses blocks that are free
+        afterwards.
         """
-        num_new_blocks = self.blocks.num_blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
-        while num_new_blocks > self.blocks.num_free:
+        while (new_blocks := self.kv_cache_manager.allocate_slots(request, num_tokens)) is None:
+            self._is_short_of_blocks = True
+            if self._frees_blocks_soon():
+                return None
             victim = self.running.pop()
             self._preempt(victim)
             if victim is request:
-                return False
-        request.block_ids += self.blocks.allocate(max(0, num_new_blocks))
-        return True
+                return None
+        return new_blocks
+
+    def _frees_blocks_soon(self) -> bool:
+        """Returns whether the result of a step in flight will free blocks."""
+        if self._num_releasing:
+            return True
+        return any(r.num_pending_tokens and r.has_reached_limit(self.config.max_seq_len) for r in self.running)
 
     def _preempt(self, request: Request) -> None:
-        """Frees the blocks of a request and puts it at the head of the waiting queue.
+        """Moves a request, already removed from `running`, to the head of the waiting queue.
 
         Its prompt and output are recomputed later, except for a prefix that is then still in the prefix cache.
         """
-        self._release_blocks(request)
+        self._leave_batch(request)
         request.num_computed_tokens = 0
-        request.prompt_logprobs.clear()
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
-        self._has_preempted = True
+
+    def _make_chunk(
+        self, request: Request, num_tokens: int, new_blocks: NewBlocks, is_new: bool = False
+    ) -> ScheduledChunk:
+        """Returns the chunk of the next `num_tokens` tokens, and counts them as computed."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        is_last, is_pooled = end == request.num_tokens, request.params.pooling
+        num_sampled = int(is_last and not is_pooled)
+        num_prompt_logprobs = (
+            min(num_tokens, request.num_prompt_tokens - 1 - start) if request.wants_prompt_logprobs else 0
+        )
+        token_ids = request.tokens[start : min(end, request.num_tokens_at_start)]
+        request.num_computed_tokens = end
+        request.num_pending_tokens += num_sampled
+        request.num_in_flight += 1
+        return ScheduledChunk(
+            request,
+            start,
+            num_tokens,
+            token_ids,
+            num_sampled=num_sampled,
+            is_pooled=is_last and is_pooled,
+            num_prompt_logprobs=num_prompt_logprobs,
+            is_new=is_new,
+            new_blocks=new_blocks,
+        )
+
+    def _add_drafts(self, chunks: list[ScheduledChunk], proposer: DraftProposer) -> None:
+        """Adds draft tokens to decodes as far as tokens and free blocks are left: no request gives way to a draft."""
+        budget = self._budget(chunks)
+        for index, chunk in enumerate(chunks):
+            if chunk.num_tokens == chunk.num_sampled == 1:
+                chunks[index] = self._with_drafts(chunk, proposer.propose(chunk.request), budget)
+                budget -= len(chunks[index].draft_tokens)
+
+    def _with_drafts(self, chunk: ScheduledChunk, drafts: list[int], budget: int) -> ScheduledChunk:
+        """Returns the chunk with at most `budget` draft tokens, which count as if all of them were accepted."""
+        request = chunk.request
+        num_tokens_left = min(
+            request.params.max_tokens - request.num_output_tokens, self.config.max_seq_len - len(request.tokens)
+        )
+        drafts = drafts[: min(budget, num_tokens_left - 1)]  # the step samples one more
+        new_blocks = self.kv_cache_manager.allocate_slots(request, len(drafts))
+        if new_blocks is None:
+            return chunk
+        request.num_computed_tokens += len(drafts)
+        request.num_pending_tokens += len(drafts)
+        return replace(
+            chunk,
+            num_tokens=chunk.num_tokens + len(drafts),
+            token_ids=chunk.token_ids + drafts,
+            draft_tokens=drafts,
+            num_sampled=chunk.num_sampled + len(drafts),
+            new_blocks=chunk.new_blocks + new_blocks,
+        )
 
     # Waiting requests
 
     def _admit_waiting(self, scheduled: list[ScheduledChunk]) -> list[ScheduledChunk]:
         admitted: list[ScheduledChunk] = []
-        budget = self.config.max_num_batched_tokens - sum(c.num_tokens for c in scheduled)
+        budget = self._budget(scheduled)
         chunk_limit = (
             self.config.mixed_prefill_chunk
-            if any(c.is_last_chunk for c in scheduled)
+            if any(c.num_sampled for c in scheduled)
             else self.config.max_num_batched_tokens
         )
-        num_prefills = sum(1 for c in scheduled if c.num_tokens > 1)
-        while self.waiting and budget > 0 and self._can_admit(num_prefills + len(admitted)):
-            request = self.waiting[0]
-            cached_blocks = self._find_cached_prefix(request)
-            start = len(cached_blocks) * self.blocks.block_size
-            num_tokens = min(request.num_tokens - start, budget, chunk_limit, self._max_chunk(request))
-            num_new_blocks = self.blocks.num_blocks_for(start + num_tokens) - len(cached_blocks)
-            if num_new_blocks + self.blocks.num_unreferenced(cached_blocks) > self.blocks.num_free:
+        num_prefills = sum(1 for c in scheduled if c.num_tokens > 1 + len(c.draft_tokens))
+        while budget > 0 and self._can_admit(num_prefills + len(admitted)):
+            has_prefill = num_prefills > 0 or any(c.num_tokens > 1 for c in admitted)
+            chunk = self._admit(self.waiting[0], min(budget, chunk_limit), has_prefill)
+            if not chunk:
                 break  # first come, first served: smaller requests further back wait too
-            self.waiting.popleft()
-            self._start_request(request, cached_blocks, num_new_blocks)
-            admitted.append(ScheduledChunk(request, start, num_tokens))
-            budget -= num_tokens
+            admitted.append(chunk)
+            budget -= chunk.num_tokens
         return admitted
 
+    def _budget(self, chunks: Sequence[ScheduledChunk]) -> int:
+        """Returns the tokens that these chunks leave in the step."""
+        return self.config.max_num_batched_tokens - sum(c.num_tokens for c in chunks)
+
     def _can_admit(self, num_prefills: int) -> bool:
+        if not self.waiting or self._is_admission_blocked or self.waiting[0].num_in_flight:
+            return False
         if self.config.max_num_prefills and num_prefills >= self.config.max_num_prefills:
             return False
         return len(self.running) < self.config.max_num_seqs
 
-    def _find_cached_prefix(self, request: Request) -> list[int]:
-        """Returns the cached blocks of the request's longest cached prefix.
-
-        The last token is never part of it, because it must be computed for its logits.
-        """
-        if request.wants_prompt_logprobs:
-            return []
-        num_full_blocks = (request.num_tokens - 1) // self.blocks.block_size
-        self._hash_full_blocks(request, num_full_blocks)
-        return self.blocks.find_cached_prefix(request.block_hashes[:num_full_blocks])
-
-    def _start_request(self, request: Request, cached_blocks: list[int], num_new_blocks: int) -> None:
-        self.blocks.acquire(cached_blocks)
-        request.block_ids = cached_blocks + self.blocks.allocate(num_new_blocks)
-        request.num_computed_tokens = len(cached_blocks) * self.blocks.block_size
+    def _admit(self, request: Request, limit: int, has_prefill: bool) -> ScheduledChunk | None:
+        """Starts the first waiting request and returns its first chunk, or None if it has to wait."""
+        prefix = self.kv_cache_manager.find_cached_prefix(request)
+        num_tokens = self._chunk_size(request, prefix.num_tokens, limit, has_prefill)
+        if num_tokens <= 0:
+            return None
+        if self.running and not self.admission_control.fits(self.running, request, prefix):
+            self._is_admission_blocked = True
+            return None
+        new_blocks = self.kv_cache_manager.start_request(request, prefix, num_tokens)
+        if new_blocks is None:
+            return None
+        self.waiting.popleft()
+        self.running.append(request)
+        request.slot = self._free_slots.pop()
+        request.num_tokens_at_start = request.num_tokens
+        request.prompt_logprobs.clear()
         if not request.queue_ms:  # only at the first start, not after a preemption
             request.queue_ms = (time.monotonic() - request.arrival_time) * 1000 or 0.001
-            request.cached_tokens = request.num_computed_tokens
+            request.cached_tokens = prefix.num_tokens
             self.stats.prefix_queries += request.num_tokens
-            self.stats.prefix_hits += request.num_computed_tokens
-        self.running.append(request)
+            self.stats.prefix_hits += prefix.num_tokens
+        return self._make_chunk(request, num_tokens, new_blocks, is_new=True)
 
-    # Blocks
+    # Results
 
-    def _hash_full_blocks(self, request: Request, num_blocks: int) -> None:
-        """Extends `request.block_hashes` to the first `num_blocks` blocks of the request."""
-        block_size, hashes = self.blocks.block_size, request.block_hashes
-        while len(hashes) < num_blocks:
-            start = len(hashes) * block_size
-            parent = hashes[-1] if hashes else b""
-            hashes.append(hash_block(parent, request.tokens[start : start + block_size], request.cache_salt))
+    def _apply_result(self, chunk: ScheduledChunk, sampled: list[int] | None) -> RequestUpdate:
+        request = chunk.request
+        request.num_pending_tokens -= chunk.num_sampled
+        if request.has_ended:
+            return RequestUpdate(request, [], None)
+        if sampled is None:
+            self.kv_cache_manager.evict(request)
+            self.finish(request)
+            return RequestUpdate(request, [], "error")
+        tokens, finish = self._append(request, sampled)
+        num_rejected = chunk.num_sampled - len(sampled)
+        end = chunk.start + chunk.num_tokens - num_rejected
+        self._publish(request, chunk.start, min(end, len(request.tokens)))
+        if finish:
+            self.finish(request)
+        elif num_rejected and request.slot >= 0:
+            request.num_computed_tokens = self._rewinds[request.slot] = end
+        return RequestUpdate(request, tokens, finish)
 
-    def _cache_full_blocks(self, chunk: ScheduledChunk) -> None:
-        if not self.blocks.enable_caching:
-            return
-        request, block_size = chunk.request, self.blocks.block_size
-        num_full_blocks = request.num_computed_tokens // block_size
-        self._hash_full_blocks(request, num_full_blocks)
-        for index in range(chunk.start // block_size, num_full_blocks):
-            self.blocks.cache_block(request.block_ids[index], request.block_hashes[index])
+    def _append(self, request: Request, sampled: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Appends tokens up to the one that ends the request. Returns those, and why the request has ended."""
+        finish: FinishReason | None = None if sampled else "stop"  # a pooled request
+        num_tokens = len(request.tokens)
+        for token in sampled:
+            request.tokens.append(token)
+            finish = request.finish_reason(self.config.max_seq_len)
+            if finish:
+                break
+        return request.tokens[num_tokens:], finish
+
+    def _publish(self, request: Request, start: int, end: int) -> None:
+        """Adds the blocks that the tokens [start, end) have filled to the prefix cache.
+
+        Frees the blocks that later tokens do not see.
+        """
+        self.kv_cache_manager.cache_full_blocks(request, start, end)
+        self.stats.window_freed += self.kv_cache_manager.free_outside_windows(request, end)
+        if end - start > 1:
+            self._is_admission_blocked = False  # a waiting request may share the prompt
+
+    def _leave_batch(self, request: Request) -> None:
+        """Frees the slot of a request that is no longer in `running`, and its blocks if no step in flight uses them."""
+        self._ended_slots.append(request.slot)
+        self._free_slots.append(request.slot)
+        self._rewinds.pop(request.slot, None)
+        request.slot = -1
+        if request.num_in_flight:
+            self._num_releasing += 1
+        else:
+            self._release_blocks(request)
 
     def _release_blocks(self, request: Request) -> None:
-        self.blocks.release(request.block_ids)
-        request.block_ids = []
+        self.kv_cache_manager.release(request)
+        self._is_admission_blocked = False

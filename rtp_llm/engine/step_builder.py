@@ -1,85 +1,68 @@
-"""Builds the step and its sampling metadata from the chunks that the scheduler returned."""
+"""Builds the step and its sampling metadata from what the scheduler decided."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from rtp_llm.contract.sampling_metadata import SamplingMetadata
-from rtp_llm.contract.step import Ints, Step
-from rtp_llm.engine.scheduler import ScheduledChunk
+from rtp_llm.contract.step import ROW_SIZES, Ints, Step
+from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
 
 
-def build_step(chunks: Sequence[ScheduledChunk], block_size: int, epoch: int, number: int) -> Step:
-    """Returns the step that computes these chunks. Decodes must come first: see `sort_decodes_first`.
+def build_step(output: SchedulerOutput, epoch: int, number: int) -> Step:
+    """Returns the step that computes the chunks of `output`.
 
-    `block_size`: tokens per KV block. `epoch`, `number`: see `Step`.
+    `epoch`, `number`: see `Step`. The digest is 0: it is known when rank 0 has applied the step.
     """
-    counts = np.array([c.num_tokens for c in chunks], dtype=np.int32)
-    query_start_loc = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    token_ids, positions, slot_mapping, logits_indices = [], [], [], []
-    width = max(len(c.request.block_ids) for c in chunks)
-    block_tables = np.zeros((len(chunks), width), dtype=np.int32)
-    for index, chunk in enumerate(chunks):
-        block_ids = np.array(chunk.request.block_ids, dtype=np.int32)
-        end = chunk.start + chunk.num_tokens
-        chunk_positions = np.arange(chunk.start, end, dtype=np.int32)
-        block_tables[index, : len(block_ids)] = block_ids
-        token_ids.append(np.array(chunk.request.tokens[chunk.start : end], dtype=np.int32))
-        positions.append(chunk_positions)
-        slot_mapping.append(block_ids[chunk_positions // block_size] * block_size + chunk_positions % block_size)
-        logits_indices.append(logits_offsets(chunk) + query_start_loc[index])
+    chunks = output.chunks
+    slots = [c.request.slot for c in chunks]
+    new = [(c.request.slot, c.request.num_prompt_tokens, c.start) for c in chunks if c.is_new]
+    blocks = [(slot, *block) for slot, c in zip(slots, chunks, strict=True) for block in c.new_blocks]
     return Step(
         epoch=epoch,
         number=number,
-        num_decodes=sum(1 for c in chunks if c.num_tokens == 1),
-        token_ids=np.concatenate(token_ids),
-        positions=np.concatenate(positions),
-        slot_mapping=np.concatenate(slot_mapping),
-        query_start_loc=query_start_loc,
-        seq_lens=np.array([c.start + c.num_tokens for c in chunks], dtype=np.int32),
-        prompt_lens=np.array([c.request.num_prompt_tokens for c in chunks], dtype=np.int32),
-        block_tables=block_tables,
-        logits_indices=np.concatenate(logits_indices).astype(np.int32),
+        digest=0,
+        ended_slots=_ints(output.ended_slots),
+        new_sequences=_table("new_sequences", new),
+        rewinds=_table("rewinds", output.rewinds),
+        new_blocks=_table("new_blocks", blocks),
+        slots=_ints(slots),
+        counts=_ints(c.num_tokens for c in chunks),
+        num_sampled=_ints(c.num_sampled for c in chunks),
+        token_ids=_ints(token for c in chunks for token in c.token_ids),
+        logprob_indices=_ints(
+            index for start, c in _starts(chunks) for index in range(start, start + c.num_prompt_logprobs)
+        ),
     )
 
 
-def sort_decodes_first(chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
-    """Returns the chunks with one token (decodes), then the others, each in the given order.
-
-    Attention backends can then compute all decodes in one call.
-    """
-    return sorted(chunks, key=lambda c: c.num_tokens != 1)
-
-
-def logits_offsets(chunk: ScheduledChunk) -> Ints:
-    """Returns which tokens of the chunk need logits, as offsets in the chunk.
-
-    If the request wants prompt logprobs: all tokens. Otherwise the last token if this is the request's last chunk, else
-    none.
-    """
-    if chunk.request.wants_prompt_logprobs:
-        return np.arange(chunk.num_tokens, dtype=np.int32)
-    last = chunk.num_tokens - 1
-    return np.arange(last, chunk.num_tokens if chunk.is_last_chunk else last, dtype=np.int32)
-
-
 def build_sampling_metadata(chunks: Sequence[ScheduledChunk]) -> SamplingMetadata:
-    """Returns which logits rows are sampled and which give prompt logprobs.
-
-    The logits have one row for each token that `logits_offsets` returns, in order of the chunks.
-    """
-    metadata = SamplingMetadata([], [], [])
-    row = 0
-    for chunk in chunks:
+    """Returns what rank 0 needs to sample the step of these chunks."""
+    metadata = SamplingMetadata()
+    for start, chunk in _starts(chunks):
         request = chunk.request
-        if request.wants_prompt_logprobs:
-            top = request.params.logprobs or 0
-            next_tokens = request.tokens[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-            metadata.prompt_logits_rows.extend((row + i, token, top) for i, token in enumerate(next_tokens))
-            row += chunk.num_tokens
-        elif chunk.is_last_chunk:
-            row += 1
-        if chunk.is_last_chunk:
-            metadata.logits_rows.append(row - 1)
-            metadata.requests.append(request)
+        if chunk.is_new:
+            metadata.new_requests.append((request.slot, request))
+        if chunk.num_prompt_logprobs:
+            next_tokens = request.tokens[chunk.start + 1 : chunk.start + 1 + chunk.num_prompt_logprobs]
+            metadata.prompt_logprobs.extend((token, request.params.logprobs or 0) for token in next_tokens)
+        if chunk.is_pooled:
+            metadata.hidden_indices.append(start + chunk.num_tokens - 1)
     return metadata
+
+
+def _starts(chunks: Sequence[ScheduledChunk]) -> Iterable[tuple[int, ScheduledChunk]]:
+    """Yields (index of the chunk's first token in the step, chunk)."""
+    start = 0
+    for chunk in chunks:
+        yield start, chunk
+        start += chunk.num_tokens
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.fromiter(values, np.int32)
+
+
+def _table(name: str, rows: Sequence[tuple[int, ...]]) -> Ints:
+    """Returns the rows as the array `name` of a step."""
+    return np.array(rows, np.int32).reshape(-1, ROW_SIZES[name])

@@ -1,2 +1,1 @@
-"""The interface of attention backends, its reference implementation in torch, and linear layers with prepacked
-weights for CPU."""
+"""The interface of attention backends, its reference implementation in torch, linear methods, and fused operations."""

@@ -1,82 +1,79 @@
-"""Input tensors of the forward pass, and the interface of attention backends."""
+"""Input tensors of one forward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rtp_llm.contract.step import Step
+Ints = NDArray[np.int32] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """A step copied to the device. The docstring of `contract.step.Step` defines T, S, R, W and the fields.
+    """T tokens of S sequences. Sequences with one token (decodes) come first.
 
-    rope_lens: sequence length that dynamic rope scaling uses for each token, see `layers.rope`.
-    cpu_step: the original step; reading a size from it does not wait for the device.
+    token_ids, positions: [T] int64. positions: of each token in its sequence.
+    rope_lens: [T] int64, sequence length that dynamic rope scaling uses for each token, see `layers.rope`.
+    query_start_loc: [S + 1] int64; sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
+    seq_lens: [S] int64, tokens of each sequence in the KV cache after this step.
+    slot_mapping: per KV cache group [T] int64, the slot that each token is written to: block id * block_size + offset;
+        for a group with one state per sequence [S] int64: the block id of each sequence.
+    block_tables: per KV cache group [S, W] int64, block ids in order of position, padded with the null block 0.
+    host_query_start_loc, host_seq_lens: the same on the host, for sizes; reading them does not wait for the device.
+    num_decodes: the first `num_decodes` sequences have one token each.
     """
 
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64
-    query_start_loc: Tensor  # [S + 1] int64
-    seq_lens: Tensor  # [S] int64
-    rope_lens: Tensor  # [T] int64
-    block_tables: Tensor  # [S, W] int64
-    logits_indices: Tensor  # [R] int64
-    cpu_step: Step
+    token_ids: Tensor
+    positions: Tensor
+    rope_lens: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    slot_mapping: list[Tensor]
+    block_tables: list[Tensor]
+    host_query_start_loc: Ints
+    host_seq_lens: Ints
+    num_decodes: int
 
     @classmethod
-    def from_step(cls, step: Step, device: torch.device) -> "ForwardBatch":
-        """Returns the batch of a step, with its arrays on the device."""
-
-        def to_device(array: object) -> Tensor:
-            return torch.as_tensor(array).to(device=device, dtype=torch.int64, non_blocking=True)
-
-        counts = step.query_start_loc[1:] - step.query_start_loc[:-1]
-        rope_lens = torch.maximum(torch.as_tensor(step.prompt_lens.repeat(counts)), torch.as_tensor(step.positions + 1))
-        return cls(
-            token_ids=to_device(step.token_ids),
-            positions=to_device(step.positions),
-            slot_mapping=to_device(step.slot_mapping),
-            query_start_loc=to_device(step.query_start_loc),
-            seq_lens=to_device(step.seq_lens),
-            rope_lens=to_device(rope_lens),
-            block_tables=to_device(step.block_tables),
-            logits_indices=to_device(step.logits_indices),
-            cpu_step=step,
-        )
-
-
-@dataclass(frozen=True)
-class LayerKVCache:
-    """KV cache of one layer on this rank, in the model's dtype. kv_heads: number of KV heads of this rank."""
-
-    keys: Tensor  # [num_blocks, block_size, kv_heads, head_dim]
-    values: Tensor  # [num_blocks, block_size, kv_heads, head_dim]
-
-
-class AttentionBackend(Protocol):
-    """Paged causal attention for one layer of one step."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cache: LayerKVCache,
-        batch: ForwardBatch,
+    def build(
+        cls,
         *,
-        window: int,
-        scale: float,
-    ) -> Tensor:
-        """Writes key and value to the cache (`batch.slot_mapping`), then returns the attention output.
+        token_ids: Ints,
+        query_start_loc: Ints,
+        seq_lens: Ints,
+        prompt_lens: Ints,
+        block_tables: Sequence[Ints],
+        block_sizes: Sequence[int],
+        device: torch.device,
+    ) -> "ForwardBatch":
+        """Copies a step to the device. Computes positions and slots, as the new tokens are the last of each sequence.
 
-        query: [T, heads, head_dim], T tokens in the step; head j attends to KV head j // (heads / kv_heads).
-        key, value: [T, kv_heads, head_dim]. heads, kv_heads: numbers of heads on this rank.
-        window: a query attends to the newest `window` keys up to its own position; 0: to all of them.
-        scale: factor of the attention scores.
-        Returns [T, heads, head_dim].
+        prompt_lens: [S], tokens of each prompt. block_tables: [S, W] per group; block_sizes: of each group, see
+        `contract.kv_cache.KVCacheGroup`. The other arguments: see the fields.
         """
-        ...
+
+        def to_device(array: Ints) -> Tensor:
+            return torch.as_tensor(array, dtype=torch.int64).to(device, non_blocking=True)
+
+        counts = np.diff(query_start_loc)
+        sequence = np.repeat(np.arange(len(counts)), counts)  # of each token
+        positions = np.arange(len(token_ids)) + (seq_lens - query_start_loc[1:])[sequence]
+        slots = [
+            table[sequence, positions // size] * size + positions % size if size else table[:, 0]
+            for table, size in zip(block_tables, block_sizes, strict=True)
+        ]
+        return cls(
+            token_ids=to_device(token_ids),
+            positions=to_device(positions),
+            rope_lens=to_device(np.maximum(prompt_lens[sequence], positions + 1)),
+            query_start_loc=to_device(query_start_loc),
+            seq_lens=to_device(seq_lens),
+            slot_mapping=[to_device(s) for s in slots],
+            block_tables=[to_device(table) for table in block_tables],
+            host_query_start_loc=query_start_loc,
+            host_seq_lens=seq_lens,
+            num_decodes=int(np.argmin(np.append(counts == 1, False))),
+        )

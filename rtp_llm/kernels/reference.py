@@ -1,115 +1,322 @@
-"""Reference attention backend in plain torch. Runs on any device; other backends are tested against it."""
+"""Reference attention backend in plain torch. Runs on any device; other backends are tested against it.
 
+Every step is flash decoding (Dao et al. 2023): the work is cut into items, each a tile of queries of one sequence and a
+split of its keys. The items are batches of equal shapes, so a step costs the sum of the context lengths. The outputs of
+a tile over its splits are combined by their log-sum-exp, in order of position.
+
+Tiles and splits begin at fixed positions of the sequence, and an item's bits do not depend on the items beside it. So
+on CPU a query's output is the same, bit for bit, in any chunk and in any company.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
+from rtp_llm.contract.kv_cache import NULL_BLOCK, KVCacheSpec
+from rtp_llm.kernels.attention_backend import AttentionParams
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.kv_cache import LayerKVCache
 
-QUERIES_PER_TILE = 256  # bounds the scores [heads, queries, keys] that torch may materialise because of the mask
-# Limits the bytes of one tensor of gathered keys or values, or of scores, except that the keys of one sequence are
-# never split; up to four such tensors exist at a time. The KV cache takes nearly all memory that is free after the
-# warm-up, whose sequence is short; without a limit, steps with long sequences could run out of memory.
-MAX_SCRATCH_BYTES = 128 << 20
+Longs = NDArray[np.int64]
 
-
-def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: LayerKVCache, batch: ForwardBatch, *, window: int, scale: float
-) -> Tensor:
-    """Implements `AttentionBackend`: gathers the blocks of each sequence, then calls scaled_dot_product_attention."""
-    cache.keys.flatten(0, 1).index_copy_(0, batch.slot_mapping, key)
-    cache.values.flatten(0, 1).index_copy_(0, batch.slot_mapping, value)
-    out = torch.empty_like(query)
-    num_decodes = batch.cpu_step.num_decodes
-    num_blocks = _max_blocks(batch, cache, slice(num_decodes))
-    for rows in _split_rows(num_decodes, num_blocks * cache.keys[0].numel() * cache.keys.itemsize):
-        out[rows] = _attend_decodes(query[rows], cache, batch, rows, window, scale)
-    for index in range(num_decodes, batch.cpu_step.num_sequences):
-        start, end = (int(n) for n in batch.cpu_step.query_start_loc[index : index + 2])
-        out[start:end] = _attend_chunk(query[start:end], cache, batch, index, window, scale)
-    return out
+TILE = 16  # queries of a chunk that are computed together; a decode is a tile of one query
+SPLIT = 256  # keys, rounded to whole blocks: shorter ones cost more to combine, longer ones pad short contexts more
+ROW_MULTIPLE = 4  # other numbers of query rows may give a row other bits (MKL, fp32, AVX-512: 1 to 3, 5 and 7)
+# Limits the gathered keys of one call, and the values. Small, so that they are still in the CPU's cache when they are
+# read. The KV planner counts it (`workspace_bytes`).
+MAX_SCRATCH_BYTES = 32 << 20
+MASKED = -1e30  # finite: a query that sees no key of a split gets the weight exp(MASKED) = 0, not NaN
 
 
-def _max_blocks(batch: ForwardBatch, cache: LayerKVCache, rows: slice) -> int:
-    """Returns the number of KV blocks of the longest sequence in the slice `rows` of the batch; 0 if it is empty."""
-    max_seq_len = int(batch.cpu_step.seq_lens[rows].max(initial=0))
-    return -(-max_seq_len // cache.keys.shape[1])
+@dataclass(frozen=True)
+class Call:
+    """Items of a wave that have the same number of keys.
 
-
-def _split_rows(num_rows: int, bytes_per_row: int) -> list[slice]:
-    """Returns consecutive slices of `num_rows` sequences, each of at most MAX_SCRATCH_BYTES or one sequence."""
-    size = max(1, MAX_SCRATCH_BYTES // max(1, bytes_per_row))
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-
-
-def _attend_decodes(
-    query: Tensor, cache: LayerKVCache, batch: ForwardBatch, rows: slice, window: int, scale: float
-) -> Tensor:
-    """Returns the attention output of the sequences in the slice `rows` of the batch, which have one query each.
-
-    query: [sequences, heads, head_dim]. Pads all sequences to the longest. Passes the query heads of a KV head as
-    several queries of one head, which on CPU is ten times as fast as enable_gqa.
+    places: [items], in the wave. queries: [items * tile], rows of q. blocks: [items, blocks per item].
+    unused: slots among the gathered keys, in blocks with used ones, whose key the tile may not see. They may hold NaN,
+        which a mask does not stop: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
+    mask: [items, tile, keys] float32, 0 or MASKED; None if every query sees every key.
     """
-    kv_heads, block_size = cache.keys.shape[2], cache.keys.shape[1]
-    width = _max_blocks(batch, cache, rows)
-    block_tables = batch.block_tables[rows, :width]
-    keys, values = (_gather_blocks(blocks, block_tables) for blocks in (cache.keys, cache.values))
-    positions = torch.arange(width * block_size, device=query.device)
-    seq_lens = batch.seq_lens[rows, None]
-    mask = positions < seq_lens
-    if window:
-        mask &= positions >= seq_lens - window
-    grouped_query = query.unflatten(1, (kv_heads, -1))
-    attn_mask = mask[:, None, None, :]
-    if query.is_cuda:  # without the NaN check below, which would wait for the device
-        keys, values = _zero_masked(keys, mask), _zero_masked(values, mask)
-    out = scaled_dot_product_attention(grouped_query, keys, values, attn_mask=attn_mask, scale=scale)
-    if not query.is_cuda and out.sum().isnan():  # the sum is much cheaper than out.isnan().any()
-        keys, values = _zero_masked(keys, mask), _zero_masked(values, mask)
-        out = scaled_dot_product_attention(grouped_query, keys, values, attn_mask=attn_mask, scale=scale)
-    return out.flatten(1, 2)
+
+    places: Tensor
+    queries: Tensor
+    blocks: Tensor
+    unused: Tensor
+    mask: Tensor | None
+    _row_masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def row_mask(self, group_size: int) -> Tensor | None:
+        """Returns the mask of all rows [items, 1, rows, keys], made once for all layers.
+
+        The rows of a tile are its queries times the `group_size` heads of a KV head; the row of a decode is broadcast.
+        """
+        if self.mask is None or self.mask.shape[1] == 1:
+            return self.mask if self.mask is None else self.mask[:, None]
+        if group_size not in self._row_masks:
+            self._row_masks[group_size] = self.mask.repeat_interleave(group_size, 1)[:, None]
+        return self._row_masks[group_size]
 
 
-def _zero_masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Returns a copy of keys or values with zeros at the positions where `mask` is False.
+@dataclass(frozen=True)
+class Wave:
+    """Tiles that are computed before their items are combined; a wave limits the partial outputs in memory.
 
-    tensor: [sequences, kv_heads, positions, head_dim]. mask: [sequences, positions].
-
-    A NaN left in a slot by another request would propagate through the attention mask (0 * NaN is NaN).
+    tile: queries per tile. tile_of_item: [items], ascending; items of a tile are in order of position.
+    rows: [queries of the step], rows of the tiles [num_tiles * tile]; the other rows are padding.
+    tokens: [queries of the step], rows of q.
     """
-    return tensor.masked_fill(~mask[:, None, :, None], 0)
+
+    tile: int
+    num_tiles: int
+    tile_of_item: Tensor
+    calls: list[Call]
+    rows: Tensor
+    tokens: Tensor
 
 
-def _attend_chunk(
-    query: Tensor, cache: LayerKVCache, batch: ForwardBatch, index: int, window: int, scale: float
-) -> Tensor:
-    """Returns the attention output of sequence `index`, whose queries [tokens, heads, head_dim] are consecutive."""
-    block_size = cache.keys.shape[1]
-    seq_len = int(batch.cpu_step.seq_lens[index])
-    block_table = batch.block_tables[index : index + 1, : -(-seq_len // block_size)]
-    keys, values = (_gather_blocks(blocks, block_table)[:, :, :seq_len] for blocks in (cache.keys, cache.values))
-    positions = torch.arange(seq_len, device=query.device)
-    tiles = []
-    start = seq_len - len(query)
-    max_queries = MAX_SCRATCH_BYTES // (query.shape[1] * seq_len * torch.float32.itemsize)
-    for tile in query.split(max(1, min(QUERIES_PER_TILE, max_queries))):
-        query_positions = positions[start : start + len(tile), None]
-        start += len(tile)
-        mask = positions <= query_positions
-        if window:
-            mask &= positions > query_positions - window
-        out = scaled_dot_product_attention(
-            tile.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+@dataclass(frozen=True)
+class ReferenceMetadata:
+    """What all layers of a KV cache group need in one step: the slots of the T new tokens, and the waves."""
+
+    write_blocks: Tensor  # [T]
+    write_offsets: Tensor  # [T]
+    waves: list[Wave]
+
+
+class ReferenceBackend:
+    """Implements `AttentionBackend`.
+
+    On a GPU the order of additions in `_combine` is not fixed, so there it is not batch-invariant.
+    """
+
+    def __init__(self, device: torch.device):
+        self.batch_invariant = device.type == "cpu"
+
+    def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> ReferenceMetadata:
+        """Cuts the attention of a group into waves, see `AttentionBackend`."""
+        slots = batch.slot_mapping[group]
+        waves = _Planner(batch, batch.block_tables[group], spec, block_size).waves()
+        return ReferenceMetadata(slots // block_size, slots % block_size, list(waves))
+
+    def forward(
+        self, layer: AttentionParams, q: Tensor, k: Tensor, v: Tensor, cache: LayerKVCache, metadata: ReferenceMetadata
+    ) -> Tensor:
+        """Writes the new keys and values, then returns the attention output, see `AttentionBackend`."""
+        for tensor, new in ((cache["keys"], k), (cache["values"], v)):
+            tensor.index_put_((metadata.write_blocks, metadata.write_offsets), new)
+            tensor[NULL_BLOCK] = 0  # `Call.unused` relies on it, and padding may have been written there
+        out = torch.empty_like(q)
+        for wave in metadata.waves:
+            tiles = _attend_wave(q, cache, wave, layer.scale)
+            out.index_copy_(0, wave.tokens, tiles.index_select(0, wave.rows))
+        return out
+
+    def workspace_bytes(self, spec: KVCacheSpec, num_heads: int, max_tokens: int, max_seq_len: int) -> int:
+        """Returns a bound of the memory of the metadata and of `forward`, see `AttentionBackend`."""
+        (_, (kv_heads, head_dim)), *_ = spec.tensors
+        row_bytes = num_heads * head_dim * torch.float32.itemsize
+        num_items = max(-(-max_seq_len // SPLIT), MAX_SCRATCH_BYTES // (SPLIT * max(spec.row_bytes)))
+        partials = 3 * num_items * TILE * row_bytes  # outputs of one call, of the wave, and their weighted copy
+        masks = (1 + num_heads // kv_heads) * 2 * (max_tokens + TILE) * SPLIT * torch.float32.itemsize
+        return 2 * MAX_SCRATCH_BYTES + partials + masks + 4 * max_tokens * row_bytes
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Arrays [tiles]: the index of the sequence, and positions in it: of row 0 of the tile (a multiple of the tile's
+    size), of its first and last query in this step, and of the lowest key that one of them sees.
+    """
+
+    sequence: Longs
+    start: Longs
+    first: Longs
+    last: Longs
+    lowest: Longs
+
+    def take(self, indices: slice | Longs) -> "_Tiles":
+        return _Tiles(*(getattr(self, f.name)[indices] for f in fields(self)))
+
+
+class _Planner:
+    """Plans the waves of one step and group on the host; copies only indices and positions to the device.
+
+    Splits hold whole blocks, so that keys can be gathered by block.
+    """
+
+    def __init__(self, batch: ForwardBatch, block_tables: Tensor, spec: KVCacheSpec, block_size: int):
+        self.block_tables, self.block_size, self.window = block_tables, block_size, spec.window
+        self.split = block_size * max(1, SPLIT // block_size)
+        self.max_items = max(1, MAX_SCRATCH_BYTES // (self.split * max(spec.row_bytes)))
+        self.num_decodes = batch.num_decodes
+        self.seq_lens = batch.host_seq_lens.astype(np.int64)
+        query_start_loc = batch.host_query_start_loc.astype(np.int64)
+        self.seq_starts = self.seq_lens - np.diff(query_start_loc)  # positions of the first new tokens
+        self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
+
+    def waves(self) -> Iterator[Wave]:
+        """Yields the waves of the decodes, then those of the chunks."""
+        sequences = np.arange(len(self.seq_lens))
+        for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):
+            tiles = self._tiles(indices, size)
+            num_items = tiles.last // self.split - tiles.lowest // self.split + 1
+            for part in _cut(num_items, self.max_items):
+                yield self._wave(tiles.take(part), size, num_items[part])
+
+    def _tiles(self, sequences: Longs, size: int) -> _Tiles:
+        first_tile = self.seq_starts[sequences] // size
+        owner, index = _ragged(-(-self.seq_lens[sequences] // size) - first_tile)
+        sequence, start = sequences[owner], (first_tile[owner] + index) * size
+        first = np.maximum(start, self.seq_starts[sequence])
+        last = np.minimum(start + size, self.seq_lens[sequence]) - 1
+        lowest = np.maximum(0, first + 1 - self.window) if self.window else np.zeros_like(first)
+        return _Tiles(sequence, start, first, last, lowest)
+
+    def _wave(self, tiles: _Tiles, size: int, num_items: Longs) -> Wave:
+        tile_of_item, index = _ragged(num_items)
+        items = tiles.take(tile_of_item)
+        keys = (items.lowest // self.split + index) * self.split  # position of the first key of each item
+        sees_all = keys + self.split - 1 <= items.first
+        if self.window:
+            sees_all &= keys > items.last - self.window
+        calls = [
+            self._call(items.take(part), size, keys[part], part, masked)
+            for masked in (False, True)
+            for part in _chunks(np.flatnonzero(sees_all != masked), self.max_items)
+        ]
+        positions = tiles.start[:, None] + np.arange(size)
+        is_query = (positions >= tiles.first[:, None]) & (positions <= tiles.last[:, None])
+        tokens = positions + self.token_offsets[tiles.sequence, None]
+        rows = self._to_device(np.flatnonzero(is_query))
+        return Wave(size, len(num_items), self._to_device(tile_of_item), calls, rows, self._to_device(tokens[is_query]))
+
+    def _call(self, items: _Tiles, size: int, keys: Longs, places: Longs, masked: bool) -> Call:
+        """Returns the call for these items. The queries that pad a tile are copies of its first or last one."""
+        queries = (items.start[:, None] + np.arange(size)).clip(items.first[:, None], items.last[:, None])
+        queries += self.token_offsets[items.sequence, None]
+        num_blocks = self._num_blocks(items.last - keys + 1) if masked else self.split // self.block_size
+        positions = keys[:, None] + np.arange(num_blocks * self.block_size)
+        seq_lens = self.seq_lens[items.sequence, None]
+        is_used = (positions >= items.lowest[:, None]) & (positions < seq_lens)
+        blocks = keys[:, None] // self.block_size + np.arange(num_blocks)
+        has_used = (blocks >= items.lowest[:, None] // self.block_size) & (blocks * self.block_size < seq_lens)
+        unused = has_used.repeat(self.block_size, 1) & ~is_used
+        return Call(
+            self._to_device(places),
+            self._to_device(queries.flatten()),
+            self._block_ids(items.sequence, blocks, has_used),
+            self._to_device(np.flatnonzero(unused)),
+            self._mask(items.start, size, positions) if masked else None,
         )
-        tiles.append(out[0].transpose(0, 1))
-    return torch.cat(tiles)
+
+    def _num_blocks(self, num_keys: Longs) -> int:
+        """Returns how many blocks are gathered for items that see up to these numbers of keys of their split.
+
+        A power of two, so that few shapes occur. Masked keys are exact zeros in every sum, so they change no bit.
+        """
+        num_blocks = -(-int(num_keys.max()) // self.block_size)
+        return min(1 << (num_blocks - 1).bit_length(), self.split // self.block_size)
+
+    def _block_ids(self, sequence: Longs, blocks: Longs, has_used: NDArray[np.bool_]) -> Tensor:
+        """Returns the ids of these blocks of the sequences, [items, blocks]; the null block for those without used
+        slots.
+        """
+        columns = self._to_device(np.where(has_used, blocks, 0))
+        ids = self.block_tables[self._to_device(sequence)[:, None], columns]
+        return ids.masked_fill(torch.from_numpy(~has_used).to(ids.device, non_blocking=True), NULL_BLOCK)
+
+    def _mask(self, start: Longs, size: int, positions: Longs) -> Tensor:
+        """Returns the mask [items, size, keys] of queries from `start` on, for keys at `positions` [items, keys]."""
+        queries = self._to_device(start)[:, None, None] + torch.arange(size, device=self.block_tables.device)[:, None]
+        keys = self._to_device(positions)[:, None]
+        is_hidden = keys > queries
+        if self.window:
+            is_hidden |= keys <= queries - self.window
+        return torch.zeros(is_hidden.shape, device=keys.device).masked_fill_(is_hidden, MASKED)
+
+    def _to_device(self, array: Longs) -> Tensor:
+        return torch.from_numpy(array).to(self.block_tables.device, non_blocking=True)
 
 
-def _gather_blocks(blocks: Tensor, block_tables: Tensor) -> Tensor:
-    """Returns keys or values in order of position.
+def _ragged(counts: Longs) -> tuple[Longs, Longs]:
+    """Returns for each of sum(counts) elements its owner, an index of counts, and its index within the owner."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
 
-    blocks: [num_blocks, block_size, kv_heads, head_dim]. block_tables: [sequences, width], block ids.
-    Returns [sequences, kv_heads, width * block_size, head_dim].
+
+def _cut(num_items: Longs, limit: int) -> Iterator[slice]:
+    """Yields consecutive slices of tiles with at most `limit` items, or one tile."""
+    start, ends = 0, np.cumsum(num_items)
+    while start < len(ends):
+        used = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, used + limit, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def _chunks(array: Longs, size: int) -> list[Longs]:
+    return [array[i : i + size] for i in range(0, len(array), size)]
+
+
+def _attend_wave(q: Tensor, cache: LayerKVCache, wave: Wave, scale: float) -> Tensor:
+    """Returns the outputs [num_tiles * tile, heads, head_dim] of a wave's tiles."""
+    kv_heads, group_size, dim = cache["keys"].shape[2], q.shape[1] // cache["keys"].shape[2], q.shape[2]
+    rows = wave.tile * group_size
+    out = q.new_empty(len(wave.tile_of_item), kv_heads, rows, dim)
+    lse = torch.empty(out.shape[:3], device=q.device)
+    for call in wave.calls:
+        queries = q.index_select(0, call.queries).view(-1, wave.tile, kv_heads, group_size, dim)
+        keys, values = (_gather(cache[name], call) for name in ("keys", "values"))
+        call_out, call_lse = _attend(
+            queries.transpose(1, 2).reshape(-1, kv_heads, rows, dim), keys, values, call.row_mask(group_size), scale
+        )
+        out.index_copy_(0, call.places, call_out)
+        lse.index_copy_(0, call.places, call_lse)
+    if len(wave.tile_of_item) > wave.num_tiles:
+        out = _combine(out, lse, wave)
+    return out.view(-1, kv_heads, wave.tile, group_size, dim).transpose(1, 2).reshape(-1, q.shape[1], dim)
+
+
+def _gather(blocks: Tensor, call: Call) -> Tensor:
+    """Returns the keys or values of a call, [items, kv_heads, keys, head_dim], with zeros in unused slots.
+
+    blocks: [num_blocks, block_size, kv_heads, head_dim].
     """
-    gathered = blocks.index_select(0, block_tables.flatten())  # much faster than blocks[block_tables]
-    return gathered.unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)
+    gathered = blocks.index_select(0, call.blocks.flatten())  # much faster than blocks[call.blocks]
+    gathered.flatten(0, 1).index_fill_(0, call.unused, 0)
+    return gathered.view(len(call.blocks), -1, *blocks.shape[2:]).transpose(1, 2)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns the output [items, kv_heads, rows, head_dim] and its log-sum-exp [items, kv_heads, rows] float32.
+
+    q: [items, kv_heads, rows, head_dim]. keys, values: [items, kv_heads, keys, head_dim]. mask: added to the scores.
+    """
+    if q.device.type == "cpu":
+        num_items, num_heads, rows, _ = q.shape
+        q = pad(q, (0, 0, 0, -rows % ROW_MULTIPLE))
+        if num_items * num_heads == 1:  # torch computes a single product with several threads, which changes its bits
+            q, keys, values = (tensor.expand(2, -1, -1, -1) for tensor in (q, keys, values))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, keys, values, attn_mask=mask, scale=scale)
+        return out[:num_items, :, :rows], lse[:num_items, :, :rows]
+    scores = torch.matmul(q.float() * scale, keys.float().mT)
+    scores = scores if mask is None else scores + mask
+    lse = scores.logsumexp(-1)
+    return torch.matmul((scores - lse[..., None]).exp_().to(values.dtype), values), lse
+
+
+def _combine(out: Tensor, lse: Tensor, wave: Wave) -> Tensor:
+    """Returns the outputs [num_tiles, kv_heads, rows, head_dim] of the tiles from those of their items."""
+    owner = wave.tile_of_item
+    index = owner[:, None, None].expand_as(lse)
+    top = lse.new_full((wave.num_tiles, *lse.shape[1:]), -torch.inf).scatter_reduce_(0, index, lse, "amax")
+    weights = (lse - top.index_select(0, owner)).exp_()
+    total = torch.zeros_like(top).index_add_(0, owner, weights)
+    summed = out.new_zeros((wave.num_tiles, *out.shape[1:]), dtype=torch.float32)
+    summed.index_add_(0, owner, out * weights[..., None])
+    return summed.div_(total[..., None]).to(out.dtype)

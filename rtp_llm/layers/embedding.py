@@ -4,35 +4,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from rtp_llm.kernels.prepacked import linear
-from rtp_llm.layers.linear import PrepackedLinear
-from rtp_llm.layers.parameter import ShardedParameter, WeightSlice, sharded_parameter
+from rtp_llm.kernels.linear_method import Weights
+from rtp_llm.layers.linear import ParallelLinear
+from rtp_llm.layers.parameter import WeightSlice, sharded_parameter
 from rtp_llm.parallel.group import Group
 from rtp_llm.parallel.sharding import padded_vocab, shard_vocab
 
 
-def vocab_parameter(name: str, vocab_size: int, hidden_size: int, group: Group) -> ShardedParameter:
-    """Returns the parameter for this rank's rows of the checkpoint tensor `name`.
-
-    Its shape is [padded_vocab / number of ranks, hidden_size]; padding rows are zero.
-    """
-    shard = shard_vocab(vocab_size, group.size, group.rank)
+def _vocab_slice(name: str, vocab_size: int, hidden_size: int, group: Group) -> tuple[int, WeightSlice]:
+    """Returns the number of rows of this rank, padding included, and the slice of the checkpoint that they hold."""
+    shard, columns = shard_vocab(vocab_size, group.size, group.rank), range(hidden_size)
     num_rows = padded_vocab(vocab_size, group.size) // group.size
-    weight_slice = WeightSlice(name, 0, shard, range(len(shard)))
-    return sharded_parameter((num_rows, hidden_size), [weight_slice], {name: (vocab_size, hidden_size)})
+    return num_rows, WeightSlice(name, (shard, columns), (range(len(shard)), columns))
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding of token ids, sharded by vocabulary.
-
-    Each rank looks up the tokens of its shard and has zeros for the others; an all-reduce sums over the ranks.
-    """
+    """Embedding of token ids. Each rank looks up the tokens of its shard of the vocabulary; an all-reduce adds them."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group):
         super().__init__()
         self.group = group
-        self.weight = vocab_parameter("model.embed_tokens.weight", vocab_size, hidden_size, group)
-        self.vocab_start = group.rank * len(self.weight)
+        num_rows, rows = _vocab_slice("model.embed_tokens.weight", vocab_size, hidden_size, group)
+        self.weight = sharded_parameter((num_rows, hidden_size), [rows], {rows.name: (vocab_size, hidden_size)})
+        self.vocab_start = group.rank * num_rows
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: [num_tokens] int64. Returns [num_tokens, hidden_size], equal on all ranks."""
@@ -44,24 +38,28 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.all_reduce(rows.masked_fill(outside_shard[:, None], 0))
 
 
-class ParallelLMHead(PrepackedLinear):
-    """Output head. `tied_weight`: the embedding's parameter if the checkpoint uses it for the head too, else None."""
+class ParallelLMHead(ParallelLinear):
+    """Output head, in the dtype of the model. `tied`: the embedding, if the checkpoint ties their weights, else None.
 
-    def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied_weight: ShardedParameter | None):
-        super().__init__()
-        self.group, self.vocab_size = group, vocab_size
-        self.weight = (
-            tied_weight
-            if tied_weight is not None
-            else vocab_parameter("lm_head.weight", vocab_size, hidden_size, group)
-        )
+    The embedding must be loaded first.
+    """
 
-    def forward(self, hidden: Tensor) -> Tensor | None:
+    def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: VocabParallelEmbedding | None):
+        num_rows, rows = _vocab_slice("lm_head", vocab_size, hidden_size, group)
+        super().__init__(num_rows, hidden_size, [rows], {rows.name: (vocab_size, hidden_size)}, None, "")
+        self.group, self.vocab_size, self.tied = group, vocab_size, tied
+        if tied is not None:
+            del self.weight
+
+    def _loaded_weights(self) -> Weights:
+        return super()._loaded_weights() if self.tied is None else {"weight": self.tied.weight}
+
+    def forward(self, x: Tensor) -> Tensor | None:  # type: ignore[override]
         """Returns logits [num_rows, vocab_size] float32 on rank 0, None on the other ranks.
 
-        hidden: [num_rows, hidden_size].
+        x: hidden states [num_rows, hidden_size].
         """
-        shards = self.group.gather(linear(hidden, self.weight, prepacked=self.prepacked))
+        shards = self.group.gather(super().forward(x))
         if shards is None:
             return None
         return torch.cat(shards, dim=-1)[:, : self.vocab_size].float()

@@ -1,13 +1,14 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), with the residual addition that precedes it in a decoder."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), and the residual connection with the norms around it."""
 
-import torch
 from torch import Tensor, nn
 
+from rtp_llm.kernels.ops import all_reduce_add_rms_norm, rms_norm
 from rtp_llm.layers.parameter import replicated_parameter
+from rtp_llm.parallel.group import Group
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension. The quotient is computed in float32."""
+    """x / rms(x) * weight over the last dimension. `name`: of the checkpoint tensor, without ".weight"."""
 
     def __init__(self, name: str, size: int, eps: float):
         super().__init__()
@@ -16,11 +17,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size]. Returns the same shape and dtype."""
-        x_float32 = x.float()
-        normalized = x_float32 * torch.rsqrt(x_float32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalized.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
-    def forward_with_residual(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns (norm(x + residual), x + residual). x, residual: [num_tokens, size]; a residual of None is zero."""
-        total = x if residual is None else x + residual
-        return self(total), total
+
+class ResidualNorm(nn.Module):
+    """Ends a sub-block: sums its output over the ranks, adds it to the residual, and normalizes the next input.
+
+    post_norm: of the sub-block's output, before the addition. pre_norm: of the next sub-block's input. Both have the
+    same eps.
+    """
+
+    def __init__(self, group: Group, post_norm: RMSNorm | None, pre_norm: RMSNorm | None):
+        super().__init__()
+        self.group, self.post_norm, self.pre_norm = group, post_norm, pre_norm
+        self.eps = next((norm.eps for norm in (post_norm, pre_norm) if norm is not None), 0.0)
+
+    def forward(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """partial, residual: [num_tokens, size]. Returns (input of the next sub-block, residual) of the same shape."""
+        post_weight, pre_weight = (None if n is None else n.weight for n in (self.post_norm, self.pre_norm))
+        return all_reduce_add_rms_norm(partial, residual, self.group, post_weight, pre_weight, self.eps)

@@ -1,11 +1,17 @@
 """Attention layers: projections, rotary embedding, and the call of the attention backend."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from rtp_llm.kernels.batch import AttentionBackend, ForwardBatch, LayerKVCache
+from rtp_llm.contract.kv_cache import KVCacheGroup
+from rtp_llm.kernels.attention_backend import AttentionBackend, AttentionParams
+from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_columns, query_head_slices
 from rtp_llm.layers.norm import RMSNorm
-from rtp_llm.layers.rope import apply_rotary_emb
+from rtp_llm.layers.rope import RotaryEmbedding, apply_rotary_emb
+from rtp_llm.model.forward_context import ForwardContext
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.group import Group
 from rtp_llm.parallel.sharding import shard_heads
@@ -19,28 +25,40 @@ class GroupedQueryAttention(nn.Module):
         prefix, dim = f"model.layers.{layer}.self_attn", spec.head_dim
         heads = shard_heads(spec.num_heads, spec.num_kv_heads, group.size, group.rank)
         self.num_heads, self.num_kv_heads, self.head_dim = heads.num_heads, len(heads.kv_heads), dim
-        self.backend, self.window, self.scale = backend, spec.window(layer), dim**-0.5
+        self.layer, self.backend, self.params = layer, backend, AttentionParams(scale=dim**-0.5)
+        rope = spec.layer_rope(layer)
+        self.rope = RotaryEmbedding(rope, dim, torch.get_default_device(), torch.get_default_dtype()) if rope else None
         columns = qkv_columns(prefix, heads, dim, spec.num_heads, spec.num_kv_heads)
         out_size = (self.num_heads + 2 * self.num_kv_heads) * dim
-        self.qkv_proj = ColumnParallelLinear(spec.hidden_size, out_size, columns, spec.qkv_bias)
+        self.qkv_proj = ColumnParallelLinear(spec.hidden_size, out_size, columns, spec.qkv_bias, spec.linear_method)
         self.o_proj = RowParallelLinear(
             f"{prefix}.o_proj",
             spec.num_heads * dim,
             self.num_heads * dim,
             spec.hidden_size,
             query_head_slices(heads, dim),
-            spec.o_bias,
-            group,
+            spec.o_bias and group.rank == 0,
+            spec.linear_method,
         )
         self.q_norm = RMSNorm(f"{prefix}.q_norm", dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerKVCache, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        """x: [num_tokens, hidden_size]. cos_sin: [num_tokens, 1, head_dim / 2] each. Returns the same shape as x."""
+    def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
+        """Returns the backend's metadata for the layers of this KV cache group."""
+        return self.backend.prepare(batch, index, group.spec, group.block_size)
+
+    def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
+        """Returns a bound of the backend's memory."""
+        return self.backend.workspace_bytes(group.spec, self.num_heads, max_tokens, max_seq_len)
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """x: [T, hidden_size]. Returns the same shape, partial: the sum over all ranks is due."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
-        out = self.backend(q, k, v, cache, batch, window=self.window, scale=self.scale)
-        return self.o_proj(out.flatten(1))
+        if self.rope is not None:
+            cos_sin = context.cos_sin(self.rope)
+            q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
+        cache, metadata = context.caches[self.layer], context.metadata_of(self.layer)
+        return self.o_proj(self.backend.forward(self.params, q, k, v, cache, metadata).flatten(1))

@@ -1,80 +1,110 @@
 """The decoder that a ModelSpec describes: embedding, layers, norm, output head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rtp_llm.kernels.batch import AttentionBackend, ForwardBatch, LayerKVCache
+from rtp_llm.kernels.attention_backend import AttentionBackend
 from rtp_llm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from rtp_llm.layers.linear import PrepackedLinear
-from rtp_llm.layers.norm import RMSNorm
-from rtp_llm.layers.rope import RotaryEmbedding
+from rtp_llm.layers.linear import ParallelLinear
+from rtp_llm.layers.norm import ResidualNorm, RMSNorm
 from rtp_llm.model.attention import GroupedQueryAttention
+from rtp_llm.model.forward_context import Attention, ForwardContext
 from rtp_llm.model.mlp import GatedMLP
-from rtp_llm.model.spec import ModelSpec
+from rtp_llm.model.spec import ModelSpec, NormPlacement
 from rtp_llm.parallel.group import Group
-from rtp_llm.parallel.sharding import shard_heads
+
+# The modules of a layer, by the kinds in ModelSpec. Their outputs are partial: the layer sums them over the ranks.
+ATTENTIONS: dict[str, Callable[[ModelSpec, int, Group, AttentionBackend], nn.Module]] = {"gqa": GroupedQueryAttention}
+FFNS: dict[str, Callable[[ModelSpec, int, Group], nn.Module]] = {"gated_mlp": GatedMLP}
+
+
+class LayerNorms(NamedTuple):
+    """Names in the checkpoint of the norms of a layer; "": no norm there."""
+
+    before_attention: str
+    after_attention: str
+    before_ffn: str
+    after_ffn: str
+
+
+LAYER_NORMS: dict[NormPlacement, LayerNorms] = {
+    "pre": LayerNorms("input_layernorm", "", "post_attention_layernorm", ""),
+    "post": LayerNorms("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "both": LayerNorms(
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
+}
+
+
+def _make_norm(spec: ModelSpec, layer: int, name: str) -> RMSNorm | None:
+    return RMSNorm(f"model.layers.{layer}.{name}", spec.hidden_size, spec.norm_eps) if name else None
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP with pre-normalization and residual connections."""
+    """Attention and feed-forward network, each followed by reduction, residual addition and norms.
 
-    def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend):
+    next_norm: the norm that follows the layer, of the next layer's input or the last one. It belongs to this layer, so
+    that reduction, addition and norm are one operation.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend, next_norm: RMSNorm | None):
         super().__init__()
-        prefix = f"model.layers.{layer}"
-        self.input_layernorm = RMSNorm(f"{prefix}.input_layernorm", spec.hidden_size, spec.norm_eps)
-        self.self_attn = GroupedQueryAttention(spec, layer, group, backend)
-        self.post_attention_layernorm = RMSNorm(f"{prefix}.post_attention_layernorm", spec.hidden_size, spec.norm_eps)
-        self.mlp = GatedMLP(spec, layer, group)
+        names = LAYER_NORMS[spec.norm_placement]
+        self.self_attn = ATTENTIONS[spec.attention_kind(layer)](spec, layer, group, backend)
+        self.attention_residual = ResidualNorm(
+            group, _make_norm(spec, layer, names.after_attention), _make_norm(spec, layer, names.before_ffn)
+        )
+        self.mlp = FFNS[spec.ffn_kind(layer)](spec, layer, group)
+        self.ffn_residual = ResidualNorm(group, _make_norm(spec, layer, names.after_ffn), next_norm)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        batch: ForwardBatch,
-        cache: LayerKVCache,
-        cos_sin: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: [num_tokens, hidden_size]; the residual of the first layer is None.
+    def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """x: input of attention, normalized if a norm precedes it; residual: both [num_tokens, hidden_size].
 
-        Returns (output, residual), both of that shape; the next layer, or the norm after the last layer, adds them.
+        Returns (x, residual) for the next layer.
         """
-        x, residual = self.input_layernorm.forward_with_residual(x, residual)
-        x = self.self_attn(x, batch, cache, cos_sin)
-        x, residual = self.post_attention_layernorm.forward_with_residual(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.attention_residual(self.self_attn(x, context), residual)
+        x, residual = self.ffn_residual(self.mlp(x), residual)
+        return x, residual
 
 
 class Decoder(nn.Module):
-    """Computes hidden states with `forward`, and logits of selected tokens with `logits`."""
+    """Computes hidden states with `forward`, and logits of selected tokens with `logits`.
+
+    Its parameters have no memory until `model.weights.load_weights`.
+    """
 
     def __init__(self, spec: ModelSpec, group: Group, backend: AttentionBackend):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, group)
-        self.layers = nn.ModuleList(DecoderLayer(spec, i, group, backend) for i in range(spec.num_layers))
-        self.norm = RMSNorm("model.norm", spec.hidden_size, spec.norm_eps)
-        self.local_kv_heads = len(shard_heads(spec.num_heads, spec.num_kv_heads, group.size, group.rank).kv_heads)
-        tied_weight = self.embed_tokens.weight if spec.tie_embeddings else None
-        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied_weight)
-        weight = self.norm.weight
-        self.rope = RotaryEmbedding(spec.rope, spec.head_dim, weight.device, weight.dtype)
+        first_name = LAYER_NORMS[spec.norm_placement].before_attention
+        norms = [_make_norm(spec, layer, first_name) for layer in range(spec.num_layers)]
+        norms.append(RMSNorm("model.norm", spec.hidden_size, spec.norm_eps))
+        self.input_norm = norms[0]
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, layer, group, backend, norms[layer + 1]) for layer in range(spec.num_layers)
+        )
+        tied = self.embed_tokens if spec.tie_embeddings else None
+        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied)
 
-    def forward(self, batch: ForwardBatch, caches: Sequence[LayerKVCache]) -> Tensor:
-        """Returns the hidden states [num_tokens, hidden_size] after the last norm, equal on all ranks.
+    def forward(self, context: ForwardContext) -> Tensor:
+        """Returns the hidden states [T, hidden_size] after the last norm, equal on all ranks."""
+        residual = self.embed_tokens(context.batch.token_ids)
+        x = residual if self.input_norm is None else self.input_norm(residual)
+        for layer in self.layers:
+            x, residual = layer(x, residual, context)
+        return x
 
-        `caches`: the KV cache of each layer.
-        """
-        cos_sin = self.rope.cos_sin(batch.positions, batch.rope_lens)
-        x, residual = self.embed_tokens(batch.token_ids), None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, batch, cache, cos_sin)
-        return self.norm.forward_with_residual(x, residual)[0]
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention of each layer."""
+        return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
-    def prepack(self) -> None:
-        """Reorders the loaded weights to oneDNN's layout on CPU, one layer at a time to limit peak memory."""
-        for module in self.modules():
-            if isinstance(module, PrepackedLinear):
-                module.prepack(shared=module is self.lm_head and self.lm_head.weight is self.embed_tokens.weight)
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the bits of a row do not depend on the other rows of a step, in all linear layers."""
+        return all(bool(m.method.batch_invariant) for m in self.modules() if isinstance(m, ParallelLinear))
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Returns logits [num_rows, vocab_size] float32 on rank 0, None on the other ranks.

@@ -1,9 +1,9 @@
 """Memory of a model on one rank, computed from its ModelSpec. Does not import torch, so that the doctor can use it."""
 
+from rtp_llm.contract.kv_cache import ITEM_BYTES
+from rtp_llm.model.kv_cache_specs import kv_cache_specs
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.sharding import padded_vocab, shard_heads, shard_mlp
-
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
@@ -33,6 +33,7 @@ def head_weights(spec: ModelSpec, tp_size: int) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the bytes of one token's keys and values in all layers, on the rank with the most KV heads."""
-    heads = max(len(shard_heads(spec.num_heads, spec.num_kv_heads, tp_size, rank).kv_heads) for rank in range(tp_size))
-    return 2 * spec.num_layers * heads * spec.head_dim * ITEM_BYTES[spec.dtype]
+    """Returns the bytes that all layers keep per token in the KV cache, on the rank with the most KV heads."""
+    return max(
+        sum(s.num_bytes for s in kv_cache_specs(spec, tp_size, rank) if not s.per_sequence) for rank in range(tp_size)
+    )

@@ -1,8 +1,9 @@
 """Feed-forward layers."""
 
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
+from rtp_llm.kernels.linear_method import shard_granularity
+from rtp_llm.kernels.ops import silu_and_mul
 from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, merged_columns
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.group import Group
@@ -15,20 +16,22 @@ class GatedMLP(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()
         prefix, full_size = f"model.layers.{layer}.mlp", spec.intermediate_size
-        shard = shard_mlp(full_size, group.size, group.rank)
+        granularity = shard_granularity(spec.linear_method)
+        shard = shard_mlp(full_size, group.size, group.rank, granularity)
         columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full_size, shard)
-        self.gate_up_proj = ColumnParallelLinear(spec.hidden_size, 2 * len(shard), columns, spec.mlp_bias)
+        self.gate_up_proj = ColumnParallelLinear(
+            spec.hidden_size, 2 * len(shard), columns, spec.mlp_bias, spec.linear_method
+        )
         self.down_proj = RowParallelLinear(
             f"{prefix}.down_proj",
             full_size,
             len(shard),
             spec.hidden_size,
             [(shard, range(len(shard)))],
-            spec.mlp_bias,
-            group,
+            spec.mlp_bias and group.rank == 0,
+            spec.linear_method,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size]. Returns the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(silu(gate) * up)
+        """x: [num_tokens, hidden_size], equal on all ranks. Returns the same shape, partial: the ranks' sum is due."""
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))

@@ -13,6 +13,8 @@ from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.layers.rope_spec import RopeKind, RopeSpec
 
 DType = Literal["fp32", "bf16", "fp16"]
+# Norms of each sub-block: before it (on its input), after it (on its output, before the residual addition), or both.
+NormPlacement = Literal["pre", "post", "both"]
 _DTYPES: dict[str, DType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -36,14 +38,30 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on each query and key head
+    norm_placement: NormPlacement = "pre"
+    attention: tuple[str, ...] = ()  # kind per layer, a key of `decoder.ATTENTIONS`; empty: all "gqa"
+    ffn: tuple[str, ...] = ()  # kind per layer, a key of `decoder.FFNS`; empty: all "gated_mlp"
+    layer_ropes: tuple[RopeSpec | None, ...] = ()  # per layer; None: no rope; empty: all `rope`
+    linear_method: str = ""  # of all linear layers but the output head; "": the best for the device
     tie_embeddings: bool = False
-    fused_qkv: bool = False  # wqkv and other tensor names of InternLM2
     sliding_window: int = 0  # tokens; 0: none
     window_layers: tuple[bool, ...] = ()  # per layer, whether it uses the window
 
     def window(self, layer: int) -> int:
         """Returns the number of newest keys that a token attends to in this layer, its own included; 0: all."""
         return self.sliding_window if self.sliding_window and self.window_layers[layer] else 0
+
+    def attention_kind(self, layer: int) -> str:
+        """Returns the kind of attention of this layer."""
+        return self.attention[layer] if self.attention else "gqa"
+
+    def ffn_kind(self, layer: int) -> str:
+        """Returns the kind of feed-forward network of this layer."""
+        return self.ffn[layer] if self.ffn else "gated_mlp"
+
+    def layer_rope(self, layer: int) -> RopeSpec | None:
+        """Returns the rotary embedding of this layer, None if it has none."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
     def valid_tp_sizes(self) -> range:
         """Returns the supported TP sizes: from 1 to the number of query heads."""
@@ -84,7 +102,7 @@ def _qwen3(config: Json) -> dict[str, Any]:
 
 def _internlm2(config: Json) -> dict[str, Any]:
     bias = bool(config.get("bias", False))
-    return {"qkv_bias": bias, "o_bias": bias, "fused_qkv": True}
+    return {"qkv_bias": bias, "o_bias": bias}
 
 
 FAMILIES: dict[str, _Family] = {
@@ -94,6 +112,8 @@ FAMILIES: dict[str, _Family] = {
     "qwen_3": _qwen3,
     "internlm2": _internlm2,
 }
+# The quant_method of config.json's quantization_config, and the key of `kernels.linear_method.LINEAR_METHODS` for it.
+QUANTIZATION_METHODS: dict[str, str] = {}
 ALIASES = {"qwen_tool": "qwen_2", "qwen_agent": "qwen_2", "qwen_3_tool": "qwen_3"}
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -152,8 +172,9 @@ def _select_family(config: Json, model_type: str) -> str:
 
 
 def _parse_config(config: Json, family: str) -> ModelSpec:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
+    quantization = config.get("quantization_config")
+    if quantization and quantization.get("quant_method") not in QUANTIZATION_METHODS:
+        method = quantization.get("quant_method", "?")
         raise CheckpointError(
             f"config.json: quantization_config says {method!r}; quantized checkpoints are not supported yet;"
             " allowed: a checkpoint without quantization_config"
@@ -182,6 +203,7 @@ def _parse_config(config: Json, family: str) -> ModelSpec:
         max_positions=_read_max_positions(config, max_positions),
         dtype=_read_dtype(config),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        linear_method=QUANTIZATION_METHODS[quantization["quant_method"]] if quantization else "",
         **FAMILIES[family](config),
     )
 

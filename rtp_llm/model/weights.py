@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,140 +12,133 @@ from safetensors import safe_open
 from torch import nn
 
 from rtp_llm.errors import CheckpointError
-from rtp_llm.layers.parameter import ShardedParameter, WeightSlice
+from rtp_llm.layers.linear import ParallelLinear
+from rtp_llm.layers.parameter import Box, ShardedParameter, WeightSlice
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
+from rtp_llm.model.tensor_names import LLAMA_NAMES, TENSOR_NAMES
 
 log = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[float], None]  # gets the fraction loaded, 0 … 1
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class LoadStats:
-    """Bytes that one rank has read from the checkpoint, and the seconds that this took."""
+    """Bytes that one rank has read from the checkpoint, and the seconds that this took, transformations included."""
 
     bytes: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class _SliceRead:
-    """One read: the slice `source` of checkpoint tensor `name` is copied to the slice `target` of `parameter`.
-
-    Both slices are along dimension `dim`.
-    """
-
-    parameter: ShardedParameter
-    name: str
-    dim: int
-    source: range
-    target: range
-
-
 def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
-    """Loads all parameters of the model from the checkpoint. Returns the bytes read and the time.
+    """Loads all parameters of the model, and transforms each linear layer's weight as soon as it is read.
 
-    Raises CheckpointError, before it reads any data, if tensors are missing or have unexpected shapes.
+    So the memory in use never exceeds the transformed model and one weight as it was read. Raises CheckpointError,
+    before it reads any data, if tensors are missing or have unexpected shapes.
     """
     started = time.monotonic()
-    reads = _plan_reads(model, spec)
-    _check_tensors(model, checkpoint, spec)
-    total = sum(len(r.target) for r in reads) or 1
-    done, num_bytes = 0, 0
+    layout = _CheckpointLayout(model, spec)
+    _check_tensors(layout.shapes, checkpoint, spec)
+    total = sum(s.num_elements for p in _parameters(model) for s in p.slices) or 1
     with ExitStack() as stack:
-        files: dict[Path, Any] = {}
-        for read in reads:
-            file = checkpoint.tensors[read.name].file
-            if file not in files:
-                files[file] = stack.enter_context(safe_open(file, framework="pt"))
-            num_bytes += _copy_slice(read, files[file])
-            done += len(read.target)
-            on_progress(done / total)
-    return LoadStats(num_bytes, time.monotonic() - started)
+        reader = _Reader(checkpoint, layout, stack)
+        for module in model.modules():
+            for name, parameter in _own_parameters(module):
+                setattr(module, name, reader.read(parameter))
+                on_progress(reader.num_elements / total)
+            if isinstance(module, ParallelLinear):
+                module.process_weights_after_loading()
+    _log_batch_invariance(model)
+    return LoadStats(reader.num_bytes, time.monotonic() - started)
 
 
-def _copy_slice(read: _SliceRead, file: Any) -> int:
-    """Copies one slice into its parameter. Returns its size in bytes.
-
-    `file` is memory-mapped, so no other data is read.
-    """
-    view = file.get_slice(read.name)
-    start, stop = read.source.start, read.source.stop
-    tensor = view[start:stop] if read.dim == 0 else view[:, start:stop]
-    target = slice(read.target.start, read.target.stop)
-    (read.parameter.data[target] if read.dim == 0 else read.parameter.data[:, target]).copy_(tensor)
-    return int(tensor.numel() * tensor.element_size())
+def _own_parameters(module: nn.Module) -> list[tuple[str, ShardedParameter]]:
+    parameters = list(module.named_parameters(recurse=False))
+    return [(name, parameter) for name, parameter in parameters if isinstance(parameter, ShardedParameter)]
 
 
 def _parameters(model: nn.Module) -> Iterator[ShardedParameter]:
-    for parameter in model.parameters():
-        assert isinstance(parameter, ShardedParameter)
-        yield parameter
+    return (parameter for module in model.modules() for _, parameter in _own_parameters(module))
 
 
-def _plan_reads(model: nn.Module, spec: ModelSpec) -> list[_SliceRead]:
-    translate = _internlm2_slice if spec.fused_qkv else _identity_slice
-    return [
-        _SliceRead(parameter, *translate(weight_slice, spec), weight_slice.target)
-        for parameter in _parameters(model)
-        for weight_slice in parameter.slices
-        if len(weight_slice.source)
-    ]
+class _Reader:
+    """Reads parameters from the memory-mapped files of a checkpoint, so that only their slices are read from disk."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: "_CheckpointLayout", stack: ExitStack):
+        self.num_elements = self.num_bytes = 0
+        self._checkpoint, self._layout, self._stack = checkpoint, layout, stack
+        self._files: dict[Path, Any] = {}
+
+    def read(self, parameter: ShardedParameter) -> ShardedParameter:
+        """Returns the parameter in memory, with its slices of the checkpoint."""
+        parameter = parameter.materialize()
+        for weight_slice in (part for whole in parameter.slices for part in self._layout.locate(whole)):
+            source = self._open(weight_slice.name).get_slice(weight_slice.name)[_index(weight_slice.source)]
+            target = parameter.data[_index(weight_slice.target)]
+            target.copy_(source.reshape(target.shape))
+            self.num_elements += target.numel()
+            self.num_bytes += source.numel() * source.element_size()
+        return parameter
+
+    def _open(self, tensor: str) -> Any:
+        file = self._checkpoint.tensors[tensor].file
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+        return self._files[file]
 
 
-def _identity_slice(weight_slice: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
-    return weight_slice.name, weight_slice.dim, weight_slice.source
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(r.start, r.stop, r.step) for r in box)
 
 
-_INTERNLM2_NAMES = (
-    ("model.embed_tokens", "model.tok_embeddings"),
-    ("lm_head", "output"),
-    (".self_attn.q_proj", ".attention.wqkv"),
-    (".self_attn.k_proj", ".attention.wqkv"),
-    (".self_attn.v_proj", ".attention.wqkv"),
-    (".self_attn.o_proj", ".attention.wo"),
-    (".mlp.gate_proj", ".feed_forward.w1"),
-    (".mlp.up_proj", ".feed_forward.w3"),
-    (".mlp.down_proj", ".feed_forward.w2"),
-    (".input_layernorm", ".attention_norm"),
-    (".post_attention_layernorm", ".ffn_norm"),
-)
+class _CheckpointLayout:
+    """Translates slices with Llama's names to the tensors of a family's checkpoint. `shapes`: of these tensors."""
+
+    def __init__(self, model: nn.Module, spec: ModelSpec):
+        self._names = TENSOR_NAMES.get(spec.family, LLAMA_NAMES)
+        self._num_kv_heads = spec.num_kv_heads
+        self._parts = {name: shape for p in _parameters(model) for name, shape in p.full_shapes.items()}
+        self.shapes = self._checkpoint_shapes()
+
+    def _checkpoint_shapes(self) -> Shapes:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in self._parts.items():
+            fused = self._names.find_fused(name)
+            if fused:
+                rows = sum(self._parts[part][0] for part in fused[1])
+                shapes[fused[0]] = (rows, *shape[1:])
+            else:
+                shapes[self._names.rename(name)] = shape
+        return shapes
+
+    def locate(self, weight_slice: WeightSlice) -> Iterator[WeightSlice]:
+        """Yields the slice with the names and rows of the checkpoint, in several pieces if a fused tensor splits it."""
+        fused = self._names.find_fused(weight_slice.name)
+        if not fused:
+            yield replace(weight_slice, name=self._names.rename(weight_slice.name))
+            return
+        name, parts, per_kv_head = fused
+        repeats = self._num_kv_heads if per_kv_head else 1
+        sizes = {part: self._parts[part][0] // repeats for part in parts}  # rows of each part in one repeat
+        size, stride = sizes[weight_slice.name], sum(sizes.values())
+        offset = sum(sizes[part] for part in parts[: parts.index(weight_slice.name)])
+        rows, target = weight_slice.source[0], weight_slice.target[0]
+        assert rows.step == 1, "a fused tensor is cut at contiguous rows only"
+        for start in [rows.start, *range(rows.start // size * size + size, rows.stop, size)]:
+            stop = min(rows.stop, start // size * size + size)
+            row = start // size * stride + offset + start % size
+            pieces = range(row, row + stop - start), target[start - rows.start : stop - rows.start]
+            boxes = [
+                (piece, *box[1:]) for piece, box in zip(pieces, (weight_slice.source, weight_slice.target), strict=True)
+            ]
+            yield WeightSlice(name, *boxes)
 
 
-def _internlm2_slice(weight_slice: WeightSlice, spec: ModelSpec) -> tuple[str, int, range]:
-    """Returns where an InternLM2 checkpoint has this slice: (tensor name, dimension, indices).
-
-    In such a checkpoint the tensor `wqkv` stacks, for each KV head, the query heads, the key head and the value head.
-    """
-    name = _internlm2_name(weight_slice.name)
-    for kind, infix in enumerate((".q_proj", ".k_proj", ".v_proj")):
-        if infix in weight_slice.name:
-            head = weight_slice.source.start // spec.head_dim
-            row = _wqkv_row(kind, head, spec.num_heads // spec.num_kv_heads) * spec.head_dim
-            return name, 0, range(row, row + len(weight_slice.source))
-    return name, weight_slice.dim, weight_slice.source
-
-
-def _internlm2_name(name: str) -> str:
-    for llama_name, internlm2_name in _INTERNLM2_NAMES:
-        name = name.replace(llama_name, internlm2_name)
-    return name
-
-
-def _wqkv_row(kind: int, head: int, group_size: int) -> int:
-    """Returns how many heads precede a query (`kind` 0), key (1) or value (2) head in the tensor wqkv of InternLM2.
-
-    `group_size`: query heads per KV head.
-    """
-    if kind == 0:
-        return head // group_size * (group_size + 2) + head % group_size
-    return head * (group_size + 2) + group_size + kind - 1
-
-
-def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raises CheckpointError if tensors are missing or have unexpected shapes. Logs how many tensors are unused."""
-    tensors, shapes = checkpoint.tensors, _expected_shapes(model, spec)
+def _check_tensors(shapes: Shapes, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises CheckpointError if tensors are missing or have unexpected shapes. Logs unused ones."""
+    tensors = checkpoint.tensors
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
         names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -160,20 +153,19 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec) ->
         log.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(unused), min(unused))
 
 
-def _expected_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the expected shapes of the checkpoint's tensors, by name. InternLM2's wqkv has all rows of q, k and v."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for parameter in _parameters(model):
-        for name, shape in parameter.full_shapes.items():
-            name = _internlm2_name(name) if spec.fused_qkv else name
-            rows = shapes[name][0] if "wqkv" in name and name in shapes else 0
-            shapes[name] = (rows + shape[0], *shape[1:])
-    return shapes
-
-
 def _is_expected_extra(name: str, spec: ModelSpec) -> bool:
-    """Returns whether it is normal that a tensor is unused: tied head, rope table, or layer beyond HACK_LAYER_NUM."""
+    """Returns whether an unused tensor needs no warning: tied head, rope table, or layer beyond HACK_LAYER_NUM."""
     if name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight"):
         return True
     path = name.split(".")
     return len(path) > 2 and path[1] == "layers" and path[2].isdigit() and int(path[2]) >= spec.num_layers
+
+
+def _log_batch_invariance(model: nn.Module) -> None:
+    """Logs whether a row of a linear layer's output can depend on the other rows of the step, as measured."""
+    methods = {m.method for m in model.modules() if isinstance(m, ParallelLinear)}
+    varying = sorted(f"{m.name} {m.out_size} x {m.in_size}" for m in methods if not m.batch_invariant)
+    if varying:
+        log.info("linear layers whose bits depend on the other rows of a step: %s", ", ".join(varying))
+    else:
+        log.info("linear layers: no bit depends on the other rows of a step")

@@ -25,6 +25,7 @@ from rtp_llm.parallel.wire import FrameBuffer, FrameType, WireError, pack_json
 log = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_SECONDS = 0.5
+PHASE_CHANGE_SECONDS = 0.02  # from a change of phase, which ranks may wait for, to the status that tells it
 HELLO_TIMEOUT_SECONDS = 5.0  # from accept to the HELLO frame
 SEND_TIMEOUT_SECONDS = 5.0
 MAX_MESSAGE_BYTES = 1 << 20  # a heartbeat has a few hundred bytes
@@ -72,22 +73,21 @@ class Coordinator:
         self._peers: list[_Peer] = []
         self._formed = False
         self._reject_at = 0.0
-        self._started = time.monotonic()
+        self._started = self._send_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
         threading.Thread(target=self._serve, name="coordinator", daemon=True).start()
 
     def _serve(self) -> None:
-        next_heartbeat = 0.0
         while True:
-            for key, _ in self._selector.select(timeout=HEARTBEAT_INTERVAL_SECONDS / 2):
+            for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
                 if key.data is None:
                     self._accept()
                 else:
                     self._read(key.data)
-            if time.monotonic() >= next_heartbeat:
-                next_heartbeat = time.monotonic() + HEARTBEAT_INTERVAL_SECONDS
+            if time.monotonic() >= self._send_at:
+                self._send_at = time.monotonic() + HEARTBEAT_INTERVAL_SECONDS
                 self._send_periodic()
 
     def _accept(self) -> None:
@@ -118,6 +118,8 @@ class Coordinator:
     def _handle_frame(self, peer: _Peer, frame_type: FrameType, message: dict[str, Any]) -> None:
         peer.last_seen = time.monotonic()
         if frame_type == FrameType.HEARTBEAT:
+            if message.get("phase") != peer.rank_status.get("phase"):
+                self._send_at = min(self._send_at, time.monotonic() + PHASE_CHANGE_SECONDS)
             peer.rank_status = dict(message)
         elif frame_type == FrameType.HELLO and not self._formed:
             peer.rank, peer.fingerprint = int(message["rank"]), dict(message["fingerprint"])

@@ -1,8 +1,8 @@
 """A rank's membership in the gang: the rendezvous before torch is imported, then heartbeats.
 
 The lifetime of a gang is divided into numbered epochs (starts of all ranks). Losing any rank ends the epoch for all
-ranks: they exit with a code for the reason, and the guards of all parts (supervise/guard.py) restart them in the next
-epoch.
+ranks: they abort it and exit with a code for the reason, and the guards of all parts (supervise/guard.py) restart them
+in the next epoch.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from rtp_llm.parallel.wire import FrameType, connect, listen, pack_json, recv_fr
 
 log = logging.getLogger(__name__)
 
-CONNECT_RETRY_SECONDS = 0.3
+CONNECT_RETRY_SECONDS = 0.1
 CONNECT_TIMEOUT_SECONDS = 3.0
+ABORT_TIMEOUT_SECONDS = 1.0  # NCCL's abort can hang on a faulty GPU
 
 
 class GangClient:
@@ -36,6 +37,8 @@ class GangClient:
         self.epoch = 0
         self.address = ""  # address at which other parts reach this machine; set by `join`
         self._rank_statuses: dict[str, dict[str, Any]] = {}  # last RankStatus of each rank, from the coordinator
+        # Ends the collectives of the current epoch, given a reason; called before `on_lost`, from any thread.
+        self.abort_epoch: Callable[[str], None] = lambda reason: None
         self._on_lost = on_lost
         self._status_file = GangStatusFile(run_dir) if rank_status.rank == plan.first_rank else None
         self._coordinator: Coordinator | None = None
@@ -74,6 +77,14 @@ class GangClient:
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._receive_gang_status, name="gang-status", daemon=True).start()
 
+    def epochs(self) -> Iterator[int]:
+        """Yields the number of each epoch that this process is a member of: today just the one that it has joined.
+
+        After that it waits, because an aborted epoch ends the process: `on_lost` exits in the thread that aborted.
+        """
+        yield self.epoch
+        threading.Event().wait()
+
     def wait_until_loaded(self) -> None:
         """Blocks until all ranks have loaded their weights.
 
@@ -94,7 +105,7 @@ class GangClient:
         listener = listen(host, self.plan.leader_port(RENDEZVOUS_PORT_OFFSET))
         epoch = self._status_file.next_epoch() if self._status_file else 1
         timeouts = Timeouts(config.gang_timeout_min * 60, config.heartbeat_timeout, config.dist_comm_timeout)
-        return Coordinator(self.plan, epoch, listener, timeouts, self._on_lost)
+        return Coordinator(self.plan, epoch, listener, timeouts, self._end_epoch)
 
     def _connect(self, deadline: float) -> socket.socket:
         host, port = leader_host(self.plan), self.plan.leader_port(RENDEZVOUS_PORT_OFFSET)
@@ -145,7 +156,8 @@ class GangClient:
                 self._sock.sendall(pack_json(FrameType.HEARTBEAT, self.rank_status.to_json()))
             except OSError as error:
                 self._lost(f"lost part 0: {error}", ExitCode.COMMUNICATION)
-            time.sleep(HEARTBEAT_INTERVAL_SECONDS)
+            self.rank_status.phase_changed.wait(HEARTBEAT_INTERVAL_SECONDS)
+            self.rank_status.phase_changed.clear()
 
     def _receive_gang_status(self) -> None:
         """Writes each gang status (the status of all ranks, from rank 0) to gang.json, for this part's API process."""
@@ -171,6 +183,12 @@ class GangClient:
         # On rank 0 the coordinator reports which rank was lost: wait for it, since the first report ends the process.
         if self._coordinator:
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
+        self._end_epoch(message, code)
+
+    def _end_epoch(self, message: str, code: ExitCode) -> None:
+        abort = threading.Thread(target=self.abort_epoch, args=(message,), name="abort", daemon=True)
+        abort.start()
+        abort.join(ABORT_TIMEOUT_SECONDS)
         self._on_lost(message, code)
 
 

@@ -1,17 +1,18 @@
-"""Collectives of the tensor-parallel group.
+"""Communicators of the tensor-parallel group, one per epoch.
 
-No communication at TP=1, NCCL on GPUs, gloo on CPU. CPU ranks on one machine use shared memory instead of gloo for the
-collectives of a step.
+No communication at TP=1, NCCL on GPUs, gloo on CPU. CPU ranks on one machine use shared memory instead of gloo.
 """
 
-import functools
 import logging
 import os
 import secrets
-from collections.abc import Callable
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
 from rtp_llm.machine.devices import interface_of
+from rtp_llm.parallel.abort import AbortFlag
 from rtp_llm.parallel.plan import TORCH_STORE_PORT_OFFSET, Plan
 from rtp_llm.parallel.segment import create_segment, is_supported
-from rtp_llm.parallel.shared_memory import ShmCommunicator
+from rtp_llm.parallel.shared_memory import SharedMemoryGroup
 from rtp_llm.parallel.wire import listen
 
 P = ParamSpec("P")
@@ -51,11 +53,33 @@ class Group(Protocol):
         """Returns the tensors of all ranks in rank order on rank 0, None on the others. All shapes must be equal."""
         ...
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Copies rank 0's tensor into the tensors of the others, in place. Returns the same tensor."""
+        ...
+
     def min(self, value: int) -> int:
         """Returns the minimum of all ranks' values, on all ranks."""
         ...
 
-    def close(self) -> None: ...
+    def check_aborted(self) -> None:
+        """Raises CommunicationError if the group was aborted.
+
+        On GPUs an aborted collective ends without an error, and its result is arbitrary. So call this before results
+        of a step leave the rank.
+        """
+        ...
+
+
+class Communicator(Group, Protocol):
+    """The group of one epoch, with connections to the other ranks."""
+
+    def abort(self, reason: str) -> None:
+        """Makes the pending collective and all later ones raise CommunicationError. Any thread may call it."""
+        ...
+
+    def close(self) -> None:
+        """Ends the connections, so that these processes can form a new group."""
+        ...
 
 
 class SingleRankGroup:
@@ -64,80 +88,114 @@ class SingleRankGroup:
     rank, size = 0, 1
     wait_seconds: float | None = None
 
+    def __init__(self) -> None:
+        self._abort_flag = AbortFlag()
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         return [tensor]
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def min(self, value: int) -> int:
         return value
+
+    def check_aborted(self) -> None:
+        self._abort_flag.check()
+
+    def abort(self, reason: str) -> None:
+        self._abort_flag.set(reason)
 
     def close(self) -> None:
         pass
 
 
-def _raises_communication_error(collective: Callable[P, R]) -> Callable[P, R]:
+def _raises_communication_error(
+    collective: Callable[Concatenate["TorchGroup", P], R],
+) -> Callable[Concatenate["TorchGroup", P], R]:
     """Converts torch's RuntimeError for a lost peer to CommunicationError, which has its own exit code."""
 
-    @functools.wraps(collective)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: "TorchGroup", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.check_aborted()
         try:
-            return collective(*args, **kwargs)
+            return collective(self, *args, **kwargs)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # subclasses of RuntimeError that are not caused by a lost peer
         except RuntimeError as error:
+            self.check_aborted()
             raise CommunicationError(f"collective {collective.__name__} failed: {error}") from error
 
     return call
 
 
 class TorchGroup:
-    """The default process group of torch.distributed, over NCCL or gloo."""
+    """A process group of torch, over NCCL or gloo.
+
+    It is not the default group of torch.distributed, of which a process can have only one.
+    """
 
     wait_seconds: float | None = None  # not measured: NCCL waits on the device
 
-    def __init__(self, rank: int, size: int, device: torch.device):
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, process_group: Any, device: torch.device, sockets: Sequence[socket.socket] = ()):
+        """`process_group`: a ProcessGroupNCCL or ProcessGroupGloo; torch declares no types for their methods.
+
+        `sockets`: connections to the peers, which `abort` shuts down; see `_connected_sockets`.
+        """
+        self.rank, self.size, self.device = process_group.rank(), process_group.size(), device
+        self._process_group, self._sockets = process_group, sockets
+        self._abort_flag = AbortFlag()
 
     @_raises_communication_error
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
+        self._process_group.allreduce([tensor], _synchronous(dist.AllreduceOptions())).wait()
         return tensor
 
     @_raises_communication_error
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         tensor = tensor.contiguous()  # NCCL accepts only contiguous inputs and outputs
-        tensors = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(tensor, tensors, dst=0)
-        return tensors
+        outputs = [[torch.empty_like(tensor) for _ in range(self.size)]] if self.rank == 0 else []
+        self._process_group.gather(outputs, [tensor], _synchronous(dist.GatherOptions())).wait()
+        return outputs[0] if outputs else None
+
+    @_raises_communication_error
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        self._process_group.broadcast([tensor], _synchronous(dist.BroadcastOptions())).wait()
+        return tensor
 
     @_raises_communication_error
     def min(self, value: int) -> int:
         tensor = torch.tensor([value], device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        self._process_group.allreduce(tensor, dist.ReduceOp.MIN).wait()
         return int(tensor.item())
 
+    def check_aborted(self) -> None:
+        self._abort_flag.check()
+
+    def abort(self, reason: str) -> None:
+        self._abort_flag.set(reason)
+        self._process_group.abort()  # of gloo, it does nothing
+        for sock in self._sockets:
+            with suppress(OSError):  # the peer has closed it
+                sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        dist.destroy_process_group()
+        if not self._abort_flag.reason:
+            self._process_group.shutdown()
+        for sock in self._sockets:
+            sock.close()
+        del self._process_group  # closes its connections, and the store on rank 0 frees its port
 
 
-class SharedMemoryGroup(TorchGroup):
-    """The group of CPU ranks on one machine: all-reduce and gather use shared memory, other collectives use gloo."""
+Options = TypeVar("Options", dist.AllreduceOptions, dist.GatherOptions, dist.BroadcastOptions)
 
-    def __init__(self, rank: int, size: int, device: torch.device, communicator: ShmCommunicator):
-        super().__init__(rank, size, device)
-        self._communicator = communicator
 
-    @property
-    def wait_seconds(self) -> float | None:  # type: ignore[override]
-        return self._communicator.wait_seconds
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._communicator.all_reduce(tensor)
-
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        return self._communicator.gather(tensor)
+def _synchronous(options: Options) -> Options:
+    """Makes NCCL use the current stream, as the functions of torch.distributed do. Rank 0 is the default root."""
+    options.asyncOp = False
+    return options
 
 
 def init_group(
@@ -150,8 +208,8 @@ def init_group(
     timeout: float,
     device: torch.device,
     shm_prefix: str = "",
-) -> Group:
-    """Returns the process group of all ranks. Every rank must call this.
+) -> Communicator:
+    """Returns the communicator of all ranks. Every rank must call this, once its communicator before is closed.
 
     `epoch`: number of the gang's start. `host`: of part 0. `address`: of this machine, as other parts reach it.
     `timeout`: seconds for the initialization and for every collective. `shm_prefix`: of file names in /dev/shm; if it
@@ -159,61 +217,92 @@ def init_group(
     """
     if plan.world_size == 1:
         return SingleRankGroup()
-    _set_collective_interface(address)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    uses_shared_memory = bool(shm_prefix) and device.type == "cpu" and not plan.is_multi_part and is_supported()
     try:
-        store = _init_torch_group(plan, rank, epoch, host, timeout, backend, device)
-        if shm_prefix and backend == "gloo" and not plan.is_multi_part and is_supported():
-            communicator = _open_communicator(store, plan, rank, timeout, shm_prefix)
-            return SharedMemoryGroup(rank, plan.world_size, device, communicator)
+        store = _open_store(plan, rank, epoch, host, timeout)
+        if uses_shared_memory:
+            log.info("collectives use shared memory")
+            return _open_shared_memory_group(store, plan, rank, timeout, shm_prefix)
+        _set_collective_interface(address)
+        return open_torch_group(store, rank, plan.world_size, timeout, device)
     except (RuntimeError, OSError) as error:
         port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
-        raise CommunicationError(f"{backend} group at {host}:{port} could not be formed: {error}") from error
-    return TorchGroup(rank, plan.world_size, device)
+        kind = "shared-memory" if uses_shared_memory else "nccl" if device.type == "cuda" else "gloo"
+        raise CommunicationError(f"{kind} group at {host}:{port} could not be formed: {error}") from error
 
 
-def _init_torch_group(
-    plan: Plan, rank: int, epoch: int, host: str, timeout: float, backend: str, device: torch.device
-) -> dist.Store:
-    """Initializes torch.distributed with a TCPStore on part 0. Returns the store.
-
-    The store adds the epoch (number of the gang's start) to all keys.
-    """
-    duration = timedelta(seconds=timeout)
+def _open_store(plan: Plan, rank: int, epoch: int, host: str, timeout: float) -> dist.Store:
+    """Returns a TCPStore on part 0. It adds the epoch (number of the gang's start) to all keys."""
     port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
     # TCPStore would listen on all interfaces. For a gang of one part, pass it a socket on loopback instead.
     fd = listen("0.0.0.0" if plan.is_multi_part else "127.0.0.1", port).detach() if rank == 0 else None
-    tcp_store = dist.TCPStore(host, port, plan.world_size, is_master=rank == 0, timeout=duration, master_listen_fd=fd)
-    store = dist.PrefixStore(f"epoch{epoch}", tcp_store)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=plan.world_size,
-        timeout=duration,
-        device_id=device if device.type == "cuda" else None,
+    tcp_store = dist.TCPStore(
+        host, port, plan.world_size, is_master=rank == 0, timeout=timedelta(seconds=timeout), master_listen_fd=fd
     )
-    return store
+    return dist.PrefixStore(f"epoch{epoch}", tcp_store)
 
 
-def _open_communicator(store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str) -> ShmCommunicator:
-    """Returns the communicator of this rank, over a shared-memory segment that rank 0 creates.
+def open_torch_group(store: dist.Store, rank: int, size: int, timeout: float, device: torch.device) -> TorchGroup:
+    """Forms a group over NCCL for a GPU, over gloo for a CPU. `timeout`: seconds per collective."""
+    duration = timedelta(seconds=timeout)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = duration
+        nccl = dist.ProcessGroupNCCL(store, rank, size, options)
+        nccl.eager_connect_single_device(device)  # otherwise the first collective would connect
+        return TorchGroup(nccl, device)
+    others = _socket_descriptors()
+    gloo = dist.ProcessGroupGloo(store, rank, size, duration)
+    return TorchGroup(gloo, device, _connected_sockets(_socket_descriptors() - others))
+
+
+def _socket_descriptors() -> set[int]:
+    """Returns the file descriptors of this process that are sockets."""
+    descriptors = set()
+    for entry in os.scandir("/proc/self/fd"):
+        with suppress(OSError):  # closed again, for example the one of this scan
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                descriptors.add(int(entry.name))
+    return descriptors
+
+
+def _connected_sockets(descriptors: set[int]) -> list[socket.socket]:
+    """Returns duplicates of those sockets that are connected. A duplicate stays valid if gloo closes its own."""
+    duplicates = [socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors]
+    connected = [sock for sock in duplicates if _is_connected(sock)]
+    for sock in set(duplicates) - set(connected):
+        sock.close()
+    return connected
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _open_shared_memory_group(
+    store: dist.Store, plan: Plan, rank: int, timeout: float, prefix: str
+) -> SharedMemoryGroup:
+    """Returns the group of this rank, over a shared-memory segment that rank 0 creates.
 
     Deletes the file once all ranks have mapped it, so that a killed rank leaves no file in /dev/shm.
     """
     if rank != 0:
-        communicator = ShmCommunicator(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
-        dist.barrier()
-        return communicator
+        group = SharedMemoryGroup(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
+        store.set(f"opened{rank}", "")
+        return group
     path, lock_fd = create_segment(prefix, secrets.token_hex(4), plan.world_size)
     try:
         store.set("segment", str(path))
-        communicator = ShmCommunicator(path, rank, plan.world_size, timeout)
-        dist.barrier()
+        group = SharedMemoryGroup(path, rank, plan.world_size, timeout)
+        store.wait([f"opened{other}" for other in range(1, plan.world_size)])
         path.unlink()
     finally:
         os.close(lock_fd)
-    return communicator
+    return group
 
 
 def _set_collective_interface(address: str) -> None:

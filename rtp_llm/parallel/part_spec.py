@@ -36,8 +36,9 @@ class PartSpec:
     tty: bool  # stdout is a terminal
 
     @property
-    def engine_socket(self) -> Path:
-        return self.run_dir / "engine.sock"
+    def engine_sockets(self) -> list[Path]:
+        """Returns the sockets of the engines, one per data-parallel group; DP_SIZE > 1 is not served yet."""
+        return [self.run_dir / "engine.sock"]
 
     @property
     def supervisor_socket(self) -> Path:

@@ -52,6 +52,11 @@ class Plan:
         return range(self.first_rank, self.first_rank + self.local_world_size)
 
     @property
+    def dp_size(self) -> int:
+        """Data-parallel groups, each a whole model on `tp_size` ranks."""
+        return self.world_size // self.tp_size
+
+    @property
     def num_parts(self) -> int:
         return self.world_size // self.local_world_size
 

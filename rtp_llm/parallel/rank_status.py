@@ -4,6 +4,7 @@ The sender converts timestamps to ages, so that machines do not need synchronize
 """
 
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -35,6 +36,9 @@ class RankStatus:
     _phase_start: float = field(default_factory=time.monotonic, repr=False)
     _total_wait_seconds: float = field(default=0.0, repr=False)
 
+    def __post_init__(self) -> None:
+        self.phase_changed = threading.Event()  # wakes the heartbeat thread: other ranks may wait for the phase
+
     def mark_progress(self) -> None:
         """Records that the main thread made progress."""
         self._last_progress = time.monotonic()
@@ -56,6 +60,7 @@ class RankStatus:
         self.startup_seconds[self.phase] = round(now - self._phase_start, 3)
         self.phase, self.progress, self._phase_start = phase, 0.0, now
         self.mark_progress()
+        self.phase_changed.set()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a heartbeat: the public fields, and `idle_s`, the seconds since the last progress."""

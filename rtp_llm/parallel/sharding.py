@@ -5,7 +5,9 @@ the TP size does not divide the query heads, the number of zero-padded heads dif
 """
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
+
+from rtp_llm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,20 @@ def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -
     return HeadShard(tuple(kv_heads), tuple(tuple(h for h in heads if h // group_size == kv) for kv in kv_heads))
 
 
-def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int) -> range:
+def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int, granularity: int = 1) -> range:
     """Returns the columns of gate_proj and up_proj, and thus the rows of down_proj, that belong to one rank.
 
-    Ranges start and end at multiples of 64, the tile size of matrix units, or of a smaller power of two: if 64 does
-    not divide `intermediate_size`, or would leave a rank without columns.
+    Boundaries are multiples of 64, since matrix units compute in tiles of that size, or of a smaller power of two if 64
+    does not divide the size or would leave a rank without columns. They are multiples of `granularity` too, which must
+    divide the size. Raises ConfigError if there are not enough multiples for all ranks.
     """
-    unit = next(u for u in (64, 32, 16, 8, 4, 2, 1) if intermediate_size % u == 0 and intermediate_size // u >= tp_size)
+    candidates = (lcm(u, granularity) for u in (64, 32, 16, 8, 4, 2, 1))
+    unit = next((u for u in candidates if intermediate_size % u == 0 and intermediate_size // u >= tp_size), 0)
+    if not unit:
+        raise ConfigError(
+            f"TP_SIZE={tp_size}: the MLP's {intermediate_size} columns can be split only at multiples of {granularity};"
+            f" allowed: at most {intermediate_size // granularity}"
+        )
     units = even_split(intermediate_size // unit, tp_size, tp_rank)
     return range(units.start * unit, units.stop * unit)
 

@@ -1,4 +1,4 @@
-"""All-reduce and gather between CPU ranks on one machine through a shared-memory segment.
+"""Collectives between CPU ranks on one machine through a shared-memory segment.
 
 A gloo collective takes about 0.5 ms, which would dominate the duration of a step.
 
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
+from rtp_llm.parallel.abort import AbortFlag
 from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES, segment_bytes
 
 SPIN_ITERATIONS, YIELD_ITERATIONS = 200, 2000
 SLEEP_SECONDS = 50e-6
 
 
-class ShmCommunicator:
-    """One rank's access to the shared-memory segment. All ranks must make the same calls in the same order."""
+class SharedMemoryGroup:
+    """The communicator of CPU ranks on one machine: one rank's view of the segment."""
 
     def __init__(self, path: Path, rank: int, size: int, timeout: float):
         self.rank, self.size, self.timeout = rank, size, timeout
@@ -35,6 +36,7 @@ class ShmCommunicator:
         self._counters = np.frombuffer(memory, np.int64, counters_bytes // 8).reshape(size, -1)[:, 0]
         self._slots = torch.frombuffer(memory, dtype=torch.uint8, offset=counters_bytes).view(2, size, SLOT_BYTES)
         self._sequence = 0
+        self._abort_flag = AbortFlag()
         self.wait_seconds = 0.0  # total time spent waiting for other ranks
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -56,11 +58,27 @@ class ShmCommunicator:
                 target[start : start + chunk_size] = chunk
         return [target.view(tensor.shape) for target in gathered] if gathered else None
 
-    def _exchange(self, chunk: Tensor) -> Tensor:
-        """Gives this rank's chunk to the other ranks. Returns the chunks of all ranks: [size, len(chunk)].
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Copies rank 0's tensor into those of the others, in place."""
+        flat = tensor.view(-1)
+        for chunk in torch.split(flat, SLOT_BYTES // flat.element_size()):
+            chunk.copy_(self._exchange(chunk)[0])
+        return tensor
 
-        The result is valid until the next call.
-        """
+    def min(self, value: int) -> int:
+        return int(self._exchange(torch.tensor([value])).min())
+
+    def check_aborted(self) -> None:
+        self._abort_flag.check()
+
+    def abort(self, reason: str) -> None:
+        self._abort_flag.set(reason)
+
+    def close(self) -> None:
+        self.abort("the group is closed")
+
+    def _exchange(self, chunk: Tensor) -> Tensor:
+        """Returns the chunks of all ranks as [size, len(chunk)], valid until the next call."""
         self._sequence += 1
         num_bytes = len(chunk) * chunk.element_size()
         chunks = self._slots[self._sequence & 1, :, :num_bytes].view(chunk.dtype)
@@ -75,19 +93,21 @@ class ShmCommunicator:
         self.wait_seconds += time.perf_counter() - start
 
     def _wait_for_all(self) -> None:
-        """Blocks until the counters of all ranks reach this rank's number of operations.
+        """Blocks until all counters reach the local sequence number.
 
         Spins first, since the other ranks usually follow within microseconds, then yields the core, then sleeps.
-        Raises CommunicationError after the timeout.
+        Raises CommunicationError after the timeout, or once the group is aborted.
         """
         counters, sequence = self._counters, self._sequence
         for spin in range(SPIN_ITERATIONS + YIELD_ITERATIONS):
+            self._abort_flag.check()
             if counters.min() >= sequence:
                 return
             if spin >= SPIN_ITERATIONS:
                 os.sched_yield()
         deadline = time.monotonic() + self.timeout
         while counters.min() < sequence:
+            self._abort_flag.check()
             if time.monotonic() > deadline:
                 late_ranks = [rank for rank, value in enumerate(counters) if value < sequence]
                 raise CommunicationError(f"ranks {late_ranks} did not join a collective within {self.timeout:.0f} s")

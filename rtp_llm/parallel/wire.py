@@ -25,12 +25,14 @@ class FrameType(IntEnum):
     # steps: JOIN from the other ranks to rank 0, then rank 0 -> the other ranks
     JOIN = 10
     STEP = 11  # flat int32, see contract.step
+    SNAPSHOT = 13  # int32, see runner.input_batch; compares the sequences of all ranks after a step
     KEEPALIVE = 12  # empty; sent while rank 0 is idle
     # requests: API <-> rank 0
     READY = 20
     SUBMIT = 21
     ABORT = 22
-    EVENTS = 23
+    EVENTS = 23  # binary, see contract.engine_events
+    LAUNCH = 24
 
 
 class WireError(ConnectionError):

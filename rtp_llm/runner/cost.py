@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from rtp_llm.contract.step import Step
 from rtp_llm.model.footprint import head_weights, kv_bytes_per_token, layer_weights, weight_bytes
 from rtp_llm.model.spec import ModelSpec
+from rtp_llm.runner.input_batch import StepInputs
 
 
 class CostEstimate:
@@ -20,10 +20,13 @@ class CostEstimate:
         self._flops_per_key = 4 * spec.num_layers * -(-spec.num_heads // tp_size) * spec.head_dim
         self.flops = self.read_bytes = self.write_bytes = 0
 
-    def add(self, step: Step) -> None:
+    def add(self, inputs: StepInputs) -> None:
         """Adds the cost of one step to the totals."""
-        num_keys = int(np.sum(step.positions, dtype=np.int64)) + step.num_tokens
-        matrix_elements = self._num_layer_weights * step.num_tokens + self._num_head_weights * len(step.logits_indices)
+        step, seq_lens = inputs.step, inputs.seq_lens.astype(np.int64)
+        num_tokens, counts = step.num_tokens, step.counts.astype(np.int64)
+        num_keys = int((counts * seq_lens - counts * (counts - 1) // 2).sum())  # each token attends to those before it
+        num_logits = int(step.num_sampled.sum()) + len(step.logprob_indices)
+        matrix_elements = self._num_layer_weights * num_tokens + self._num_head_weights * num_logits
         self.flops += 2 * matrix_elements + self._flops_per_key * num_keys
-        self.read_bytes += self._weight_bytes + self._kv_bytes * int(np.sum(step.seq_lens, dtype=np.int64))
-        self.write_bytes += self._kv_bytes * step.num_tokens
+        self.read_bytes += self._weight_bytes + self._kv_bytes * int(seq_lens.sum())
+        self.write_bytes += self._kv_bytes * num_tokens

@@ -1,163 +1,147 @@
-"""Device work of one rank, the same code on all ranks: loads weights, allocates the KV cache, executes steps."""
+"""Computes the steps of one epoch on one rank, the same code on all ranks."""
 
-import logging
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rtp_llm.config import Config
 from rtp_llm.contract.engine_output import Logprob
-from rtp_llm.contract.sampling_metadata import SampledToken, SamplingMetadata
-from rtp_llm.contract.step import Step
-from rtp_llm.errors import ConfigError
-from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
-from rtp_llm.kernels.reference import reference_attention
-from rtp_llm.layers.sampler import sample
-from rtp_llm.model.checkpoint import Checkpoint
-from rtp_llm.model.decoder import Decoder
-from rtp_llm.model.spec import ModelSpec
-from rtp_llm.model.weights import LoadStats, load_weights
-from rtp_llm.parallel.group import Group
+from rtp_llm.contract.sampling_metadata import SampledTokens, SamplingMetadata, StepResult
+from rtp_llm.contract.step import Ints, Step
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsProcessorFactory
+from rtp_llm.layers.logprobs import compute_logprobs
+from rtp_llm.layers.sampler import Sampler
 from rtp_llm.runner.cost import CostEstimate
-from rtp_llm.runner.kv_cache_size import KVCacheConfig, size_kv_cache
-
-log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_BLOCK_SIZE = 16  # tokens
+from rtp_llm.runner.input_batch import InputBatch, StepInputs
+from rtp_llm.runner.residency import Residency
 
 
 class ModelRunner:
-    """Model, KV cache and process group of one rank.
+    """The sequences of an epoch, and the execution of its steps with the weights and KV cache of a residency.
 
-    Call `load`, then `allocate_kv_cache`, then per step `execute_and_sample` on rank 0 and `execute` on the others.
+    For each step call `prepare`, which uses the host only, then `execute`, which another thread may run.
     """
 
-    def __init__(self, config: Config, spec: ModelSpec, group: Group, device: torch.device, max_seq_len: int):
-        self.config, self.spec, self.group, self.device, self.max_seq_len = config, spec, group, device, max_seq_len
-        self.dtype = DTYPES[spec.dtype]
-        self.block_size = config.seq_size_per_block or DEFAULT_BLOCK_SIZE
-        self.max_num_batched_tokens = config.max_batch_tokens_size or (8192 if device.type == "cuda" else 512)
-        self.kv_caches: list[LayerKVCache] = []
-        self.num_blocks = 0
-        self.kv_bytes = 0
-        self.cost = CostEstimate(spec, group.size)
-        self.model = self._build_model()
+    def __init__(
+        self,
+        residency: Residency,
+        logits_processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
+    ):
+        """`logits_processors`: the edits between logits and token, in order."""
+        self.residency, self._tp = residency, residency.mesh.tp
+        num_slots, spec = residency.config.max_sequences, residency.spec
+        self.input_batch = InputBatch(residency.layout.groups, num_slots, residency.max_seq_len)
+        self.cost = CostEstimate(spec, self._tp.size)
+        self._sampler = None
+        if self._tp.rank == 0:
+            self._sampler = Sampler(num_slots, spec.vocab_size, residency.device, logits_processors)
+        # The newest token of each sequence, by slot. Ranks keep it on the device, so that a step need not carry it.
+        self._newest_tokens = torch.zeros(num_slots, dtype=torch.int64, device=residency.device)
 
-    def _build_model(self) -> Decoder:
-        default_dtype = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with self.device:
-                return Decoder(self.spec, self.group, reference_attention).eval()
-        finally:
-            torch.set_default_dtype(default_dtype)
-
-    def load(self, checkpoint: Checkpoint, on_progress: Callable[[float], None]) -> LoadStats:
-        """Loads this rank's weights. Returns the bytes read and the time. Raises CheckpointError.
-
-        `on_progress` is called with the fraction loaded, 0 … 1.
-        """
-        stats = load_weights(self.model, checkpoint, self.spec, on_progress)
-        self.model.prepack()
-        mb_per_second = stats.bytes / max(stats.seconds, 1e-6) / 1e6
-        log.info("read %.1f MB of weights in %.2f s (%.0f MB/s)", stats.bytes / 1e6, stats.seconds, mb_per_second)
-        return stats
-
-    def allocate_kv_cache(self, num_ranks_on_host: int) -> None:
-        """Runs a warm-up step if WARM_UP is set, then allocates as many KV blocks as fit on every rank.
-
-        Collective: all ranks must call it. `num_ranks_on_host`: see `size_kv_cache`.
-
-        Raises ConfigError if MAX_SEQ_LEN is set and one sequence of that length does not fit.
-        """
-        if self.config.warm_up:
-            self._warm_up()
-        kv_cache_config = self._size_kv_cache(num_ranks_on_host)
-        self.num_blocks = self.group.min(kv_cache_config.num_blocks)
-        self.kv_bytes = self.num_blocks * kv_cache_config.bytes_per_block
-        self._allocate_kv_caches(self.num_blocks)
-        num_tokens = self.num_blocks * self.block_size
-        log.info(
-            "KV cache: %d blocks = %d tokens, %.1f MiB on this rank", self.num_blocks, num_tokens, self.kv_bytes / 2**20
-        )
-        if self.config.max_seq_len and num_tokens < self.max_seq_len:
-            raise ConfigError(
-                f"MAX_SEQ_LEN={self.max_seq_len}: the KV cache holds {num_tokens} tokens; allowed: at most {num_tokens}"
-            )
-        self.max_seq_len = min(self.max_seq_len, num_tokens)
-
-    def _size_kv_cache(self, num_ranks_on_host: int) -> KVCacheConfig:
-        return size_kv_cache(
-            self.config,
-            self.spec,
-            local_kv_heads=self.model.local_kv_heads,
-            block_size=self.block_size,
-            max_seq_len=self.max_seq_len,
-            itemsize=self.dtype.itemsize,
-            device=self.device,
-            num_ranks_on_host=num_ranks_on_host,
-        )
-
-    def _allocate_kv_caches(self, num_blocks: int) -> None:
-        shape = (num_blocks, self.block_size, self.model.local_kv_heads, self.spec.head_dim)
-        self.kv_caches = [
-            LayerKVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
-            for _ in range(self.spec.num_layers)
-        ]
-
-    def _warm_up(self) -> None:
-        """Executes one step of maximum size on a temporary KV cache.
-
-        The allocator then holds the peak memory of a step when the KV cache is sized, and errors appear at startup.
-        """
-        num_tokens = min(self.max_num_batched_tokens, self.max_seq_len)
-        num_blocks = -(-num_tokens // self.block_size)
-        self._allocate_kv_caches(num_blocks)
-        positions = np.arange(num_tokens, dtype=np.int32)
-        seq_lens = np.array([num_tokens], dtype=np.int32)
-        step = Step(
-            epoch=0,
-            number=0,
-            num_decodes=0,
-            token_ids=np.zeros_like(positions),
-            positions=positions,
-            slot_mapping=positions,
-            query_start_loc=np.array([0, num_tokens], dtype=np.int32),
-            seq_lens=seq_lens,
-            prompt_lens=seq_lens,
-            block_tables=np.arange(num_blocks, dtype=np.int32)[None],
-            logits_indices=positions[-self.config.max_sequences :],
-        )
-        self._forward(step)
-        self.kv_caches = []
+    def prepare(self, step: Step) -> StepInputs:
+        """Applies a step to the sequences of this rank. Returns the arrays with which `execute` computes it."""
+        return self.input_batch.apply(step)
 
     @torch.inference_mode()
-    def _forward(self, step: Step) -> Tensor | None:
-        """Returns logits [len(step.logits_indices), vocab_size] float32 on rank 0.
+    def execute(self, inputs: StepInputs, sampling_metadata: SamplingMetadata | None = None) -> StepResult:
+        """Computes a step and samples; rank 0 needs the metadata. The result is empty on the other ranks."""
+        hidden = self.forward(inputs)
+        return self.sample(hidden, inputs, sampling_metadata or SamplingMetadata())
 
-        Returns None on the other ranks, and on rank 0 if the step needs no logits.
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Returns the hidden states [T, hidden_size] of all tokens of the step, equal on all ranks."""
+        self.cost.add(inputs)
+        batch = self._make_batch(inputs)
+        return self.residency.forward(batch)
+
+    def sample(self, hidden: Tensor, inputs: StepInputs, sampling_metadata: SamplingMetadata) -> StepResult:
+        """Samples on rank 0 from the logits that the step needs, and gives all ranks the sampled tokens.
+
+        hidden: [T, hidden_size]. The other ranks compute their shards of the logits.
         """
-        batch = ForwardBatch.from_step(step, self.device)
-        hidden = self.model(batch, self.kv_caches)
-        if not len(step.logits_indices):
-            return None
-        logits: Tensor | None = self.model.logits(hidden[batch.logits_indices])
+        if self._sampler:
+            for slot in inputs.step.ended_slots.tolist():
+                self._sampler.remove(slot)
+            for slot, request in sampling_metadata.new_requests:
+                self._sampler.reset(slot, request)
+        result = StepResult(
+            tokens=self._sample_tokens(hidden, inputs),
+            prompt_logprobs=self._compute_prompt_logprobs(hidden, inputs, sampling_metadata),
+            hidden_states=hidden[sampling_metadata.hidden_indices].float().tolist(),
+        )
+        self._keep_newest_tokens(inputs.sampled_slots, result.tokens)
+        return result
+
+    def _make_batch(self, inputs: StepInputs) -> ForwardBatch:
+        device = self.residency.device
+        batch = ForwardBatch.build(
+            token_ids=inputs.token_ids,
+            query_start_loc=inputs.query_start_loc,
+            seq_lens=inputs.seq_lens,
+            prompt_lens=inputs.prompt_lens,
+            block_tables=inputs.block_tables,
+            block_sizes=[group.block_size for group in self.residency.layout.groups],
+            device=device,
+        )
+        if len(inputs.device_indices):
+            slots = torch.from_numpy(inputs.device_slots).to(device)
+            batch.token_ids[torch.from_numpy(inputs.device_indices).to(device)] = self._newest_tokens[slots]
+        return batch
+
+    def _sample_tokens(self, hidden: Tensor, inputs: StepInputs) -> list[SampledTokens]:
+        tokens: list[SampledTokens] = []
+        rows, indices = inputs.sampled_rows(), inputs.sampled_indices
+        for tile in _split_rows(inputs.step.num_sampled, self.residency.max_logits_rows):
+            logits = self._compute_logits(hidden, indices[tile])
+            if logits is not None:
+                sampler, tile_rows = self._require_sampler(), rows[tile]
+                tokens += sampler.accept_drafts(sampler.sample(logits, tile_rows), tile_rows)
+        return tokens
+
+    def _compute_prompt_logprobs(
+        self, hidden: Tensor, inputs: StepInputs, sampling_metadata: SamplingMetadata
+    ) -> list[Logprob]:
+        logprobs: list[Logprob] = []
+        indices = inputs.step.logprob_indices
+        for tile in _split_rows(np.ones_like(indices), self.residency.max_logits_rows):
+            logits = self._compute_logits(hidden, indices[tile])
+            if logits is not None:
+                token_ids, tops = zip(*sampling_metadata.prompt_logprobs[tile], strict=True)
+                logprobs += compute_logprobs(logits, token_ids, tops)
+        return logprobs
+
+    def _compute_logits(self, hidden: Tensor, indices: Ints) -> Tensor | None:
+        """Returns the logits [len(indices), vocab_size] float32 of these tokens on rank 0, None on the others."""
+        rows = hidden[torch.from_numpy(indices).to(hidden.device)]
+        logits: Tensor | None = self.residency.model.logits(rows)
         return logits
 
-    def execute_and_sample(
-        self, step: Step, sampling_metadata: SamplingMetadata
-    ) -> tuple[list[SampledToken], list[Logprob]]:
-        """Computes a step on rank 0 and samples its tokens. Returns the sampled tokens and the prompt logprobs."""
-        logits = self._forward(step)
-        self.cost.add(step)
-        if logits is None:
-            return [], []
-        with torch.inference_mode():
-            return sample(logits, sampling_metadata)
+    def _keep_newest_tokens(self, slots: Ints, tokens: list[SampledTokens]) -> None:
+        """Gives all ranks the last new token of each of the sequences `slots`. Only rank 0 has the `tokens`."""
+        if not len(slots):
+            return
+        newest = torch.zeros(len(slots), dtype=torch.int64, device=self._newest_tokens.device)
+        if self._sampler:
+            newest.copy_(torch.tensor([t.token_ids[-1] if t.token_ids else 0 for t in tokens]))
+        self._newest_tokens[torch.from_numpy(slots).to(newest.device)] = self._tp.broadcast(newest)
 
-    def execute(self, step: Step) -> None:
-        """Computes a step on a rank other than 0. A collective sends this rank's shard of the logits to rank 0."""
-        self._forward(step)
+    def _require_sampler(self) -> Sampler:
+        assert self._sampler, "only rank 0 samples"
+        return self._sampler
+
+
+def _split_rows(counts: Ints, max_rows: int) -> Iterator[slice]:
+    """Yields slices of at most `max_rows` rows; the `counts[i]` rows of a sequence stay together.
+
+    Logits of few rows at a time bound the memory that any step needs to what the warm-up step needs.
+    """
+    start = end = 0
+    for count in counts[counts > 0].tolist():
+        if end + count - start > max_rows and end > start:
+            yield slice(start, end)
+            start = end
+        end += count
+    if end > start:
+        yield slice(start, end)

@@ -58,7 +58,7 @@ class ApiServer:
         self.engine = self.new_engine(script, sends_ready=sends_ready)
 
     def _make_server(self, config: Config) -> "_LoopTrackingServer":
-        client = EngineClient(self.part_spec.engine_socket, self.metrics, config.resume_timeout)
+        client = EngineClient(self.part_spec.engine_sockets, self.metrics, config.resume_timeout)
         template = ChatTemplate.select(self.model.tokenizer, explicit=config.model_template_type or None)
         self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
         self.state = PartState(self.part_spec, client)
@@ -95,7 +95,7 @@ class ApiServer:
 
     def new_engine(self, script: Script | None = None, **options: Any) -> FakeEngine:
         """Starts another fake engine on the API's engine socket. The previous engine must be closed."""
-        self.engine = FakeEngine(self.part_spec.engine_socket, script, **options)
+        self.engine = FakeEngine(self.part_spec.engine_sockets[0], script, **options)
         return self.engine
 
     # Requests and waiting

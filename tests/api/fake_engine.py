@@ -1,7 +1,7 @@
 """A fake engine: rank 0's side of the socket between the API process and rank 0, controlled by a test.
 
-It uses the real protocol (`rtp_llm.parallel.wire`: READY, SUBMIT, ABORT, EVENTS) with the product's API process. A test
-can choose the next token, split a character between two steps, or lose the engine between two tokens.
+It uses the real protocol (`rtp_llm.parallel.wire`: READY, SUBMIT, ABORT, LAUNCH, EVENTS) with the API process of the
+product. A test can choose the next token, split a character between two steps, or lose the engine between two tokens.
 """
 
 import json
@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rtp_llm.contract.engine_events import EngineStats, pack_events
 from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.contract.engine_output import EngineOutput, Logprob
-from rtp_llm.parallel.wire import FrameType, pack_json, recv_frame
+from rtp_llm.parallel.wire import FrameType, pack_frame, pack_json, recv_frame
 
 TIMEOUT_SECONDS = 20.0  # for events that should happen at once
 STATS = {
@@ -115,11 +116,16 @@ class FakeEngine:
     # Messages of the engine
 
     def send_ready(self) -> None:
-        self._send(FrameType.READY, asdict(self._info))
+        self._send(pack_json(FrameType.READY, asdict(self._info)))
 
     def send_frame(self, *outputs: EngineOutput, **stats: Any) -> None:
         """Sends the outputs in one frame."""
-        self._send(FrameType.EVENTS, {"events": [o.to_json() for o in outputs], "stats": {**STATS, **stats}})
+        payload = pack_events(outputs, EngineStats(**{**STATS, **stats}))
+        self._send(pack_frame(FrameType.EVENTS, payload))
+
+    def send_launch(self, *submissions: Submission) -> None:
+        """Announces a step that computes these sequences."""
+        self._send(pack_json(FrameType.LAUNCH, {"ids": [submission.id for submission in submissions]}))
 
     def send_outputs(self, submission: Submission, *outputs: ScriptedOutput) -> None:
         """Sends each output in its own frame."""
@@ -170,7 +176,7 @@ class FakeEngine:
                 if self.script:
                     self.send_outputs(submission, *self.script(submission))
 
-    def _send(self, frame_type: FrameType, message: Any) -> None:
+    def _send(self, frame: bytes) -> None:
         assert self._connection is not None, "the API has not connected"
         with self._lock:
-            self._connection.sendall(pack_json(frame_type, message))
+            self._connection.sendall(frame)

@@ -61,7 +61,7 @@ def _shorten_field(key: str, value: Any) -> Any:
 
 
 def check_operation(document: BaseSchema, operation: str, mode: GenerationMode, examples: int) -> None:
-    """Applies every check to every response of one operation."""
+    """Sends generated requests to one operation (method and path of the OpenAPI schema), and checks every response."""
     method, path = operation.split()
 
     @settings(

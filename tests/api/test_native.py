@@ -132,7 +132,8 @@ def test_unicode_encodings(encoding: str, api: ApiServer) -> None:
     ids=str,
 )
 def test_settings_precedence(body: dict[str, Any], api: ApiServer) -> None:
-    """Settings may be in generate_config, generation_config or at the top level; the last one wins.
+    """Settings may be in generate_config, in generation_config, which overrides it, or at the top level, which
+    overrides both.
 
     Also tests alibaba/rtp-llm's other names for settings, and lists with one value per prompt.
     """

@@ -154,6 +154,27 @@ def test_requests_before_the_first_engine_are_rejected(start_api: StartApi) -> N
     api.engine.send_ready()
 
 
+def test_the_log_counts_the_sequences_that_a_lost_engine_was_computing(
+    start_api: StartApi, byte_model: ByteModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = start_api()
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(api.post, "/v1/completions", {"prompt": prompt}) for prompt in ("one", "two", "three")]
+        first, second, _ = submissions = [api.engine.next_submission() for _ in answers]
+        api.engine.send_launch(*submissions)
+        api.engine.send_launch(first, second)  # the third one waits
+        api.engine.send_outputs(second, ScriptedOutput(byte_model.tokens("done"), "length"))
+        api.wait_until(lambda: any(answer.done() for answer in answers))
+        restart_engine(api)
+        api.engine.next_submission()
+        assert "2 sequences wait for it, 1 of them were in its last step" in caplog.text
+        restart_engine(api, epoch=3)  # lost before its first step
+        assert "2 sequences wait for it, 0 of them were in its last step" in caplog.text
+        for submission in submissions:
+            api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
+        assert {answer.result().status_code for answer in answers} == {200}
+
+
 def test_a_sequence_that_loses_too_many_engines_fails(start_api: StartApi, byte_model: ByteModel) -> None:
     """A sequence that is running at each of several engine losses may be their cause, so it fails; other sequences
     continue."""

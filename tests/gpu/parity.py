@@ -1,18 +1,22 @@
 """Compares every checkpoint of `tests.model.checkpoints` with transformers, both on the same device.
 
 The oracle is transformers in fp32. In fp32 the greedy tokens must equal the oracle's, and the logits be within a
-tolerance. In bf16 no implementation is exact, so the bf16 run of transformers gives the scale: our run and that one are
-forced along the oracle's tokens, and their logits are compared with the oracle's. Our error may be `MAX_ERROR_RATIO`
-times that of transformers, and a token may differ only if the oracle's margin (best minus second-best logit) is smaller
-than such errors.
+tolerance, with and without a pipeline of steps. In bf16 no implementation is exact, so the bf16 run of transformers
+gives the scale: our run and that one are forced along the oracle's tokens, and their logits are compared with the
+oracle's. Our error may be `MAX_ERROR_RATIO` times that of transformers, and a token may differ only if the oracle's
+margin (best minus second-best logit) is smaller than such errors.
 """
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rtp_llm.contract.request import Request
+from rtp_llm.engine.engine import Engine
+from rtp_llm.runner.model_runner import ModelRunner
+from rtp_llm.runner.residency import Residency
 from tests.gpu.plugin import Note
 from tests.model import drive
 from tests.model.checkpoints import CASES, CheckpointCase, make_model
@@ -26,6 +30,7 @@ MAX_ERROR_RATIO = 1.2
 # For fp32 on a GPU, whose kernels sum in another order. On CPU the usual difference is 3e-5 and the largest 7e-5.
 # TF32 must be off: it keeps 10 of the 23 bits. The tokens must be equal anyway.
 GPU_TOLERANCE = 3e-4
+FEW_BLOCKS = 12  # a little more than the longest request needs, which is 134 tokens
 
 _oracles: dict[str, Oracle] = {}
 
@@ -42,17 +47,19 @@ def oracle(case: CheckpointCase, device: torch.device, tmp_path_factory: pytest.
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 class TestParity:
-    """Tests both dtypes of a checkpoint in succession: `oracle` caches only one checkpoint."""
+    """Tests a checkpoint in succession: `oracle` caches only one."""
 
     def test_fp32(self, case: CheckpointCase, oracle: Oracle, device: torch.device, note: Note) -> None:
-        completions = run_engine(oracle, device, "fp32")
-        for index, expected in enumerate(oracle.answers):
-            expected.check(completions[str(index)].tokens, completions[str(index)].logits, tolerance(device))
-        worst = max(np.abs(np.stack(completions[str(i)].logits) - a.logits).max() for i, a in enumerate(oracle.answers))
+        worst = check_answers(oracle, make_engine(oracle, device, rtp_pipeline_depth=0))
+        note("reason", f"logits within {worst:.1e}")
+
+    def test_fp32_pipelined(self, case: CheckpointCase, oracle: Oracle, device: torch.device, note: Note) -> None:
+        worst = check_answers(oracle, make_engine(oracle, device, rtp_pipeline_depth=1))
         note("reason", f"logits within {worst:.1e}")
 
     def test_bf16(self, case: CheckpointCase, oracle: Oracle, device: torch.device, note: Note) -> None:
-        completions = run_engine(oracle, device, "bf16", {str(i): a.tokens for i, a in enumerate(oracle.answers)})
+        forced = {str(i): a.tokens for i, a in enumerate(oracle.answers)}
+        completions = drive.run(make_engine(oracle, device, act_type="bf16"), oracle.greedy_requests(), forced)
         oracle_logits = np.concatenate([a.logits for a in oracle.answers])
         ours = np.concatenate([completions[str(i)].logits for i in range(len(oracle.answers))])
         theirs = transformers_logits_bf16(case, oracle, device)
@@ -63,12 +70,24 @@ class TestParity:
         assert_clear_tokens_equal(ours, oracle_logits, float(np.abs(theirs - oracle_logits).max()))
 
 
-def run_engine(
-    oracle: Oracle, device: torch.device, dtype: str, forced: drive.ForcedTokens | None = None
-) -> drive.Completions:
-    return drive.run(
-        drive.make_single_rank_engine(oracle.path, device, act_type=dtype), oracle.greedy_requests(), forced
-    )
+def make_engine(oracle: Oracle, device: torch.device, **settings: Any) -> Engine:
+    return drive.make_single_rank_engine(oracle.path, device, **{"act_type": "fp32", **settings})
+
+
+def check_answers(oracle: Oracle, engine: Engine) -> float:
+    """Compares the engine's answers in fp32 with the oracle's. Returns the largest difference of a logit."""
+    completions = drive.run(engine, oracle.greedy_requests())
+    differences = []
+    for index, expected in enumerate(oracle.answers):
+        completion = completions[str(index)]
+        expected.check(completion.tokens, completion.logits, tolerance(engine))
+        differences.append(np.abs(np.stack(completion.logits) - expected.logits).max())
+    return float(max(differences))
+
+
+def get_residency(engine: Engine) -> Residency:
+    assert isinstance(engine.runner, ModelRunner)
+    return engine.runner.residency
 
 
 def transformers_logits_bf16(case: CheckpointCase, oracle: Oracle, device: torch.device) -> Floats:
@@ -76,8 +95,8 @@ def transformers_logits_bf16(case: CheckpointCase, oracle: Oracle, device: torch
     return np.concatenate([generate_answer(model, a.prompt, a.tokens).logits for a in oracle.answers])
 
 
-def tolerance(device: torch.device) -> float:
-    return TOLERANCE if device.type == "cpu" else GPU_TOLERANCE
+def tolerance(engine: Engine) -> float:
+    return TOLERANCE if get_residency(engine).device.type == "cpu" else GPU_TOLERANCE
 
 
 def root_mean_square(errors: Floats) -> float:
@@ -92,14 +111,63 @@ def assert_clear_tokens_equal(ours: Floats, oracle_logits: Floats, max_error: fl
     np.testing.assert_array_equal(ours.argmax(-1)[is_clear], oracle_logits.argmax(-1)[is_clear])
 
 
-def test_unwritten_kv_slots_do_not_change_output(device: torch.device, tmp_path: Path) -> None:
-    """A NaN in an unwritten slot must not reach the output (0 * NaN is NaN)."""
-    oracle = make_oracle(next(case for case in CASES if case.name == "llama"), tmp_path / "llama", device)
-    engine = drive.make_single_rank_engine(oracle.path, device)
-    for cache in engine.runner.kv_caches:  # type: ignore[attr-defined]  # a real runner, not the protocol
-        cache.keys.fill_(torch.nan)
-        cache.values.fill_(torch.nan)
-    requests = [drive.greedy_request(a.prompt, NEW_TOKENS, id=str(i)) for i, a in enumerate(oracle.answers)]
-    completions = drive.run(engine, requests)
-    for index, expected in enumerate(oracle.answers):
-        expected.check(completions[str(index)].tokens, completions[str(index)].logits, tolerance(device))
+@pytest.fixture(scope="module")
+def window_oracle(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """Returns an oracle with two KV cache groups: one layer attends to all tokens, two have a window."""
+    case = next(case for case in CASES if case.name == "qwen2-window")
+    return make_oracle(case, tmp_path_factory.mktemp("window") / case.name, device)
+
+
+def test_unwritten_kv_slots_do_not_change_output(window_oracle: Oracle, device: torch.device) -> None:
+    """A NaN in an unwritten slot or in the null block must not reach the output (0 * NaN is NaN)."""
+    engine = make_engine(window_oracle, device)
+    for cache in get_residency(engine).kv_caches:
+        for tensor in cache.tensors.values():
+            tensor.fill_(torch.nan)
+    check_answers(window_oracle, engine)
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_few_blocks(window_oracle: Oracle, device: torch.device, pipeline_depth: int, note: Note) -> None:
+    """Blocks of preempted requests, and those that a window has left, are used again while steps are in flight."""
+    engine = make_engine(window_oracle, device, test_block_num=FEW_BLOCKS, rtp_pipeline_depth=pipeline_depth)
+    assert len(get_residency(engine).layout.groups) == 2
+    check_answers(window_oracle, engine)
+    stats = engine.scheduler.stats
+    note("reason", f"{stats.preemptions} preemptions, {stats.window_freed} blocks left by a window")
+    assert stats.preemptions > 0
+    assert stats.window_freed > 0
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_cached_prompts(window_oracle: Oracle, device: torch.device, pipeline_depth: int, note: Note) -> None:
+    engine = make_engine(window_oracle, device, rtp_pipeline_depth=pipeline_depth)
+    for _ in range(2):
+        check_answers(window_oracle, engine)
+    note("reason", f"{engine.scheduler.stats.prefix_hits} tokens from the prefix cache")
+    assert engine.scheduler.stats.prefix_hits > 0
+
+
+class OracleDrafts:
+    """Proposes the next three tokens of the oracle, half of the time with a wrong one among them."""
+
+    def __init__(self, oracle: Oracle):
+        self.oracle = oracle
+
+    def propose(self, request: Request) -> list[int]:
+        start = len(request.output)
+        drafts = self.oracle.answers[int(request.id)].tokens[start : start + 3]
+        if start % 2 and len(drafts) > 1:
+            drafts[1] = int(drafts[1] == 0)
+        return drafts
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_drafts(window_oracle: Oracle, device: torch.device, pipeline_depth: int, note: Note) -> None:
+    engine = make_engine(window_oracle, device, rtp_pipeline_depth=pipeline_depth)
+    engine.scheduler.proposer = OracleDrafts(window_oracle)
+    completions = drive.run(engine, window_oracle.greedy_requests())
+    for index, expected in enumerate(window_oracle.answers):
+        assert completions[str(index)].tokens == expected.tokens
+    note("reason", f"{engine.num_steps} steps for {NEW_TOKENS} tokens of each sequence")
+    assert engine.num_steps < NEW_TOKENS * (1 + pipeline_depth), "at depth 1 a sequence is in every other step"

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from rtp_llm.contract.step import Step
 from rtp_llm.engine.engine import Engine
+from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.parallel.group import SingleRankGroup
 from rtp_llm.runner.model_runner import ModelRunner
+from rtp_llm.runner.residency import Residency
 from tests.gpu.plugin import Note
 from tests.model import drive
 from tests.model.conftest import _one_thread  # noqa: F401  # applies to these tests, too
@@ -113,20 +115,26 @@ def model(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Ben
 
 
 @pytest.fixture(scope="module")
-def engine(model: BenchmarkModel) -> Engine:
-    """Returns our engine with a KV cache for all sequences of these tests and the step size of a server."""
+def residency(model: BenchmarkModel) -> Residency:
+    """Returns weights and a KV cache for all sequences of these tests, with the step size of a server."""
     settings = {
         "test_block_num": 0,
         "kv_cache_mem_mb": 8192 if model.device.type == "cuda" else 256,
         "max_batch_tokens_size": 0,
         "warm_up": True,
     }
-    return drive.make_engine(load_runner(model, settings), lambda step: None)
+    return load_residency(model, settings)
 
 
-def load_runner(model: BenchmarkModel, settings: drive.Settings) -> ModelRunner:
+def load_residency(model: BenchmarkModel, settings: drive.Settings) -> Residency:
     context = model.benchmark.model_config.max_position_embeddings
-    return drive.load_runner(model.path, settings, SingleRankGroup(), model.device, context)[0]
+    return drive.load_runner(model.path, settings, SingleRankGroup(), model.device, context)[0].residency
+
+
+def make_engine(residency: Residency, pipeline_depth: int = 0) -> Engine:
+    """Returns an engine with an empty prefix cache."""
+    residency.config = residency.config.model_copy(update={"rtp_pipeline_depth": pipeline_depth})
+    return drive.make_engine(ModelRunner(residency))
 
 
 def measure_copy_bandwidth(device: torch.device, size: int) -> float:
@@ -150,12 +158,14 @@ def synchronize(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 8, 32])
-def test_decode(model: BenchmarkModel, engine: Engine, note: Note, sequences: int) -> None:
-    steps, floor = measure_decode(model, engine, sequences)
-    ours, theirs = statistics.median(steps), measure_reference_decode(model, sequences)
-    note("reason", f"{ours * 1e3:.2f} ms per step, slowest {max(steps) * 1e3:.2f}; {model.parameters}")
-    name = f"decode step, {sequences} sequences"
-    note("speed", speed_row(name, "ms", ours * 1e3, theirs * 1e3, theirs / ours, floor * 1e3))
+def test_decode(model: BenchmarkModel, residency: Residency, note: Note, sequences: int) -> None:
+    theirs = measure_reference_decode(model, sequences)
+    for pipeline_depth in (0, 1):
+        steps, floor = measure_decode(model, make_engine(residency, pipeline_depth), sequences)
+        ours = statistics.median(steps)
+        note("reason", f"depth {pipeline_depth}: {ours * 1e3:.2f} ms per step, slowest {max(steps) * 1e3:.2f}")
+        name = f"decode step, {sequences} sequences, depth {pipeline_depth}"
+        note("speed", speed_row(name, "ms", ours * 1e3, theirs * 1e3, theirs / ours, floor * 1e3))
 
 
 def speed_row(
@@ -189,6 +199,8 @@ def measure_decode(model: BenchmarkModel, engine: Engine, sequences: int) -> tup
     assert engine.last_step_tokens == sequences
     for request in requests:
         engine.abort(request.id)
+    while engine.has_work:  # a step may still be computed
+        engine.step()
     return times, bytes_per_step / model.bandwidth
 
 
@@ -217,8 +229,8 @@ def generate(model: BenchmarkModel, prompts: list[list[int]], num_tokens: int) -
     model.reference.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, **kwargs)  # type: ignore[operator]
 
 
-def test_prefill(model: BenchmarkModel, engine: Engine, note: Note) -> None:
-    length = model.benchmark.long_prompt_tokens
+def test_prefill(model: BenchmarkModel, residency: Residency, note: Note) -> None:
+    length, engine = model.benchmark.long_prompt_tokens, make_engine(residency)
     ours = length / min(measure_prefill(model, engine, seed) for seed in range(REPEATS + 1))
     theirs = length / measure_reference_prefill(model)
     note("reason", f"{ours:.0f} tokens/s for a prompt of {length} tokens")
@@ -244,48 +256,53 @@ def test_bandwidth(model: BenchmarkModel, note: Note) -> None:
     note("reason", f"{model.bandwidth / 1e9:.0f} GB/s copied, read and written; {model.parameters}")
 
 
-def test_full_kv_cache_leaves_memory_for_forward(model: BenchmarkModel, engine: Engine, note: Note) -> None:
+def test_full_kv_cache_leaves_memory_for_forward(model: BenchmarkModel, residency: Residency, note: Note) -> None:
     """A decode step and a prefill chunk with sequences that fill the KV cache must still fit into memory.
 
     The KV cache takes the memory that a warm-up with one prompt leaves free.
     """
-    free_device_memory(model, engine)
+    free_device_memory(model, residency)
     cache_settings = {} if model.device.type == "cuda" else {"kv_cache_mem_mb": 64}
-    runner = load_runner(model, {"test_block_num": 0, "max_batch_tokens_size": 0, "warm_up": True} | cache_settings)
-    sequences = runner.config.max_sequences
-    blocks = min(runner.num_blocks // sequences, runner.max_seq_len // runner.block_size)
-    note("reason", f"{runner.kv_bytes / MIB:.0f} MiB of KV cache; {sequences} sequences of {blocks} blocks")
-    assert runner._forward(make_step(runner, sequences, blocks, num_tokens=1)) is not None
-    max_blocks = min(runner.num_blocks, runner.max_seq_len // runner.block_size)
-    chunk = min(runner.max_num_batched_tokens, max_blocks * runner.block_size)
-    assert runner._forward(make_step(runner, 1, max_blocks, num_tokens=chunk)) is not None
+    full = load_residency(model, {"test_block_num": 0, "max_batch_tokens_size": 0, "warm_up": True} | cache_settings)
+    sequences, (group,) = full.config.max_sequences, full.layout.groups
+    blocks = min(full.num_blocks // sequences, full.max_seq_len // group.block_size)
+    note("reason", f"{full.kv_bytes / MIB:.0f} MiB of KV cache; {sequences} sequences of {blocks} blocks")
+    assert compute_logits(full, make_batch(full, sequences, blocks, num_tokens=1)) is not None
+    max_blocks = min(full.num_blocks, full.max_seq_len // group.block_size)
+    chunk = min(full.max_num_batched_tokens, max_blocks * group.block_size)
+    assert compute_logits(full, make_batch(full, 1, max_blocks, num_tokens=chunk)) is not None
     synchronize(model.device)
 
 
-def free_device_memory(model: BenchmarkModel, engine: Engine) -> None:
+def free_device_memory(model: BenchmarkModel, residency: Residency) -> None:
     """Frees the device memory that the fixtures of the other tests hold."""
-    get_runner(engine).kv_caches = []
+    residency.kv_caches, residency.kv_memory = [], None
     torch.nn.Module.to(model.reference, "meta")
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def make_step(runner: ModelRunner, sequences: int, blocks: int, num_tokens: int) -> Step:
-    """Returns a step with the last `num_tokens` tokens of each sequence. The cache content before them is arbitrary."""
-    length = blocks * runner.block_size
-    block_tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
-    positions = np.tile(np.arange(length - num_tokens, length, dtype=np.int32), sequences)
-    first_slots = np.repeat(block_tables[:, 0] * runner.block_size, num_tokens).astype(np.int32)
-    return Step(
-        0,
-        0,
-        sequences if num_tokens == 1 else 0,
-        token_ids=np.zeros_like(positions),
-        positions=positions,
-        slot_mapping=first_slots + positions,
-        query_start_loc=np.arange(0, len(positions) + 1, num_tokens, dtype=np.int32),
-        seq_lens=np.full(sequences, length, dtype=np.int32),
-        prompt_lens=np.full(sequences, length, dtype=np.int32),
-        block_tables=block_tables,
-        logits_indices=np.arange(num_tokens - 1, len(positions), num_tokens, dtype=np.int32),
+@torch.inference_mode()
+def compute_logits(residency: Residency, batch: ForwardBatch) -> Tensor | None:
+    """Returns the logits [sequences, vocab_size] of the last token of each sequence."""
+    hidden = residency.forward(batch)
+    logits: Tensor | None = residency.model.logits(hidden[batch.query_start_loc[1:] - 1])
+    return logits
+
+
+def make_batch(residency: Residency, sequences: int, blocks: int, num_tokens: int) -> ForwardBatch:
+    """Returns the last `num_tokens` tokens of sequences that each fill `blocks` blocks.
+
+    The cache content before them is arbitrary.
+    """
+    (group,) = residency.layout.groups
+    seq_lens = np.full(sequences, blocks * group.block_size)
+    return ForwardBatch.build(
+        token_ids=np.zeros(sequences * num_tokens, np.int32),
+        query_start_loc=num_tokens * np.arange(sequences + 1),
+        seq_lens=seq_lens,
+        prompt_lens=seq_lens,
+        block_tables=[1 + np.arange(sequences * blocks).reshape(sequences, blocks)],  # all but the null block
+        block_sizes=[group.block_size],
+        device=residency.device,
     )

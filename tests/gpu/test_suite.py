@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import environment, report
-from tests.gpu.__main__ import select_device
+from tests.gpu.__main__ import GROUPS, SUITE_SECONDS, select_device
 from tests.gpu.environment import SetupError
 from tests.gpu.groups import SuiteGroup, run_group, select_groups
 from tests.gpu.report import Result
@@ -154,6 +154,12 @@ def test_cpu_results_never_replace_gpu_results(monkeypatch: pytest.MonkeyPatch) 
         select_device({"torch": "2.13.0+cpu"})
     monkeypatch.setenv("RTP_TEST_DEVICE", "cpu")
     assert select_device({"torch": "2.13.0+cpu"}) == "cpu"
+
+
+def test_groups_fit_into_the_time_of_the_suite() -> None:
+    """So a group that takes all its time does not shorten the last one."""
+    assert sum(group.seconds for group in GROUPS) < SUITE_SECONDS < 360
+    assert all((environment.ROOT / group.file).is_file() for group in GROUPS)
 
 
 def test_select_groups_rejects_unknown_names() -> None:

@@ -1,5 +1,4 @@
-"""The reference attention backend compared with the attention formula: one sequence, head and query at a time, in
-float64.
+"""The reference backend compared with the attention formula: one sequence, head and query at a time, in float64.
 
 Other backends are tested against the reference backend.
 """
@@ -13,13 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from rtp_llm.contract.step import Step
+from rtp_llm.contract.kv_cache import KVCacheSpec, make_layout
 from rtp_llm.kernels import reference
-from rtp_llm.kernels.batch import ForwardBatch, LayerKVCache
-from rtp_llm.kernels.reference import reference_attention
+from rtp_llm.kernels.attention_backend import AttentionParams
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.kv_cache import carve
+from rtp_llm.kernels.reference import ReferenceBackend
 
+CPU = torch.device("cpu")
 DIM = 8
 SCALE = 0.4  # not DIM ** -0.5, so that a backend that ignores the argument fails
 
@@ -50,78 +51,94 @@ class Layout:
 class PagedBatch:
     """Sequences with random contents in randomly ordered blocks, and the step that computes their new tokens.
 
-    `unused`: value of all slots that hold no token.
+    `unused`: value of all slots that hold no token. `device`: of the cache and the backend; all else is on CPU.
     """
 
-    def __init__(self, layout: Layout, sequences: list[Sequence], seed: int, unused: float = 0.0):
-        self.layout, self.sequences = layout, sorted(sequences, key=lambda s: s.num_tokens != 1)
+    def __init__(
+        self, layout: Layout, sequences: list[Sequence], seed: int, unused: float = 0.0, device: torch.device = CPU
+    ):
+        self.layout, self.first, self.device = layout, sequences[0], device
+        self.sequences = sorted(sequences, key=lambda s: s.num_tokens != 1)
         self.random = np.random.default_rng(seed)
         self.block_tables = self._make_block_tables()
-        num_blocks = sum(map(len, self.block_tables)) + 2
-        shape = (num_blocks, layout.block_size, layout.kv_heads, DIM)
-        self.cache = LayerKVCache(*(torch.full(shape, unused, dtype=layout.dtype) for _ in range(2)))
+        num_blocks = sum(map(len, self.block_tables)) + 3
+        spec = KVCacheSpec(
+            tensors=(("keys", (layout.kv_heads, DIM)), ("values", (layout.kv_heads, DIM))),
+            dtype={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[layout.dtype],
+            window=layout.window,
+        )
+        cache_layout = make_layout([spec] * 3, layout.block_size)
+        self.group = cache_layout.groups[0]
+        self.memory = torch.zeros(num_blocks, cache_layout.block_bytes, dtype=torch.uint8, device=device)
+        self.memory.view(layout.dtype).fill_(unused)
+        self.cache = carve(self.memory, cache_layout)[
+            1
+        ]  # blocks are not adjacent: between them is the cache of two layers
         seq_lens = [s.seq_len for s in self.sequences]
         self.queries = [self._noise(s.num_tokens, layout.heads) for s in self.sequences]
         self.keys, self.values = ([self._noise(n, layout.kv_heads) for n in seq_lens] for _ in range(2))
-        for index, sequence in enumerate(self.sequences):
-            for position in range(sequence.start):
-                block, offset = self.slot(index, position)
-                self.cache.keys[block, offset] = self.keys[index][position]
-                self.cache.values[block, offset] = self.values[index][position]
+        for index in range(len(self.sequences)):
+            self._fill(index)
 
     def _noise(self, num_tokens: int, heads: int) -> Tensor:
         return torch.from_numpy(self.random.standard_normal((num_tokens, heads, DIM))).to(self.layout.dtype)
 
     def _make_block_tables(self) -> list[list[int]]:
         counts = [-(-s.seq_len // self.layout.block_size) for s in self.sequences]
-        # Two blocks are unused. Block 0, which pads all block tables, belongs to the first sequence.
-        order = [*self.random.permutation(range(1, sum(counts) + 2)).tolist(), 0]
+        order = self.random.permutation(range(1, sum(counts) + 3)).tolist()  # two are unused, and the null block
         return [[order.pop() for _ in range(count)] for count in counts]
 
     def slot(self, index: int, position: int) -> tuple[int, int]:
         """Returns (block, offset) of a position of sequence `index`."""
         return self.block_tables[index][position // self.layout.block_size], position % self.layout.block_size
 
+    def adopt(self, other: "PagedBatch", start: int) -> int:
+        """Gives the first added sequence the contents of the only sequence of `other`. Returns its index."""
+        index = next(i for i, s in enumerate(self.sequences) if s == self.first)
+        self.queries[index] = other.queries[0][start : self.first.seq_len]
+        self.keys[index], self.values[index] = other.keys[0], other.values[0]
+        self._fill(index)
+        return index
+
+    def _fill(self, index: int) -> None:
+        """Writes the keys and values of the tokens before the step."""
+        positions = torch.arange(self.sequences[index].start)
+        blocks = torch.tensor(self.block_tables[index])[positions // self.layout.block_size]
+        for name, contents in (("keys", self.keys), ("values", self.values)):
+            values = contents[index][positions].to(self.device)
+            self.cache[name][blocks, positions % self.layout.block_size] = values
+
     def batch(self) -> ForwardBatch:
         def ints(values: object) -> NDArray[np.int32]:
             return np.array(values, dtype=np.int32)
 
-        block_size = self.layout.block_size
-        tokens = [(i, position) for i, s in enumerate(self.sequences) for position in range(s.start, s.seq_len)]
-        slots = [block * block_size + offset for block, offset in (self.slot(*token) for token in tokens)]
         width = max(map(len, self.block_tables))
-        step = Step(
-            epoch=1,
-            number=1,
-            num_decodes=sum(1 for s in self.sequences if s.num_tokens == 1),
-            token_ids=ints([0] * len(tokens)),
-            positions=ints([position for _, position in tokens]),
-            slot_mapping=ints(slots),
-            query_start_loc=ints(np.cumsum([0, *(s.num_tokens for s in self.sequences)])),
-            seq_lens=ints([s.seq_len for s in self.sequences]),
-            prompt_lens=ints([s.seq_len for s in self.sequences]),
-            block_tables=ints([table + [0] * (width - len(table)) for table in self.block_tables]),
-            logits_indices=ints([]),
+        seq_lens = ints([s.seq_len for s in self.sequences])
+        query_start_loc = ints(np.cumsum([0, *(s.num_tokens for s in self.sequences)]))
+        batch = ForwardBatch.build(
+            token_ids=ints([0] * query_start_loc[-1]),
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            prompt_lens=seq_lens,
+            block_tables=[ints([table + [0] * (width - len(table)) for table in self.block_tables])],
+            block_sizes=[self.layout.block_size],
+            device=self.device,
         )
-        return ForwardBatch.from_step(step, torch.device("cpu"))
+        assert batch.num_decodes == sum(1 for s in self.sequences if s.num_tokens == 1)
+        return batch
 
     def run(self) -> list[Tensor]:
         """Returns the backend's output by sequence, [num_tokens, heads, DIM] each."""
         new_keys, new_values = (
-            torch.cat([t[s.start :] for s, t in zip(self.sequences, tensors, strict=True)])
+            torch.cat([t[s.start : s.seq_len] for s, t in zip(self.sequences, tensors, strict=True)])
             for tensors in (self.keys, self.values)
         )
-        out = reference_attention(
-            torch.cat(self.queries),
-            new_keys,
-            new_values,
-            self.cache,
-            self.batch(),
-            window=self.layout.window,
-            scale=SCALE,
-        )
+        backend = ReferenceBackend(self.device)
+        metadata = backend.prepare(self.batch(), 0, self.group.spec, self.group.block_size)
+        q, k, v = (tensor.to(self.device) for tensor in (torch.cat(self.queries), new_keys, new_values))
+        out = backend.forward(AttentionParams(SCALE), q, k, v, self.cache, metadata)
         assert out.dtype == self.layout.dtype
-        return list(out.split([s.num_tokens for s in self.sequences]))
+        return list(out.cpu().split([s.num_tokens for s in self.sequences]))
 
     def expected(self, index: int) -> Tensor:
         """Returns [num_tokens, heads, DIM] float64: softmax(SCALE q k) v over the keys that each query attends to."""
@@ -186,28 +203,54 @@ def test_edges(sequences: list[Sequence], window: int) -> None:
     PagedBatch(Layout(16, 6, 2, window), sequences, 0).check()
 
 
+@pytest.mark.parametrize("window", [0, 100, 256, 300, 700])
+@pytest.mark.parametrize("block_size", [1, 5, 16, 416])
+def test_contexts_of_several_splits(block_size: int, window: int) -> None:
+    sequences = [
+        *(Sequence(start, 1) for start in (1200, 255, 256, 511, 30)),
+        *(Sequence(start, count) for start, count in ((1000, 70), (250, 10), (0, 300), (3, 14), (523, 21))),
+    ]
+    PagedBatch(Layout(block_size, 4, 2, window), sequences, 0, unused=torch.nan).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [0, 5, 300])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 1), (2, 2)])
+def test_same_bits_in_any_chunk_and_company(dtype: torch.dtype, window: int, heads: int, kv_heads: int) -> None:
+    """Compares each token computed alone with the same token in a prompt, in chunks, and beside other sequences."""
+    length = 530
+    layout = Layout(16, heads, kv_heads, window, dtype)
+    whole = PagedBatch(layout, [Sequence(0, length)], 0)
+    expected = whole.run()[0]
+    for boundaries in ([300], [7, 8, 30, 256, 257, 511, 512]):
+        for start, end in zip([0, *boundaries], [*boundaries, length], strict=True):
+            others = [Sequence(3, 1), Sequence(start, 1), Sequence(700, 1), Sequence(40, 33), Sequence(0, 3)]
+            for company in ([], others[: 1 + start % 5]):
+                case = PagedBatch(layout, [Sequence(start, end - start), *company], start + 1, unused=torch.nan)
+                index = case.adopt(whole, start)
+                assert torch.equal(case.run()[index], expected[start:end])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     sequences = [Sequence(20, 1), Sequence(3, 1), Sequence(7, 9)]
     PagedBatch(Layout(16, 6, 2, 0, dtype), sequences, 0).check(tolerance=2e-2)
 
 
-@pytest.mark.parametrize("scratch", [1, 3000, 9000])
+@pytest.mark.parametrize("scratch", [1, 1500, 3000])
 @pytest.mark.parametrize("window", [0, 5])
 def test_little_memory_at_a_time(scratch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of gathered keys and of scores stay below MAX_SCRATCH_BYTES, unless one sequence or query alone needs
-    more, and the limit does not change the output."""
+    """Limits the bytes of gathered keys, except of one split of one tile, without changing the output."""
     monkeypatch.setattr(reference, "MAX_SCRATCH_BYTES", scratch)
-    sizes = []
+    monkeypatch.setattr(reference, "SPLIT", 16)
+    attend, sizes = reference._attend, []
 
-    def attention(query: Tensor, keys: Tensor, values: Tensor, **rest: Any) -> Tensor:
-        scores = query[..., 0].numel() * keys.shape[-2] * 4
-        sizes.append(keys.numel() * keys.itemsize if query.shape[0] > 1 else scores)
-        single = query.shape[0] == 1 and query.shape[-2] in (1, 3)  # a decode's heads of one KV head, or one query
-        assert sizes[-1] <= scratch or single
-        return scaled_dot_product_attention(query, keys, values, **rest)
+    def recording_attend(q: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(keys.numel() * keys.itemsize)
+        assert sizes[-1] <= scratch or len(keys) == 1
+        return attend(q, keys, *rest)
 
-    monkeypatch.setattr(reference, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(reference, "_attend", recording_attend)
     sequences = [Sequence(20, 1), Sequence(3, 1), Sequence(41, 1), Sequence(0, 1), Sequence(7, 19), Sequence(0, 9)]
     PagedBatch(Layout(16, 6, 2, window), sequences, 0).check()
     assert len(sizes) > 3
@@ -215,16 +258,17 @@ def test_little_memory_at_a_time(scratch: int, window: int, monkeypatch: pytest.
 
 def test_new_keys_and_values_are_written_and_nothing_else() -> None:
     case = PagedBatch(Layout(4, 6, 2, 0), [Sequence(5, 1), Sequence(2, 7), Sequence(0, 4)], 1, unused=7.0)
-    before = [case.cache.keys.clone(), case.cache.values.clone()]
+    before = [case.cache["keys"].clone(), case.cache["values"].clone()]
     case.run()
     for blocks, old, contents in zip(
-        (case.cache.keys, case.cache.values), before, (case.keys, case.values), strict=True
+        (case.cache["keys"], case.cache["values"]), before, (case.keys, case.values), strict=True
     ):
         for index, sequence in enumerate(case.sequences):
             for position in range(sequence.seq_len):
                 block, offset = case.slot(index, position)
                 assert torch.equal(blocks[block, offset], contents[index][position])
                 old[block, offset] = blocks[block, offset]
+        old[0] = 0  # the null block, which holds no token and is kept zero
         assert torch.equal(blocks, old)
 
 
@@ -238,13 +282,12 @@ def test_contents_of_unused_slots_are_ignored(unused: float, window: int) -> Non
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_nan_in_one_sequence_does_not_affect_others(window: int) -> None:
-    """Block tables are padded with block 0, which here belongs to the sequence with NaN."""
+    """Block tables are padded with the null block, whose content is NaN too."""
     case = PagedBatch(Layout(16, 6, 2, window), [Sequence(41, 1), Sequence(3, 1), Sequence(16, 1), Sequence(5, 6)], 3)
-    assert case.block_tables[0][0] == 0
     for tensors in (case.keys, case.values):
         tensors[0].fill_(torch.nan)
-    for block in case.block_tables[0]:
-        case.cache.keys[block] = case.cache.values[block] = torch.nan
+    for block in (0, *case.block_tables[0]):
+        case.cache["keys"][block] = case.cache["values"][block] = torch.nan
     outputs = case.run()
     assert outputs[0].isnan().all()
     for index in range(1, 4):

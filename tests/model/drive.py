@@ -1,12 +1,12 @@
 """Runs the product's runner and engine as rank 0 does, and records the logits that each token was sampled from.
 
-A wrapper around `layers.sampler.sample` records them.
+Wrappers around the methods of `layers.sampler.Sampler` record them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,16 +19,21 @@ from torch import Tensor
 from rtp_llm.config import Config
 from rtp_llm.contract.engine_output import FinishReason, Logprob
 from rtp_llm.contract.request import Request
-from rtp_llm.contract.sampling_metadata import SampledToken, SamplingMetadata
+from rtp_llm.contract.sampling_metadata import SampledRows
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.engine.blocks import BlockPool
-from rtp_llm.engine.engine import BroadcastStep, Engine
-from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
-from rtp_llm.layers.sampler import sample
+from rtp_llm.contract.step import Step
+from rtp_llm.engine.engine import Engine, EngineCallbacks
+from rtp_llm.engine.epoch import make_scheduler
+from rtp_llm.engine.proposer import DraftProposer
+from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsProcessorFactory
+from rtp_llm.layers.sampler import Sampler, SamplerOutput
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.weights import LoadStats
-from rtp_llm.parallel.group import Group, SingleRankGroup
+from rtp_llm.parallel.group import Communicator, SingleRankGroup
+from rtp_llm.parallel.mesh import Mesh, MeshAxis
 from rtp_llm.runner.model_runner import ModelRunner
+from rtp_llm.runner.residency import Residency
+from tests.unit.scheduling import AdmitAll
 
 CPU = torch.device("cpu")
 MAX_SEQ_LEN = 256
@@ -57,35 +62,46 @@ ForcedTokens = Mapping[str, Sequence[int]]  # by request id
 def load_runner(
     path: Path,
     settings: Settings,
-    group: Group,
+    communicator: Communicator,
     device: torch.device = CPU,
     max_seq_len: int = MAX_SEQ_LEN,
+    logits_processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
 ) -> tuple[ModelRunner, LoadStats]:
-    """Returns a runner with weights and KV cache. Collective: all ranks of the group must call it."""
+    """Returns a runner with weights and KV cache. Collective: all ranks of the communicator must call it."""
     config = Config.model_validate({"checkpoint_path": str(path), **DEFAULT_SETTINGS, **settings})
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
-    spec.check_tp(group.size)
-    runner = ModelRunner(config, spec, group, device, max_seq_len)
-    load_stats = runner.load(checkpoint, lambda fraction: None)
-    runner.allocate_kv_cache(group.size)
-    return runner, load_stats
+    spec.check_tp(communicator.size)
+    mesh = Mesh(MeshAxis(communicator.rank, communicator.size))
+    mesh.tp.bind(communicator)
+    residency = Residency(config, spec, mesh, device, max_seq_len)
+    load_stats = residency.load(checkpoint, lambda fraction: None)
+    residency.allocate_kv_cache(communicator.size)
+    return ModelRunner(residency, logits_processors), load_stats
 
 
-def make_engine(runner: ModelRunner, broadcast: BroadcastStep) -> Engine:
-    config = runner.config
-    blocks = BlockPool(runner.num_blocks, runner.block_size, config.reuse_cache)
-    scheduler_config = SchedulerConfig(
-        runner.max_num_batched_tokens,
-        config.max_batch_size or config.concurrency_limit,
-        config.max_context_batch_size,
+def make_engine(
+    runner: ModelRunner,
+    broadcast: Callable[[Step], None] = lambda step: None,
+    proposer: DraftProposer | None = None,
+) -> Engine:
+    """Returns an engine that admits requests as long as blocks are free, so that tests with few blocks preempt."""
+    residency = runner.residency
+    scheduler = make_scheduler(residency, proposer)
+    scheduler.admission_control = AdmitAll(scheduler.kv_cache_manager)
+    return Engine(
+        scheduler,
+        runner,
+        residency.max_seq_len,
+        epoch=1,
+        callbacks=EngineCallbacks(broadcast),
+        pipeline_depth=residency.config.rtp_pipeline_depth,
     )
-    return Engine(Scheduler(blocks, scheduler_config), runner, runner.max_seq_len, epoch=1, broadcast=broadcast)
 
 
 def make_single_rank_engine(path: Path, device: torch.device = CPU, **settings: Any) -> Engine:
     """Returns an engine at TP 1 in this process."""
-    return make_engine(load_runner(path, settings, SingleRankGroup(), device)[0], lambda step: None)
+    return make_engine(load_runner(path, settings, SingleRankGroup(), device)[0])
 
 
 def greedy_request(prompt: Sequence[int], max_tokens: int, id: str = "0", **params: Any) -> Request:
@@ -128,20 +144,21 @@ def record_logits(forced: ForcedTokens | None = None) -> Iterator[dict[str, list
     `forced` tokens replace the sampled ones.
     """
     recorded: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+    requests: dict[tuple[int, int], Request] = {}  # by sampler and slot
+    reset, sample = Sampler.reset, Sampler.sample
 
-    def recording_sample(
-        logits: Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[list[SampledToken], list[Logprob]]:
-        requests = sampling_metadata.requests
-        for row, request in zip(sampling_metadata.logits_rows, requests, strict=True):
+    def recording_reset(sampler: Sampler, slot: int, request: Request) -> None:
+        requests[id(sampler), slot] = request
+        reset(sampler, slot, request)
+
+    def recording_sample(sampler: Sampler, logits: Tensor, rows: SampledRows) -> SamplerOutput:
+        output = sample(sampler, logits, rows)
+        for row, (slot, position) in enumerate(zip(rows.slots.tolist(), rows.positions.tolist(), strict=True)):
+            request = requests[id(sampler), slot]
             recorded[request.id].append(logits[row].cpu().numpy().copy())
-        tokens, records = sample(logits, sampling_metadata)
-        if forced:
-            tokens = [
-                replace(token, token_id=forced[request.id][request.num_output_tokens])
-                for token, request in zip(tokens, requests, strict=True)
-            ]
-        return tokens, records
+            if forced:
+                output.tokens[row] = forced[request.id][position - request.num_prompt_tokens]
+        return output
 
-    with mock.patch("rtp_llm.runner.model_runner.sample", recording_sample):
+    with mock.patch.object(Sampler, "reset", recording_reset), mock.patch.object(Sampler, "sample", recording_sample):
         yield recorded

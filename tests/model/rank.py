@@ -21,7 +21,7 @@ from rtp_llm.contract.step import Step
 from rtp_llm.engine.engine import Engine
 from rtp_llm.engine.loop import FollowerConnections
 from rtp_llm.parallel.gang_client import accept_ranks, retry_connect
-from rtp_llm.parallel.group import Group, TorchGroup, init_group
+from rtp_llm.parallel.group import Communicator, init_group
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import STEP_PORT_OFFSET, Plan
 from rtp_llm.parallel.wire import FrameType, WireError, connect, listen, pack_json, recv_frame
@@ -37,15 +37,23 @@ def local_plan(size: int, port: int) -> Plan:
     return Plan((Member(0, "local_part0", HOST, port),), 0, size, size, size, port, 9, "cpu")
 
 
-def open_groups(plan: Plan, rank: int) -> dict[str, Group]:
+def open_groups(plan: Plan, rank: int) -> dict[str, Communicator]:
     """Returns two groups of the same ranks: "local" as on one machine, and "gloo" as between machines."""
-    cpu = torch.device("cpu")
-    prefix = f"rtp-test-{plan.start_port}-"
-    group = init_group(
-        plan, rank, EPOCH, host=HOST, address=HOST, timeout=TIMEOUT_SECONDS, device=cpu, shm_prefix=prefix
-    )
-    gloo = TorchGroup(rank, plan.world_size, cpu) if plan.world_size > 1 else group
-    return {"local": group, "gloo": gloo}
+
+    def open_group(plan: Plan, shm_prefix: str) -> Communicator:
+        return init_group(
+            plan,
+            rank,
+            EPOCH,
+            host=HOST,
+            address=HOST,
+            timeout=TIMEOUT_SECONDS,
+            device=torch.device("cpu"),
+            shm_prefix=shm_prefix,
+        )
+
+    local = open_group(plan, f"rtp-test-{plan.start_port}-")
+    return {"local": local, "gloo": open_group(local_plan(plan.world_size, plan.start_port + 1), "")}
 
 
 class RankWorker:
@@ -70,7 +78,7 @@ class RankWorker:
         """Loads the checkpoint and computes the job's requests. Returns the reply of this rank."""
         group = self.groups[job["collectives"]]
         runner, load_stats = drive.load_runner(Path(job["checkpoint"]), job["settings"], group)
-        reply: dict[str, Any] = {"bytes": load_stats.bytes, "num_blocks": runner.num_blocks}
+        reply: dict[str, Any] = {"bytes": load_stats.bytes, "num_blocks": runner.residency.num_blocks}
         if self.followers:
             engine = drive.make_engine(runner, self.followers.broadcast)
             completions = _run_leader(engine, job)
@@ -93,7 +101,9 @@ def _run_follower(runner: ModelRunner, step_socket: socket.socket) -> None:
         frame_type, payload = recv_frame(step_socket)
         if frame_type == FrameType.KEEPALIVE:
             return
-        runner.execute(Step.from_bytes(payload))
+        inputs = runner.prepare(Step.from_bytes(payload))
+        inputs.check_digest()
+        runner.execute(inputs)
 
 
 def _run_leader(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:

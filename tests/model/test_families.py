@@ -58,6 +58,6 @@ def test_same_tokens_and_logits_over_gloo(rank_pool: RankPool, oracles: Oracles,
 def test_same_tokens_and_logits_from_prepacked_weights(oracles: Oracles, name: str) -> None:
     """On CPU large weights are prepacked at load. The weights here are small, so the minimum size is lowered."""
     oracle = oracles(name)
-    with mock.patch("rtp_llm.kernels.prepacked.MIN_PREPACKED_ELEMENTS", 1):
+    with mock.patch("rtp_llm.kernels.linear_method.MIN_PREPACKED_ELEMENTS", 1):
         engine = drive.make_single_rank_engine(oracle.path)
     oracle.check(drive.run(engine, oracle.greedy_requests()))

@@ -81,7 +81,7 @@ def add_cache_salt(requests: list[Request]) -> list[Request]:
     """Sets `cache_salt`, bytes that enter the hashes of the prefix cache, as `engine.loop.LeaderLoop` does for dynamic
     rope. The other cases work with a salt too."""
     for request in requests:
-        request.cache_salt = request.num_prompt_tokens.to_bytes(8, "little")
+        request.extra_keys = (request.num_prompt_tokens.to_bytes(8, "little"),)
     return requests
 
 
@@ -98,6 +98,8 @@ def add_cache_salt(requests: list[Request]) -> list[Request]:
         {"reuse_cache": False},
         {"max_batch_size": 2},
         {"max_context_batch_size": 1},
+        {"rtp_pipeline_depth": 1},
+        {"rtp_pipeline_depth": 1, "max_batch_tokens_size": 7},
     ],
     ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()) or "defaults",
 )
@@ -149,7 +151,11 @@ def few_blocks(settings: Settings) -> Settings:
     return {"test_block_num": 10, "seq_size_per_block": 16} | dict(settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens_size": 7}, {"reuse_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_batch_tokens_size": 7}, {"reuse_cache": False}, {"rtp_pipeline_depth": 1}],
+    ids=str,
+)
 def test_preemption(expected: Expected, settings: Settings) -> None:
     engine = drive.make_single_rank_engine(expected.oracle.path, **few_blocks(settings))
     completions = drive.run(engine, add_cache_salt(mixed_requests(expected.oracle)))
@@ -159,10 +165,10 @@ def test_preemption(expected: Expected, settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("num_done", [1, 16, 63])
-@pytest.mark.parametrize("reuse_cache", [True, False])
-def test_resume(expected: Expected, num_done: int, reuse_cache: bool) -> None:
+@pytest.mark.parametrize("settings", [{}, {"reuse_cache": False}, {"rtp_pipeline_depth": 1}], ids=str)
+def test_resume(expected: Expected, num_done: int, settings: Settings) -> None:
     """After the loss of a rank the API resubmits every request with the tokens that its client already has."""
-    engine = drive.make_single_rank_engine(expected.oracle.path, reuse_cache=reuse_cache)
+    engine = drive.make_single_rank_engine(expected.oracle.path, **settings)
     requests = [
         greedy_resumed(answer.prompt, answer.tokens[:num_done], str(index))
         for index, answer in enumerate(expected.oracle.answers)
@@ -192,8 +198,10 @@ def test_requests_with_nan_do_not_affect_others(expected: Expected, order: str, 
     nan_token = next(token for token in range(oracle.answers[0].logits.shape[-1]) if token not in used_tokens)
     runner = engine.runner
     assert isinstance(runner, ModelRunner)
-    runner.model.embed_tokens.weight.data[nan_token] = torch.nan
-    bad = [greedy_request([nan_token, *a.prompt], 8, id=f"bad {i}") for i, a in enumerate(oracle.answers)]
+    runner.residency.model.embed_tokens.weight.data[nan_token] = torch.nan
+    # Also at the end: a sliding window hides the first token from the last.
+    prompts = [[nan_token, *a.prompt, nan_token] for a in oracle.answers]
+    bad = [greedy_request(prompt, 8, id=f"bad {i}") for i, prompt in enumerate(prompts)]
     good = mixed_requests(oracle)
     requests = [r for pair in zip(bad, good, strict=False) for r in (pair if order == "first" else pair[::-1])]
     completions = drive.run(engine, add_cache_salt(requests + good[len(bad) :]))
@@ -203,15 +211,16 @@ def test_requests_with_nan_do_not_affect_others(expected: Expected, order: str, 
 
 
 @pytest.mark.parametrize(
-    ("rank_pool", "name"),
-    [(2, "mistral-window"), pytest.param(4, "qwen2-14-heads", marks=pytest.mark.slow)],
+    ("rank_pool", "name", "num_blocks"),
+    # Few blocks for each: a window of 20 tokens needs less.
+    [(2, "mistral-window", 12), pytest.param(4, "qwen2-14-heads", 24, marks=pytest.mark.slow)],
     ids=["tp2", "tp4"],
     indirect=["rank_pool"],
 )
-def test_several_ranks(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
+def test_several_ranks(rank_pool: RankPool, oracles: Oracles, name: str, num_blocks: int) -> None:
     """Small chunks and few blocks on several ranks; then all requests twice, the second time from the prefix cache."""
     expected = compute_expected(oracles(name))
-    settings = {"max_batch_tokens_size": 16, "test_block_num": 24}
+    settings = {"max_batch_tokens_size": 16, "test_block_num": num_blocks}
     report = rank_pool.run(expected.oracle.path, [mixed_requests(expected.oracle)], "local", **settings)
     assert report.replies[0]["preemptions"] >= 3
     expected.check(report.completions)

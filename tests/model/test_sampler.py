@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from rtp_llm.contract.request import Request
-from rtp_llm.contract.sampling_metadata import SamplingMetadata
+from rtp_llm.contract.sampling_metadata import SampledRows, SampledTokens
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.layers import sampler
-from rtp_llm.layers.sampler import sample, uniform
+from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsProcessorFactory, Penalties
+from rtp_llm.layers.sampler import Sampler, uniform
 from tests.model import drive
 from tests.model.conftest import Oracles
 
@@ -42,13 +43,23 @@ def make_request(seed: int = 0, output: Sequence[int] = (), **params: Any) -> Re
     return Request(str(seed), list(PROMPT), SamplingParams(max_tokens=100, seed=seed, **params), list(output))
 
 
+def run_sampler(
+    logits: Tensor,
+    requests: Sequence[Request],
+    drafts: Sequence[Sequence[int]] | None = None,
+    processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
+) -> list[SampledTokens]:
+    """Returns the tokens that a new sampler gives the requests, of which each has the slot of its index."""
+    sampler = Sampler(len(requests), VOCAB, logits.device, processors)
+    for slot, request in enumerate(requests):
+        sampler.reset(slot, request)
+    rows = SampledRows.build(range(len(requests)), [r.num_tokens for r in requests], drafts)
+    return sampler.accept_drafts(sampler.sample(logits, rows), rows)
+
+
 def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """Returns a token for each request, all from the same logits [VOCAB]."""
-    expanded = logits.expand(len(requests), -1)
-    sampled, _ = sample(expanded, SamplingMetadata(list(range(len(requests))), list(requests), []))
-    tokens = [token.token_id for token in sampled]
-    assert None not in tokens
-    return [token for token in tokens if token is not None]
+    return [token for sampled in run_sampler(logits.expand(len(requests), -1), requests) for token in sampled.token_ids]
 
 
 def random_logits(seed: int, spread: float = 3) -> Tensor:
@@ -209,7 +220,7 @@ def test_logits_are_not_changed_in_place() -> None:
         make_request(1, OUTPUT, repetition_penalty=2.0, presence_penalty=1.0, logit_bias={1: 5.0}),
         make_request(2),
     ]
-    sample(logits, SamplingMetadata([0, 1], requests, []))
+    run_sampler(logits, requests)
     assert torch.equal(logits, before)
 
 
@@ -259,10 +270,107 @@ def test_min_tokens_and_stop_ids_in_the_engine(oracles: Oracles, minimum: int) -
 def test_nan_logits_give_no_token() -> None:
     logits = torch.stack([random_logits(12), random_logits(13)])
     logits[0, 5] = torch.nan
-    sampled, _ = sample(
-        logits, SamplingMetadata([0, 1], [make_request(temperature=0.0), make_request(temperature=0.0)], [])
-    )
-    assert [token.token_id for token in sampled] == [None, int(logits[1].argmax())]
+    sampled = run_sampler(logits, [make_request(temperature=0.0), make_request(temperature=0.0)])
+    assert [(s.failed, s.token_ids) for s in sampled] == [(True, []), (False, [int(logits[1].argmax())])]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"min_tokens": 9, "stop_token_ids": (5,)}]
+)
+def test_nan_and_infinite_logits_fail_their_row_only(bad: float, params: dict[str, Any]) -> None:
+    """Even if the token with that logit is forbidden: the model is broken."""
+    logits = torch.stack([random_logits(seed) for seed in range(12, 15)])
+    expected = run_sampler(logits, [make_request(i, **params) for i in range(3)])
+    logits[1, 5] = bad
+    logits[2, 6] = -torch.inf
+    sampled = run_sampler(logits, [make_request(i, **params) for i in range(3)])
+    assert [s.failed for s in sampled] == [False, True, False]
+    assert (sampled[0], sampled[1].token_ids) == (expected[0], [])
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9}], ids=str)
+def test_a_row_without_allowed_tokens_fails(params: dict[str, Any]) -> None:
+    class ForbidAll(Penalties):
+        def is_active(self, slot: int) -> bool:
+            return True
+
+        def apply(self, logits: Tensor, rows: SampledRows) -> None:
+            logits[rows.slots == 1] = -torch.inf
+
+    logits = torch.stack([random_logits(seed) for seed in range(12, 14)])
+    sampled = run_sampler(logits, [make_request(i, **params) for i in range(2)], processors=[ForbidAll])
+    assert [s.failed for s in sampled] == [False, True]
+
+
+def one_hot(*tokens: int) -> Tensor:
+    """Returns logits [len(tokens), VOCAB] with which row i gives `tokens[i]`."""
+    return 50 * torch.nn.functional.one_hot(torch.tensor(tokens), VOCAB).float()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sampled", "accepted"),
+    [
+        ([], [4], [4]),
+        ([4, 5, 6], [4, 5, 6, 7], [4, 5, 6, 7]),
+        ([4, 5, 6], [4, 9, 6, 7], [4, 9]),
+        ([4, 5, 6], [9, 5, 6, 7], [9]),
+        ([4, 4, 4], [4, 5, 4, 4], [4, 5]),  # the third draft equals its token, but stands after a wrong one
+    ],
+)
+def test_drafts_count_up_to_the_first_wrong_one(drafts: list[int], sampled: list[int], accepted: list[int]) -> None:
+    """Two sequences beside it have other drafts."""
+    logits = torch.cat([one_hot(1, 2), one_hot(*sampled), one_hot(3)])
+    requests = [make_request(i, temperature=0.5 * i, logprobs=0) for i in range(3)]
+    results = run_sampler(logits, requests, [[1], drafts, []])
+    assert [(r.slot, r.token_ids, r.failed) for r in results] == [
+        (0, [1, 2], False),
+        (1, accepted, False),
+        (2, [3], False),
+    ]
+    assert [len(r.logprobs) for r in results] == [2, len(accepted), 1]
+
+
+def test_a_failure_after_accepted_drafts_keeps_their_tokens() -> None:
+    logits = one_hot(4, 5, 6, 7)
+    logits[2] = torch.nan
+    (result,) = run_sampler(logits, [make_request()], [[4, 5, 6]])
+    assert (result.token_ids, result.failed) == ([4, 5], True)
+
+
+def test_a_failure_behind_a_wrong_draft_does_not_count() -> None:
+    logits = one_hot(4, 9, 6)
+    logits[2] = torch.nan
+    (result,) = run_sampler(logits, [make_request()], [[4, 5]])
+    assert (result.token_ids, result.failed) == ([4, 9], False)
+
+
+def test_the_row_of_a_draft_draws_the_number_of_its_position() -> None:
+    """So drafts do not change the text."""
+    tokens = [int(uniform(7, len(PROMPT) + offset) * VOCAB) for offset in range(4)]
+    (result,) = run_sampler(torch.zeros(4, VOCAB), [make_request(7)], [tokens[:3]])
+    assert result.token_ids == tokens
+
+
+@pytest.mark.parametrize("params", [{"logit_bias": {3: 100.0}}, {"repetition_penalty": 5.0}])
+def test_logprobs_come_from_the_unprocessed_logits(params: dict[str, Any]) -> None:
+    logits = random_logits(14)[None]
+    (result,) = run_sampler(logits, [make_request(logprobs=2, **params)])
+    (token,), ((logprob, rank, tops),) = result.token_ids, result.logprobs
+    expected = logits[0].double().log_softmax(-1)
+    assert logprob == pytest.approx(float(expected[token]), abs=1e-5)
+    assert rank == int((expected > expected[token]).sum())
+    assert [t for t, _ in tops] == expected.topk(2).indices.tolist()
+
+
+def test_a_slot_is_used_again() -> None:
+    sampler = Sampler(1, VOCAB, drive.CPU)
+    rows = SampledRows.build([0], [len(PROMPT)])
+    for params in ({"logit_bias": {9: 100.0}, "temperature": 0.0}, {"temperature": 0.0}):
+        sampler.reset(0, make_request(**params))
+        output = sampler.sample(one_hot(4), rows)
+        assert output.tokens.tolist() == ([9] if "logit_bias" in params else [4])
+        sampler.remove(0)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,27 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rtp_llm.config import Config
 from rtp_llm.errors import CheckpointError, ConfigError
-from rtp_llm.layers.parameter import ShardedParameter
+from rtp_llm.layers.parameter import ShardedParameter, WeightSlice, sharded_parameter
 from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.weights import load_weights
 from rtp_llm.parallel.group import SingleRankGroup
-from rtp_llm.runner.model_runner import ModelRunner
+from rtp_llm.parallel.mesh import Mesh, MeshAxis
+from rtp_llm.runner.residency import Residency
 from tests.model import drive
 from tests.model.checkpoints import CASES, CheckpointCase, edit_config, make_model, save_checkpoint
 from tests.model.conftest import Oracles
@@ -44,8 +49,17 @@ class FakeGroup:
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         raise AssertionError("loading needs no peers")
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        raise AssertionError("loading needs no peers")
+
     def min(self, value: int) -> int:
         return value
+
+    def check_aborted(self) -> None:
+        pass
+
+    def abort(self, reason: str) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -77,59 +91,43 @@ SHARDED_CASES = [
 def test_all_ranks_together_hold_the_checkpoint(oracles: Oracles, name: str, size: int) -> None:
     """Every element of every tensor is on exactly one rank, except replicated tensors and shared KV heads."""
     path = oracles(name).path
-    elements = []
+    counts: dict[str, NDArray[np.int64]] = {}
     for rank in range(size):
         runner, load_stats = drive.load_runner(path, {}, FakeGroup(rank, size))
-        parameters = [p for p in runner.model.parameters() if isinstance(p, ShardedParameter)]
-        local = [(weight_slice.name, i) for p in parameters for weight_slice in p.slices for i in weight_slice.source]
-        assert len(local) == len(set(local)), "a rank reads an element twice"
+        parameters = [p for p in runner.residency.model.parameters() if isinstance(p, ShardedParameter)]
+        local = {n: np.zeros(shape, np.int64) for p in parameters for n, shape in p.full_shapes.items()}
+        for weight_slice in (weight_slice for p in parameters for weight_slice in p.slices):
+            local[weight_slice.name][np.ix_(*weight_slice.source)] += 1
+        assert max(count.max() for count in local.values()) == 1, "a rank reads an element twice"
         assert load_stats.bytes <= tensor_bytes(path)
-        elements += local
+        for tensor, count in local.items():
+            counts[tensor] = counts.get(tensor, 0) + count
         check_contents(parameters, oracles(name).case, path)
-    for name, indices in group_by_name(elements).items():
-        counts = np.bincount(indices)
-        assert counts.min() == 1 or is_replicated(name) or is_kv(name)
-        assert counts.max() == 1 or is_replicated(name) or is_kv(name)
-        assert counts.min() >= 1
+    for tensor, count in counts.items():
+        assert count.min() == 1 or is_replicated(tensor) or is_kv(tensor)
+        assert count.max() == 1 or is_replicated(tensor) or is_kv(tensor)
+        assert count.min() >= 1
 
 
 def is_kv(name: str) -> bool:
     return "k_proj" in name or "v_proj" in name
 
 
-def group_by_name(elements: list[tuple[str, int]]) -> dict[str, list[int]]:
-    indices: dict[str, list[int]] = {}
-    for name, index in elements:
-        indices.setdefault(name, []).append(index)
-    return indices
-
-
 def check_contents(parameters: list[ShardedParameter], case: CheckpointCase, path: Path) -> None:
     """Raises AssertionError unless parameters equal the checkpoint's slices, and padding is zero."""
     if case.name.startswith("internlm2"):
         return  # the file has other tensor names; test_families checks the contents
-    tensors = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+    tensors = {n: t.numpy() for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
     for parameter in parameters:
-        expected = torch.zeros(parameter.shape)
+        expected = np.zeros(parameter.shape, np.float32)
         for weight_slice in parameter.slices:
-            source, target = (
-                torch.arange(*range_bounds(weight_slice.source)),
-                torch.arange(*range_bounds(weight_slice.target)),
-            )
-            expected.index_copy_(
-                weight_slice.dim, target, tensors[weight_slice.name].index_select(weight_slice.dim, source)
-            )
-        assert torch.equal(parameter.data, expected)
-
-
-def range_bounds(numbers: range) -> tuple[int, int]:
-    return numbers.start, numbers.stop
+            expected[np.ix_(*weight_slice.target)] = tensors[weight_slice.name][np.ix_(*weight_slice.source)]
+        np.testing.assert_array_equal(parameter.numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "internlm2"])
 def test_two_ranks_read_half_each(oracles: Oracles, name: str) -> None:
-    """Each of two ranks reads about half of the checkpoint, because six query heads and two KV heads split evenly. Only
-    the norms are read twice."""
+    """Six query heads on two KV heads: only the norms are read twice."""
     path = oracles(name).path
     bytes_read = [drive.load_runner(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)]
     total, replicated = tensor_bytes(path), tensor_bytes(path, is_replicated)
@@ -144,6 +142,69 @@ def test_rank_processes_read_the_same_bytes(rank_pool: RankPool, oracles: Oracle
     assert [r["bytes"] for r in replies] == [
         drive.load_runner(path, {}, FakeGroup(rank, 2))[1].bytes for rank in range(2)
     ]
+
+
+def test_one_weight_at_a_time_is_in_memory_beside_the_packed_ones(oracles: Oracles) -> None:
+    """The peak memory of loading is that of the packed model and one weight as it was read."""
+    alive: list[weakref.ref[Tensor]] = []
+    numbers: list[int] = []
+    materialize = ShardedParameter.materialize
+
+    def recording_materialize(parameter: ShardedParameter) -> ShardedParameter:
+        loaded = materialize(parameter)
+        if loaded.dim() == 2:
+            alive.append(weakref.ref(loaded))
+            numbers.append(sum(ref() is not None for ref in alive))
+        return loaded
+
+    with (
+        mock.patch("rtp_llm.kernels.linear_method.MIN_PREPACKED_ELEMENTS", 1),
+        mock.patch.object(ShardedParameter, "materialize", recording_materialize),
+    ):
+        runner, _ = drive.load_runner(oracles("llama").path, {}, SingleRankGroup())
+    assert len(numbers) == 1 + 4 * runner.residency.spec.num_layers + 1
+    assert max(numbers) == 2, "more than the embedding, which stays, and the weight that is being read"
+
+
+class Experts(torch.nn.Module):
+    """Parameters that hold one expert of a stacked tensor, and rows of an interleaved one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"experts": (4, 6, 5), "interleaved": (12, 5)}
+        rows, columns = range(6), range(5)
+        self.expert = sharded_parameter(
+            (6, 5), [WeightSlice("experts", (range(2, 3), rows, columns), (rows, columns))], shapes
+        )
+        self.two_experts = sharded_parameter(
+            (2, 3, 5),
+            [WeightSlice("experts", (range(1, 4, 2), range(3, 6), columns), (range(2), range(3), columns))],
+            shapes,
+        )
+        odd, even, last = range(1, 12, 2), range(0, 12, 2), range(6, 12)
+        self.halves = sharded_parameter(
+            (12, 5),
+            [
+                WeightSlice("interleaved", (odd, columns), (rows, columns)),
+                WeightSlice("interleaved", (even, columns), (last, columns)),
+            ],
+            shapes,
+        )
+        self.spread = sharded_parameter((12, 5), [WeightSlice("interleaved", (last, columns), (even, columns))], shapes)
+
+
+def test_slices_of_any_number_of_dimensions_and_steps(copy_checkpoint: Callable[[str], Path]) -> None:
+    path, model = copy_checkpoint("llama"), Experts()
+    tensors = {"experts": torch.rand(4, 6, 5), "interleaved": torch.rand(12, 5)}
+    save_file(tensors, path / "model.safetensors")
+    checkpoint = Checkpoint.open(config_of(path))
+    load_stats = load_weights(model, checkpoint, checkpoint.spec(config_of(path)), lambda fraction: None)
+    assert load_stats.bytes == 4 * 5 * (6 + 2 * 3 + 12 + 6)
+    assert torch.equal(model.expert, tensors["experts"][2])
+    assert torch.equal(model.two_experts, tensors["experts"][[1, 3], 3:])
+    assert torch.equal(model.halves, torch.cat((tensors["interleaved"][1::2], tensors["interleaved"][::2])))
+    assert torch.equal(model.spread[::2], tensors["interleaved"][6:])
+    assert not model.spread[1::2].any(), "padding"
 
 
 # Invalid checkpoints
@@ -222,10 +283,10 @@ def test_invalid_checkpoint_is_not_read(copy_checkpoint: Callable[[str], Path]) 
     edit_tensors(path, lambda tensors: tensors.pop("lm_head.weight"))
     config = config_of(path)
     checkpoint = Checkpoint.open(config)
-    runner = ModelRunner(config, checkpoint.spec(config), SingleRankGroup(), torch.device("cpu"), 64)
+    residency = Residency(config, checkpoint.spec(config), Mesh(MeshAxis()), torch.device("cpu"), 64)
     fractions: list[float] = []
     with pytest.raises(CheckpointError):
-        runner.load(checkpoint, fractions.append)
+        residency.load(checkpoint, fractions.append)
     assert fractions == []
 
 
@@ -323,8 +384,7 @@ def test_invalid_checkpoint_path(tmp_path: Path) -> None:
 
 
 def test_digest_differs_between_checkpoints(copy_checkpoint: Callable[[str], Path], oracles: Oracles) -> None:
-    """The digest (hash that identifies a checkpoint) differs between checkpoints: the parts of a gang compare it to
-    detect that they have different models."""
+    """The parts of a gang compare digests to detect that they have different models."""
 
     def digest(path: Path) -> str:
         return Checkpoint.open(config_of(path)).digest

@@ -11,7 +11,7 @@ from tests.parallel.parts import Part
 from tests.parallel.stream import Stream
 from tests.ports import free_start_port
 
-LOADING = "collectives use interface"
+LOADING = "collectives use shared memory"
 
 
 def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:

@@ -224,12 +224,37 @@ def test_a_heartbeat_without_progress_is_a_hang(start: Start, dial: Dial, idle: 
     assert [code for _, code in probe.lost[:1]] == ([ExitCode.HANG] if lost else [])
 
 
+def test_a_change_of_phase_is_told_at_once(monkeypatch: pytest.MonkeyPatch, start: Start, dial: Dial) -> None:
+    """Ranks wait until all have loaded: without the extra status they would learn it an hour later."""
+    interval = "rtp_llm.parallel.coordinator.HEARTBEAT_INTERVAL_SECONDS"
+    monkeypatch.setattr(interval, 3600)
+    socks = join_both(start(), dial)
+    for phase in ("loading", "warmup", "serving"):
+        if phase == "serving":
+            monkeypatch.setattr(interval, 0.05)  # from the next status on, so that the coordinator's thread can end
+        socks[1].sendall(pack_json(FrameType.HEARTBEAT, {"phase": phase}))
+        until(lambda: receive(socks[0], FrameType.GANG_STATUS)["ranks"].get("1", {}).get("phase") == phase)  # noqa: B023
+
+
 # A rank's side
 
 
 def member(tmp_path: Path, plan: Plan, rank: int, **settings: Any) -> GangClient:
     config = Config.model_validate({"gang_timeout_min": 0.01, **settings})
     return GangClient(plan, RankStatus(rank, plan.part_of(rank)), config, tmp_path, lambda *loss: None)
+
+
+def test_a_rank_reports_its_phase_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("rtp_llm.parallel.gang_client.HEARTBEAT_INTERVAL_SECONDS", 3600)
+    client = member(tmp_path, two_parts(), 0)
+    client._sock, coordinator = socket.socketpair()
+    with client._sock, coordinator:
+        coordinator.settimeout(DEADLINE)
+        threading.Thread(target=client._send_heartbeats, daemon=True).start()
+        for phase in ("loading", "warmup", "serving"):
+            assert receive(coordinator, FrameType.HEARTBEAT)["phase"] != phase
+            client.rank_status.set_phase(phase)  # type: ignore[arg-type]
+        assert receive(coordinator, FrameType.HEARTBEAT)["phase"] == "serving"
 
 
 def as_part_1(plan: Plan, rendezvous_port: int) -> Plan:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
 from rtp_llm.parallel.segment import DIRECTORY, SLOT_BYTES, create_segment, is_orphaned, segment_bytes
-from rtp_llm.parallel.shared_memory import ShmCommunicator
+from rtp_llm.parallel.shared_memory import SharedMemoryGroup
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86's order of stores")
 
@@ -29,9 +29,9 @@ def segment(request: pytest.FixtureRequest) -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-def run_ranks(path: Path, size: int, run: Callable[[ShmCommunicator], object], timeout: float = 30) -> list[object]:
+def run_ranks(path: Path, size: int, run: Callable[[SharedMemoryGroup], object], timeout: float = 30) -> list[object]:
     with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(run, ShmCommunicator(path, rank, size, timeout)) for rank in range(size)]
+        futures = [pool.submit(run, SharedMemoryGroup(path, rank, size, timeout)) for rank in range(size)]
         return [future.result(timeout=60) for future in futures]
 
 
@@ -50,7 +50,7 @@ def test_all_reduce_is_the_sum_and_bitwise_equal_on_all_ranks(
 ) -> None:
     size = request.node.callspec.params["segment"]
 
-    def run(communicator: ShmCommunicator) -> list[Tensor]:
+    def run(communicator: SharedMemoryGroup) -> list[Tensor]:
         return [
             communicator.all_reduce(tensor(communicator.rank, step, shape, dtype))
             for step, shape in enumerate(SHAPES * 5)
@@ -65,7 +65,7 @@ def test_all_reduce_is_the_sum_and_bitwise_equal_on_all_ranks(
 
 @pytest.mark.parametrize("segment", [3], indirect=True)
 def test_gather_keeps_the_rank_order_between_reductions(segment: Path) -> None:
-    def run(communicator: ShmCommunicator) -> list[list[Tensor] | None]:
+    def run(communicator: SharedMemoryGroup) -> list[list[Tensor] | None]:
         gathered = []
         for step in range(40):
             gathered.append(communicator.gather(tensor(communicator.rank, step, (4, 33), torch.float32)))
@@ -83,7 +83,7 @@ def test_gather_keeps_the_rank_order_between_reductions(segment: Path) -> None:
 @pytest.mark.parametrize("segment", [2], indirect=True)
 def test_missing_rank_is_named_after_the_timeout(segment: Path) -> None:
     with pytest.raises(CommunicationError, match=r"ranks \[1\] did not join a collective"):
-        ShmCommunicator(segment, 0, 2, timeout=0.05).all_reduce(torch.ones(1))
+        SharedMemoryGroup(segment, 0, 2, timeout=0.05).all_reduce(torch.ones(1))
 
 
 def test_creating_a_segment_removes_stale_ones() -> None:

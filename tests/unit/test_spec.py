@@ -67,7 +67,7 @@ def test_llama() -> None:
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size) == (32, 8, 128, 14336)
     assert (spec.norm_eps, spec.max_positions, spec.dtype) == (1e-5, 8192, "bf16")
     assert (spec.rope.kind, spec.rope.theta) == ("default", 500000.0)
-    assert not any((spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.tie_embeddings, spec.fused_qkv))
+    assert not any((spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.tie_embeddings))
     assert [spec.window(layer) for layer in range(32)] == [0] * 32
 
 
@@ -81,13 +81,13 @@ def test_llama() -> None:
         (QWEN2, {"qkv_bias"}),
         (QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, {"qk_norm"}),
         (QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, {"qk_norm", "qkv_bias", "o_bias"}),
-        (LLAMA | {"architectures": ["InternLM2ForCausalLM"], "bias": False}, {"fused_qkv"}),
-        (LLAMA | {"architectures": ["InternLM2ForCausalLM"], "bias": True}, {"fused_qkv", "qkv_bias", "o_bias"}),
+        (LLAMA | {"architectures": ["InternLM2ForCausalLM"], "bias": False}, set()),
+        (LLAMA | {"architectures": ["InternLM2ForCausalLM"], "bias": True}, {"qkv_bias", "o_bias"}),
     ],
 )
 def test_families_are_flags(config: Json, flags: set[str]) -> None:
     spec = read_spec(config)
-    names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_embeddings", "fused_qkv")
+    names = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_embeddings")
     assert {name for name in names if getattr(spec, name)} == flags
 
 

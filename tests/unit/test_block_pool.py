@@ -3,11 +3,13 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from rtp_llm.engine.blocks import BlockPool, hash_block
+from rtp_llm.contract.kv_cache import NULL_BLOCK
+from rtp_llm.engine.block_hash import hash_block, hash_extra_keys
+from rtp_llm.engine.block_pool import BlockPool
 
 BLOCK_SIZE = 4
 
@@ -28,6 +30,16 @@ def allocate_cached(pool: BlockPool, hashes: list[bytes]) -> list[int]:
     return blocks
 
 
+def find_cached_prefix(pool: BlockPool, hashes: list[bytes]) -> list[int]:
+    """Returns the cached blocks up to the first hash that is not cached."""
+    blocks: list[int] = []
+    for block_hash in hashes:
+        if (block := pool.find_cached_block(block_hash)) is None:
+            break
+        blocks.append(block)
+    return blocks
+
+
 A, B, C = hash_blocks([1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12])
 
 
@@ -38,38 +50,81 @@ def test_hash_depends_on_the_block_and_its_prefix() -> None:
 
 
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=8), st.lists(st.integers(0, 2**31 - 1), max_size=8))
-def test_hashes_differ_if_tokens_or_salt_differ(a: list[int], b: list[int]) -> None:
+def test_hashes_differ_if_tokens_differ(a: list[int], b: list[int]) -> None:
     assert (hash_block(b"", a) == hash_block(b"", b)) == (a == b)
-    assert hash_block(b"", a) != hash_block(b"", a, b"salt")
+
+
+KEYS = st.lists(st.text(max_size=3) | st.binary(max_size=3) | st.just("long" * 100), max_size=3)
+
+
+@given(KEYS, KEYS)
+@example(["ab", "c"], ["a", "bc"])
+@example([b"a"], ["a"])
+@example(["long" * 100], ["long" * 101])
+@example([], [""])
+@example(["a"], ["a", "str 1 a"])
+def test_extra_keys_separate_equal_tokens(a: list[str | bytes], b: list[str | bytes]) -> None:
+    hashes = [hash_block(hash_extra_keys(keys), [1, 2, 3]) for keys in (a, b)]
+    assert (hashes[0] == hashes[1]) == (a == b)
 
 
 def test_all_blocks_of_a_new_pool_are_free() -> None:
-    pool = BlockPool(8, BLOCK_SIZE)
-    assert (pool.num_free, pool.num_used) == (8, 0)
-    assert [pool.num_blocks_for(n) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
+    pool = BlockPool(9)
+    assert (pool.num_free, pool.num_used, pool.num_usable) == (8, 0, 8)
+
+
+def test_null_block_is_neither_allocated_nor_counted() -> None:
+    pool = BlockPool(3)
+    blocks = pool.allocate(2)
+    assert sorted(blocks) == [1, 2]
+    pool.acquire([NULL_BLOCK])
+    assert pool.num_unreferenced([NULL_BLOCK]) == 0
+    pool.release([NULL_BLOCK, *blocks])
+    assert sorted(pool.allocate(2)) == [1, 2]
+
+
+def test_retired_blocks_are_free_ones_and_never_come_back() -> None:
+    pool = BlockPool(5)
+    blocks = allocate_cached(pool, [A, B])
+    cached, held = blocks[:1], blocks[1:]
+    pool.release(cached)
+    retired = pool.retire(10)
+    assert set(retired) == {1, 2, 3, 4} - set(held)
+    assert (pool.num_retired, pool.num_usable, pool.num_free, pool.num_used) == (3, 1, 0, 1)
+    assert find_cached_prefix(pool, [A, B]) == []
+    pool.release(held)
+    assert pool.allocate(1) == held
+
+
+def test_blocks_outside_the_cache_are_retired_first() -> None:
+    pool = BlockPool(4)
+    cached = allocate_cached(pool, [A])
+    pool.release(cached)
+    assert set(pool.retire(2)) == {1, 2, 3} - set(cached)
+    assert find_cached_prefix(pool, [A]) == cached
 
 
 def test_released_prefix_is_found_and_acquiring_it_shrinks_the_free_list() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
+    pool = BlockPool(5)
     blocks = allocate_cached(pool, [A, B])
     pool.release(blocks)
     assert pool.num_free == 4
-    assert pool.find_cached_prefix([A, B, C]) == blocks
+    assert find_cached_prefix(pool, [A, B, C]) == blocks
     assert pool.num_unreferenced(blocks) == 2
     pool.acquire(blocks)
     assert (pool.num_free, pool.num_unreferenced(blocks)) == (2, 0)
 
 
 def test_cached_prefix_ends_at_the_first_missing_block() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
+    pool = BlockPool(5)
     blocks = allocate_cached(pool, [A, B, C])
-    assert pool.find_cached_prefix([A, hash_block(A, [0] * BLOCK_SIZE), C]) == blocks[:1]
-    assert pool.find_cached_prefix([B, C]) == blocks[1:]
-    assert pool.find_cached_prefix([hash_block(b"", [0] * BLOCK_SIZE), A]) == []
+    assert find_cached_prefix(pool, [A, hash_block(A, [0] * BLOCK_SIZE), C]) == blocks[:1]
+    assert find_cached_prefix(pool, [B, C]) == blocks[1:]
+    assert find_cached_prefix(pool, [hash_block(b"", [0] * BLOCK_SIZE), A]) == []
 
 
 def test_shared_block_is_free_after_the_last_release() -> None:
-    pool = BlockPool(2, BLOCK_SIZE)
+    pool = BlockPool(3)
     blocks = allocate_cached(pool, [A])
     pool.acquire(blocks)
     pool.release(blocks)
@@ -79,18 +134,18 @@ def test_shared_block_is_free_after_the_last_release() -> None:
 
 
 def test_least_recently_used_block_is_evicted_first() -> None:
-    pool = BlockPool(3, BLOCK_SIZE)
+    pool = BlockPool(4)
     old, new = allocate_cached(pool, [A]), allocate_cached(pool, [hash_block(b"", [7] * BLOCK_SIZE)])
     pool.release(old)
     pool.release(new)
     pool.allocate(1)  # the block that was never used
-    assert pool.find_cached_prefix([A]) == old
+    assert find_cached_prefix(pool, [A]) == old
     assert pool.allocate(1) == old
-    assert pool.find_cached_prefix([A]) == []
+    assert find_cached_prefix(pool, [A]) == []
 
 
 def test_uncached_blocks_are_allocated_before_cached_ones() -> None:
-    pool = BlockPool(2, BLOCK_SIZE)
+    pool = BlockPool(3)
     cached, uncached = allocate_cached(pool, [A]), pool.allocate(1)
     pool.release(cached)
     pool.release(uncached)
@@ -98,44 +153,38 @@ def test_uncached_blocks_are_allocated_before_cached_ones() -> None:
 
 
 def test_tail_of_a_prefix_is_evicted_before_its_head() -> None:
-    pool = BlockPool(3, BLOCK_SIZE)
+    pool = BlockPool(4)
     blocks = allocate_cached(pool, [A, B, C])
     pool.release(blocks)
     pool.allocate(1)
-    assert pool.find_cached_prefix([A, B, C]) == blocks[:2]
+    assert find_cached_prefix(pool, [A, B, C]) == blocks[:2]
 
 
 def test_first_block_of_a_hash_stays_cached() -> None:
-    pool = BlockPool(2, BLOCK_SIZE)
+    pool = BlockPool(3)
     first, second = pool.allocate(2)
     pool.cache_block(first, A)
     pool.cache_block(second, A)
-    assert pool.find_cached_prefix([A]) == [first]
+    assert find_cached_prefix(pool, [A]) == [first]
     pool.release([first, second])
     assert pool.allocate(1) == [second]
-    assert pool.find_cached_prefix([A]) == [first]
+    assert find_cached_prefix(pool, [A]) == [first]
 
 
 def test_evicted_blocks_are_not_found_but_keep_their_references() -> None:
-    pool = BlockPool(3, BLOCK_SIZE)
+    pool = BlockPool(4)
     blocks = allocate_cached(pool, [A, B])
     pool.evict(blocks)
-    assert pool.find_cached_prefix([A, B]) == []
+    assert find_cached_prefix(pool, [A, B]) == []
     assert pool.num_used == 2
-
-
-def test_disabled_cache_finds_nothing() -> None:
-    pool = BlockPool(2, BLOCK_SIZE, enable_caching=False)
-    pool.release(allocate_cached(pool, [A]))
-    assert pool.find_cached_prefix([A]) == []
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
     """Random allocations and releases; the pool must agree with a reference count of each block."""
 
-    @initialize(num_blocks=st.integers(1, 12))
+    @initialize(num_blocks=st.integers(2, 13))
     def start(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks, BLOCK_SIZE)
+        self.pool = BlockPool(num_blocks)
         self.holders: list[list[int]] = []
         self.hashes: dict[int, bytes] = {}
 
@@ -162,7 +211,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule(block_hash=st.integers(0, 6).map(lambda n: hash_block(b"", [n])))
     def acquire(self, block_hash: bytes) -> None:
-        blocks = self.pool.find_cached_prefix([block_hash])
+        blocks = find_cached_prefix(self.pool, [block_hash])
         assert [self.hashes.get(block) for block in blocks] == (
             [block_hash] if block_hash in self.hashes.values() else []
         )
@@ -179,8 +228,10 @@ class BlockPoolMachine(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             counts = Counter(block for holder in self.holders for block in holder)
             assert self.pool.num_used == len(counts)
-            free = [b for b in range(self.pool.num_blocks) if b not in counts]
-            assert self.pool.num_unreferenced(range(self.pool.num_blocks)) == len(free) == self.pool.num_free
+            assert self.pool.num_references == counts.total()
+            blocks = range(1, 1 + self.pool.num_usable)
+            free = [b for b in blocks if b not in counts]
+            assert self.pool.num_unreferenced(blocks) == len(free) == self.pool.num_free
 
 
 TestBlockPool = pytest.mark.timeout(120)(BlockPoolMachine.TestCase)

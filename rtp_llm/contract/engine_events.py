@@ -1,0 +1,104 @@
+"""The payload of an EVENTS frame (`parallel.wire`): the outputs of a step for one client, and the engine's statistics.
+
+Binary, because rank 0 packs one for every step: numbers that every output has are arrays, in native byte order, as both
+processes run on one machine. Rare fields (logprobs, errors) follow as JSON.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, get_args
+
+import numpy as np
+
+from rtp_llm.contract.engine_output import EngineOutput, FinishReason
+
+HEADER = struct.Struct("=III")  # outputs, bytes of all request ids, bytes of the JSON
+FINISH_REASONS: tuple[FinishReason | None, ...] = (None, *get_args(FinishReason))
+OUTPUT = np.dtype(
+    [("id_bytes", "u4"), ("num_tokens", "u4"), ("finish", "u1"), ("cached_tokens", "i4"), ("queue_ms", "f4")]
+)
+RARE_FIELDS = ("logprobs", "prompt_logprobs", "error", "hidden_state")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Statistics of the engine after a step. Counters start at 0 in each epoch.
+
+    running, waiting: requests. kv_used: referenced KV blocks. flops, read_bytes, write_bytes: estimated, see
+    `runner.cost`. step_tokens, step_seconds: of the last step; 0 if there was none.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_used: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache
+    prefix_hits: int = 0  # tokens found there
+    flops: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    step_seconds: float = 0.0
+
+
+STATS_FIELDS = tuple(field.name for field in fields(EngineStats))
+STATS = struct.Struct(f"={len(STATS_FIELDS)}d")  # counters beyond 2**53 lose their last digits
+
+
+def pack_events(outputs: Sequence[EngineOutput], stats: EngineStats) -> bytes:
+    """Returns the payload of an EVENTS frame."""
+    ids = [output.request_id.encode() for output in outputs]
+    table = np.array(
+        [
+            (len(id), len(o.tokens), FINISH_REASONS.index(o.finish), o.cached_tokens, o.queue_ms)
+            for id, o in zip(ids, outputs, strict=True)
+        ],
+        OUTPUT,
+    )
+    tokens = np.array([token for output in outputs for token in output.tokens], np.int32)
+    rare = {i: fields for i, output in enumerate(outputs) if (fields := _rare_fields(output))}
+    text = json.dumps(rare, separators=(",", ":")).encode() if rare else b""
+    header = HEADER.pack(len(outputs), len(b"".join(ids)), len(text))
+    return b"".join((header, STATS.pack(*astuple(stats)), table.tobytes(), *ids, text, tokens.tobytes()))
+
+
+def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
+    """Returns what `pack_events` packed. Raises ValueError if the lengths in the header do not match the payload."""
+    try:
+        num_outputs, id_bytes, text_bytes = HEADER.unpack_from(data)
+        values = STATS.unpack_from(data, HEADER.size)
+        table = np.frombuffer(data, OUTPUT, num_outputs, HEADER.size + STATS.size)
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"an EVENTS frame of {len(data)} bytes: {error}") from None
+    ids_start = HEADER.size + STATS.size + table.nbytes
+    text_start = ids_start + id_bytes
+    tokens_start = text_start + text_bytes
+    if len(data) != tokens_start + 4 * int(table["num_tokens"].sum()) or id_bytes != table["id_bytes"].sum():
+        raise ValueError(f"an EVENTS frame of {len(data)} bytes does not match its header")
+    tokens: list[int] = np.frombuffer(data, np.int32, -1, tokens_start).tolist()
+    outputs = []
+    id_end, token_end = ids_start, 0
+    for id_length, num_tokens, finish, cached_tokens, queue_ms in table.tolist():
+        id_start, token_start = id_end, token_end
+        id_end, token_end = id_start + id_length, token_start + num_tokens
+        outputs.append(
+            EngineOutput(
+                data[id_start:id_end].decode(),
+                tokens[token_start:token_end],
+                finish=FINISH_REASONS[finish],
+                cached_tokens=cached_tokens,
+                queue_ms=queue_ms,
+            )
+        )
+    for index, rare in (json.loads(data[text_start:tokens_start]) if text_bytes else {}).items():
+        for name in rare:
+            setattr(outputs[int(index)], name, rare[name])
+    counters: dict[str, Any] = dict(zip(STATS_FIELDS, map(int, values), strict=False))
+    return outputs, EngineStats(**counters | {"step_seconds": values[-1]})
+
+
+def _rare_fields(output: EngineOutput) -> dict[str, Any]:
+    return {name: value for name in RARE_FIELDS if (value := getattr(output, name))}

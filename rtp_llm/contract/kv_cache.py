@@ -1,0 +1,121 @@
+"""What the layers keep in the KV cache, and how it is laid out in one pool of equal blocks. No torch.
+
+One pool serves all groups of layers, so that memory moves between them at run time (as vLLM's hybrid KV cache): the
+pool is one buffer [num_blocks, block_bytes], and a block belongs to one group at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ALIGNMENT = 64  # bytes; start of each tensor in a block: a cache line, an AVX-512 register
+NULL_BLOCK = 0  # is never allocated: pads block tables, and takes the place of freed blocks
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """What one layer keeps in the KV cache on one rank. Layers with equal specs form a group.
+
+    tensors: (name, shape for one token) each, such as ("keys", (kv_heads, head_dim)); per sequence if `per_sequence`.
+    dtype: fp32, bf16 or fp16.
+    per_sequence: the layer keeps one fixed state per sequence instead of one entry per token.
+    window: newest tokens that the layer needs; 0: all.
+    replicated: every TP rank has the same content (a latent), else its part of the heads.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: str
+    per_sequence: bool = False
+    window: int = 0
+    replicated: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns the bytes per token, or per sequence."""
+        return sum(self.row_bytes)
+
+    @property
+    def row_bytes(self) -> list[int]:
+        """Returns the bytes per token, or per sequence, of each tensor."""
+        return [prod(shape) * ITEM_BYTES[self.dtype] for _, shape in self.tensors]
+
+
+@dataclass(frozen=True)
+class KVCacheGroup:
+    """Layers with equal specs. A block holds `block_size` tokens of all of them.
+
+    block_size: 0 if the spec is per sequence: one block then holds the states of one sequence.
+    """
+
+    spec: KVCacheSpec
+    layers: tuple[int, ...]
+    block_size: int
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Returns the length of the block table of a sequence of so many tokens, blocks outside the window included."""
+        return 1 if self.spec.per_sequence else -(-num_tokens // self.block_size)
+
+    def max_resident_blocks(self, num_tokens: int, chunk: int) -> int:
+        """Returns the most blocks that such a sequence holds at a time; a step computes up to `chunk` of its tokens."""
+        if not self.spec.window:
+            return self.num_blocks(num_tokens)
+        return min(self.num_blocks(num_tokens), -(-(self.spec.window + chunk - 2) // self.block_size) + 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns the bytes of a block that the group uses."""
+        return len(self.layers) * sum(self._tensor_bytes())
+
+    def tensor_offsets(self) -> Iterator[tuple[int, str, int]]:
+        """Yields (layer, tensor name, its offset in the block in bytes), layer by layer."""
+        offset = 0
+        for layer in self.layers:
+            for (name, _), num_bytes in zip(self.spec.tensors, self._tensor_bytes(), strict=True):
+                yield layer, name, offset
+                offset += num_bytes
+
+    def _tensor_bytes(self) -> list[int]:
+        """Returns the aligned bytes of each tensor of one layer in a block."""
+        return [-(-n * max(1, self.block_size) // ALIGNMENT) * ALIGNMENT for n in self.spec.row_bytes]
+
+
+@dataclass(frozen=True)
+class KVCacheLayout:
+    """All groups of a model, ordered by their first layer, and the bytes of a block, which they share."""
+
+    groups: tuple[KVCacheGroup, ...]
+    block_bytes: int
+
+    def num_blocks(self, num_tokens: int, chunk: int) -> int:
+        """Returns the most blocks of all groups that a sequence of so many tokens holds at a time.
+
+        `chunk`: tokens of it that a step computes, at most.
+        """
+        return sum(group.max_resident_blocks(num_tokens, chunk) for group in self.groups)
+
+    @property
+    def group_of_layer(self) -> list[int]:
+        """Returns the index of each layer's group."""
+        return [index for _, index in sorted((layer, i) for i, g in enumerate(self.groups) for layer in g.layers)]
+
+
+def make_layout(specs: Sequence[KVCacheSpec], block_size: int) -> KVCacheLayout:
+    """Returns the layout for layers with these specs; `block_size` is the base size, in tokens.
+
+    A block is as large as the largest group needs for a block of the base size, or for one sequence. Other groups put
+    the largest multiple of the base size in it.
+    """
+    layers = {spec: tuple(i for i, s in enumerate(specs) if s == spec) for spec in dict.fromkeys(specs)}
+    groups = [KVCacheGroup(s, ids, 0 if s.per_sequence else block_size) for s, ids in layers.items()]
+    block_bytes = max(group.num_bytes for group in groups)
+    return KVCacheLayout(tuple(_enlarge(group, block_size, block_bytes) for group in groups), block_bytes)
+
+
+def _enlarge(group: KVCacheGroup, base: int, block_bytes: int) -> KVCacheGroup:
+    """Returns the group with the largest block size, a multiple of `base`, that fits in `block_bytes`."""
+    if group.spec.per_sequence or group.num_bytes == block_bytes:
+        return group
+    size = block_bytes // (len(group.layers) * group.spec.num_bytes) // base * base  # without alignment: upper bound
+    sizes = (KVCacheGroup(group.spec, group.layers, n) for n in range(max(size, base), 0, -base))
+    return next(g for g in sizes if g.num_bytes <= block_bytes)

@@ -1,0 +1,22 @@
+"""Keys of the prefix cache: a full block is found by the hash of its tokens and of all that they depend on."""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+
+def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Returns the 16-byte hash of a full block. Equal hashes mean equal prefixes.
+
+    `parent`: hash of the block before it; for the first block, the result of `hash_extra_keys`.
+    """
+    return blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
+
+
+def hash_extra_keys(keys: Sequence[str | bytes]) -> bytes:
+    """Returns the 16-byte hash of a request's extra keys, of any number and length, which separates equal prefixes."""
+    digest = blake2b(digest_size=16)
+    for key in keys:
+        data = key.encode() if isinstance(key, str) else key
+        digest.update(f"{type(key).__name__} {len(data)} ".encode() + data)
+    return digest.digest()

@@ -1,0 +1,68 @@
+"""What the scheduler decides for one step, and what became of the requests once the step's results are known."""
+
+from dataclasses import dataclass, field
+
+from rtp_llm.contract.engine_output import FinishReason
+from rtp_llm.contract.request import Request
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """The tokens [start, start + num_tokens) of one request, which one step computes; the last are draft tokens.
+
+    token_ids: the chunk's tokens that ranks do not hold yet: all, but for the one that the request's last step sampled.
+    draft_tokens: guesses of the tokens that follow; also the last of `token_ids`.
+    num_sampled: rows that are sampled, the last of the chunk: 0 before the end of a prompt and for a pooled request,
+        else 1 + draft tokens.
+    is_pooled: the chunk ends a pooled request, which returns the hidden state of its last token.
+    num_prompt_logprobs: the first so many rows give the logprob of the prompt token that follows.
+    is_new: the request enters the batch with this chunk: it was admitted, or resumed after a preemption.
+    new_blocks: (KV cache group, index in the block table, block id) of the blocks that the request got for this chunk;
+        all of its blocks if it is new, but for null blocks.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    draft_tokens: list[int] = field(default_factory=list)
+    num_sampled: int = 0
+    is_pooled: bool = False
+    num_prompt_logprobs: int = 0
+    is_new: bool = False
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One step. If it has no chunks, no step is run, and the rest is part of the next output.
+
+    A rank applies `ended_slots` first, then new sequences, then `rewinds`.
+
+    chunks: at most one per request; those of one token (decodes) first, each kind in order of arrival.
+    ended_slots: slots of the requests that have left the batch since the last step; a new request may have one of them.
+    rewinds: (slot, computed tokens) of requests whose draft tokens were rejected in their last step.
+    """
+
+    chunks: list[ScheduledChunk]
+    ended_slots: list[int] = field(default_factory=list)
+    rewinds: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns the number of tokens that the step computes."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class RequestUpdate:
+    """What the result of one chunk, which samples tokens or is pooled, did to its request.
+
+    tokens: those that were appended, without what followed the end of the request; empty if the request is pooled, has
+        failed, or had ended before (its result is then discarded).
+    finish: why the request ended with this step; None if it goes on, or had ended before.
+    """
+
+    request: Request
+    tokens: list[int]
+    finish: FinishReason | None

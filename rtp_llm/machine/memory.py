@@ -1,0 +1,23 @@
+"""Memory of the machine, or of the container if that has less."""
+
+from pathlib import Path
+
+import psutil
+
+from rtp_llm.machine.cgroup import Cgroup
+
+
+def available_memory() -> int:
+    """Returns the bytes that can be allocated without swapping.
+
+    Counts page cache (filled by reading the checkpoint) as available, because the kernel reclaims it on demand.
+    """
+    return min(int(psutil.virtual_memory().available), Cgroup.read(read_text).available_memory)
+
+
+def read_text(path: str) -> str | None:
+    """Returns the text of a file of /proc or /sys, None if it cannot be read."""
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,66 @@
+"""What all layers need in one forward pass, besides the hidden states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rtp_llm.contract.kv_cache import KVCacheGroup, KVCacheLayout
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.kv_cache import LayerKVCache
+from rtp_llm.layers.rope import RotaryEmbedding
+from rtp_llm.layers.rope_spec import RopeSpec
+
+
+class Attention(Protocol):
+    """What `decoder.ATTENTIONS` make: the attention of one layer, or what stands in its place."""
+
+    def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
+        """Returns metadata for all layers of this group, made once per step. index: of the group."""
+        ...
+
+    def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
+        """Returns a bound of the memory that a step needs here besides x, its projections and the cache.
+
+        max_tokens: of the step. max_seq_len: tokens of its longest sequence.
+        """
+        ...
+
+    def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
+        """x: [T, hidden_size]. Returns the same shape, partial: the sum over all ranks is due."""
+        ...
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """One step, as the layers see it.
+
+    caches: KV cache of each layer. group_of_layer: index of each layer's KV cache group.
+    metadata: of each KV cache group, as `Attention.prepare` returned it.
+    """
+
+    batch: ForwardBatch
+    caches: Sequence[LayerKVCache]
+    group_of_layer: Sequence[int]
+    metadata: Sequence[Any]
+    _cos_sin: dict[tuple[RopeSpec, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls, batch: ForwardBatch, caches: Sequence[LayerKVCache], layout: KVCacheLayout, attentions: Sequence[Attention]
+    ) -> "ForwardContext":
+        """Returns the context of a step. attentions: of all layers; the first of each group makes its metadata."""
+        metadata = [attentions[group.layers[0]].prepare(batch, i, group) for i, group in enumerate(layout.groups)]
+        return cls(batch, caches, layout.group_of_layer, metadata)
+
+    def metadata_of(self, layer: int) -> Any:
+        """Returns the attention metadata of the layer's KV cache group."""
+        return self.metadata[self.group_of_layer[layer]]
+
+    def cos_sin(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """Returns (cos, sin) of the step's positions, each [T, 1, head_dim / 2]; computed once for equal embeddings."""
+        key = (rope.spec, rope.head_dim)
+        if key not in self._cos_sin:
+            self._cos_sin[key] = rope.cos_sin(self.batch.positions, self.batch.rope_lens)
+        return self._cos_sin[key]

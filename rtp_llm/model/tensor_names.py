@@ -1,0 +1,61 @@
+"""Names and layouts of checkpoint tensors, per model family, as data. No torch.
+
+Layers use the names of Llama's checkpoints. A family with other names adds a table to TENSOR_NAMES.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor that stacks the rows of several layers, its `parts`.
+
+    per_kv_head: for each KV head the rows of all parts that belong to it; otherwise all rows of the parts in order.
+    """
+
+    parts: tuple[str, ...]
+    per_kv_head: bool = False
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """renames: a part of Llama's name -> that of this family. fused: name, in Llama's style, of each fused tensor."""
+
+    renames: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, FusedTensor] = field(default_factory=dict)
+
+    def rename(self, name: str) -> str:
+        """Returns the name in this family's checkpoints of the tensor that Llama's call `name`."""
+        for old, new in self.renames.items():
+            name = name.replace(old, new)
+        return name
+
+    def find_fused(self, name: str) -> tuple[str, list[str], bool] | None:
+        """Returns the fused tensor that holds `name`, the names of all its parts, and whether it is per KV head."""
+        for fused_name, fused in self.fused.items():
+            for part in fused.parts:
+                if f".{part}." in name:
+                    names = [name.replace(f".{part}.", f".{other}.") for other in fused.parts]
+                    return self.rename(name.replace(f".{part}.", f".{fused_name}.")), names, fused.per_kv_head
+        return None
+
+
+TENSOR_NAMES: dict[str, TensorNames] = {
+    "internlm2": TensorNames(
+        renames={
+            "model.embed_tokens.": "model.tok_embeddings.",
+            "lm_head.": "output.",
+            ".self_attn.": ".attention.",
+            ".o_proj.": ".wo.",
+            ".mlp.": ".feed_forward.",
+            ".gate_proj.": ".w1.",
+            ".up_proj.": ".w3.",
+            ".down_proj.": ".w2.",
+            ".input_layernorm.": ".attention_norm.",
+            ".post_attention_layernorm.": ".ffn_norm.",
+        },
+        fused={"wqkv": FusedTensor(("q_proj", "k_proj", "v_proj"), per_kv_head=True)},
+    ),
+}
+LLAMA_NAMES = TensorNames()  # of every family that is not in the table

@@ -1,0 +1,71 @@
+"""The mesh: this rank's coordinates in the tensor, expert, pipeline and data-parallel dimensions of the gang."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from rtp_llm.errors import CommunicationError
+from rtp_llm.parallel.group import Communicator, Group, SingleRankGroup
+from rtp_llm.parallel.plan import Plan
+
+
+class MeshAxis(Group):
+    """The ranks that differ from this one in one dimension only: `size` of them, this one is `rank`.
+
+    A stable handle: layers keep it, while each epoch binds it to a communicator of its own. On an axis of several ranks
+    that is not bound, a collective raises CommunicationError.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self._communicator: Communicator | None = None
+        self.unbind()
+
+    def bind(self, communicator: Communicator) -> None:
+        assert (communicator.rank, communicator.size) == (self.rank, self.size)
+        self._communicator = communicator
+
+    def unbind(self) -> None:
+        self._communicator = SingleRankGroup() if self.size == 1 else None
+
+    @property
+    def communicator(self) -> Communicator:
+        """The communicator of the current epoch. Raises CommunicationError if there is none."""
+        if self._communicator is None:
+            raise CommunicationError(f"rank {self.rank} of {self.size} is in no epoch, so it has no peers")
+        return self._communicator
+
+    @property
+    def wait_seconds(self) -> float | None:
+        return self.communicator.wait_seconds
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.communicator.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        return self.communicator.gather(tensor)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return self.communicator.broadcast(tensor)
+
+    def min(self, value: int) -> int:
+        return self.communicator.min(value)
+
+    def check_aborted(self) -> None:
+        self.communicator.check_aborted()
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes of one rank. tp: tensor, ep: expert, pp: pipeline, dp: data parallel."""
+
+    tp: MeshAxis
+    ep: MeshAxis = field(default_factory=MeshAxis)
+    pp: MeshAxis = field(default_factory=MeshAxis)
+    dp: MeshAxis = field(default_factory=MeshAxis)
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int) -> "Mesh":
+        """Returns the mesh of a world rank. Neighbouring ranks are in one tensor-parallel group."""
+        dp_rank, tp_rank = divmod(rank, plan.tp_size)
+        return cls(MeshAxis(tp_rank, plan.tp_size), dp=MeshAxis(dp_rank, plan.dp_size))

@@ -1,0 +1,155 @@
+"""The sequences that a rank computes, kept from step to step under their slots.
+
+Every rank applies the same steps to the same state, in numpy operations whose number depends neither on the sequences
+nor on their lengths. The digest of a step compares what this rank would compute with what rank 0 computes.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rtp_llm.contract.kv_cache import KVCacheGroup
+from rtp_llm.contract.sampling_metadata import SampledRows
+from rtp_llm.contract.step import Ints, Step
+from rtp_llm.errors import CommunicationError
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The arrays of one step on the host. S, T: see `Step`.
+
+    token_ids: [T] int32; 0 for those on the device.
+    device_indices, device_slots: [D] int32, indices into T of the tokens on the device, and the slots that hold them.
+    query_start_loc: [S + 1] int32, sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
+    seq_lens, prompt_lens: [S] int32, tokens of each sequence in the KV cache after this step; tokens of its prompt.
+    block_tables: per KV cache group [S, W] int32, block ids in order of position, padded with the null block.
+    step: the step that they were made from.
+    """
+
+    token_ids: Ints
+    device_indices: Ints
+    device_slots: Ints
+    query_start_loc: Ints
+    seq_lens: Ints
+    prompt_lens: Ints
+    block_tables: list[Ints]
+    step: Step
+
+    def digest(self) -> int:
+        """Returns a checksum of the tokens that the step computes and of the blocks that it uses."""
+        checksum = 0
+        arrays = (self.token_ids, self.device_slots, self.query_start_loc, self.seq_lens, *self.block_tables)
+        for array in arrays:
+            checksum = zlib.crc32(array.tobytes(), checksum)
+        return checksum
+
+    def check_digest(self) -> None:
+        """Raises CommunicationError if rank 0 computes another step: the sequences of the ranks differ."""
+        if self.digest() != self.step.digest:
+            raise CommunicationError(f"step {self.step.number}: the sequences of this rank differ from those of rank 0")
+
+    @property
+    def sampled_indices(self) -> Ints:
+        """Returns the indices into T of the tokens whose next token is sampled, [R] int32."""
+        return _last_integers(self.query_start_loc[1:], self.step.num_sampled)
+
+    @property
+    def sampled_slots(self) -> Ints:
+        """Returns the slots of the sequences with sampled tokens, in order."""
+        return self.step.slots[self.step.num_sampled > 0]
+
+    def sampled_rows(self) -> SampledRows:
+        """Returns which sequence and position each of the R rows of logits belongs to."""
+        counts, indices = self.step.num_sampled, self.sampled_indices
+        offsets = _last_integers(counts, counts)
+        return SampledRows(
+            slots=np.repeat(self.step.slots, counts).astype(np.int64),
+            positions=_last_integers(self.seq_lens + 1, counts).astype(np.int64),
+            draft_offsets=offsets.astype(np.int64),
+            draft_tokens=np.where(offsets > 0, self.token_ids[indices], -1).astype(np.int64),
+        )
+
+
+class InputBatch:
+    """State of all sequences of a rank, by slot.
+
+    num_computed: [slots] int32, tokens in the KV cache after the last step.
+    prompt_lens: [slots] int32.
+    has_sampled: [slots] int32, 1 if the last step of the sequence sampled a token, which the device holds.
+    block_tables: per KV cache group [slots, blocks of the longest sequence] int32.
+    """
+
+    def __init__(self, groups: Sequence[KVCacheGroup], num_slots: int, max_seq_len: int):
+        self.groups = tuple(groups)
+        self.num_computed = np.zeros(num_slots, np.int32)
+        self.prompt_lens = np.zeros(num_slots, np.int32)
+        self.has_sampled = np.zeros(num_slots, np.int32)
+        self.block_tables = [np.zeros((num_slots, group.num_blocks(max_seq_len)), np.int32) for group in groups]
+
+    def apply(self, step: Step) -> StepInputs:
+        """Applies a step to the state. Returns the arrays to compute it with."""
+        self._update_sequences(step)
+        inputs = self._make_inputs(step)
+        self.num_computed[step.slots] += step.counts
+        self.has_sampled[step.slots] = step.num_sampled > 0
+        return inputs
+
+    def _update_sequences(self, step: Step) -> None:
+        for tables in self.block_tables:
+            tables[step.ended_slots] = 0
+        slots, prompt_lens, num_computed = step.new_sequences.T
+        self.num_computed[slots], self.prompt_lens[slots], self.has_sampled[slots] = num_computed, prompt_lens, 0
+        slots, num_computed = step.rewinds.T
+        self.num_computed[slots] = num_computed
+        for group, tables in enumerate(self.block_tables):
+            slots, _, indices, block_ids = step.new_blocks[step.new_blocks[:, 1] == group].T
+            tables[slots, indices] = block_ids
+
+    def _make_inputs(self, step: Step) -> StepInputs:
+        query_start_loc = np.concatenate(([0], np.cumsum(step.counts))).astype(np.int32)
+        on_device = self.has_sampled[step.slots] > 0
+        device_indices = query_start_loc[:-1][on_device]
+        token_ids = np.zeros(query_start_loc[-1], np.int32)
+        is_known = np.ones(len(token_ids), np.bool_)
+        is_known[device_indices] = False
+        token_ids[is_known] = step.token_ids
+        seq_lens = self.num_computed[step.slots] + step.counts
+        widths = [group.num_blocks(int(seq_lens.max(initial=1))) for group in self.groups]
+        return StepInputs(
+            token_ids=token_ids,
+            device_indices=device_indices,
+            device_slots=step.slots[on_device],
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            prompt_lens=self.prompt_lens[step.slots],
+            block_tables=[t[step.slots, :width] for t, width in zip(self.block_tables, widths, strict=True)],
+            step=step,
+        )
+
+    def snapshot(self) -> bytes:
+        """Returns the whole state as int32: the payload of a SNAPSHOT frame."""
+        return b"".join(array.tobytes() for array in self._arrays().values())
+
+    def check_snapshot(self, data: bytes) -> None:
+        """Raises CommunicationError if the state differs from that of rank 0, whose `snapshot` returned `data`."""
+        offset = 0
+        for name, array in self._arrays().items():
+            expected = np.frombuffer(data, np.int32, array.size, offset).reshape(array.shape)
+            offset += expected.nbytes
+            if not np.array_equal(array, expected):
+                slot = int(np.argwhere(array != expected)[0][0])
+                raise CommunicationError(
+                    f"the sequences of this rank differ from those of rank 0: {name} of slot {slot}"
+                )
+
+    def _arrays(self) -> dict[str, Ints]:
+        state = {"num_computed": self.num_computed, "prompt_lens": self.prompt_lens, "has_sampled": self.has_sampled}
+        return state | {f"block table of KV cache group {i}": tables for i, tables in enumerate(self.block_tables)}
+
+
+def _last_integers(ends: Ints, counts: Ints) -> Ints:
+    """Returns one array with the `counts[i]` integers below `ends[i]` for each i, in ascending order."""
+    starts = np.cumsum(counts) - counts  # of each i in the result
+    return np.arange(int(counts.sum()), dtype=np.int32) + np.repeat(ends - counts - starts, counts).astype(np.int32)

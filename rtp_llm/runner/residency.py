@@ -1,0 +1,168 @@
+"""What one rank keeps in memory: its slices of the weights and the KV cache."""
+
+import logging
+from bisect import bisect_right
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtp_llm.config import Config
+from rtp_llm.contract.kv_cache import make_layout
+from rtp_llm.errors import ConfigError
+from rtp_llm.kernels.attention_backend import AttentionBackend
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.kv_cache import LayerKVCache, carve
+from rtp_llm.kernels.reference import ReferenceBackend
+from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.decoder import Decoder
+from rtp_llm.model.forward_context import ForwardContext
+from rtp_llm.model.kv_cache_specs import kv_cache_specs
+from rtp_llm.model.spec import ModelSpec
+from rtp_llm.model.weights import LoadStats, load_weights
+from rtp_llm.parallel.mesh import Mesh
+from rtp_llm.runner.kv_cache_size import plan_num_blocks
+from rtp_llm.runner.kv_memory import KVMemory
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_BLOCK_SIZE = 16  # tokens
+MIN_LOGITS_ROWS = 64
+CPU_WARM_UP_TOKENS = 64
+
+
+class Residency:
+    """Weights and KV cache of one tensor-parallel rank. They outlive the epoch in which they were loaded.
+
+    Call `load`, then `allocate_kv_cache`. The weights are slices for one (tp_rank, tp_size), so a gang of another
+    TP size cannot use them.
+    """
+
+    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, device: torch.device, max_seq_len: int):
+        """`max_seq_len`: tokens of a sequence that the settings allow; the KV cache may lower it."""
+        self.config, self.spec, self.mesh, self.device, self.max_seq_len = config, spec, mesh, device, max_seq_len
+        self.dtype = DTYPES[spec.dtype]
+        self.layout = make_layout(
+            kv_cache_specs(spec, mesh.tp.size, mesh.tp.rank), config.seq_size_per_block or DEFAULT_BLOCK_SIZE
+        )
+        self.max_num_batched_tokens = config.max_batch_tokens_size or (8192 if device.type == "cuda" else 512)
+        self.max_logits_rows = max(MIN_LOGITS_ROWS, config.max_sequences)  # whose logits are in memory at a time
+        self.num_blocks = 0  # that sequences can have; the null block comes on top
+        self.kv_memory: KVMemory | None = None
+        self.kv_caches: list[LayerKVCache] = []
+        self._backend: AttentionBackend = ReferenceBackend(device)
+        self.model = self._build_model()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Returns the bytes of the KV cache."""
+        return (self.num_blocks + 1) * self.layout.block_bytes
+
+    def _build_model(self) -> Decoder:
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                return Decoder(self.spec, self.mesh.tp, self._backend).eval()
+        finally:
+            torch.set_default_dtype(default_dtype)
+
+    def load(self, checkpoint: Checkpoint, on_progress: Callable[[float], None]) -> LoadStats:
+        """Loads this rank's weights. Returns the bytes read and the time. Raises CheckpointError.
+
+        `on_progress` is called with the fraction loaded, 0 … 1.
+        """
+        stats = load_weights(self.model, checkpoint, self.spec, on_progress)
+        mb_per_second = stats.bytes / max(stats.seconds, 1e-6) / 1e6
+        log.info("read %.1f MB of weights in %.2f s (%.0f MB/s)", stats.bytes / 1e6, stats.seconds, mb_per_second)
+        return stats
+
+    def allocate_kv_cache(self, num_ranks_on_host: int) -> None:
+        """Runs a warm-up step if WARM_UP is set, then allocates as many KV blocks as fit on every rank.
+
+        Collective: all ranks must call it. `num_ranks_on_host`: ranks that share the memory of this machine.
+
+        Raises ConfigError if MAX_SEQ_LEN is set and one sequence of that length does not fit.
+        """
+        if self.config.warm_up:
+            self._warm_up()
+        self.num_blocks = plan_num_blocks(
+            self.config,
+            self.mesh.tp,
+            block_bytes=self.layout.block_bytes,
+            blocks_per_sequence=self._blocks_per_sequence,
+            max_seq_len=self.max_seq_len,
+            device=self.device,
+            num_local_ranks=num_ranks_on_host,
+            workspace_bytes=self._workspace_bytes(),
+        )
+        self.kv_memory = self._reserve(self.num_blocks)
+        num_tokens = self._max_tokens()
+        log.info(
+            "KV cache: %d blocks = %d tokens, %.1f MiB on this rank", self.num_blocks, num_tokens, self.kv_bytes / 2**20
+        )
+        if self.config.max_seq_len and num_tokens < self.max_seq_len:
+            raise ConfigError(
+                f"MAX_SEQ_LEN={self.max_seq_len}: the KV cache holds {num_tokens} tokens; allowed: at most {num_tokens}"
+            )
+        self.max_seq_len = min(self.max_seq_len, num_tokens)
+
+    def _workspace_bytes(self) -> int:
+        """Returns a bound of the memory that attention needs beside the KV cache, in one layer at a time."""
+        limits = self.max_num_batched_tokens, self.max_seq_len
+        attentions = self.model.attentions
+        return max(attentions[group.layers[0]].workspace_bytes(group, *limits) for group in self.layout.groups)
+
+    def _blocks_per_sequence(self, num_tokens: int) -> int:
+        return self.layout.num_blocks(num_tokens, self.max_num_batched_tokens)
+
+    def _max_tokens(self) -> int:
+        """Returns the tokens of the longest sequence that the KV cache holds, rounded to whole blocks."""
+        unit = max(group.block_size for group in self.layout.groups) or self.max_seq_len
+        counts = range(unit, self.num_blocks * unit + 1, unit)
+        return unit * bisect_right(counts, self.num_blocks, key=self._blocks_per_sequence)
+
+    def _reserve(self, num_blocks: int) -> KVMemory:
+        """Reserves memory for `num_blocks` blocks and the null block, and puts the caches of all layers there."""
+        memory = KVMemory(num_blocks + 1, self.layout.block_bytes, self.device)
+        self.kv_caches = carve(memory.blocks, self.layout)
+        return memory
+
+    def populate_kv_memory(self) -> None:
+        """Starts a thread that makes the system back the KV cache with memory, see `KVMemory`."""
+        assert self.kv_memory, "allocate_kv_cache comes first"
+        self.kv_memory.populate_in_background()
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Returns the hidden states [T, hidden_size] after the last norm, equal on all ranks."""
+        context = ForwardContext.prepare(batch, self.kv_caches, self.layout, self.model.attentions)
+        hidden: Tensor = self.model(context)
+        return hidden
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Computes one step on a temporary KV cache, so that errors appear at startup. Collective.
+
+        On a GPU the step has the maximum size: the allocator then holds the peak memory of a step when the KV cache is
+        sized. On CPU it frees the memory again, so a few tokens are enough.
+        """
+        limit = CPU_WARM_UP_TOKENS if self.device.type == "cpu" else self.max_num_batched_tokens
+        num_tokens = min(limit, self.max_num_batched_tokens, self.max_seq_len)
+        num_blocks = [group.num_blocks(num_tokens) for group in self.layout.groups]
+        self._reserve(sum(num_blocks))
+        block_ids = np.split(np.arange(1, sum(num_blocks) + 1), np.cumsum(num_blocks)[:-1])
+        hidden = self.forward(
+            ForwardBatch.build(
+                token_ids=np.zeros(num_tokens, np.int32),
+                query_start_loc=np.array([0, num_tokens]),
+                seq_lens=np.array([num_tokens]),
+                prompt_lens=np.array([num_tokens]),
+                block_tables=[ids[None] for ids in block_ids],
+                block_sizes=[group.block_size for group in self.layout.groups],
+                device=self.device,
+            )
+        )
+        self.model.logits(hidden[-self.max_logits_rows :])
+        self.kv_caches = []
