@@ -88,7 +88,7 @@ class KVCacheLayout:
     block_bytes: int
 
     def num_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Returns the most blocks of all groups that a sequence of so many tokens holds at a time.
+        """Returns how many blocks, in all groups together, a sequence of `num_tokens` tokens holds at most.
 
         `chunk`: tokens of it that a step computes, at most.
         """
@@ -103,19 +103,15 @@ class KVCacheLayout:
 def make_layout(specs: Sequence[KVCacheSpec], block_size: int) -> KVCacheLayout:
     """Returns the layout for layers with these specs; `block_size` is the base size, in tokens.
 
-    A block is as large as the largest group needs for a block of the base size, or for one sequence. Other groups put
-    the largest multiple of the base size in it.
+    The group that needs most for a block of the base size, or for one sequence, decides how large a block is. The
+    others put the largest multiple of the base size in it. Alignment does not count for that: it differs between ranks
+    with different numbers of KV heads, and all ranks must have the same block sizes.
     """
     layers = {spec: tuple(i for i, s in enumerate(specs) if s == spec) for spec in dict.fromkeys(specs)}
-    groups = [KVCacheGroup(s, ids, 0 if s.per_sequence else block_size) for s, ids in layers.items()]
-    block_bytes = max(group.num_bytes for group in groups)
-    return KVCacheLayout(tuple(_enlarge(group, block_size, block_bytes) for group in groups), block_bytes)
-
-
-def _enlarge(group: KVCacheGroup, base: int, block_bytes: int) -> KVCacheGroup:
-    """Returns the group with the largest block size, a multiple of `base`, that fits in `block_bytes`."""
-    if group.spec.per_sequence or group.num_bytes == block_bytes:
-        return group
-    size = block_bytes // (len(group.layers) * group.spec.num_bytes) // base * base  # without alignment: upper bound
-    sizes = (KVCacheGroup(group.spec, group.layers, n) for n in range(max(size, base), 0, -base))
-    return next(g for g in sizes if g.num_bytes <= block_bytes)
+    unit_bytes = {s: len(ids) * s.num_bytes * (1 if s.per_sequence else block_size) for s, ids in layers.items()}
+    capacity = max(unit_bytes.values())
+    groups = tuple(
+        KVCacheGroup(s, ids, 0 if s.per_sequence else capacity // unit_bytes[s] * block_size)
+        for s, ids in layers.items()
+    )
+    return KVCacheLayout(groups, max(group.num_bytes for group in groups))

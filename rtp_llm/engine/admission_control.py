@@ -23,12 +23,12 @@ class AdmissionControl:
     def __init__(self, kv_cache_manager: KVCacheManager):
         self._kv_cache_manager = kv_cache_manager
         self._output_lengths = deque([FIRST_OUTPUT_LENGTH], maxlen=NUM_OUTPUT_LENGTHS)
-        self._typical_length = FIRST_OUTPUT_LENGTH
+        self.typical_length = FIRST_OUTPUT_LENGTH
 
     def record_output_length(self, num_tokens: int) -> None:
         """Takes the length of an answer that has ended into account."""
         self._output_lengths.append(num_tokens)
-        self._typical_length = sorted(self._output_lengths)[len(self._output_lengths) // 2]
+        self.typical_length = sorted(self._output_lengths)[len(self._output_lengths) // 2]
 
     def fits(self, running: Sequence[Request], candidate: Request, prefix: CachedPrefix) -> bool:
         """Returns whether the blocks suffice until `running` and `candidate`, which has this cached prefix, have ended.
@@ -48,5 +48,5 @@ class AdmissionControl:
     def _expected_growth(self, request: Request) -> int:
         """Returns the number of tokens that the request is expected to get."""
         num_output_tokens = request.num_tokens - request.num_prompt_tokens
-        expected = max(self._typical_length - num_output_tokens, MIN_GROWTH)
+        expected = max(self.typical_length - num_output_tokens, MIN_GROWTH)
         return max(0, min(expected, request.params.max_tokens - num_output_tokens))

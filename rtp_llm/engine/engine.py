@@ -104,6 +104,7 @@ class Engine:
 
         Returns an output per request that got tokens or failed.
         """
+        self.last_step_tokens = 0
         output = self.scheduler.schedule()
         if output.chunks:
             self._launch(output)

@@ -61,6 +61,9 @@ class Epoch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        if error is not None:
+            # Closing a group regularly waits for the other ranks, which may not know of the error yet.
+            self._communicator.abort(f"the epoch has ended: {error}")
         self.close()
         if self._is_aborted and isinstance(error, CommunicationError):
             log.warning("epoch %d has ended: %s", self.number, error)

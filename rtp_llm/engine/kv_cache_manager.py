@@ -165,7 +165,7 @@ class KVCacheManager:
         return end * group.block_size
 
     def _cached_blocks(self, request: Request, index: int, num_tokens: int) -> list[int]:
-        """Returns the cached blocks of a group's first `num_tokens` tokens, with null blocks outside its window."""
+        """Returns a group's cached blocks of the first `num_tokens` tokens; null blocks outside the group's window."""
         group = self.groups[index]
         first, end = _first_block_in_window(group, num_tokens), num_tokens // group.block_size
         hashes = _hash_full_blocks(request, group.block_size, end)[first:end]

@@ -99,6 +99,7 @@ class RequestServer:
         self._selector.register(sock, selectors.EVENT_READ, connection)
         self.connections.add(connection)
         self.send(connection, pack_json(FrameType.READY, self._engine_info))
+        self._launched_ids = set()  # announced again, since this client does not know them
 
     def _read(self, connection: ClientConnection) -> list[ClientMessage]:
         try:

@@ -94,7 +94,8 @@ class Scheduler:
         """Ends a running or waiting request, and frees its blocks once no step in flight uses them."""
         request.has_ended = True
         self._is_admission_blocked = False
-        self.admission_control.record_output_length(request.num_output_tokens)
+        if request.num_output_tokens:  # else it was pooled, or its client gave up before it started
+            self.admission_control.record_output_length(request.num_output_tokens)
         if request.slot >= 0:
             self.running.remove(request)
             self._leave_batch(request)
@@ -208,8 +209,8 @@ class Scheduler:
         """
         while (new_blocks := self.kv_cache_manager.allocate_slots(request, num_tokens)) is None:
             self._is_short_of_blocks = True
-            if self._frees_blocks_soon():
-                return None
+            if self._frees_blocks_soon() or (self.running[-1] is request and request.num_in_flight):
+                return None  # a step in flight may also free blocks outside a window
             victim = self.running.pop()
             self._preempt(victim)
             if victim is request:
@@ -268,7 +269,10 @@ class Scheduler:
                 budget -= len(chunks[index].draft_tokens)
 
     def _with_drafts(self, chunk: ScheduledChunk, drafts: list[int], budget: int) -> ScheduledChunk:
-        """Returns the chunk with at most `budget` draft tokens, which count as if all of them were accepted."""
+        """Returns the chunk of a decode with the first `budget` drafts, as far as limits and free blocks allow.
+
+        Until the result is known, the request counts them as computed tokens.
+        """
         request = chunk.request
         num_tokens_left = min(
             request.params.max_tokens - request.num_output_tokens, self.config.max_seq_len - len(request.tokens)

@@ -111,9 +111,9 @@ class Plain(LinearMethod):
 class Prepacked(LinearMethod):
     """Keeps W in the layout of oneDNN, for CPU: reordered once at load instead of at every call.
 
-    Speedup on one core (AMD EPYC, AVX-512 BF16, torch 2.13, W 4096 x 2048): bf16 with 1 row of x 2.1x to 5.2x, fp32
-    with 8 rows 2.6x. Where oneDNN computes one row with another kernel than more rows, a single row is computed as two,
-    which takes 2 to 8 % longer.
+    Speedup on one core (AMD EPYC, AVX-512 BF16, torch 2.13, W 4096 x 2048): bf16 with 1 row of input 2.1 to 5.2 times,
+    fp32 with 8 rows 2.6 times. Where oneDNN computes one row with another kernel than more rows, a single row is
+    computed as two, which takes 2 to 20 % longer.
     """
 
     name = "prepacked"

@@ -307,7 +307,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale:
     scores = torch.matmul(q.float() * scale, keys.float().mT)
     scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
-    return torch.matmul((scores - lse[..., None]).exp_().to(values.dtype), values), lse
+    # softmax, not exp(scores - lse): the row of a query that sees no key of this split would add up to more than 1.
+    return torch.matmul(scores.softmax(-1).to(values.dtype), values), lse
 
 
 def _combine(out: Tensor, lse: Tensor, wave: Wave) -> Tensor:

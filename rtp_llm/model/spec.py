@@ -253,7 +253,7 @@ def _read_rope(config: Json, max_positions: int) -> RopeSpec:
     original = settings.get("original_max_position_embeddings") if kind in ("llama3", "yarn") else None
     theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if kind != "default" and settings.get("factor") is None:
-        raise CheckpointError(f"config.json: rope type {kind!r} needs the key factor, a number")
+        raise CheckpointError(f"config.json: rope type {kind!r} needs the key 'factor', a number")
     scaling = {k: v for k, v in settings.items() if k in _ROPE_FIELDS and v is not None}
     return RopeSpec(theta, kind, original_max=int(original or max_positions), **scaling)
 

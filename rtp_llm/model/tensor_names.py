@@ -32,7 +32,9 @@ class TensorNames:
         return name
 
     def find_fused(self, name: str) -> tuple[str, list[str], bool] | None:
-        """Returns the fused tensor that holds `name`, the names of all its parts, and whether it is per KV head."""
+        """Returns the fused tensor that holds `name`, the names of all its parts, and whether their rows alternate: for
+        each KV head its query heads, its key and its value. Returns None if `name` is in no fused tensor.
+        """
         for fused_name, fused in self.fused.items():
             for part in fused.parts:
                 if f".{part}." in name:

@@ -150,25 +150,25 @@ class TorchGroup:
 
     @_raises_communication_error
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        self._process_group.allreduce([tensor], _synchronous(dist.AllreduceOptions())).wait()
+        _wait(self._process_group.allreduce([tensor], _synchronous(dist.AllreduceOptions())))
         return tensor
 
     @_raises_communication_error
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         tensor = tensor.contiguous()  # NCCL accepts only contiguous inputs and outputs
         outputs = [[torch.empty_like(tensor) for _ in range(self.size)]] if self.rank == 0 else []
-        self._process_group.gather(outputs, [tensor], _synchronous(dist.GatherOptions())).wait()
+        _wait(self._process_group.gather(outputs, [tensor], _synchronous(dist.GatherOptions())))
         return outputs[0] if outputs else None
 
     @_raises_communication_error
     def broadcast(self, tensor: Tensor) -> Tensor:
-        self._process_group.broadcast([tensor], _synchronous(dist.BroadcastOptions())).wait()
+        _wait(self._process_group.broadcast([tensor], _synchronous(dist.BroadcastOptions())))
         return tensor
 
     @_raises_communication_error
     def min(self, value: int) -> int:
         tensor = torch.tensor([value], device=self.device)
-        self._process_group.allreduce(tensor, dist.ReduceOp.MIN).wait()
+        _wait(self._process_group.allreduce(tensor, dist.ReduceOp.MIN))
         return int(tensor.item())
 
     def check_aborted(self) -> None:
@@ -196,6 +196,12 @@ def _synchronous(options: Options) -> Options:
     """Makes NCCL use the current stream, as the functions of torch.distributed do. Rank 0 is the default root."""
     options.asyncOp = False
     return options
+
+
+def _wait(work: Any) -> None:
+    """Waits for a collective. NCCL returns None for one that runs on the current stream."""
+    if work is not None:
+        work.wait()
 
 
 def init_group(
@@ -268,7 +274,10 @@ def _socket_descriptors() -> set[int]:
 
 def _connected_sockets(descriptors: set[int]) -> list[socket.socket]:
     """Returns duplicates of those sockets that are connected. A duplicate stays valid if gloo closes its own."""
-    duplicates = [socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors]
+    duplicates = []
+    for descriptor in descriptors:
+        with suppress(OSError):  # of another thread, which has closed it
+            duplicates.append(socket.socket(fileno=os.dup(descriptor)))
     connected = [sock for sock in duplicates if _is_connected(sock)]
     for sock in set(duplicates) - set(connected):
         sock.close()

@@ -46,6 +46,10 @@ def plan_num_blocks(
     if config.kv_cache_mem_mb > 0:
         budget, source = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
         useful = config.max_sequences * longest
+        if min(budget, useful * block_bytes) > free:
+            log.warning(
+                "%s is more than the %d MiB that are free: the server may run out of memory", source, free // MIB
+            )
     elif device.type == "cuda":
         reserve = config.reserver_runtime_mem_mb * MIB + workspace_bytes
         # `free` excludes the peak memory of the warm-up step, which torch's caching allocator keeps for later steps.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rtp_llm.errors import ConfigError
 from rtp_llm.machine.memory import available_memory
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,19 @@ class KVMemory:
     """`blocks`: uint8 [num_blocks, block_bytes], zero where nothing was written, on `device`."""
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
-        """Raises torch.OutOfMemoryError on a GPU, OSError (ENOMEM) on CPU if the address space is limited."""
+        """Raises ConfigError if the system does not provide so much memory or address space."""
         self._is_paged = device.type == "cpu"
-        if self._is_paged:
-            mapping = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            flat = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive
-        else:
-            flat = torch.zeros(num_blocks * block_bytes, dtype=torch.uint8, device=device)
+        num_bytes = num_blocks * block_bytes
+        try:
+            if self._is_paged:
+                mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                flat = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive
+            else:
+                flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        except (OSError, torch.OutOfMemoryError) as error:
+            raise ConfigError(
+                f"the KV cache of {num_bytes >> 20} MiB cannot be allocated: {error}; set KV_CACHE_MEM_MB lower"
+            ) from None
         self.blocks = flat.view(num_blocks, block_bytes)
         self._retired = np.zeros(num_blocks, dtype=bool)
         self._lock = threading.Lock()  # held while pages are populated or returned

@@ -101,7 +101,10 @@ class Residency:
         self.kv_memory = self._reserve(self.num_blocks)
         num_tokens = self._max_tokens()
         log.info(
-            "KV cache: %d blocks = %d tokens, %.1f MiB on this rank", self.num_blocks, num_tokens, self.kv_bytes / 2**20
+            "KV cache: %d blocks, %.1f MiB on this rank, sequences of up to %d tokens",
+            self.num_blocks,
+            self.kv_bytes / 2**20,
+            num_tokens,
         )
         if self.config.max_seq_len and num_tokens < self.max_seq_len:
             raise ConfigError(
@@ -116,13 +119,13 @@ class Residency:
         return max(attentions[group.layers[0]].workspace_bytes(group, *limits) for group in self.layout.groups)
 
     def _blocks_per_sequence(self, num_tokens: int) -> int:
-        return self.layout.num_blocks(num_tokens, self.max_num_batched_tokens)
+        """Returns the most blocks that a sequence holds; those outside a window until the steps in flight are known."""
+        return self.layout.num_blocks(num_tokens, self.max_num_batched_tokens * (1 + self.config.rtp_pipeline_depth))
 
     def _max_tokens(self) -> int:
-        """Returns the tokens of the longest sequence that the KV cache holds, rounded to whole blocks."""
-        unit = max(group.block_size for group in self.layout.groups) or self.max_seq_len
-        counts = range(unit, self.num_blocks * unit + 1, unit)
-        return unit * bisect_right(counts, self.num_blocks, key=self._blocks_per_sequence)
+        """Returns the tokens of the longest sequence, up to the limit of the settings, that the KV cache holds."""
+        lengths = range(1, self.max_seq_len + 1)
+        return bisect_right(lengths, self.num_blocks, key=self._blocks_per_sequence)
 
     def _reserve(self, num_blocks: int) -> KVMemory:
         """Reserves memory for `num_blocks` blocks and the null block, and puts the caches of all layers there."""

@@ -90,7 +90,7 @@ class RestartHistory:
             temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
             temporary.replace(self.path)
         except OSError as error:  # a full disk must not prevent restarts
-            log.error("cannot write %s (restarts, for the metrics): %s", self.path, error.strerror)
+            log.error("cannot write %s, so the metric of restarts is out of date: %s", self.path, error.strerror)
 
 
 class Guard:

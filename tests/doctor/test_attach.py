@@ -1,6 +1,7 @@
 """`rtp-llm-doctor attach`, with a real part of two ranks."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.doctor.fixtures import REPOSITORY, doctor, report
@@ -75,7 +77,14 @@ def test_part_is_found_by_its_processes(part: Part) -> None:
     assert header
     plan = json.loads((Path(header[3]) / "part.json").read_text())["plan"]
     assert (plan["part"], plan["world_size"] // plan["local_world_size"]) == (int(header[1]), int(header[2]))
-    assert Path(header[3]).stat().st_mtime >= part.run_dir.stat().st_mtime
+    # The processes of the other part may have ended since.
+    assert max(start_times(header[3]), default=math.inf) >= min(start_times(str(part.run_dir)))
+
+
+def start_times(run_dir: str) -> list[float]:
+    """Returns when the processes of a part were started, in seconds since 1970."""
+    processes = psutil.process_iter(["cmdline", "create_time"])
+    return [p.info["create_time"] for p in processes if run_dir in (p.info["cmdline"] or [])]
 
 
 def test_stopped_rank_is_silent(part: Part) -> None:

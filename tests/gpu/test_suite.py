@@ -157,7 +157,7 @@ def test_cpu_results_never_replace_gpu_results(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_groups_fit_into_the_time_of_the_suite() -> None:
-    """So a group that takes all its time does not shorten the last one."""
+    """The limits of all groups of tests add up to less than the suite's: a slow group leaves time for the last."""
     assert sum(group.seconds for group in GROUPS) < SUITE_SECONDS < 360
     assert all((environment.ROOT / group.file).is_file() for group in GROUPS)
 

@@ -21,6 +21,7 @@ class GroupOfTwo(SingleRankGroup):
     """A group in which the values of the other rank are given."""
 
     def __init__(self, *others: int):
+        super().__init__()
         self.others = list(others)
 
     def min(self, value: int) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from rtp_llm.errors import ConfigError
 from rtp_llm.runner import kv_memory
 from rtp_llm.runner.kv_memory import KVMemory
 
@@ -166,3 +167,8 @@ def test_the_memory_is_freed_with_its_last_tensor() -> None:
 def _resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * PAGE
+
+
+def test_impossible_size_is_a_setting_error() -> None:
+    with pytest.raises(ConfigError, match=r"MiB cannot be allocated.*KV_CACHE_MEM_MB"):
+        KVMemory(1 << 30, 1 << 20, torch.device("cpu"))

@@ -14,11 +14,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rtp_llm.contract.kv_cache import KVCacheGroup
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.scheduler import Scheduler
 from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
-from tests.unit.scheduling import BLOCK_SIZE, FixedProposer, chunks_of, complete, make_request, make_scheduler, step
+from tests.unit.scheduling import (
+    BLOCK_SIZE,
+    FixedProposer,
+    chunks_of,
+    complete,
+    make_group,
+    make_request,
+    make_scheduler,
+    step,
+)
 
 
 def test_prompt_then_one_token_per_step() -> None:
@@ -690,3 +700,32 @@ def accepted_drafts(chunk: ScheduledChunk) -> list[int]:
 
 TestScheduler = pytest.mark.timeout(120)(SchedulerMachine.TestCase)
 TestScheduler.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("groups", [[make_group(4, 16)], [make_group(4), make_group(4, 16)]], ids=["window", "both"])
+def test_lone_prompt_with_a_window_ends_if_its_blocks_just_suffice(groups: list[KVCacheGroup], depth: int) -> None:
+    """With a step in flight, blocks outside the window are free only once its result is known."""
+    num_blocks = sum(group.max_resident_blocks(404, 16) for group in groups)
+    scheduler = make_scheduler(num_blocks, 16, 4, groups, admit_all=False, enable_caching=False, max_seq_len=404)
+    scheduler.add(make_request("a", 400, 4))
+    in_flight: deque[SchedulerOutput] = deque()
+    for _ in range(200):
+        output = scheduler.schedule()
+        if output.chunks:
+            in_flight.append(output)
+        if in_flight and (len(in_flight) > depth or not output.chunks):
+            complete(scheduler, in_flight.popleft())
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert scheduler.stats.preemptions == 0
+
+
+def test_requests_that_end_in_the_queue_do_not_change_the_expected_length() -> None:
+    scheduler = make_scheduler(admit_all=False)
+    expected = scheduler.admission_control.typical_length
+    for name in "abc":
+        scheduler.add(make_request(name, 5))
+    for name in "abc":
+        scheduler.remove(name)
+    assert scheduler.admission_control.typical_length == expected
