@@ -216,10 +216,12 @@ class _Planner:
     def _num_blocks(self, num_keys: Longs) -> int:
         """Returns how many blocks are gathered for items that see up to these numbers of keys of their split.
 
-        A power of two, so that few shapes occur. Masked keys are exact zeros in every sum, so they change no bit.
+        A multiple of a quarter of a split, so that few shapes occur. Masked keys are exact zeros in every sum, so they
+        change no bit.
         """
-        num_blocks = -(-int(num_keys.max()) // self.block_size)
-        return min(1 << (num_blocks - 1).bit_length(), self.split // self.block_size)
+        num_blocks, split_blocks = -(-int(num_keys.max()) // self.block_size), self.split // self.block_size
+        unit = max(1, split_blocks // 4)
+        return min(-(-num_blocks // unit) * unit, split_blocks)
 
     def _block_ids(self, sequence: Longs, blocks: Longs, has_used: NDArray[np.bool_]) -> Tensor:
         """Returns the ids of these blocks of the sequences, [items, blocks]; the null block for those without used
