@@ -1,7 +1,7 @@
 # Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's package sources, and
 # installs nothing outside this folder. PYTHON=python3.12 selects another Python, TORCH=<requirement or wheel> a torch.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all test-gpu gpu-wheels lint clean
+.PHONY: help install serve test test-all chaos test-gpu gpu-wheels lint clean
 # A recipe that fails must not leave its stamp file.
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,11 @@ test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
 
 test-all: $(VENV)/installed-dev ## run every test, as CI does
 	$(PYTEST) $(ARGS)
+
+# Hours; a second call goes on where the first one ended. `rm -r build/chaos` starts afresh.
+chaos: $(VENV)/installed-dev ## inject INJECTIONS (50) of each fault into real parts and write docs/reliability.md
+	$(BIN)/python -m tests.chaos --injections $(or $(INJECTIONS),50) --records build/chaos/records.jsonl \
+	  --report docs/reliability.md $(ARGS)
 
 # A GPU machine often has a Python with its own torch and no network: the suite uses that Python as it is.
 HAS_TORCH := import importlib.util, sys; sys.exit(sys.version_info < (3, 11) or not importlib.util.find_spec("torch"))

@@ -58,8 +58,8 @@ def main() -> None:
     """Runs one rank in this process. Imports torch, which the doctor's own process never does."""
     import torch
 
-    from rtp_llm.parallel.gang_client import leader_host
     from rtp_llm.parallel.group import init_group
+    from rtp_llm.parallel.ports import leader_host
 
     task = json.load(sys.stdin)
     if os.getppid() != task["parent"]:  # the parent exited before die_with_parent took effect
@@ -73,7 +73,7 @@ def main() -> None:
     group = init_group(
         plan,
         rank,
-        0,
+        "doctor",
         host=leader_host(plan),
         address=task["address"],
         timeout=float(task["timeout"]),

@@ -1,11 +1,13 @@
 """`rtp-llm-doctor attach`: shows whether a running part is healthy, from its run directory and /proc."""
 
+import http.client
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,8 @@ from rtp_llm.parallel.plan import PlannedPort
 STACK_SECONDS = 20.0
 STALE_SECONDS = 3.0
 STUCK_SECONDS = 10.0
+HEALTH_SECONDS = 2.0
+MAX_HEALTH_BYTES = 500  # of the answer, which names the phase
 
 
 class _RankStatusView(BaseModel):
@@ -68,6 +72,34 @@ def find_run_dirs() -> list[Path]:
             if module == "rtp_llm.api.main" and os.access(path / "part.json", os.R_OK):
                 started[path] = process.info["create_time"]
     return sorted(started, key=lambda path: -started[path])
+
+
+def running_part(start_port: int) -> PartSpec | None:
+    """Returns the part that runs on this machine with this START_PORT, with whatever settings; None if none does."""
+    for run_dir in find_run_dirs():
+        with suppress(ConfigError):
+            part_spec = _load(run_dir)
+            if part_spec.plan.start_port == start_port:
+                return part_spec
+    return None
+
+
+def describe_running(part_spec: PartSpec) -> str:
+    """Returns a sentence that a part runs, and whether it is healthy according to its /health."""
+    return f"{part_spec.label} of this server already runs here and {_health(part_spec.plan.start_port)}"
+
+
+def _health(port: int) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HEALTH_SECONDS)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        text = response.read(MAX_HEALTH_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return f"does not answer GET /health: {error or type(error).__name__}"
+    finally:
+        connection.close()
+    return "is healthy" if response.status == http.HTTPStatus.OK else f"is not healthy: {response.status} {text}"
 
 
 def is_running(ctx: CheckContext) -> bool:

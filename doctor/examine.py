@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from doctor.all_reduce import measure_all_reduce
-from doctor.attach import is_running
+from doctor.attach import describe_running, is_running, running_part
 from doctor.check import REGISTRY, Check, Status
 from doctor.context import CheckContext
 from doctor.executor import run_checks
-from doctor.gang.local_errors import report_local_errors
+from doctor.gang.local_errors import report_local_errors, say_farewell
 from doctor.gang.session import exchange_reports
 from doctor.host import Host
 from doctor.report import Finding, Report, make_report
@@ -18,6 +18,7 @@ from rtp_llm.parallel.plan import Plan
 
 # These checks of tier 0 run again when the reports of the other parts are known, and then compare all parts.
 RERUN_WITH_GANG = ("C-01", "C-02", "G-10", "G-11")
+FAREWELL_SECONDS = 5.0  # a part that starts at the same time has its doctor listening by then
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress
     ctx.preload_with_timeouts()
     ctx.starting = options.starting
     ctx.running = not options.starting and is_running(ctx)
+    if ctx.running and (part_spec := running_part(ctx.config.start_port)):
+        on_progress(f"{describe_running(part_spec)}; see rtp-llm-doctor attach --run-dir {part_spec.run_dir}")
     checks = [
         c for c in (options.only or REGISTRY.values()) if c.tier <= options.tier and (c.tier != 2 or options.gang)
     ]
@@ -62,6 +65,8 @@ def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress
     findings += run_checks([c for c in checks if c.id not in finished], ctx, findings)
     order = [c.id for c in checks]
     findings.sort(key=lambda f: order.index(f.id))
+    if options.starting:
+        _say_farewell(ctx, errors_by_id(findings), on_progress)
     return make_report(ctx, findings, started=started, ignored=options.ignore, strict=options.strict)
 
 
@@ -92,6 +97,16 @@ def _run_gang_checks(
     gang_checks = [c for c in checks if c.tier == 2 or c.id in RERUN_WITH_GANG]
     kept = [f for f in local_findings if f.id not in RERUN_WITH_GANG]
     return [*kept, *run_checks(gang_checks, ctx, kept)]
+
+
+def _say_farewell(ctx: CheckContext, errors: dict[str, str], on_progress: Callable[[str], None]) -> None:
+    """Tells the other parts the errors because of which this part will not start."""
+    is_refused = ctx.config.rtp_doctor == "enforce" or _configured_plan(ctx) is None
+    if errors and is_refused:
+        try:
+            say_farewell(ctx, errors, FAREWELL_SECONDS)
+        except (OSError, FatalError) as error:
+            on_progress(f"cannot tell the other parts: {error}")
 
 
 def _handle_missing_plan(

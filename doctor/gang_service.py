@@ -7,86 +7,159 @@ it keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` o
 """
 
 import asyncio
+import json
 import logging
 import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from doctor import checks as _checks  # noqa: F401  # registers all checks
-from doctor.check import REGISTRY, Status
+from doctor.check import REGISTRY, Check, Status
+from doctor.checks.alignment import alignment
+from doctor.checks.categories import format_differences
 from doctor.context import CheckContext
 from doctor.examine import RERUN_WITH_GANG, errors_by_id
 from doctor.executor import run_checks
 from doctor.gang.connections import serve_ports
 from doctor.gang.gossip import GossipSession
+from doctor.gang.part_report import LinkResult
 from doctor.gang.session import greeting_sockets, open_session, probed_members
 from doctor.gang.view import GangView
 from doctor.host import Host
-from doctor.render import Style, short
+from doctor.render import Style, problem_lines
 from doctor.report import Finding, Report, make_report
 from rtp_llm import log as logs
-from rtp_llm.config import Config
-from rtp_llm.errors import DoctorError
+from rtp_llm.config import SECRET_FIELDS, Config
+from rtp_llm.errors import DoctorError, GangError
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
-from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET
-from rtp_llm.parallel.wire import listen
+from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, PlannedPort
+from rtp_llm.parallel.ports import listen_as_planned
 
 log = logging.getLogger("doctor.gang_service")
 
 # Errors of these checks do not end the part here: the rendezvous of the ranks detects them too, and exits with 69.
-CHECKED_AT_RENDEZVOUS = {"C-01", "C-02", "C-05", "C-07", "C-09", "C-11"}
+CHECKED_AT_RENDEZVOUS = {"C-01", "C-02", "C-05", "C-07", "C-09", "C-10", "C-11"}
+# Checks that compare what the parts report; they need neither final reports nor measured links.
+COMPARISONS = ("C-01", "C-02", "C-03", "C-04", "C-05", "C-06", "C-07", "C-10", "C-11")
+SHARED_FACTS = ("plan.", "members.", "model.", "config.")  # what the rendezvous compares as well
+WATCH_SECONDS = 1.0
+DISAGREE_SECONDS = 6.0  # the rendezvous ends parts that disagree within 2 s; these have not reached it
 
 
 def effective_environment(config: Config) -> dict[str, str]:
-    """Returns the environment, plus the settings that were given as flags, as variables. Leaves out a GANG_SECRET
-    flag."""
-    settings = {
-        name.upper(): str(value) for name, value in config if name in config.model_fields_set and value is not None
-    }
-    settings.pop("GANG_SECRET", None)
+    """Returns the environment, plus the settings that were given as flags, as variables."""
+    names = config.model_fields_set - set(SECRET_FIELDS)
+    settings = {name.upper(): str(value) for name, value in config if name in names and value is not None}
     return {**os.environ, **settings}
 
 
 async def serve(part_spec: PartSpec, ctx: CheckContext) -> None:
-    """Exchanges reports, runs the gang checks and then serves forever. Raises DoctorError if the part must stop."""
+    """Exchanges reports, runs the gang checks and then serves forever. Raises FatalError if the part must stop."""
     plan = part_spec.plan
     startup_findings = _startup_findings(part_spec.doctor_report_path)
-    session = open_session(ctx, plan, errors_by_id(startup_findings), listening=False)
-    responder = listen("0.0.0.0", plan.start_port + DOCTOR_PORT_OFFSET)
+    session = open_session(ctx, plan, errors_by_id(startup_findings), listening=False, persistent=True)
+    port, purpose = plan.start_port + DOCTOR_PORT_OFFSET, f"doctor (START_PORT + {DOCTOR_PORT_OFFSET})"
+    responder = listen_as_planned(PlannedPort(port, purpose))
     async with serve_ports(plan.part, session.serve, responder, greeting_sockets(session)):
         deadline = time.monotonic() + part_spec.config.gang_timeout_min * 60
-        await session.run(probed_members(ctx, plan), deadline, log.debug)  # the rendezvous reports missing parts
-        await asyncio.to_thread(_run_gang_checks, part_spec, ctx, session, startup_findings)
-        await asyncio.Event().wait()
+        exchange = asyncio.create_task(session.run(probed_members(ctx, plan), deadline, log.debug))
+        examiner = _Examiner(part_spec, ctx, session, startup_findings)
+        while not exchange.done():  # a part that disagrees may never send its final report
+            await asyncio.wait({exchange}, timeout=WATCH_SECONDS)
+            await asyncio.to_thread(examiner.compare)
+        exchange.result()
+        await asyncio.to_thread(examiner.conclude)
+        while True:  # a part may restart with other settings
+            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.to_thread(examiner.compare)
 
 
-def _run_gang_checks(
-    part_spec: PartSpec, ctx: CheckContext, session: GossipSession, startup_findings: list[Finding]
-) -> None:
-    started = time.time()
-    ctx.gang = GangView(dict(session.part_reports), part_spec.plan)
-    gang_checks = [c for c in REGISTRY.values() if c.tier == 2 or c.id in RERUN_WITH_GANG]
-    kept = [f for f in startup_findings if f.id not in {c.id for c in gang_checks}]
-    report = make_report(ctx, [*kept, *run_checks(gang_checks, ctx, kept)], started=started)
-    report.save(part_spec.doctor_report_path)
-    _enforce(part_spec.config, report)
+class _Examiner:
+    """Runs gang checks on the reports that have arrived, and logs each problem once."""
+
+    def __init__(self, part_spec: PartSpec, ctx: CheckContext, session: GossipSession, startup_findings: list[Finding]):
+        self.part_spec, self.ctx, self.session, self.startup_findings = part_spec, ctx, session, startup_findings
+        self._evidence: object = None
+        self._logged = ""
+        self._disagree_since = 0.0
+
+    def compare(self) -> None:
+        """Compares what the parts report, if that has changed. Needs no final report, and no measurement of links.
+
+        Raises GangError if the parts disagree and the rendezvous, which they may not reach, has not ended them.
+        """
+        evidence = self._read_evidence()
+        if evidence != self._evidence:
+            is_first, self._evidence = self._evidence is None, evidence
+            report = self._run([REGISTRY[id] for id in COMPARISONS])
+            if not is_first or report.problems():
+                self._log(report)
+        assert self.ctx.gang
+        differences = {k: v for prefix in SHARED_FACTS for k, v in self.ctx.gang.differences(prefix).items()}
+        if not differences or _gang_status(self.part_spec).get("ranks"):
+            self._disagree_since = 0.0
+            return
+        self._disagree_since = self._disagree_since or time.monotonic()
+        is_enforced = self.part_spec.config.rtp_doctor == "enforce"
+        if is_enforced and time.monotonic() - self._disagree_since > DISAGREE_SECONDS:
+            raise GangError(
+                f"the parts of the gang disagree: {format_differences(differences)}; fix:\n{alignment(differences)}"
+            )
+
+    def conclude(self) -> None:
+        """Runs all gang checks on the final reports. Raises DoctorError if one finds an error because of which the
+        ranks would hang, and RTP_DOCTOR=enforce."""
+        report = self._run([c for c in REGISTRY.values() if c.tier == 2 or c.id in RERUN_WITH_GANG])
+        problems = self._log(report)
+        if not problems:
+            log.info("the parts reach each other and agree (%d gang checks)", sum(f.tier == 2 for f in report.checks))
+        errors = [f.id for f in problems if f.status == Status.ERROR and f.id not in CHECKED_AT_RENDEZVOUS]
+        if errors and self.part_spec.config.rtp_doctor == "enforce":
+            ids = ", ".join(errors)
+            raise DoctorError(
+                f"the gang would hang, because gang checks failed: {ids}; RTP_DOCTOR=warn starts it anyway"
+            )
+
+    def _read_evidence(self) -> object:
+        """Returns what `compare` looks at, to see whether it has changed."""
+        return [
+            (part, report.run_id, report.problems, n, link.protocol_error, link.wrong_part, link.foreign_address)
+            for part, report in sorted(self.session.known_reports().items())
+            for n, link in [(part, LinkResult()), *report.links.items()]
+        ]
+
+    def _run(self, gang_checks: list[Check]) -> Report:
+        """Runs the checks and saves the report, which /doctor and /health show."""
+        started = time.time()
+        self.ctx.gang = GangView(self.session.known_reports(), self.part_spec.plan)
+        kept = [f for f in self.startup_findings if f.id not in {c.id for c in gang_checks}]
+        report = make_report(self.ctx, [*kept, *run_checks(gang_checks, self.ctx, kept)], started=started)
+        report.save(self.part_spec.doctor_report_path)
+        return report
+
+    def _log(self, report: Report) -> list[Finding]:
+        """Logs the problems between the parts with their fixes, unless they were logged before. Returns them."""
+        problems = [f for f in report.problems() if f.tier == 2 or f.id in RERUN_WITH_GANG]
+        text = problem_lines(report.model_copy(update={"checks": problems}), Style.for_stream(sys.stdout)).rstrip()
+        if problems and text != self._logged:
+            log.warning("problems between the parts:\n%s", text)
+        elif self._logged and not problems:
+            log.info("the parts no longer disagree")
+        self._logged = text if problems else ""
+        return problems
 
 
-def _enforce(config: Config, report: Report) -> None:
-    """Logs the problems of the gang checks. Raises DoctorError if one is an error and RTP_DOCTOR=enforce."""
-    problems = [f for f in report.problems() if f.tier == 2]
-    if not problems:
-        log.info("the parts reach each other and agree (%d gang checks)", sum(f.tier == 2 for f in report.checks))
-        return
-    text = short(report.model_copy(update={"checks": problems}), Style.for_stream(sys.stdout)).rstrip()
-    log.warning("problems between the parts:\n%s", text)
-    errors = [f.id for f in problems if f.status == Status.ERROR and f.id not in CHECKED_AT_RENDEZVOUS]
-    if errors and config.rtp_doctor == "enforce":
-        ids = ", ".join(errors)
-        raise DoctorError(f"the gang would hang, because gang checks failed: {ids}; RTP_DOCTOR=warn starts it anyway")
+def _gang_status(part_spec: PartSpec) -> dict[str, Any]:
+    """Returns gang.json, the state of all ranks; empty if there is none."""
+    try:
+        status: dict[str, Any] = json.loads(part_spec.gang_status_path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return status
 
 
 def _startup_findings(path: Path) -> list[Finding]:

@@ -107,8 +107,21 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
 
 def short(report: Report, style: Style) -> str:
     """Returns one line per problem, then the verdict."""
-    lines = [f"{style.symbol(f.status)} {f.id} {_sentence(f)}" for f in report.problems()]
+    lines = [_problem(f, style) for f in report.problems()]
     return "\n".join([*lines, _summary_line(report, style)]) + "\n"
+
+
+def problem_lines(report: Report, style: Style) -> str:
+    """Returns one line per problem, each followed by its fix, without a verdict."""
+    lines: list[str] = []
+    for finding in report.problems():
+        fixes = finding.fix.text(report.node.runtime).splitlines()
+        lines += [_problem(finding, style), *(f"    fix: {fix}" for fix in fixes)]
+    return "\n".join(lines) + "\n"
+
+
+def _problem(finding: Finding, style: Style) -> str:
+    return f"{style.symbol(finding.status)} {finding.id} {_sentence(finding)}"
 
 
 def json_text(report: Report, style: Style) -> str:

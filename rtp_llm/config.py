@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -23,6 +23,18 @@ from rtp_llm.errors import ConfigError
 MAX_RANKS = 4096  # detects a typo in a size at once, instead of by a timeout of the rendezvous
 MAX_START_PORT = 65000
 MIN_START_PORT = 1024 + 11  # part 0 also uses the 11 ports below its START_PORT
+
+
+@dataclass(frozen=True)
+class SharedMark:
+    """Marks a field of `Config` that must be equal on all parts, because it shapes memory or collectives of the ranks.
+
+    The rendezvous and the doctor compare the marked fields.
+    """
+
+
+T = TypeVar("T")
+Shared = Annotated[T, SharedMark()]
 
 
 class Config(BaseModel):
@@ -58,11 +70,21 @@ class Config(BaseModel):
     gang_sleep_time: float = Field(
         10, gt=0, description="maximum seconds between log lines while this part waits for other parts"
     )
-    dist_comm_timeout: float = Field(
+    dist_comm_timeout: Shared[float] = Field(
         300, gt=0, description="seconds without progress after which a collective operation fails"
     )
     heartbeat_timeout: float = Field(
-        20, ge=2, description="seconds without a heartbeat after which a rank counts as lost"
+        8, ge=2, description="seconds without a heartbeat after which a rank counts as lost"
+    )
+
+    hang_seconds: float = Field(
+        10,
+        gt=0,
+        description="seconds without progress in a step after which a rank is killed; more if its steps are slow",
+    )
+    rtp_recovery: Literal["reform", "restart"] = Field(
+        "reform",
+        description="after the loss of a rank: reform keeps the other ranks and their weights, restart restarts all",
     )
 
     # The service
@@ -70,17 +92,26 @@ class Config(BaseModel):
     worker_info_port_num: int = Field(
         9, ge=7, le=1000, description="number of ports reserved per local rank, from START_PORT up"
     )
-    concurrency_limit: int = Field(
+    concurrency_limit: Shared[int] = Field(
         32, ge=1, description="maximum sequences that run at the same time; more wait in the queue"
     )
     queue_limit: int = Field(256, ge=0, description="maximum sequences in the queue; more are rejected with HTTP 429")
-    timeout_keep_alive: int = Field(5, ge=1, description="seconds after which an idle HTTP connection is closed")
+    host: str = Field("", description="IP address on which HTTP listens; default: all addresses, IPv4 and IPv6")
+    timeout_keep_alive: int = Field(
+        90, ge=1, description="seconds after which an idle HTTP connection is closed; more than a proxy's own timeout"
+    )
     shutdown_timeout: int = Field(
         30, ge=-1, description="seconds that accepted requests may take to finish at shutdown; -1 = 600"
     )
     max_body_mb: float = Field(16, gt=0, description="maximum size of an HTTP request body, MiB")
     max_rpc_timeout_ms: int = Field(
         7_200_000, description="timeout in milliseconds of requests that set no timeout_ms; 0 or less = none"
+    )
+    ttft_timeout_ms: int = Field(
+        0, description="milliseconds to the first token of requests that set no ttft_timeout_ms; 0 or less = no limit"
+    )
+    sse_ping_seconds: float = Field(
+        10, ge=0, description="seconds after which a silent event stream sends a comment, for proxies; 0 = never"
     )
     resume_timeout: float = Field(
         300, gt=0, description="seconds that accepted requests wait for lost ranks to restart; then they fail"
@@ -96,6 +127,26 @@ class Config(BaseModel):
         3, ge=0, description="maximum restarts of the ranks in 10 minutes; when they are used up, the part exits"
     )
 
+    # Access
+    api_key: SecretStr = Field(
+        SecretStr(""), description="keys that open the API: key or name:key, separated by commas; default: open to all"
+    )
+    api_key_file: str = Field("", description="path of a file that contains API_KEY, one key or name:key per line")
+    admin_key: SecretStr = Field(
+        SecretStr(""), description="keys for /doctor and /set_log_level; default API_KEY, without it only this machine"
+    )
+    admin_key_file: str = Field("", description="path of a file that contains ADMIN_KEY")
+    metrics_open: bool = Field(False, description="serve /metrics without a key")
+    allowed_origins: str = Field(
+        "",
+        description="web origins, beside local ones, that may use the API without a key, by commas; * = all",
+    )
+    allowed_hosts: str = Field(
+        "", description="host names under which this server is reached, separated by commas; * = all names"
+    )
+    ssl_certfile: str = Field("", description="path of the TLS certificate chain (PEM); makes START_PORT serve HTTPS")
+    ssl_keyfile: str = Field("", description="path of the certificate's private key (PEM, without a passphrase)")
+
     # The model
     model_type: str = Field("", description="model family; default: detected from config.json")
     checkpoint_path: str = Field("", description="folder with config.json and *.safetensors")
@@ -104,9 +155,13 @@ class Config(BaseModel):
     act_type: Literal["", "fp32", "bf16", "fp16"] = Field(
         "", description="data type of the computation; default: the checkpoint's"
     )
-    max_seq_len: int = Field(0, ge=0, description="maximum tokens of prompt + output; 0 = the checkpoint's maximum")
-    json_model_override_args: str = Field("", description="JSON object that overrides keys of config.json")
-    hack_layer_num: int = Field(0, ge=0, description="run only the first N decoder layers, for benchmarks; 0 = all")
+    max_seq_len: Shared[int] = Field(
+        0, ge=0, description="maximum tokens of prompt + output; 0 = the checkpoint's maximum"
+    )
+    json_model_override_args: Shared[str] = Field("", description="JSON object that overrides keys of config.json")
+    hack_layer_num: Shared[int] = Field(
+        0, ge=0, description="run only the first N decoder layers, for benchmarks; 0 = all"
+    )
     stop_words_str: str = Field("", description="JSON list of additional stop strings")
     stop_words_list: str = Field("", description="JSON list of additional stop sequences, each a list of token ids")
     force_stop_words: bool = Field(
@@ -121,26 +176,28 @@ class Config(BaseModel):
     )
 
     # Memory and batches
-    reuse_cache: bool = Field(True, description="prefix caching: reuse the KV cache of equal prompt prefixes")
-    seq_size_per_block: int = Field(0, ge=0, le=1024, description="tokens per KV block; 0 = 16")
-    kv_cache_mem_mb: int = Field(
+    reuse_cache: Shared[bool] = Field(True, description="prefix caching: reuse the KV cache of equal prompt prefixes")
+    seq_size_per_block: Shared[int] = Field(0, ge=0, le=1024, description="tokens per KV block; 0 = 16")
+    kv_cache_mem_mb: Shared[int] = Field(
         -1, ge=-1, description="MiB of KV cache per rank; -1 or 0 = computed from the free memory"
     )
-    test_block_num: int = Field(
+    test_block_num: Shared[int] = Field(
         0, ge=0, description="exact number of KV blocks, for tests; 0 = computed from the KV cache's memory"
     )
-    reserver_runtime_mem_mb: int = Field(
+    reserver_runtime_mem_mb: Shared[int] = Field(
         1024, ge=0, description="MiB of free memory per rank that a KV cache of computed size leaves unused"
     )
-    max_batch_size: int = Field(0, ge=0, description="maximum sequences per step; 0 = CONCURRENCY_LIMIT")
-    max_batch_tokens_size: int = Field(0, ge=0, description="maximum tokens per step; 0 = 512 on CPU, 8192 on a GPU")
-    max_context_batch_size: int = Field(
+    max_batch_size: Shared[int] = Field(0, ge=0, description="maximum sequences per step; 0 = CONCURRENCY_LIMIT")
+    max_batch_tokens_size: Shared[int] = Field(
+        0, ge=0, description="maximum tokens per step; 0 = 512 on CPU, 8192 on a GPU"
+    )
+    max_context_batch_size: Shared[int] = Field(
         0, ge=0, description="maximum sequences whose prompts are computed in one step; 0 = no limit"
     )
-    rtp_pipeline_depth: int = Field(
+    rtp_pipeline_depth: Shared[int] = Field(
         0, ge=0, le=1, description="steps that are scheduled before the result of the last one is known"
     )
-    warm_up: bool = Field(True, description="run one step of the maximum size before serving")
+    warm_up: Shared[bool] = Field(True, description="run one step of the maximum size before serving")
 
     # Logging and runtime
     log_level: Literal["DEBUG", "INFO", "WARN", "WARNING", "ERROR"] = Field("INFO", description="minimum log level")
@@ -169,6 +226,15 @@ class Config(BaseModel):
     def drain_seconds(self) -> int:
         """SHUTDOWN_TIMEOUT in seconds. -1, no limit in alibaba/rtp-llm, means 600 here, so that a stop always ends."""
         return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
+
+    def shared(self) -> dict[str, Any]:
+        """Returns the settings that must be equal on all parts, by variable."""
+        fields = type(self).model_fields.items()
+        return {name.upper(): getattr(self, name) for name, field in fields if SharedMark() in field.metadata}
+
+
+# Passed to the processes of a part by the environment only: in no file, no command line, no log.
+SECRET_FIELDS = tuple(name for name, field in Config.model_fields.items() if field.annotation is SecretStr)
 
 
 @dataclass(frozen=True)
@@ -208,26 +274,35 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
     unused = {name: values[name] for name in values.keys() & upstream.keys()}
     _refuse_unsupported(unused, upstream)
     # Logs the names without values, because some upstream variables hold credentials.
-    notes = ("upstream variables without effect in this server: " + ", ".join(sorted(unused)),) if unused else ()
-    return LoadedConfig(config, notes, tuple(_find_misspelled(values, names | upstream.keys())))
+    notes = ["upstream variables without effect in this server: " + ", ".join(sorted(unused))] if unused else []
+    if unused.keys() & {"LOG_DIR", "LOG_PATH"}:
+        notes.append("all logs go to stdout, where the container engine keeps them; no file is written")
+    return LoadedConfig(config, tuple(notes), tuple(_find_misspelled(values, names | upstream.keys())))
 
 
-def secret(config: Config) -> bytes:
-    """Returns GANG_SECRET or the content of GANG_SECRET_FILE, stripped. Raises ConfigError if it cannot be read."""
-    if not config.gang_secret_file:
-        return config.gang_secret.get_secret_value().strip().encode()
+def secret(config: Config, name: str = "gang_secret") -> bytes:
+    """Returns the secret `name` or the content of its file, stripped. Raises ConfigError if it cannot be read."""
+    path: str = getattr(config, f"{name}_file")
+    if not path:
+        value: SecretStr = getattr(config, name)
+        return value.get_secret_value().strip().encode()
     try:
-        return files.read(Path(config.gang_secret_file)).strip()
+        return files.read(Path(path)).strip()
     except OSError as error:
-        raise ConfigError(
-            f"GANG_SECRET_FILE={config.gang_secret_file}: cannot be read: {error.strerror}", check="M-14"
-        ) from None
+        message = f"{name.upper()}_FILE={path}: cannot be read: {error.strerror}"
+        raise ConfigError(message, check="M-14") from None
 
 
 def upstream_variables() -> dict[str, UpstreamVariable]:
     """Returns the variables of alibaba/rtp-llm that are accepted without effect, by name."""
     table = json.loads(package("rtp_llm").joinpath("upstream_variables.json").read_text())
     return {name: UpstreamVariable(name=name, **entry) for name, entry in table.items()}
+
+
+def foreign_variables() -> set[str]:
+    """Returns variables that resemble settings of this server and belong to other programs."""
+    table = json.loads(package("rtp_llm").joinpath("foreign_variables.json").read_text())
+    return {name for names in table.values() for name in names}
 
 
 def allowed(field: FieldInfo) -> str:
@@ -276,6 +351,10 @@ def _parse_flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) 
     for variable in upstream.values():
         parser.add_argument(f"--{variable.flag}", dest=variable.name.lower(), help=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(list(argv))
+    exposed = [field for field in SECRET_FIELDS if getattr(args, field) is not None]
+    if exposed:
+        fixes = ", ".join(f"--{field}; allowed: {field.upper()} or {field.upper()}_FILE" for field in exposed)
+        raise ConfigError(f"command line: all users of this machine can read the secret {fixes}", check="M-14")
     unknown = [argument for argument in unknown if argument.startswith("-")] or unknown
     if unknown:
         names = [f"--{n}" for n in Config.model_fields] + [f"--{v.flag}" for v in upstream.values()]
@@ -323,7 +402,7 @@ def _equals_default(value: str, default: str) -> bool:
 def _find_misspelled(values: Mapping[str, str], known_names: set[str] | frozenset[str]) -> list[tuple[str, str]]:
     """Returns (name, known name) of variables that are probably typos, such as `TP_SZIE` or `CHECKPOINTPATH`."""
     misspelled = []
-    for name in sorted(values.keys() - known_names):
+    for name in sorted(values.keys() - known_names - foreign_variables()):
         if len(name) < 5 or name != name.upper():
             continue
         matches = difflib.get_close_matches(name, known_names, n=1, cutoff=0.85)

@@ -4,6 +4,7 @@ A process ends with an `ExitCode`, a failed request with one `RequestError`.
 """
 
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 
@@ -25,7 +26,7 @@ class ExitCode(IntEnum):
         """True if a restart of the ranks cannot help, because the same input fails again.
 
         GANG_INCOMPLETE is final because the rendezvous has already waited GANG_TIMEOUT_MIN, or parts have different
-        settings.
+        settings: only a restart of the whole part helps, once the other part is up or corrected.
         """
         return self in _FINAL_CODES
 
@@ -55,14 +56,14 @@ class FatalError(Exception):
 class ConfigError(FatalError):
     """Invalid input. The message has the file or variable, the key, the value and the allowed values.
 
-    `names`: the invalid variables, if single variables are invalid.
+    `names`: the invalid variables, if single variables are invalid. `fix`: what to set, if one value is right.
     """
 
     exit_code = ExitCode.BAD_CONFIG
 
-    def __init__(self, message: str, *, check: str = "", names: tuple[str, ...] = ()):
+    def __init__(self, message: str, *, check: str = "", names: tuple[str, ...] = (), fix: str = ""):
         super().__init__(message, check=check)
-        self.names = names
+        self.names, self.fix = names, fix
 
 
 class CheckpointError(FatalError):
@@ -78,7 +79,7 @@ class GangError(FatalError):
 
 
 class DoctorError(FatalError):
-    """The doctor found an error with which the server would fail or hang."""
+    """The doctor found an error with which the server would fail or hang, and which its own checks do not find."""
 
     exit_code = ExitCode.DOCTOR
 
@@ -99,12 +100,27 @@ class RequestError(Exception):
     """Ends a request with an error response.
 
     `status` is the HTTP status, `code` and `name` are an error code of alibaba/rtp-llm (config/exceptions.py), `param`
-    is the invalid field if there is one.
+    is the invalid field if there is one. `is_final`: a server error that the same request would meet again.
     """
 
-    def __init__(self, status: int, code: int, name: str, message: str, *, param: str | None = None):
+    def __init__(
+        self, status: int, code: int, name: str, message: str, *, param: str | None = None, is_final: bool = False
+    ):
         super().__init__(message)
         self.status, self.code, self.name, self.message, self.param = status, code, name, message, param
+        self.is_final = is_final
+
+    def headers(self) -> dict[str, str]:
+        """Returns headers on retries and authentication. OpenAI's SDKs retry every 5xx if nothing forbids it."""
+        if self.is_final:
+            return {"x-should-retry": "false"}
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets the error cross from the process that prepares large bodies; exceptions forget keyword arguments."""
+        return partial(RequestError, param=self.param), (self.status, self.code, self.name, self.message)
 
     def body(self) -> dict[str, Any]:
         """Returns the JSON body of the response.
@@ -155,7 +171,12 @@ def timed_out(message: str) -> RequestError:
 
 def execution_failed(message: str) -> RequestError:
     """500: the model failed on this request; a retry would fail again."""
-    return RequestError(500, 606, "EXECUTION_EXCEPTION", message)
+    return RequestError(500, 606, "EXECUTION_EXCEPTION", message, is_final=True)
+
+
+def out_of_memory(message: str) -> RequestError:
+    """503: the host has no memory for the request's KV cache now; a later retry may succeed."""
+    return RequestError(503, 602, "MALLOC_ERROR", message)
 
 
 def engine_gone(message: str) -> RequestError:

@@ -17,7 +17,10 @@ Format = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as a JSON object: time (UTC), level, who ("part0 rank1"), logger, message, exception if any."""
+    """Formats a record as a JSON object: time (UTC), level, who ("part0 rank1"), logger, message, exception if any.
+
+    A record's `extra={"fields": {…}}` are keys of the object.
+    """
 
     converter = time.gmtime  # type: ignore[assignment]  # the documented way to log in UTC
 
@@ -33,6 +36,7 @@ class JsonFormatter(logging.Formatter):
             "who": self.process,
             "logger": record.name,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)

@@ -72,6 +72,7 @@ class Metrics:
         self.success = counter("request_success", "Finished sequences", "finished_reason")
         self.rejections = counter("admission_rejections", "Requests rejected with 429", "reason")
         self.corrupted = counter("corrupted_requests", "Sequences failed because the model's logits were NaN")
+        self.convicted = counter("poison_requests", "Requests failed because the engine crashes when it computes them")
         self.resumed = counter("requests_resumed", "Sequences resumed after ranks were lost")
         self.ttft = histogram("time_to_first_token_seconds", "Time from acceptance to the first token", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Time between two tokens of a sequence", ITL_BUCKETS)

@@ -27,7 +27,7 @@ from rtp_llm import log as logs
 from rtp_llm.config import Config, load
 from rtp_llm.errors import ConfigError, DoctorError, ExitCode, FatalError
 from rtp_llm.machine.devices import local_addresses, visible_gpus
-from rtp_llm.machine.process import die_with_parent, stopping_file
+from rtp_llm.machine.process import MIN_OPEN_FILES, die_with_parent, stopping_file
 from rtp_llm.model.checkpoint import Checkpoint, check_tokenizer
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
@@ -55,6 +55,7 @@ def main() -> int:
             log.info("%s", note)
         for warning in loaded.warnings:
             log.warning("%s", warning)
+        raise_open_files_limit()
         plan = make_plan(loaded.config, visible_gpus())
         nat_warning = check_address(plan, local_addresses())
         if nat_warning:
@@ -110,16 +111,8 @@ def _model_name(config: Config) -> str:
 
 def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """Returns the values that must be equal on all parts, by name. A difference is reported as one line per name."""
-    shared_settings = ("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "warm_up", "test_block_num")
-    return {
-        "version": __version__,
-        **{f"plan.{key}": value for key, value in plan.fingerprint().items()},
-        "model.checkpoint": checkpoint.digest,
-        "model.dtype": spec.dtype,
-        "model.layers": spec.num_layers,
-        "model.overrides": config.json_model_override_args,
-        **{f"config.{name.upper()}": getattr(config, name) for name in shared_settings},
-    }
+    settings = {f"config.{name}": value for name, value in config.shared().items()}
+    return {"version": __version__} | plan.fingerprint() | spec.fingerprint(checkpoint.digest) | settings
 
 
 def _check_ports_free(plan: Plan) -> None:
@@ -188,6 +181,8 @@ def _run_dir(config: Config) -> Iterator[Path]:
         "gang.json",
         "guard.json",
         "epoch",
+        "verdicts.json",
+        "api.alive",
         "stopping",
         "engine.sock",
         "supervisor.sock",
@@ -203,15 +198,24 @@ def _remove_stale_segments(prefix: str) -> None:
 
 
 def raise_open_files_limit() -> None:
-    """Raises the soft limit of open files to the hard limit. It is often 1024, and each connection is a file."""
+    """Raises the soft limit of open files to the hard limit. It is often 1024, and each connection is a file.
+
+    Raises ConfigError if the hard limit is too low.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < MIN_OPEN_FILES:
+        raise ConfigError(
+            f"this process may open only {hard} files, its hard limit; needed: at least {MIN_OPEN_FILES}; raise it with"
+            " `ulimit -n 1048576` in the shell of root that starts the server, or with `docker run --ulimit"
+            " nofile=1048576:1048576`",
+            check="L-02",
+        )
     limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
-    raise_open_files_limit()
     part_spec.save()
     conf = part_spec.run_dir / "supervisord.conf"
     conf.write_text(supervisord_config(part_spec))
@@ -230,7 +234,6 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(conf)],
         **_child_stdio(),
-        env=_child_environment(part_spec.config),
         start_new_session=True,  # Ctrl-C then signals only this process, which stops the others in order
         preexec_fn=die_with_parent,
     )
@@ -262,15 +265,6 @@ def _wake(child: "subprocess.Popen[bytes]", supervisor_socket: Path) -> None:
                 return
         except OSError:
             time.sleep(0.01)
-
-
-def _child_environment(config: Config) -> dict[str, str]:
-    """Returns this process's environment, plus GANG_SECRET if it was set by a flag.
-
-    The child processes read all other settings from part.json, which must not contain a secret.
-    """
-    secret = config.gang_secret.get_secret_value()
-    return {**os.environ, "GANG_SECRET": secret} if secret else dict(os.environ)
 
 
 def _child_stdio() -> dict[str, Any]:

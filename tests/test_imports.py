@@ -20,6 +20,7 @@ BASE = {"rtp_llm", "config", "errors", "files", "log", "metrics"}
 TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint", "model.kv_cache_specs"}
 SCHEDULING = {
     *("engine.admission_control", "engine.block_hash", "engine.block_pool", "engine.engine", "engine.kv_cache_manager"),
+    "engine.memory_budget",
     *("engine.proposer", "engine.scheduler", "engine.scheduler_output", "engine.step_builder"),
 }
 # By package, and by module if its rule is stricter than the package's.
@@ -45,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
     **{module: BASE | {"contract"} | SCHEDULING for module in SCHEDULING},
     "text": BASE | {"text", "contract"},
     "api": BASE | {"api", "text", "contract", "machine", "parallel.part_spec", "parallel.segment", "parallel.wire"},
-    "supervise": BASE | {"supervise", "machine", "parallel.part_spec"},
+    "supervise": BASE
+    | {"supervise", "machine"}
+    | {f"parallel.{module}" for module in ("part_spec", "coordinator_connection", "handshake", "wire")},
     "start_server": BASE | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
 }
 # The doctor reads settings, plan and checkpoint with the server's code, and does not import torch.

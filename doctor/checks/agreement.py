@@ -2,6 +2,7 @@
 
 from doctor import fixes
 from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, warn
+from doctor.checks.alignment import alignment
 from doctor.checks.categories import format_differences, gang_check
 from doctor.context import CheckContext
 from doctor.fixes import Fix
@@ -90,16 +91,15 @@ def same_nccl_settings(ctx: CheckContext, view: GangView) -> CheckResult:
     return make_result(format_differences(differences), "the same on every part", fixes.SAME_ENVIRONMENT)
 
 
-same_facts_check(
-    "C-07",
-    "all parts have the same engine settings",
+@gang_check("C-07", "all parts have the same engine settings")
+@symptoms("MISMATCH … different collective operation counts")
+def same_engine_settings(ctx: CheckContext, view: GangView) -> CheckResult:
     """MAX_SEQ_LEN, block sizes and batch limits determine the order and size of the collectives: ranks with different
-    values hang in the first collective that does not match.""",
-    prefix="config.",
-    expected="the same on every part",
-    fix=fixes.SAME_ENVIRONMENT,
-    seen_as=("MISMATCH … different collective operation counts",),
-)
+    values hang in the first collective that does not match."""
+    differences = view.differences("config.")
+    if differences:
+        return error(format_differences(differences), "the same on every part", alignment(differences))
+    return ok(SAME)
 
 
 @gang_check("C-08", "the clocks are synchronised", severity=Status.WARN, needs=("C-09", "C-10", "N-01"))

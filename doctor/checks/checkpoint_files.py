@@ -25,8 +25,10 @@ def checkpoint_folder_exists(ctx: CheckContext) -> CheckResult:
     """The server reads a local folder and downloads nothing. A Hugging Face name such as org/model is not a path, and a
     path of the host exists in the container only if it is mounted."""
     path = ctx.checkpoint_path
-    if path is None:
+    if path is None and ctx.running:  # with its own settings, which this shell does not have
         return skip(NO_MODEL)
+    if path is None:
+        return error(NO_MODEL, "a folder with config.json and *.safetensors", fixes.checkpoint_path("/models/NAME", ""))
     timeout_error = checkpoint_errors(ctx, "M-08")
     if timeout_error:
         return error(timeout_error, "a disk that responds", "remount it, or copy the checkpoint to a local disk")

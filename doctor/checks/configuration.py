@@ -2,7 +2,8 @@
 
 from doctor import fixes
 from doctor.check import CheckResult, Status, error, ok, skip, symptoms, warn
-from doctor.checks.categories import configuration_check
+from doctor.checks.alignment import alignment
+from doctor.checks.categories import configuration_check, format_differences
 from doctor.context import PLAN_VARIABLES, CheckContext
 from doctor.host import is_secret
 from rtp_llm.errors import ConfigError
@@ -70,11 +71,10 @@ def member_list_is_valid(ctx: CheckContext) -> CheckResult:
     if config_error:
         expected = "a list of x_part0, x_part1 … that is the same on every part"
         return error(str(config_error), expected, fixes.MEMBER_LIST)
-    differences = ctx.gang.differences("members") if ctx.gang else {}
+    differences = ctx.gang.differences("members.") if ctx.gang else {}
     if differences:
-        lists = "  ".join(f"{part}={value}" for part, value in differences["members"].items())
-        actual = f"the parts have different member lists: {lists}"
-        return error(actual, "the same member list on all parts", "give all parts the same member list")
+        actual = f"the parts have different member lists: {format_differences(differences)}"
+        return error(actual, "the same member list on all parts", alignment(differences))
     if plan is None or not (config.distribute_config_file or config.gang_config_string or config.json_gang_parts):
         return skip("no member list is set: there is one part, or only LEADER_ADDRESS is set")
     return ok(f"{len(plan.members)} parts in the list, part 0 at {plan.leader.ip}:{plan.leader.port}")
@@ -97,16 +97,15 @@ def plan_is_consistent(ctx: CheckContext) -> CheckResult:
     reports its part number."""
     config_error, plan = _plan_error(ctx, "C-01"), ctx.plan
     if config_error:
-        fix = "set the variables that the message names"
-        if plan and plan.is_multi_part:
+        fix = config_error.fix or "set the variables that the message names"
+        if not config_error.fix and plan and plan.is_multi_part:
             fix = f"WORLD_RANK={plan.first_rank} would match this machine's address in the member list"
         expected = "WORLD_RANK = part number x LOCAL_WORLD_SIZE, WORLD_SIZE = TP_SIZE x DP_SIZE"
         return error(str(config_error), expected, fix)
     differences = ctx.gang.differences("plan.") if ctx.gang else {}
     if differences:
-        values = "; ".join(f"{k}: " + " ".join(f"{p}={v}" for p, v in d.items()) for k, d in differences.items())
-        fix = "give all parts the same settings"
-        return error(f"the parts have different sizes: {values}", "the same sizes on every part", fix)
+        actual = f"the parts have different sizes: {format_differences(differences)}"
+        return error(actual, "the same sizes on every part", alignment(differences))
     wrong_parts = ctx.gang.wrong_part_links() if ctx.gang else []
     if wrong_parts:
         fix = "correct WORLD_RANK on the part that answers, or the addresses and port forwarding in the member list"

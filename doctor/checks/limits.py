@@ -10,10 +10,11 @@ from doctor.checks.preconditions import CGROUP_READABLE, rlimit_readable
 from doctor.context import CheckContext
 from doctor.host import format_bytes
 from rtp_llm.machine.cgroup import UNLIMITED
+from rtp_llm.machine.process import MIN_OPEN_FILES
 from rtp_llm.model.footprint import weight_bytes
 
 INFINITY = resource.RLIM_INFINITY
-MIN_OPEN_FILES, RECOMMENDED_OPEN_FILES = 1024, 65536
+RECOMMENDED_OPEN_FILES = 65536
 # Threads of a rank, without one compute thread per core: (minimum, recommended). Measured: 5 on CPU, about 35 on GPU.
 THREADS_PER_RANK = {"cpu": (8, 24), "cuda": (40, 80)}
 OTHER_PROCESSES = 16  # processes and threads besides the ranks

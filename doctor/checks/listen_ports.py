@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 from doctor import fixes
+from doctor.attach import describe_running, running_part
 from doctor.check import CheckResult, error, ok, symptoms, warn
 from doctor.checks.categories import network_check
 from doctor.context import CheckContext
@@ -37,13 +38,20 @@ def ports_are_free(ctx: CheckContext) -> CheckResult:
     conflicts = [(port, reason) for port, reason in ((p, port_conflict(p)) for p in planned) if reason]
     if conflicts:
         actual = "; ".join(f"port {port.port}, for {port.purpose}: {reason}" for port, reason in conflicts)
-        return error(actual, "a free port", _fix_port(ctx, conflicts[0][1]))
+        part_spec = running_part(ctx.config.start_port)
+        if part_spec:
+            actual = f"{describe_running(part_spec)}: {actual}"
+            return error(actual, "a free port", _fix_port(ctx, f"rtp-llm-doctor attach --run-dir {part_spec.run_dir}"))
+        return error(actual, "a free port", _fix_port(ctx, _stop_owner(conflicts[0][1])))
     return ok(", ".join(str(port.port) for port in planned) + " are free")
 
 
-def _fix_port(ctx: CheckContext, conflict: str) -> Fix:
+def _stop_owner(conflict: str) -> str:
     pid = re.search(r"pid (\d+)", conflict)
-    stop_owner = f"kill {pid[1]}" if pid else "stop its owner"
+    return f"kill {pid[1]}" if pid else "stop its owner"
+
+
+def _fix_port(ctx: CheckContext, stop_owner: str) -> Fix:
     start_port = _free_start_port(ctx)
     if start_port is None:
         return Fix(stop_owner)

@@ -13,10 +13,10 @@ def no_proxy_between_parts(ctx: CheckContext) -> CheckResult:
     """If http_proxy is set, clients and probes on this machine send their requests to the parts through the proxy,
     unless no_proxy lists the parts."""
     environ = {name.lower(): value for name, value in ctx.host.environ.items()}
-    if not environ.get("http_proxy") and not environ.get("all_proxy"):
+    if not any(environ.get(name) for name in ("http_proxy", "https_proxy", "all_proxy")):
         return ok("no proxy is set")
     entries = {entry.strip() for entry in environ.get("no_proxy", "").split(",")}
-    names = ["localhost", *(m.ip for m in (ctx.members if ctx.is_multi_part else ()))]
+    names = dict.fromkeys(["localhost", "127.0.0.1", *(m.ip for m in (ctx.members if ctx.is_multi_part else ()))])
     missing = [name for name in names if not _is_covered(name, entries)]
     if missing:
         fix = f"no_proxy={','.join([*sorted(entries - {''}), *missing])}"
@@ -27,7 +27,7 @@ def no_proxy_between_parts(ctx: CheckContext) -> CheckResult:
 def _is_covered(name: str, entries: set[str]) -> bool:
     """Returns whether an entry of no_proxy covers a name: the name itself, "*", ".internal" for subdomains,
     "10.0.0.0/8" for addresses."""
-    if name in entries or "*" in entries or (name == "localhost" and "127.0.0.1" in entries):
+    if name in entries or "*" in entries:
         return True
     if is_ip_address(name):
         return any(ip_address(name) in network for network in map(_network, entries) if network)

@@ -4,7 +4,6 @@ It has facts, which are compared by name, and an identity, which shows which par
 GPU.
 """
 
-import json
 import os
 import platform
 import secrets
@@ -24,11 +23,6 @@ PER_PART_VARIABLES = {
     *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_HOSTID"),
     *("NCCL_RAS_ADDR", "NCCL_DEBUG_FILE", "NCCL_CONF_FILE"),
 }
-COMPARED_SETTINGS = (
-    *("max_seq_len", "seq_size_per_block", "max_batch_tokens_size", "max_batch_size", "max_context_batch_size"),
-    *("warm_up", "test_block_num", "kv_cache_mem_mb", "hack_layer_num", "json_model_override_args"),
-    "concurrency_limit",
-)
 PACKAGES = ("torch", "triton", "safetensors", "numpy")
 
 
@@ -41,17 +35,15 @@ def collect_facts(ctx: CheckContext) -> dict[str, str]:
         "doctor.checks": str(len(REGISTRY)),
     }
     facts |= {f"version.{name}": _version(name) for name in PACKAGES}
+    shared = {f"config.{name}": value for name, value in ctx.config.shared().items()}
     if ctx.plan:
-        plan = ctx.plan.fingerprint()
-        facts["members"] = json.dumps(plan.pop("members"))
-        facts |= {f"plan.{name}": str(value) for name, value in plan.items()}
-    facts |= {f"config.{name.upper()}": str(getattr(ctx.config, name)) for name in COMPARED_SETTINGS}
+        shared |= ctx.plan.fingerprint()
+    if ctx.checkpoint and ctx.spec:
+        shared |= ctx.spec.fingerprint(ctx.checkpoint.digest)
+    facts |= {name: str(value) for name, value in shared.items()}
     variables = public_environ(ctx.host.environ, COMPARED_PREFIXES)
     variables |= {name: s.value for name, s in ctx.nccl.settings.items() if s.source != "environment"}
     facts |= {f"env.{name}": value for name, value in variables.items() if name not in PER_PART_VARIABLES}
-    if ctx.checkpoint:
-        facts["model.checkpoint"] = ctx.checkpoint.digest
-        facts["model.dtype"] = ctx.spec.dtype if ctx.spec else ""
     if ctx.on_gpu:
         facts |= {"gpu.driver": ctx.gpus.driver, "gpu.nccl": ".".join(map(str, ctx.nccl.version))}
     return facts

@@ -48,10 +48,22 @@ class GossipSession:
     `secret`: signs all messages.
 
     `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
+    `persistent`: this part waits for the others, as its ranks do: a part that refuses, gives up or has another secret
+    may be corrected and start again.
     """
 
-    def __init__(self, plan: Plan, part_report: PartReport, secret: bytes, *, observe_only: bool = False):
-        self.plan, self.part_report, self.secret, self.observe_only = plan, part_report, secret, observe_only
+    def __init__(
+        self,
+        plan: Plan,
+        part_report: PartReport,
+        secret: bytes,
+        *,
+        observe_only: bool = False,
+        persistent: bool = False,
+    ):
+        self.plan, self.part_report, self.secret = plan, part_report, secret
+        self.observe_only, self.persistent = observe_only, persistent
+        self.farewells: dict[int, PartReport] = {}  # reasons of the parts that gave up, until they start again
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
         self.small_mss_members: set[int] = set()  # numbers of parts to which large packets seem to be lost
 
@@ -93,7 +105,12 @@ class GossipSession:
             received = PartReport.from_json(data)
             if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:
                 continue
+            if self.persistent and not received.has_valid_plan:
+                self.farewells[received.part] = received
+                continue
             stored = self.part_reports.get(received.part)
+            if stored is None or stored.run_id != received.run_id:
+                self.farewells.pop(received.part, None)
             if stored is None or stored.run_id != received.run_id or stored.progress < received.progress:
                 self.part_reports[received.part] = received
         self.part_report.received_from = sorted(part for part, r in self.part_reports.items() if r.probing_done)
@@ -140,7 +157,6 @@ class GossipSession:
         if part_report is None:
             port = member.port + DOCTOR_PORT_OFFSET
             link.ports = {port: result}
-            link.foreign_address = f"{member.ip}:{port}" if result == "not_doctor" else ""
         elif part_report.has_valid_plan and not link.wrong_part:
             await self._probe_links(member, part_report, link)
 
@@ -157,6 +173,7 @@ class GossipSession:
             self.small_mss_members.add(member.index)
             return "reply_timeout"
         except NotADoctorError:
+            link.foreign_address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
             return "not_doctor"
         except WrongPartError as error:
             link.wrong_part = str(error)
@@ -166,13 +183,16 @@ class GossipSession:
             return "protocol_error"
         except OSError as error:
             return classify_error(error)
-        link.replied, link.protocol_error, link.reply_timed_out = True, "", False
+        link.replied, link.reply_timed_out = True, False
+        link.protocol_error = link.wrong_part = link.foreign_address = ""
         return "replied"
 
     def _no_retry_needed(self, member: Member, result: str) -> bool:
         if result == "reply_timeout":  # the next request uses small segments
             return False
-        return member.index in self.part_reports or result in ("wrong_part", "protocol_error")
+        if member.index in self.part_reports:
+            return True
+        return result in ("wrong_part", "protocol_error") and not self.persistent
 
     async def _probe_unlisted_part(self, part: int, deadline: float) -> None:
         """Waits for the report of a part whose address is not configured (LEADER_ADDRESS only), then probes it."""
@@ -319,6 +339,22 @@ class GossipSession:
                 await self._linger(members, FINAL_GOSSIP_SECONDS)
         except TimeoutError:
             log.debug("the exchange of reports with the other parts timed out")
+
+    async def say_farewell(self, members: list[Member], deadline: float) -> None:
+        """Sends this part's report, with the reason why it gives up, until each other part has replied once or
+        `deadline` (monotonic seconds) has come."""
+        self._set_probing_done()
+        links = self.part_report.links
+        pending = members
+        while pending and time.monotonic() < deadline:
+            requests = (self._exchange_reports(m, links.setdefault(m.index, LinkResult())) for m in pending)
+            results = await asyncio.gather(*requests)
+            pending = [member for member, result in zip(pending, results, strict=True) if result != "replied"]
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
+
+    def known_reports(self) -> dict[int, PartReport]:
+        """Returns the last report of each part, or the reason why it gave up."""
+        return self.part_reports | self.farewells
 
     async def _linger(self, members: list[Member], seconds: float) -> None:
         """Sends the final reports to the other parts once: some of them may be unable to connect to this part.

@@ -34,6 +34,22 @@ def report_local_errors(
     asyncio.run(_send_errors(ctx, plan, errors, wait_seconds))
 
 
+def say_farewell(ctx: CheckContext, errors: dict[str, str], wait_seconds: float) -> None:
+    """Tells the other parts why this part ends: errors, text by check id. Tries for at most `wait_seconds`.
+
+    Does nothing if the other parts are unknown. Raises ConfigError or OSError.
+    """
+    is_guess = ctx.plan is None or ctx.plan_result.config_error
+    plan = (_plan_of_local_member(ctx) if is_guess else None) or ctx.plan
+    peers = [m for m in plan.members if m.index != plan.part] if plan else []
+    if plan is None or not peers:
+        return
+    part_report = local_part_report(ctx, plan, errors, listening=False)
+    part_report.has_valid_plan = False
+    session = GossipSession(plan, part_report, secret(ctx.config))
+    asyncio.run(session.say_farewell(peers, time.monotonic() + wait_seconds))
+
+
 async def _send_errors(ctx: CheckContext, plan: Plan, errors: dict[str, str], wait_seconds: float) -> None:
     part_report = local_part_report(ctx, plan, errors, listening=False)
     part_report.has_valid_plan = False
@@ -45,8 +61,8 @@ async def _send_errors(ctx: CheckContext, plan: Plan, errors: dict[str, str], wa
 
 
 def _plan_of_local_member(ctx: CheckContext) -> Plan | None:
-    """Returns a plan for the part in the member list that has an address of this machine; if there are several, for the
-    one with this START_PORT.
+    """Returns a plan for the part in the member list that has an address of this machine; if there is not exactly
+    one, for the one with this START_PORT.
 
     Its sizes are placeholders: only its part number, member list and ports are used.
     """
@@ -55,8 +71,8 @@ def _plan_of_local_member(ctx: CheckContext) -> Plan | None:
     except ConfigError:
         return None
     local = [member for member in members if _is_local(ctx, member)]
-    if len(local) > 1:
-        local = [member for member in local if member.port == ctx.config.start_port]
+    if len(local) != 1:
+        local = [member for member in local or members if member.port == ctx.config.start_port]
     if len(local) != 1 or len(members) < 2:
         return None
     [member], count = local, len(members)

@@ -46,12 +46,18 @@ async def _run_session(
 
 
 def open_session(
-    ctx: CheckContext, plan: Plan, problems: dict[str, str], *, listening: bool, observe_only: bool = False
+    ctx: CheckContext,
+    plan: Plan,
+    problems: dict[str, str],
+    *,
+    listening: bool,
+    observe_only: bool = False,
+    persistent: bool = False,
 ) -> GossipSession:
     """Returns a GossipSession, not yet started. `listening`: placeholder sockets listen on this part's planned
     ports."""
     part_report = local_part_report(ctx, plan, problems, listening)
-    return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only)
+    return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only, persistent=persistent)
 
 
 def greeting_sockets(session: GossipSession) -> list[socket.socket]:

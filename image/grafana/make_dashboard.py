@@ -92,6 +92,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 (per_second("admission_rejections_total", MODEL), "rejected (429)"),
                 (per_second("requests_resumed_total", MODEL), "resumed after lost ranks"),
                 (per_second("corrupted_requests_total", MODEL), "NaN logits"),
+                (per_second("poison_requests_total", MODEL), "poison requests"),
             ),
         ),
         Panel("HTTP responses per second", "reqps", ((per_second("http_requests_total", by="status"), "{{status}}"),)),

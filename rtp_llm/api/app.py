@@ -3,11 +3,11 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -16,14 +16,18 @@ from starlette.requests import ClientDisconnect
 
 from rtp_llm import __version__
 from rtp_llm.api import schema
+from rtp_llm.api.auth import AuthMiddleware, Keyring
 from rtp_llm.api.body import component_schemas
-from rtp_llm.api.middleware import BodySizeMiddleware, MetricsMiddleware
+from rtp_llm.api.docs_page import docs_router
+from rtp_llm.api.middleware import BodySizeMiddleware, DrainMiddleware, HeadMiddleware, MetricsMiddleware
 from rtp_llm.api.native import native_router
 from rtp_llm.api.openai import openai_router
+from rtp_llm.api.origins import OriginMiddleware, OriginPolicy
+from rtp_llm.api.overload import OverloadMiddleware
 from rtp_llm.api.params import StopWords
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
-from rtp_llm.api.status import engine_router, status_router
+from rtp_llm.api.status import HEALTH_PATHS, LIVENESS_PATHS, engine_router, status_router
 from rtp_llm.api.stream import ClientDisconnected
 from rtp_llm.config import Config
 from rtp_llm.errors import RequestError, invalid_format
@@ -70,10 +74,13 @@ def create_app(config: Config, state: PartState, metrics: Metrics, service: Serv
             service.client.start()
         yield
         if service:
+            service.preparer.close()
             await service.client.stop()
 
-    app = FastAPI(title="rtp-llm", version=__version__, lifespan=lifespan)
-    app.include_router(status_router(state, metrics))
+    keyring = Keyring.from_config(config)
+    app = FastAPI(title="rtp-llm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.include_router(status_router(state, metrics, hides_detail=bool(keyring.api)))
+    app.include_router(docs_router(app))
     if service:
         stop_words = StopWords.from_config(config, service.tokenizer)
         app.include_router(engine_router(service, state))
@@ -81,19 +88,36 @@ def create_app(config: Config, state: PartState, metrics: Metrics, service: Serv
         app.include_router(native_router(service, stop_words))
     _add_error_handlers(app, config)
     _extend_openapi(app)
-    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])  # as upstream
-    app.add_middleware(BodySizeMiddleware, limit=int(config.max_body_mb * 2**20))
-    app.add_middleware(MetricsMiddleware, metrics=metrics, access_log=not config.disable_access_log)
+    _add_middleware(app, config, state, metrics, keyring, service)
     return app
+
+
+def _add_middleware(
+    app: FastAPI, config: Config, state: PartState, metrics: Metrics, keyring: Keyring, service: Service | None
+) -> None:
+    """Adds the middleware, the innermost first."""
+    respond = partial(_error_response, config)
+    open_paths = {*HEALTH_PATHS, *LIVENESS_PATHS} | ({"/metrics"} if config.metrics_open else set())
+    policy = OriginPolicy(config)
+    app.add_middleware(HeadMiddleware)
+    if service:
+        app.add_middleware(OverloadMiddleware, check_capacity=service.check_capacity, respond=respond)
+    app.add_middleware(BodySizeMiddleware, limit=int(config.max_body_mb * 2**20))
+    app.add_middleware(AuthMiddleware, keyring=keyring, open_paths=open_paths, respond=respond)
+    app.add_middleware(OriginMiddleware, policy=None if keyring.api else policy, respond=respond)
+    app.add_middleware(DrainMiddleware, state=state)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, access_log=not config.disable_access_log)
+
+
+def _error_response(config: Config, error: RequestError) -> JSONResponse:
+    status = 500 if config.legacy_http_status else error.status
+    return JSONResponse(error.body(), status_code=status, headers=error.headers())
 
 
 def _add_error_handlers(app: FastAPI, config: Config) -> None:
     """Registers handlers that return every error in one JSON format, without tracebacks."""
 
-    def error_response(error: RequestError) -> JSONResponse:
-        status = 500 if config.legacy_http_status else error.status
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body(), status_code=status, headers=headers)
+    error_response = partial(_error_response, config)
 
     async def request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)

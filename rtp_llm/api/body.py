@@ -7,20 +7,25 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from rtp_llm.errors import invalid_format
+from rtp_llm.errors import RequestError, invalid_format
 
 Model = TypeVar("Model", bound=BaseModel)
+MAX_SMALL_BYTES = 256 << 10  # of a body that is parsed on the event loop
 REF = "#/components/schemas/{model}"
 
 
 def json_body(model: type[Model], *, optional: bool = False) -> Callable[[Request], Awaitable[Model]]:
-    """Returns a FastAPI dependency that reads the body as an instance of `model`; `optional` accepts an empty body.
+    """Returns a FastAPI dependency that reads a small body as an instance of `model`; `optional` accepts an empty one.
 
-    The dependency raises RequestError 400, which names the invalid field and what it accepts.
+    The dependency raises RequestError 400, which names the invalid field and what it accepts, or 413. Requests with
+    prompts, which are large, go through `api.preparer` instead.
     """
 
     async def parse(request: Request) -> Model:
         raw = await request.body()
+        if len(raw) > MAX_SMALL_BYTES:
+            message = f"the body has {len(raw)} bytes; at most {MAX_SMALL_BYTES} are allowed for {request.url.path}"
+            raise RequestError(413, 507, "ERROR_INPUT_FORMAT_ERROR", message)
         return validate(model, {} if optional and not raw.strip() else parse_object(raw))
 
     return parse

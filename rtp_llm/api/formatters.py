@@ -1,15 +1,16 @@
 """JSON of /v1/chat/completions and /v1/completions: whole responses and stream chunks, with logprobs."""
 
 import codecs
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rtp_llm.api.generation import Choice, GenerationRequest
 from rtp_llm.api.service import OutputChunk
-from rtp_llm.api.stream import compact_json
+from rtp_llm.api.stream import coalesced, json_parts
 from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.text.tokenizer import Tokenizer
 
@@ -28,12 +29,15 @@ class ResponseHeader:
     def response(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return self._fields(self.object_type) | {"choices": choices, "usage": usage}
 
-    def stream_event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> str:
-        """Returns one server-sent event; `with_usage` includes the "usage" field, null if `usage` is None."""
+    def stream_event(
+        self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool
+    ) -> Iterator[str]:
+        """Yields one server-sent event, in pieces if it is large. `with_usage` includes "usage", even if it is None."""
         is_chat = self.object_type == "chat.completion"
         object_type = "chat.completion.chunk" if is_chat else self.object_type
         body = self._fields(object_type) | {"choices": choices} | ({"usage": usage} if with_usage else {})
-        return f"data: {compact_json(body)}\n\n"
+        pieces = itertools.chain(("data: ",), json_parts(body), ("\n\n",))
+        yield from coalesced(pieces)
 
     def _fields(self, object_type: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_type, "created": self.created, "model": self.model}
@@ -99,7 +103,7 @@ class CompletionFormatter:
             table.add_prompt(sequence)
         table.add(tokens, chunk.logprobs)
         finish_reason = "length" if self.prompt_only and chunk.finish_reason else chunk.finish_reason
-        if not text and not finish_reason and not (self.logprobs and table.tokens):
+        if not text and not finish_reason and not (self.logprobs and table.spans):
             return []
         return [self._choice(index, text, table if self.logprobs else None, finish_reason)]
 
@@ -132,34 +136,37 @@ class _TextOffset:
 
 @dataclass
 class _LogprobTable:
-    """The lists of a completion's `logprobs` field, with one entry per token each.
+    """The lists of a completion's `logprobs` field, with one entry per token each, computed while they are sent.
 
     `text_offset`: counts the characters of the tokens so far.
     """
 
     tokenizer: Tokenizer
     text_offset: _TextOffset
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
-    text_offsets: list[int] = field(default_factory=list)
+    spans: list[tuple[Sequence[int], Sequence[Logprob | None]]] = field(default_factory=list)
 
     def add_prompt(self, sequence: Choice) -> None:
         """Adds the prompt's tokens to the lists. The first token has no logprob."""
-        self._append(sequence.prompt[0], None)
-        logprobs = sequence.chunks[0].prompt_logprobs if sequence.chunks else []
-        self.add(sequence.prompt[1:], logprobs)
+        self.spans.append((sequence.prompt[:1], [None]))
+        self.add(sequence.prompt[1:], sequence.chunks[0].prompt_logprobs if sequence.chunks else [])
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> None:
-        for token, logprob in zip(tokens, logprobs, strict=False):
-            self._append(token, logprob)
+        length = min(len(tokens), len(logprobs))
+        if length:
+            self.spans.append((tokens[:length], logprobs))
 
-    def _append(self, token: int, logprob: Logprob | None) -> None:
-        self.tokens.append(self.tokenizer.token_text(token))
-        self.token_logprobs.append(max(logprob[0], MIN_LOGPROB) if logprob else None)
-        self.top_logprobs.append(self._top_logprobs_by_text(token, logprob) if logprob else None)
-        self.text_offsets.append(self.text_offset.characters)
+    @property
+    def _tokens(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(tokens for tokens, _ in self.spans)
+
+    @property
+    def _rows(self) -> Iterator[tuple[int, Logprob | None]]:
+        return itertools.chain.from_iterable(zip(*span, strict=False) for span in self.spans)
+
+    def _offset(self, token: int) -> int:
+        offset = self.text_offset.characters
         self.text_offset.advance(token, self.tokenizer.token_bytes(token))
+        return offset
 
     def _top_logprobs_by_text(self, token: int, logprob: Logprob) -> dict[str, float]:
         """Returns {text: logprob} of `token` and the top tokens. Several tokens may have the same text (U+FFFD
@@ -170,17 +177,18 @@ class _LogprobTable:
             values.setdefault(self.tokenizer.token_text(int(token_id)), max(value, MIN_LOGPROB))
         return values
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Iterator[Any]]:
+        """Returns the lists as iterators; `api.stream.json_parts` encodes them, each once and in this order."""
         return {
-            "tokens": self.tokens,
-            "token_logprobs": self.token_logprobs,
-            "top_logprobs": self.top_logprobs,
-            "text_offset": self.text_offsets,
+            "tokens": (self.tokenizer.token_text(token) for token in self._tokens),
+            "token_logprobs": (max(logprob[0], MIN_LOGPROB) if logprob else None for _, logprob in self._rows),
+            "top_logprobs": (self._top_logprobs_by_text(t, logprob) if logprob else None for t, logprob in self._rows),
+            "text_offset": (self._offset(token) for token in self._tokens),
         }
 
 
-def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Returns the `logprobs.content` of a chat choice, one entry per token."""
+def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """Returns the `logprobs.content` of a chat choice, one entry per token; `api.stream.json_parts` encodes it."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
         return {
@@ -189,8 +197,8 @@ def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> list[d
             "bytes": list(tokenizer.token_bytes(token)),
         }
 
-    return [
+    return (
         entry(token, logprob[0]) | {"top_logprobs": [entry(int(t), v) for t, v in logprob[2]]}
         for chunk in chunks
         for token, logprob in zip(chunk.tokens, chunk.logprobs, strict=False)
-    ]
+    )

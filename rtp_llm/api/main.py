@@ -5,6 +5,7 @@ import logging
 import socket
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,8 @@ from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
+from rtp_llm.api.http_protocol import ConnectionLimit, HttpProtocol
+from rtp_llm.api.listen import listening_sockets, uvicorn_config
 from rtp_llm.api.part_metrics import register
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
@@ -28,11 +31,11 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger("rtp_llm.api")
 
+ALIVE_INTERVAL_SECONDS = 0.5
 FLUSH_SECONDS = 1.0  # reserved at the end of a drain to send errors to the remaining clients
 DRAIN_POLL_SECONDS = 0.05
 # Time until the other parts see a new request: two heartbeats and one status write.
 STATUS_PROPAGATION_SECONDS = 1.5
-GRACEFUL_SHUTDOWN_SECONDS = 3  # for responses that are still being written when the drain ends
 
 
 def main(run_dir: Path) -> None:
@@ -45,7 +48,7 @@ def main(run_dir: Path) -> None:
     metrics.info.labels(family=model.family, dtype=model.dtype, tp_size=str(plan.tp_size)).set(1)
     client, service = None, None
     if plan.part == 0:
-        client = EngineClient(part_spec.engine_sockets, metrics, config.resume_timeout)
+        client = EngineClient(part_spec.engine_sockets, metrics, config.resume_timeout, part_spec.verdicts_path)
         tokenizer = Tokenizer.load(Path(config.tokenizer_path or config.checkpoint_path))
         template = _template(config, tokenizer, model.family)
         service = Service(config, model.name, tokenizer, template, metrics, client)
@@ -56,19 +59,14 @@ def main(run_dir: Path) -> None:
     server = DrainingServer(
         state,
         service,
-        uvicorn.Config(
-            app,
-            host="0.0.0.0",
-            port=plan.start_port,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=config.timeout_keep_alive,
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
-        ),
+        uvicorn_config(app, config),
     )
-    log.info("HTTP on port %d%s", plan.start_port, f", model {model.name}" if service else "")
-    server.run()
+    HttpProtocol.limit = ConnectionLimit.from_rlimit()
+    sockets = listening_sockets(config.host, plan.start_port)
+    scheme, served = "HTTPS" if config.ssl_certfile else "HTTP", f", model {model.name}" if service else ""
+    addresses = ", ".join(sock.getsockname()[0] for sock in sockets)
+    log.info("%s on %s port %d%s", scheme, addresses, plan.start_port, served)
+    server.run(sockets)
 
 
 class DrainingServer(uvicorn.Server):
@@ -86,7 +84,16 @@ class DrainingServer(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        alive = asyncio.create_task(self._show_life(), name="alive")
         await super().serve(sockets)
+        alive.cancel()
+
+    async def _show_life(self) -> None:
+        """Touches a file as long as the event loop runs; the guard kills this process if it gets old."""
+        while True:
+            with suppress(OSError):  # on a full disk an existing file can still be touched
+                self._state.part_spec.api_alive_path.touch()
+            await asyncio.sleep(ALIVE_INTERVAL_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._state.is_draining:  # a second signal skips the drain

@@ -1,15 +1,15 @@
-"""ASGI middleware: body size limit, access log and HTTP metrics."""
+"""ASGI middleware: body size limit, HEAD, the end of connections in a drain, access log and HTTP metrics."""
 
-import logging
 import time
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rtp_llm.api import access_log
+from rtp_llm.api.part_state import PartState
 from rtp_llm.errors import RequestError
 from rtp_llm.metrics import Metrics
-
-log = logging.getLogger("rtp_llm.access")
 
 UNMEASURED_PATHS = {"/metrics", "/health", "/liveness"}
 
@@ -44,6 +44,36 @@ class BodySizeMiddleware:
         return RequestError(413, 507, "ERROR_INPUT_FORMAT_ERROR", message)
 
 
+class HeadMiddleware:
+    """Answers HEAD wherever GET works. The HTTP protocol, which sees the original scope, leaves out the body."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        await self.app(as_get, receive, send)
+        scope["route"] = as_get.get("route")  # for the metrics
+
+
+class DrainMiddleware:
+    """Ends kept connections while the part drains, so that pooled clients do not stick to it."""
+
+    def __init__(self, app: ASGIApp, state: PartState):
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.state.is_draining:
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await self.app(scope, receive, send_closing)
+
+
 class MetricsMiddleware:
     """Counts and times requests and writes the access log. The `handler` label is the route template, since each raw
     path would create a time series.
@@ -57,12 +87,13 @@ class MetricsMiddleware:
             await self.app(scope, receive, send)
             return
         status = 500
-        started = time.monotonic()
+        record = access_log.start(Headers(scope=scope).get("x-request-id"))
 
         async def send_recorded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
             await send(message)
 
         self.metrics.http_active.inc()
@@ -70,13 +101,19 @@ class MetricsMiddleware:
             await self.app(scope, receive, send_recorded)
         finally:
             self.metrics.http_active.dec()
-            self._record(scope, status, time.monotonic() - started)
+            self._record(scope, status, record)
 
-    def _record(self, scope: dict[str, Any] | Any, status: int, seconds: float) -> None:
+    def _record(self, scope: dict[str, Any] | Any, status: int, record: access_log.AccessRecord) -> None:
         handler = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE") else "other"
         self.metrics.http_requests.labels(method, handler, str(status)).inc()
-        self.metrics.http_seconds.labels(method, handler).observe(seconds)
+        self.metrics.http_seconds.labels(method, handler).observe(time.monotonic() - record.started)
         if self.access_log:
-            client = scope["client"][0] if scope.get("client") else "-"
-            log.info("%s %s %s %d %.3f s", client, scope["method"], scope["path"], status, seconds)
+            request = {
+                "client": scope["client"][0] if scope.get("client") else "",
+                "key": scope.get("state", {}).get("key_name", ""),
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+            }
+            access_log.write(record, request)

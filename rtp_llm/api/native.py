@@ -3,21 +3,19 @@
 All accept any content type, since the README of alibaba/rtp-llm uses a plain `curl -d`.
 """
 
-import asyncio
-import itertools
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from rtp_llm.api.body import body_schema, json_body, validate
-from rtp_llm.api.openai import render_chat
+from rtp_llm.api.body import body_schema
 from rtp_llm.api.params import StopWords, native_to_openai, sampling_params, text_params
+from rtp_llm.api.preparation import Preparation, merged_config
 from rtp_llm.api.schema import (
     BatchInferRequest,
     EncodeRequest,
@@ -28,16 +26,7 @@ from rtp_llm.api.schema import (
 from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
 from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json, merge
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import RequestError, empty_prompt, invalid_format, long_prompt, unsupported
-
-_ALIASES = {
-    "gen_length": "max_new_tokens",
-    **{f"output_{n}": f"return_{n}" for n in ("hidden_states", "logits", "input_ids")},
-}
-
-
-# Fields whose value is itself a list. In all other fields, a list has one value per prompt of a batch.
-_LIST_FIELDS = {"stop_words_str", "stop_words_list", "bad_words_list", "select_tokens_str", "select_tokens_id"}
+from rtp_llm.errors import RequestError, invalid_format, long_prompt
 
 
 @dataclass
@@ -165,74 +154,32 @@ class NativeEndpoints:
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words
 
-    async def generate(
-        self, request: Request, body: Annotated[NativeRequest, Depends(json_body(NativeRequest))]
-    ) -> Response:
-        config = _generate_config(body)
+    async def generate(self, request: Request) -> Response:
+        prepared = await self.service.prepare(Preparation.native, request)
+        body, config = prepared.body, merged_config(prepared.body)
         yield_generator = body.yield_generator or config.yield_generator
         is_stream = yield_generator or body.stream or config.is_streaming
         if config.return_incremental and not is_stream:
             raise invalid_format("return_incremental needs yield_generator or stream", "return_incremental")
-        prompts, is_batch = await self._prompts(body)
-        response = self._make_response(prompts, config, is_batch)
+        response = self._make_response(await prepared.prompts(), config, prepared.is_batch)
         if is_stream:
             events = self._stream(response, openai_framing=body.stream and not yield_generator)
-            return EventStream(events, response.reservation)
+            return EventStream(events, response.reservation, self.service.config.sse_ping_seconds)
         await cancel_on_disconnect(request, self._collect(response), response.reservation)
         return JSONResponse(response.to_json())
 
-    async def batch_infer(
-        self, request: Request, body: Annotated[BatchInferRequest, Depends(json_body(BatchInferRequest))]
-    ) -> Response:
-        config = _generate_config(validate(NativeRequest, body.model_dump()))
-        self.service.check_capacity(len(body.prompt_batch))
-        prompts = [await self._encode(text, config) for text in body.prompt_batch]
-        response = self._make_response(prompts, config, is_batch=True)
+    async def batch_infer(self, request: Request) -> Response:
+        prepared = await self.service.prepare(Preparation.batch_infer, request)
+        config = merged_config(prepared.body)
+        response = self._make_response(await prepared.prompts(), config, is_batch=True)
         await cancel_on_disconnect(request, self._collect(response), response.reservation)
         return JSONResponse(response.to_json())
 
-    async def tokenize(self, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]) -> dict[str, Any]:
-        if body.messages:
-            text = render_chat(self.service, body.messages, body.tools)
-            return {"token_ids": await self.service.encode(text, add_special_tokens=False)}
-        if body.prompt is None:
-            raise RequestError(400, 509, "NO_PROMPT_ERROR", "send prompt or messages", param="prompt")
-        return {"token_ids": await self.service.encode(body.prompt, body.add_special_tokens)}
+    async def tokenize(self, request: Request) -> Response:
+        return Response(await self.service.prepare(Preparation.tokenize, request), media_type="application/json")
 
-    async def encode(self, body: Annotated[EncodeRequest, Depends(json_body(EncodeRequest))]) -> dict[str, Any]:
-        await self.service.encode(body.prompt)
-        ids, tokens, offsets = await asyncio.to_thread(self.service.tokenizer.encode_with_offsets, body.prompt)
-        response = {"token_ids": ids, "tokens": tokens, "error": ""}
-        return response | ({"offset_mapping": offsets} if body.return_offsets_mapping else {})
-
-    async def _prompts(self, body: NativeRequest) -> tuple[list[list[int]], bool]:
-        """Returns the token ids of each prompt, and whether the response is a batch. Raises RequestError 400."""
-        config = _generate_config(body)
-        if body.urls or body.images:
-            raise unsupported("urls and images are not supported: this is a language model", "urls")
-        if body.prompt_batch is not None:
-            if not body.prompt_batch:
-                raise empty_prompt("prompt_batch is empty: send at least one prompt")
-            self.service.check_capacity(len(body.prompt_batch))
-            return [await self._encode(text, config) for text in body.prompt_batch], True
-        text = body.prompt if body.prompt is not None else body.text
-        if text is None and body.messages:
-            rendered = render_chat(self.service, body.messages)
-            return [await self._encode(rendered, config, add_special_tokens=False)], False
-        if text is None:
-            raise RequestError(
-                400, 509, "NO_PROMPT_ERROR", "no prompt: send prompt, text, prompt_batch or messages", param="prompt"
-            )
-        if isinstance(text, list):  # as upstream: only prompt_batch makes a batch, other lists use their first item
-            text = text[0] if text else ""
-        return [await self._encode(text, config)], False
-
-    async def _encode(self, text: str, config: GenerateConfig, add_special_tokens: bool = True) -> list[int]:
-        if not text:
-            raise empty_prompt()
-        prompt = await self.service.encode(text, add_special_tokens)
-        self.service.check_prompt(prompt)
-        return prompt
+    async def encode(self, request: Request) -> Response:
+        return Response(await self.service.prepare(Preparation.encode, request), media_type="application/json")
 
     def _make_response(self, prompts: list[list[int]], config: GenerateConfig, is_batch: bool) -> NativeResponse:
         body = native_to_openai(config, self.service.tokenizer)
@@ -255,7 +202,7 @@ class NativeEndpoints:
             groups.append(
                 [NativeSequence(prompt, replace(params, seed=params.seed + i), config, aux_string) for i in range(n)]
             )
-        text = text_params(body, self.stop_words, config.timeout_ms)
+        text = text_params(body, self.stop_words)
         reservation = self.service.admit(n * len(prompts))  # last: after an error the slots would stay reserved
         self.service.metrics.params_n.observe(n)
         return NativeResponse(groups, text, is_batch, reservation)
@@ -283,18 +230,3 @@ class NativeEndpoints:
             yield f"{prefix}{compact_json(error.body())}\r\n\r\n"
         if not openai_framing:
             yield "data:[done]\r\n\r\n"
-
-
-def _generate_config(body: NativeRequest) -> GenerateConfig:
-    """Merges generate_config, generation_config and top-level fields; later ones win. Raises RequestError 400."""
-    fields = GenerateConfig.model_fields.keys()
-    nested = (body.generate_config or {}) | (body.generation_config or {})
-    top_level = body.model_extra or {}
-    merged: dict[str, Any] = {}
-    for name, value in itertools.chain(nested.items(), top_level.items()):
-        name = _ALIASES.get(name, name)
-        # Upstream accepts a list with a value per prompt; only the first one is used here.
-        is_per_prompt = isinstance(value, list) and name not in _LIST_FIELDS
-        if name in fields and value is not None:
-            merged[name] = value[0] if is_per_prompt and value else value
-    return validate(GenerateConfig, merged)

@@ -1,23 +1,25 @@
 """The OpenAI endpoints: /v1/chat/completions, /v1/completions, /v1/models (platform.openai.com/docs/api-reference)."""
 
+import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
-from rtp_llm.api.body import body_schema, json_body
+from rtp_llm.api.body import body_schema
 from rtp_llm.api.formatters import ChatFormatter, CompletionFormatter, ResponseHeader, chat_logprobs
 from rtp_llm.api.generation import Choice, GenerationRequest
 from rtp_llm.api.params import StopWords, merge_extra_configs, sampling_params, text_params
-from rtp_llm.api.schema import ChatMessage, ChatRequest, CompletionRequest, OpenAIRequest
+from rtp_llm.api.preparation import Preparation, Prepared
+from rtp_llm.api.schema import ChatRequest, CompletionRequest, OpenAIRequest
 from rtp_llm.api.service import Service
-from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json
+from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json, json_response
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import RequestError, empty_prompt, invalid_params, unsupported
+from rtp_llm.errors import RequestError, invalid_params
 
 CHAT_TEMPERATURE = 0.7  # upstream's default; OpenAI's is 1
 COMPLETION_TEMPERATURE = 1.0
@@ -59,23 +61,28 @@ class OpenAIEndpoints:
 
     # Chat
 
-    async def chat(self, request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> Response:
-        generation = await self._chat_generation(body)
+    async def chat(self, request: Request) -> Response:
+        prepared = await self.service.prepare(Preparation.chat, request)
+        body, generation = prepared.body, await self._chat_generation(prepared)
         header = ResponseHeader(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.model_name)
         if body.stream:
             formatter = ChatFormatter(self.service.tokenizer, bool(body.logprobs))
-            return EventStream(self._stream(formatter, header, generation, body), generation.reservation)
+            return EventStream(
+                self._stream(formatter, header, generation, body),
+                generation.reservation,
+                self.service.config.sse_ping_seconds,
+            )
         await cancel_on_disconnect(request, _collect(generation, self.service), generation.reservation)
         choices = [self._chat_choice(i, s, bool(body.logprobs)) for i, s in enumerate(generation.sequences)]
-        return JSONResponse(header.response(choices, generation.usage()))
+        return json_response(header.response(choices, generation.usage()))
 
-    async def render(self, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))]) -> dict[str, Any]:
+    async def render(self, request: Request) -> dict[str, Any]:
         """Returns the rendered prompt and the parameters of a chat request, for debugging."""
-        prompt = self._render(body)
-        generation = await self._chat_generation(body)
+        prepared = await self.service.prepare(Preparation.chat, request)
+        generation = await self._chat_generation(prepared)
         generation.reservation.release()
         return {
-            "input_prompt": prompt,
+            "input_prompt": prepared.text,
             "input_ids": generation.prompts[0],
             "input_urls": [],
             "tokenizer_info": str(self.service.config.tokenizer_path or self.service.config.checkpoint_path),
@@ -87,18 +94,8 @@ class OpenAIEndpoints:
             "generate_config": generation.sequences[0].params.to_json(),
         }
 
-    def _render(self, body: ChatRequest) -> str:
-        kwargs = dict(body.chat_template_kwargs or {})
-        if body.enable_thinking is not None:
-            kwargs.setdefault("enable_thinking", body.enable_thinking)
-        tools = None if body.tool_choice == "none" else body.tools
-        return render_chat(self.service, body.messages, tools, body.add_generation_prompt, kwargs)
-
-    async def _chat_generation(self, body: ChatRequest) -> GenerationRequest:
-        if body.response_format and body.response_format.get("type", "text") != "text":
-            raise unsupported("response_format: only {'type': 'text'} is supported", "response_format")
-        prompt = await self.service.encode(self._render(body), add_special_tokens=False)
-        self.service.check_prompt(prompt)
+    async def _chat_generation(self, prepared: Prepared[ChatRequest]) -> GenerationRequest:
+        body, prompts = prepared.body, await prepared.prompts()
         extra = body.extra_configs
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if extra and "max_new_tokens" in extra.model_fields_set:
@@ -111,12 +108,12 @@ class OpenAIEndpoints:
             merged,
             self.service,
             self.stop_words,
-            prompt,
+            prompts[0],
             max_tokens=limit,
             temperature=CHAT_TEMPERATURE,
             logprobs=logprobs,
         )
-        return self._generation(merged, [prompt], [params], extra.timeout_ms if extra else 0)
+        return self._generation(merged, prompts, [params])
 
     def _chat_choice(self, index: int, sequence: Choice, logprobs: bool) -> dict[str, Any]:
         return {
@@ -128,24 +125,23 @@ class OpenAIEndpoints:
 
     # Completions
 
-    async def completions(
-        self, request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))]
-    ) -> Response:
-        generation = await self._completion_generation(body)
+    async def completions(self, request: Request) -> Response:
+        prepared = await self.service.prepare(Preparation.completion, request)
+        body, generation = prepared.body, await self._completion_generation(prepared)
         header = ResponseHeader(f"cmpl-{secrets.token_hex(12)}", "text_completion", self.service.model_name)
         formatter = CompletionFormatter(self.service.tokenizer, generation, body.logprobs is not None, bool(body.echo))
         if body.stream:
-            return EventStream(self._stream(formatter, header, generation, body), generation.reservation)
+            return EventStream(
+                self._stream(formatter, header, generation, body),
+                generation.reservation,
+                self.service.config.sse_ping_seconds,
+            )
         await cancel_on_disconnect(request, _collect(generation, self.service), generation.reservation)
         choices = [formatter.full_choice(i, s) for i, s in enumerate(generation.sequences)]
-        return JSONResponse(header.response(choices, generation.usage()))
+        return json_response(header.response(choices, generation.usage()))
 
-    async def _completion_generation(self, body: CompletionRequest) -> GenerationRequest:
-        if body.suffix:
-            raise unsupported("suffix is not supported: this model completes to the right only", "suffix")
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise unsupported("best_of is not supported: leave it out, or make it equal to n", "best_of")
-        prompts = await self._prompts(body)
+    async def _completion_generation(self, prepared: Prepared[CompletionRequest]) -> GenerationRequest:
+        body, prompts = prepared.body, await prepared.prompts()
         if body.max_tokens == 0 and not body.echo:
             raise invalid_params("max_tokens=0 makes sense with echo=true only; allowed: 1 or more", "max_tokens")
         params = [
@@ -165,29 +161,10 @@ class OpenAIEndpoints:
         generation.prompt_only = body.max_tokens == 0
         return generation
 
-    async def _prompts(self, body: CompletionRequest) -> list[list[int]]:
-        prompt_field = body.prompt
-        if isinstance(prompt_field, str):
-            prompts = [await self.service.encode(prompt_field)]
-        elif not prompt_field:
-            raise empty_prompt("prompt is an empty list: send a text, texts, token ids or lists of token ids")
-        else:
-            prompts = []
-            is_token_ids = isinstance(prompt_field[0], int)
-            self.service.check_capacity(1 if is_token_ids else len(prompt_field) * (body.n or 1))
-            if isinstance(prompt_field[0], int):
-                prompts = [[int(t) for t in prompt_field]]
-            else:
-                for item in prompt_field:
-                    prompts.append(await self.service.encode(item) if isinstance(item, str) else list(item))
-        for prompt in prompts:
-            self.service.check_prompt(prompt)
-        return prompts
-
     # Both
 
     def _generation(
-        self, body: OpenAIRequest, prompts: list[list[int]], params: list[SamplingParams], timeout_ms: int = 0
+        self, body: OpenAIRequest, prompts: list[list[int]], params: list[SamplingParams]
     ) -> GenerationRequest:
         n = body.n or 1
         sequences = [
@@ -195,7 +172,7 @@ class OpenAIEndpoints:
             for prompt, prompt_params in zip(prompts, params, strict=True)
             for i in range(n)
         ]
-        text = text_params(body, self.stop_words, timeout_ms)
+        text = text_params(body, self.stop_words)
         reservation = self.service.admit(len(sequences))  # last: after an error the slots would stay reserved
         self.service.metrics.params_n.observe(n)
         return GenerationRequest(sequences, text, prompts, reservation)
@@ -211,40 +188,29 @@ class OpenAIEndpoints:
         with_usage = bool(options and options.include_usage)
         continuous_usage = with_usage and bool(options and options.continuous_usage_stats)
 
-        def event(choice: dict[str, Any]) -> str:
+        def event(choice: dict[str, Any]) -> Iterator[str]:
             return header.stream_event([choice], generation.usage() if continuous_usage else None, with_usage)
 
         try:
             for index, sequence in enumerate(generation.sequences):
                 for choice in formatter.initial_choices(index, sequence):
-                    yield event(choice)
+                    for piece in event(choice):
+                        yield piece
             async with aclosing(generation.start(self.service)) as chunks:
                 async for index, chunk in chunks:
                     sequence = generation.sequences[index]
                     sequence.chunks.append(chunk)
                     for choice in formatter.chunk_choices(index, sequence, chunk):
-                        yield event(choice)
+                        for piece in event(choice):
+                            yield piece
+                            if not piece.endswith("\n\n"):
+                                await asyncio.sleep(0)  # others run
             if with_usage:
-                yield header.stream_event([], generation.usage(), with_usage)
+                for piece in header.stream_event([], generation.usage(), with_usage):
+                    yield piece
         except RequestError as error:
             yield f"data: {compact_json(error.body())}\n\n"
         yield "data: [DONE]\n\n"
-
-
-def render_chat(
-    service: Service,
-    messages: Sequence[ChatMessage],
-    tools: Sequence[dict[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
-    kwargs: dict[str, Any] | None = None,
-) -> str:
-    """Returns the prompt that the chat template makes of the messages. Raises RequestError 400."""
-    reserved = {"messages", "tools", "add_generation_prompt"} & (kwargs or {}).keys()
-    if reserved:
-        message = f"chat_template_kwargs: {min(reserved)!r} is reserved; use the request field of that name"
-        raise invalid_params(message, "chat_template_kwargs")
-    plain = [m.model_dump(exclude_unset=True) for m in messages]
-    return service.render(plain, tools=tools or None, add_generation_prompt=add_generation_prompt, **(kwargs or {}))
 
 
 async def _collect(generation: GenerationRequest, service: Service) -> None:

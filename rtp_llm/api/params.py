@@ -27,6 +27,7 @@ _OPENAI_NAME = {
     "print_stop_words": "include_stop_str_in_output",
     "num_return_sequences": "n",
     **{n: n for n in ("top_k", "top_p", "min_p", "temperature", "ignore_eos", "skip_special_tokens")},
+    **{n: n for n in ("timeout_ms", "ttft_timeout_ms")},
     **{n: n for n in ("repetition_penalty", "presence_penalty", "frequency_penalty")},
 }
 
@@ -110,13 +111,14 @@ def sampling_params(
     return params
 
 
-def text_params(body: OpenAIRequest, stop_words: StopWords, timeout_ms: int = 0) -> TextParams:
+def text_params(body: OpenAIRequest, stop_words: StopWords) -> TextParams:
     stop_strings = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return TextParams(
         stop=(*stop_strings, *stop_words.strings),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
-        timeout_ms=timeout_ms,
+        timeout_ms=body.timeout_ms or 0,
+        ttft_timeout_ms=body.ttft_timeout_ms or 0,
     )
 
 

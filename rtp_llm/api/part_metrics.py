@@ -3,6 +3,7 @@
 To add a metric, add a line to the function of its subject.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ class PartCollector(Collector):
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read
+        self._cpu_totals: dict[str, _CpuTotal] = defaultdict(_CpuTotal)
 
     def collect(self) -> Iterable[Metric]:
         state = self._read()
@@ -48,12 +50,39 @@ class PartCollector(Collector):
         yield _gauge("gang_members_expected", "Number of ranks of all parts", [({}, float(state["expected"]))])
         yield from _rank_metrics(state["ranks"], state["expected"])
         yield from _process_metrics(state["processes"])
+        yield self._cpu_seconds(state["processes"])
         yield from _guard_metrics(state["guard"], state["processes"])
         yield from _shm_metrics(state["shm"], part)
         yield from _cgroup_metrics(state["cgroup"], part)
         yield from _gpu_metrics(state["gpus"], part, state["ranks"])
         if state["doctor"]:
             yield from _doctor_metrics(state["doctor"], part)
+
+    def _cpu_seconds(self, processes: Mapping[str, JsonObject]) -> Metric:
+        totals: Samples = [
+            (_program_labels(name), self._cpu_totals[name].update(stats)) for name, stats in sorted(processes.items())
+        ]
+        return _counter("process_cpu_seconds", "CPU time of the program, restarts included", totals)
+
+
+class _CpuTotal:
+    """CPU time of a program over all processes that ran it: a counter must not fall when the program restarts."""
+
+    def __init__(self) -> None:
+        self._of_ended_processes = self._of_process = 0.0
+        self._start_time: float | None = None
+
+    def update(self, stats: JsonObject) -> float:
+        """Returns the total in seconds. `stats` has no "cpu" while the program does not run."""
+        if "cpu" in stats:
+            if stats["start_time"] != self._start_time:
+                self._of_ended_processes += self._of_process
+            self._of_process, self._start_time = stats["cpu"], stats["start_time"]
+        return self._of_ended_processes + self._of_process
+
+
+def _program_labels(name: str) -> dict[str, str]:
+    return {"program": name, "rank": name.removeprefix("rank") if name.startswith("rank") else ""}
 
 
 def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Metric]:
@@ -100,10 +129,7 @@ def _rank_metrics(ranks: Mapping[str, JsonObject], expected: int) -> Iterable[Me
 
 def _process_metrics(processes: Mapping[str, JsonObject]) -> Iterable[Metric]:
     def per_process(key: str) -> Samples:
-        return [
-            ({"program": name, "rank": name.removeprefix("rank") if name.startswith("rank") else ""}, stats.get(key))
-            for name, stats in sorted(processes.items())
-        ]
+        return [(_program_labels(name), stats.get(key)) for name, stats in sorted(processes.items())]
 
     yield _gauge("process_up", "1 while the process runs", per_process("up"))
     yield _gauge("process_start_time_seconds", "When the process started", per_process("start_time"))
@@ -111,7 +137,6 @@ def _process_metrics(processes: Mapping[str, JsonObject]) -> Iterable[Metric]:
     yield _gauge("process_open_fds", "Open files", per_process("fds"))
     yield _gauge("process_max_fds", "Limit of open files", per_process("max_fds"))
     yield _gauge("process_threads", "Threads", per_process("threads"))
-    yield _counter("process_cpu_seconds", "CPU time", per_process("cpu"))
 
 
 def _guard_metrics(guard: Mapping[str, Mapping[str, int]], programs: Iterable[str]) -> Iterable[Metric]:

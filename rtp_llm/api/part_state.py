@@ -17,9 +17,14 @@ from rtp_llm.machine.memory import read_text
 from rtp_llm.parallel import segment
 from rtp_llm.parallel.part_spec import PartSpec
 
-STATUS_STALE_SECONDS = 3.0  # the status file is written twice a second
+STATUS_STALE_SECONDS = 2.0  # the status file is written twice a second
+HEARTBEAT_STALE_SECONDS = 2.0  # of a rank; after HEARTBEAT_TIMEOUT it is lost
+PROGRAMS = {  # by module: processes besides ranks and API
+    "rtp_llm.supervise.guard": "guard",
+    "rtp_llm.parallel.coordinator": "coordinator",
+    "rtp_llm.engine.main": "spare",
+}
 PHASES = ("rendezvous", "loading", "warmup", "serving")
-MAX_IDLE_SECONDS = 60.0  # after this time without progress a rank is unhealthy, even if it sends heartbeats
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Health:
 class PartState:
     """Reads the state of the part's processes, and the gang status file (state of all ranks).
 
-    The part's first rank writes that file.
+    The part's guard writes that file.
     """
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
@@ -44,18 +49,26 @@ class PartState:
         self.is_draining = False
         self.gpus = GpuMonitor(os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._processes: dict[int, psutil.Process] = {}
+        self._status_written_at, self._status_seen_at = 0, 0.0
 
     def gang_status(self) -> dict[str, Any]:
         """Returns the last gang status and its `age` in seconds. It has no ranks if the file is missing or stale."""
         path = self.part_spec.gang_status_path
         try:
-            age = time.time() - path.stat().st_mtime
+            age = self._status_age(path.stat().st_mtime_ns)
             status: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
-            return {"epoch": 0, "ranks": {}, "message": "the ranks are starting", "age": 0.0}
+            return {"epoch": 0, "in_epoch": False, "ranks": {}, "message": "the ranks are starting", "age": 0.0}
         if age > STATUS_STALE_SECONDS:
-            status |= {"ranks": {}, "message": f"the ranks of this part have written no status for {age:.0f} s"}
+            message = f"the guard of this part has written no status of the ranks for {age:.0f} s"
+            status |= {"in_epoch": False, "ranks": {}, "message": message}
         return status | {"age": age}
+
+    def _status_age(self, written_at: int) -> float:
+        """Returns the seconds since this process first saw that time of writing: the clock may have jumped."""
+        if written_at != self._status_written_at:
+            self._status_written_at, self._status_seen_at = written_at, time.monotonic()
+        return time.monotonic() - self._status_seen_at
 
     def health(self) -> Health:
         """Returns the health of the gang. It is ready if all ranks of all parts serve and made progress recently."""
@@ -65,8 +78,10 @@ class PartState:
         gang_status = self.gang_status()
         ranks: Mapping[str, Mapping[str, Any]] = gang_status["ranks"]
         expected = self.part_spec.plan.world_size
-        if not ranks:
-            return Health(False, "rendezvous", 0.0, gang_status.get("message") or "waiting for the ranks")
+        forming = "recovering" if gang_status["epoch"] > 0 else "rendezvous"
+        if not ranks or not gang_status["in_epoch"]:
+            waiting = [gang_status["message"] or "waiting for the ranks", *self._disagreements()]
+            return Health(False, forming, 0.0, "; ".join(waiting))
         phase = min((r["phase"] for r in ranks.values()), key=PHASES.index)
         if len(ranks) < expected:
             missing = [r for r in range(expected) if str(r) not in ranks]
@@ -75,10 +90,11 @@ class PartState:
             progress = sum(r["progress"] if r["phase"] == phase else 1.0 for r in ranks.values()) / expected
             return Health(False, phase, progress, f"{phase}: {progress:.0%}")
         for rank, rank_status in ranks.items():
-            silent_seconds, idle_seconds = rank_status["silent_s"], rank_status["idle_s"]
-            if silent_seconds > self.part_spec.config.heartbeat_timeout:
+            silent_seconds = rank_status["silent_s"]
+            if silent_seconds > HEARTBEAT_STALE_SECONDS:
                 return Health(False, "failed", 1.0, f"no heartbeat from rank {rank} for {silent_seconds:.0f} s")
-            if idle_seconds > MAX_IDLE_SECONDS:
+            if rank_status["idle_s"] > self.part_spec.config.hang_seconds:
+                idle_seconds = rank_status["idle_s"]
                 return Health(False, "failed", 1.0, f"rank {rank} made no progress for {idle_seconds:.0f} s")
         if self.client is not None and not self.client.is_connected:
             return Health(False, "warmup", 1.0, "the API is connecting to rank 0")
@@ -116,6 +132,11 @@ class PartState:
         report: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return report
 
+    def _disagreements(self) -> list[str]:
+        """Returns what the doctors of the parts found to differ between them, and why a part gave up."""
+        checks = (self.doctor_report() or {}).get("checks", [])
+        return [f"{c['id']} {c['actual']}" for c in checks if c["id"].startswith("C-") and c["status"] == "error"]
+
     @property
     def num_open_requests(self) -> int:
         """Number of requests that rank 0 has not finished, from its last heartbeat."""
@@ -134,14 +155,14 @@ class PartState:
     def _all_process_stats(self, ranks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         part = self.part_spec.plan.part
         rank_pids = {f"rank{rank}": int(status["pid"]) for rank, status in ranks.items() if status["part"] == part}
-        pids = rank_pids | self._helper_pids()
+        pids = {name: pid for name, pid in self._helper_pids().items() if pid not in rank_pids.values()} | rank_pids
         missing: dict[str, dict[str, float]] = {f"rank{rank}": {"up": 0.0} for rank in self.part_spec.plan.ranks}
         return missing | {name: self._process_stats(pid) for name, pid in pids.items()}
 
     def _helper_pids(self) -> dict[str, int]:
         """Returns {program: pid} of the part's processes that are not ranks.
 
-        Finds the guard (the process that restarts failed processes) by its command line, since it writes no pid file.
+        Finds them by their command lines, since they write no pid files. A spare is a worker that is no rank.
         """
         pid = read_text(str(self.part_spec.run_dir / "supervisord.pid"))
         if pid is None:
@@ -149,8 +170,9 @@ class PartState:
         pids = {"api": os.getpid(), "supervisord": int(pid)}
         with suppress(psutil.Error):
             for child in psutil.Process(int(pid)).children():
-                if "rtp_llm.supervise.guard" in child.cmdline():
-                    pids["guard"] = child.pid
+                name = next((PROGRAMS[a] for a in child.cmdline() if a in PROGRAMS), "")
+                if name:
+                    pids[name] = child.pid
         return pids
 
     def _process_stats(self, pid: int) -> dict[str, float]:

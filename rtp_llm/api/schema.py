@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 MAX_STOPS = 64  # stop strings per request, each of which is searched for after every token
 MAX_BIASES = 4096
+MAX_STOP_IDS = 4096  # in a list
 MAX_ITEMS = 65536  # prompts of a batch, messages of a chat
 
 
@@ -25,9 +26,14 @@ def _limit_biases(value: Any) -> Any:
 # collecting an error for each would block the event loop for a minute.
 Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_ITEMS)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
+StopIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)]
 Stops = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_limit_biases)]
+
+
+# Whether the field is set: its value, which can be large, is not kept.
+Unsupported = Annotated[bool, BeforeValidator(bool)]
 
 
 class RequestBody(BaseModel):
@@ -58,7 +64,7 @@ class GenerateConfig(RequestBody):
     num_beams: int = 1
     num_return_sequences: int = Field(0, ge=0, le=128)
     stop_words_str: Stops = Field(default_factory=list)
-    stop_words_list: list[Ids] = Field(default_factory=list, fail_fast=True, max_length=MAX_STOPS)
+    stop_words_list: list[StopIds] = Field(default_factory=list, fail_fast=True, max_length=MAX_STOPS)
     print_stop_words: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -70,23 +76,24 @@ class GenerateConfig(RequestBody):
     return_cum_log_probs: bool = False
     return_softmax_probs: bool = False
     timeout_ms: int = Field(-1, lt=2**31)
+    ttft_timeout_ms: int = Field(-1, lt=2**31)
     aux_info: bool = True
     # Unsupported: a value other than the default is rejected.
-    adapter_name: Any = None
-    bad_words_list: Any = None
-    calculate_loss: Any = 0
-    no_repeat_ngram_size: Any = None
-    return_all_probs: Any = 0
-    return_hidden_states: Any = False
-    return_all_hidden_states: Any = False
-    return_logits: Any = False
-    select_tokens_str: Any = None
-    select_tokens_id: Any = None
-    variable_num_beams: Any = None
-    json_schema: Any = None
-    regex: Any = None
-    ebnf: Any = None
-    structural_tag: Any = None
+    adapter_name: Unsupported = False
+    bad_words_list: Unsupported = False
+    calculate_loss: Unsupported = False
+    no_repeat_ngram_size: Unsupported = False
+    return_all_probs: Unsupported = False
+    return_hidden_states: Unsupported = False
+    return_all_hidden_states: Unsupported = False
+    return_logits: Unsupported = False
+    select_tokens_str: Unsupported = False
+    select_tokens_id: Unsupported = False
+    variable_num_beams: Unsupported = False
+    json_schema: Unsupported = False
+    regex: Unsupported = False
+    ebnf: Unsupported = False
+    structural_tag: Unsupported = False
 
 
 NATIVE_UNSUPPORTED = (
@@ -117,9 +124,11 @@ class OpenAIRequest(RequestBody):
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Ids | None = None
+    stop_token_ids: StopIds | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    timeout_ms: int | None = Field(None, lt=2**31)
+    ttft_timeout_ms: int | None = Field(None, lt=2**31)
 
 
 class ContentPart(BaseModel):

@@ -2,36 +2,31 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
+from starlette.requests import Request
+
+from rtp_llm.api import access_log
 from rtp_llm.api.client import EngineClient
+from rtp_llm.api.preparation import PromptLimits
+from rtp_llm.api.preparer import Preparer, T, Work
 from rtp_llm.config import Config
 from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.contract.engine_output import EngineOutput, FinishReason, Logprob
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import (
-    RequestError,
-    empty_prompt,
-    engine_gone,
-    invalid_format,
-    invalid_params,
-    long_prompt,
-    overloaded,
-    timed_out,
-)
+from rtp_llm.errors import RequestError, engine_gone, timed_out
 from rtp_llm.metrics import Metrics
 from rtp_llm.text.detokenizer import Detokenizer
 from rtp_llm.text.stop import StopChecker
-from rtp_llm.text.template import ChatTemplate, TemplateError
+from rtp_llm.text.template import ChatTemplate
 from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-MAX_INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, to not block the event loop
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ class TextParams:
     include_stop: bool = False
     skip_special_tokens: bool = True
     timeout_ms: int = 0  # 0 or less: MAX_RPC_TIMEOUT_MS applies
+    ttft_timeout_ms: int = 0  # until the first token; 0 or less: TTFT_TIMEOUT_MS applies
 
 
 @dataclass
@@ -50,8 +46,8 @@ class OutputChunk:
 
     text: str
     tokens: list[int]
-    logprobs: list[Logprob] = field(default_factory=list)
-    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    logprobs: Sequence[Logprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[Logprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     queue_ms: float = 0.0
@@ -93,6 +89,7 @@ class Service:
     ):
         self.config, self.model_name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
+        self.preparer = Preparer(tokenizer, template)
         self.created = int(time.time())
         self.reserved_slots = 0  # for sequences that have not started, so that `client.num_in_flight` lacks them
 
@@ -111,48 +108,41 @@ class Service:
         return SlotReservation(self, sequences)
 
     def check_capacity(self, sequences: int) -> None:
-        """Raises the same errors as `admit`, but reserves nothing. Endpoints call it before encoding large batches."""
+        """Raises the same errors as `admit`, but reserves nothing."""
         if self.client.is_draining:
             raise engine_gone("the server is stopping: retry, or use another server")
-        used_slots = self.client.num_in_flight + self.reserved_slots
-        if sequences > self.config.concurrency_limit + self.config.queue_limit - used_slots:
-            self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()
-            raise overloaded(
-                f"{used_slots} sequences are open, {sequences} more do not fit: CONCURRENCY_LIMIT="
-                f"{self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}; try again later"
-            )
+        with self._counted_rejections():
+            self._prompt_limits().check_count(sequences)
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns the token ids of `text`. Raises RequestError 400 if it is not valid Unicode."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise invalid_format(
-                f"the text has an unpaired surrogate at character {error.start}: not valid Unicode"
-            ) from None
-        if len(text) < MAX_INLINE_CHARACTERS:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+    async def prepare(self, work: Work[T], request: Request) -> T:
+        """Returns what `work`, a method of `Preparation`, makes of the request's body.
 
-    def render(self, messages: Sequence[dict[str, Any]], /, **options: Any) -> str:
-        """Returns the prompt of a chat. Raises RequestError 400 with the template's message."""
-        try:
-            return self.template.render(messages, **options)
-        except TemplateError as error:
-            raise invalid_params(str(error), "messages") from None
-
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises RequestError 400 if the prompt is empty, longer than MAX_SEQ_LEN - 1 tokens or has an id outside the
-        vocabulary.
+        Raises RequestError 400; 429 if a batch has more sequences than there are free slots; 503 while loading.
         """
-        limit, vocab_size = self.engine_info.max_seq_len, self.engine_info.vocab_size
-        if not prompt:
-            raise empty_prompt()
-        if len(prompt) >= limit:
-            raise long_prompt(f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit (MAX_SEQ_LEN={limit})")
-        invalid_id = next((t for t in prompt if not 0 <= t < vocab_size), None)
-        if invalid_id is not None:
-            raise invalid_params(f"token id {invalid_id} is outside the vocabulary of {vocab_size}", "prompt")
+        raw = await request.body()
+        with self._counted_rejections():
+            return await self.preparer.prepare(work, raw, self._prompt_limits())
+
+    def _prompt_limits(self) -> PromptLimits:
+        used_slots = self.client.num_in_flight + self.reserved_slots
+        message = (
+            f"{used_slots} sequences are open, {{sequences}} more do not fit: CONCURRENCY_LIMIT="
+            f"{self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}; try again later"
+        )
+        free_slots = self.config.concurrency_limit + self.config.queue_limit - used_slots
+        info = self.client.info
+        if info is None:
+            return PromptLimits(0, "", 0, free_slots, message)
+        return PromptLimits(info.max_seq_len, info.max_seq_len_reason, info.vocab_size, free_slots, message)
+
+    @contextmanager
+    def _counted_rejections(self) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            if error.status == 429:
+                self.metrics.rejections.labels(reason="max_num_queued_reqs").inc()
+            raise
 
     def remaining_tokens(self, prompt: Sequence[int]) -> int:
         """Returns how many tokens can be generated after this prompt."""
@@ -168,16 +158,17 @@ class Service:
         Raises RequestError 503 if the engine is lost, 504 at the timeout, 500 if the sequence fails.
         """
         reservation.start_one()  # no await until `client.generate` counts it: another request could take the slot
-        timer = RequestTimer(self.metrics, len(prompt), params)
+        timer = RequestTimer(self.metrics, prompt, params)
         detokenizer = Detokenizer(self.tokenizer, text_params.skip_special_tokens, prompt)
         checker = StopChecker(text_params.stop, text_params.include_stop)
         outputs = self.client.generate(secrets.token_hex(8), prompt, params)
-        timeout = self._timeout_seconds(text_params)
-        deadline = asyncio.get_running_loop().time() + timeout if timeout else None
+        timeout, ttft_timeout = self._timeouts(text_params)
+        started_at = asyncio.get_running_loop().time()
         num_tokens = 0
         try:
             while True:
-                async with asyncio.timeout_at(deadline):
+                limit = timeout if num_tokens else min(timeout, ttft_timeout)
+                async with asyncio.timeout_at(started_at + limit if limit < math.inf else None):
                     output = await anext(outputs)
                 timer.on_output(output)
                 num_tokens += len(output.tokens)
@@ -188,7 +179,8 @@ class Service:
                     return
         except TimeoutError:
             timer.on_finish("error", num_tokens)
-            raise timed_out(f"the request was not finished within {timeout:g} s") from None
+            result = "was not finished" if num_tokens or timeout <= ttft_timeout else "got no token"
+            raise timed_out(f"the request {result} within {limit:g} s") from None
         except RequestError:
             timer.on_finish("error", num_tokens)
             raise
@@ -227,40 +219,48 @@ class Service:
             output.queue_ms,
         )
 
-    def _timeout_seconds(self, text_params: TextParams) -> float | None:
-        timeout_ms = text_params.timeout_ms if text_params.timeout_ms > 0 else self.config.max_rpc_timeout_ms
-        return timeout_ms / 1000 if timeout_ms > 0 else None
+    def _timeouts(self, text_params: TextParams) -> tuple[float, float]:
+        """Returns the seconds until the last and until the first token; infinity if there is no limit."""
+        settings = (self.config.max_rpc_timeout_ms, self.config.ttft_timeout_ms)
+        limits = (text_params.timeout_ms, text_params.ttft_timeout_ms)
+        milliseconds = [limit if limit > 0 else setting for limit, setting in zip(limits, settings, strict=True)]
+        timeout, ttft_timeout = (ms / 1000 if ms > 0 else math.inf for ms in milliseconds)
+        return timeout, ttft_timeout
 
 
 class RequestTimer:
-    """Records the metrics of one sequence."""
+    """Records the metrics of one sequence, and its part of the access log."""
 
-    def __init__(self, metrics: Metrics, prompt_tokens: int, params: SamplingParams):
-        self.metrics = metrics
+    def __init__(self, metrics: Metrics, prompt: list[int], params: SamplingParams):
+        self.metrics, self._record = metrics, access_log.current().add_sequence(prompt)
         self.started_at = self.last_token_at = time.monotonic()
         self.first_token_at = 0.0
         self.queue_seconds = 0.0
         self.is_done = False
-        metrics.prompt_tokens.inc(prompt_tokens)
-        metrics.request_prompt_tokens.observe(prompt_tokens)
+        metrics.prompt_tokens.inc(len(prompt))
+        metrics.request_prompt_tokens.observe(len(prompt))
         metrics.params_max_tokens.observe(params.max_tokens)
 
     def on_output(self, output: EngineOutput) -> None:
         now = time.monotonic()
         if output.tokens:
             self.metrics.generation_tokens.inc(len(output.tokens))
+            self._record.output_tokens += len(output.tokens)
             if self.first_token_at:
                 self.metrics.itl.observe(now - self.last_token_at)
             else:
                 self.first_token_at, self.queue_seconds = now, output.queue_ms / 1000
                 self.metrics.ttft.observe(now - self.started_at)
                 self.metrics.prompt_tokens_cached.inc(output.cached_tokens)
+                self._record.first_token_at, self._record.queue_ms = now, output.queue_ms
+                self._record.cached_tokens = output.cached_tokens
             self.last_token_at = now
 
     def on_finish(self, reason: str, num_tokens: int) -> None:
         if self.is_done:
             return
         self.is_done = True
+        self._record.finish = reason
         metrics, now = self.metrics, time.monotonic()
         metrics.success.labels(finished_reason=reason).inc()
         metrics.e2e.observe(now - self.started_at)

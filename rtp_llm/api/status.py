@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from rtp_llm import log as logs
+from rtp_llm.api.auth import require_admin
 from rtp_llm.api.body import body_schema, json_body
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.schema import LogLevelRequest
@@ -20,20 +21,31 @@ from rtp_llm.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+# The page runs its own script, talks to this server only, and is shown in no frame.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:;"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 HEALTH_PATHS = ("/health", "/status", "/health_check", "/GraphService/cm2_status", "/SearchService/cm2_status")
 LIVENESS_PATHS = ("/liveness", "/frontend_health")
 _METHODS = ["GET", "POST"]
+ADMIN = [Depends(require_admin)]
 
 
-def status_router(state: PartState, metrics: Metrics) -> APIRouter:
-    """Returns the router of the endpoints that every part serves."""
+def status_router(state: PartState, metrics: Metrics, *, hides_detail: bool) -> APIRouter:
+    """Returns the router of the endpoints that every part serves.
+
+    `hides_detail`: whether /health tells only the phase to those who have no key.
+    """
     router = APIRouter()
 
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         """Returns `"ok"`, or 503 with the reason."""
         current = state.health()
         if current.is_ready:
             return JSONResponse("ok")
+        if hides_detail and not request.state.key_name:
+            return JSONResponse({"phase": current.phase}, status_code=503, headers={"Retry-After": "1"})
         body = {"detail": current.detail, "phase": current.phase, "progress": round(current.progress, 3)}
         return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
@@ -56,7 +68,7 @@ def status_router(state: PartState, metrics: Metrics) -> APIRouter:
             return JSONResponse({"detail": "the doctor has not run: RTP_DOCTOR=off"}, status_code=404)
         return JSONResponse(report)
 
-    router.add_api_route("/doctor", doctor, methods=["GET"])
+    router.add_api_route("/doctor", doctor, methods=["GET"], dependencies=ADMIN)
     for method in _METHODS:  # one route per method, since OpenAPI needs a unique operation id for each
         for path in HEALTH_PATHS:
             router.add_api_route(path, health, methods=[method], include_in_schema=path == "/health")
@@ -74,7 +86,7 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     async def home(request: Request) -> Response:
         """Returns a chat page to browsers, and to other clients the same JSON as alibaba/rtp-llm."""
         if "text/html" in request.headers.get("accept", ""):
-            return HTMLResponse(page)
+            return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
         return JSONResponse({"status": "home"})
 
     async def worker_status() -> dict[str, Any]:
@@ -92,7 +104,8 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     for method, prefix in itertools.product(_METHODS, ("", "/rtp_llm")):
         router.add_api_route(f"{prefix}/worker_status", worker_status, methods=[method], include_in_schema=not prefix)
         router.add_api_route(f"{prefix}/cache_status", cache_status, methods=[method], include_in_schema=not prefix)
-    router.add_api_route("/set_log_level", set_log_level, methods=["POST"], openapi_extra=body_schema(LogLevelRequest))
+    extra = body_schema(LogLevelRequest)
+    router.add_api_route("/set_log_level", set_log_level, methods=["POST"], openapi_extra=extra, dependencies=ADMIN)
     return router
 
 

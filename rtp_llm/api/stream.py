@@ -1,34 +1,89 @@
 """Server-sent events, merging of several sequences into one stream, and cancellation when the client disconnects."""
 
 import asyncio
+import itertools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from rtp_llm.api.service import OutputChunk, SlotReservation
 
 T = TypeVar("T")
+PIECE_CHARACTERS = 1 << 16
+BATCH_ITEMS = 64  # of an array that are encoded at once
+PING = b": ping\n\n"  # a comment, which clients ignore
 
 
 def compact_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-class EventStream(StreamingResponse):
-    """A response of server-sent events; `events` yields whole events, each with its final blank line.
+def coalesced(parts: Iterable[str]) -> Iterator[str]:
+    """Yields the concatenation of `parts` in pieces of about `PIECE_CHARACTERS`."""
+    pending: list[str] = []
+    size = 0
+    for part in parts:
+        if size >= PIECE_CHARACTERS:
+            yield "".join(pending)
+            pending, size = [], 0
+        pending.append(part)
+        size += len(part)
+    yield "".join(pending)
 
-    Closes `events` when the response ends, also early, and releases the unused slots of `reservation`.
+
+def json_parts(value: Any) -> Iterator[str]:
+    """Yields the compact JSON of `value` in parts. An iterator in it becomes an array, encoded batch by batch."""
+    is_array = isinstance(value, list | Iterator)
+    if is_array and not isinstance(value, list):
+        separator = "["
+        while batch := list(itertools.islice(value, BATCH_ITEMS)):
+            yield separator + compact_json(batch)[1:-1]
+            separator = ","
+        yield "[]" if separator == "[" else "]"
+    elif is_array or isinstance(value, dict):
+        items = value.items() if isinstance(value, dict) else ((None, item) for item in value)
+        opening, closing = ("{", "}") if isinstance(value, dict) else ("[", "]")
+        yield opening
+        for index, (key, item) in enumerate(items):
+            yield ("," if index else "") + (f"{compact_json(key)}:" if key is not None else "")
+            yield from json_parts(item)
+        yield closing
+    else:
+        yield compact_json(value)
+
+
+def json_response(value: Any) -> Response:
+    """Returns a JSON response; a large one is encoded while it is sent, so that it neither blocks nor fills memory."""
+    pieces = coalesced(json_parts(value))
+    first, second = next(pieces), next(pieces, None)
+    if second is None:
+        return Response(first, media_type="application/json")
+    return StreamingResponse(_with_pauses(itertools.chain((first, second), pieces)), media_type="application/json")
+
+
+async def _with_pauses(pieces: Iterable[str]) -> AsyncGenerator[str]:
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)  # others run
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events; `events` yields events with their final blank line, whole or in pieces.
+
+    While `events` is silent, sends a comment every `ping_seconds` (0: never), so that no proxy takes the connection for
+    dead. Closes `events` when the response ends, also early, and releases the unused slots of `reservation`.
     """
 
-    def __init__(self, events: AsyncGenerator[str], reservation: SlotReservation):
+    def __init__(self, events: AsyncGenerator[str], reservation: SlotReservation, ping_seconds: float = 0.0):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer the events
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events, self._reservation = events, reservation
+        self._events, self._reservation, self._ping_seconds = events, reservation, ping_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -37,25 +92,57 @@ class EventStream(StreamingResponse):
         finally:
             self._reservation.release()
 
+    async def stream_response(self, send: Send) -> None:
+        if not self._ping_seconds:
+            await super().stream_response(send)
+            return
+        last_message: Message = {"type": ""}
+        sent_at = time.monotonic()
+
+        async def send_recorded(message: Message) -> None:
+            nonlocal last_message, sent_at
+            last_message = {"type": ""}  # no ping may overtake this message
+            await send(message)
+            last_message, sent_at = message, time.monotonic()
+
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, sent_at + self._ping_seconds - time.monotonic()) or self._ping_seconds)
+                is_silent = time.monotonic() - sent_at >= self._ping_seconds
+                if is_silent and _is_between_events(last_message):
+                    await send_recorded({"type": "http.response.body", "body": PING, "more_body": True})
+
+        pings = asyncio.create_task(ping(), name="ping")
+        try:
+            await super().stream_response(send_recorded)
+        finally:
+            pings.cancel()
+
+
+def _is_between_events(last_message: Message) -> bool:
+    if last_message["type"] == "http.response.body":
+        return bool(last_message["more_body"] and last_message["body"].endswith((b"\n\n", b"\r\n\r\n")))
+    return bool(last_message["type"] == "http.response.start")
+
 
 async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenerator[tuple[int, OutputChunk]]:
     """Yields (index of the sequence, chunk) for all sequences as their chunks arrive. Closing the generator, or an
-    error in one sequence, ends all of them.
+    error in one sequence, ends all of them. The sequences wait for a slow reader.
     """
     if len(sequences) == 1:
         async with aclosing(sequences[0]) as chunks:
             async for chunk in chunks:
                 yield 0, chunk
         return
-    queue: asyncio.Queue[tuple[int, OutputChunk] | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, OutputChunk] | Exception | None] = asyncio.Queue(len(sequences))
 
     async def pump(index: int, chunks: AsyncGenerator[OutputChunk]) -> None:
         try:
             async for chunk in chunks:
-                queue.put_nowait((index, chunk))
-            queue.put_nowait(None)
+                await queue.put((index, chunk))
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(i, chunks)) for i, chunks in enumerate(sequences)]
     try:

@@ -1,25 +1,28 @@
 """The payload of an EVENTS frame (`parallel.wire`): the outputs of a step for one client, and the engine's statistics.
 
 Binary, because rank 0 packs one for every step: numbers that every output has are arrays, in native byte order, as both
-processes run on one machine. Rare fields (logprobs, errors) follow as JSON.
+processes run on one machine. So are logprobs, which can be megabytes. Other rare fields (errors) are JSON.
 """
 
 import json
 import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import numpy as np
 
-from rtp_llm.contract.engine_output import EngineOutput, FinishReason
+from rtp_llm.contract.engine_output import EngineOutput, FinishReason, Logprob
 
-HEADER = struct.Struct("=III")  # outputs, bytes of all request ids, bytes of the JSON
+HEADER = struct.Struct("=IIII")  # outputs, bytes of all request ids, of the JSON, of the logprobs
 FINISH_REASONS: tuple[FinishReason | None, ...] = (None, *get_args(FinishReason))
 OUTPUT = np.dtype(
     [("id_bytes", "u4"), ("num_tokens", "u4"), ("finish", "u1"), ("cached_tokens", "i4"), ("queue_ms", "f4")]
 )
-RARE_FIELDS = ("logprobs", "prompt_logprobs", "error", "hidden_state")
+RARE_FIELDS = ("error", "hidden_state")
+LOGPROB_FIELDS = ("logprobs", "prompt_logprobs")  # the JSON has their number of rows and of top tokens
+LOGPROB = np.dtype([("value", "f4"), ("rank", "u4"), ("num_top", "u4")])
+TOP_TOKEN = np.dtype([("id", "i4"), ("value", "f4")])
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,17 @@ def pack_events(outputs: Sequence[EngineOutput], stats: EngineStats) -> bytes:
         OUTPUT,
     )
     tokens = np.array([token for output in outputs for token in output.tokens], np.int32)
-    rare = {i: fields for i, output in enumerate(outputs) if (fields := _rare_fields(output))}
+    logprobs: list[bytes] = []
+    rare = {i: fields for i, output in enumerate(outputs) if (fields := _rare_fields(output, logprobs))}
     text = json.dumps(rare, separators=(",", ":")).encode() if rare else b""
-    header = HEADER.pack(len(outputs), len(b"".join(ids)), len(text))
-    return b"".join((header, STATS.pack(*astuple(stats)), table.tobytes(), *ids, text, tokens.tobytes()))
+    header = HEADER.pack(len(outputs), len(b"".join(ids)), len(text), sum(map(len, logprobs)))
+    return b"".join((header, STATS.pack(*astuple(stats)), table.tobytes(), *ids, text, tokens.tobytes(), *logprobs))
 
 
 def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
     """Returns what `pack_events` packed. Raises ValueError if the lengths in the header do not match the payload."""
     try:
-        num_outputs, id_bytes, text_bytes = HEADER.unpack_from(data)
+        num_outputs, id_bytes, text_bytes, logprob_bytes = HEADER.unpack_from(data)
         values = STATS.unpack_from(data, HEADER.size)
         table = np.frombuffer(data, OUTPUT, num_outputs, HEADER.size + STATS.size)
     except (struct.error, ValueError) as error:
@@ -76,9 +80,11 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
     ids_start = HEADER.size + STATS.size + table.nbytes
     text_start = ids_start + id_bytes
     tokens_start = text_start + text_bytes
-    if len(data) != tokens_start + 4 * int(table["num_tokens"].sum()) or id_bytes != table["id_bytes"].sum():
+    all_tokens = int(table["num_tokens"].sum())
+    position = tokens_start + 4 * all_tokens
+    if len(data) != position + logprob_bytes or id_bytes != table["id_bytes"].sum():
         raise ValueError(f"an EVENTS frame of {len(data)} bytes does not match its header")
-    tokens: list[int] = np.frombuffer(data, np.int32, -1, tokens_start).tolist()
+    tokens: list[int] = np.frombuffer(data, np.int32, all_tokens, tokens_start).tolist()
     outputs = []
     id_end, token_end = ids_start, 0
     for id_length, num_tokens, finish, cached_tokens, queue_ms in table.tolist():
@@ -94,11 +100,47 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
             )
         )
     for index, rare in (json.loads(data[text_start:tokens_start]) if text_bytes else {}).items():
-        for name in rare:
-            setattr(outputs[int(index)], name, rare[name])
+        for name, value in rare.items():
+            if name in LOGPROB_FIELDS:
+                value = PackedLogprobs(data, position, *value)
+                position += value.nbytes
+            setattr(outputs[int(index)], name, value)
     counters: dict[str, Any] = dict(zip(STATS_FIELDS, map(int, values), strict=False))
     return outputs, EngineStats(**counters | {"step_seconds": values[-1]})
 
 
-def _rare_fields(output: EngineOutput) -> dict[str, Any]:
-    return {name: value for name in RARE_FIELDS if (value := getattr(output, name))}
+class PackedLogprobs(Sequence[Logprob]):
+    """Logprobs that stay arrays in the frame until one is read: as Python objects they take ten times the memory."""
+
+    def __init__(self, data: bytes, start: int, num_rows: int, num_top: int):
+        self._rows = np.frombuffer(data, LOGPROB, num_rows, start)
+        self._top = np.frombuffer(data, TOP_TOKEN, num_top, start + self._rows.nbytes)
+        self._ends = self._rows["num_top"].cumsum()
+        self.nbytes = self._rows.nbytes + self._top.nbytes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Logprob: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Logprob]: ...
+    def __getitem__(self, index: int | slice) -> Logprob | list[Logprob]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        value, rank, num_top = self._rows[index].item()
+        end = int(self._ends[index])
+        return value, rank, self._top[end - num_top : end].tolist()
+
+
+def _rare_fields(output: EngineOutput, packed_logprobs: list[bytes]) -> dict[str, Any]:
+    """Returns the JSON of an output's rare fields, and appends its logprobs to `packed_logprobs`."""
+    rare: dict[str, Any] = {name: value for name in RARE_FIELDS if (value := getattr(output, name))}
+    for name in LOGPROB_FIELDS:
+        logprobs: Sequence[Logprob] = getattr(output, name)
+        if logprobs:
+            rows = np.array([(value, rank, len(top)) for value, rank, top in logprobs], LOGPROB)
+            top_tokens = np.array([tuple(token) for _, _, top in logprobs for token in top], TOP_TOKEN)
+            packed_logprobs.extend((rows.tobytes(), top_tokens.tobytes()))
+            rare[name] = (len(rows), len(top_tokens))
+    return rare

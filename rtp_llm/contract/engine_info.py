@@ -12,6 +12,7 @@ class EngineInfo:
 
     epoch: int
     max_seq_len: int  # tokens of prompt and output together
+    max_seq_len_reason: str  # what bounds it, such as TEST_BLOCK_NUM=8
     vocab_size: int
     block_size: int  # tokens per KV block
     num_blocks: int  # KV blocks, equal on all ranks

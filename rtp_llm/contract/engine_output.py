@@ -1,9 +1,10 @@
 """Output of the engine for one request after a step, sent to the API process in an EVENTS frame (`parallel.wire`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "out_of_memory"]
 # (logprob of the token, number of more likely tokens, the N most likely tokens in order as [(token id, logprob)])
 Logprob = tuple[float, int, list[tuple[int, float]]]
 
@@ -14,11 +15,11 @@ class EngineOutput:
 
     request_id: str
     tokens: list[int] = field(default_factory=list)  # new token ids
-    logprobs: list[Logprob] = field(default_factory=list)  # of `tokens`; empty if not requested
+    logprobs: Sequence[Logprob] = field(default_factory=list)  # of `tokens`; empty if not requested
     # Of all prompt tokens but the first; only in the first output that has a token.
-    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[Logprob] = field(default_factory=list)
     finish: FinishReason | None = None
     cached_tokens: int = 0  # tokens that were in the prefix cache when the request started
     queue_ms: float = 0.0  # milliseconds from arrival to the first step
     hidden_state: list[float] = field(default_factory=list)  # [hidden_size] of a pooled request, in its last output
-    error: str = ""  # message for the client if `finish` is "error"
+    error: str = ""  # message for the client if `finish` is "error" or "out_of_memory"

@@ -27,6 +27,7 @@ class Step:
     new_sequences: [N, 3] int32, (slot, tokens of the prompt, computed tokens) of the sequences that enter.
     rewinds: [X, 2] int32, (slot, computed tokens) of the sequences with fewer computed tokens than were scheduled,
         because draft tokens were rejected.
+    retired_blocks: [R] int32, KV blocks whose memory every rank gives back, before it uses the new ones.
     new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
     slots: [S] int32, of the sequences in this step.
     counts: [S] int32, tokens of each.
@@ -42,6 +43,7 @@ class Step:
     ended_slots: Ints
     new_sequences: Ints
     rewinds: Ints
+    retired_blocks: Ints
     new_blocks: Ints
     slots: Ints
     counts: Ints

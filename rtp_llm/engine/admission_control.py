@@ -30,6 +30,11 @@ class AdmissionControl:
         self._output_lengths.append(num_tokens)
         self.typical_length = sorted(self._output_lengths)[len(self._output_lengths) // 2]
 
+    def min_blocks(self, request: Request) -> int:
+        """Returns how many blocks the request needs, alone, to get further than it was. Its last token needs none."""
+        num_tokens = request.num_tokens + min(MIN_GROWTH, request.params.max_tokens - request.num_output_tokens) - 1
+        return int(self._kv_cache_manager.num_blocks_for(np.array([num_tokens]))[0])
+
     def fits(self, running: Sequence[Request], candidate: Request, prefix: CachedPrefix) -> bool:
         """Returns whether the blocks suffice until `running` and `candidate`, which has this cached prefix, have ended.
 
@@ -39,10 +44,13 @@ class AdmissionControl:
         requests = [*running, candidate]
         num_tokens = np.array([r.num_tokens for r in requests])
         growth = np.array([self._expected_growth(r) for r in requests])
-        is_running = growth >= growth[:, None]  # [end, request]
-        num_blocks = self._kv_cache_manager.num_blocks_for(num_tokens + growth[:, None])
         pool = self._kv_cache_manager.pool
         num_shared = pool.num_references - pool.num_used + self._kv_cache_manager.num_referenced(prefix)
+        if int(self._kv_cache_manager.num_blocks_for(num_tokens + growth).sum()) - num_shared <= pool.num_usable:
+            return True  # even if none ended before the others; so only a tight cache costs the square of their number
+        ends = np.unique(growth)[:, None]
+        is_running = growth >= ends  # [end, request]
+        num_blocks = self._kv_cache_manager.num_blocks_for(num_tokens + ends)
         return int((num_blocks * is_running).sum(axis=1).max()) - num_shared <= pool.num_usable
 
     def _expected_growth(self, request: Request) -> int:

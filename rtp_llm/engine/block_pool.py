@@ -1,7 +1,7 @@
 """Pool of KV blocks: reference counts, prefix cache and LRU eviction.
 
-A free block keeps its content until it is allocated again: first the blocks that are not in the prefix cache, then the
-least recently used. All operations are O(1) per block.
+A free block keeps its content until it is allocated again: first the blocks that are not in the prefix cache, then
+those without memory as far as `growth` allows, then the least recently used. All operations are O(1) per block.
 """
 
 from collections import OrderedDict
@@ -13,35 +13,52 @@ from rtp_llm.contract.kv_cache import NULL_BLOCK
 class BlockPool:
     """Pool of the KV blocks 1 … `num_blocks` - 1. Block 0 is the null block, which is neither allocated nor counted.
 
-    Methods that take blocks skip null blocks. A retired block's memory has been given back: it is never used again.
+    Methods that take blocks skip null blocks. A block is backed if it has memory: once it was allocated, until it is
+    retired. `growth`: blocks without memory that may be allocated; allocating one lowers it.
     """
 
-    def __init__(self, num_blocks: int):
-        """`num_blocks`: including the null block."""
-        self.num_retired = 0
+    def __init__(self, num_blocks: int, is_backed: bool = True):
+        """`num_blocks`: including the null block. `is_backed`: all blocks have memory from the start, as on a GPU."""
+        self.growth = num_blocks
         self.num_references = 0  # of all blocks; exceeds `num_used` where requests share blocks
         self._num_blocks = num_blocks
         self._ref_counts = [0] * num_blocks
         self._hash_of_block: list[bytes | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
-        self._free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(
-            block for block in range(num_blocks) if block != NULL_BLOCK
-        )
+        blocks = [block for block in range(num_blocks) if block != NULL_BLOCK]
+        self._free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(blocks if is_backed else ())
+        self._untouched: OrderedDict[int, None] = OrderedDict.fromkeys(() if is_backed else blocks)
+        self._retired: list[int] = []
+        self._num_populated = 0
 
     @property
     def num_usable(self) -> int:
-        """Returns the number of blocks that requests can have together."""
-        return self._num_blocks - 1 - self.num_retired
+        """Returns the number of blocks that requests can have together, as far as there is memory."""
+        return self.num_used + self.num_free
+
+    @property
+    def num_retired(self) -> int:
+        """Returns the number of blocks whose memory was given back."""
+        return len(self._retired)
+
+    @property
+    def is_short_of_memory(self) -> bool:
+        """Returns whether `growth` keeps blocks from being used."""
+        return self.growth < self._num_unbacked
 
     @property
     def num_free(self) -> int:
-        """Returns the number of blocks without references, cached ones included."""
-        return len(self._free_blocks)
+        """Returns the number of blocks without references that may be allocated, cached ones included."""
+        return len(self._free_blocks) + min(self.growth, self._num_unbacked)
 
     @property
     def num_used(self) -> int:
         """Returns the number of referenced blocks."""
-        return self.num_usable - len(self._free_blocks)
+        return self._num_blocks - 1 - len(self._free_blocks) - self._num_unbacked
+
+    @property
+    def _num_unbacked(self) -> int:
+        return len(self._untouched) + len(self._retired)
 
     def find_cached_block(self, block_hash: bytes) -> int | None:
         """Returns the cached block with this hash, or None. Does not reference it: see `acquire`."""
@@ -66,17 +83,30 @@ class BlockPool:
 
         Returns them with one reference each.
         """
-        blocks = self._take_free(num_blocks)
+        blocks = [self._take_free() for _ in range(num_blocks)]
         for block in blocks:
             self._ref_counts[block] = 1
         self.num_references += num_blocks
         return blocks
 
     def retire(self, num_blocks: int) -> list[int]:
-        """Removes up to `num_blocks` free blocks from the pool for good. Returns them."""
-        blocks = self._take_free(min(num_blocks, self.num_free))
-        self.num_retired += len(blocks)
+        """Takes the memory of up to `num_blocks` free blocks: uncached ones, then the least recently used.
+
+        Returns them; the ranks then give it back to the system.
+        """
+        blocks = [self._free_blocks.popitem(last=False)[0] for _ in range(min(num_blocks, len(self._free_blocks)))]
+        self.evict(blocks)
+        self._retired += blocks
         return blocks
+
+    def mark_populated(self, num_blocks: int) -> None:
+        """Notes that the first `num_blocks` blocks, but for retired ones, have memory although no request used them."""
+        for block in range(self._num_populated, num_blocks):
+            if block in self._untouched:
+                del self._untouched[block]
+                self._free_blocks[block] = None
+                self._free_blocks.move_to_end(block, last=False)
+        self._num_populated = max(self._num_populated, num_blocks)
 
     def cache_block(self, block: int, block_hash: bytes) -> None:
         """Adds a full, computed block to the prefix cache, unless another block with the same hash is in it."""
@@ -105,10 +135,15 @@ class BlockPool:
                 if self._hash_of_block[block] is None:
                     self._free_blocks.move_to_end(block, last=False)
 
-    def _take_free(self, num_blocks: int) -> list[int]:
-        blocks = [self._free_blocks.popitem(last=False)[0] for _ in range(num_blocks)]
-        self.evict(blocks)
-        return blocks
+    def _take_free(self) -> int:
+        first = next(iter(self._free_blocks), None)
+        can_grow = self.growth > 0 and self._num_unbacked > 0
+        if first is not None and (self._hash_of_block[first] is None or not can_grow):
+            del self._free_blocks[first]
+            self._evict_block(first)
+            return first
+        self.growth -= 1
+        return self._retired.pop() if self._retired else self._untouched.popitem(last=False)[0]
 
     def _evict_block(self, block: int) -> None:
         block_hash = self._hash_of_block[block]

@@ -69,6 +69,7 @@ class Engine:
         self.scheduler, self.runner, self.max_seq_len, self.epoch = scheduler, runner, max_seq_len, epoch
         self.callbacks, self.pipeline_depth = callbacks or EngineCallbacks(), pipeline_depth
         self.num_steps = 0
+        self.is_stalled = False  # nothing can be computed until the host has more memory
         self.last_step_tokens = 0
         self._launched: deque[LaunchedStep] = deque()
         self._thread = ThreadPoolExecutor(1, "step") if pipeline_depth else None
@@ -106,6 +107,9 @@ class Engine:
         """
         self.last_step_tokens = 0
         output = self.scheduler.schedule()
+        if output.starved:
+            return [_make_starved(request) for request in output.starved]
+        self.is_stalled = not output.chunks and not self._launched
         if output.chunks:
             self._launch(output)
         if self._launched and (len(self._launched) > self.pipeline_depth or not output.chunks):
@@ -158,6 +162,14 @@ def _make_output(
     if request.prompt_logprobs:
         output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
     return output
+
+
+def _make_starved(request: Request) -> EngineOutput:
+    message = (
+        f"the host has too little memory for the KV cache of this request ({request.num_tokens} tokens):"
+        " send a shorter one, or try again later"
+    )
+    return EngineOutput(request.id, finish="out_of_memory", error=message)
 
 
 def _assign_prompt_logprobs(chunks: Sequence[ScheduledChunk], logprobs: Sequence[Logprob]) -> None:

@@ -14,20 +14,28 @@ from rtp_llm.engine.block_pool import BlockPool
 from rtp_llm.engine.engine import Engine, EngineCallbacks
 from rtp_llm.engine.kv_cache_manager import KVCacheManager
 from rtp_llm.engine.loop import FollowerConnections, LeaderLoop, follower_loop
+from rtp_llm.engine.memory_budget import MemoryBudget
 from rtp_llm.engine.proposer import DraftProposer
 from rtp_llm.engine.request_server import RequestServer
 from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.errors import CommunicationError
-from rtp_llm.parallel.gang_client import GangClient, accept_ranks, leader_host, retry_connect
-from rtp_llm.parallel.group import init_group
+from rtp_llm.machine.memory import available_memory
+from rtp_llm.parallel.gang_client import Assignment, GangClient
+from rtp_llm.parallel.group import Communicator, Formation, init_group
 from rtp_llm.parallel.mesh import Mesh
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import STEP_PORT_OFFSET
-from rtp_llm.parallel.wire import FrameType, connect, listen, pack_json
+from rtp_llm.parallel.ports import gang_host, leader_host
+from rtp_llm.parallel.step_connections import accept_ranks, connect_to_leader, join_leader
+from rtp_llm.parallel.wire import listen
 from rtp_llm.runner.model_runner import ModelRunner
 from rtp_llm.runner.residency import Residency
 
 log = logging.getLogger(__name__)
+
+MEASURE_SECONDS = 0.05  # between measurements of the available memory, which take 0.1 ms
+REPORT_SECONDS = 1.5  # until the heartbeats of all parts and the gang status have brought new measurements
+MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the part
 
 
 class Epoch:
@@ -37,25 +45,38 @@ class Epoch:
     whatever it waits for; leaving the context swallows that error and frees all ports and connections.
     """
 
-    def __init__(self, part_spec: PartSpec, number: int, gang: GangClient, mesh: Mesh, device: torch.device):
-        """Forms the communicator. Collective: all ranks must call it. Raises CommunicationError."""
-        self.part_spec, self.number, self.gang, self.mesh = part_spec, number, gang, mesh
+    def __init__(self, part_spec: PartSpec, assignment: Assignment, gang: GangClient, mesh: Mesh, device: torch.device):
+        """`gang`: calls `abort` if the epoch ends, as long as the context lasts."""
+        self.part_spec, self.assignment, self.number = part_spec, assignment, assignment.epoch
+        self.gang, self.mesh, self.device = gang, mesh, device
         self._lock = threading.Lock()  # held while `abort` and `close` change the following fields
         self._sockets: list[socket.socket] = []
-        self._is_aborted = self._is_closed = False
-        self._communicator = init_group(
-            part_spec.plan,
-            gang.rank_status.rank,
-            number,
-            host=leader_host(part_spec.plan),
-            address=gang.address,
-            timeout=part_spec.config.dist_comm_timeout,
-            device=device,
-            shm_prefix=part_spec.shm_prefix,
+        self._abort_reason = ""
+        self._is_closed = False
+        self._formation = Formation()
+        self._communicator: Communicator = self._formation
+
+    def form(self) -> None:
+        """Forms the communicator. Collective: all ranks must call it. Raises CommunicationError."""
+        self.gang.check_epoch()
+        communicator = init_group(
+            self.part_spec.plan,
+            self.assignment.rank,
+            f"{self.assignment.incarnation}-{self.number}",
+            host=leader_host(self.part_spec.plan),
+            address=self.assignment.address,
+            timeout=self.part_spec.config.dist_comm_timeout,
+            device=self.device,
+            shm_prefix=self.part_spec.shm_prefix,
+            formation=self._formation,
         )
-        mesh.tp.bind(self._communicator)
+        with self._lock:
+            self._communicator = communicator
+        self.mesh.tp.bind(communicator)
+        self._check_aborted()
 
     def __enter__(self) -> "Epoch":
+        self.gang.abort_epoch = self.abort
         return self
 
     def __exit__(
@@ -65,17 +86,19 @@ class Epoch:
             # Closing a group regularly waits for the other ranks, which may not know of the error yet.
             self._communicator.abort(f"the epoch has ended: {error}")
         self.close()
-        if self._is_aborted and isinstance(error, CommunicationError):
-            log.warning("epoch %d has ended: %s", self.number, error)
-            return True
-        return False
+        if not isinstance(error, CommunicationError):
+            return False
+        log.warning("this rank leaves epoch %d and keeps what it has loaded: %s", self.number, error)
+        if not self._abort_reason:
+            self.gang.fail_epoch(str(error))
+        return True
 
     def abort(self, reason: str) -> None:
         """Ends the epoch from any thread, also in a collective whose other ranks are silent."""
         with self._lock:
             if self._is_closed:
                 return
-            self._is_aborted = True
+            self._abort_reason = reason
             self._communicator.abort(reason)
             for sock in self._sockets:
                 with suppress(OSError):  # the peer has closed it
@@ -92,13 +115,25 @@ class Epoch:
 
     def serve(self, residency: Residency) -> None:
         """Connects the ranks and runs their loops. Raises CommunicationError when the epoch ends."""
+        residency.agree_on_steps()
         runner = ModelRunner(residency)
         residency.populate_kv_memory()
-        if self.gang.rank_status.rank == 0:
+        try:
+            self._serve(runner)
+        except torch.OutOfMemoryError as error:
+            # The others wait in a collective of this step. They leave it when the coordinator ends the epoch.
+            residency.halve_steps()
+            raise CommunicationError(
+                f"rank {self.assignment.rank} ran out of memory in a step: {error}; from now on a step computes at most"
+                f" {residency.max_num_batched_tokens} tokens"
+            ) from error
+
+    def _serve(self, runner: ModelRunner) -> None:
+        if self.assignment.rank == 0:
             self._lead(runner)
         else:
             sock = self._connect_to_leader()
-            log.info("rank %d is connected to rank 0 and waits for steps", self.gang.rank_status.rank)
+            log.info("rank %d is connected to rank 0 and waits for steps", self.assignment.rank)
             follower_loop(runner, sock, self.gang.rank_status, self.number)
 
     def _lead(self, runner: ModelRunner) -> None:
@@ -108,7 +143,7 @@ class Epoch:
             self.part_spec.engine_sockets[self.mesh.dp.rank], asdict(self._engine_info(residency))
         )
         engine = Engine(
-            make_scheduler(residency),
+            make_scheduler(residency, memory_budget=self._memory_budget(residency)),
             runner,
             residency.max_seq_len,
             self.number,
@@ -130,10 +165,28 @@ class Epoch:
             self._communicator.abort("the epoch has ended")  # or the engine might wait for a step that never ends
             engine.close()
 
+    def _memory_budget(self, residency: Residency) -> MemoryBudget | None:
+        """Returns the budget of the machines, whose ranks all take the same number of blocks; None on a GPU."""
+        plan, memory, gang = self.part_spec.plan, residency.kv_memory, self.gang
+        num_ranks = plan.local_world_size
+        assert memory, "allocate_kv_cache comes first"
+        if residency.device.type != "cpu":
+            return None
+        reserve = min(MIN_RESERVE_BYTES + num_ranks * residency.step_bytes, available_memory() // 4)
+        log.info("memory: %d MiB of each machine are kept free, with fewer requests if necessary", reserve >> 20)
+        return MemoryBudget(
+            gang.available_bytes if plan.is_multi_part else available_memory,
+            reserve,
+            num_ranks * residency.layout.block_bytes,
+            lambda: memory.num_populated,
+            REPORT_SECONDS if plan.is_multi_part else MEASURE_SECONDS,
+        )
+
     def _engine_info(self, residency: Residency) -> EngineInfo:
         return EngineInfo(
             epoch=self.number,
             max_seq_len=residency.max_seq_len,
+            max_seq_len_reason=residency.max_seq_len_reason,
             vocab_size=residency.spec.vocab_size,
             block_size=residency.layout.groups[0].block_size,
             num_blocks=residency.num_blocks,
@@ -146,35 +199,40 @@ class Epoch:
         plan = self.part_spec.plan
         if plan.world_size == 1:
             return {}
-        host = "0.0.0.0" if plan.is_multi_part else "127.0.0.1"
-        with listen(host, plan.leader_port(STEP_PORT_OFFSET)) as listener:
-            peers = accept_ranks(listener, plan, self.number, self.part_spec.config.dist_comm_timeout)
+        with listen(gang_host(plan), plan.leader_port(STEP_PORT_OFFSET)) as listener:
+            self._own(listener)
+            peers = accept_ranks(listener, self.part_spec, self.assignment)
         self._own(*peers.values())
         return peers
 
     def _connect_to_leader(self) -> socket.socket:
-        plan, timeout = self.part_spec.plan, self.part_spec.config.dist_comm_timeout
-        host, port = leader_host(plan), plan.leader_port(STEP_PORT_OFFSET)
-        sock = retry_connect(lambda: connect(host, port, timeout), f"{host}:{port}", timeout)
+        sock = connect_to_leader(self.part_spec, self._check_aborted)
         self._own(sock)
-        sock.sendall(pack_json(FrameType.JOIN, {"rank": self.gang.rank_status.rank, "epoch": self.number}))
+        join_leader(sock, self.part_spec, self.assignment)
         return sock
 
     def _own(self, *sockets: socket.socket) -> None:
         """Closes the sockets with the epoch. Raises CommunicationError if it was aborted before they were known."""
         with self._lock:
             self._sockets += sockets
-        self._communicator.check_aborted()
+        self._check_aborted()
+
+    def _check_aborted(self) -> None:
+        if self._abort_reason:
+            raise CommunicationError(f"aborted: {self._abort_reason}")
 
 
-def make_scheduler(residency: Residency, proposer: DraftProposer | None = None) -> Scheduler:
+def make_scheduler(
+    residency: Residency, proposer: DraftProposer | None = None, memory_budget: MemoryBudget | None = None
+) -> Scheduler:
     """Returns a scheduler for the KV cache of a residency. `proposer`: of draft tokens."""
     config = residency.config
-    manager = KVCacheManager(BlockPool(residency.num_blocks + 1), residency.layout.groups, config.reuse_cache)
+    pool = BlockPool(residency.num_blocks + 1, is_backed=memory_budget is None)
+    manager = KVCacheManager(pool, residency.layout.groups, config.reuse_cache)
     limits = SchedulerConfig(
         max_num_batched_tokens=residency.max_num_batched_tokens,
         max_num_seqs=config.max_sequences,
         max_num_prefills=config.max_context_batch_size,
         max_seq_len=residency.max_seq_len,
     )
-    return Scheduler(manager, limits, proposer)
+    return Scheduler(manager, limits, proposer, memory_budget)

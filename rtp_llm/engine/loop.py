@@ -22,6 +22,7 @@ from rtp_llm.runner.model_runner import ModelRunner
 log = logging.getLogger(__name__)
 
 SNAPSHOT_INTERVAL_STEPS = 1000  # between comparisons of all sequences; the digest of a step covers its own only
+STALL_SECONDS = 0.05  # between looks at the host's memory while no request can be computed without more of it
 KEEPALIVE_INTERVAL_SECONDS = 0.5  # between keepalives that an idle rank 0 sends to followers and API process
 
 
@@ -78,12 +79,13 @@ class LeaderLoop:
     def run(self) -> None:
         """Runs until the epoch ends.
 
-        Raises CommunicationError if the epoch is aborted, if another rank is lost, or if the API process violates the
-        protocol.
+        Raises CommunicationError if the epoch is aborted, or if another rank is lost.
         """
         next_keepalive = 0.0
         while True:
-            for message in self.request_server.poll(0 if self.engine.has_work else KEEPALIVE_INTERVAL_SECONDS):
+            idle_seconds = STALL_SECONDS if self.engine.has_work else KEEPALIVE_INTERVAL_SECONDS
+            is_busy = self.engine.has_work and not self.engine.is_stalled
+            for message in self.request_server.poll(0 if is_busy else idle_seconds):
                 self._handle_message(message)
             now = time.monotonic()
             self.runner.residency.mesh.tp.check_aborted()
@@ -93,8 +95,9 @@ class LeaderLoop:
                 if self.engine.num_steps % SNAPSHOT_INTERVAL_STEPS == 0:
                     self.followers.send_snapshot(self.runner.input_batch.snapshot())
                 self._send_outputs(outputs, time.monotonic() - now)
-                self.rank_status.record_step(self.engine.num_steps, self.runner.residency.mesh.tp.wait_seconds)
-            elif now >= next_keepalive:
+                if self.engine.last_step_tokens:
+                    self.rank_status.record_step(self.engine.num_steps, self.runner.residency.mesh.tp.wait_seconds)
+            if (self.engine.is_stalled or not self.engine.has_work) and now >= next_keepalive:
                 next_keepalive = now + KEEPALIVE_INTERVAL_SECONDS
                 self.followers.send_keepalive()
                 self._send_outputs([], 0.0)
@@ -102,17 +105,28 @@ class LeaderLoop:
             self.rank_status.mark_progress()
 
     def _handle_message(self, message: ClientMessage) -> None:
-        if message.frame_type == FrameType.SUBMIT:
-            self._submit(message.connection, message.body)
-        elif message.frame_type == FrameType.ABORT:
-            self._abort(str(message.body["id"]))
-        elif message.frame_type is None:
-            for request_id in [r for r, client in self._client_of_request.items() if client is message.connection]:
-                self._abort(request_id)
+        """Handles a frame of a client. Drops a client that sends anything else than requests: it is no API process."""
+        connection = message.connection
+        if message.frame_type is None:
+            self._abort_requests_of(connection)
+        elif connection in self.request_server.connections:  # not dropped for an earlier frame
+            try:
+                self._handle_frame(connection, message.frame_type, message.body)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                self.request_server.disconnect(connection, f"not a request: {error!r}")
+                self._abort_requests_of(connection)
+
+    def _handle_frame(self, connection: ClientConnection, frame_type: FrameType, body: dict[str, Any]) -> None:
+        if frame_type == FrameType.SUBMIT:
+            self._submit(connection, body)
+        elif frame_type == FrameType.ABORT:
+            self._abort(str(body["id"]))
         else:
-            raise CommunicationError(
-                f"the API process sent an unexpected {message.frame_type.name} frame; allowed: SUBMIT, ABORT"
-            )
+            raise ValueError(f"a {frame_type.name} frame; allowed: SUBMIT, ABORT")
+
+    def _abort_requests_of(self, connection: ClientConnection) -> None:
+        for request_id in [r for r, client in self._client_of_request.items() if client is connection]:
+            self._abort(request_id)
 
     def _submit(self, connection: ClientConnection, body: dict[str, Any]) -> None:
         params = SamplingParams.from_json(body["params"])
@@ -172,10 +186,14 @@ def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankSta
     it keeps other sequences than this rank.
     """
     while True:
+        rank_status.is_waiting = True
         try:
             frame_type, payload = recv_frame(sock)
         except OSError as error:
             raise CommunicationError(f"lost rank 0 while waiting for a step: {error}") from error
+        finally:
+            rank_status.mark_progress()
+            rank_status.is_waiting = False
         if rank_status.phase != "serving":  # rank 0 sends its first frame once all ranks are connected
             rank_status.set_phase("serving")
         if frame_type == FrameType.STEP:

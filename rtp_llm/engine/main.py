@@ -1,4 +1,4 @@
-"""`python -m rtp_llm.engine.main RUN_DIR RANK`: runs the process of one rank."""
+"""`python -m rtp_llm.engine.main RUN_DIR INDEX`: a worker, a process that serves as one rank, or waits as the spare."""
 
 import os
 import sys
@@ -7,22 +7,25 @@ from pathlib import Path
 
 from rtp_llm import log
 from rtp_llm.machine.process import exit_with_supervisord, run_main
-from rtp_llm.parallel.gang_client import GangClient, exit_process
+from rtp_llm.parallel.gang_client import GangClient
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.rank_status import RankStatus
 
 
-def main(run_dir: Path, rank: int) -> None:
-    """Joins the gang, then serves as one rank until the process ends.
+def main(run_dir: Path, index: int) -> None:
+    """Joins the gang, then serves one epoch after the other until the process ends. `index`: among the part's workers.
 
-    Raises FatalError, for example if the settings of the parts differ or another rank is lost.
+    Raises FatalError, for example if the settings of the parts differ.
     """
     part_spec = PartSpec.load(run_dir)
-    log.setup(f"{part_spec.label} rank{rank}", part_spec.config.log_level, style=part_spec.config.log_format)
-    gang = GangClient(part_spec.plan, RankStatus(rank, part_spec.plan.part), part_spec.config, run_dir, exit_process)
-    gang.join(part_spec.fingerprint)
-    # Imports torch after the rendezvous: the import takes seconds, and differing settings should be reported before.
-    from rtp_llm.engine.rank import serve_rank
+    log.setup(f"{part_spec.label} worker{index}", part_spec.config.log_level, style=part_spec.config.log_format)
+    gang = GangClient(part_spec, index, RankStatus(part_spec.plan.part))
+    gang.start()
+    gang.wait_for_work()
+    # Imports torch after the rendezvous: the import takes seconds, and differing settings should be reported before. A
+    # spare imports it once the others serve, so that it neither slows their start down nor its own later.
+    with gang.importing():
+        from rtp_llm.engine.rank import serve_rank
 
     serve_rank(part_spec, gang)
 

@@ -2,13 +2,15 @@
 
 import torch
 
+from rtp_llm import log
 from rtp_llm.engine.epoch import Epoch
 from rtp_llm.errors import ConfigError, GpuError
 from rtp_llm.machine.devices import usable_cores
 from rtp_llm.model.checkpoint import Checkpoint
-from rtp_llm.parallel.gang_client import GangClient
+from rtp_llm.parallel.gang_client import Assignment, GangClient
 from rtp_llm.parallel.mesh import Mesh
 from rtp_llm.parallel.part_spec import PartSpec
+from rtp_llm.parallel.rendezvous import KVCacheSize
 from rtp_llm.runner.progress import ProgressBar
 from rtp_llm.runner.residency import Residency
 
@@ -23,14 +25,17 @@ def serve_rank(part_spec: PartSpec, gang: GangClient) -> None:
 
 def _serve(part_spec: PartSpec, gang: GangClient) -> None:
     config, plan = part_spec.config, part_spec.plan
-    mesh, device = Mesh.of(plan, gang.rank_status.rank), _select_device(part_spec, gang.rank_status.rank)
     torch.set_num_threads(config.rtp_threads or max(1, usable_cores() // plan.local_world_size))
     residency: Residency | None = None
-    for number in gang.epochs():
-        with Epoch(part_spec, number, gang, mesh, device) as epoch:
-            gang.abort_epoch = epoch.abort
+    for assignment in gang.epochs():
+        if residency is None:
+            log.setup(f"{part_spec.label} rank{assignment.rank}", config.log_level, style=config.log_format)
+            mesh, device = Mesh.of(plan, assignment.rank), _select_device(part_spec, assignment.rank)
+        with Epoch(part_spec, assignment, gang, mesh, device) as epoch:
+            epoch.form()
             # Loaded within the first epoch: it fails within seconds if the ranks cannot reach each other.
             residency = residency or _load(part_spec, gang, mesh, device)
+            _allocate_kv_cache(residency, part_spec, gang, assignment)
             epoch.serve(residency)
 
 
@@ -47,7 +52,7 @@ def _select_device(part_spec: PartSpec, rank: int) -> torch.device:
 
 
 def _load(part_spec: PartSpec, gang: GangClient, mesh: Mesh, device: torch.device) -> Residency:
-    """Loads the weights and, when all ranks have theirs, allocates the KV cache."""
+    """Loads this rank's weights."""
     config, plan, rank_status = part_spec.config, part_spec.plan, gang.rank_status
     checkpoint = Checkpoint.open(config)
     spec = checkpoint.spec(config)
@@ -63,8 +68,26 @@ def _load(part_spec: PartSpec, gang: GangClient, mesh: Mesh, device: torch.devic
 
     residency = Residency(config, spec, mesh, device, config.max_seq_len or spec.max_positions)
     rank_status.weight_bytes = residency.load(checkpoint, on_progress).bytes
-    rank_status.set_phase("warmup")
-    gang.wait_until_loaded()
-    residency.allocate_kv_cache(plan.local_world_size if device.type == "cpu" else 1)
-    rank_status.kv_bytes = residency.kv_bytes
+    if device.type == "cpu":  # the layers of a GPU are only queued when they are called
+        residency.on_layer = rank_status.count_progress
+    gang.resident_rank = rank_status.rank
     return residency
+
+
+def _allocate_kv_cache(residency: Residency, part_spec: PartSpec, gang: GangClient, assignment: Assignment) -> None:
+    """Allocates the KV cache when all ranks have their weights, unless this rank has kept it.
+
+    Its size is that of the ranks which have theirs. If no rank has one, all measure together.
+    """
+    gang.rank_status.set_phase("warmup")
+    gang.wait_until_loaded()
+    if residency.num_blocks:
+        return
+    size = assignment.kv_cache
+    if size.num_blocks:
+        residency.restore_kv_cache(size.num_blocks, size.max_seq_len)
+    else:
+        is_cpu = residency.device.type == "cpu"
+        residency.allocate_kv_cache(part_spec.plan.local_world_size if is_cpu else 1)
+    gang.kv_cache = KVCacheSize(residency.num_blocks, residency.max_seq_len)
+    gang.rank_status.kv_bytes = residency.kv_bytes

@@ -81,6 +81,12 @@ class RequestServer:
         connection.outgoing += frame
         self._flush(connection)
 
+    def disconnect(self, connection: ClientConnection, reason: str) -> None:
+        log.info("connection of the API process ended: %s", reason)
+        self._selector.unregister(connection.sock)
+        connection.sock.close()
+        self.connections.discard(connection)
+
     def announce_launch(self, request_ids: set[str]) -> None:
         """Tells the clients which requests the next steps compute, if these are not the same as before.
 
@@ -110,11 +116,8 @@ class RequestServer:
             return [ClientMessage(connection, frame_type, json.loads(payload)) for frame_type, payload in frames]
         except BlockingIOError:
             return []
-        except (OSError, ValueError) as error:
-            log.info("connection of the API process ended: %s", error)
-            self._selector.unregister(connection.sock)
-            connection.sock.close()
-            self.connections.discard(connection)
+        except (OSError, ValueError, RecursionError) as error:
+            self.disconnect(connection, str(error))
             return [ClientMessage(connection, None, {})]
 
     def _flush(self, connection: ClientConnection) -> None:

@@ -8,6 +8,7 @@ what is scheduled as done (see `Request`), and blocks are published or freed onl
 known. Plain Python over ints: no torch, no sockets.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -18,10 +19,14 @@ from rtp_llm.contract.engine_output import FinishReason
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.admission_control import AdmissionControl
 from rtp_llm.engine.kv_cache_manager import KVCacheManager, NewBlocks
+from rtp_llm.engine.memory_budget import MemoryBudget
 from rtp_llm.engine.proposer import DraftProposer
 from rtp_llm.engine.scheduler_output import RequestUpdate, ScheduledChunk, SchedulerOutput
 
+log = logging.getLogger(__name__)
+
 CHUNK_TILE = 16  # tokens; chunks of a prompt end at multiples, so that a recomputed prompt has the same chunks
+STARVING_SECONDS = 10.0  # that a request waits for memory while no other one runs
 PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs, at most
 
 
@@ -60,16 +65,27 @@ class Scheduler:
     """Keeps the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
 
     def __init__(
-        self, kv_cache_manager: KVCacheManager, config: SchedulerConfig, proposer: DraftProposer | None = None
+        self,
+        kv_cache_manager: KVCacheManager,
+        config: SchedulerConfig,
+        proposer: DraftProposer | None = None,
+        memory_budget: MemoryBudget | None = None,
     ):
-        """`proposer`: of draft tokens; requests then wait for the result of each step."""
+        """`proposer`: of draft tokens; requests then wait for the result of each step.
+
+        `memory_budget`: if the memory of the KV cache is not held from the start on.
+        """
         self.kv_cache_manager, self.config, self.proposer = kv_cache_manager, config, proposer
+        self.memory_budget = memory_budget
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.stats = SchedulerStats()
         self.admission_control = AdmissionControl(kv_cache_manager)
         self._is_admission_blocked = False  # nothing has changed since the first waiting request did not fit
         self._is_short_of_blocks = False  # the current step leaves out or preempts a request, and so admits none
+        self._is_short_of_memory = False  # at the last measurement
+        self._retired_blocks: list[int] = []  # since the last step
+        self._starving_since: float | None = None  # since when the first waiting request lacks memory and none runs
         self._num_releasing = 0  # requests that have left the batch, and whose blocks a step in flight still uses
         self._last_turn = 0
         self._free_slots = list(reversed(range(config.max_num_seqs)))
@@ -105,16 +121,18 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Returns the next step. It has no chunks if no request can be computed before a step in flight is known."""
         self._is_short_of_blocks = False
+        self._fit_memory()
         chunks = self._schedule_running()
         if self.proposer:
             self._add_drafts(chunks, self.proposer)
-        if not self._is_short_of_blocks:
+        if not self._is_short_of_blocks and not (self._is_short_of_memory and self.running):
             chunks += self._admit_waiting(chunks)
         if not chunks:
-            return SchedulerOutput([])
+            return SchedulerOutput([], starved=self._end_starved())
+        self._starving_since = None
         chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
-        output = SchedulerOutput(chunks, self._ended_slots, list(self._rewinds.items()))
-        self._ended_slots, self._rewinds = [], {}
+        output = SchedulerOutput(chunks, self._ended_slots, list(self._rewinds.items()), self._retired_blocks)
+        self._ended_slots, self._rewinds, self._retired_blocks = [], {}, []
         return output
 
     def update(self, output: SchedulerOutput, results: Iterable[list[int] | None]) -> list[RequestUpdate]:
@@ -138,6 +156,47 @@ class Scheduler:
                 self._num_releasing -= 1
                 self._release_blocks(request)
         return updates
+
+    # Memory
+
+    def _fit_memory(self) -> None:
+        """Lets the KV cache grow into the memory that the host has left, or retires blocks if that is too little.
+
+        If too few blocks are free, the newest requests give way, all but one: it fails only when it needs more.
+        """
+        if not self.memory_budget:
+            return
+        pool = self.kv_cache_manager.pool
+        pool.mark_populated(self.memory_budget.num_populated())
+        room = self.memory_budget.measure()
+        if room is None:
+            return
+        num_usable = pool.num_usable
+        if (room < 0) != self._is_short_of_memory:
+            state = "runs short: requests wait or are preempted" if room < 0 else "suffices again"
+            log.warning("memory %s (%+d KV blocks, %d are in use)", state, room, pool.num_used)
+        pool.growth, self._is_short_of_memory = max(0, room), room < 0
+        while (num_missing := -room - len(self._retired_blocks)) > 0:
+            self._retired_blocks += pool.retire(num_missing)
+            if len(self._retired_blocks) >= -room or len(self.running) < 2 or self._frees_blocks_soon():
+                break
+            self._preempt(self.running.pop())
+        if pool.num_usable > num_usable:
+            self._is_admission_blocked = False
+
+    def _end_starved(self) -> list[Request]:
+        """Ends the first waiting request if it has lacked memory for long although it has all of it. Returns it."""
+        if self.running or self._num_releasing or not self.waiting or not self.kv_cache_manager.pool.is_short_of_memory:
+            self._starving_since = None
+            return []
+        now = time.monotonic()
+        self._starving_since = self._starving_since or now
+        if now - self._starving_since < STARVING_SECONDS:
+            return []
+        self._starving_since = None
+        request = self.waiting[0]
+        self.finish(request)
+        return [request]
 
     # Running requests
 
@@ -329,6 +388,9 @@ class Scheduler:
         num_tokens = self._chunk_size(request, prefix.num_tokens, limit, has_prefill)
         if num_tokens <= 0:
             return None
+        pool = self.kv_cache_manager.pool
+        if pool.is_short_of_memory and self.admission_control.min_blocks(request) > pool.num_usable:
+            return None  # it would be preempted again before it gets further
         if self.running and not self.admission_control.fits(self.running, request, prefix):
             self._is_admission_blocked = True
             return None

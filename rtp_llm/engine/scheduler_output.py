@@ -42,11 +42,16 @@ class SchedulerOutput:
     chunks: at most one per request; those of one token (decodes) first, each kind in order of arrival.
     ended_slots: slots of the requests that have left the batch since the last step; a new request may have one of them.
     rewinds: (slot, computed tokens) of requests whose draft tokens were rejected in their last step.
+    retired_blocks: KV blocks whose memory all ranks give back before the step.
+    starved: requests that have ended because there is no memory for their KV blocks; the only field that is not kept
+        for the next output.
     """
 
     chunks: list[ScheduledChunk]
     ended_slots: list[int] = field(default_factory=list)
     rewinds: list[tuple[int, int]] = field(default_factory=list)
+    retired_blocks: list[int] = field(default_factory=list)
+    starved: list[Request] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ def build_step(output: SchedulerOutput, epoch: int, number: int) -> Step:
         ended_slots=_ints(output.ended_slots),
         new_sequences=_table("new_sequences", new),
         rewinds=_table("rewinds", output.rewinds),
+        retired_blocks=_ints(output.retired_blocks),
         new_blocks=_table("new_blocks", blocks),
         slots=_ints(slots),
         counts=_ints(c.num_tokens for c in chunks),

@@ -2,7 +2,7 @@
 admin-guide/cgroup-v2)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = "/sys/fs/cgroup"
@@ -28,33 +28,66 @@ class Cgroup:
     @property
     def available_memory(self) -> int:
         """Returns the bytes that the container may still use. Page cache counts as free: the kernel reclaims it."""
-        if self.memory_max is None or self.memory_max >= UNLIMITED:
-            return UNLIMITED
-        return min(UNLIMITED, max(0, self.memory_max - (self.memory_current or 0) + self.reclaimable))
+        return max(0, _Usage(self.memory_max, self.memory_current, self.reclaimable).room)
 
     @property
     def available_pids(self) -> int:
-        if self.pids_max is None or self.pids_max >= UNLIMITED:
-            return UNLIMITED
-        return max(0, self.pids_max - (self.pids_current or 0))
+        return max(0, _Usage(self.pids_max, self.pids_current).room)
 
     @classmethod
     def read(cls, read_text: Callable[[str], str | None]) -> "Cgroup":
         """Returns the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
 
-        Outside containers, the files are in the directory that /proc/self/cgroup names. In a container that directory
-        may not exist; the files are then in the root of the cgroup mount.
+        A limit of an ancestor holds too, so of memory and pids the level that leaves least is returned. Outside
+        containers, the innermost level is the directory that /proc/self/cgroup names. In a container that directory may
+        not exist; the container's limits are then in the root of the cgroup mount.
         """
         paths = parse_proc_cgroup(read_text("/proc/self/cgroup") or "")
         if read_text(f"{ROOT}/cgroup.controllers") is not None:
-            return _read_v2(lambda name: _read_first(read_text, ROOT, paths.get("", "/"), name))
+            return _read_v2(_Levels(read_text, ROOT, paths.get("", "/")))
         if any(read_text(f"{ROOT}/{c}") is not None for c in ("memory/memory.limit_in_bytes", "pids/cgroup.procs")):
-            return _read_v1(
-                lambda controller, name: _read_first(
-                    read_text, f"{ROOT}/{controller}", paths.get(controller, "/"), name
-                )
-            )
+            return _read_v1(*(_Levels(read_text, f"{ROOT}/{c}", paths.get(c, "/")) for c in ("memory", "pids", "cpu")))
         return cls(0)
+
+
+class _Levels:
+    """The directories of a cgroup and its ancestors, innermost first. Those that this process cannot see are empty."""
+
+    def __init__(self, read_text: Callable[[str], str | None], mount: str, path: str):
+        parts = [part for part in path.split("/") if part]
+        if ".." in parts:  # the cgroup is outside the namespace of this mount
+            parts = []
+        self._read_text = read_text
+        self._directories = ["/".join((mount, *parts[:depth])) for depth in range(len(parts), -1, -1)]
+
+    def texts(self, *names: str) -> list[list[str | None]]:
+        """Returns the texts of these files, for each level."""
+        return [[self._read_text(f"{directory}/{name}") for name in names] for directory in self._directories]
+
+    def first(self, name: str) -> str | None:
+        """Returns the text of a file at the innermost level that has it."""
+        return next((text for (text,) in self.texts(name) if text is not None), None)
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """A limit and what is used of it, at one level."""
+
+    limit: int | None
+    current: int | None
+    reclaimable: int = 0
+
+    @property
+    def room(self) -> int:
+        if self.limit is None or self.limit >= UNLIMITED:
+            return UNLIMITED
+        return min(UNLIMITED, self.limit - (self.current or 0) + self.reclaimable)
+
+
+def _tightest(usages: Iterable[_Usage]) -> _Usage:
+    """Returns the usage at the level that leaves least; the innermost of those that have a limit if none restricts."""
+    limited = [usage for usage in usages if usage.limit is not None]
+    return min(limited, key=lambda usage: usage.room, default=_Usage(None, None))
 
 
 def parse_proc_cgroup(text: str) -> dict[str, str]:
@@ -67,47 +100,66 @@ def parse_proc_cgroup(text: str) -> dict[str, str]:
     return paths
 
 
-def _read_first(read_text: Callable[[str], str | None], mount: str, path: str, name: str) -> str | None:
-    """Returns the text of file `name` in cgroup directory `path` of `mount`, or else in the root of `mount`.
-
-    Returns None if neither file can be read.
-    """
-    text = read_text(f"{mount}/{path.strip('/')}/{name}") if path.strip("/") else None
-    return text if text is not None else read_text(f"{mount}/{name}")
-
-
-def _read_v2(read: Callable[[str], str | None]) -> Cgroup:
-    quota = (read("cpu.max") or "").split()
-    cpus = int(quota[0]) / int(quota[1]) if len(quota) == 2 and all(map(_NUMBER.fullmatch, quota)) else None
-    stat = _parse_table(read("memory.stat"))
+def _read_v2(levels: _Levels) -> Cgroup:
+    memory = _tightest(
+        _Usage(_parse_limit(limit), _parse_limit(current), _file_bytes(stat))
+        for limit, current, stat in levels.texts("memory.max", "memory.current", "memory.stat")
+    )
+    pids = _tightest(
+        _Usage(_parse_limit(limit), _parse_limit(current))
+        for limit, current in levels.texts("pids.max", "pids.current")
+    )
     return Cgroup(
         version=2,
-        memory_max=_parse_limit(read("memory.max")),
-        memory_current=_parse_limit(read("memory.current")),
-        reclaimable=stat.get("inactive_file", 0) + stat.get("active_file", 0),
-        oom_kills=_parse_table(read("memory.events")).get("oom_kill"),
-        pids_max=_parse_limit(read("pids.max")),
-        pids_current=_parse_limit(read("pids.current")),
-        cpus=cpus,
-        throttled=_parse_table(read("cpu.stat")).get("nr_throttled", 0),
+        memory_max=memory.limit,
+        memory_current=memory.current,
+        reclaimable=memory.reclaimable,
+        oom_kills=_parse_table(levels.first("memory.events")).get("oom_kill"),
+        pids_max=pids.limit,
+        pids_current=pids.current,
+        cpus=_smallest_quota((text or "").split() for (text,) in levels.texts("cpu.max")),
+        throttled=_parse_table(levels.first("cpu.stat")).get("nr_throttled", 0),
     )
 
 
-def _read_v1(read: Callable[[str, str], str | None]) -> Cgroup:
-    quota, period = _parse_limit(read("cpu", "cpu.cfs_quota_us")), _parse_limit(read("cpu", "cpu.cfs_period_us"))
-    stat = _parse_table(read("memory", "memory.stat"))
-    limit = _parse_limit(read("memory", "memory.limit_in_bytes"))
+def _read_v1(memory_levels: _Levels, pids_levels: _Levels, cpu_levels: _Levels) -> Cgroup:
+    memory = _tightest(
+        _Usage(_parse_v1_limit(limit), _parse_limit(current), _file_bytes(stat, "total_"))
+        for limit, current, stat in memory_levels.texts("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    )
+    pids = _tightest(
+        _Usage(_parse_limit(limit), _parse_limit(current))
+        for limit, current in pids_levels.texts("pids.max", "pids.current")
+    )
+    quotas = cpu_levels.texts("cpu.cfs_quota_us", "cpu.cfs_period_us")
     return Cgroup(
         version=1,
-        memory_max=UNLIMITED if limit is not None and limit >= V1_UNLIMITED else limit,
-        memory_current=_parse_limit(read("memory", "memory.usage_in_bytes")),
-        reclaimable=stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0),
-        oom_kills=_parse_table(read("memory", "memory.oom_control")).get("oom_kill"),
-        pids_max=_parse_limit(read("pids", "pids.max")),
-        pids_current=_parse_limit(read("pids", "pids.current")),
-        cpus=quota / period if quota and period and quota > 0 else None,
-        throttled=_parse_table(read("cpu", "cpu.stat")).get("nr_throttled", 0),
+        memory_max=memory.limit,
+        memory_current=memory.current,
+        reclaimable=memory.reclaimable,
+        oom_kills=_parse_table(memory_levels.first("memory.oom_control")).get("oom_kill"),
+        pids_max=pids.limit,
+        pids_current=pids.current,
+        cpus=_smallest_quota([(text or "").strip() for text in texts] for texts in quotas),
+        throttled=_parse_table(cpu_levels.first("cpu.stat")).get("nr_throttled", 0),
     )
+
+
+def _smallest_quota(quotas: Iterable[Sequence[str]]) -> float | None:
+    """Returns the cores of the smallest (quota, period) in microseconds; None if no level has a quota."""
+    numbers = (quota for quota in quotas if len(quota) == 2 and all(map(_NUMBER.fullmatch, quota)))
+    return min((int(quota) / int(period) for quota, period in numbers), default=None)
+
+
+def _file_bytes(stat: str | None, prefix: str = "") -> int:
+    """Returns the bytes of page cache in the text of memory.stat. Files in memory (tmpfs) are not among them."""
+    table = _parse_table(stat)
+    return table.get(f"{prefix}inactive_file", 0) + table.get(f"{prefix}active_file", 0)
+
+
+def _parse_v1_limit(text: str | None) -> int | None:
+    limit = _parse_limit(text)
+    return UNLIMITED if limit is not None and limit >= V1_UNLIMITED else limit
 
 
 def _parse_limit(text: str | None) -> int | None:

@@ -15,7 +15,10 @@ from rtp_llm.errors import ExitCode, FatalError
 
 log = logging.getLogger(__name__)
 
+MIN_OPEN_FILES = 1024  # limit of open files without which supervisord does not start (its minfds)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+
+MIN_OPEN_FILES = 1024  # supervisord does not start with a lower limit (its minfds)
 
 
 def die_with_parent() -> None:
@@ -56,6 +59,15 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except BaseException:
         log.critical("unexpected error; the process exits", exc_info=True)
         code = ExitCode.RANK_CRASHED
+    _exit(code)
+
+
+def exit_process(message: str, code: ExitCode) -> NoReturn:
+    """Logs the message and exits with `code`.
+
+    Uses os._exit because a hung collective blocks a normal exit; the guard restarts the process.
+    """
+    log.critical("%s: this process exits (exit code %d)", message, code)
     _exit(code)
 
 

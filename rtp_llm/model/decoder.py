@@ -94,6 +94,7 @@ class Decoder(nn.Module):
         x = residual if self.input_norm is None else self.input_norm(residual)
         for layer in self.layers:
             x, residual = layer(x, residual, context)
+            context.on_layer()
         return x
 
     @property

@@ -1,6 +1,6 @@
 """What all layers need in one forward pass, besides the hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,21 +38,28 @@ class ForwardContext:
 
     caches: KV cache of each layer. group_of_layer: index of each layer's KV cache group.
     metadata: of each KV cache group, as `Attention.prepare` returned it.
+    on_layer: called after each layer.
     """
 
     batch: ForwardBatch
     caches: Sequence[LayerKVCache]
     group_of_layer: Sequence[int]
     metadata: Sequence[Any]
+    on_layer: Callable[[], None] = lambda: None
     _cos_sin: dict[tuple[RopeSpec, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prepare(
-        cls, batch: ForwardBatch, caches: Sequence[LayerKVCache], layout: KVCacheLayout, attentions: Sequence[Attention]
+        cls,
+        batch: ForwardBatch,
+        caches: Sequence[LayerKVCache],
+        layout: KVCacheLayout,
+        attentions: Sequence[Attention],
+        on_layer: Callable[[], None] = lambda: None,
     ) -> "ForwardContext":
         """Returns the context of a step. attentions: of all layers; the first of each group makes its metadata."""
         metadata = [attentions[group.layers[0]].prepare(batch, i, group) for i, group in enumerate(layout.groups)]
-        return cls(batch, caches, layout.group_of_layer, metadata)
+        return cls(batch, caches, layout.group_of_layer, metadata, on_layer)
 
     def metadata_of(self, layer: int) -> Any:
         """Returns the attention metadata of the layer's KV cache group."""

@@ -75,6 +75,11 @@ class ModelSpec:
                 check="M-01",
             )
 
+    def fingerprint(self, checkpoint_digest: str) -> dict[str, Any]:
+        """Returns the values of the model that must be equal on all parts, by dotted name."""
+        values = {"checkpoint": checkpoint_digest, "family": self.family, "dtype": self.dtype}
+        return {f"model.{name}": value for name, value in values.items()}
+
 
 Json = dict[str, Any]
 _Family = Callable[[Json], dict[str, Any]]

@@ -1,94 +1,127 @@
-"""The coordinator on rank 0: runs the rendezvous, in which all ranks join, and detects ranks that are lost later.
+"""`python -m rtp_llm.parallel.coordinator RUN_DIR`: the coordinator, a process of part 0 that uses no GPU.
 
-It compares the fingerprints of the ranks (values that must be equal on all parts) and assigns the epoch number. An
-epoch lasts from a rendezvous until any rank is lost.
+It runs the rendezvous, in which workers (processes that can be a rank) get their ranks; ends the epoch for all when one
+is lost; and forms the next one from those that are left, with their weights in memory, and a spare in the lost place.
 
-Every rank keeps one TCP connection open. With a key-value store that ranks poll, the coordinator could not push the
-list of missing parts to waiting ranks, and would notice a lost rank only at the next poll; a connection reports EOF.
+Every worker, and the guard of every part, keeps one TCP connection open. With a key-value store that ranks poll, the
+coordinator could not push the reason to waiting parts, and would notice a lost rank only at the next poll; a connection
+reports EOF.
 """
 
 import errno
 import json
 import logging
+import os
+import secrets
 import selectors
 import socket
-import threading
+import sys
 import time
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from rtp_llm.errors import ExitCode
-from rtp_llm.parallel.plan import Plan
+from rtp_llm import log as logs
+from rtp_llm.machine.process import exit_with_supervisord, run_main, stopping_file
+from rtp_llm.parallel.handshake import Challenge, SecretError, read_secret
+from rtp_llm.parallel.part_spec import PartSpec
+from rtp_llm.parallel.plan import RENDEZVOUS_PORT_OFFSET, PlannedPort
+from rtp_llm.parallel.ports import gang_host, listen_as_planned
+from rtp_llm.parallel.rendezvous import Rendezvous, Worker
 from rtp_llm.parallel.wire import FrameBuffer, FrameType, WireError, pack_json
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rtp_llm.coordinator")
 
 HEARTBEAT_INTERVAL_SECONDS = 0.5
 PHASE_CHANGE_SECONDS = 0.02  # from a change of phase, which ranks may wait for, to the status that tells it
 HELLO_TIMEOUT_SECONDS = 5.0  # from accept to the HELLO frame
 SEND_TIMEOUT_SECONDS = 5.0
-MAX_MESSAGE_BYTES = 1 << 20  # a heartbeat has a few hundred bytes
-DISAGREE_GRACE_SECONDS = (
-    1.5  # from the first difference to the rejection, which then lists parts that join late as well
-)
-OnRankLost = Callable[[str, ExitCode], None]
+MAX_MESSAGE_BYTES = 1 << 16  # a heartbeat has a few hundred bytes
+# From the first difference to the rejection, which then also lists the parts that join late.
+DISAGREE_GRACE_SECONDS = 1.5
+SILENT_SECONDS = 2.0
+FROZEN_SECONDS = 3.0  # between two periodic calls: this machine, or at least this process, was stopped
+RESIDENTS_SECONDS = 3.0  # from the start until a rank with weights that has not come back counts as lost
+MAX_STRANGERS = 256
+# That importing torch may take without a heartbeat: reading its libraries from a cold disk holds Python's global lock.
+IMPORT_SECONDS = 120.0
+LOG_AGAIN_SECONDS = 60.0
+MAX_LOGGED_REASONS = 1000
+REFUSAL_SHOWN_SECONDS = 5.0
+TWIN_SECONDS = 1.0  # after which a heartbeat of the first worker proves that both live
+FAILURE_SETTLE_SECONDS = 1.0  # from the report of a rank to the end of the epoch: a lost rank explains it better
+FAILURE_WINDOW_SECONDS = 600.0
+LONGEST_STEPS = 20  # a rank hangs after so many times the longest time without progress that it had so far
 
 
-@dataclass
+@dataclass(eq=False)
 class _Peer:
-    """One connection to the rendezvous port. `rank` is None until the HELLO frame, which names it, has arrived."""
+    """One connection to the rendezvous port. It is a worker's or a guard's once its HELLO has been accepted."""
 
     sock: socket.socket
     address: str
+    challenge: Challenge
     buffer: FrameBuffer = field(default_factory=lambda: FrameBuffer(MAX_MESSAGE_BYTES))
-    rank: int | None = None
-    fingerprint: dict[str, Any] = field(default_factory=dict)
+    worker: Worker | None = None
+    guarded_part: int | None = None
     rank_status: dict[str, Any] = field(default_factory=dict)
+    connected_at: float = field(default_factory=time.monotonic)
     last_seen: float = field(default_factory=time.monotonic)
     has_sent_data: bool = False
+    is_importing: bool = False
 
-
-@dataclass(frozen=True)
-class Timeouts:
-    """Limits in seconds.
-
-    join: for all ranks to join. heartbeat, progress: a rank without them for this time counts as lost.
-    """
-
-    join: float
-    heartbeat: float
-    progress: float
+    @property
+    def is_accepted(self) -> bool:
+        return self.worker is not None or self.guarded_part is not None
 
 
 class Coordinator:
-    """Serves one rendezvous of the gang and its heartbeats on part 0's rendezvous port, in a thread of rank 0.
+    """Serves part 0's rendezvous port."""
 
-    Calls `on_lost` with a message and an exit code if a rank is lost after the rendezvous.
-    """
-
-    def __init__(self, plan: Plan, epoch: int, listener: socket.socket, timeouts: Timeouts, on_lost: OnRankLost):
-        self.plan, self.epoch, self.listener, self.timeouts = plan, epoch, listener, timeouts
-        self.on_lost = on_lost
+    def __init__(self, part_spec: PartSpec, listener: socket.socket, gang_secret: bytes = b""):
+        self.part_spec, self.listener = part_spec, listener
+        self.incarnation = secrets.token_hex(8)  # a part 0 that was recreated counts its epochs from 1 again
+        self.rendezvous = Rendezvous(part_spec.plan, part_spec.fingerprint)
+        self._secret = gang_secret
         self._peers: list[_Peer] = []
-        self._formed = False
+        self._epoch = 0
+        self._in_epoch = self._has_served = False
+        self._reason = ""  # why the last epoch ended
+        self._refusal, self._refused_at = "", 0.0  # of the last peer without the right secret
         self._reject_at = 0.0
-        self._started = self._send_at = time.monotonic()
+        self._started_at = self._waiting_since = self._send_at = self._periodic_at = time.monotonic()
+        self._failure, self._failed_at = "", 0.0  # what a rank of this epoch reported first
+        self._logged_at: dict[tuple[str, str], float] = {}  # by host and reason: a stranger may come often
+        self._failures: deque[float] = deque()  # ends of epochs that no lost rank explains
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, None)
-        threading.Thread(target=self._serve, name="coordinator", daemon=True).start()
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Runs until the process ends."""
         while True:
-            for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._read(key.data)
-            if time.monotonic() >= self._send_at:
-                self._send_at = time.monotonic() + HEARTBEAT_INTERVAL_SECONDS
-                self._send_periodic()
+            self.serve_once()
+
+    def serve_once(self) -> None:
+        """Waits for the next event, and handles it."""
+        for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
+            if key.data is None:
+                self._accept()
+            else:
+                self._read(key.data)
+        if time.monotonic() >= self._send_at:
+            self._send_at = time.monotonic() + HEARTBEAT_INTERVAL_SECONDS
+            self._send_periodic()
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.sock.close()
+        self.listener.close()
+        self._selector.close()
+
+    # Connections
 
     def _accept(self) -> None:
         try:
@@ -99,10 +132,16 @@ class Coordinator:
             return  # the peer has closed the connection, or a later call accepts it
         sock.settimeout(SEND_TIMEOUT_SECONDS)  # frames to peers are small: a full send buffer means a lost peer
         # A machine that loses power does not close its connections: with this timeout, unacknowledged data is an error.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.timeouts.heartbeat * 1000))
-        peer = _Peer(sock, f"{address[0]}:{address[1]}")
+        heartbeat_ms = round(self.part_spec.config.heartbeat_timeout * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, heartbeat_ms)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        strangers = [p for p in self._peers if not p.is_accepted]
+        if len(strangers) >= MAX_STRANGERS:
+            self._drop(strangers[0], f"more than {MAX_STRANGERS} connections without a HELLO frame")
+        peer = _Peer(sock, f"{address[0]}:{address[1]}", Challenge(self._secret))
         self._peers.append(peer)
         self._selector.register(sock, selectors.EVENT_READ, peer)
+        self._send(peer, peer.challenge.frame())
 
     def _read(self, peer: _Peer) -> None:
         try:
@@ -113,110 +152,47 @@ class Coordinator:
             for frame_type, payload in peer.buffer.feed(data):
                 self._handle_frame(peer, frame_type, json.loads(payload))
         except Exception as error:  # any program can connect to this port and send arbitrary data
+            if isinstance(error, SecretError):
+                host = peer.address.rpartition(":")[0]
+                self._refusal, self._refused_at = f"{host}: {error}", time.monotonic()
             self._drop(peer, str(error) or type(error).__name__)
 
     def _handle_frame(self, peer: _Peer, frame_type: FrameType, message: dict[str, Any]) -> None:
-        peer.last_seen = time.monotonic()
-        if frame_type == FrameType.HEARTBEAT:
+        if frame_type == FrameType.HELLO:
+            self._on_hello(peer, message)
+        elif frame_type == FrameType.HEARTBEAT and peer.is_accepted:
             if message.get("phase") != peer.rank_status.get("phase"):
                 self._send_at = min(self._send_at, time.monotonic() + PHASE_CHANGE_SECONDS)
             peer.rank_status = dict(message)
-        elif frame_type == FrameType.HELLO and not self._formed:
-            peer.rank, peer.fingerprint = int(message["rank"]), dict(message["fingerprint"])
-            self._try_form_gang()
+            peer.is_importing = bool(message.get("is_importing"))
+        elif frame_type == FrameType.EPOCH_ENDED and peer.worker:
+            if self._in_epoch and message["epoch"] == self._epoch and not self._failure:
+                self._failure = f"rank {peer.worker.rank}: {message['reason']}"
+                self._failed_at = time.monotonic()
         else:
             raise WireError(f"the peer sent an unexpected {frame_type.name} frame")
+        peer.last_seen = time.monotonic()
 
-    def _try_form_gang(self) -> None:
-        """Welcomes the ranks once all have joined with equal fingerprints; schedules a rejection if they differ."""
-        if self._fingerprint_diff():
-            self._reject_at = self._reject_at or time.monotonic() + DISAGREE_GRACE_SECONDS
-            return
-        if not self._missing_ranks():
-            self._formed = True
-            self._broadcast(FrameType.WELCOME, {"epoch": self.epoch, "part0_address": self._part0_address()})
-
-    def _part0_address(self) -> str:
-        """Returns part 0's address to which another part connected; behind NAT, the settings have another one."""
-        remote = (p for p in self._joined_peers() if self.plan.part_of(p.rank or 0) != 0)
-        return str(next((p.sock.getsockname()[0] for p in remote), "127.0.0.1"))
-
-    def _joined_peers(self) -> list[_Peer]:
-        return [p for p in self._peers if p.rank is not None]
-
-    def _missing_ranks(self) -> list[int]:
-        joined = {p.rank for p in self._peers}
-        return [r for r in range(self.plan.world_size) if r not in joined]
-
-    def _describe_missing_parts(self) -> str:
-        parts = sorted({self.plan.part_of(r) for r in self._missing_ranks()})
-        return ", ".join(self.plan.describe_part(p) for p in parts)
-
-    def _fingerprint_diff(self) -> str:
-        """Returns the differences between the fingerprints (values that must be equal on all parts), one line per key.
-
-        Empty if all joined ranks agree.
-        """
-        fingerprints: dict[str, dict[str, Any]] = {}
-        addresses: dict[int, str] = {}  # by rank
-        lines = []
-        for peer in sorted(self._joined_peers(), key=lambda p: (p.rank or 0, p.address)):
-            rank = peer.rank or 0
-            if rank in addresses:
-                lines.append(f"rank {rank} is claimed twice, by {addresses[rank]} and {peer.address}: check WORLD_RANK")
-            addresses[rank] = peer.address
-            fingerprints.setdefault(f"part{self.plan.part_of(rank)}", peer.fingerprint)
-        for key in sorted({key for fingerprint in fingerprints.values() for key in fingerprint}):
-            values = {part: fingerprint.get(key) for part, fingerprint in fingerprints.items()}
-            if len({json.dumps(v, sort_keys=True) for v in values.values()}) > 1:
-                lines.append(f"{key}: " + "  ".join(f"{part}={json.dumps(v)}" for part, v in values.items()))
-        return "\n".join(f"  {line}" for line in lines)
-
-    def _send_periodic(self) -> None:
-        now = time.monotonic()
-        for peer in [p for p in self._peers if p.rank is None and now - p.last_seen > HELLO_TIMEOUT_SECONDS]:
-            self._drop(peer, f"no HELLO frame within {HELLO_TIMEOUT_SECONDS:g} s")
-        if self._formed:
-            self._broadcast(FrameType.GANG_STATUS, self._gang_status(now))
-            self._check_liveness(now)
-        elif self._reject_at and now >= self._reject_at and self._fingerprint_diff():
-            message = "the parts of the gang disagree:\n" + self._fingerprint_diff()
-            self._broadcast(FrameType.REJECTED, {"message": message})
-        elif now - self._started > self.timeouts.join:
-            self._broadcast(FrameType.REJECTED, {"message": self._timeout_message()})
+    def _on_hello(self, peer: _Peer, message: dict[str, Any]) -> None:
+        """Accepts a worker that wants a rank (again), or a guard. Raises if the sender is not of this gang."""
+        peer.challenge.check(message)
+        if not self.rendezvous.is_member(int(message["part"]), dict(message["fingerprint"])):
+            raise WireError(
+                f"it is not a part of this gang, which has parts 0-{self.part_spec.plan.num_parts - 1} and the"
+                f" fingerprint of part 0, version {self.part_spec.fingerprint.get('version')}"
+            )
+        if message["kind"] == "guard":
+            peer.guarded_part = int(message["part"])
         else:
-            self._broadcast(FrameType.WAITING, {"missing": self._describe_missing_parts()})
-
-    def _timeout_message(self) -> str:
-        minutes = self.timeouts.join / 60
-        return f"gave up after {minutes:g} minutes (GANG_TIMEOUT_MIN): missing {self._describe_missing_parts()}"
-
-    def _gang_status(self, now: float) -> dict[str, Any]:
-        ranks = {
-            p.rank: p.rank_status | {"silent_s": round(now - p.last_seen, 3)}
-            for p in self._joined_peers()
-            if p.rank_status
-        }
-        return {"epoch": self.epoch, "ranks": ranks}
-
-    def _check_liveness(self, now: float) -> None:
-        for peer in self._joined_peers():
-            silent_seconds = now - peer.last_seen
-            idle_seconds = peer.rank_status.get("idle_s", 0.0)
-            rank = f"rank {peer.rank} ({peer.address})"
-            if silent_seconds > self.timeouts.heartbeat:
-                self.on_lost(f"no heartbeat from {rank} for {silent_seconds:.0f} s", ExitCode.HANG)
-            elif idle_seconds > self.timeouts.progress:
-                self.on_lost(f"{rank} made no progress for {idle_seconds:.0f} s", ExitCode.HANG)
-
-    def _broadcast(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        data = pack_json(frame_type, message)
-        # Rank 0 last: it may exit as soon as it receives the frame, and this thread exits with it.
-        for peer in sorted(self._joined_peers(), key=lambda p: p.rank == 0):
-            try:
-                peer.sock.sendall(data)
-            except OSError as error:
-                self._drop(peer, str(error))
+            worker = Worker.from_hello(message, peer.address)
+            if peer.worker:
+                self.rendezvous.workers.remove(peer.worker)
+                worker.rank = peer.worker.rank
+            peer.worker = worker
+            self.rendezvous.workers.append(worker)
+        self._send(peer, pack_json(FrameType.ACCEPTED, {"proof": peer.challenge.proof(message)}))
+        self._try_begin_epoch()
+        self._send_at = min(self._send_at, time.monotonic() + PHASE_CHANGE_SECONDS)
 
     def _drop(self, peer: _Peer, reason: str) -> None:
         if peer not in self._peers:
@@ -224,9 +200,256 @@ class Coordinator:
         self._peers.remove(peer)
         self._selector.unregister(peer.sock)
         peer.sock.close()
-        if peer.rank is None:
+        if not peer.is_accepted:
             # The doctor probes this port: it connects, sends nothing and closes the connection.
-            level = logging.WARNING if peer.has_sent_data else logging.DEBUG
-            log.log(level, "rendezvous port: closed the connection from %s: %s", peer.address, reason)
-        elif self._formed:
-            self.on_lost(f"lost rank {peer.rank} ({peer.address}): {reason}", ExitCode.COMMUNICATION)
+            host, now = peer.address.rpartition(":")[0], time.monotonic()
+            is_new = now - self._logged_at.get((host, reason), -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS
+            if peer.has_sent_data and is_new and len(self._logged_at) < MAX_LOGGED_REASONS:
+                self._logged_at[host, reason] = now
+                log.warning("rendezvous port: closed the connection from %s: %s", peer.address, reason)
+        elif peer.worker:
+            self.rendezvous.workers.remove(peer.worker)
+            if peer.worker.rank is not None:
+                self._on_rank_lost(peer.worker, reason)
+            self._try_begin_epoch()
+
+    def _send(self, peer: _Peer, frame: bytes) -> None:
+        try:
+            peer.sock.sendall(frame)
+        except OSError as error:
+            self._drop(peer, str(error))
+
+    def _broadcast(self, frame_type: FrameType, message: dict[str, Any]) -> None:
+        frame = pack_json(frame_type, message)
+        for peer in [p for p in self._peers if p.is_accepted]:
+            self._send(peer, frame)
+
+    # Epochs
+
+    def _try_begin_epoch(self) -> None:
+        """Begins an epoch once there is a worker for every rank and the parts agree; schedules a rejection if not."""
+        if self._in_epoch:
+            return
+        if self.rendezvous.differences():
+            self._reject_at = self._reject_at or time.monotonic() + DISAGREE_GRACE_SECONDS
+            return
+        if any(self.rendezvous.twin(w) for w in self.rendezvous.workers):
+            return
+        assigned = self.rendezvous.assign()
+        if not assigned:
+            return
+        kept = [worker.resident_rank is not None for worker in assigned.values()]
+        if any(kept) and not all(kept) and time.monotonic() - self._started_at < RESIDENTS_SECONDS:
+            return  # this process was restarted, and not all ranks with weights have come back yet
+        self._begin_epoch(assigned)
+
+    def _begin_epoch(self, assigned: dict[int, Worker]) -> None:
+        self.rendezvous.begin_epoch(assigned)
+        self._epoch = self._next_epoch()
+        self._in_epoch, self._has_served, self._reject_at = True, False, 0.0
+        log.info("epoch %d of the gang: %s", self._epoch, self._describe(assigned))
+        part0_address, kv_cache = self._part0_address(), self.rendezvous.kv_cache
+        lost = []
+        for peer in [p for p in self._peers if p.worker in assigned.values()]:
+            peer.rank_status = {}
+            message = {
+                "rank": peer.worker.rank if peer.worker else None,
+                "epoch": self._epoch,
+                "incarnation": self.incarnation,
+                "part0_address": part0_address,
+                "num_blocks": kv_cache.num_blocks,
+                "max_seq_len": kv_cache.max_seq_len,
+            }
+            try:
+                peer.sock.sendall(pack_json(FrameType.WELCOME, message))
+            except OSError as error:
+                lost.append((peer, str(error)))
+        for peer, reason in lost:  # now that all others are in the epoch, and can be told that it ends
+            self._drop(peer, reason)
+
+    def _describe(self, assigned: dict[int, Worker]) -> str:
+        kept = sum(worker.resident_rank is not None for worker in assigned.values())
+        loading = ", ".join(str(rank) for rank, worker in assigned.items() if worker.resident_rank is None)
+        if not kept:
+            return f"all {len(assigned)} ranks are here and agree on their settings"
+        return f"{kept} ranks kept their weights; " + (f"rank {loading} loads them" if loading else "none was lost")
+
+    def _next_epoch(self) -> int:
+        """Returns the number of the new epoch. The last one is in a file, so that it survives this process."""
+        path = self.part_spec.run_dir / "epoch"
+        last = self._epoch
+        try:
+            last = max(last, int(path.read_text()) if path.exists() else 0)
+            path.write_text(str(last + 1))
+        except OSError as error:
+            log.error("cannot write %s (number of the epoch): %s", path, error.strerror)
+        return last + 1
+
+    def _part0_address(self) -> str:
+        """Returns part 0's address to which another part connected; behind NAT, the settings have another one."""
+        remote = (p for p in self._peers if p.worker and p.worker.part != 0)
+        return str(next((p.sock.getsockname()[0] for p in remote), "127.0.0.1"))
+
+    def _on_rank_lost(self, worker: Worker, reason: str) -> None:
+        message = f"lost rank {worker.rank} ({worker.address}): {reason}"
+        if worker.part == 0 and stopping_file(self.part_spec.run_dir).exists():
+            message = "part0 is stopping"
+        if self._in_epoch:
+            self._end_epoch(message)
+        else:  # the ranks beside it may have told of their lost connections before
+            self._reason = message
+            log.warning("%s", message)
+
+    def _check_failure(self, now: float) -> None:
+        """Ends the epoch if a rank could not continue in it although no process has ended.
+
+        Forming a new one often helps, for example after a cut network. If it does not, new processes may.
+        """
+        if not self._failure or now - self._failed_at < FAILURE_SETTLE_SECONDS:
+            return
+        while self._failures and now - self._failures[0] > FAILURE_WINDOW_SECONDS:
+            self._failures.popleft()
+        self._failures.append(now)
+        is_useless = not self._has_served or len(self._failures) > self.part_spec.config.restart_limit
+        self._end_epoch(self._failure, restart=is_useless)
+
+    def _end_epoch(self, reason: str, *, restart: bool = False) -> None:
+        """Makes all ranks leave the epoch. restart: their processes exit, instead of keeping what they have loaded."""
+        self._in_epoch, self._reason, self._failure = False, reason, ""
+        self._waiting_since = time.monotonic()
+        log.warning("epoch %d ends: %s", self._epoch, reason)
+        frame = pack_json(FrameType.EPOCH_ENDED, {"epoch": self._epoch, "reason": reason, "restart": restart})
+        for peer in list(self._peers):
+            if peer.worker and restart and peer.worker.rank is not None:
+                peer.worker.is_waiting = False  # it exits
+            if peer.worker and not peer.worker.is_waiting:
+                self._send(peer, frame)
+        self._broadcast(FrameType.GANG_STATUS, self._gang_status(time.monotonic()))
+
+    # Periodic
+
+    def _send_periodic(self) -> None:
+        now = time.monotonic()
+        if now - self._periodic_at > FROZEN_SECONDS:
+            for peer in self._peers:
+                peer.last_seen = now
+        self._periodic_at = now
+        for peer in [p for p in self._peers if not p.is_accepted and now - p.connected_at > HELLO_TIMEOUT_SECONDS]:
+            self._drop(peer, f"no HELLO frame within {HELLO_TIMEOUT_SECONDS:g} s")
+        self._check_liveness(now)
+        self._check_failure(now)
+        self._reject_twins(now)
+        self._try_begin_epoch()
+        if not self._in_epoch:
+            self._reject_disagreement(now)
+        status = self._gang_status(now)
+        self._has_served = self._has_served or (self._in_epoch and _all_serve(status, self.part_spec.plan.world_size))
+        self._broadcast(FrameType.GANG_STATUS, status)
+
+    def _reject_disagreement(self, now: float) -> None:
+        differences, join_seconds = self.rendezvous.differences(), self.part_spec.config.gang_timeout_min * 60
+        if not differences:
+            self._reject_at = 0.0
+        if self._reject_at and now >= self._reject_at:
+            self._broadcast(FrameType.REJECTED, {"message": f"the parts of the gang disagree:{differences}"})
+        elif now - self._waiting_since > join_seconds and self.rendezvous.missing():
+            minutes = join_seconds / 60
+            message = f"gave up after {minutes:g} minutes (GANG_TIMEOUT_MIN): missing {self.rendezvous.missing()}"
+            self._broadcast(FrameType.REJECTED, {"message": message})
+
+    def _reject_twins(self, now: float) -> None:
+        """Rejects two parts with the same WORLD_RANK; only the second one if the first is in an epoch.
+
+        The connection of a part that was recreated stays open for some time. So both must prove that they live.
+        """
+        for peer in [p for p in self._peers if p.worker]:
+            twin = self.rendezvous.twin(peer.worker) if peer.worker else None
+            other = next((p for p in self._peers if twin and p.worker is twin), None)
+            if peer.worker is None or other is None or other.connected_at > peer.connected_at:
+                continue
+            if other.last_seen < peer.connected_at + TWIN_SECONDS:
+                continue
+            message = (
+                f"the parts of the gang disagree:\n  part{peer.worker.part} is claimed twice, by {other.address} and"
+                f" {peer.address}: check WORLD_RANK"
+            )
+            log.error("%s", message)
+            for rejected in (peer,) if self._in_epoch else [p for p in self._peers if p.is_accepted]:
+                self._send(rejected, pack_json(FrameType.REJECTED, {"message": message}))
+
+    def _gang_status(self, now: float) -> dict[str, Any]:
+        ranks = {
+            p.worker.rank: p.rank_status | {"silent_s": round(now - p.last_seen, 3)}
+            for p in self._peers
+            if p.worker and p.worker.rank is not None and p.rank_status
+        }
+        message = ""
+        if not self._in_epoch:
+            waiting = self.rendezvous.missing()
+            refusal = self._refusal if now - self._refused_at < REFUSAL_SHOWN_SECONDS else ""
+            message = "; ".join(filter(None, (self._reason, f"waiting for {waiting}" if waiting else "", refusal)))
+        return {
+            "epoch": self._epoch,
+            "incarnation": self.incarnation,
+            "in_epoch": self._in_epoch,
+            "ranks": ranks,
+            "message": message,
+            "verdicts": self._verdicts(),
+            "pid": os.getpid(),
+        }
+
+    def _verdicts(self) -> dict[str, str]:
+        """Returns what the API process says of lost epochs, see `api.suspects`."""
+        try:
+            verdicts: dict[str, str] = json.loads(self.part_spec.verdicts_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return verdicts
+
+    def _check_liveness(self, now: float) -> None:
+        """Drops the peers without heartbeats, and ranks without progress; the guards of their parts kill them."""
+        timeout = self.part_spec.config.heartbeat_timeout
+        limits = {False: timeout, True: max(timeout, IMPORT_SECONDS)}
+        for peer in [p for p in self._peers if p.is_accepted and now - p.last_seen > limits[p.is_importing]]:
+            self._condemn(peer, f"no heartbeat for {now - peer.last_seen:.0f} s")
+        hanging = [p for p in self._peers if p.worker and p.worker.rank is not None and self._hangs(p.rank_status)]
+        if hanging and self._in_epoch:  # the others of a lost epoch are about to leave it
+            # Ranks that wait for another one in a collective stand still as well, but further on.
+            least = min(p.rank_status["progress_count"] for p in hanging)
+            for peer in [p for p in hanging if p.rank_status["progress_count"] == least]:
+                self._condemn(peer, f"no progress for {peer.rank_status['idle_s']:.0f} s")
+
+    def _hangs(self, rank_status: dict[str, Any]) -> bool:
+        if not rank_status:
+            return False
+        config = self.part_spec.config
+        limit = max(config.hang_seconds, LONGEST_STEPS * float(rank_status["longest_s"]))
+        # Loading, the import of torch and the first contact with a GPU may stand still for longer.
+        return float(rank_status["idle_s"]) > (limit if rank_status["phase"] == "serving" else config.dist_comm_timeout)
+
+    def _condemn(self, peer: _Peer, reason: str) -> None:
+        worker = peer.worker
+        if worker:
+            # A silent guard means that the whole part is frozen or cut off. Its ranks may be healthy when it is back.
+            alive_at = time.monotonic() - SILENT_SECONDS
+            for guard in [p for p in self._peers if p.guarded_part == worker.part and p.last_seen > alive_at]:
+                self._send(guard, pack_json(FrameType.KILL, {"pid": worker.pid, "reason": reason}))
+        self._drop(peer, reason)
+
+
+def _all_serve(status: dict[str, Any], world_size: int) -> bool:
+    return [rank["phase"] for rank in status["ranks"].values()].count("serving") == world_size
+
+
+def main(run_dir: Path) -> None:
+    part_spec = PartSpec.load(run_dir)
+    config, plan = part_spec.config, part_spec.plan
+    logs.setup(f"{part_spec.label} coordinator", config.log_level, style=config.log_format)
+    port, purpose = plan.leader_port(RENDEZVOUS_PORT_OFFSET), f"rendezvous (START_PORT - {RENDEZVOUS_PORT_OFFSET})"
+    listener = listen_as_planned(PlannedPort(port, purpose, gang_host(plan)))
+    Coordinator(part_spec, listener, read_secret(config)).serve()
+
+
+if __name__ == "__main__":
+    exit_with_supervisord(Path(sys.argv[1]))
+    run_main(partial(main, Path(sys.argv[1])))

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import stat
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -22,9 +23,10 @@ from rtp_llm.errors import CommunicationError
 from rtp_llm.machine.devices import interface_of
 from rtp_llm.parallel.abort import AbortFlag
 from rtp_llm.parallel.plan import TORCH_STORE_PORT_OFFSET, Plan
+from rtp_llm.parallel.ports import gang_host
 from rtp_llm.parallel.segment import create_segment, is_supported
 from rtp_llm.parallel.shared_memory import SharedMemoryGroup
-from rtp_llm.parallel.wire import listen
+from rtp_llm.parallel.wire import connect, listen
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,6 +115,23 @@ class SingleRankGroup:
         pass
 
 
+class Formation(SingleRankGroup):
+    """Stands for a communicator until `init_group` has formed it, so that another thread can abort that as well.
+
+    torch waits for the peers in C++: only shutting down the sockets that it has opened meanwhile ends these waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sockets_before = _socket_descriptors()
+
+    def abort(self, reason: str) -> None:
+        super().abort(reason)
+        for sock in _connected_sockets(_socket_descriptors() - self._sockets_before):
+            with suppress(OSError), sock:
+                sock.shutdown(socket.SHUT_RDWR)
+
+
 def _raises_communication_error(
     collective: Callable[Concatenate["TorchGroup", P], R],
 ) -> Callable[Concatenate["TorchGroup", P], R]:
@@ -126,9 +145,14 @@ def _raises_communication_error(
             raise  # subclasses of RuntimeError that are not caused by a lost peer
         except RuntimeError as error:
             self.check_aborted()
-            raise CommunicationError(f"collective {collective.__name__} failed: {error}") from error
+            raise CommunicationError(f"collective {collective.__name__} failed: {_first_line(error)}") from error
 
     return call
+
+
+def _first_line(error: Exception) -> str:
+    """Returns the message without the C++ stack trace that torch appends."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class TorchGroup:
@@ -207,45 +231,71 @@ def _wait(work: Any) -> None:
 def init_group(
     plan: Plan,
     rank: int,
-    epoch: int,
+    epoch: str,
     *,
     host: str,
     address: str,
     timeout: float,
     device: torch.device,
     shm_prefix: str = "",
+    formation: Formation | None = None,
 ) -> Communicator:
     """Returns the communicator of all ranks. Every rank must call this, once its communicator before is closed.
 
-    `epoch`: number of the gang's start. `host`: of part 0. `address`: of this machine, as other parts reach it.
+    `epoch`: identifies the epoch of the gang. `host`: of part 0. `address`: of this machine, as other parts reach it.
     `timeout`: seconds for the initialization and for every collective. `shm_prefix`: of file names in /dev/shm; if it
-    is empty, all collectives on CPU use gloo. Raises CommunicationError.
+    is empty, all collectives on CPU use gloo. `formation`: with which another thread can abort this. Raises
+    CommunicationError.
     """
+    formation = formation or Formation()
     if plan.world_size == 1:
         return SingleRankGroup()
     uses_shared_memory = bool(shm_prefix) and device.type == "cpu" and not plan.is_multi_part and is_supported()
     try:
-        store = _open_store(plan, rank, epoch, host, timeout)
+        store = _open_store(plan, rank, epoch, host, timeout, formation)
         if uses_shared_memory:
             log.info("collectives use shared memory")
             return _open_shared_memory_group(store, plan, rank, timeout, shm_prefix)
         _set_collective_interface(address)
         return open_torch_group(store, rank, plan.world_size, timeout, device)
     except (RuntimeError, OSError) as error:
+        formation.check_aborted()
         port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
         kind = "shared-memory" if uses_shared_memory else "nccl" if device.type == "cuda" else "gloo"
-        raise CommunicationError(f"{kind} group at {host}:{port} could not be formed: {error}") from error
+        raise CommunicationError(f"{kind} group at {host}:{port} could not be formed: {_first_line(error)}") from error
 
 
-def _open_store(plan: Plan, rank: int, epoch: int, host: str, timeout: float) -> dist.Store:
-    """Returns a TCPStore on part 0. It adds the epoch (number of the gang's start) to all keys."""
+def _open_store(plan: Plan, rank: int, epoch: str, host: str, timeout: float, formation: Formation) -> dist.Store:
+    """Returns a TCPStore on part 0. It adds the epoch to all keys."""
     port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
-    # TCPStore would listen on all interfaces. For a gang of one part, pass it a socket on loopback instead.
-    fd = listen("0.0.0.0" if plan.is_multi_part else "127.0.0.1", port).detach() if rank == 0 else None
+    # TCPStore would listen on all interfaces.
+    fd = listen(gang_host(plan), port).detach() if rank == 0 else None
+    if rank != 0:
+        _wait_for_store(host, port, timeout, formation)
     tcp_store = dist.TCPStore(
-        host, port, plan.world_size, is_master=rank == 0, timeout=timedelta(seconds=timeout), master_listen_fd=fd
+        host,
+        port,
+        plan.world_size,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,  # a wait that could not be aborted
+        master_listen_fd=fd,
     )
     return dist.PrefixStore(f"epoch{epoch}", tcp_store)
+
+
+def _wait_for_store(host: str, port: int, timeout: float, formation: Formation) -> None:
+    """Waits until rank 0 listens: TCPStore would retry in C++, where it cannot be aborted."""
+    deadline = time.monotonic() + timeout
+    while True:
+        formation.check_aborted()
+        try:
+            connect(host, port, min(timeout, 3.0)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def open_torch_group(store: dist.Store, rank: int, size: int, timeout: float, device: torch.device) -> TorchGroup:

@@ -5,12 +5,13 @@ start_server, the main process of a part, writes it for the other processes of t
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rtp_llm import files
-from rtp_llm.config import Config
+from rtp_llm.config import SECRET_FIELDS, Config
 from rtp_llm.parallel.plan import Plan
 
 
@@ -53,6 +54,16 @@ class PartSpec:
         return self.run_dir / "guard.json"
 
     @property
+    def verdicts_path(self) -> Path:
+        """Returns the path of the file in which the API process says whether a request or the engine ended an epoch."""
+        return self.run_dir / "verdicts.json"
+
+    @property
+    def api_alive_path(self) -> Path:
+        """Returns the path of the file that the API process touches while its event loop runs."""
+        return self.run_dir / "api.alive"
+
+    @property
     def doctor_report_path(self) -> Path:
         """Returns the path of the doctor's last report; doctor/report.py defines its schema."""
         return self.run_dir / "doctor.json"
@@ -73,7 +84,7 @@ class PartSpec:
 
     def save(self) -> None:
         data = {
-            "config": self.config.model_dump(exclude={"gang_secret"}),
+            "config": self.config.model_dump(exclude=set(SECRET_FIELDS)),
             "plan": asdict(self.plan),
             "model": asdict(self.model),
             "fingerprint": self.fingerprint,
@@ -83,6 +94,8 @@ class PartSpec:
 
     @classmethod
     def load(cls, run_dir: Path) -> "PartSpec":
+        """Reads part.json. The secrets, which no file contains, come from the environment."""
         data = json.loads(files.read(run_dir / "part.json"))
-        config, plan = Config.model_validate(data["config"]), Plan.from_json(data["plan"])
+        secrets = {name: os.environ.get(name.upper(), "") for name in SECRET_FIELDS}
+        config, plan = Config.model_validate(data["config"] | secrets), Plan.from_json(data["plan"])
         return cls(run_dir, config, plan, ModelInfo(**data["model"]), data["fingerprint"], data["tty"])

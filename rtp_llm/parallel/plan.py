@@ -49,7 +49,7 @@ class Plan:
     @property
     def ranks(self) -> range:
         """Returns the world ranks of this part."""
-        return range(self.first_rank, self.first_rank + self.local_world_size)
+        return self.ranks_of(self.part)
 
     @property
     def dp_size(self) -> int:
@@ -68,8 +68,9 @@ class Plan:
     def is_multi_part(self) -> bool:
         return self.num_parts > 1
 
-    def part_of(self, rank: int) -> int:
-        return rank // self.local_world_size
+    def ranks_of(self, part: int) -> range:
+        """Returns the world ranks of a part."""
+        return range(part * self.local_world_size, (part + 1) * self.local_world_size)
 
     def describe_part(self, part: int) -> str:
         """Returns a text such as `part1 (10.0.0.2:20000, ranks 2-3)`.
@@ -110,13 +111,18 @@ class Plan:
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the fields of the plan that must be equal on all parts, by name."""
+        """Returns the values of the plan that must be equal on all parts, by dotted name; one for each member."""
         shared = asdict(self)
         for name in ("part", "start_port", "members"):
             del shared[name]
         # With LEADER_ADDRESS alone each part may have a different name or address for the leader.
         listed = self.members if len(self.members) == self.num_parts else ()
-        return shared | {"members": [f"{m.name} {m.ip}:{m.port}" for m in listed]}
+        # Another part than 0 may come back under another address: no part connects to it.
+        members = {
+            f"members.part{m.index}": f"{m.name} {m.ip}:{m.port}" if m.index == 0 else f"{m.name} :{m.port}"
+            for m in listed
+        }
+        return {f"plan.{name}": value for name, value in shared.items()} | members
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Plan":
@@ -153,17 +159,24 @@ def make_plan(config: Config, gpus: int) -> Plan:
 def check_address(plan: Plan, addresses: set[str]) -> str | None:
     """Returns a warning if this part's address in the plan is not one of the machine's `addresses`; otherwise None.
 
-    Raises ConfigError if the machine has another part's address: WORLD_RANK is then wrong.
+    Raises ConfigError if the machine has another part's address: WORLD_RANK is then wrong, or this part's address in
+    the list.
     """
     member = next((m for m in plan.members if m.index == plan.part), None)
     if member is None or member.ip in addresses or not member.ip.replace(".", "").isdigit():
         return None
-    local = next((m for m in plan.members if m.ip in addresses), None)
+    local = [m for m in plan.members if m.ip in addresses]
     if local:
+        # Another part of this machine would need another port, so its own port shows whose place this part takes.
+        same_port = [m for m in local if m.port == plan.start_port]
+        advice = f"correct the address of {member.name!r} in the list"
+        if same_port:
+            advice = f"set WORLD_RANK={same_port[0].index * plan.local_world_size}, or {advice}"
         raise ConfigError(
-            f"WORLD_RANK={plan.first_rank} means member {member.name!r} at {member.ip}, but this machine has"
-            f" {local.ip}, which is member {local.name!r}; set WORLD_RANK={local.index * plan.local_world_size}",
+            f"WORLD_RANK={plan.first_rank} means member {member.name!r}, but {member.ip} is not an address of this"
+            f" machine, which has {local[0].ip} of member {local[0].name!r}; {advice}",
             check="C-01",
+            fix=advice,
         )
     return (
         f"member {member.name!r} is this part, but no network interface of this machine has {member.ip};"
@@ -182,6 +195,7 @@ def _world_and_tp_size(config: Config) -> tuple[int, int]:
             f"WORLD_SIZE={world} is not TP_SIZE={tp} x DP_SIZE={dp} = {tp * dp};"
             f" set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}",
             check="C-01",
+            fix=f"set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}",
         )
     return world, tp
 
@@ -199,6 +213,7 @@ def _local_world_size(config: Config, world: int, gpus: int, members: int) -> in
             f"the member list has {members} members, but LOCAL_WORLD_SIZE is unset and would be {local};"
             f" set LOCAL_WORLD_SIZE={max(1, world // members)}",
             check="C-01",
+            fix=f"set LOCAL_WORLD_SIZE={max(1, world // members)}",
         )
     return local
 
@@ -242,10 +257,16 @@ def _default_members(config: Config, parts: int) -> tuple[Member, ...]:
 def _check_ports(plan: Plan) -> None:
     for member in plan.members:
         if member.index == plan.part and member.port != plan.start_port:
+            advice = f"set START_PORT={member.port}, or change the member's port"
+            others = [m for m in plan.members if m.port == plan.start_port]
+            if len(others) == 1:  # probably WORLD_RANK is missing
+                rank = others[0].index * plan.local_world_size
+                advice = f"set WORLD_RANK={rank} if this is {others[0].name!r}, or {advice}"
             raise ConfigError(
                 f"START_PORT={plan.start_port}, but member {member.name!r} of this part (WORLD_RANK={plan.first_rank})"
-                f" has port {member.port}; set START_PORT={member.port}, or change the member's port",
+                f" has port {member.port}; {advice}",
                 check="C-01",
+                fix=advice,
             )
         last_port = member.port + plan.port_stride * plan.local_world_size - 1
         if member.port < (MIN_START_PORT if member.index == 0 else 1024) or last_port > 65535:

@@ -5,8 +5,11 @@ import socket
 
 import psutil
 
+from rtp_llm.errors import ConfigError
 from rtp_llm.machine.command_line import redacted_command
-from rtp_llm.parallel.plan import PlannedPort
+from rtp_llm.machine.devices import local_addresses
+from rtp_llm.parallel.plan import Plan, PlannedPort
+from rtp_llm.parallel.wire import listen
 
 
 def port_conflict(planned: PlannedPort) -> str:
@@ -20,6 +23,39 @@ def port_conflict(planned: PlannedPort) -> str:
             in_use = error.errno == errno.EADDRINUSE
             return f"in use{_port_owner(planned.port)}" if in_use else str(error.strerror)
     return ""
+
+
+def listen_as_planned(planned: PlannedPort) -> socket.socket:
+    """Listens on a port of the plan. Raises ConfigError with the port, its purpose and its current owner."""
+    try:
+        return listen(planned.host, planned.port)
+    except OSError as error:
+        raise ConfigError(
+            f"port {planned.port}, wanted for the {planned.purpose}: {port_conflict(planned) or error}; does another"
+            " part with the same WORLD_RANK run here? Free the port or choose another START_PORT",
+            check="N-08",
+        ) from None
+
+
+def gang_host(plan: Plan) -> str:
+    """Returns the address on which part 0 listens for the gang: its own in the plan, loopback for a gang of one part.
+
+    0.0.0.0 if the address in the plan is a name, or that of a NAT.
+    """
+    if not plan.is_multi_part:
+        return "127.0.0.1"
+    return plan.leader.ip if plan.leader.ip in local_addresses() else "0.0.0.0"
+
+
+def leader_host(plan: Plan) -> str:
+    """Returns the host at which this part reaches part 0.
+
+    Part 0 itself uses its own address: behind NAT the published one may not route back (alibaba/rtp-llm issue 82).
+    """
+    if plan.part != 0:
+        return plan.leader.ip
+    host = gang_host(plan)
+    return "127.0.0.1" if host == "0.0.0.0" else host
 
 
 def _port_owner(port: int) -> str:

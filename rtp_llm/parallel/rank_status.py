@@ -9,6 +9,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rtp_llm.machine.memory import available_memory
+
 WAIT_WINDOW_STEPS = 12  # number of steps over which `wait_s` is averaged
 Phase = Literal["rendezvous", "loading", "warmup", "serving"]
 
@@ -19,8 +21,8 @@ class RankStatus:
     keys of a rank in gang.json, the status file of the gang.
     """
 
-    rank: int
     part: int
+    rank: int = -1  # none yet
     phase: Phase = "rendezvous"
     progress: float = 0.0  # of the phase, 0 … 1
     steps: int = 0
@@ -31,17 +33,35 @@ class RankStatus:
         None  # seconds per step spent waiting for other ranks in collectives, moving average; None if not measured
     )
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    progress_count: int = 0  # layers (on CPU) or steps computed in this epoch
+    longest_s: float = 0.0  # the longest time between two of these
+    is_importing: bool = False  # torch, which can keep this process from sending heartbeats
     pid: int = field(default_factory=os.getpid)
     _last_progress: float = field(default_factory=time.monotonic, repr=False)
     _phase_start: float = field(default_factory=time.monotonic, repr=False)
     _total_wait_seconds: float = field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
+        self.is_waiting = False  # for a step: the others' progress counts
         self.phase_changed = threading.Event()  # wakes the heartbeat thread: other ranks may wait for the phase
 
     def mark_progress(self) -> None:
         """Records that the main thread made progress."""
         self._last_progress = time.monotonic()
+
+    def count_progress(self) -> None:
+        """Records that the main thread has computed a layer (on CPU) or a step.
+
+        Ranks that compute the same step count the same, so the one that the others wait for has the lowest count.
+        """
+        self.progress_count += 1
+        self.longest_s = max(self.longest_s, round(self.idle_seconds, 3))
+        self.mark_progress()
+
+    @property
+    def idle_seconds(self) -> float:
+        """Returns the seconds since the main thread made progress; 0 while it waits for rank 0's next step."""
+        return 0.0 if self.is_waiting else time.monotonic() - self._last_progress
 
     def record_step(self, number: int, total_wait_seconds: float | None) -> None:
         """Records a finished step.
@@ -49,6 +69,7 @@ class RankStatus:
         `total_wait_seconds`: time spent waiting for other ranks in all steps so far; None if not measured.
         """
         self.steps = number
+        self.count_progress()
         if total_wait_seconds is not None:
             step_wait_s = total_wait_seconds - self._total_wait_seconds
             self._total_wait_seconds = total_wait_seconds
@@ -62,8 +83,13 @@ class RankStatus:
         self.mark_progress()
         self.phase_changed.set()
 
+    def begin_epoch(self, rank: int) -> None:
+        """Records that this process is a rank in a new epoch."""
+        self.rank, self.progress_count, self.is_waiting = rank, 0, False
+        self.set_phase("rendezvous")
+
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a heartbeat: the public fields, and `idle_s`, the seconds since the last progress."""
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]
-        return data | {"idle_s": round(time.monotonic() - self._last_progress, 3)}
+        return data | {"available_bytes": available_memory(), "idle_s": round(self.idle_seconds, 3)}

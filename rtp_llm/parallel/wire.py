@@ -15,17 +15,20 @@ Frame = tuple["FrameType", bytes]
 class FrameType(IntEnum):
     """Types of frames. The payload is JSON unless noted."""
 
-    # rendezvous and heartbeats: rank <-> coordinator
+    # rendezvous and heartbeats: workers and guards <-> coordinator
+    CHALLENGE = 7  # first frame on each TCP port of the gang, see parallel.handshake
     HELLO = 1
-    WAITING = 2
+    ACCEPTED = 2
     WELCOME = 3
     REJECTED = 4
     HEARTBEAT = 5
     GANG_STATUS = 6
+    EPOCH_ENDED = 8
+    KILL = 9
     # steps: JOIN from the other ranks to rank 0, then rank 0 -> the other ranks
     JOIN = 10
     STEP = 11  # flat int32, see contract.step
-    SNAPSHOT = 13  # int32, see runner.input_batch; compares the sequences of all ranks after a step
+    SNAPSHOT = 13  # uint32, see runner.input_batch; compares the sequences of all ranks after a step
     KEEPALIVE = 12  # empty; sent while rank 0 is idle
     # requests: API <-> rank 0
     READY = 20
@@ -55,9 +58,12 @@ def parse_header(header: bytes | bytearray) -> tuple[int, FrameType]:
     return length, FrameType(number)
 
 
-def recv_frame(sock: socket.socket) -> Frame:
-    """Reads one frame from a blocking socket. Raises WireError on EOF, TimeoutError after the socket's timeout."""
+def recv_frame(sock: socket.socket, max_payload: int = MAX_PAYLOAD_BYTES) -> Frame:
+    """Reads one frame from a blocking socket. Raises WireError on EOF or a payload of more than `max_payload` bytes,
+    TimeoutError after the socket's timeout."""
     length, frame_type = parse_header(_recv_exactly(sock, HEADER.size))
+    if length > max_payload:
+        raise WireError(f"the peer sent a frame of {length} bytes; allowed: at most {max_payload}")
     return frame_type, bytes(_recv_exactly(sock, length))
 
 

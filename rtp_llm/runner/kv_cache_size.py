@@ -79,6 +79,15 @@ def plan_num_blocks(
     return group.min(min(budget // block_bytes, useful))
 
 
+def size_reason(config: Config) -> str:
+    """Returns what decides on the number of KV blocks: a setting with its value, or the memory."""
+    if config.test_block_num:
+        return f"TEST_BLOCK_NUM={config.test_block_num}"
+    if config.kv_cache_mem_mb > 0:
+        return f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
+    return "the memory left for the KV cache"
+
+
 def _free_memory(device: torch.device, num_local_ranks: int) -> int:
     """Returns the bytes that this rank may use: the GPU's free memory, or its share of the machine's on CPU."""
     if device.type == "cuda":

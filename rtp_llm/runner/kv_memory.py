@@ -13,7 +13,7 @@ import mmap
 import resource
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class KVMemory:
         self._retired = np.zeros(num_blocks, dtype=bool)
         self._lock = threading.Lock()  # held while pages are populated or returned
         self._stopping = threading.Event()
+        self.num_populated = 0 if self._is_paged else num_blocks  # of the first blocks, whose pages exist
         self._thread: threading.Thread | None = None
 
     def populate_in_background(self) -> None:
@@ -68,28 +69,53 @@ class KVMemory:
             self._thread = threading.Thread(target=self._populate_all, name="kv-memory", daemon=True)
             self._thread.start()
 
+    def begin_epoch(self) -> None:
+        """Forgets the content, and populates the pages. The blocks before `num_populated` have pages; others have none.
+
+        Until all pages exist, it is not known which have been written: they are returned.
+        """
+        if self._is_paged and (self.num_populated < len(self.blocks) or self._retired.any()):
+            self.close()
+            self.num_populated, self._thread = 0, None
+            self._stopping.clear()
+            self._retired[:] = False
+            _advise(self.blocks.data_ptr(), self.blocks.nbytes, mmap.MADV_DONTNEED)
+        self.populate_in_background()
+
     def close(self) -> None:
         """Stops the thread. The memory is freed with the last tensor that refers to it."""
         self._stopping.set()
         if self._thread:
             self._thread.join()
 
-    def retire(self, blocks: Iterable[int]) -> None:
-        """Returns the pages of these blocks to the system, on CPU. The blocks must not be used again.
+    def retire(self, blocks: NDArray[np.integer]) -> None:
+        """Returns the pages of these blocks to the system, on CPU. `reuse` comes before they are written again.
 
         A page that a block shares with one that is not retired stays.
         """
-        if not self._is_paged:
+        if not self._is_paged or not len(blocks):
             return
         with self._lock:
-            self._retired[list(blocks)] = True
+            self._retired[blocks] = True
+            is_new = np.zeros_like(self._retired)
+            is_new[blocks] = True
             # Otherwise the kernel would fill the holes again, to make a huge page of the blocks around them.
             _advise(self.blocks.data_ptr(), self.blocks.nbytes, mmap.MADV_NOHUGEPAGE)
             for start, stop in _runs(self._retired):
+                if not is_new[start:stop].any():
+                    continue
                 first_page = -(-self._address(start) // mmap.PAGESIZE) * mmap.PAGESIZE
                 num_bytes = self._address(stop) // mmap.PAGESIZE * mmap.PAGESIZE - first_page
                 if num_bytes > 0:
                     _advise(first_page, num_bytes, mmap.MADV_DONTNEED)
+        if hasattr(_libc, "malloc_trim"):  # glibc: what steps have freed is short too, but not returned by itself
+            _libc.malloc_trim(ctypes.c_size_t(0))
+
+    def reuse(self, blocks: NDArray[np.integer]) -> None:
+        """Notes that these blocks are written from now on: their pages come back with the first write."""
+        if self._is_paged and len(blocks):
+            with self._lock:
+                self._retired[blocks] = False
 
     def _address(self, block: int) -> int:
         return self.blocks.data_ptr() + block * self.blocks.shape[1]
@@ -108,6 +134,7 @@ class KVMemory:
             if not self._populate(start, start + blocks_per_piece):
                 log.warning("this kernel cannot populate the KV cache in advance: its memory is not counted as used")
                 return
+            self.num_populated = min(start + blocks_per_piece, len(self.blocks))
             unchecked_bytes += blocks_per_piece * self.blocks.shape[1]
             if self._stopping.wait((time.perf_counter() - started) * (1 / POPULATE_SHARE - 1)):
                 return

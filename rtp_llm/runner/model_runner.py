@@ -42,6 +42,10 @@ class ModelRunner:
 
     def prepare(self, step: Step) -> StepInputs:
         """Applies a step to the sequences of this rank. Returns the arrays with which `execute` computes it."""
+        memory = self.residency.kv_memory
+        assert memory, "allocate_kv_cache comes first"
+        memory.retire(step.retired_blocks)
+        memory.reuse(step.new_blocks[:, 3])
         return self.input_batch.apply(step)
 
     @torch.inference_mode()

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from rtp_llm.config import Config
 from rtp_llm.contract.kv_cache import make_layout
-from rtp_llm.errors import ConfigError
+from rtp_llm.errors import ConfigError, FatalError
 from rtp_llm.kernels.attention_backend import AttentionBackend
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import LayerKVCache, carve
 from rtp_llm.kernels.reference import ReferenceBackend
+from rtp_llm.machine.memory import available_memory
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.decoder import Decoder
 from rtp_llm.model.forward_context import ForwardContext
@@ -22,7 +23,7 @@ from rtp_llm.model.kv_cache_specs import kv_cache_specs
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.model.weights import LoadStats, load_weights
 from rtp_llm.parallel.mesh import Mesh
-from rtp_llm.runner.kv_cache_size import plan_num_blocks
+from rtp_llm.runner.kv_cache_size import plan_num_blocks, size_reason
 from rtp_llm.runner.kv_memory import KVMemory
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Residency:
         self.num_blocks = 0  # that sequences can have; the null block comes on top
         self.kv_memory: KVMemory | None = None
         self.kv_caches: list[LayerKVCache] = []
+        self.on_layer: Callable[[], None] = lambda: None  # called after each layer; on a GPU, which may be still busy
         self._backend: AttentionBackend = ReferenceBackend(device)
         self.model = self._build_model()
 
@@ -59,6 +61,15 @@ class Residency:
     def kv_bytes(self) -> int:
         """Returns the bytes of the KV cache."""
         return (self.num_blocks + 1) * self.layout.block_bytes
+
+    @property
+    def max_seq_len_reason(self) -> str:
+        """Returns what bounds the tokens of a sequence: MAX_SEQ_LEN if it is set, the checkpoint or the KV cache."""
+        if self.config.max_seq_len:
+            return f"MAX_SEQ_LEN={self.max_seq_len}"
+        if self.max_seq_len == self.spec.max_positions:
+            return "the checkpoint's maximum, because MAX_SEQ_LEN is not set"
+        return size_reason(self.config)
 
     def _build_model(self) -> Decoder:
         default_dtype = torch.get_default_dtype()
@@ -88,7 +99,7 @@ class Residency:
         """
         if self.config.warm_up:
             self._warm_up()
-        self.num_blocks = plan_num_blocks(
+        num_blocks = plan_num_blocks(
             self.config,
             self.mesh.tp,
             block_bytes=self.layout.block_bytes,
@@ -98,7 +109,8 @@ class Residency:
             num_local_ranks=num_ranks_on_host,
             workspace_bytes=self._workspace_bytes(),
         )
-        self.kv_memory = self._reserve(self.num_blocks)
+        self.kv_memory = self._reserve(num_blocks)
+        self.num_blocks = num_blocks
         num_tokens = self._max_tokens()
         log.info(
             "KV cache: %d blocks, %.1f MiB on this rank, sequences of up to %d tokens",
@@ -108,9 +120,34 @@ class Residency:
         )
         if self.config.max_seq_len and num_tokens < self.max_seq_len:
             raise ConfigError(
-                f"MAX_SEQ_LEN={self.max_seq_len}: the KV cache holds {num_tokens} tokens; allowed: at most {num_tokens}"
+                f"MAX_SEQ_LEN={self.max_seq_len}: the KV cache holds {num_tokens} tokens because of"
+                f" {size_reason(self.config)}; allowed: at most {num_tokens}"
             )
         self.max_seq_len = min(self.max_seq_len, num_tokens)
+
+    @property
+    def step_bytes(self) -> int:
+        """Returns an estimate of the memory that a step allocates and frees: attention, activations and logits."""
+        activations = self.max_num_batched_tokens * 4 * (8 * self.spec.hidden_size + 4 * self.spec.intermediate_size)
+        return self._workspace_bytes() + activations + 3 * 4 * self.max_logits_rows * self.spec.vocab_size
+
+    def restore_kv_cache(self, num_blocks: int, max_seq_len: int) -> None:
+        """Allocates a KV cache of the size that the other ranks of the gang have. Not collective.
+
+        Raises FatalError if the memory that this machine has left is less.
+        """
+        num_bytes = (num_blocks + 1) * self.layout.block_bytes
+        if self.device.type == "cpu" and num_bytes > available_memory():
+            raise FatalError(
+                f"the KV cache of the other ranks has {num_blocks} blocks, {num_bytes >> 20} MiB on each rank, but this"
+                f" machine has only {available_memory() >> 20} MiB left: free memory, or restart all parts"
+            )
+        try:
+            self.kv_memory = self._reserve(num_blocks)
+        except ConfigError as error:
+            raise FatalError(f"the KV cache of the other ranks has {num_blocks} blocks: {error}") from None
+        self.num_blocks, self.max_seq_len = num_blocks, max_seq_len
+        log.info("KV cache: %d blocks, %.1f MiB, as the other ranks have", num_blocks, self.kv_bytes / 2**20)
 
     def _workspace_bytes(self) -> int:
         """Returns a bound of the memory that attention needs beside the KV cache, in one layer at a time."""
@@ -133,14 +170,24 @@ class Residency:
         self.kv_caches = carve(memory.blocks, self.layout)
         return memory
 
+    def halve_steps(self) -> None:
+        """Lets steps compute half as many tokens from the next epoch on, because one of them ran out of memory."""
+        self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def agree_on_steps(self) -> None:
+        """Takes the smallest number of tokens per step that any rank allows. Collective: all ranks must call it."""
+        self.max_num_batched_tokens = self.mesh.tp.min(self.max_num_batched_tokens)
+
     def populate_kv_memory(self) -> None:
         """Starts a thread that makes the system back the KV cache with memory, see `KVMemory`."""
         assert self.kv_memory, "allocate_kv_cache comes first"
-        self.kv_memory.populate_in_background()
+        self.kv_memory.begin_epoch()
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Returns the hidden states [T, hidden_size] after the last norm, equal on all ranks."""
-        context = ForwardContext.prepare(batch, self.kv_caches, self.layout, self.model.attentions)
+        context = ForwardContext.prepare(batch, self.kv_caches, self.layout, self.model.attentions, self.on_layer)
         hidden: Tensor = self.model(context)
         return hidden
 

@@ -1,17 +1,20 @@
 """`python -m rtp_llm.supervise.guard RUN_DIR`: the guard, which restarts processes of its part after a failure.
 
-It runs as an event listener of supervisord, which starts the processes of the part and reports their exits. If a rank
-exits, the guard restarts all ranks of the part, because a new process cannot join an existing NCCL or gloo
-communicator. RESTART_LIMIT limits the restarts. If an exit code shows an error that a restart cannot fix, the guard
-stops the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
+It runs as an event listener of supervisord, which starts the processes of the part and reports their exits. It restarts
+a process that has ended; the other ranks keep their weights, and the spare takes the place of a lost one. It kills
+processes that hang. RESTART_LIMIT limits the failures. If an exit code shows an error that a restart cannot fix, the
+guard stops the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
 """
 
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 import xmlrpc.client
-from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,30 +27,16 @@ from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
+from rtp_llm.supervise.gang_watch import GangWatch
+from rtp_llm.supervise.restart_budget import RestartBudget
 
 log = logging.getLogger("rtp_llm.guard")
 
-WINDOW_SECONDS = 600.0
-SETTLE_SECONDS = 2.0  # time for the other ranks to exit by themselves, with more specific codes
+POLL_SECONDS = 1.0
+FROZEN_SECONDS = 3.0
+SETTLE_SECONDS = 1.0  # before the part ends: other processes of the same incident may exit with more specific codes
 DOWN_STATES = {"EXITED", "FATAL", "BACKOFF"}
-HEARTBEAT_MARGIN_SECONDS = 5.0  # beyond HEARTBEAT_TIMEOUT, so that the other ranks report first
-
-
-@dataclass
-class RestartBudget:
-    """At most `limit` restarts in ten minutes, after delays of 0.5, 1, 2, 4 … 60 seconds."""
-
-    limit: int
-    _times: deque[float] = field(default_factory=deque)
-
-    def next_delay(self, now: float) -> float | None:
-        """Consumes one restart. Returns the delay before it in seconds; None if the budget is spent."""
-        while self._times and now - self._times[0] > WINDOW_SECONDS:
-            self._times.popleft()
-        if len(self._times) >= self.limit:
-            return None
-        self._times.append(now)
-        return float(min(60.0, 0.5 * 2 ** (len(self._times) - 1)))
+RESTARTED_GROUPS = ("ranks", "service", "gang")
 
 
 def incident_exit_code(codes: list[int]) -> ExitCode:
@@ -79,12 +68,11 @@ class RestartHistory:
     def open(cls, path: Path) -> "RestartHistory":
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
-    def add(self, processes: list[dict[str, Any]]) -> None:
-        for process in processes:
-            name, status = str(process["name"]), int(process["exitstatus"])
-            reason = f"{name} {_reason(status)}"
-            self.restarts[reason] = self.restarts.get(reason, 0) + 1
-            self.last_exit[name] = status
+    def add(self, name: str, status: int) -> None:
+        """Records the end of a process. name: its role, such as `rank1`. status: -1 for a signal."""
+        reason = f"{name} {_reason(status)}"
+        self.restarts[reason] = self.restarts.get(reason, 0) + 1
+        self.last_exit[name] = status
         temporary = self.path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
@@ -93,67 +81,150 @@ class RestartHistory:
             log.error("cannot write %s, so the metric of restarts is out of date: %s", self.path, error.strerror)
 
 
-class Guard:
-    """Restarts process groups, or ends the part, through supervisord's RPC interface."""
+class Watchdog:
+    """How long signs of life have not changed. Neither a jump of the clock nor a frozen machine counts."""
 
-    def __init__(self, part_spec: PartSpec, rpc: Any):
-        self.part_spec, self.rpc = part_spec, rpc
+    def __init__(self) -> None:
+        self._now = self._awake_since = time.monotonic()
+        self._changed_at: dict[str, tuple[object, float]] = {}
+
+    def tick(self, now: float) -> None:
+        """Called every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
+        if now - self._now > FROZEN_SECONDS:
+            self._awake_since = now
+        self._now = now
+
+    def silent_seconds(self, name: str, sign: object) -> float:
+        """Returns the seconds since `sign`, of the process `name`, changed."""
+        if name not in self._changed_at or self._changed_at[name][0] != sign:
+            self._changed_at[name] = sign, self._now
+        return self._now - max(self._changed_at[name][1], self._awake_since)
+
+
+class Guard:
+    """Restarts processes, or ends the part, through supervisord's RPC interface."""
+
+    def __init__(self, part_spec: PartSpec, rpc: Any, watch: GangWatch):
+        self.part_spec, self.rpc, self.watch = part_spec, rpc, watch
+        self.pids: dict[str, int] = {}  # of the last process of each program, as supervisord reported them
         self._history = RestartHistory.open(part_spec.guard_record_path)
         limit = part_spec.config.restart_limit
-        self._rank_budget, self._api_budget = RestartBudget(limit), RestartBudget(max(limit, 1))
-        # For incidents in which the ranks only lost connections to ranks of another part, where the failure is. The
-        # budget of that part limits the restarts; this larger one prevents an endless loop.
-        self._peer_loss_budget = RestartBudget(limit * 5)
-        self._killed_rank = ""  # process name of the rank that this guard killed
+        self._budgets = {
+            "ranks": RestartBudget(limit),
+            "service": RestartBudget(max(limit, 1)),
+            "gang": RestartBudget(max(limit, 1)),
+            "spare": RestartBudget(max(limit, 1)),
+            # For ranks that only lost the connection to another part, where the failure is. The budget of that part
+            # limits the restarts; this larger one prevents an endless loop.
+            "peers": RestartBudget(limit * 5),
+        }
+        self._restart_at: dict[str, float] = {}  # by supervisord's name of the process
+        self._watchdog = Watchdog()
 
-    def handle(self) -> None:
-        """Handles an event of supervisord: restarts the processes that are down, or ends the part.
+    def step(self) -> None:
+        """Looks at all processes of the part once, and does what is due.
 
-        Examines the states of all processes instead of the event, because one incident causes several events.
+        Examines their states instead of supervisord's events, because one incident causes several events.
         """
         if not self._is_running():
             return
-        if any(i["exitstatus"] == ExitCode.DOCTOR for i in self._down("doctor")):
-            self._end_part("the doctor found errors", ExitCode.DOCTOR)
-        elif self._down("ranks"):
-            self._restart("ranks", self._rank_budget, settle=SETTLE_SECONDS)
-        elif self._down("service"):
-            self._restart("service", self._api_budget, settle=0)
-        else:
-            self._kill_frozen_rank()
+        processes: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
+        down = [info for info in processes if info["statename"] in DOWN_STATES]
+        verdicts = {i["exitstatus"] for i in down if i["group"] == "doctor"}
+        final_verdicts = verdicts & {ExitCode.DOCTOR, ExitCode.GANG_INCOMPLETE}
+        if final_verdicts:
+            self._end_part("the doctor found errors", ExitCode(min(final_verdicts)))
+            return
+        for info in down:
+            name = f"{info['group']}:{info['name']}"
+            if info["group"] in RESTARTED_GROUPS and name not in self._restart_at:
+                if self._is_final(info):
+                    return
+                self._restart_at[name] = self._plan_restart(info)
+        if self._is_spent():
+            return
+        self._restart_due()
+        self._kill_silent(processes)
 
-    def _kill_frozen_rank(self) -> None:
-        """Kills the part's first rank if its heartbeats stopped.
+    def _is_final(self, info: dict[str, Any]) -> bool:
+        """Ends the part if no restart can fix what the exit code says."""
+        code = incident_exit_code([info["exitstatus"]])
+        if code.is_final:
+            self._end_part(f"{self._describe(info)}: a restart cannot fix this", code)
+        return code.is_final
 
-        The other ranks notice and exit. If they all run on other parts, only the guard can kill the frozen rank.
-        """
-        name = f"rank{self.part_spec.plan.first_rank}"
-        info = next((i for i in self.rpc.supervisor.getAllProcessInfo() if i["name"] == name), None)
-        silent_seconds = self._seconds_since_status(info["start"]) if info else 0.0
-        if silent_seconds > self.part_spec.config.heartbeat_timeout + HEARTBEAT_MARGIN_SECONDS and self._can_write():
-            log.error("no heartbeat from %s for %.0f s: killing it (exit code %d)", name, silent_seconds, ExitCode.HANG)
-            self._killed_rank = name
-            self.rpc.supervisor.signalProcess(f"ranks:{name}", "KILL")
+    def _plan_restart(self, info: dict[str, Any]) -> float:
+        """Records the end of a process. Returns when to restart it."""
+        now, pid, status = time.monotonic(), self.pids.get(info["name"], 0), int(info["exitstatus"])
+        if pid in self.watch.kill_reasons:
+            status = ExitCode.HANG
+        budget = self._budgets[info["group"]]
+        key = f"{info['name']} at {now}"
+        if info["group"] == "ranks":
+            if pid in self.watch.roles:
+                key = str(self.watch.roles[pid][1])
+                if status == ExitCode.COMMUNICATION and self.part_spec.plan.is_multi_part:
+                    budget = self._budgets["peers"]
+            elif self.watch.roles and status < 0:
+                budget = self._budgets["spare"]
+        elif info["group"] == "service":  # what the next process takes until it shows life is not silence
+            self.part_spec.api_alive_path.unlink(missing_ok=True)
+        budget.charge(now, key, status)
+        self._history.add(self._role(info), status)
+        delay = budget.delay(now, self.watch.verdicts)
+        log.error("lost %s; restarting it in %.1f s", self._describe(info), delay)
+        return now + delay
 
-    def _seconds_since_status(self, start_time: float) -> float:
-        """Returns the seconds since the part's first rank wrote gang.json (the status of all ranks).
+    def _is_spent(self) -> bool:
+        """Ends the part if a budget is spent."""
+        now = time.monotonic()
+        for budget in self._budgets.values():
+            if budget.is_spent(now, self.watch.verdicts):
+                time.sleep(SETTLE_SECONDS)
+                codes = budget.last_codes() + [
+                    int(i["exitstatus"])
+                    for i in self.rpc.supervisor.getAllProcessInfo()
+                    if i["group"] == "ranks" and i["statename"] in DOWN_STATES
+                ]
+                reason = f"the budget of {budget.limit} restarts in 10 minutes is spent"
+                self._end_part(reason, incident_exit_code(codes))
+                return True
+        return False
 
-        Returns 0 if the rank has not written the file since its start. `start_time`: of its process, Unix time.
-        """
-        path = self.part_spec.gang_status_path
-        try:
-            written_at, ranks = path.stat().st_mtime, json.loads(path.read_text())["ranks"]
-        except FileNotFoundError:
-            return 0.0
-        return time.time() - written_at if ranks and written_at > start_time else 0.0
+    def _restart_due(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, at in self._restart_at.items() if at <= now]:
+            del self._restart_at[name]
+            if not self._is_running():
+                return
+            try:
+                self.rpc.supervisor.startProcess(name, False)
+            except xmlrpc.client.Fault as fault:  # for example, fork failed for lack of memory
+                log.error("cannot start %s: %s; trying again", name, fault.faultString)
+                self._restart_at[name] = now + POLL_SECONDS
 
-    def _can_write(self) -> bool:
-        """Returns False if the disk is full: the status file gang.json is then old although the rank is not frozen."""
-        try:
-            (self.part_spec.run_dir / "guard.probe").write_text("x")
-        except OSError:
-            return False
-        return True
+    def _kill_silent(self, processes: list[dict[str, Any]]) -> None:
+        """Kills the API process if its event loop stands still, and the coordinator if it says nothing."""
+        timeout = self.part_spec.config.heartbeat_timeout
+        pids = {i["name"]: int(i["pid"]) for i in processes if i["statename"] == "RUNNING"}
+        self._watchdog.tick(time.monotonic())
+        if self.watch.coordinator_pid in pids.values():
+            silent_seconds = self._watchdog.silent_seconds("coordinator", self.watch.num_messages)
+            if silent_seconds > timeout:
+                self._kill(self.watch.coordinator_pid, f"no message from the coordinator for {silent_seconds:.0f} s")
+                self.watch.coordinator_pid = 0
+        with suppress(FileNotFoundError):
+            written_at = self.part_spec.api_alive_path.stat().st_mtime_ns
+            silent_seconds = self._watchdog.silent_seconds("api", written_at)
+            if "api" in pids and silent_seconds > timeout:
+                self._kill(pids["api"], f"the API process has not responded for {silent_seconds:.0f} s")
+                self.part_spec.api_alive_path.unlink()
+
+    def _kill(self, pid: int, reason: str) -> None:
+        log.error("%s: killing it (exit code %d)", reason, ExitCode.HANG)
+        self.watch.kill_reasons[pid] = reason
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def _is_running(self) -> bool:
         """Returns False once supervisord has received a stop request."""
@@ -162,33 +233,16 @@ class Guard:
         except xmlrpc.client.Fault:  # supervisord is shutting down and rejects calls
             return False
 
-    def _down(self, group: str) -> list[dict[str, Any]]:
-        processes: list[dict[str, Any]] = self.rpc.supervisor.getAllProcessInfo()
-        return [i for i in processes if i["group"] == group and i["statename"] in DOWN_STATES]
+    def _role(self, info: dict[str, Any]) -> str:
+        """Returns `rank1` for the worker that was rank 1, `spare` for one that was none, else the program's name."""
+        if info["group"] != "ranks":
+            return str(info["name"])
+        role = self.watch.roles.get(self.pids.get(info["name"], 0))
+        return f"rank{role[0]}" if role else "spare"
 
-    def _restart(self, group: str, budget: RestartBudget, settle: float) -> None:
-        time.sleep(settle)
-        down = self._down(group)
-        exits = ", ".join(f"{i['name']} ({_describe(i['exitstatus'])})" for i in down)
-        code = incident_exit_code([ExitCode.HANG if i["name"] == self._killed_rank else i["exitstatus"] for i in down])
-        self._killed_rank = ""
-        if code.is_final:
-            self._end_part(f"{exits}: a restart cannot fix this", code)
-            return
-        if code == ExitCode.COMMUNICATION and self.part_spec.plan.is_multi_part:
-            budget = self._peer_loss_budget
-        delay = budget.next_delay(time.monotonic())
-        if delay is None:
-            self._end_part(f"{exits}: the budget of {budget.limit} restarts in 10 minutes is spent", code)
-            return
-        if not self._is_running():
-            return
-        self._history.add(down)
-        log.error("lost %s; restarting group %s in %.1f s", exits, group, delay)
-        self.rpc.supervisor.stopProcessGroup(group, True)
-        time.sleep(delay)
-        if self._is_running():
-            self.rpc.supervisor.startProcessGroup(group, False)
+    def _describe(self, info: dict[str, Any]) -> str:
+        reason = self.watch.kill_reasons.get(self.pids.get(info["name"], 0))
+        return f"{self._role(info)} ({reason or _describe(info['exitstatus'])})"
 
     def _end_part(self, reason: str, code: ExitCode) -> None:
         if not self._is_running():
@@ -217,18 +271,34 @@ def open_rpc(part_spec: PartSpec) -> Any:
     return xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
 
 
+def _read_events(guard: Guard, woken: threading.Event) -> None:
+    """Acknowledges supervisord's events, and wakes the guard. They tell the pids of ended processes."""
+    while True:
+        headers, payload = childutils.listener.wait(sys.stdin, sys.stdout)
+        if headers["eventname"].startswith("PROCESS_STATE"):
+            event, _ = childutils.eventdata(payload + "\n")
+            if "pid" in event:
+                guard.pids[event["processname"]] = int(event["pid"])
+        woken.set()
+        childutils.listener.ok(sys.stdout)
+
+
 def main(run_dir: Path) -> None:
     part_spec = PartSpec.load(run_dir)
     logs.setup(f"{part_spec.label} guard", part_spec.config.log_level, sys.stderr, part_spec.config.log_format)
-    guard = Guard(part_spec, open_rpc(part_spec))
+    woken = threading.Event()
+    watch = GangWatch(part_spec)
+    guard = Guard(part_spec, open_rpc(part_spec), watch)
+    watch.start()
+    threading.Thread(target=_read_events, args=(guard, woken), name="events", daemon=True).start()
     while True:
-        childutils.listener.wait(sys.stdin, sys.stdout)
+        woken.wait(POLL_SECONDS)
+        woken.clear()
         try:
-            guard.handle()
+            guard.step()
         except xmlrpc.client.Fault as fault:
             if fault.faultCode != Faults.SHUTDOWN_STATE:
                 raise
-        childutils.listener.ok(sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Generates supervisord's configuration for one part from the plan.
 
 supervisord stops groups one after another, highest priority number first, and all programs of a group together. So
-the API process finishes its open streams while the ranks still compute; then all ranks stop at once.
+the API process finishes its open streams while the ranks still compute; then all ranks stop at once, and then the
+coordinator.
 """
 
 import configparser
@@ -19,7 +20,9 @@ def supervisord_config(part_spec: PartSpec) -> str:
     """Returns the text of supervisord.conf."""
     run_dir, socket = part_spec.run_dir, part_spec.supervisor_socket
     run_dir_arg = shlex.quote(str(run_dir))
-    ranks = {f"rank{r}": f"-m rtp_llm.engine.main {run_dir_arg} {r}" for r in part_spec.plan.ranks}
+    # One worker per rank and a spare, which takes the place of a lost one while that is restarted.
+    num_workers = part_spec.plan.local_world_size + (part_spec.config.rtp_recovery == "reform")
+    workers = {f"worker{i}": f"-m rtp_llm.engine.main {run_dir_arg} {i}" for i in range(num_workers)}
     api_stop_seconds = part_spec.config.drain_seconds + DRAIN_MARGIN_SECONDS
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
@@ -35,12 +38,12 @@ def supervisord_config(part_spec: PartSpec) -> str:
         "rpcinterface:supervisor": {
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
         },
-        "group:ranks": {"programs": ",".join(ranks), "priority": 100},
+        "group:ranks": {"programs": ",".join(workers), "priority": 100},
         "group:service": {"programs": "api", "priority": 900},
         "program:api": _program(f"-m rtp_llm.api.main {run_dir_arg}", api_stop_seconds),
         "eventlistener:guard": {
             **_program(f"-m rtp_llm.supervise.guard {run_dir_arg}", 2),
-            "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL,TICK_5",
+            "events": "PROCESS_STATE_RUNNING,PROCESS_STATE_EXITED,PROCESS_STATE_FATAL",
             "buffer_size": 1000,
             "autorestart": "true",
             "redirect_stderr": "false",
@@ -48,11 +51,14 @@ def supervisord_config(part_spec: PartSpec) -> str:
             "stderr_logfile_maxbytes": 0,
         },
     }
+    if part_spec.plan.part == 0:
+        sections["group:gang"] = {"programs": "coordinator", "priority": 40}
+        sections["program:coordinator"] = _program(f"-m rtp_llm.parallel.coordinator {run_dir_arg}", 2)
     if runs_doctor(part_spec):
         sections["group:doctor"] = {"programs": "gang-doctor", "priority": 50}
         sections["program:gang-doctor"] = _program(f"-m doctor.gang_service {run_dir_arg}", 2)
     del sections["eventlistener:guard"]["stdout_logfile"], sections["eventlistener:guard"]["stdout_logfile_maxbytes"]
-    sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in ranks.items()}
+    sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in workers.items()}
     return _render(sections)
 
 

@@ -36,9 +36,14 @@ class ChatTemplate:
         Raises TemplateError if a template has a syntax error.
         """
         self.name = name
+        self._arguments = (name, source, tool_source, variables)
         self._default = None if source is None else _CompiledTemplate(name, source)
         self._with_tools = self._default if tool_source is None else _CompiledTemplate(name, tool_source)
         self._variables = dict(variables)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets another process compile the same template; compiled ones cannot be pickled."""
+        return ChatTemplate, self._arguments
 
     @classmethod
     def select(

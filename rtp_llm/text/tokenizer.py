@@ -20,6 +20,9 @@ from rtp_llm.errors import CheckpointError
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json files have about 35 MB
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+SURROGATE_MESSAGE = "the text has an unpaired surrogate, which UTF-8 cannot represent"
+PIECE_CHARACTERS = 1 << 16  # of the pieces in which `min_tokens` encodes a long text
+CUT_TOKENS = 64
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -46,6 +49,7 @@ class Tokenizer:
     ):
         """`decoder` is the "decoder" section of tokenizer.json, which `backend` does not expose."""
         self._backend = backend
+        self._path: Path | None = None  # if it was read from files
         self._bytes: dict[int, bytes] = {}
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
@@ -53,6 +57,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.templates = dict(templates)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        # In bytes with the byte-level alphabet, since each of its characters is a byte.
+        self._longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         eos_id = self.token_id(special_tokens.get("eos_token", ""))
         self.eos_ids = frozenset(eos_ids) | (set() if eos_id is None else {eos_id})
         steps = list(_decoder_steps(decoder))
@@ -89,9 +95,15 @@ class Tokenizer:
         eos_ids = _eos_ids(generation_config, path / "generation_config.json")
         eos_ids |= _eos_ids(model_config, path / "config.json")
         templates = {**_declared_templates(config, path / "tokenizer_config.json"), **_template_files(path, file_names)}
-        return cls(
+        tokenizer = cls(
             backend, spec.get("decoder"), special_tokens=_named_tokens(declared), eos_ids=eos_ids, templates=templates
         )
+        tokenizer._path = path
+        return tokenizer
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Lets another process read the files itself: to pickle a vocabulary holds the GIL for long."""
+        return (Tokenizer.load, (self._path,)) if self._path else super().__reduce__()
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token of the vocabulary, None if it does not exist."""
@@ -102,7 +114,31 @@ class Tokenizer:
 
         Raises ValueError if `text` has an unpaired surrogate, which JSON can represent and UTF-8 cannot.
         """
-        return list(self._encoding(text, add_special_tokens).ids)
+        try:
+            # As a batch of one: `encode` holds the GIL, this one does not. It computes no offsets, which take longest.
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        except TypeError as error:  # raised for a str that cannot be encoded as UTF-8
+            raise ValueError(SURROGATE_MESSAGE) from error
+
+    def min_tokens(self, text: str, enough: int) -> int:
+        """Returns a lower bound for the number of tokens of `text`, with no more work than it takes to exceed `enough`.
+
+        A very long text is so refused before it costs gigabytes: first by its length and the longest token, then by
+        the tokens of its pieces. A cut between two pieces adds a few tokens, for which `CUT_TOKENS` are subtracted.
+        """
+        if len(text) <= PIECE_CHARACTERS:
+            return 0
+        # Only a byte-level tokenizer keeps the length: others may fuse unknown characters to one token.
+        total = len(text) // self._longest_token if self.byte_level and self._backend.normalizer is None else 0
+        if total > enough:
+            return total
+        total = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            num_tokens = len(self.encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False))
+            total += max(0, num_tokens - CUT_TOKENS)
+            if total > enough:
+                break
+        return total
 
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
@@ -114,9 +150,9 @@ class Tokenizer:
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError as error:  # raised for a str that cannot be encoded as UTF-8
-            raise ValueError("the text has an unpaired surrogate, which UTF-8 cannot represent") from error
+            raise ValueError(SURROGATE_MESSAGE) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`. Ignores ids outside the vocabulary."""

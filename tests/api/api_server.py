@@ -23,6 +23,7 @@ import uvicorn
 
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
+from rtp_llm.api.listen import listening_sockets, uvicorn_config
 from rtp_llm.api.part_metrics import register
 from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
@@ -54,29 +55,30 @@ class ApiServer:
         self.metrics = Metrics("fake", 2048)
         self.errors = _ErrorLog()
         self._server = self._make_server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        [self._listener] = listening_sockets("127.0.0.1", 0)
+        self._thread = threading.Thread(target=self._server.run, args=([self._listener],), daemon=True)
         self.engine = self.new_engine(script, sends_ready=sends_ready)
 
     def _make_server(self, config: Config) -> "_LoopTrackingServer":
-        client = EngineClient(self.part_spec.engine_sockets, self.metrics, config.resume_timeout)
+        client = EngineClient(
+            self.part_spec.engine_sockets, self.metrics, config.resume_timeout, self.part_spec.verdicts_path
+        )
         template = ChatTemplate.select(self.model.tokenizer, explicit=config.model_template_type or None)
         self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
         self.state = PartState(self.part_spec, client)
         register(self.metrics, self.state, config)
-        app = create_app(config, self.state, self.metrics, self._service)
-        return _LoopTrackingServer(
-            uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_keep_alive=5)
-        )
+        self.app = create_app(config, self.state, self.metrics, self._service)
+        return _LoopTrackingServer(uvicorn_config(self.app, config))
 
     def __enter__(self) -> Self:
         logging.getLogger().addHandler(self.errors)
         self._thread.start()
         self.engine.wait_for_connection()
         self.wait_until(lambda: self._server.started)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
+        port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         if self.engine.sends_ready:
-            self.wait_until(lambda: self.get("/v1/models").json()["data"][0]["max_model_len"] is not None)
+            self.wait_until(lambda: self._service.client.info is not None)
         return self
 
     def __exit__(
@@ -140,6 +142,25 @@ class ApiServer:
         return len(self._server.server_state.connections)
 
     @contextmanager
+    def event_loop_cpu(self) -> Iterator[list[float]]:
+        """Gives a list with the CPU seconds of the iterations of the API's event loop: each delays all others."""
+        seconds: list[float] = []
+        is_done = threading.Event()
+
+        async def measure() -> None:
+            while not is_done.is_set():
+                before = time.thread_time()
+                await asyncio.sleep(0.001)  # without a pause it would compete for the CPU
+                seconds.append(time.thread_time() - before)
+
+        task = asyncio.run_coroutine_threadsafe(measure(), self._server.loop)
+        try:
+            yield seconds
+        finally:
+            is_done.set()
+            task.result(TIMEOUT_SECONDS)
+
+    @contextmanager
     def blocked_event_loop(self) -> Iterator[None]:
         """Blocks the API's event loop, so that everything sent meanwhile arrives in one iteration."""
         is_blocked, unblock = threading.Event(), threading.Event()
@@ -156,7 +177,7 @@ class ApiServer:
             unblock.set()
 
     def write_gang_status(self, **rank_status: Any) -> None:
-        """Writes the gang status file (gang.json), which the first rank of a part writes twice a second."""
+        """Writes the gang status file (gang.json), which the guard of a part writes twice a second."""
         defaults = {
             "part": 0,
             "pid": 1,
@@ -170,7 +191,7 @@ class ApiServer:
             "kv_bytes": 2000,
             "startup_seconds": {"loading": 1.5},
         }
-        gang_status = {"epoch": 1, "message": "", "ranks": {"0": {**defaults, **rank_status}}}
+        gang_status = {"epoch": 1, "in_epoch": True, "message": "", "ranks": {"0": {**defaults, **rank_status}}}
         self.part_spec.gang_status_path.write_text(json.dumps(gang_status))
 
 

@@ -81,7 +81,8 @@ class FakeEngine:
     def __init__(self, path: Path, script: Script | None = None, *, sends_ready: bool = True, **info: Any):
         self.script = script
         self._path, self.sends_ready = path, sends_ready
-        defaults = {"epoch": 1, "max_seq_len": 2048, "vocab_size": 258, "block_size": 16, "num_blocks": 64}
+        defaults = {"epoch": 1, "max_seq_len": 2048, "max_seq_len_reason": "MAX_SEQ_LEN=2048"}
+        defaults |= {"vocab_size": 258, "block_size": 16, "num_blocks": 64}
         self._info = EngineInfo(**{**defaults, "prefix_caching": True, "family": "fake", "dtype": "fp32", **info})
         self._submitted: queue.Queue[Submission] = queue.Queue()
         self._aborted: queue.Queue[str] = queue.Queue()
@@ -112,6 +113,11 @@ class FakeEngine:
     def num_pending_submissions(self) -> int:
         """Submissions that the test has not read."""
         return self._submitted.qsize()
+
+    @property
+    def num_pending_aborts(self) -> int:
+        """Aborts that the test has not read."""
+        return self._aborted.qsize()
 
     # Messages of the engine
 

@@ -8,12 +8,16 @@ SEPARATORS = (b"\r\n\r\n", b"\n\n")
 
 
 def split_events(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields each event with its separator as soon as it is complete, and at the end the incomplete rest."""
+    """Yields each event with its separator as soon as it is complete, and at the end the incomplete rest.
+
+    Leaves out comments, with which a slow server keeps the connection alive.
+    """
     buffer = b""
     for chunk in chunks:
         buffer += chunk
         while (end := _event_end(buffer)) is not None:
-            yield buffer[:end]
+            if not buffer.startswith(b":"):
+                yield buffer[:end]
             buffer = buffer[end:]
     if buffer:
         yield buffer

@@ -74,6 +74,20 @@ def test_a_third_sequence_is_rejected_and_the_first_two_finish(
     assert small_api.metric("rtp_llm_admission_rejections_total", **REJECTED) == 1
 
 
+def test_a_rejection_does_not_wait_for_the_body(small_api: ApiServer, byte_model: ByteModel) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        responses = [pool.submit(small_api.post, "/v1/completions", {"prompt": "Hi"}) for _ in range(2)]
+        submissions = [small_api.engine.next_submission() for _ in responses]
+        with RawHttpConnection(small_api.url) as connection:
+            assert connection.send("/v1/completions", b"{", content_length=1000).status() == 429
+        assert small_api.post("/tokenize", {"prompt": "Hi"}).status_code == 200  # needs no slot
+        labels = {"handler": "/v1/completions", "method": "POST", "status": "429"}
+        assert small_api.metric("rtp_llm_http_requests_total", **labels) == 1
+        for submission in submissions:
+            small_api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
+        assert [response.result().status_code for response in responses] == [200] * 2
+
+
 @pytest.mark.parametrize("body", [BODY, {**BODY, "stream": False}, {**BODY, "n": 2}], ids=["stream", "whole", "n=2"])
 def test_a_burst_of_requests_does_not_exceed_the_slots(
     body: dict[str, Any], small_api: ApiServer, byte_model: ByteModel

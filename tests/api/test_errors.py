@@ -369,6 +369,28 @@ def test_a_timeout_aborts_the_request(start_api: StartApi, byte_model: ByteModel
         assert api.engine.next_abort() == api.engine.next_submission().id
 
 
+def test_a_timeout_until_the_first_token(start_api: StartApi, byte_model: ByteModel) -> None:
+    """It does not count once a token has come; each endpoint has it, and the server's own applies to the others."""
+    api = start_api(lambda submission: [])
+    limit = {"ttft_timeout_ms": 50}
+    bodies = [
+        (NATIVE, {"prompt": "a", **limit}),
+        (CHAT, {"messages": HI, **limit}),
+        (COMPLETION, {"prompt": "a", **limit}),
+    ]
+    bodies.append((CHAT, {"messages": HI, "extra_configs": limit}))
+    bodies.append((NATIVE, {"prompt": "a", "generate_config": limit}))
+    with api.client() as client:
+        for path, body in bodies:
+            assert_error(client.post(path, json=body), 504, 603, "no token within 0.05 s")
+            assert api.engine.next_abort() == api.engine.next_submission().id
+        api.engine.script = lambda submission: [ScriptedOutput(byte_model.tokens("a"))]
+        body = {"messages": HI, "ttft_timeout_ms": 5000, "timeout_ms": 50}
+        assert_error(client.post(CHAT, json=body), 504, 603, "not finished within 0.05 s")
+    api = start_api(lambda submission: [], ttft_timeout_ms=50)
+    assert_error(api.post(COMPLETION, {"prompt": "a"}), 504, 603, "no token within 0.05 s")
+
+
 def test_the_timeout_of_the_server(start_api: StartApi) -> None:
     api = start_api(lambda submission: [], max_rpc_timeout_ms=50)
     with api.client() as client:

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from rtp_llm.api.part_metrics import PartCollector
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
@@ -290,3 +291,26 @@ def test_promtool_reports_no_problems(http: httpx.Client) -> None:
     """promtool, Prometheus's linter, finds no problem in the text of /metrics."""
     result = promtool("check", "metrics", text=http.get("/metrics").text)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_cpu_seconds_of_a_program_survive_its_restart(start_api: StartApi) -> None:
+    """A rank that is lost (no values) and comes back as another process continues the counter of the first one."""
+    api = start_api()
+    snapshot = api.state.metrics_snapshot()
+    processes = [
+        {"up": 1.0, "start_time": 10.0, "cpu": 5.0},
+        {"up": 1.0, "start_time": 10.0, "cpu": 7.0},
+        {"up": 0.0},
+        {"up": 1.0, "start_time": 20.0, "cpu": 1.0},
+        {"up": 1.0, "start_time": 30.0, "cpu": 2.0},
+    ]
+    remaining = iter(processes)
+    collector = PartCollector(lambda: {**snapshot, "processes": {"rank0": next(remaining)}})
+    totals = [
+        sample.value
+        for _ in processes
+        for family in collector.collect()
+        for sample in family.samples
+        if sample.name == "rtp_llm_process_cpu_seconds_total"
+    ]
+    assert totals == [5, 7, 7, 8, 10]

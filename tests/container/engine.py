@@ -125,9 +125,10 @@ class Container(ContainerService):
     def kill_rank(self, rank: int) -> None:
         """Sends SIGKILL to the process of a rank."""
         self.python(
-            "import os, psutil;"
-            f"[os.kill(p.pid, 9) for p in psutil.process_iter(['cmdline'])"
-            f" if 'rtp_llm.engine.main' in p.info['cmdline'] and p.info['cmdline'][-1] == '{rank}']"
+            "import json, os, pathlib, psutil;"
+            "worker = next(p for p in psutil.process_iter(['cmdline']) if 'rtp_llm.engine.main' in p.info['cmdline']);"
+            "status = json.loads(pathlib.Path(worker.info['cmdline'][-2], 'gang.json').read_text());"
+            f"os.kill(status['ranks']['{rank}']['pid'], 9)"
         )
 
     def __enter__(self) -> Self:

@@ -23,6 +23,7 @@ from doctor.report import Finding
 from doctor.runtime import Runtime
 
 REPOSITORY = Path(rtp_llm.__file__).parents[1]
+DEMO = REPOSITORY / "image" / "demo" / "model"  # a checkpoint, without which no machine is ready
 GIB = 1 << 30
 HEALTHY = (Status.OK, Status.SKIP)
 
@@ -69,7 +70,7 @@ class FakeHost(Host):
     """A Docker container on a machine with 8 cores and 64 GiB, whose files are below `root`."""
 
     def __init__(self, root: Path, environ: Mapping[str, str] | None = None):
-        super().__init__(root, {"HOME": "/root", "TMPDIR": "/tmp", **(environ or {})})
+        super().__init__(root, {"HOME": "/root", "TMPDIR": "/tmp", "CHECKPOINT_PATH": str(DEMO), **(environ or {})})
         self.spaces = {"/dev/shm": DiskSpace(2 * GIB, 2 * GIB, -1)}
         self.fake_uid, self.fake_cores = 0, 8
         self.memory = 64 * GIB
@@ -157,7 +158,7 @@ def doctor(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the doctor as a process. `inside`: a command that runs it, such as nsenter; `code`: folder with the doctor's
     packages."""
-    clean = {"PATH": os.environ["PATH"], "HOME": "/root", **(env or {})}
+    clean = {"PATH": os.environ["PATH"], "HOME": "/root", "CHECKPOINT_PATH": str(DEMO), **(env or {})}
     command = [*inside, sys.executable, "-m", "doctor", *arguments]
     return subprocess.run(command, env=clean, cwd=code, capture_output=True, text=True, timeout=timeout, check=False)
 

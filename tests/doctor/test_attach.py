@@ -64,7 +64,7 @@ def test_healthy_part(part: Part) -> None:
         pid = part.pid(f"rank{number}")
         assert any(line.startswith(f"  rank {number} (part0, pid {pid}): serving, step ") for line in lines)
     assert f"  {part.port} HTTP (START_PORT): pid {part.pid('api')}" in lines
-    assert f"  {part.port - 1} rendezvous (START_PORT - 1): pid {part.pid('rank0')}" in lines
+    assert f"  {part.port - 1} rendezvous (START_PORT - 1): pid {part.pid('coordinator')}" in lines
     assert any(" free, " in line and line.endswith("0 orphaned files hold 0 B") for line in lines)
     assert lines[-1] == "healthy"
 
@@ -87,18 +87,19 @@ def start_times(run_dir: str) -> list[float]:
     return [p.info["create_time"] for p in processes if run_dir in (p.info["cmdline"] or [])]
 
 
-def test_stopped_rank_is_silent(part: Part) -> None:
-    with stopped(part.pid("rank1")):
-        text = wait_for(part, "rank 1 is silent")
-        assert text.splitlines()[-1] == "unhealthy: rank 1 is silent"
-        row = next(line for line in text.splitlines() if line.startswith("  rank 1 "))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stopped_rank_is_silent(part: Part, rank: int) -> None:
+    with stopped(part.pid(f"rank{rank}")):
+        text = wait_for(part, f"rank {rank} is silent")
+        assert text.splitlines()[-1] == f"unhealthy: rank {rank} is silent"
+        row = next(line for line in text.splitlines() if line.startswith(f"  rank {rank} "))
         assert row.endswith("(silent)")
-        assert next(line for line in text.splitlines() if line.startswith("  rank 0 ")).endswith(" s ago")
+        assert next(line for line in text.splitlines() if line.startswith(f"  rank {1 - rank} ")).endswith(" s ago")
     part.until(lambda: attach(part)[0] == 0, "healthy again")
 
 
-def test_stopped_first_rank_leaves_a_stale_status(part: Part) -> None:
-    with stopped(part.pid("rank0")):
+def test_stopped_guard_leaves_a_stale_status(part: Part) -> None:
+    with stopped(part.pid("guard")):
         text = wait_for(part, "(stale)")
         assert "unhealthy: no status from the ranks for " in text
     part.until(lambda: attach(part)[0] == 0, "healthy again")
@@ -133,10 +134,16 @@ def test_missing_status_file(part: Part, tmp_path: Path) -> None:
     assert "  gang.json was not written yet" in process.stdout.splitlines()
 
 
+def environment(part: Part) -> dict[str, str]:
+    """Returns the settings of the running part, as an operator has them in the shell."""
+    checkpoint = json.loads((part.run_dir / "part.json").read_text())["config"]["checkpoint_path"]
+    return {"START_PORT": str(part.port), "TP_SIZE": "2", "CHECKPOINT_PATH": checkpoint}
+
+
 def test_running_part_does_not_conflict_with_its_own_ports_and_memory(part: Part) -> None:
     """The doctor of a running part does not report the part's own ports and memory as a conflict. With --starting it
     does, because a second start would fail."""
-    env = {"START_PORT": str(part.port), "TP_SIZE": "2"}
+    env = environment(part)
     running = report(doctor("-o", "json", "--only", "N-08,S-01", env=env))
     assert (running["verdict"], running["exit_code"]) == ("ok", 0)
     starting = report(doctor("-o", "json", "--only", "N-08", "--starting", env=env))
@@ -203,7 +210,10 @@ def test_invalid_status_file(text: str, part: Part, tmp_path: Path) -> None:
 def test_another_deployment_on_the_port_is_a_conflict(change: dict[str, str], part: Part) -> None:
     env = {"START_PORT": str(part.port), "TP_SIZE": "2", **change}
     process = doctor("-o", "json", "--only", "N-08", env=env)
-    assert [c["status"] for c in report(process)["checks"] if c["id"] == "N-08"] == ["error"]
+    check = next(c for c in report(process)["checks"] if c["id"] == "N-08")
+    assert check["status"] == "error"
+    assert check["actual"].startswith("part0 of this server already runs here and is healthy: port ")
+    assert check["fix"]["host"].startswith(f"rtp-llm-doctor attach --run-dir {part.run_dir}, or START_PORT=")
 
 
 def test_the_same_deployment_is_no_conflict(part: Part) -> None:
@@ -211,3 +221,14 @@ def test_the_same_deployment_is_no_conflict(part: Part) -> None:
     env = {"START_PORT": str(part.port), "TP_SIZE": "2", "CHECKPOINT_PATH": settings["checkpoint_path"]}
     process = doctor("-o", "json", "--only", "N-08", env=env)
     assert [c["status"] for c in report(process)["checks"] if c["id"] == "N-08"] == ["ok"]
+    running = "part0 of this server already runs here and is healthy"
+    assert process.stderr == f"{running}; see rtp-llm-doctor attach --run-dir {part.run_dir}\n"
+
+
+def test_part_that_runs_but_does_not_serve_is_called_unhealthy(part: Part) -> None:
+    env = environment(part)
+    with stopped(part.pid("api")):
+        process = doctor("-o", "json", "--only", "N-08", env=env)
+    assert process.stderr.startswith(
+        "part0 of this server already runs here and does not answer GET /health: timed out;"
+    )

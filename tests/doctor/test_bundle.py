@@ -15,7 +15,7 @@ from doctor.report import Report, make_finding
 from doctor.runtime import Runtime
 from rtp_llm.config import Config
 from tests.doctor.faulty import faulty_report
-from tests.doctor.fixtures import FakeHost, doctor
+from tests.doctor.fixtures import DEMO, FakeHost, doctor
 
 SECRETS = {
     "GANG_SECRET": "hunter2-of-the-gang",
@@ -158,7 +158,8 @@ def test_bundled_report_is_valid(report: Report, host: FakeHost, tmp_path: Path)
 def test_environment_has_only_variables_that_the_server_reads(report: Report, host: FakeHost, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host)
     rows = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/environment.txt"].splitlines()
-    assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in PUBLIC.items()), *(f"{n}={REDACTED}" for n in SECRETS)])
+    public = PUBLIC | {"CHECKPOINT_PATH": str(DEMO)}
+    assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in public.items()), *(f"{n}={REDACTED}" for n in SECRETS)])
 
 
 def test_long_log_is_truncated_to_its_end(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
@@ -193,7 +194,9 @@ def test_redacted_json_is_valid() -> None:
 
 
 def test_secret_settings() -> None:
-    assert {name for name in Config.model_fields if is_secret(name)} == {"gang_secret", "gang_secret_file"}
+    assert {name for name in Config.model_fields if is_secret(name)} == {
+        *("gang_secret", "gang_secret_file", "api_key", "api_key_file", "admin_key", "admin_key_file"),
+    }
 
 
 def test_switch_values_are_not_redacted() -> None:

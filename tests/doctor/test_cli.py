@@ -17,9 +17,9 @@ from doctor import cli
 from doctor.check import REGISTRY
 from doctor.cli import COMMANDS
 from doctor.render import FORMATS
-from tests.doctor.fixtures import REPOSITORY, doctor, failed_checks, report
+from tests.doctor.fixtures import DEMO, REPOSITORY, doctor, failed_checks, report
 
-PORT = {"START_PORT": "19861"}
+PORT = {"START_PORT": "19861", "CHECKPOINT_PATH": str(DEMO)}
 HUB_NAME = {**PORT, "CHECKPOINT_PATH": "org/model"}  # M-08, an error
 TYPO = {**PORT, "LOG_LEVLE": "INFO"}  # M-13, a warning
 TIER_0 = [id for id, check in REGISTRY.items() if check.tier == 0]

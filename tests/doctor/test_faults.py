@@ -200,8 +200,8 @@ FAULTS: dict[str, tuple[str, Callable[[FakePart], object], str, str]] = {
         "correct the list",
     ),
     "a rank": ("C-01", lambda part: part.members(WORLD_RANK="7"), "error", "WORLD_RANK=0 would match"),
-    "another machine's rank": ("C-01", lambda part: part.members(WORLD_RANK="1"), "error", "WORLD_RANK=0 would match"),
-    "sizes": ("C-01", lambda part: part.set(WORLD_SIZE="3"), "error", "set the variables"),
+    "another machine's rank": ("C-01", lambda part: part.members(WORLD_RANK="1"), "error", "set WORLD_RANK=0, or"),
+    "sizes": ("C-01", lambda part: part.set(WORLD_SIZE="3"), "error", "set WORLD_SIZE=2, or TP_SIZE=3"),
     "metrics folder": ("M-15", lambda part: part.set(PROMETHEUS_MULTIPROC_DIR="/tmp"), "warn", "unset"),
     "no folder": (
         "M-08",
@@ -421,7 +421,13 @@ FAULTS: dict[str, tuple[str, Callable[[FakePart], object], str, str]] = {
         "warn",
         "docker run --network host",
     ),
-    "a proxy": ("N-11", lambda part: part.set(HTTP_PROXY="http://proxy:3128"), "warn", "no_proxy=localhost"),
+    "a proxy": ("N-11", lambda part: part.set(HTTP_PROXY="http://proxy:3128"), "warn", "no_proxy=localhost,127.0.0.1"),
+    "a proxy for https": (
+        "N-11",
+        lambda part: part.set(https_proxy="http://proxy:3128"),
+        "warn",
+        "localhost,127.0.0.1",
+    ),
     "a plugin": ("N-16", lambda part: part.set(NCCL_NET_PLUGIN="aws-ofi"), "warn", "LD_LIBRARY_PATH"),
     "a full table": (
         "N-18",
@@ -565,5 +571,5 @@ def test_proposed_port_is_not_reserved_for_another_part(part: FakePart, monkeypa
 def test_no_proxy_networks_and_suffixes(part: FakePart, no_proxy_entry: str, status: str) -> None:
     members = {f"x_part{n}": {"ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
     part.set(JSON_GANG_PARTS=json.dumps(members), TP_SIZE="2", LOCAL_WORLD_SIZE="1", WORLD_RANK="0")
-    part.set(http_proxy="http://proxy:3128", no_proxy=f"localhost,{no_proxy_entry}")
+    part.set(http_proxy="http://proxy:3128", no_proxy=f"localhost,127.0.0.1,{no_proxy_entry}")
     assert by_id(run_context_checks(part.ctx()), "N-11").status == status

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from doctor.check import REGISTRY
+from doctor.checks.alignment import alignment
 from doctor.context import CheckContext
 from doctor.executor import run_checks
 from doctor.gang.facts import local_part_report
@@ -96,7 +97,12 @@ FAULTS: dict[str, tuple[str, Callable[[FakeGang], Any], str, str]] = {
         "error",
         "plan.tp_size: part0=3 part1=3 part2=6",
     ),
-    "a list": ("C-02", lambda gang: set_fact(gang, "members", "[]"), "error", "part2=[]"),
+    "an entry of the list": (
+        "C-02",
+        lambda gang: set_fact(gang, "members.part1", "x_part1 :20000"),
+        "error",
+        "members.part1: part0=x_part1 :10000 part1=x_part1 :10000 part2=x_part1 :20000",
+    ),
     "a set of checks": ("C-10", lambda gang: set_fact(gang, "doctor.checks", "7"), "error", "part2=7"),
     "a clock": (
         "C-08",
@@ -271,3 +277,10 @@ def test_collective_results(name: str, gang: FakeGang) -> None:
     gang.ctx.collective = {"backend": "TorchGroup", **measured}
     findings = run_checks([REGISTRY["X-01"], REGISTRY["X-02"]], gang.ctx)
     assert problems(findings) == expected
+
+
+def test_fix_of_an_entry_names_what_is_compared() -> None:
+    differences = {"members.part1": {"part0": "x_part1 :10000", "part1": "x_part1 :20000"}}
+    assert alignment(differences) == (
+        'on part0: "x_part1": {"name": "x_part1", "port": 20000} in the member list   as on part1'
+    )

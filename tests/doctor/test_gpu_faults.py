@@ -59,7 +59,7 @@ class FakeGpuPart:
     """A healthy part with eight GPUs and eight ranks. A test changes it to add a fault."""
 
     def __init__(self, root: Path):
-        self.environ = {"TP_SIZE": "8"}
+        self.environ = {"TP_SIZE": "8", "JSON_MODEL_OVERRIDE_ARGS": '{"num_attention_heads": 16}'}
         self.host = FakeHost(root, self.environ)
         self.host.environ = self.environ | dict(self.host.environ)
         self.host.memory, self.host.fake_cores = 1024 * GIB, 64

@@ -25,3 +25,12 @@ def test_doctor_imports_no_heavy_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_machine_is_ready_without_a_checkpoint() -> None:
+    """The server needs CHECKPOINT_PATH, and would end with code 64."""
+    done = doctor("-o", "json", env={"START_PORT": "19877", "CHECKPOINT_PATH": ""})
+    assert failed_checks(report(done)) == {"M-08": "error"}
+    check = next(c for c in report(done)["checks"] if c["id"] == "M-08")
+    assert check["actual"] == "CHECKPOINT_PATH is not set"
+    assert "CHECKPOINT_PATH=" in check["fix"]["host"]

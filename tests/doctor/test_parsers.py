@@ -88,6 +88,68 @@ def test_cgroup_version_1_reads_its_own_path() -> None:
     assert (group.version, group.available_memory, group.cpus) == (1, 600, 1.5)
 
 
+V1 = (
+    "{root}/{controller}",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_active_file",
+    "9223372036854771712",
+)
+V2 = ("{root}", "memory.max", "memory.current", "active_file", "max")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ({"/pod/app": (900, 100, 0), "/pod": (1000, 800, 50)}, 250),  # siblings in the pod have used its memory
+        ({"/pod/app": (900, 800, 50), "/pod": (2000, 800, 50)}, 150),
+        ({"/pod/app": (None, 100, 0), "/pod": (1000, 800, 0)}, 200),
+        ({"/pod/app": (None, 100, 0), "": (1000, 900, 30)}, 130),  # in a container, the mount's root is its cgroup
+        ({"/pod/app": (None, 100, 0), "/pod": (None, 800, 0)}, UNLIMITED),
+        ({"/pod/app": (900, 950, 0), "/pod": (2000, 950, 0)}, 0),
+    ],
+)
+def test_the_tightest_ancestor_limits_memory(
+    version: int, levels: dict[str, tuple[int | None, int, int]], expected: int
+) -> None:
+    directory, limit_name, usage_name, cache_name, unlimited = V1 if version == 1 else V2
+    mount = directory.format(root="/sys/fs/cgroup", controller="memory")
+    table = {"/proc/self/cgroup": "4:memory:/pod/app\n" if version == 1 else "0::/pod/app\n"}
+    table |= {"/sys/fs/cgroup/pids/cgroup.procs": ""} if version == 1 else {"/sys/fs/cgroup/cgroup.controllers": ""}
+    for path, (limit, usage, cache) in levels.items():
+        table |= {
+            f"{mount}{path}/{limit_name}": unlimited if limit is None else str(limit),
+            f"{mount}{path}/{usage_name}": str(usage),
+            f"{mount}{path}/memory.stat": f"{cache_name} {cache}\n",
+        }
+    assert (files(table).version, files(table).available_memory) == (version, expected)
+
+
+def test_ancestors_limit_cores_and_processes() -> None:
+    root = "/sys/fs/cgroup"
+    limits = {
+        "/a/b": ("max 100000", "max", "5"),
+        "/a": ("150000 100000", "40", "30"),
+        "": ("200000 100000", "99", "50"),
+    }
+    table = {"/proc/self/cgroup": "0::/a/b\n", f"{root}/cgroup.controllers": ""}
+    for path, contents in limits.items():
+        names = ("cpu.max", "pids.max", "pids.current")
+        table |= {f"{root}{path}/{name}": text for name, text in zip(names, contents, strict=True)}
+    group = files(table)
+    assert (group.cpus, group.available_pids, group.pids_max) == (1.5, 10, 40)
+
+
+def test_a_path_outside_the_namespace_is_not_followed() -> None:
+    table = {
+        "/proc/self/cgroup": "0::/../x\n",
+        "/sys/fs/cgroup/cgroup.controllers": "",
+        "/sys/fs/cgroup/memory.max": "7",
+    }
+    assert files(table | {"/sys/fs/cgroup/../x/memory.max": "3", "/sys/fs/cgroup/x/memory.max": "5"}).memory_max == 7
+
+
 @given(st.text(), st.dictionaries(st.sampled_from(["memory.max", "cpu.max", "pids.max", "memory.events"]), st.text()))
 def test_cgroup_accepts_any_files(own: str, contents: dict[str, str]) -> None:
     parse_proc_cgroup(own)

@@ -290,5 +290,6 @@ def test_hung_disk_does_not_hang_the_doctor(demo: Path, tmp_path: Path, monkeypa
     assert by_id(found.checks, "M-08").actual == f"CHECKPOINT_PATH={demo}: the file system does not respond"
     host.environ = {**host.environ, "DISTRIBUTE_CONFIG_FILE": "/mnt/list.json", "CHECKPOINT_PATH": ""}
     found = run_doctor(host, (), RunOptions(), print)
-    assert {f.id: f.status for f in found.problems()} == {"C-02": "error"}
+    assert {f.id: f.status for f in found.problems()} == {"C-02": "error", "M-08": "error"}
+    assert by_id(found.checks, "M-08").actual == "CHECKPOINT_PATH is not set"
     assert "/mnt/list.json: cannot be read: the file system does not respond" in by_id(found.checks, "C-02").actual

@@ -27,7 +27,7 @@ from tests import random_model
 from tests.gpu.plugin import Note
 from tests.model import drive
 from tests.model.conftest import _one_thread  # noqa: F401  # applies to these tests, too
-from tests.model.rank import local_plan
+from tests.model.rank import local_plan, make_assignment
 from tests.ports import free_start_port
 from tests.seams.test_epoch import MAX_TOKENS, PROMPT, TIMEOUT_SECONDS, ApiConnection, make_part_spec
 
@@ -35,16 +35,15 @@ from tests.seams.test_epoch import MAX_TOKENS, PROMPT, TIMEOUT_SECONDS, ApiConne
 @contextmanager
 def serving_epoch(part_spec: PartSpec, number: int, residency: Residency) -> Iterator[Epoch]:
     """Yields an epoch that a thread serves. It must have been aborted, and must then end without an error."""
-    status = RankStatus(0, 0)
-    gang = cast(GangClient, SimpleNamespace(rank_status=status, address="127.0.0.1", set_phase=status.set_phase))
+    gang = cast(GangClient, SimpleNamespace(rank_status=RankStatus(0), check_epoch=lambda: None))
     group = open_torch_group(dist.HashStore(), 0, 1, TIMEOUT_SECONDS, residency.device)
-    with mock.patch("rtp_llm.engine.epoch.init_group", return_value=group):
-        epoch = Epoch(part_spec, number, gang, residency.mesh, residency.device)
+    epoch = Epoch(part_spec, make_assignment(0, number), gang, residency.mesh, residency.device)
     errors = []
 
     def serve() -> None:
         try:
-            with epoch:
+            with mock.patch("rtp_llm.engine.epoch.init_group", return_value=group), epoch:
+                epoch.form()
                 epoch.serve(residency)
         except Exception as error:
             errors.append(error)

@@ -15,26 +15,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from rtp_llm.config import Config
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.contract.step import Step
 from rtp_llm.engine.engine import Engine
 from rtp_llm.engine.loop import FollowerConnections
-from rtp_llm.parallel.gang_client import accept_ranks, retry_connect
+from rtp_llm.parallel.gang_client import Assignment
 from rtp_llm.parallel.group import Communicator, init_group
 from rtp_llm.parallel.members import Member
+from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import STEP_PORT_OFFSET, Plan
-from rtp_llm.parallel.wire import FrameType, WireError, connect, listen, pack_json, recv_frame
+from rtp_llm.parallel.rendezvous import KVCacheSize
+from rtp_llm.parallel.step_connections import accept_ranks, connect_to_leader, join_leader
+from rtp_llm.parallel.wire import FrameType, WireError, listen, pack_json, recv_frame
 from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
 
 HOST = "127.0.0.1"
-EPOCH = 1
+EPOCH = "test-1"
 TIMEOUT_SECONDS = 60  # of connecting to peers, and of each collective
 
 
 def local_plan(size: int, port: int) -> Plan:
     return Plan((Member(0, "local_part0", HOST, port),), 0, size, size, size, port, 9, "cpu")
+
+
+def make_assignment(rank: int, epoch: int = 1) -> Assignment:
+    return Assignment(rank, epoch, "test", HOST, KVCacheSize())
 
 
 def open_groups(plan: Plan, rank: int) -> dict[str, Communicator]:
@@ -62,17 +70,17 @@ class RankWorker:
 
     def __init__(self, size: int, rank: int, port: int):
         plan = local_plan(size, port)
+        config = Config.model_validate({"dist_comm_timeout": TIMEOUT_SECONDS})
+        part_spec = PartSpec(Path(), config, plan, ModelInfo("random", "qwen3", "fp32", 2048), {}, tty=False)
         self.groups = open_groups(plan, rank)
         self.followers: FollowerConnections | None = None
         self.step_socket: socket.socket | None = None
         if rank == 0:
-            self.followers = FollowerConnections(_accept_followers(plan), TIMEOUT_SECONDS)
+            self.followers = FollowerConnections(_accept_followers(part_spec), TIMEOUT_SECONDS)
         else:
-            port = plan.leader_port(STEP_PORT_OFFSET)
-            self.step_socket = retry_connect(
-                lambda: connect(HOST, port, TIMEOUT_SECONDS), f"{HOST}:{port}", TIMEOUT_SECONDS
-            )
-            self.step_socket.sendall(pack_json(FrameType.JOIN, {"rank": rank, "epoch": EPOCH}))
+            self.step_socket = connect_to_leader(part_spec, lambda: None)
+            join_leader(self.step_socket, part_spec, make_assignment(rank))
+            self.step_socket.settimeout(None)  # a session may run no job for long
 
     def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
         """Loads the checkpoint and computes the job's requests. Returns the reply of this rank."""
@@ -89,11 +97,11 @@ class RankWorker:
         return reply
 
 
-def _accept_followers(plan: Plan) -> dict[int, socket.socket]:
-    if plan.world_size == 1:
+def _accept_followers(part_spec: PartSpec) -> dict[int, socket.socket]:
+    if part_spec.plan.world_size == 1:
         return {}
-    with listen(HOST, plan.leader_port(STEP_PORT_OFFSET)) as listener:
-        return accept_ranks(listener, plan, EPOCH, TIMEOUT_SECONDS)
+    with listen(HOST, part_spec.plan.leader_port(STEP_PORT_OFFSET)) as listener:
+        return accept_ranks(listener, part_spec, make_assignment(0))
 
 
 def _run_follower(runner: ModelRunner, step_socket: socket.socket) -> None:

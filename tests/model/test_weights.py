@@ -31,8 +31,8 @@ from tests.model.oracle import generate_answer
 from tests.model.rank_pool import RankPool
 
 
-def config_of(path: Path) -> Config:
-    return Config.model_validate({"checkpoint_path": str(path)})
+def config_of(path: Path, **settings: Any) -> Config:
+    return Config.model_validate({"checkpoint_path": str(path), **settings})
 
 
 class FakeGroup:
@@ -456,3 +456,33 @@ def test_unused_tensors_are_logged(copy_checkpoint: Callable[[str], Path], caplo
     edit_tensors(path, lambda tensors: tensors.update({"model.layers.0.surprise.weight": torch.ones(2)}))
     drive.load_runner(path, {}, SingleRankGroup())
     assert "model.layers.0.surprise.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_tokens", "reason"),
+    [
+        ({"test_block_num": 8}, 8 * 16, "TEST_BLOCK_NUM=8"),
+        ({"test_block_num": 8, "max_seq_len": 100}, 100, "MAX_SEQ_LEN=100"),
+        ({"test_block_num": 4096}, None, "the checkpoint's maximum, because MAX_SEQ_LEN is not set"),
+    ],
+)
+def test_names_what_bounds_a_sequence(
+    copy_checkpoint: Callable[[str], Path], settings: dict[str, int], num_tokens: int | None, reason: str
+) -> None:
+    path = copy_checkpoint("llama")
+    config = config_of(path, **settings, warm_up=False)
+    spec = Checkpoint.open(config).spec(config)
+    limit = config.max_seq_len or spec.max_positions
+    residency = Residency(config, spec, Mesh(MeshAxis()), torch.device("cpu"), limit)
+    residency.mesh.tp.bind(SingleRankGroup())
+    residency.allocate_kv_cache(1)
+    assert residency.max_seq_len == (num_tokens or spec.max_positions)
+    assert residency.max_seq_len_reason == reason
+
+
+def test_max_seq_len_that_does_not_fit_names_the_setting_that_bounds_it(copy_checkpoint: Callable[[str], Path]) -> None:
+    config = config_of(copy_checkpoint("llama"), test_block_num=8, max_seq_len=200, warm_up=False)
+    residency = Residency(config, Checkpoint.open(config).spec(config), Mesh(MeshAxis()), torch.device("cpu"), 200)
+    residency.mesh.tp.bind(SingleRankGroup())
+    with pytest.raises(ConfigError, match=r"holds 128 tokens because of TEST_BLOCK_NUM=8; allowed: at most 128"):
+        residency.allocate_kv_cache(1)

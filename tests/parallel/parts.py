@@ -33,6 +33,7 @@ COMMAND_PATTERNS = {
     "supervisord": " -m supervisor.supervisord ",
     "guard": " -m rtp_llm.supervise.guard ",
     "api": " -m rtp_llm.api.main ",
+    "coordinator": " -m rtp_llm.parallel.coordinator ",
 }
 
 running_parts: list["Part"] = []  # their logs are part of the report of a failed test
@@ -64,12 +65,16 @@ class Part:
         ranks: int = 1,
         address: str = "127.0.0.1",
         inside: Sequence[str] = (),
+        temporary: Path | None = None,
     ):
-        """`port`: START_PORT. `ranks`: LOCAL_WORLD_SIZE. `inside`: command prefix that enters a namespace."""
+        """`port`: START_PORT. `ranks`: LOCAL_WORLD_SIZE. `inside`: command prefix that enters a namespace.
+
+        `temporary`: folder of the run directory, for one on a disk of its own.
+        """
         self.port, self.ranks, self.address, self.inside = port, ranks, address, tuple(inside)
         self.root = Path(tempfile.mkdtemp(prefix="rtp-"))  # short, because socket paths are limited
-        self.temporary = self.root / "tmp"
-        self.temporary.mkdir()
+        self.temporary = temporary or self.root / "tmp"
+        self.temporary.mkdir(exist_ok=True)
         self.log_path = self.root / "log"
         self._marker = secrets.token_hex(8)
         self._orphaned_before = orphaned_shm_files()
@@ -87,6 +92,10 @@ class Part:
         running_parts.append(self)
 
     # State
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
 
     @property
     def log(self) -> str:
@@ -118,16 +127,32 @@ class Part:
         return {pid: command for pid, command in commands.items() if command}
 
     def pid(self, name: str) -> int:
-        """Returns the pid of `rank0`, `api`, `guard`, `supervisord` or `start_server`. Waits for the process."""
+        """Returns the pid of a process, and waits for it.
+
+        name: `start_server`, `rank0`, `spare` (a worker that is no rank), `worker0`, or one of COMMAND_PATTERNS.
+        """
         if name == "start_server":
             return self._process.pid
-        rank = name.removeprefix("rank")
-        pattern = re.compile(rf" -m rtp_llm.engine.main \S+ {rank}$" if rank.isdigit() else COMMAND_PATTERNS[name])
 
         def find_pid() -> int | None:
-            return next((pid for pid, command in self.processes().items() if pattern.search(command)), None)
+            if name.startswith("rank"):
+                return self._rank_pids().get(name)
+            return next((pid for pid, command in self.processes().items() if self._is(name, pid, command)), None)
 
         return self.until(find_pid, f"process {name}")
+
+    def _is(self, name: str, pid: int, command: str) -> bool:
+        index = r"\d+" if name == "spare" else name.removeprefix("worker")
+        pattern = COMMAND_PATTERNS.get(name, rf" -m rtp_llm.engine.main \S+ {index}$")
+        return bool(re.search(pattern, command)) and not (name == "spare" and pid in self._rank_pids().values())
+
+    def _rank_pids(self) -> dict[str, int]:
+        """Returns the pids of the gang's ranks, from its status."""
+        try:
+            ranks = json.loads((self.run_dir / "gang.json").read_text())["ranks"]
+        except (OSError, AssertionError):
+            return {}
+        return {f"rank{rank}": int(status["pid"]) for rank, status in ranks.items()}
 
     # Requests
 
@@ -227,11 +252,15 @@ class Part:
         finally:
             self.destroy()
 
-    def destroy(self) -> None:
-        """Kills all remaining processes and removes the files."""
+    def kill_all(self) -> None:
+        """Kills all remaining processes."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def destroy(self) -> None:
+        """Kills all remaining processes and removes the files."""
+        self.kill_all()
         self._process.wait()
         shutil.rmtree(self.root, ignore_errors=True)
         running_parts.remove(self)

@@ -51,7 +51,7 @@ def test_stream_is_cut_after_the_shutdown_timeout(single_rank: Part) -> None:
 
 
 def test_draining_part_reports_503_and_rejects_requests(settings: dict[str, str]) -> None:
-    with start(settings) as part:
+    with start(settings, "--shutdown_timeout=300") as part:
         part.wait_healthy()
         stream = Stream(part, {**GREEDY, "max_tokens": 900}).wait_flowing()
         part.kill("rank1", signal.SIGSTOP)  # the stream cannot end before the requests below
@@ -72,7 +72,7 @@ def test_no_process_outlives_a_killed_supervisor(settings: dict[str, str], victi
     """Also tests processes that have not called prctl(PR_SET_PDEATHSIG) yet when supervisord is killed."""
     part = start(settings)
     try:
-        part.pid("rank0")
+        part.pid("worker0")
         part.kill(victim)
         assert part.wait_end() == code, part.log
         part.assert_no_process_left()

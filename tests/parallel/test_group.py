@@ -73,7 +73,7 @@ def open_group(kind: str, rank: int, port: int, epoch: int) -> Communicator:
     prefix = f"rtp-test-{port}-" if kind == "shm" else ""
     cpu, plan = torch.device("cpu"), local_plan(2, port)
     return init_group(
-        plan, rank, epoch, host=HOST, address=HOST, timeout=TIMEOUT_SECONDS, device=cpu, shm_prefix=prefix
+        plan, rank, f"test-{epoch}", host=HOST, address=HOST, timeout=TIMEOUT_SECONDS, device=cpu, shm_prefix=prefix
     )
 
 

@@ -99,4 +99,4 @@ def test_world_rank_of_another_machine_is_rejected(namespaces: list[str], settin
     env |= {"START_PORT": str(PORT), "WORLD_RANK": "0"}
     with Part(env, port=PORT, inside=["ip", "netns", "exec", namespaces[1]]) as part:
         assert part.wait_end() == 64
-        assert "this machine has 10.77.0.2, which is member 'x_part1'; set WORLD_RANK=1" in part.log
+        assert "10.77.0.2 of member 'x_part1'; set WORLD_RANK=1" in part.log

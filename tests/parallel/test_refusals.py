@@ -14,7 +14,7 @@ from rtp_llm.parallel.wire import listen
 from tests.parallel.parts import Part
 from tests.ports import free_start_port
 
-START_SECONDS = 10.0  # takes less than one second on an idle machine
+START_SECONDS = 50.0  # takes less than one second on an idle machine, or six if other parts must be told
 
 
 def rejected(env: Mapping[str, str], *args: str, code: int, port: int = 0, seconds: float = START_SECONDS) -> str:

@@ -1,28 +1,17 @@
-"""The rendezvous over real sockets, in one process: foreign connections, ranks that disagree, lost ranks."""
+"""The coordinator over real sockets: strangers, parts that disagree, epochs, lost and hanging ranks."""
 
-import json
-import socket
-import threading
-import time
+import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rtp_llm.config import Config
-from rtp_llm.errors import CommunicationError, ExitCode, GangError
-from rtp_llm.parallel.coordinator import Coordinator, Timeouts
-from rtp_llm.parallel.gang_client import GangClient, accept_ranks, retry_connect
-from rtp_llm.parallel.plan import Plan, make_plan
-from rtp_llm.parallel.rank_status import RankStatus
-from rtp_llm.parallel.wire import FrameType, WireError, connect, listen, pack_frame, pack_json, recv_frame
-from tests.parallel.parts import DEADLINE, POLL
-from tests.ports import free_start_port
+from rtp_llm.parallel import coordinator
+from rtp_llm.parallel.wire import FrameType, pack_frame, pack_json
+from tests.parallel.rendezvous import FINGERPRINT, CoordinatorThread, Peer, part_specs, until
 
-FINGERPRINT = {"model": "a", "config.MAX_SEQ_LEN": 0}
 NOISE = {
     "http": b"GET / HTTP/1.1\r\n\r\n",
     "no data": b"",
@@ -30,382 +19,380 @@ NOISE = {
     "invalid json": pack_frame(FrameType.HELLO, b"{"),
     "not an object": pack_json(FrameType.HELLO, [1]),
     "number": pack_json(FrameType.HEARTBEAT, 1),
-    "no fingerprint": pack_json(FrameType.HELLO, {"rank": 1}),
-    "no rank": pack_json(FrameType.HELLO, {"rank": None, "fingerprint": {}}),
+    "heartbeat": pack_json(FrameType.HEARTBEAT, {"phase": "serving"}),
+    "failure": pack_json(FrameType.EPOCH_ENDED, {"epoch": 1, "reason": "x"}),
+    "no fingerprint": pack_json(FrameType.HELLO, {"kind": "worker", "part": 1}),
+    "no rank": pack_json(FrameType.HELLO, {"part": None, "fingerprint": {}}),
     "unexpected frame": pack_frame(FrameType.STEP, b""),
+    "too long": pack_frame(FrameType.HELLO)[1:4] + b"\x7f" + bytes([FrameType.HELLO]),
 }
-
-
-def two_parts() -> Plan:
-    port = free_start_port()
-    members = {"x_part0": {"ip": "127.0.0.1", "port": port}, "x_part1": {"ip": "127.0.0.1", "port": port + 100}}
-    settings = {"tp_size": 2, "local_world_size": 1, "start_port": port, "json_gang_parts": json.dumps(members)}
-    return make_plan(Config.model_validate(settings), 0)
-
-
-class CoordinatorProbe:
-    """A coordinator (rank 0's side of the rendezvous), its listening socket and the lost ranks that it reported."""
-
-    def __init__(self, timeouts: Timeouts):
-        self.plan = two_parts()
-        self.listener = listen("127.0.0.1", 0)
-        self.port = int(self.listener.getsockname()[1])
-        self.lost: list[tuple[str, ExitCode]] = []
-        self.failures: list[threading.ExceptHookArgs] = []
-        self.coordinator = Coordinator(self.plan, 7, self.listener, timeouts, lambda *loss: self.lost.append(loss))
-        self._thread = next(t for t in threading.enumerate() if t.name == "coordinator" and t.is_alive())
-
-    def close(self) -> None:
-        """Ends the coordinator's thread, which has no stop method: in the product it ends with its process."""
-
-        def exit_thread(timeout: float) -> None:
-            raise SystemExit
-
-        self.coordinator._selector.select = exit_thread  # type: ignore[method-assign, assignment]
-        self._thread.join(DEADLINE)
-        assert not self._thread.is_alive()
-        self.coordinator._selector.close()
-        for peer in self.coordinator._peers:
-            peer.sock.close()
-        self.listener.close()
-        assert self.failures == []
-
-    def on_thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        if failure.exc_type is not SystemExit:
-            self.failures.append(failure)
+MADE_UP: list[dict[str, Any]] = [
+    {"fingerprint": {}},
+    {"fingerprint": dict.fromkeys(FINGERPRINT, "x")},
+    {"part": 2},
+    {"part": -1},
+]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CoordinatorProbe]]:
-    """Starts coordinators with a tenth of the usual intervals. Asserts at the end that no thread failed."""
-    monkeypatch.setattr("rtp_llm.parallel.coordinator.HEARTBEAT_INTERVAL_SECONDS", 0.05)
-    monkeypatch.setattr("rtp_llm.parallel.coordinator.DISAGREE_GRACE_SECONDS", 0.15)
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., CoordinatorThread]]:
+    """Starts coordinators of two parts, or of one, with a tenth of the usual intervals."""
+    for name in ("HEARTBEAT_INTERVAL", "DISAGREE_GRACE", "TWIN", "FAILURE_SETTLE"):
+        monkeypatch.setattr(coordinator, f"{name}_SECONDS", getattr(coordinator, f"{name}_SECONDS") / 10)
     with ExitStack() as stack:
 
-        def start_coordinator(join: float = 60, heartbeat: float = 60, progress: float = 60) -> CoordinatorProbe:
-            probe = stack.enter_context(closing(CoordinatorProbe(Timeouts(join, heartbeat, progress))))
-            monkeypatch.setattr(threading, "excepthook", probe.on_thread_failed)
-            return probe
+        def start_coordinator(num_parts: int = 2, secret: bytes = b"", **settings: Any) -> CoordinatorThread:
+            part_spec = part_specs(tmp_path, num_parts, **{"heartbeat_timeout": 60, **settings})[0]
+            return stack.enter_context(closing(CoordinatorThread(part_spec, secret)))
 
         yield start_coordinator
 
 
 @pytest.fixture
-def dial() -> Iterator[Callable[[int], socket.socket]]:
+def dial() -> Iterator[Callable[[CoordinatorThread], Peer]]:
     with ExitStack() as stack:
-        yield lambda port: stack.enter_context(connect("127.0.0.1", port, DEADLINE))
+        yield lambda thread: stack.enter_context(closing(Peer(thread.port)))
 
 
-Dial = Callable[[int], socket.socket]
-Start = Callable[..., CoordinatorProbe]
+Dial = Callable[[CoordinatorThread], Peer]
+Start = Callable[..., CoordinatorThread]
 
 
-def hello(rank: int, **fingerprint: Any) -> bytes:
-    return pack_json(FrameType.HELLO, {"rank": rank, "fingerprint": FINGERPRINT | fingerprint})
+def form(thread: CoordinatorThread, dial: Dial, epoch: int = 1) -> list[Peer]:
+    """Joins one worker of each part and waits until they are ranks 0 and 1. Returns them in this order."""
+    peers = [dial(thread).join(part=part) for part in range(2)]
+    welcomes = [peer.receive(FrameType.WELCOME) for peer in peers]
+    assert [(w["rank"], w["epoch"]) for w in welcomes] == [(0, epoch), (1, epoch)]
+    assert {w["incarnation"] for w in welcomes} == {thread.coordinator.incarnation}
+    return peers
 
 
-def receive(sock: socket.socket, frame_type: FrameType) -> dict[str, Any]:
-    """Returns the next message of this type."""
-    while True:
-        received_type, payload = recv_frame(sock)
-        if received_type == frame_type:
-            message: dict[str, Any] = json.loads(payload)
-            return message
+# The rendezvous
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(POLL)
+def test_waiting_worker_and_guard_receive_the_missing_parts(start: Start, dial: Dial) -> None:
+    thread = start()
+    expected = f"waiting for {thread.coordinator.part_spec.plan.describe_part(1)}"
+    for peer in (dial(thread).join(), dial(thread).join(kind="guard")):
+        status = peer.receive_until(FrameType.GANG_STATUS, lambda status: status["message"] == expected)
+        assert (status["epoch"], status["in_epoch"], status["ranks"]) == (0, False, {})
 
 
-def join_both(probe: CoordinatorProbe, dial: Dial) -> list[socket.socket]:
-    """Joins ranks 0 and 1 and waits for WELCOME, the coordinator's reply. Returns their sockets by rank."""
-    socks = [dial(probe.port) for _ in range(2)]
-    for rank, sock in enumerate(socks):
-        sock.sendall(hello(rank))
-    assert [receive(sock, FrameType.WELCOME)["epoch"] for sock in socks] == [7, 7]
-    return socks
-
-
-# The coordinator
-
-
-def test_waiting_rank_receives_the_missing_parts(start: Start, dial: Dial) -> None:
-    probe = start()
-    first = dial(probe.port)
-    first.sendall(hello(0))
-    assert receive(first, FrameType.WAITING)["missing"] == probe.plan.describe_part(1)
-
-
-def test_epoch_starts_when_all_ranks_have_joined_and_agree(start: Start, dial: Dial) -> None:
-    probe = start()
-    first, second = join_both(probe, dial)
-    second.sendall(pack_json(FrameType.HEARTBEAT, {"phase": "loading"}))
-    until(lambda: "1" in receive(first, FrameType.GANG_STATUS)["ranks"])
-    assert probe.lost == []
+def test_epoch_begins_when_there_is_a_worker_for_every_rank(start: Start, dial: Dial) -> None:
+    first, second = form(start(), dial)
+    second.beat("loading", part=1)
+    status = first.receive_until(FrameType.GANG_STATUS, lambda status: "1" in status["ranks"])
+    assert (status["epoch"], status["in_epoch"], status["message"]) == (1, True, "")
+    assert status["ranks"]["1"]["phase"] == "loading"
 
 
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 @pytest.mark.parametrize("formed", [False, True], ids=["forming", "formed"])
-def test_foreign_connection_does_not_disturb_the_gang(start: Start, dial: Dial, noise: bytes, formed: bool) -> None:
-    probe = start()
-    socks = join_both(probe, dial) if formed else []
-    with connect("127.0.0.1", probe.port, DEADLINE) as foreign:
-        foreign.sendall(noise)
-        until(lambda: len(probe.coordinator._peers) > len(socks) or noise)
-    socks = socks or join_both(probe, dial)
-    assert receive(socks[1], FrameType.GANG_STATUS)["epoch"] == 7
-    assert probe.lost == []
+def test_stranger_gets_no_answer_and_does_not_disturb(start: Start, dial: Dial, noise: bytes, formed: bool) -> None:
+    thread = start()
+    peers = form(thread, dial) if formed else []
+    stranger = dial(thread)
+    stranger.sock.sendall(noise)
+    if noise and noise != NOISE["half a frame"]:
+        until(lambda: len(thread.coordinator._peers) == len(peers))
+        assert stranger.rest() == []
+    peers = peers or form(thread, dial)
+    assert peers[1].receive(FrameType.GANG_STATUS)["in_epoch"]
+
+
+@pytest.mark.parametrize("message", MADE_UP, ids=str)
+def test_part_0_keeps_waiting_beside_a_made_up_member(
+    start: Start, dial: Dial, message: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told neither the members nor the checkpoint, and the parts of the gang are not rejected."""
+    thread = start()
+    first, stranger = dial(thread).join(), dial(thread)
+    stranger.hello(**{"part": 1, **message})
+    assert stranger.rest() == []
+    until(lambda: "not a part of this gang" in caplog.text)
+    second = dial(thread).join(part=1)
+    assert [peer.receive(FrameType.WELCOME)["rank"] for peer in (first, second)] == [0, 1]
+
+
+def test_silent_connection_is_closed(start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "HELLO_TIMEOUT_SECONDS", 0.2)
+    thread = start()
+    assert dial(thread).rest() == []
+    form(thread, dial)
 
 
 def test_all_parts_that_disagree_receive_the_same_difference(start: Start, dial: Dial) -> None:
-    probe = start()
-    first, second = dial(probe.port), dial(probe.port)
-    first.sendall(hello(0, model="a"))
-    second.sendall(hello(1, model="b", extra=1))
-    texts = [receive(sock, FrameType.REJECTED)["message"] for sock in (first, second)]
-    assert texts[0] == texts[1]
-    assert texts[0].splitlines()[1:] == ["  extra: part0=null  part1=1", '  model: part0="a"  part1="b"']
-
-
-def test_a_rank_that_is_claimed_twice_is_a_disagreement(start: Start, dial: Dial) -> None:
-    probe = start()
-    first, second = dial(probe.port), dial(probe.port)
-    first.sendall(hello(0))
-    second.sendall(hello(0))
-    text = receive(second, FrameType.REJECTED)["message"]
-    assert "rank 0 is claimed twice, by 127.0.0.1:" in text
-    assert "check WORLD_RANK" in text
+    thread = start()
+    peers = [dial(thread).join(part=0), dial(thread).join(part=1, fingerprint=FINGERPRINT | {"model": "b"})]
+    peers.append(dial(thread).join(kind="guard", part=1))
+    texts = {peer.receive(FrameType.REJECTED)["message"] for peer in peers}
+    assert texts == {'the parts of the gang disagree:\n  model: part0="a"  part1="b"'}
 
 
 def test_rejection_after_the_timeout_names_missing_parts(start: Start, dial: Dial) -> None:
-    probe = start(join=0.6)
-    first = dial(probe.port)
-    first.sendall(hello(0))
-    text = receive(first, FrameType.REJECTED)["message"]
-    assert text == f"gave up after 0.01 minutes (GANG_TIMEOUT_MIN): missing {probe.plan.describe_part(1)}"
+    thread = start(gang_timeout_min=0.01)
+    text = dial(thread).join().receive(FrameType.REJECTED)["message"]
+    missing = thread.coordinator.part_spec.plan.describe_part(1)
+    assert text == f"gave up after 0.01 minutes (GANG_TIMEOUT_MIN): missing {missing}"
 
 
-def test_rank_that_left_before_the_gang_formed_may_join_again(start: Start, dial: Dial) -> None:
-    probe = start()
-    with connect("127.0.0.1", probe.port, DEADLINE) as early:
-        early.sendall(hello(1))
-        receive(early, FrameType.WAITING)
-    until(lambda: not probe.coordinator._peers)
-    join_both(probe, dial)
+def test_worker_that_left_before_the_gang_formed_may_join_again(start: Start, dial: Dial) -> None:
+    thread = start()
+    dial(thread).join(part=1).close()
+    until(lambda: not thread.coordinator._peers)
+    form(thread, dial)
 
 
-def test_a_lost_connection_is_a_lost_rank(start: Start, dial: Dial) -> None:
-    probe = start()
-    join_both(probe, dial)[1].close()
-    until(lambda: probe.lost)
-    message, code = probe.lost[0]
-    assert message.startswith("lost rank 1 (127.0.0.1:")
-    assert code == ExitCode.COMMUNICATION
+def test_two_parts_with_one_world_rank_are_both_rejected(start: Start, dial: Dial) -> None:
+    thread = start()
+    twins = [dial(thread).join(), dial(thread).join()]
+    for _ in range(6):
+        twins[0].beat("rendezvous")
+        twins[0].receive(FrameType.GANG_STATUS)
+    texts = {twin.receive(FrameType.REJECTED)["message"] for twin in twins}
+    assert len(texts) == 1
+    assert "part0 is claimed twice, by 127.0.0.1:" in next(iter(texts))
+    assert "check WORLD_RANK" in next(iter(texts))
 
 
-def test_missing_heartbeat_is_a_hang(start: Start, dial: Dial) -> None:
-    probe = start(heartbeat=0.5)
-    join_both(probe, dial)
-    until(lambda: probe.lost)
-    assert "no heartbeat from rank" in probe.lost[0][0]
-    assert probe.lost[0][1] == ExitCode.HANG
+def test_twin_of_a_serving_part_is_rejected_alone(start: Start, dial: Dial) -> None:
+    thread = start()
+    first, second = form(thread, dial)
+    twin = dial(thread).join(part=1)
+    for _ in range(6):
+        second.beat(part=1)
+        first.receive(FrameType.GANG_STATUS)
+    assert "part1 is claimed twice" in twin.receive(FrameType.REJECTED)["message"]
+    assert FrameType.REJECTED not in [frame_type for frame_type, _ in [*first.pending(), *second.pending()]]
 
 
-@pytest.mark.parametrize(("idle", "lost"), [(11.0, True), (9.0, False)])
-def test_a_heartbeat_without_progress_is_a_hang(start: Start, dial: Dial, idle: float, lost: bool) -> None:
-    probe = start(progress=10)
-    socks = join_both(probe, dial)
-    socks[1].sendall(pack_json(FrameType.HEARTBEAT, {"phase": "loading", "idle_s": idle}))
-    until(lambda: "1" in receive(socks[0], FrameType.GANG_STATUS)["ranks"])
-    receive(socks[0], FrameType.GANG_STATUS)  # sent after a liveness check of this rank status
-    assert [code for _, code in probe.lost[:1]] == ([ExitCode.HANG] if lost else [])
+def test_recreated_part_takes_the_place_of_its_dead_connection(start: Start, dial: Dial) -> None:
+    """Its machine lost power, so the first connection is still open, and silent."""
+    thread = start(heartbeat_timeout=2)
+    first, _dead = form(thread, dial)
+    again = dial(thread).join(part=1)
+    while not any(frame_type == FrameType.EPOCH_ENDED for frame_type, _ in first.pending()):
+        first.beat()
+        again.beat("rendezvous", part=1)
+    first.join(resident_rank=0)
+    assert [peer.receive(FrameType.WELCOME)["epoch"] for peer in (first, again)] == [2, 2]
 
 
-def test_a_change_of_phase_is_told_at_once(monkeypatch: pytest.MonkeyPatch, start: Start, dial: Dial) -> None:
+# Epochs
+
+
+def test_survivor_keeps_its_rank_and_the_spare_takes_the_lost_one(start: Start, dial: Dial) -> None:
+    thread = start(num_parts=1)
+    workers = [dial(thread).join(index=index) for index in range(2)]
+    assert [worker.receive(FrameType.WELCOME)["rank"] for worker in workers] == [0, 1]
+    spare = dial(thread).join(index=2)
+    workers[0].close()
+    ended = workers[1].receive(FrameType.EPOCH_ENDED)
+    assert (ended["epoch"], ended["restart"]) == (1, False)
+    assert ended["reason"].startswith("lost rank 0 (127.0.0.1:")
+    assert not any(frame_type == FrameType.WELCOME for frame_type, _ in spare.pending()), "rank 1 is still leaving"
+    workers[1].join(index=1, resident_rank=1, num_blocks=77, max_seq_len=500)
+    welcomes = [worker.receive(FrameType.WELCOME) for worker in (spare, workers[1])]
+    assert [w["rank"] for w in welcomes] == [0, 1]
+    assert {(w["epoch"], w["num_blocks"], w["max_seq_len"]) for w in welcomes} == {(2, 77, 500)}
+
+
+def test_restarted_worker_becomes_the_spare(start: Start, dial: Dial) -> None:
+    thread = start(num_parts=1)
+    workers = [dial(thread).join(index=index) for index in range(2)]
+    for worker in workers:
+        worker.receive(FrameType.WELCOME)
+    spare = dial(thread).join(index=2)
+    spare.close()
+    frames = [frame for worker in workers for frame in worker.pending()]
+    assert {frame_type for frame_type, _ in frames} == {FrameType.GANG_STATUS}, "nobody needs a spare"
+    assert all(message["in_epoch"] for _, message in frames)
+
+
+def test_the_number_of_an_epoch_survives_the_coordinator_and_its_incarnation_does_not(start: Start, dial: Dial) -> None:
+    first = start()
+    form(first, dial)
+    second = start()
+    form(second, dial, epoch=2)
+    assert first.coordinator.incarnation != second.coordinator.incarnation
+
+
+def test_new_coordinator_forms_the_gang_from_what_the_workers_have(start: Start, dial: Dial) -> None:
+    thread = start()
+    peers = [dial(thread).join(part=part, resident_rank=part, num_blocks=9, max_seq_len=88) for part in range(2)]
+    sizes = [(w["num_blocks"], w["max_seq_len"]) for w in (peer.receive(FrameType.WELCOME) for peer in peers)]
+    assert sizes == [(9, 88)] * 2
+
+
+def test_change_of_phase_is_told_at_once(monkeypatch: pytest.MonkeyPatch, start: Start, dial: Dial) -> None:
     """Ranks wait until all have loaded: without the extra status they would learn it an hour later."""
-    interval = "rtp_llm.parallel.coordinator.HEARTBEAT_INTERVAL_SECONDS"
-    monkeypatch.setattr(interval, 3600)
-    socks = join_both(start(), dial)
+    thread = start()
+    monkeypatch.setattr(coordinator, "HEARTBEAT_INTERVAL_SECONDS", 3600)
+    first, second = form(thread, dial)
     for phase in ("loading", "warmup", "serving"):
-        if phase == "serving":
-            monkeypatch.setattr(interval, 0.05)  # from the next status on, so that the coordinator's thread can end
-        socks[1].sendall(pack_json(FrameType.HEARTBEAT, {"phase": phase}))
-        until(lambda: receive(socks[0], FrameType.GANG_STATUS)["ranks"].get("1", {}).get("phase") == phase)  # noqa: B023
+        second.beat(phase, part=1)
+        first.receive_until(
+            FrameType.GANG_STATUS,
+            lambda status: status["ranks"].get("1", {}).get("phase") == phase,  # noqa: B023
+        )
 
 
-# A rank's side
+@pytest.mark.parametrize("served", [True, False])
+def test_failure_that_no_lost_rank_explains_ends_the_epoch(start: Start, dial: Dial, served: bool) -> None:
+    """If it happens before the gang served, only new processes can help."""
+    thread = start()
+    peers = form(thread, dial)
+    for part, peer in enumerate(peers):
+        peer.beat("serving" if served else "warmup", part=part)
+    until(lambda: thread.coordinator._has_served == served)
+    peers[1].send(FrameType.EPOCH_ENDED, {"epoch": 0, "reason": "of the epoch before"})
+    peers[1].send(FrameType.EPOCH_ENDED, {"epoch": 1, "reason": "network unreachable"})
+    for peer in peers:
+        ended = peer.receive(FrameType.EPOCH_ENDED)
+        assert ended == {"epoch": 1, "reason": "rank 1: network unreachable", "restart": not served}
 
 
-def member(tmp_path: Path, plan: Plan, rank: int, **settings: Any) -> GangClient:
-    config = Config.model_validate({"gang_timeout_min": 0.01, **settings})
-    return GangClient(plan, RankStatus(rank, plan.part_of(rank)), config, tmp_path, lambda *loss: None)
+def test_repeated_failures_after_serving_restart_the_processes(start: Start, dial: Dial) -> None:
+    thread = start(restart_limit=1)
+    peers = form(thread, dial)
+    for restart in (False, True):
+        for part, peer in enumerate(peers):
+            peer.beat("serving", part=part)
+        until(lambda: thread.coordinator._has_served)
+        epoch = thread.coordinator._epoch
+        peers[0].send(FrameType.EPOCH_ENDED, {"epoch": epoch, "reason": "x"})
+        assert [peer.receive(FrameType.EPOCH_ENDED)["restart"] for peer in peers] == [restart] * 2
+        for part, peer in enumerate(peers):
+            peer.hello(part=part, resident_rank=part)
+        for peer in peers:
+            peer.receive(FrameType.WELCOME)
 
 
-def test_a_rank_reports_its_phase_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("rtp_llm.parallel.gang_client.HEARTBEAT_INTERVAL_SECONDS", 3600)
-    client = member(tmp_path, two_parts(), 0)
-    client._sock, coordinator = socket.socketpair()
-    with client._sock, coordinator:
-        coordinator.settimeout(DEADLINE)
-        threading.Thread(target=client._send_heartbeats, daemon=True).start()
-        for phase in ("loading", "warmup", "serving"):
-            assert receive(coordinator, FrameType.HEARTBEAT)["phase"] != phase
-            client.rank_status.set_phase(phase)  # type: ignore[arg-type]
-        assert receive(coordinator, FrameType.HEARTBEAT)["phase"] == "serving"
+def test_a_lost_rank_explains_what_its_peers_report(start: Start, dial: Dial) -> None:
+    """They often notice the lost connection before the coordinator does."""
+    first, second = form(start(), dial)
+    first.send(FrameType.EPOCH_ENDED, {"epoch": 1, "reason": "connection reset"})
+    second.close()
+    assert first.receive(FrameType.EPOCH_ENDED)["reason"].startswith("lost rank 1 (")
 
 
-def as_part_1(plan: Plan, rendezvous_port: int) -> Plan:
-    """Returns the plan as part 1 has it, with part 0 at this rendezvous port."""
-    members = [{"index": 0, "name": "x_part0", "ip": "127.0.0.1", "port": rendezvous_port + 1}]
-    members.append({"index": 1, "name": "x_part1", "ip": "127.0.0.1", "port": plan.start_port + 100})
-    return Plan.from_json(
-        {"members": members, "part": 1, "tp_size": 2, "world_size": 2, "local_world_size": 1}
-        | {"start_port": plan.start_port + 100, "port_stride": 9, "device": "cpu"}
-    )
+# Ranks that hang
 
 
-def test_part_1_gives_up_if_part_0_does_not_listen(tmp_path: Path) -> None:
-    plan = two_parts()
-    with pytest.raises(GangError, match=r"gave up after 0\.01 minutes .* missing part0 .*Connection refused"):
-        member(tmp_path, as_part_1(plan, plan.start_port - 1), 1).join(FINGERPRINT)
-    gang_status = json.loads((tmp_path / "gang.json").read_text())
-    assert gang_status["message"].startswith("waiting for part0 (127.0.0.1:")
+def kills(guard: Peer) -> list[tuple[int, str]]:
+    """Returns pid and reason of all KILL frames that have arrived."""
+    return [(m["pid"], m["reason"]) for frame_type, m in guard.pending() if frame_type == FrameType.KILL]
 
 
-def test_part_1_gives_up_if_another_program_answers(tmp_path: Path) -> None:
-    """Part 1 exits if its connection opens but no WELCOME (reply of rank 0) arrives: another program answers, or rank 0
-    is frozen."""
-    with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        stop = threading.Event()
-
-        def serve() -> None:
-            listener.settimeout(POLL)
-            while not stop.is_set():
-                try:
-                    sock, _ = listener.accept()
-                except TimeoutError:
-                    continue
-                with sock:
-                    sock.sendall(b"220 mail.example ESMTP\r\n")
-
-        serving = pool.submit(serve)
-        try:
-            with pytest.raises(GangError, match=r"gave up after 0\.01 minutes .*rendezvous interrupted: "):
-                member(tmp_path, as_part_1(two_parts(), listener.getsockname()[1]), 1).join(FINGERPRINT)
-        finally:
-            stop.set()
-            serving.result()
+def test_guard_of_its_part_is_told_to_kill_a_silent_rank(start: Start, dial: Dial) -> None:
+    thread = start(heartbeat_timeout=2)
+    first, _second = form(thread, dial)
+    guards = [dial(thread).join(kind="guard", part=part) for part in range(2)]
+    told: list[list[tuple[int, str]]] = [[], []]
+    while not told[1]:
+        first.beat()
+        for guard, reasons in zip(guards, told, strict=True):
+            guard.send(FrameType.HEARTBEAT, {})
+            reasons += kills(guard)
+    assert told == [[], [(1001, "no heartbeat for 2 s")]]
+    assert "no heartbeat for 2 s" in first.receive(FrameType.EPOCH_ENDED)["reason"]
 
 
-def test_rejection_message_is_raised_unchanged(tmp_path: Path, start: Start, dial: Dial) -> None:
-    probe = start()
-    first = dial(probe.port)
-    first.sendall(hello(0, model="b"))
-    gang = member(tmp_path, as_part_1(probe.plan, probe.port), 1, gang_timeout_min=1)
-    with pytest.raises(GangError) as caught:
-        gang.join(FINGERPRINT)
-    assert str(caught.value) == receive(first, FrameType.REJECTED)["message"]
-    assert gang._sock is not None
-    gang._sock.close()  # in the product the process ends here
+def test_worker_that_imports_torch_may_be_silent(start: Start, dial: Dial) -> None:
+    """Loading the libraries of torch from a cold disk holds the lock that its heartbeats need."""
+    thread = start(heartbeat_timeout=2)
+    guard = dial(thread).join(kind="guard", part=1)
+    first, importing = form(thread, dial)
+    importing.beat("rendezvous", part=1, is_importing=True)
+    spares = [dial(thread).join(part=1, index=index, pid=2000 + index) for index in (1, 2)]
+    spares[0].beat("rendezvous", part=1, is_importing=True)
+    told: list[tuple[int, str]] = []
+    while not told:
+        first.beat()
+        guard.send(FrameType.HEARTBEAT, {})
+        told += kills(guard)
+    assert [pid for pid, _ in told] == [2002]
+    assert first.receive(FrameType.GANG_STATUS)["in_epoch"]
+
+
+def test_frozen_part_is_not_killed(start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If its guard is silent as well, the whole machine is stopped or cut off, and its ranks may go on later."""
+    monkeypatch.setattr(coordinator, "SILENT_SECONDS", 1.0)
+    thread = start(heartbeat_timeout=2)
+    first, _second = form(thread, dial)
+    guard = dial(thread).join(kind="guard", part=1)
+    while not any(frame_type == FrameType.EPOCH_ENDED for frame_type, _ in first.pending()):
+        first.beat()
+    assert FrameType.KILL not in guard.rest()
 
 
 @pytest.mark.parametrize(
-    ("hang_up", "loss"),
+    ("statuses", "victims"),
     [
-        (True, ("lost part 0: the peer closed the connection", ExitCode.COMMUNICATION)),
-        (False, ("no message from rank 0 for 2 s", ExitCode.HANG)),
+        ([{"idle_s": 11.0, "progress_count": 8}, {"idle_s": 12.0, "progress_count": 7}], [1001]),
+        ([{"idle_s": 12.0, "progress_count": 7}, {"idle_s": 11.0, "progress_count": 8}], [1000]),
+        ([{"idle_s": 11.0, "progress_count": 7}, {"idle_s": 11.0, "progress_count": 7}], [1000, 1001]),
+        ([{"idle_s": 0.0, "progress_count": 9}, {"idle_s": 11.0, "progress_count": 9}], [1001]),
+        ([{"idle_s": 9.0}, {"idle_s": 9.0}], []),
+        ([{"idle_s": 11.0, "longest_s": 0.6}, {"idle_s": 11.0, "longest_s": 0.6}], []),
+        ([{"idle_s": 13.0, "longest_s": 0.6}, {"idle_s": 13.0, "longest_s": 0.7}], [1000]),
+        ([{"idle_s": 99.0, "phase": "loading"}, {"idle_s": 99.0, "phase": "warmup"}], []),
+        ([{"idle_s": 0.0, "phase": "loading"}, {"idle_s": 301.0, "phase": "loading"}], [1001]),
     ],
 )
-def test_leader_that_disconnects_or_is_silent_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_up: bool, loss: tuple[str, ExitCode]
+def test_of_the_ranks_without_progress_the_one_furthest_behind_is_killed(
+    start: Start, dial: Dial, statuses: list[dict[str, Any]], victims: list[int]
 ) -> None:
-    lost: list[tuple[str, ExitCode]] = []
-
-    def on_lost(message: str, code: ExitCode) -> None:
-        lost.append((message, code))
-        raise SystemExit  # ends the thread; in the product the process ends here
-
-    monkeypatch.setattr(threading, "excepthook", lambda failure: None)
-    with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        plan = as_part_1(two_parts(), listener.getsockname()[1])
-        config = Config.model_validate({"heartbeat_timeout": 2})
-        gang = GangClient(plan, RankStatus(1, 1), config, tmp_path, on_lost)
-        joining = pool.submit(gang.join, FINGERPRINT)
-        with listener.accept()[0] as leader:
-            receive(leader, FrameType.HELLO)
-            leader.sendall(pack_json(FrameType.WELCOME, {"epoch": 3, "part0_address": "127.0.0.1"}))
-            joining.result()
-            assert gang.epoch == 3
-            if hang_up:
-                leader.shutdown(socket.SHUT_RDWR)
-            until(lambda: lost)
-        assert lost[0] == loss
-        assert gang._sock is not None
-        gang._sock.close()
-        until(lambda: not {"heartbeat", "gang-status"} & {thread.name for thread in threading.enumerate()})
+    """The others wait for it in a collective. A rank may take 20 times its longest layer or step, at least 10 s."""
+    thread = start()
+    guards = [dial(thread).join(kind="guard", part=part) for part in range(2)]
+    peers = form(thread, dial)
+    with thread.paused():
+        for part, (peer, status) in enumerate(zip(peers, statuses, strict=True)):
+            peer.beat(part=part, **status)
+    told = [pid for guard in guards for pid, _ in kills(guard)]
+    assert told == victims
 
 
-# The step port
-
-
-def join(rank: int, epoch: int) -> bytes:
-    return pack_json(FrameType.JOIN, {"rank": rank, "epoch": epoch})
+# The secret
 
 
 @pytest.mark.parametrize(
-    "noise",
-    [*NOISE.values(), pack_json(FrameType.JOIN, [1]), pack_json(FrameType.JOIN, {"epoch": 7}), join(1, 6)],
-    ids=[*NOISE, "join without object", "join without rank", "another epoch"],
+    ("ours", "theirs", "reason"),
+    [
+        (b"a", b"b", "GANG_SECRET of the other part is not the one of this part"),
+        (b"a", b"", "GANG_SECRET is set on this part and not set on the other"),
+        (b"", b"b", "GANG_SECRET is not set on this part and set on the other"),
+    ],
+    ids=["different", "only here", "only there"],
 )
-def test_foreign_connection_to_the_step_port_is_dropped(dial: Dial, noise: bytes) -> None:
-    with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        port = listener.getsockname()[1]
-        accepting = pool.submit(accept_ranks, listener, two_parts(), 7, 20)
-        with connect("127.0.0.1", port, DEADLINE) as foreign:
-            foreign.sendall(noise)
-            with suppress(OSError):  # rank 0 may have closed the connection already
-                foreign.shutdown(socket.SHUT_WR)
-            with pytest.raises(OSError, match=r".+"):
-                recv_frame(foreign)
-        follower = dial(port)
-        follower.sendall(join(1, 7))
-        with accepting.result()[1] as leader:
-            leader.sendall(pack_frame(FrameType.KEEPALIVE))
-            assert recv_frame(follower) == (FrameType.KEEPALIVE, b"")
-
-
-def test_silent_connection_to_the_step_port_is_dropped_after_a_timeout(
-    dial: Dial, monkeypatch: pytest.MonkeyPatch
+def test_peer_without_the_secret_is_dropped_and_named(
+    start: Start, dial: Dial, caplog: pytest.LogCaptureFixture, ours: bytes, theirs: bytes, reason: str
 ) -> None:
-    monkeypatch.setattr("rtp_llm.parallel.gang_client.CONNECT_TIMEOUT_SECONDS", 0.1)
-    with closing(listen("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        port = listener.getsockname()[1]
-        dial(port)  # connects first and sends nothing
-        dial(port).sendall(join(1, 7))
-        sockets = pool.submit(accept_ranks, listener, two_parts(), 7, DEADLINE).result()
-        sockets[1].close()
-    assert set(sockets) == {1}
+    thread = start(secret=ours)
+    first, second = dial(thread).join(secret=ours), dial(thread)
+    second.hello(part=1, secret=theirs)
+    assert second.rest() == []
+    until(lambda: reason in caplog.text)
+    assert [r.levelno for r in caplog.records if reason in r.getMessage()] == [logging.WARNING]
+    first.receive_until(FrameType.GANG_STATUS, lambda status: reason in status["message"])
+    dial(thread).join(part=1, secret=ours)
+    assert first.receive(FrameType.WELCOME)["rank"] == 0
 
 
-def test_rank_that_does_not_connect_to_the_step_port_is_named() -> None:
-    with (
-        closing(listen("127.0.0.1", 0)) as listener,
-        pytest.raises(
-            CommunicationError, match=r"ranks \[1\] did not connect to rank 0 for scheduler steps within 0 s"
-        ),
-    ):
-        accept_ranks(listener, two_parts(), 7, 0.1)
+def test_signature_of_another_connection_is_worth_nothing(start: Start, dial: Dial) -> None:
+    thread = start(secret=b"a")
+    recorded, replayed = dial(thread), dial(thread)
+    replayed.challenge = recorded.challenge
+    replayed.hello(secret=b"a")
+    assert replayed.rest() == []
 
 
-def test_connecting_to_the_step_port_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> socket.socket:
-        raise WireError("connection refused")
-
-    with pytest.raises(
-        CommunicationError,
-        match=r"cannot connect to rank 0 at 10\.0\.0\.1:9998 \(scheduler steps\): connection refused",
-    ):
-        retry_connect(refuse, "10.0.0.1:9998", 0.1)
+def test_flood_of_strangers_is_one_log_line(start: Start, dial: Dial, caplog: pytest.LogCaptureFixture) -> None:
+    thread = start()
+    for _ in range(20):
+        stranger = dial(thread)
+        stranger.sock.sendall(NOISE["http"])
+        assert stranger.rest() == []
+    until(lambda: caplog.text)
+    assert caplog.text.count("rendezvous port: closed the connection from 127.0.0.1:") == 1

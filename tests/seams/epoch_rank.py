@@ -18,10 +18,12 @@ from torch import Tensor
 
 from rtp_llm import log
 from rtp_llm.engine.rank import serve_rank
-from rtp_llm.parallel.gang_client import GangClient
+from rtp_llm.parallel.gang_client import Assignment, GangClient
 from rtp_llm.parallel.mesh import MeshAxis
 from rtp_llm.parallel.part_spec import PartSpec
-from rtp_llm.parallel.rank_status import Phase, RankStatus
+from rtp_llm.parallel.rank_status import RankStatus
+from rtp_llm.parallel.rendezvous import KVCacheSize
+from tests.model.rank import make_assignment
 
 
 class ScriptedGang:
@@ -32,7 +34,9 @@ class ScriptedGang:
     """
 
     def __init__(self, rank: int, control: socket.socket):
-        self.rank_status, self.address = RankStatus(rank, 0), "127.0.0.1"
+        self.rank, self.rank_status = rank, RankStatus(0)
+        self.resident_rank: int | None = None
+        self.kv_cache = KVCacheSize()
         self.abort_epoch = lambda reason: None
         self._control = control
         self._epochs: queue.Queue[bool] = queue.Queue()
@@ -40,15 +44,19 @@ class ScriptedGang:
         self._may_join.set()
         threading.Thread(target=self._read_commands, daemon=True).start()
 
-    def epochs(self) -> Iterator[int]:
+    def epochs(self) -> Iterator[Assignment]:
         number = 0
         while self._epochs.get():
             number += 1
-            yield number
+            self.rank_status.begin_epoch(self.rank)
+            yield make_assignment(self.rank, number)
             self.reply(f"left epoch {number}")
 
-    def set_phase(self, phase: Phase) -> None:
-        self.rank_status.set_phase(phase)
+    def fail_epoch(self, reason: str) -> None:
+        self.reply("failed by itself")
+
+    def check_epoch(self) -> None:
+        pass
 
     def wait_until_loaded(self) -> None:
         pass

@@ -83,8 +83,9 @@ def test_null_block_is_neither_allocated_nor_counted() -> None:
     assert sorted(pool.allocate(2)) == [1, 2]
 
 
-def test_retired_blocks_are_free_ones_and_never_come_back() -> None:
+def test_retired_blocks_are_free_ones_and_come_back_with_growth() -> None:
     pool = BlockPool(5)
+    pool.growth = 0
     blocks = allocate_cached(pool, [A, B])
     cached, held = blocks[:1], blocks[1:]
     pool.release(cached)
@@ -94,6 +95,33 @@ def test_retired_blocks_are_free_ones_and_never_come_back() -> None:
     assert find_cached_prefix(pool, [A, B]) == []
     pool.release(held)
     assert pool.allocate(1) == held
+    pool.growth = 2
+    assert (pool.num_free, pool.num_usable, pool.is_short_of_memory) == (2, 3, True)
+    assert set(pool.allocate(2)) < set(retired)
+    assert (pool.num_free, pool.num_retired, pool.growth) == (0, 1, 0)
+
+
+def test_blocks_without_memory_are_taken_as_far_as_growth_allows_before_cached_ones() -> None:
+    pool = BlockPool(6, is_backed=False)
+    cached = allocate_cached(pool, [A])
+    pool.release(cached)
+    pool.growth = 2
+    assert pool.num_free == 3
+    assert pool.allocate(2) == [2, 3]
+    assert pool.allocate(1) == cached
+    assert (pool.num_free, pool.num_usable, pool.num_used) == (0, 3, 3)
+
+
+def test_populated_blocks_need_no_growth() -> None:
+    pool = BlockPool(6, is_backed=False)
+    pool.allocate(1)
+    pool.growth = 0
+    pool.mark_populated(4)
+    assert (pool.num_free, pool.num_usable) == (2, 3)
+    retired = pool.retire(1)
+    pool.mark_populated(6)
+    assert pool.num_free == 3, "a retired block is not populated"
+    assert not set(retired) & set(pool.allocate(3))
 
 
 def test_blocks_outside_the_cache_are_retired_first() -> None:

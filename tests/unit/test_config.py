@@ -1,15 +1,31 @@
 """Settings: precedence of sources, error messages for invalid values, and remarks on unused or misspelled variables."""
 
+import inspect
 import os
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtp_llm.config import Config, LoadedConfig, allowed, load, secret, table_markdown, upstream_variables
+import rtp_llm
+from rtp_llm.config import (
+    SECRET_FIELDS,
+    Config,
+    LoadedConfig,
+    SharedMark,
+    allowed,
+    foreign_variables,
+    load,
+    secret,
+    table_markdown,
+    upstream_variables,
+)
 from rtp_llm.errors import ConfigError, ExitCode
 
+PACKAGE = Path(rtp_llm.__file__).parent
 DEFAULTS = Config.model_validate({})
 UNSUPPORTED = sorted(name for name, variable in upstream_variables().items() if variable.refuse)
 ACCEPTED = sorted(name for name, variable in upstream_variables().items() if not variable.refuse)
@@ -37,7 +53,7 @@ def test_flag_is_the_variable_in_lower_case(argv: list[str]) -> None:
     assert load(argv, {}).config == from_env(TP_SIZE="2") == Config.model_validate({"tp_size": 2})
 
 
-@pytest.mark.parametrize("name", Config.model_fields)
+@pytest.mark.parametrize("name", [name for name in Config.model_fields if name not in SECRET_FIELDS])
 def test_every_variable_has_a_flag(name: str) -> None:
     field = Config.model_fields[name]
     value = next((v for v in getattr(field.annotation, "__args__", ()) if isinstance(v, str) and v), None) or "1"
@@ -142,9 +158,10 @@ def test_flag_without_value_is_rejected() -> None:
 
 def test_unused_upstream_variables_are_listed_without_values() -> None:
     by_env = load([], dict.fromkeys(ACCEPTED, "s3cret"))
-    assert by_env == LoadedConfig(
-        DEFAULTS, (f"upstream variables without effect in this server: {', '.join(ACCEPTED)}",), ()
-    )
+    names = f"upstream variables without effect in this server: {', '.join(ACCEPTED)}"
+    stdout = "all logs go to stdout, where the container engine keeps them; no file is written"
+    assert by_env == LoadedConfig(DEFAULTS, (names, stdout), ())
+    assert load([], {"LOG_DIR": "/logs"}).notes[1:] == (stdout,)
     assert load([f"--{upstream_variables()[name].flag}=s3cret" for name in ACCEPTED], {}) == by_env
 
 
@@ -172,6 +189,15 @@ def test_all_spellings_of_off_are_accepted() -> None:
 def test_misspelled_variable_is_a_warning_without_its_value(typo: str, meant: str) -> None:
     loaded = load([], {typo: "s3cret"})
     assert loaded.warnings == (f"{typo} is not a variable of this server: did you mean {meant}?",)
+
+
+@pytest.mark.parametrize("name", ["DP_RANK", "EP_RANK", "LOGLEVEL", "USE_CACHE", "LWS_LEADER_ADDRESS", "LOG_DIR"])
+def test_variable_of_another_program_is_not_a_typo(name: str) -> None:
+    assert load([], {name: "1"}).misspelled == ()
+
+
+def test_foreign_variables_hide_no_setting() -> None:
+    assert foreign_variables().isdisjoint({name.upper() for name in Config.model_fields})
 
 
 def test_common_shell_variables_are_not_misspelled() -> None:
@@ -227,3 +253,48 @@ def test_secret_file_dev_null_is_an_empty_secret() -> None:
     assert secret(Config.model_validate({"gang_secret_file": os.devnull})) == b""
     with pytest.raises(ConfigError, match="it is a device; allowed: a regular file"):
         secret(Config.model_validate({"gang_secret_file": "/dev/zero"}))
+
+
+# Settings of one part only, although its ranks read them, and why the others may have different values.
+PER_PART = {
+    "rtp_threads": "machines may have different numbers of cores",
+    "rtp_device": "the plan, which is compared, holds the device",
+    "heartbeat_timeout": "how long a part waits for another shapes neither memory nor collectives",
+    "gang_timeout_min": "as above",
+    "gang_sleep_time": "only the log",
+    "log_level": "only the log",
+    "log_format": "only the log",
+    "act_type": "model.dtype is compared",
+    "model_type": "model.family is compared",
+    "checkpoint_path": "model.checkpoint is compared",
+}
+RANK_CODE = ("engine", "runner", "model", "layers", "kernels")
+
+
+def settings_read_by_ranks() -> set[str]:
+    """Returns the fields of Config that the ranks' code reads, as `config.name`, also through a property of Config."""
+    sources = [f for package in RANK_CODE for f in (PACKAGE / package).glob("*.py")] + [PACKAGE / "parallel/group.py"]
+    names = {name for file in sources for name in re.findall(r"\b(?:config|settings)\.([a-z_]+)", file.read_text())}
+    for name in names - Config.model_fields.keys():
+        accessor = getattr(Config, name, None)
+        if isinstance(accessor, property):
+            names |= set(re.findall(r"self\.([a-z_]+)", inspect.getsource(accessor.fget)))  # type: ignore[arg-type]
+    return names & Config.model_fields.keys()
+
+
+def test_every_setting_that_ranks_read_is_shared_or_excused() -> None:
+    read, shared = settings_read_by_ranks(), {name.lower() for name in DEFAULTS.shared()}
+    assert {"max_batch_size", "concurrency_limit", "kv_cache_mem_mb", "rtp_pipeline_depth", "reuse_cache"} <= read
+    assert read - shared - PER_PART.keys() == set(), "mark the field as Shared, or say in PER_PART why it may differ"
+
+
+@pytest.mark.parametrize("name", Config.model_fields)
+def test_a_shared_setting_changes_the_fingerprint_and_a_secret_is_never_in_it(name: str) -> None:
+    field = Config.model_fields[name]
+    is_shared = name.upper() in DEFAULTS.shared()
+    assert is_shared == any(isinstance(mark, SharedMark) for mark in field.metadata)
+    assert not (is_shared and name in PER_PART)
+    assert not (is_shared and "Secret" in str(field.annotation))
+    if is_shared:
+        changed = DEFAULTS.model_copy(update={name: object()})
+        assert {key for key, value in changed.shared().items() if value != DEFAULTS.shared()[key]} == {name.upper()}

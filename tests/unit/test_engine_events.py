@@ -1,5 +1,6 @@
 """EVENTS frames: what is unpacked is what was packed, and a damaged frame is rejected."""
 
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -30,8 +31,10 @@ STATS = st.builds(EngineStats, running=st.integers(0, 99), flops=st.integers(0, 
 
 
 def as_lists(value: object) -> object:
-    """Returns the value with tuples replaced by lists, as JSON does."""
-    return [as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    """Returns the value with all sequences replaced by lists."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_lists(item) for item in value]
+    return value
 
 
 @settings(max_examples=200, deadline=None)

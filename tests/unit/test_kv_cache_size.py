@@ -10,7 +10,7 @@ from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.group import SingleRankGroup
 from rtp_llm.runner import kv_cache_size
-from rtp_llm.runner.kv_cache_size import plan_num_blocks
+from rtp_llm.runner.kv_cache_size import plan_num_blocks, size_reason
 
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK_SIZE = 16
@@ -100,3 +100,21 @@ def test_too_little_memory_is_refused(settings: dict[str, Any], available: SetAv
     available(2 * MIB - 2)
     with pytest.raises(ConfigError, match=r"one block of 1\.0 MiB"):
         plan(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"test_block_num": 8, "kv_cache_mem_mb": 5}, "TEST_BLOCK_NUM=8"),
+        ({"kv_cache_mem_mb": 5}, "KV_CACHE_MEM_MB=5"),
+        ({"kv_cache_mem_mb": -1}, "the memory left for the KV cache"),
+    ],
+)
+def test_names_the_setting_that_decides_on_the_size(
+    settings: dict[str, Any], reason: str, available: SetAvailable
+) -> None:
+    """The first case also shows that TEST_BLOCK_NUM wins in the computation itself."""
+    available(GIB)
+    assert size_reason(Config.model_validate(settings)) == reason
+    blocks = {"TEST_BLOCK_NUM=8": 8, "KV_CACHE_MEM_MB=5": 5}.get(reason)
+    assert blocks is None or plan(**settings) == blocks

@@ -132,18 +132,29 @@ def test_stops_when_memory_runs_short(
 def test_retired_blocks_return_their_whole_pages(memory: KVMemory) -> None:
     """Blocks of 1.5 pages: block 2k begins with page 3k, and shares page 3k + 1 with block 2k + 1."""
     memory.blocks.fill_(7)
-    memory.retire([4])
+    memory.retire(np.array([4]))
     assert np.flatnonzero(~resident(memory)).tolist() == [6]
-    memory.retire(block for block in (5, 9, 10))
+    memory.retire(np.array([5, 9, 10]))
     assert np.flatnonzero(~resident(memory)).tolist() == [6, 7, 8, 14, 15]
     kept = [block for block in range(64) if block not in (4, 5, 9, 10)]
     assert bool((memory.blocks[kept] == 7).all())
 
 
+@pytest.mark.parametrize("memory", [(64, PAGE)], indirect=True)
+def test_a_reused_block_keeps_its_content_when_its_neighbours_are_retired(memory: KVMemory) -> None:
+    memory.blocks.fill_(7)
+    memory.retire(np.array([4, 5, 6]))
+    memory.reuse(np.array([5]))
+    memory.blocks[5] = 9
+    memory.retire(np.array([3, 7]))
+    assert bool((memory.blocks[5] == 9).all())
+    assert np.flatnonzero(~resident(memory)).tolist() == [3, 4, 6, 7]
+
+
 @pytest.mark.parametrize("memory", [(64, MIB)], indirect=True)
 def test_retired_blocks_are_not_populated(memory: KVMemory) -> None:
     retired = [0, 1, 2, 17, 40, 41, 63]
-    memory.retire(retired)
+    memory.retire(np.array(retired))
     memory.populate_in_background()
     wait(memory)
     per_block = resident(memory).reshape(64, -1)

@@ -70,7 +70,7 @@ def test_two_machines_with_two_gpus_each() -> None:
     common: dict[str, Any] = {"tp_size": 4, "world_size": 4, "local_world_size": 2, "json_gang_parts": TWO}
     first, second = plan(2, **common, world_rank=0), plan(2, **common, world_rank=2, start_port=20000)
     assert (shape(first), shape(second)) == ((0, [0, 1], 2, "cuda"), (1, [2, 3], 2, "cuda"))
-    assert [first.part_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+    assert [list(first.ranks_of(part)) for part in range(2)] == [[0, 1], [2, 3]]
     assert first.describe_part(1) == "part1 (11.161.48.116:20000, ranks 2-3)"
 
 
@@ -170,7 +170,7 @@ def test_different_plans_have_different_fingerprints(difference: dict[str, Any])
         (
             {"tp_size": 2, "local_world_size": 1, "json_gang_parts": TWO, "world_rank": 1},
             "START_PORT=10000, but member 'x_part1' of this part (WORLD_RANK=1) has port 20000;"
-            " set START_PORT=20000, or change the member's port",
+            " set WORLD_RANK=0 if this is 'x_part0', or set START_PORT=20000, or change the member's port",
         ),
         ({"json_gang_parts": parts("a:12000"), "tp_size": 1}, "START_PORT=10000, but member 'x_part0'"),
         (
@@ -227,8 +227,26 @@ def two_machines(world_rank: int) -> Plan:
 
 def test_address_of_another_member_is_rejected() -> None:
     assert check_address(two_machines(1), {"127.0.0.1", "10.0.0.2"}) is None
-    with pytest.raises(ConfigError, match=r"WORLD_RANK=0 means member 'x_part0' at 10\.0\.0\.1.*set WORLD_RANK=1"):
+    with pytest.raises(
+        ConfigError, match=r"'x_part0', but 10\.0\.0\.1 is not an address of.*set WORLD_RANK=1, or correct"
+    ):
         check_address(two_machines(0), {"127.0.0.1", "10.0.0.2"})
+
+
+def test_wrong_own_address_beside_another_part_is_not_blamed_on_the_rank() -> None:
+    """Both parts run on one machine, so the port shows that this is part 1: WORLD_RANK=0 would make it part 0 again."""
+    listed = parts("10.0.0.1:10000", "10.9.0.77:10400")
+    part = plan(tp_size=2, local_world_size=1, json_gang_parts=listed, world_rank=1, start_port=10400)
+    with pytest.raises(ConfigError, match=r"10\.9\.0\.77 is not an address of this machine") as caught:
+        check_address(part, {"127.0.0.1", "10.0.0.1"})
+    assert caught.value.fix == "correct the address of 'x_part1' in the list"
+
+
+def test_missing_world_rank_is_recognised_by_the_port() -> None:
+    listed = parts("10.0.0.1:10000", "10.0.0.2:10400")
+    with pytest.raises(ConfigError) as caught:
+        plan(tp_size=2, local_world_size=1, json_gang_parts=listed, start_port=10400)
+    assert caught.value.fix.startswith("set WORLD_RANK=1 if this is 'x_part1', or set START_PORT=10000")
 
 
 def test_address_of_no_local_interface_is_a_warning() -> None:

@@ -4,6 +4,7 @@ If a block is shared by mistake, or overwritten while another request reads it, 
 """
 
 import sys
+import time
 from collections import Counter, deque
 from dataclasses import replace
 from itertools import pairwise, takewhile
@@ -17,7 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rtp_llm.contract.kv_cache import KVCacheGroup
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.engine.scheduler import Scheduler
+from rtp_llm.engine.block_pool import BlockPool
+from rtp_llm.engine.memory_budget import MemoryBudget
+from rtp_llm.engine.scheduler import STARVING_SECONDS, Scheduler
 from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
 from tests.unit.scheduling import (
     BLOCK_SIZE,
@@ -729,3 +732,81 @@ def test_requests_that_end_in_the_queue_do_not_change_the_expected_length() -> N
     for name in "abc":
         scheduler.remove(name)
     assert scheduler.admission_control.typical_length == expected
+
+
+# Memory
+
+
+class Host:
+    """The memory of a host in blocks, and a scheduler that must fit into it: `free` + what the scheduler has backed."""
+
+    def __init__(self, free: int, **settings: Any):
+        self.free = free
+        self.scheduler = make_scheduler(**settings)
+        pool = BlockPool(1 + self.scheduler.kv_cache_manager.pool.num_free, is_backed=False)
+        self.scheduler.kv_cache_manager.pool = pool
+        self.scheduler.memory_budget = MemoryBudget(lambda: self.free, reserve_bytes=0, block_bytes=1)
+        self.backed: set[int] = set()
+
+    def step(self) -> SchedulerOutput:
+        """Computes one step; its new blocks take memory at first touch, and its retired ones give it back."""
+        output = self.scheduler.schedule()
+        retired = set(output.retired_blocks)
+        assert retired <= self.backed
+        assert retired.isdisjoint(block for request in self.scheduler.running for block in request.block_tables[0])
+        new = {block for chunk in output.chunks for _, _, block in chunk.new_blocks} - (self.backed - retired)
+        self.free += len(retired) - len(new)
+        self.backed = self.backed - retired | new
+        complete(self.scheduler, output)
+        return output
+
+
+def test_no_block_is_touched_for_which_the_host_has_no_memory() -> None:
+    host = Host(free=3, blocks=32)
+    host.scheduler.add(make_request("a", 4, max_tokens=9))
+    host.scheduler.add(make_request("b", 4, max_tokens=9))
+    while host.scheduler.running or host.scheduler.waiting:
+        assert host.step().chunks
+        assert host.free >= 0
+    assert host.scheduler.stats.preemptions > 0
+
+
+def test_blocks_are_given_back_when_others_take_the_memory_and_grow_again() -> None:
+    host = Host(free=12, blocks=32)
+    for name in "abc":
+        host.scheduler.add(make_request(name, 6, max_tokens=18))
+    while host.free > 2:
+        host.step()
+    host.free -= 7  # another program
+    output = host.step()
+    assert len(output.retired_blocks) >= 5
+    assert host.free >= 0
+    assert [request.id for request in host.scheduler.running] == ["a"], "the oldest one goes on"
+    host.free += 30
+    host.step()
+    host.step()
+    assert [request.id for request in host.scheduler.running] == ["a", "b", "c"]
+
+
+def test_a_request_without_memory_waits_and_then_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    host = Host(free=2, blocks=32)
+    host.scheduler.add(make_request("a", 4, max_tokens=50))
+    host.scheduler.add(make_request("b", 1, max_tokens=1))
+    outputs = [host.step() for _ in range(20)]
+    assert not any(output.starved for output in outputs)
+    assert not outputs[-1].chunks, "it does not compute again and again what does not fit"
+    now += STARVING_SECONDS
+    assert [request.id for request in host.step().starved] == ["a"]
+    assert [chunk.request.id for chunk in host.step().chunks] == ["b"]
+
+
+def test_a_request_that_waits_for_memory_goes_on_with_it() -> None:
+    host = Host(free=2, blocks=32)
+    host.scheduler.add(make_request("a", 4, max_tokens=50))
+    while host.step().chunks:
+        pass
+    host.free += 20
+    while host.scheduler.running or host.scheduler.waiting:
+        assert host.step().chunks

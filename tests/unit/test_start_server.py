@@ -1,5 +1,6 @@
 """Functions of start_server that need no server."""
 
+import resource
 import socket
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rtp_llm.start_server import _wake
+from rtp_llm.errors import ConfigError
+from rtp_llm.start_server import _wake, raise_open_files_limit
 
 DEADLINE = 30.0
 
@@ -46,3 +48,9 @@ def test_does_not_wait_for_a_supervisord_that_has_exited(
     child.kill()
     thread.join(DEADLINE)
     assert not thread.is_alive()
+
+
+def test_a_low_hard_limit_of_open_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 256))
+    with pytest.raises(ConfigError, match=r"only 256 files.*at least 1024.*ulimit -n 1048576.*--ulimit nofile=1048576"):
+        raise_open_files_limit()

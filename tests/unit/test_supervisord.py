@@ -37,18 +37,33 @@ def parse_with_supervisord(run_dir: Path) -> ServerOptions:
     return options
 
 
-def test_one_program_per_rank_of_this_part() -> None:
-    conf = parse(Path("/run/x"), tp_size=4, local_world_size=2, world_rank=2, json_gang_parts=PARTS)
-    assert conf["group:ranks"]["programs"] == "rank2,rank3"
-    assert conf["program:rank3"]["command"].endswith(" -m rtp_llm.engine.main /run/x 3")
+@pytest.mark.parametrize(
+    ("recovery", "workers"), [("reform", ["worker0", "worker1", "worker2"]), ("restart", ["worker0", "worker1"])]
+)
+def test_one_worker_per_rank_of_this_part_and_a_spare(recovery: str, workers: list[str]) -> None:
+    """A spare takes the place of a lost rank beside survivors; where all ranks restart it would be of no use."""
+    settings = {"tp_size": 4, "local_world_size": 2, "world_rank": 2, "json_gang_parts": PARTS}
+    conf = parse(Path("/run/x"), rtp_recovery=recovery, **settings)
+    assert conf["group:ranks"]["programs"].split(",") == workers
+    for index, name in enumerate(workers):
+        assert conf[f"program:{name}"]["command"].endswith(f" -m rtp_llm.engine.main /run/x {index}")
     assert conf["supervisord"]["identifier"] == "part1"
-    assert "program:rank0" not in conf
 
 
-def test_the_api_stops_before_the_ranks() -> None:
+def test_only_part_0_runs_the_coordinator() -> None:
+    settings = {"tp_size": 2, "local_world_size": 1, "json_gang_parts": PARTS}
+    first, second = (parse(Path("/run/x"), world_rank=rank, **settings) for rank in (0, 1))
+    assert first["program:coordinator"]["command"].endswith(" -m rtp_llm.parallel.coordinator /run/x")
+    assert first["group:gang"]["programs"] == "coordinator"
+    assert not second.has_section("program:coordinator")
+    assert not second.has_section("group:gang")
+
+
+def test_the_api_stops_before_the_ranks_and_these_before_the_coordinator() -> None:
     """supervisord stops the group with the highest priority number first."""
     conf = parse(Path("/run/x"))
-    assert int(conf["group:service"]["priority"]) > int(conf["group:ranks"]["priority"])
+    priorities = [int(conf[f"group:{name}"]["priority"]) for name in ("service", "ranks", "gang")]
+    assert priorities == sorted(set(priorities), reverse=True)
 
 
 @pytest.mark.parametrize(("timeout", "seconds"), [(30, 30), (0, 0), (-1, 600)])
@@ -62,8 +77,10 @@ def test_supervisord_restarts_only_the_guard() -> None:
     restarts = {name: conf[name]["autorestart"] for name in conf.sections() if "autorestart" in conf[name]}
     assert restarts == {
         "program:api": "false",
-        "program:rank0": "false",
-        "program:rank1": "false",
+        "program:coordinator": "false",
+        "program:worker0": "false",
+        "program:worker1": "false",
+        "program:worker2": "false",
         "eventlistener:guard": "true",
     }
 
@@ -79,7 +96,7 @@ def test_supervisord_parses_any_name_of_the_run_directory(tmp_path: Path, name: 
     run_dir = tmp_path / name
     options = parse_with_supervisord(run_dir)
     groups = {group.name: group for group in options.process_group_configs}
-    assert set(groups) == {"ranks", "service", "guard"}
+    assert set(groups) == {"gang", "ranks", "service", "guard"}
     for group, last_args in (("ranks", ["rtp_llm.engine.main", str(run_dir), "0"]), ("service", [str(run_dir)])):
         assert shlex.split(groups[group].process_configs[0].command)[-len(last_args) :] == last_args
     assert groups["ranks"].process_configs[0].stdout_logfile == "/dev/fd/1"

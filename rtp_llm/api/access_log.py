@@ -1,0 +1,94 @@
+"""The access log: one line per HTTP request, in which the request's id, tokens and times stand as fields.
+
+The middleware starts the record of a request, and whoever learns something about it writes it into `current()`.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+log = logging.getLogger("rtp_llm.access")
+
+SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
+
+
+@dataclass(eq=False)
+class SequenceRecord:
+    """What the log says about one sequence. `prompt_key` is equal for sequences of the same prompt."""
+
+    prompt_key: int
+    prompt_tokens: int
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    queue_ms: float | None = None
+    first_token_at: float | None = None
+    finish: str | None = None
+
+
+@dataclass
+class AccessRecord:
+    """What the log says about one HTTP request. `started` is a time.monotonic()."""
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    sequences: list[SequenceRecord] = field(default_factory=list)
+
+    def add_sequence(self, prompt: list[int]) -> SequenceRecord:
+        self.sequences.append(SequenceRecord(id(prompt), len(prompt)))
+        return self.sequences[-1]
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the tokens and times of the request; empty if it started no sequence. Each prompt counts once.
+
+        queue_ms is of the sequence that waited longest, ttft_ms of the one that came first.
+        """
+        if not self.sequences:
+            return {}
+        by_prompt: dict[int, SequenceRecord] = {}
+        for sequence in self.sequences:
+            by_prompt.setdefault(sequence.prompt_key, sequence)
+        first_token_at = min((s.first_token_at for s in self.sequences if s.first_token_at), default=None)
+        return {
+            "prompt_tokens": sum(s.prompt_tokens for s in by_prompt.values()),
+            "cached_tokens": sum(s.cached_tokens for s in by_prompt.values()),
+            "output_tokens": sum(s.output_tokens for s in self.sequences),
+            "queue_ms": max((round(s.queue_ms, 1) for s in self.sequences if s.queue_ms is not None), default=None),
+            "ttft_ms": round((first_token_at - self.started) * 1000, 1) if first_token_at else None,
+            "finish": ",".join(sorted({s.finish or "error" for s in self.sequences})),
+        }
+
+
+_current: ContextVar[AccessRecord | None] = ContextVar("access_record", default=None)
+
+
+def start(header: str | None) -> AccessRecord:
+    """Starts the record of the current task's request. Its id is the client's `X-Request-Id` if that is safe to log."""
+    is_safe = header is not None and SAFE_ID.fullmatch(header)
+    record = AccessRecord(header if header and is_safe else secrets.token_hex(12))
+    _current.set(record)
+    return record
+
+
+def current() -> AccessRecord:
+    """Returns the record of the current task's request, and outside a request one that is not logged."""
+    return _current.get() or AccessRecord("")
+
+
+def write(record: AccessRecord, request: Mapping[str, Any]) -> None:
+    """Logs the request. `request`: client, method, path, route, status, key."""
+    duration_ms = round((time.monotonic() - record.started) * 1000, 1)
+    fields = {"request_id": record.request_id, **request, **record.fields(), "duration_ms": duration_ms}
+    text = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items() if value not in (None, ""))
+    log.info(text, extra={"fields": fields})
+
+
+def _quoted(value: object) -> str:
+    """Returns the value as one word, so that no path can forge a field or a line."""
+    text = str(value)
+    return text if text.isprintable() and not {" ", '"'} & set(text) else json.dumps(text)

@@ -1,0 +1,150 @@
+"""Keeps foreign web pages out of a server without a key.
+
+Any page can make its visitor's browser call a server that the visitor reaches. Browsers say so by the header Origin,
+and send JSON only after a preflight. A name that its owner makes point to 127.0.0.1 (DNS rebinding) shows in Host.
+"""
+
+from collections.abc import Callable, Collection
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rtp_llm.config import Config
+from rtp_llm.errors import ConfigError, RequestError
+
+APP_SCHEMES = {"app", "tauri", "vscode-webview"}  # pages of programs on this machine
+# The content types that a browser sends to another origin without a preflight (fetch.spec.whatwg.org: safelisted).
+SIMPLE_CONTENT_TYPES = {"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"}
+
+
+class OriginPolicy:
+    """Decides which origins and host names may be used without a key."""
+
+    def __init__(self, config: Config):
+        """Raises ConfigError if ALLOWED_ORIGINS has an entry that is no origin."""
+        self.origins = _entries(config.allowed_origins)
+        self.hosts = {host.lower() for host in _entries(config.allowed_hosts)}
+        self.checks_host = is_loopback(config.host) or config.host == "localhost"
+        for origin in self.origins - {"*"}:
+            parts = urlsplit(origin)
+            if not parts.scheme or not parts.netloc or parts.path:
+                allowed = "scheme://host[:port], such as https://chat.example.com, or *"
+                raise ConfigError(f"ALLOWED_ORIGINS: {origin!r} is no origin; allowed: {allowed}", check="M-14")
+
+    def allows_origin(self, origin: str) -> bool:
+        if origin in self.origins or "*" in self.origins:
+            return True
+        scheme, _, rest = origin.partition("://")
+        return scheme in APP_SCHEMES or (scheme in ("http", "https") and is_loopback_name(host_name(rest)))
+
+    def refusal(self, scope: Scope) -> RequestError | None:
+        """Returns why a request is refused: 403 for a foreign origin or host, 415 for a form; None if it is not."""
+        host, origin = host_header(scope), _header(scope, b"origin")
+        if self.checks_host and not self._allows_host(host):
+            hint = f"set ALLOWED_HOSTS={host[:200]}, or an API_KEY"
+            return _forbidden(f"host {host[:200]!r} is not a name of this machine's loopback address: {hint}")
+        if not origin:
+            return None
+        if not self.allows_origin(origin) and not self._is_same_origin(origin, scope):
+            hint = f"set ALLOWED_ORIGINS={origin[:200]}, or an API_KEY"
+            return _forbidden(f"web pages of origin {origin[:200]!r} may not use this server: {hint}")
+        content_type = _header(scope, b"content-type").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and content_type in SIMPLE_CONTENT_TYPES:
+            message = f"content type {content_type!r} from a web page: send Content-Type: application/json"
+            return RequestError(415, 507, "ERROR_INPUT_FORMAT_ERROR", message)
+        return None
+
+    def _is_same_origin(self, origin: str, scope: Scope) -> bool:
+        """Returns whether the page came from this server, under an address or name that no stranger can point here.
+
+        Public names contain a dot, so a name without one was given by this network.
+        """
+        host = host_header(scope)
+        is_trusted = is_local_host(host) or bool({host, "*"} & self.hosts) or "." not in host
+        scheme, _, address = origin.lower().partition("://")
+        default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+        return is_trusted and address.removesuffix(default_port) == _header(scope, b"host").lower().removesuffix(
+            default_port
+        )
+
+    def _allows_host(self, host: str) -> bool:
+        return not host or is_local_host(host) or bool({host, "*"} & self.hosts)
+
+
+class OriginMiddleware(CORSMiddleware):
+    """CORS, and the refusal of what `policy` does not allow. `policy` is None where a key is needed: any page that has
+    the key may call then."""
+
+    def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[RequestError], Response]):
+        origins: Collection[str] = () if policy else ("*",)
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("*",),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
+        self.policy, self.respond = policy, respond
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        return self.policy.allows_origin(origin) if self.policy else super().is_allowed_origin(origin)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self.policy.refusal(scope) if self.policy and scope["type"] == "http" else None
+        if refusal:
+            await self.respond(refusal)(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def host_header(scope: Scope) -> str:
+    """Returns the name in the header Host, without port and brackets, in lower case; "" without the header."""
+    return host_name(_header(scope, b"host"))
+
+
+def host_name(authority: str) -> str:
+    """Returns the host of `host[:port]` or `[address][:port]`."""
+    if authority.startswith("["):
+        return authority[1:].partition("]")[0].lower()
+    return authority.partition(":")[0].rstrip(".").lower()
+
+
+def is_local_host(host: str) -> bool:
+    """Returns whether no DNS server decides where `host` points: it is an IP address or a name of loopback."""
+    return _is_ip(host) or is_loopback_name(host)
+
+
+def is_loopback(address: str) -> bool:
+    """Returns whether the text is a loopback IP address, also as IPv4 mapped to IPv6."""
+    if not _is_ip(address):
+        return False
+    ip = ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback_name(host: str) -> bool:
+    return host == "localhost" or host.endswith(".localhost") or is_loopback(host)
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((value.decode("latin-1").strip() for key, value in scope["headers"] if key == name), "")
+
+
+def _entries(setting: str) -> set[str]:
+    return {entry.strip().rstrip("/") for entry in setting.split(",") if entry.strip()}
+
+
+def _forbidden(message: str) -> RequestError:
+    return RequestError(403, 403, "PERMISSION_DENIED", message)

@@ -1,0 +1,34 @@
+"""Rejects requests that have no slot before anything of them is read, so that a rejection costs next to nothing.
+
+Callers that retry at once would otherwise keep the event loop busy with bodies, and delay the streams and each other.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rtp_llm.errors import RequestError
+
+GENERATION_PATHS = {"/", "/batch_infer", "/v1/completions", "/v1/chat/completions", "/chat/completions"}
+
+
+class OverloadMiddleware:
+    """Answers requests for text while not even one sequence could be accepted."""
+
+    def __init__(
+        self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[RequestError], Response]
+    ):
+        """`check_capacity`: raises RequestError if so many sequences do not fit."""
+        self.app, self.check_capacity, self.respond = app, check_capacity, respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
+            try:
+                self.check_capacity(1)
+            except RequestError as error:
+                scope["route"] = SimpleNamespace(path=scope["path"])  # for the metrics, as the router would set it
+                await self.respond(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

@@ -1,0 +1,178 @@
+"""Finds the request that makes the engine crash: only requests of the step that failed are suspects.
+
+A request is on probation until it has finished a step, and again for a few steps after it was in a step that failed.
+If the engine is lost in a step whose requests are all trusted, the engine is at fault (an operator killed a rank, say),
+and all requests run on together. Otherwise those on probation are tried in groups, one group at a time, while all other
+requests are held: a group that fails is halved, one that passes is cleared. A request that was alone in the step that
+failed is the culprit. It had then been in at least two failed steps, so that one accident convicts nobody.
+
+A state machine without sockets and clocks; `api.client` carries out what it decides.
+"""
+
+import logging
+from collections.abc import Collection, Iterable
+from typing import Generic, Literal, Protocol, TypeVar
+
+log = logging.getLogger(__name__)
+
+Verdict = Literal["investigating", "request", "engine"]
+
+TRIAL_STEPS = 2  # to be cleared: the result of the step before the one that failed may have been lost with the engine
+RELAPSE_STEPS = 8  # on probation after a failed step; a request that fails at some position fails there again at once
+MAX_CULPRITS = 3  # different ones within WINDOW_SECONDS; then it is the engine
+WINDOW_SECONDS = 600.0
+MAX_VERDICTS = 100  # kept, of the latest epochs
+
+
+class Suspect(Protocol):
+    """One sequence in flight. Hashable by identity."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for requests that the engine would compute alike."""
+        ...
+
+
+R = TypeVar("R", bound=Suspect)
+
+
+class SuspectTracker(Generic[R]):
+    """The requests of one engine: who is on probation, who is on trial, and what ended each lost epoch.
+
+    `verdicts`: by number of the epoch. "investigating" becomes "request" once a culprit is convicted and another
+    request has then finished a step, "engine" if no culprit is found. A loss that a request caused costs no restart.
+    """
+
+    def __init__(self) -> None:
+        self.verdicts: dict[int, Verdict] = {}
+        self._probation: dict[R, int] = {}  # steps that the request has to finish
+        self._groups: list[dict[R, int]] = []  # the first is on trial: steps that each request has to finish in it
+        self._unexplained: list[int] = []  # epochs that were lost in this investigation, since the last culprit
+        self._explained: list[int] = []  # epochs that a culprit explains, until another request finishes a step
+        self._culprits: dict[str, float] = {}  # by fingerprint: when it was convicted
+
+    @property
+    def is_investigating(self) -> bool:
+        """True while a group is on trial, and all other requests are held."""
+        return bool(self._groups)
+
+    def may_run(self, request: R) -> bool:
+        return not self._groups or request in self._groups[0]
+
+    def is_known_culprit(self, request: R, now: float) -> bool:
+        """Returns whether an equal request was convicted lately. `now`: in seconds, of a monotonic clock."""
+        self._forget_culprits(now)
+        return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
+
+    def add(self, request: R) -> None:
+        """Adds a request that has been accepted."""
+        self._probation[request] = 1
+
+    def remove(self, request: R) -> None:
+        """Removes a request that has ended: finished, failed or given up by its client."""
+        self._probation.pop(request, None)
+        for group in self._groups:
+            group.pop(request, None)
+        self._end_trials()
+
+    def on_step(self, requests: Iterable[R]) -> None:
+        """Notes that a step has finished in which these requests got tokens or ended."""
+        for request in requests:
+            self._settle(self._explained, "request")
+            if self._probation.get(request, 0) > 1:
+                self._probation[request] -= 1
+            else:
+                self._probation.pop(request, None)
+            if self._groups and request in self._groups[0]:
+                self._groups[0][request] -= 1
+        self._end_trials()
+
+    def on_lost(self, epoch: int, launched: Collection[R], now: float) -> R | None:
+        """Handles the loss of the engine. Returns the culprit if one is convicted; the caller ends it.
+
+        launched  the requests in flight that were in the step which failed
+        now       in seconds, of a monotonic clock
+        """
+        self._forget_culprits(now)
+        trial = self._groups.pop(0) if self._groups else None
+        suspects = [r for r in launched if trial is not None or r in self._probation]
+        self._probation |= dict.fromkeys(launched, RELAPSE_STEPS)
+        if trial is None:
+            self._settle(self._explained, "engine")  # nobody has finished a step without the culprit
+        untried = [r for r in trial or () if r not in launched]
+        self._groups[:0] = [_group(untried)] if untried else []
+        if not suspects:
+            self._log_engine_loss(epoch, len(launched))
+            self._record(epoch, "engine")
+            return None
+        self._record(epoch, "engine" if self._blames_engine else "investigating")
+        self._unexplained.append(epoch)
+        if trial is not None and len(suspects) == 1:
+            return self._convict(suspects[0], now)
+        middle = (len(suspects) + 1) // 2
+        self._groups[:0] = [_group(half) for half in (suspects[:middle], suspects[middle:]) if half]
+        log.warning(
+            "epoch %d was lost. Suspects: %d of the %d requests in its step; the first %d of them run next, all other"
+            " requests wait",
+            epoch,
+            len(suspects),
+            len(launched),
+            len(self._groups[0]),
+        )
+        return None
+
+    def _convict(self, culprit: R, now: float) -> R:
+        self._culprits[culprit.fingerprint] = now
+        self._explained += self._unexplained
+        self._unexplained = []
+        self._probation = {r: steps for r, steps in self._probation.items() if steps == 1}  # the rest is explained
+        log.error("request %s was alone in a step that failed: it fails, the others continue", culprit.id)
+        if self._blames_engine:
+            log.error(
+                "%d different requests have failed alone within ten minutes: it is the engine, not a request;"
+                " further losses count against RESTART_LIMIT",
+                len(self._culprits),
+            )
+        return culprit
+
+    def _end_trials(self) -> None:
+        """Ends the trial of each group in turn whose requests have all passed or gone."""
+        if not self._groups:
+            return
+        while self._groups and all(steps <= 0 for steps in self._groups[0].values()):
+            for request in self._groups.pop(0):
+                self._probation.pop(request, None)
+        if not self._groups:
+            if self._unexplained:
+                log.warning("no request fails alone: it is the engine, not a request")
+            self._settle(self._unexplained, "engine")
+
+    def _settle(self, epochs: list[int], verdict: Verdict) -> None:
+        """Gives epochs under investigation their final verdict, and empties the list."""
+        for epoch in epochs:
+            if self.verdicts.get(epoch) == "investigating":
+                self._record(epoch, verdict)
+        epochs.clear()
+
+    def _record(self, epoch: int, verdict: Verdict) -> None:
+        self.verdicts[epoch] = verdict
+        while len(self.verdicts) > MAX_VERDICTS:
+            del self.verdicts[min(self.verdicts)]
+
+    def _log_engine_loss(self, epoch: int, num_launched: int) -> None:
+        reason = f"all {num_launched} requests of its step had run before" if num_launched else "it computed no request"
+        log.warning("epoch %d was lost, but %s: it is the engine, not a request", epoch, reason)
+
+    @property
+    def _blames_engine(self) -> bool:
+        return len(self._culprits) >= MAX_CULPRITS
+
+    def _forget_culprits(self, now: float) -> None:
+        self._culprits = {f: at for f, at in self._culprits.items() if now - at < WINDOW_SECONDS}
+
+
+def _group(requests: Iterable[R]) -> dict[R, int]:
+    return dict.fromkeys(requests, TRIAL_STEPS)

@@ -1,0 +1,108 @@
+"""A connection to the coordinator (the process of part 0 that forms the gang), as workers and guards open it."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from rtp_llm.parallel.coordinator import HEARTBEAT_INTERVAL_SECONDS
+from rtp_llm.parallel.handshake import Answer, read_secret
+from rtp_llm.parallel.part_spec import PartSpec
+from rtp_llm.parallel.plan import RENDEZVOUS_PORT_OFFSET
+from rtp_llm.parallel.ports import leader_host
+from rtp_llm.parallel.wire import FrameType, WireError, connect, pack_json, recv_frame
+
+CONNECT_TIMEOUT_SECONDS = 3.0
+CONNECT_RETRY_SECONDS = 0.1
+FROZEN_SECONDS = 3.0
+REFUSED_RETRY_SECONDS = 1.0  # after a connection that was not accepted
+
+
+class CoordinatorConnection:
+    """One connection. Any thread may send, one thread receives."""
+
+    def __init__(self, part_spec: PartSpec):
+        """Connects, and reads the CHALLENGE. Raises OSError."""
+        plan, self._part_spec = part_spec.plan, part_spec
+        self._lock = threading.Lock()
+        self._sock = connect(leader_host(plan), plan.leader_port(RENDEZVOUS_PORT_OFFSET), CONNECT_TIMEOUT_SECONDS)
+        try:
+            self._answer = Answer(read_secret(part_spec.config), expect_challenge(self._sock))
+        except BaseException:
+            self._sock.close()
+            raise
+        self._sock.settimeout(part_spec.config.heartbeat_timeout)
+        self.is_accepted = False
+        self.local_address = str(self._sock.getsockname()[0])
+
+    def say_hello(self, kind: str, **message: Any) -> None:
+        """Sends HELLO. Raises OSError. `kind`: worker or guard. `message`: what else the coordinator must know."""
+        part = self._part_spec.plan.part
+        hello = {"kind": kind, "part": part, "fingerprint": self._part_spec.fingerprint, **message}
+        self.send(FrameType.HELLO, self._answer.sign(hello))
+
+    def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
+        """Raises OSError."""
+        with self._lock:
+            self._sock.sendall(pack_json(frame_type, message))
+
+    def receive(self) -> tuple[FrameType, dict[str, Any]]:
+        """Returns the next frame, which is a genuine coordinator's. Raises OSError, also after HEARTBEAT_TIMEOUT."""
+        while True:
+            try:
+                frame_type, payload = recv_frame(self._sock)
+            except TimeoutError:
+                raise WireError(f"no message for {self._sock.gettimeout():g} s") from None
+            except ConnectionError as error:
+                raise error if self.is_accepted else self._answer.explain(error) from None
+            message: dict[str, Any] = json.loads(payload)
+            if frame_type == FrameType.ACCEPTED:
+                self._answer.check_proof(str(message["proof"]))
+                self.is_accepted = True
+            elif self.is_accepted:
+                return frame_type, message
+            else:
+                raise WireError(f"the peer sent {frame_type.name} before ACCEPTED")
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class Heartbeats:
+    """A thread that sends heartbeats over the current connection."""
+
+    def __init__(
+        self, content: Callable[[], dict[str, Any]], due: threading.Event, on_thaw: Callable[[], None] = lambda: None
+    ):
+        """`content`: returns the body of a heartbeat. `due`: set to send one at once.
+
+        `on_thaw`: called before the first heartbeat after this process was stopped, with the whole machine perhaps.
+        """
+        self.connection: CoordinatorConnection | None = None
+        self._content, self._due, self._on_thaw = content, due, on_thaw
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def _run(self) -> None:
+        sent_at = time.monotonic()
+        while True:
+            connection, now = self.connection, time.monotonic()
+            if now - sent_at > FROZEN_SECONDS:
+                self._on_thaw()
+            sent_at = now
+            if connection:
+                with suppress(OSError):  # the thread that receives gets the same error
+                    connection.send(FrameType.HEARTBEAT, self._content())
+            self._due.wait(HEARTBEAT_INTERVAL_SECONDS)
+            self._due.clear()
+
+
+def expect_challenge(sock: socket.socket) -> dict[str, Any]:
+    """Returns the body of the CHALLENGE frame that the other side sends first. Raises WireError."""
+    frame_type, payload = recv_frame(sock)
+    if frame_type != FrameType.CHALLENGE:
+        raise WireError(f"the peer sent {frame_type.name} instead of CHALLENGE")
+    challenge: dict[str, Any] = json.loads(payload)
+    return challenge

@@ -1,0 +1,86 @@
+"""How the processes of a gang prove to each other that they know GANG_SECRET, on each of the gang's TCP ports.
+
+The side that listens sends a CHALLENGE with a random nonce. The other side's first frame carries an HMAC over that
+nonce and over the frame; the reply proves the same for the nonce in that frame. Without GANG_SECRET all this is empty.
+It keeps strangers out; it does not encrypt, and does not protect the later frames from somebody on the path.
+"""
+
+import hmac
+import json
+import os
+import secrets
+from typing import Any
+
+from rtp_llm.config import Config, secret
+from rtp_llm.parallel.wire import FrameType, WireError, pack_json
+
+NONCE_BYTES = 16
+
+
+def read_secret(config: Config) -> bytes:
+    """Returns GANG_SECRET, from the environment in processes whose settings come from part.json; empty if not set."""
+    return secret(config) or os.environ.get("GANG_SECRET", "").strip().encode()
+
+
+class Challenge:
+    """One connection's challenge, on the side that listens."""
+
+    def __init__(self, gang_secret: bytes):
+        self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
+
+    def frame(self) -> bytes:
+        """Returns the CHALLENGE frame. It tells a stranger only whether a secret is needed."""
+        return pack_json(FrameType.CHALLENGE, {"nonce": self._nonce, "secret": bool(self._secret)})
+
+    def check(self, message: dict[str, Any]) -> None:
+        """Raises SecretError if the message was not signed with the secret for this challenge."""
+        if message["secret"] != bool(self._secret):
+            here, there = ("set", "not set") if self._secret else ("not set", "set")
+            raise SecretError(f"GANG_SECRET is {here} on this part and {there} on the other; set the same on all parts")
+        unsigned = {key: value for key, value in message.items() if key != "mac"}
+        if self._secret and not hmac.compare_digest(_sign(self._secret, self._nonce, unsigned), str(message["mac"])):
+            raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
+
+    def proof(self, message: dict[str, Any]) -> str:
+        """Returns the proof for the sender of a checked message that this side knows the secret too."""
+        return _sign(self._secret, str(message["nonce"]), "proof") if self._secret else ""
+
+
+class Answer:
+    """The answer to a CHALLENGE, on the side that connects."""
+
+    def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
+        """`challenge`: body of the CHALLENGE frame."""
+        self._secret, self._challenge, self._nonce = (
+            gang_secret,
+            str(challenge["nonce"]),
+            secrets.token_hex(NONCE_BYTES),
+        )
+        self._peer_has_secret = bool(challenge["secret"])
+
+    def explain(self, error: OSError) -> OSError:
+        """Returns why the other side closed the connection instead of accepting the signed message."""
+        if not self._secret and not self._peer_has_secret:
+            return error
+        here, there = ("set" if s else "not set" for s in (bool(self._secret), self._peer_has_secret))
+        state = "is not the same" if here == there else f"is {here} on this part and {there} on the other"
+        return SecretError(f"{error}: GANG_SECRET {state}; set the same on all parts")
+
+    def sign(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Returns the message with nonce and HMAC."""
+        message = message | {"nonce": self._nonce, "secret": bool(self._secret)}
+        return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
+
+    def check_proof(self, proof: str) -> None:
+        """Raises WireError if the other side has not proved that it knows the secret."""
+        if self._secret and not hmac.compare_digest(_sign(self._secret, self._nonce, "proof"), proof):
+            raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
+
+
+class SecretError(WireError):
+    """The parts have different secrets."""
+
+
+def _sign(gang_secret: bytes, nonce: str, message: Any) -> str:
+    data = json.dumps([nonce, message], sort_keys=True, separators=(",", ":"))
+    return hmac.new(gang_secret, data.encode(), "sha256").hexdigest()

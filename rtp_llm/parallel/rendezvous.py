@@ -1,0 +1,127 @@
+"""The state of a rendezvous: which processes are there, which rank each one gets, and when an epoch can begin.
+
+It has no sockets and no clock: the coordinator feeds it.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtp_llm.parallel.plan import Plan
+
+MIN_EQUAL_SHARE = 0.5  # of the fingerprint's values that a member of this gang has in common with part 0
+
+
+@dataclass(frozen=True)
+class KVCacheSize:
+    """What all ranks agreed on when the KV cache was sized: blocks, and tokens of the longest sequence. 0: not yet."""
+
+    num_blocks: int = 0
+    max_seq_len: int = 0
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process that can be a rank.
+
+    index: among the workers of its part. resident_rank: whose weights it has in memory. rank: in the current or in the
+    last epoch. is_waiting: for a rank; else it is in an epoch, or still leaving one.
+    """
+
+    part: int
+    index: int
+    pid: int
+    address: str
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    resident_rank: int | None = None
+    kv_cache: KVCacheSize = KVCacheSize()
+    rank: int | None = None
+    is_waiting: bool = True
+
+    @classmethod
+    def from_hello(cls, message: dict[str, Any], address: str) -> "Worker":
+        """Raises ValueError, KeyError or TypeError if the message is not a worker's HELLO."""
+        resident_rank = message["resident_rank"]
+        return cls(
+            int(message["part"]),
+            int(message["index"]),
+            int(message["pid"]),
+            address,
+            dict(message["fingerprint"]),
+            None if resident_rank is None else int(resident_rank),
+            KVCacheSize(int(message["num_blocks"]), int(message["max_seq_len"])),
+        )
+
+
+class Rendezvous:
+    """The workers of a gang between two epochs."""
+
+    def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
+        """`fingerprint`: of part 0, by which members of this gang are told from strangers."""
+        self.plan, self._fingerprint = plan, fingerprint
+        self.workers: list[Worker] = []
+        self.kv_cache = KVCacheSize()  # of the last epoch; a new gang of the same part 0 continues with it
+
+    def is_member(self, part: int, fingerprint: dict[str, Any]) -> bool:
+        """Returns whether a part with this fingerprint belongs to this gang, if perhaps with wrong settings.
+
+        A stranger does not know most of the values. (With GANG_SECRET it does not come so far.)
+        """
+        equal = sum(fingerprint.get(key) == value for key, value in self._fingerprint.items())
+        return 0 <= part < self.plan.num_parts and equal >= MIN_EQUAL_SHARE * len(self._fingerprint)
+
+    def twin(self, worker: Worker) -> Worker | None:
+        """Returns another worker in the place of this one: of another part with the same WORLD_RANK."""
+        place = worker.part, worker.index
+        return next((w for w in self.workers if w is not worker and (w.part, w.index) == place), None)
+
+    def assign(self) -> dict[int, Worker] | None:
+        """Returns the worker of each rank if there is one for all of them and none is still leaving an epoch.
+
+        A worker keeps the rank whose weights it has. The other ranks go to the workers with the lowest index, and who
+        is left is a spare.
+        """
+        assigned = {}
+        for part in range(self.plan.num_parts):
+            workers = sorted((w for w in self.workers if w.part == part), key=lambda w: w.index)
+            if any(not w.is_waiting for w in workers):
+                return None
+            ranks = self.plan.ranks_of(part)
+            residents = {w.resident_rank: w for w in reversed(workers) if w.resident_rank in ranks}
+            free = iter([w for w in workers if w.resident_rank is None])
+            for rank in ranks:
+                worker = residents.get(rank) or next(free, None)
+                if worker is None:
+                    return None
+                assigned[rank] = worker
+        return assigned
+
+    def begin_epoch(self, assigned: dict[int, Worker]) -> None:
+        """Gives the workers their ranks. What they have in memory decides on the size of the KV cache."""
+        sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
+        self.kv_cache = sizes[0] if sizes else self.kv_cache
+        for worker in self.workers:
+            worker.rank = None
+        for rank, worker in assigned.items():
+            worker.rank, worker.is_waiting = rank, False
+
+    def missing(self) -> str:
+        """Describes the parts that lack workers; empty if none does."""
+        parts = [p for p in range(self.plan.num_parts) if self._num_waiting(p) < self.plan.local_world_size]
+        return ", ".join(self.plan.describe_part(p) for p in parts)
+
+    def _num_waiting(self, part: int) -> int:
+        return sum(w.part == part and w.is_waiting for w in self.workers)
+
+    def differences(self) -> str:
+        """Returns the differences between the fingerprints of the parts, one line per key; empty if they agree."""
+        fingerprints = {f"part{w.part}": w.fingerprint for w in sorted(self.workers, key=lambda w: w.part)}
+        return "".join(f"\n  {line}" for line in _different_values(fingerprints))
+
+
+def _different_values(fingerprints: dict[str, dict[str, Any]]) -> Iterable[str]:
+    for key in sorted({key for fingerprint in fingerprints.values() for key in fingerprint}):
+        values = {part: json.dumps(fingerprint.get(key), sort_keys=True) for part, fingerprint in fingerprints.items()}
+        if len(set(values.values())) > 1:
+            yield f"{key}: " + "  ".join(f"{part}={value}" for part, value in values.items())

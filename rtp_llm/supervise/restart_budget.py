@@ -1,0 +1,56 @@
+"""How many failures of the ranks the guard forgives."""
+
+from dataclasses import dataclass, field
+
+WINDOW_SECONDS = 600.0
+VERDICT_SECONDS = 5.0  # from a failure until it counts, if the API process has not said that a request is its cause
+MAX_DELAY_SECONDS = 60.0
+
+
+@dataclass
+class Failure:
+    """Processes that ended together. key: the epoch that they ended, or something unique if they were in none."""
+
+    key: str
+    time: float
+    codes: list[int]
+
+
+@dataclass
+class RestartBudget:
+    """At most `limit` failures in ten minutes. What a request breaks does not count."""
+
+    limit: int
+    _failures: list[Failure] = field(default_factory=list)
+
+    def charge(self, now: float, key: str, code: int) -> None:
+        """Records the end of a process. Those with the same key count once. code: -1 for a signal."""
+        self._failures = [f for f in self._failures if now - f.time <= WINDOW_SECONDS]
+        known = next((f for f in self._failures if f.key == key), None)
+        if known:
+            known.codes.append(code)
+        else:
+            self._failures.append(Failure(key, now, [code]))
+
+    def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
+        """Returns the failures that count. verdicts: by epoch, "investigating", "request" or "engine"."""
+        return sum(self._counts(failure, now, verdicts) for failure in self._failures)
+
+    def is_spent(self, now: float, verdicts: dict[str, str]) -> bool:
+        return self.num_failures(now, verdicts) > self.limit
+
+    def delay(self, now: float, verdicts: dict[str, str]) -> float:
+        """Returns the seconds before the next restart: 0, 0.5, 1, 2, 4 … 60 with the number of failures."""
+        count = self.num_failures(now, verdicts)
+        return 0.0 if count <= 1 else min(MAX_DELAY_SECONDS, 0.5 * 2 ** min(count - 2, 10))
+
+    def last_codes(self) -> list[int]:
+        """Returns the exit codes of the last failure."""
+        return self._failures[-1].codes if self._failures else []
+
+    def _counts(self, failure: Failure, now: float, verdicts: dict[str, str]) -> bool:
+        verdict = verdicts.get(failure.key, "")
+        if verdict in ("investigating", "request"):
+            return False
+        is_settled = verdict == "engine" or not failure.key.isdigit() or now - failure.time > VERDICT_SECONDS
+        return is_settled or self.limit == 0

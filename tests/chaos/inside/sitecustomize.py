@@ -1,0 +1,70 @@
+"""Runs at the start of every Python process of a part under test, because PYTHONPATH names this folder.
+
+In an engine process, SIGUSR2 is an exit with code 0, and a prompt with POISON kills rank 0 in the step that reads it.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+POISON, REPEATS = 900, 4  # a token that stands so often in a row
+RUNNER = "rtp_llm.runner.model_runner"
+
+
+def _exit_when_told() -> None:
+    signal.sigwait({signal.SIGUSR2})
+    os._exit(0)
+
+
+class _PoisonedLoader(importlib.abc.Loader):
+    """Loads a module as another loader does, then makes its model runner die of POISON."""
+
+    def __init__(self, loader: importlib.abc.Loader):
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        forward = module.ModelRunner.forward
+
+        def poisoned_forward(runner: Any, inputs: Any) -> Any:
+            text = ",".join(map(str, inputs.token_ids.tolist()))
+            if ",".join([str(POISON)] * REPEATS) in text and runner.residency.mesh.tp.rank == 0:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return forward(runner, inputs)
+
+        module.ModelRunner.forward = poisoned_forward
+
+
+class _PoisonFinder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != RUNNER:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec
+        assert spec.loader
+        spec.loader = _PoisonedLoader(spec.loader)
+        return spec
+
+
+if "FAKETIME_TIMESTAMP_FILE" in os.environ:
+    # libfaketime 0.9.10 makes clock_nanosleep fail, which Python's sleep is.
+    time.sleep = lambda seconds: select.select([], [], [], float(seconds))  # type: ignore[assignment, misc]
+
+if "rtp_llm.engine.main" in sys.orig_argv:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # inherited by all threads
+    threading.Thread(target=_exit_when_told, name="chaos", daemon=True).start()
+    sys.meta_path.insert(0, _PoisonFinder())
