@@ -38,7 +38,9 @@ def test_demo_answers_as_in_the_manual(demo: Project) -> None:
 def test_demo_serves_with_two_ranks(demo: Project) -> None:
     metrics = demo.fetch("/metrics")[1]
     assert 'rtp_llm_gang_member_up{world_rank="1"} 1.0' in metrics
-    report = json.loads(demo.fetch("/doctor")[1])
+    assert demo.fetch("/doctor")[0] == 403, "an admin route: without a key it answers only inside the container"
+    code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:10000/doctor').read().decode())"
+    report = json.loads(demo.compose("exec", "-T", "rtp-llm", "python3", "-c", code))
     assert (report["verdict"], report["node"]["runtime"]) == ("ok", "compose")
 
 

@@ -50,7 +50,7 @@ def test_killed_rank_is_replaced_and_no_request_is_lost(image: str) -> None:
         container.kill_rank(1)
         assert container.complete(SHORT) == before
         container.wait_healthy()
-        assert "restarting group ranks in" in container.log
+        assert "lost rank1 (killed by a signal); restarting it in" in container.log
         assert container.python("import os; print(os.listdir('/dev/shm'))") == "[]"
 
 
@@ -58,7 +58,7 @@ def test_spent_restart_budget_exits_70(image: str) -> None:
     with Container(env={**TWO_RANKS, "RESTART_LIMIT": "1"}) as container:
         container.wait_healthy()
         container.kill_rank(0)
-        wait_until(lambda: "restarting group ranks in" in container.log, "the first restart")
+        wait_until(lambda: "lost rank0 (killed by a signal); restarting it in" in container.log, "the first restart")
         container.wait_healthy()
         container.kill_rank(0)
         assert container.wait_exit() == 70
