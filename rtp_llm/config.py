@@ -228,9 +228,16 @@ class Config(BaseModel):
         return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
 
     def shared(self) -> dict[str, Any]:
-        """Returns the settings that must be equal on all parts, by variable."""
-        fields = type(self).model_fields.items()
-        return {name.upper(): getattr(self, name) for name, field in fields if SharedMark() in field.metadata}
+        """Returns the settings that must be equal on all parts, by variable.
+
+        A default of 300 is 300.0 here, as it is after part.json has been read.
+        """
+        fields = {name: f for name, f in type(self).model_fields.items() if SharedMark() in f.metadata}
+        values = {name: getattr(self, name) for name in fields}
+        return {
+            name.upper(): float(value) if isinstance(value, int) and fields[name].annotation is float else value
+            for name, value in values.items()
+        }
 
 
 # Passed to the processes of a part by the environment only: in no file, no command line, no log.

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable
 
 # Below Linux's ephemeral ports (32768 and up), above the ports that services usually use.
-TEST_PORTS = range(20000, 32000)
+TEST_PORTS = range(12000, 32000)
 NUM_PORTS_BELOW, NUM_PORTS_PER_RANK = 11, 9  # a part reserves START_PORT-11 … START_PORT+9*ranks-1
 _reserved: list[range] = []
 

@@ -1,6 +1,7 @@
 """Settings: precedence of sources, error messages for invalid values, and remarks on unused or misspelled variables."""
 
 import inspect
+import json
 import os
 import re
 from contextlib import suppress
@@ -298,3 +299,10 @@ def test_a_shared_setting_changes_the_fingerprint_and_a_secret_is_never_in_it(na
     if is_shared:
         changed = DEFAULTS.model_copy(update={name: object()})
         assert {key for key, value in changed.shared().items() if value != DEFAULTS.shared()[key]} == {name.upper()}
+
+
+def test_shared_settings_survive_part_json() -> None:
+    """The doctor of one part compares its own settings with those that another part has read from its file."""
+    config = Config.model_validate({})
+    reloaded = Config.model_validate(json.loads(json.dumps(config.model_dump(exclude=set(SECRET_FIELDS)))))
+    assert json.dumps(config.shared()) == json.dumps(reloaded.shared())
