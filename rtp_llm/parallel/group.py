@@ -347,7 +347,7 @@ def _open_shared_memory_group(
 ) -> SharedMemoryGroup:
     """Returns the group of this rank, over a shared-memory segment that rank 0 creates.
 
-    Deletes the file once all ranks have mapped it, so that a killed rank leaves no file in /dev/shm.
+    Deletes the file once all ranks have mapped it, or if they do not, so that /dev/shm keeps no file.
     """
     if rank != 0:
         group = SharedMemoryGroup(Path(store.get("segment").decode()), rank, plan.world_size, timeout)
@@ -358,8 +358,8 @@ def _open_shared_memory_group(
         store.set("segment", str(path))
         group = SharedMemoryGroup(path, rank, plan.world_size, timeout)
         store.wait([f"opened{other}" for other in range(1, plan.world_size)])
-        path.unlink()
     finally:
+        path.unlink(missing_ok=True)
         os.close(lock_fd)
     return group
 

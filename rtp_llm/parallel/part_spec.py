@@ -75,8 +75,8 @@ class PartSpec:
 
     @property
     def shm_prefix(self) -> str:
-        """Returns the prefix of this part's files in /dev/shm, unique per run directory."""
-        return f"rtp-llm-{hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:12]}-"
+        """Returns the prefix of this part's files in /dev/shm."""
+        return shm_prefix(self.run_dir)
 
     @property
     def label(self) -> str:
@@ -99,3 +99,8 @@ class PartSpec:
         secrets = {name: os.environ.get(name.upper(), "") for name in SECRET_FIELDS}
         config, plan = Config.model_validate(data["config"] | secrets), Plan.from_json(data["plan"])
         return cls(run_dir, config, plan, ModelInfo(**data["model"]), data["fingerprint"], data["tty"])
+
+
+def shm_prefix(run_dir: Path) -> str:
+    """Returns the prefix of a part's files in /dev/shm, unique per run directory."""
+    return f"rtp-llm-{hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]}-"
