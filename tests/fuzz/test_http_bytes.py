@@ -70,7 +70,8 @@ def exchange(url: str, data: bytes) -> bytes:
     received = b""
     with socket.create_connection((host, int(port)), timeout=20) as connection, suppress(ConnectionError):
         connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # the server may have closed the connection at once
+            connection.shutdown(socket.SHUT_WR)
         while piece := connection.recv(65536):
             received += piece
     return received

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET
 from tests.parallel.parts import Part
-from tests.ports import free_start_port
+from tests.ports import busy_ports, free_start_port
 
 pytestmark = pytest.mark.slow
 
@@ -22,24 +23,31 @@ def members(*ports: int) -> str:
 class Pair:
     """Two parts with one rank each, which never agree. Their processes are killed at the end."""
 
-    def __init__(self, settings: dict[str, str], *, wrong_leader_port: bool = False, **of_part_1: str):
+    def __init__(
+        self, settings: dict[str, str], *, wrong_leader_port: bool = False, one_by_one: bool = False, **of_part_1: str
+    ):
+        """`one_by_one`: part 1 starts when the doctor of part 0 listens: what ends at once waits 5 s for it."""
         self.ports = [free_start_port(), free_start_port()]
         self.wrong_port = free_start_port()
         common = {**settings, "TP_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "JSON_GANG_PARTS": members(*self.ports)}
         if wrong_leader_port:
             of_part_1["JSON_GANG_PARTS"] = members(self.wrong_port, self.ports[1])
         own: list[dict[str, str]] = [{}, of_part_1]
-        self.parts = [
-            Part({**common, "START_PORT": str(port), "WORLD_RANK": str(n), **own[n]}, port=port)
-            for n, port in enumerate(self.ports)
-        ]
+        self.parts: list[Part] = []
+        for n, port in enumerate(self.ports):
+            self.parts.append(Part({**common, "START_PORT": str(port), "WORLD_RANK": str(n), **own[n]}, port=port))
+            if one_by_one and n == 0:
+                self.parts[0].until(self._doctor_listens, "the doctor listens")
+
+    def _doctor_listens(self) -> bool:
+        return bool(busy_ports([self.ports[0] + DOCTOR_PORT_OFFSET]))
 
 
 @pytest.fixture(scope="module")
 def pairs(settings: dict[str, str]) -> Iterator[dict[str, Pair]]:
     found = {
         "port": Pair(settings, wrong_leader_port=True),
-        "refused": Pair(settings, WORLD_RANK="5"),
+        "refused": Pair(settings, one_by_one=True, WORLD_RANK="5"),
         "secret": Pair(settings, GANG_SECRET="only-here", GANG_TIMEOUT_MIN="5"),
     }
     with ExitStack() as stack:
