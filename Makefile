@@ -1,7 +1,7 @@
 # Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's package sources, and
 # installs nothing outside this folder. PYTHON=python3.12 selects another Python, TORCH=<requirement or wheel> a torch.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all chaos test-gpu gpu-wheels lint clean
+.PHONY: help install serve test test-all test-clients chaos test-gpu gpu-wheels lint clean
 # A recipe that fails must not leave its stamp file.
 .DELETE_ON_ERROR:
 
@@ -20,7 +20,7 @@ WORKERS ?= $(shell echo $$((1 + $$(nproc))))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## create .venv with what serving needs
 
@@ -33,6 +33,11 @@ test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
 
 test-all: $(VENV)/installed-dev ## run every test, as CI does
 	$(PYTEST) $(ARGS)
+
+# Without a network but loopback, so that a client that wants another server fails.
+test-clients: $(VENV)/installed-clients build/clients/installed ## let clients and coding agents (npm) judge the API
+	unshare --map-root-user --net sh -c 'ip link set lo up && exec "$$@"' sh \
+	  $(BIN)/python -m pytest tests/clients $(ARGS)
 
 # Hours; a second call goes on where the first one ended. `rm -r build/chaos` starts afresh.
 chaos: $(VENV)/installed-dev ## inject INJECTIONS (50) of each fault into real parts and write docs/reliability.md
@@ -80,3 +85,13 @@ $(VENV)/installed: $(VENV)/torch
 $(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt
 	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
 	@touch $(VENV)/installed $@
+
+$(VENV)/installed-clients: $(VENV)/installed-dev
+	$(PIP) install --quiet --editable '.[dev,clients]' --constraint tests/constraints.txt
+	@touch $@
+
+build/clients/installed: tests/clients/package.json
+	@mkdir -p build/clients
+	cp tests/clients/package.json build/clients/
+	npm install --prefix build/clients --no-audit --no-fund --loglevel=error
+	@touch $@

@@ -15,13 +15,16 @@ from doctor.gang.view import GangView
 from doctor.host import Host
 from doctor.nccl import Nccl
 from rtp_llm import files
-from rtp_llm.config import Config, load
+from rtp_llm.config import Config, TaskType, load
 from rtp_llm.errors import CheckpointError, ConfigError, FatalError
+from rtp_llm.hub.name import ModelName
+from rtp_llm.hub.settings import localized, missing_models, model_names
 from rtp_llm.machine.devices import apply_cuda_visible_devices
 from rtp_llm.machine.gpus import DRIVER_TIMEOUT, Gpu, GpuInventory, completes_within, read_gpus
 from rtp_llm.model import checkpoint as checkpoints
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
+from rtp_llm.model.task import embedding_info, task_type
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
 
@@ -83,9 +86,27 @@ class CheckContext:
     def parsed_config(self) -> ParsedConfig:
         return parse_config(self.argv, dict(self.host.environ))
 
-    @property
+    @cached_property
     def config(self) -> Config:
-        return self.parsed_config.config
+        """Returns the valid settings, with the folders of the cache in place of the names of models that it has."""
+        return localized(self.parsed_config.config)
+
+    @cached_property
+    def missing_models(self) -> list[ModelName]:
+        """Returns the models that the start would download."""
+        return missing_models(self.config)
+
+    @cached_property
+    def hub_error(self) -> ConfigError | None:
+        """Returns the reason why the start could not download a model; asks the hub."""
+        from rtp_llm.hub.remote import look_up
+
+        try:
+            for name in self.missing_models:
+                look_up(name).check_space()
+        except ConfigError as error:
+            return error
+        return None
 
     @cached_property
     def gpus(self) -> GpuInventory:
@@ -104,13 +125,20 @@ class CheckContext:
         return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
 
     def preload_with_timeouts(self) -> None:
-        """Reads GPUs, member list (addresses of all parts) and config.json, each first in a forked process with a
-        timeout.
+        """Reads GPUs, cache of models, member list (addresses of all parts) and config.json, each first in a forked
+        process with a timeout.
 
         A read from a dead network disk blocks in the kernel and cannot be interrupted, so this process must not try it.
         A read that times out becomes an error of its check.
         """
         _ = self.gpus  # has a timeout of its own
+        settings = self.parsed_config.config
+        if model_names(settings) and not completes_within(lambda: self.config):
+            self.config, self.missing_models, self.checkpoint = settings, [], None
+            message = (
+                f"CHECKPOINT_PATH={settings.checkpoint_path}: the file system of the cache (HF_HOME) does not respond"
+            )
+            self.checkpoint_errors = [CheckpointError(message, check="M-08")]
         if not completes_within(lambda: self.plan_result):
             source = self.config.distribute_config_file or "the member list"
             self.plan_result = PlanResult(
@@ -178,10 +206,11 @@ class CheckContext:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Returns the tokenizer's folder; None if no path is set, or on parts other than part 0, which do not read the
-        tokenizer."""
+        """Returns the tokenizer's folder; None if no path is set, if it is yet to be downloaded, or on parts other than
+        part 0, which do not read the tokenizer."""
         path = self.config.tokenizer_path or self.config.checkpoint_path
-        return Path(path) if path and not (self.plan and self.plan.part) else None
+        is_missing = ModelName.parse(path) in self.missing_models
+        return Path(path) if path and not is_missing and not (self.plan and self.plan.part) else None
 
     @cached_property
     def tokenizer_error(self) -> CheckpointError | None:
@@ -213,6 +242,21 @@ class CheckContext:
     @property
     def spec_error(self) -> FatalError | None:
         return self._spec[1]
+
+    @property
+    def task(self) -> TaskType:
+        return task_type(self.config)
+
+    @cached_property
+    def embedding_error(self) -> CheckpointError | None:
+        """Returns why the checkpoint's embeddings cannot be served; None if they can, or another task is served."""
+        if self.checkpoint is None or self.spec is None or self.task != "DENSE_EMBEDDING":
+            return None
+        try:
+            embedding_info(self.checkpoint.path, self.spec.hidden_size)
+        except CheckpointError as error:
+            return error
+        return None
 
 
 def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:

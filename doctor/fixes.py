@@ -45,6 +45,23 @@ SAME_CHECKPOINT = Fix(
     host="rsync --checksum -a the checkpoint from one part to the others, or share it",
     kubernetes="one ReadOnlyMany volume for all pods",
 )
+HUB = Fix(
+    host="set https_proxy or HF_ENDPOINT (a mirror), or copy a filled cache here and set HF_HOME to it",
+    docker="docker run -e https_proxy=… or -e HF_ENDPOINT=…, or -v /hub:/hub -e HF_HOME=/hub with a filled cache",
+    kubernetes="let the pods reach the hub (NetworkPolicy, https_proxy, HF_ENDPOINT), or fill the volume of HF_HOME",
+)
+HUB_TOKEN = Fix(
+    host="accept the terms on the model's page, and set HF_TOKEN to a token of that account",
+    docker="accept the terms on the model's page, and docker run -e HF_TOKEN=hf_…",
+    compose="accept the terms on the model's page, and HF_TOKEN=hf_… docker compose up",
+    kubernetes="accept the terms on the model's page, and put a token into the entry hf-token of the secret rtp-llm",
+)
+HUB_CACHE = Fix(
+    host="remove models that you do not need (hf cache), or set HF_HOME to a larger disk",
+    docker="docker run -v /large/disk:/hub -e HF_HOME=/hub …",
+    compose="HUB_DIR=/large/disk docker compose up",
+    kubernetes="enlarge the volume claim of HF_HOME",
+)
 DISK_SPACE = Fix(
     host="free some space, or set TMPDIR and RTP_RUN_DIR to another disk",
     docker="docker run --tmpfs /tmp:size=2g …",

@@ -34,6 +34,7 @@ class SharedMark:
 
 
 T = TypeVar("T")
+TaskType = Literal["LANGUAGE_MODEL", "DENSE_EMBEDDING", "RERANKER"]
 Shared = Annotated[T, SharedMark()]
 
 
@@ -113,11 +114,17 @@ class Config(BaseModel):
     sse_ping_seconds: float = Field(
         10, ge=0, description="seconds after which a silent event stream sends a comment, for proxies; 0 = never"
     )
+    responses_store_mb: int = Field(
+        0, ge=0, lt=2**20, description="memory for stored responses of /v1/responses, MiB; 0 = none is stored"
+    )
     resume_timeout: float = Field(
         300, gt=0, description="seconds that accepted requests wait for lost ranks to restart; then they fail"
     )
     legacy_http_status: bool = Field(
         False, description="respond to every error with HTTP 500, as upstream rtp-llm does"
+    )
+    strict_fields: bool = Field(
+        False, description="reject requests with unknown fields, instead of ignoring and naming these"
     )
     disable_access_log: bool = Field(False, description="do not log HTTP requests")
     metrics_vllm_aliases: bool = Field(
@@ -151,7 +158,22 @@ class Config(BaseModel):
     model_type: str = Field("", description="model family; default: detected from config.json")
     checkpoint_path: str = Field("", description="folder with config.json and *.safetensors")
     tokenizer_path: str = Field("", description="folder with tokenizer.json; default CHECKPOINT_PATH")
-    served_model_name: str = Field("", description="model name in responses; default: name of the checkpoint's folder")
+    served_model_name: str = Field(
+        "", description="model names, by commas, of which the first is in responses; default: the checkpoint's name"
+    )
+    strict_model_name: bool = Field(False, description="reject requests for other models with HTTP 404")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto: sampling defaults from the checkpoint's generation_config.json; none: not from there"
+    )
+    generation_config_path: str = Field(
+        "", description="path of another generation_config.json, or of its folder, for the sampling defaults"
+    )
+    task_type: Shared[Literal["", TaskType]] = Field(
+        "",
+        description="what is served: LANGUAGE_MODEL, DENSE_EMBEDDING or RERANKER; default: embeddings if the checkpoint"
+        " has sentence-transformers' modules.json, else a language model",
+    )
+    embedding_model: Shared[bool] = Field(False, description="upstream's older spelling of TASK_TYPE=DENSE_EMBEDDING")
     act_type: Literal["", "fp32", "bf16", "fp16"] = Field(
         "", description="data type of the computation; default: the checkpoint's"
     )
@@ -174,6 +196,11 @@ class Config(BaseModel):
     default_tool_use_template_key: str = Field(
         "tool_use", description="name of the tokenizer's chat template to use for requests with tools"
     )
+
+    tool_call_parser: str = Field(
+        "", description="hermes, llama3_json, mistral, pythonic or qwen3_coder; default: the chat template's"
+    )
+    reasoning_parser: str = Field("", description="deepseek_r1, mistral, qwen3 or none; default: the chat template's")
 
     # Memory and batches
     reuse_cache: Shared[bool] = Field(True, description="prefix caching: reuse the KV cache of equal prompt prefixes")
@@ -218,6 +245,17 @@ class Config(BaseModel):
     gang_secret_file: str = Field("", description="path of a file that contains GANG_SECRET")
 
     @property
+    def served_model_names(self) -> tuple[str, ...]:
+        """Returns the names of SERVED_MODEL_NAME, or the name of the checkpoint's folder: of a snapshot in Hugging
+        Face's cache, …/models--org--name/snapshots/<commit>, that is org/name.
+        """
+        names = tuple(name.strip() for name in self.served_model_name.split(",") if name.strip())
+        folder = Path(self.checkpoint_path).resolve()
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+            return names or (folder.parents[1].name.removeprefix("models--").replace("--", "/", 1),)
+        return names or (folder.name.lstrip("."),)
+
+    @property
     def max_sequences(self) -> int:
         """Maximum number of sequences that one step of the engine computes."""
         return self.max_batch_size or self.concurrency_limit
@@ -242,6 +280,16 @@ class Config(BaseModel):
 
 # Passed to the processes of a part by the environment only: in no file, no command line, no log.
 SECRET_FIELDS = tuple(name for name, field in Config.model_fields.items() if field.annotation is SecretStr)
+
+
+# Without them more clients get in. Each name stands beside the others that have the same effect.
+ACCESS_SETTINGS = (
+    ("API_KEY", "API_KEY_FILE"),
+    ("ADMIN_KEY", "ADMIN_KEY_FILE"),
+    ("GANG_SECRET", "GANG_SECRET_FILE"),
+    ("SSL_CERTFILE",),
+    ("SSL_KEYFILE",),
+)
 
 
 @dataclass(frozen=True)
@@ -271,6 +319,17 @@ class LoadedConfig:
             f"{name} is not a variable of this server: did you mean {meant}?" for name, meant in self.misspelled
         )
 
+    def check_access(self) -> None:
+        """Raises ConfigError if the server would be open to clients because the name of a setting is misspelled."""
+        names = {name: meant for name, meant in self.misspelled if opens_access(self.config, meant)}
+        if names:
+            lines = [
+                f"{name} is not a variable of this server, which would be open without {meant}; allowed: set {meant},"
+                f" or unset {name}"
+                for name, meant in names.items()
+            ]
+            raise ConfigError("\n".join(lines), check="M-13", names=tuple(names))
+
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
     """Reads flags and environment. Raises ConfigError with all invalid values and the allowed ones."""
@@ -298,6 +357,12 @@ def secret(config: Config, name: str = "gang_secret") -> bytes:
     except OSError as error:
         message = f"{name.upper()}_FILE={path}: cannot be read: {error.strerror}"
         raise ConfigError(message, check="M-14") from None
+
+
+def opens_access(config: Config, meant: str) -> bool:
+    """Returns whether more clients get in because the setting `meant` was misspelled."""
+    same_effect = next((names for names in ACCESS_SETTINGS if meant in names), ())
+    return bool(same_effect) and not any(getattr(config, name.lower()) for name in same_effect)
 
 
 def upstream_variables() -> dict[str, UpstreamVariable]:

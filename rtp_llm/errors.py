@@ -3,6 +3,7 @@
 A process ends with an `ExitCode`, a failed request with one `RequestError`.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -101,14 +102,23 @@ class RequestError(Exception):
 
     `status` is the HTTP status, `code` and `name` are an error code of alibaba/rtp-llm (config/exceptions.py), `param`
     is the invalid field if there is one. `is_final`: a server error that the same request would meet again.
+    `openai_code`: OpenAI's name of the error, where clients act on it.
     """
 
     def __init__(
-        self, status: int, code: int, name: str, message: str, *, param: str | None = None, is_final: bool = False
+        self,
+        status: int,
+        code: int,
+        name: str,
+        message: str,
+        *,
+        param: str | None = None,
+        is_final: bool = False,
+        openai_code: str = "",
     ):
         super().__init__(message)
         self.status, self.code, self.name, self.message, self.param = status, code, name, message, param
-        self.is_final = is_final
+        self.is_final, self.openai_code = is_final, openai_code or name.lower()
 
     def headers(self) -> dict[str, str]:
         """Returns headers on retries and authentication. OpenAI's SDKs retry every 5xx if nothing forbids it."""
@@ -120,7 +130,8 @@ class RequestError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Lets the error cross from the process that prepares large bodies; exceptions forget keyword arguments."""
-        return partial(RequestError, param=self.param), (self.status, self.code, self.name, self.message)
+        rebuild = partial(RequestError, param=self.param, is_final=self.is_final, openai_code=self.openai_code)
+        return rebuild, (self.status, self.code, self.name, self.message)
 
     def body(self) -> dict[str, Any]:
         """Returns the JSON body of the response.
@@ -133,7 +144,7 @@ class RequestError(Exception):
             "error_code": self.code,
             "error_code_str": f"{self.code}_{self.name}",
             "message": self.message,
-            "error": {"message": self.message, "type": error_type, "param": self.param, "code": self.name.lower()},
+            "error": {"message": self.message, "type": error_type, "param": self.param, "code": self.openai_code},
         }
 
 
@@ -152,12 +163,19 @@ def unsupported(message: str, param: str | None = None) -> RequestError:
     return RequestError(400, 515, "UNSUPPORTED_OPERATION", message, param=param)
 
 
-def empty_prompt(message: str = "the prompt is empty: send at least one token") -> RequestError:
-    return RequestError(400, 510, "EMPTY_PROMPT_ERROR", message, param="prompt")
+def empty_prompt(message: str = "the prompt is empty: send at least one token", param: str = "prompt") -> RequestError:
+    return RequestError(400, 510, "EMPTY_PROMPT_ERROR", message, param=param)
 
 
-def long_prompt(message: str) -> RequestError:
-    return RequestError(400, 511, "LONG_PROMPT_ERROR", message, param="prompt")
+def long_prompt(message: str, param: str = "prompt") -> RequestError:
+    """400: the prompt leaves no room for output. litellm and LangChain know it by `context_length_exceeded`."""
+    code = "context_length_exceeded"
+    return RequestError(400, 511, "LONG_PROMPT_ERROR", message, param=param, openai_code=code)
+
+
+def model_not_found(name: str, served: Iterable[str]) -> RequestError:
+    message = f"The model `{name[:200]}` does not exist; this server has {', '.join(served)}"
+    return RequestError(404, 507, "ERROR_INPUT_FORMAT_ERROR", message, param="model", openai_code="model_not_found")
 
 
 def overloaded(message: str) -> RequestError:

@@ -71,6 +71,7 @@ class Metrics:
         self.preemptions = counter("num_preemptions", "Sequences returned to the queue because the KV cache was full")
         self.success = counter("request_success", "Finished sequences", "finished_reason")
         self.rejections = counter("admission_rejections", "Requests rejected with 429", "reason")
+        self.ignored_fields = counter("ignored_request_fields", "Fields of requests that had no effect", "field")
         self.corrupted = counter("corrupted_requests", "Sequences failed because the model's logits were NaN")
         self.convicted = counter("poison_requests", "Requests failed because the engine crashes when it computes them")
         self.resumed = counter("requests_resumed", "Sequences resumed after ranks were lost")

@@ -26,11 +26,14 @@ from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.config import Config, load
 from rtp_llm.errors import ConfigError, DoctorError, ExitCode, FatalError
+from rtp_llm.hub.name import commit_fingerprint
+from rtp_llm.hub.settings import localized, missing_models
 from rtp_llm.machine.devices import local_addresses, visible_gpus
 from rtp_llm.machine.process import MIN_OPEN_FILES, die_with_parent, stopping_file
 from rtp_llm.model.checkpoint import Checkpoint, check_tokenizer
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
+from rtp_llm.model.task import embedding_info, task_type
+from rtp_llm.parallel.part_spec import EmbeddingInfo, ModelInfo, PartSpec
 from rtp_llm.parallel.plan import Plan, check_address, make_plan
 from rtp_llm.parallel.ports import port_conflict
 from rtp_llm.supervise.supervisord import supervisord_config
@@ -55,25 +58,29 @@ def main() -> int:
             log.info("%s", note)
         for warning in loaded.warnings:
             log.warning("%s", warning)
+        loaded.check_access()
         raise_open_files_limit()
         plan = make_plan(loaded.config, visible_gpus())
         nat_warning = check_address(plan, local_addresses())
         if nat_warning:
             log.warning("%s", nat_warning)
-        checkpoint, spec = _check_model(loaded.config, plan)
+        if missing_models(loaded.config) and (download_exit_code := _download(loaded.config, plan)):
+            return download_exit_code
+        config = localized(loaded.config)
+        if config != loaded.config:
+            log.info("CHECKPOINT_PATH=%s is %s, from the cache", loaded.config.checkpoint_path, config.checkpoint_path)
+        checkpoint, spec = _check_model(config, plan)
         _check_ports_free(plan)
-        with _run_dir(loaded.config) as run_dir:
+        with _run_dir(config) as run_dir:
             part_spec = PartSpec(
                 run_dir=run_dir,
-                config=loaded.config,
+                config=config,
                 plan=plan,
-                model=ModelInfo(_model_name(loaded.config), spec.family, spec.dtype, spec.max_positions),
-                fingerprint=_fingerprint(loaded.config, plan, checkpoint, spec),
+                model=_model_info(config, spec),
+                fingerprint=_fingerprint(config, plan, checkpoint, spec),
                 tty=sys.stdout.isatty(),
             )
-            doctor_exit_code = _run_doctor_process(loaded.config.rtp_doctor, part_spec.doctor_report_path)
-            if doctor_exit_code == 1 and loaded.config.rtp_doctor == "enforce":
-                raise DoctorError("the doctor found the errors above; fix them, or set RTP_DOCTOR=warn to start anyway")
+            _check_with_doctor(config, part_spec.doctor_report_path)
             return _supervise(part_spec, forwarder)
     except FatalError as error:
         if not isinstance(error, DoctorError):  # the doctor reports all errors, this exception only the first
@@ -92,6 +99,21 @@ def _append_to_stdout() -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
 
 
+def _download(config: Config, plan: Plan) -> int:
+    """Downloads the models that the settings name, in a process that serves /health meanwhile. Returns its exit code.
+
+    First finds out what would make the download, or the start after it, fail.
+    """
+    from rtp_llm.hub.remote import look_up
+
+    _check_ports_free(plan)
+    for name in missing_models(config):
+        look_up(name).check_space()
+    _check_with_doctor(config)
+    command = [sys.executable, "-m", "rtp_llm.api.download", *sys.argv[1:]]
+    return subprocess.run(command, preexec_fn=die_with_parent, check=False).returncode
+
+
 def _check_model(config: Config, plan: Plan) -> tuple[Checkpoint, ModelSpec]:
     """Reads the checkpoint's headers, and validates TP size, model and tokenizer against each other."""
     checkpoint = Checkpoint.open(config)
@@ -105,14 +127,18 @@ def _check_model(config: Config, plan: Plan) -> tuple[Checkpoint, ModelSpec]:
     return checkpoint, spec
 
 
-def _model_name(config: Config) -> str:
-    return config.served_model_name or Path(config.checkpoint_path).resolve().name.lstrip(".")
+def _model_info(config: Config, spec: ModelSpec) -> ModelInfo:
+    task = task_type(config)
+    is_embedding = task == "DENSE_EMBEDDING"
+    embedding = embedding_info(Path(config.checkpoint_path), spec.hidden_size) if is_embedding else EmbeddingInfo()
+    return ModelInfo(config.served_model_names[0], spec.family, spec.dtype, spec.max_positions, task, embedding)
 
 
 def _fingerprint(config: Config, plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """Returns the values that must be equal on all parts, by name. A difference is reported as one line per name."""
     settings = {f"config.{name}": value for name, value in config.shared().items()}
-    return {"version": __version__} | plan.fingerprint() | spec.fingerprint(checkpoint.digest) | settings
+    model = spec.fingerprint(checkpoint.digest) | commit_fingerprint(checkpoint.path)
+    return {"version": __version__} | plan.fingerprint() | model | settings
 
 
 def _check_ports_free(plan: Plan) -> None:
@@ -124,6 +150,12 @@ def _check_ports_free(plan: Plan) -> None:
                 f"port {planned.port}, wanted for {planned.purpose}: {conflict}; free it or choose another START_PORT",
                 check="N-08",
             )
+
+
+def _check_with_doctor(config: Config, report: Path | None = None) -> None:
+    """Runs the doctor. Raises DoctorError if it finds an error and may prevent the start."""
+    if _run_doctor_process(config.rtp_doctor, report) == 1 and config.rtp_doctor == "enforce":
+        raise DoctorError("the doctor found the errors above; fix them, or set RTP_DOCTOR=warn to start anyway")
 
 
 def _run_doctor_process(mode: str, report: Path | None = None) -> int:

@@ -12,15 +12,15 @@ DOCTOR = ROOT.parent / "doctor"
 
 # The layers, lowest first: a module imports from its own package and lower ones, and only what ALLOWED lists.
 LAYERS = (
-    *("errors", "files", "log", "metrics", "config"),
-    *("contract", "machine", "parallel", "kernels", "layers", "model", "runner", "engine"),
-    *("text", "api", "supervise", "start_server"),
+    *("errors", "files", "log", "metrics", "config", "hub"),
+    *("contract", "machine", "text", "parallel", "kernels", "layers", "model", "runner", "engine"),
+    *("api", "supervise", "start_server"),
 )
 BASE = {"rtp_llm", "config", "errors", "files", "log", "metrics"}
-TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint", "model.kv_cache_specs"}
+TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint", "model.kv_cache_specs", "model.task"}
 SCHEDULING = {
     *("engine.admission_control", "engine.block_hash", "engine.block_pool", "engine.engine", "engine.kv_cache_manager"),
-    "engine.memory_budget",
+    *("engine.grammar_compiler", "engine.memory_budget"),
     *("engine.proposer", "engine.scheduler", "engine.scheduler_output", "engine.step_builder"),
 }
 # By package, and by module if its rule is stricter than the package's.
@@ -31,36 +31,42 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "metrics": set(),
     "contract": {"contract"},
+    "hub": {"hub", "config", "errors"},
+    "hub.name": set(),
     "machine": BASE | {"machine"},
     "parallel": BASE | {"parallel", "machine"},
     "kernels": BASE | {"kernels", "contract"},
     "layers": BASE | {"layers", "kernels", "parallel", "contract"},
     "model": BASE | {"model", "layers", "kernels", "parallel", "contract"},
     "model.spec": BASE | {"layers.rope_spec"},
-    "model.checkpoint": BASE | {"model.spec"},
+    "model.checkpoint": BASE | {"model.spec", "model.task"},
+    "model.task": BASE | {"parallel.part_spec"},
     "model.tensor_names": BASE,
     "model.kv_cache_specs": BASE | {"model.spec", "contract.kv_cache", "parallel.sharding"},
     "model.footprint": BASE | {"model.spec", "model.kv_cache_specs", "contract.kv_cache", "parallel.sharding"},
     "runner": BASE | {"runner", "model", "layers", "kernels", "parallel", "machine", "contract"},
     "engine": BASE | {"engine", "runner", "parallel", "machine", "contract"} | TORCH_FREE_MODEL,
+    "engine.vocabulary": BASE | {"text.tokenizer"},
     **{module: BASE | {"contract"} | SCHEDULING for module in SCHEDULING},
     "text": BASE | {"text", "contract"},
-    "api": BASE | {"api", "text", "contract", "machine", "parallel.part_spec", "parallel.segment", "parallel.wire"},
+    "api": BASE
+    | {"api", "text", "contract", "machine", "parallel.part_spec", "parallel.segment", "parallel.wire", "hub"},
     "supervise": BASE
     | {"supervise", "machine"}
     | {f"parallel.{module}" for module in ("part_spec", "coordinator_connection", "handshake", "wire")},
-    "start_server": BASE | {"machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
+    "start_server": BASE | {"hub", "machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
 }
 # The doctor reads settings, plan and checkpoint with the server's code, and does not import torch.
-DOCTOR_MAY_IMPORT = BASE | {"machine", "parallel", *TORCH_FREE_MODEL}
+DOCTOR_MAY_IMPORT = BASE | {"hub", "machine", "parallel", *TORCH_FREE_MODEL}
 TORCH = {"torch", "triton", "safetensors", "safetensors.torch"}
 MAY_USE_TORCH = {
     *("kernels", "layers", "model", "runner"),
     *("engine.epoch", "engine.rank", "parallel.group", "parallel.mesh", "parallel.shared_memory"),
 }
 TORCH_FREE = {"layers.rope_spec", "model.tensor_names", *TORCH_FREE_MODEL}
-# The only import inside a function: torch must not be imported before the gang has formed (see the comment there).
-IMPORTED_LATE = {("engine.main", "engine.rank")}
+# The only imports inside a function: torch must not be imported before the gang has formed (see the comment there), and
+# huggingface_hub, which takes longer than all checks of the doctor, only if a model is given by its name.
+IMPORTED_LATE = {("engine.main", "engine.rank"), ("hub.settings", "hub.cache"), ("start_server", "hub.remote")}
 
 
 def modules(root: Path = ROOT) -> list[str]:

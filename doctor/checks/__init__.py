@@ -3,6 +3,7 @@
 from doctor.checks import (  # noqa: F401, I001
     configuration,
     checkpoint_files,
+    model_hub,
     model_fit,
     tokenizer_files,
     remote_code,

@@ -22,8 +22,9 @@ def checkpoint_errors(ctx: CheckContext, id: str) -> str:
     "LocalEntryNotFoundError: Cannot find the requested files in the disk cache", "CHECKPOINT_PATH=…: does not exist"
 )
 def checkpoint_folder_exists(ctx: CheckContext) -> CheckResult:
-    """The server reads a local folder and downloads nothing. A Hugging Face name such as org/model is not a path, and a
-    path of the host exists in the container only if it is mounted."""
+    """The server reads a local folder and downloads nothing. The exception is a Hugging Face name such as org/model,
+    which the start turns into a folder first (M-17 to M-20). A path of the host exists in the container only if it is
+    mounted."""
     path = ctx.checkpoint_path
     if path is None and ctx.running:  # with its own settings, which this shell does not have
         return skip(NO_MODEL)
@@ -34,14 +35,13 @@ def checkpoint_folder_exists(ctx: CheckContext) -> CheckResult:
         return error(timeout_error, "a disk that responds", "remount it, or copy the checkpoint to a local disk")
     if path.is_dir():
         return ok(f"{path} is a folder")
-    is_hub_name = not path.is_absolute() and str(path).count("/") == 1 and not path.exists()
-    local_path = f"/models/{path.name}"
-    actual = "is a Hugging Face name, not a folder" if is_hub_name else "is not a folder here"
-    download = f"hf download {path} --local-dir {local_path}, then " if is_hub_name else ""
+    if ctx.missing_models:
+        names = " and ".join(map(str, ctx.missing_models))
+        return skip(f"the start downloads {names} first", because="M-08")
     return error(
-        f"CHECKPOINT_PATH={path} {actual}",
+        f"CHECKPOINT_PATH={path} is not a folder here",
         "a local folder with config.json and *.safetensors",
-        fixes.checkpoint_path(local_path, download),
+        fixes.checkpoint_path(f"/models/{path.name}", ""),
     )
 
 

@@ -6,6 +6,7 @@ from doctor.checks.alignment import alignment
 from doctor.checks.categories import configuration_check, format_differences
 from doctor.context import PLAN_VARIABLES, CheckContext
 from doctor.host import is_secret
+from rtp_llm.config import opens_access
 from rtp_llm.errors import ConfigError
 
 
@@ -45,14 +46,17 @@ def no_service_links(ctx: CheckContext) -> CheckResult:
 @symptoms("… is not a variable of this server: did you mean …?")
 def no_misspelled_variables(ctx: CheckContext) -> CheckResult:
     """A variable with an unknown name is silently ignored: WROLD_RANK=1 leaves WORLD_RANK unset, and this machine
-    starts as part 0. A typo in a variable that sets size, rank, port or model is an error, any other a warning."""
+    starts as part 0. A typo in a variable that sets size, rank, port or model is an error, as is one that leaves the
+    server open: API_KEYS sets no key. Any other is a warning."""
     typos = ctx.parsed_config.misspelled
     if not typos:
         return ok("no variable is a misspelled setting")
     names, meant_names = (", ".join(names) for names in zip(*typos, strict=True))
     fix = "\n".join(f"{meant}={_public_value(ctx, name, meant)}   in place of {name}" for name, meant in typos)
     changes_plan = any(meant in PLAN_VARIABLES and meant not in ctx.host.environ for _, meant in typos)
-    return (error if changes_plan else warn)(f"ignored, because it is not a setting: {names}", meant_names, fix)
+    opens = any(opens_access(ctx.config, meant) for _, meant in typos)
+    verdict = error if changes_plan or opens else warn
+    return verdict(f"ignored, because it is not a setting: {names}", meant_names, fix)
 
 
 def _public_value(ctx: CheckContext, name: str, meant: str) -> str:

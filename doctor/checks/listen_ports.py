@@ -11,6 +11,7 @@ from doctor.context import CheckContext
 from doctor.fixes import Fix
 from doctor.host import parse_number_ranges
 from rtp_llm.config import MAX_START_PORT
+from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.plan import PlannedPort
 from rtp_llm.parallel.ports import port_conflict
 
@@ -20,7 +21,7 @@ NODE_PORTS = range(30000, 32768)  # Kubernetes' default range for Services of ty
 def _planned_ports(ctx: CheckContext) -> list[PlannedPort]:
     if ctx.plan:
         return ctx.plan.local_ports()
-    return [PlannedPort(ctx.config.start_port, "HTTP (START_PORT)")]
+    return [PlannedPort(ctx.config.start_port, "HTTP (START_PORT)", ctx.config.host)]
 
 
 @network_check("N-08", "the planned ports are free", needs=("N-15",), timeout=5)
@@ -35,7 +36,10 @@ def ports_are_free(ctx: CheckContext) -> CheckResult:
     planned = _planned_ports(ctx)
     if ctx.running:
         return ok(f"this part's server is running and uses its {len(planned)} ports")
-    conflicts = [(port, reason) for port, reason in ((p, port_conflict(p)) for p in planned) if reason]
+    try:
+        conflicts = [(port, reason) for port, reason in ((p, port_conflict(p)) for p in planned) if reason]
+    except ConfigError as config_error:
+        return error(str(config_error), "an address of this machine", Fix("correct HOST, or leave it unset"))
     if conflicts:
         actual = "; ".join(f"port {port.port}, for {port.purpose}: {reason}" for port, reason in conflicts)
         part_spec = running_part(ctx.config.start_port)

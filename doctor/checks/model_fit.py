@@ -18,18 +18,23 @@ NO_PLAN = "the settings give no valid plan of ranks and addresses"
 )
 def architecture_is_supported(ctx: CheckContext) -> CheckResult:
     """config.json gives the model family, the RoPE type, the activation function and the quantization. All of
-    them must be supported by rtp-llm, and the data type by the GPU: bf16 needs compute capability 8.0."""
+    them must be supported by rtp-llm, and the data type by the GPU: bf16 needs compute capability 8.0. Of an embedding
+    model, sentence-transformers' files must say that an embedding is the state of the last token."""
     spec, spec_error = ctx.spec, ctx.spec_error
     if spec_error and spec_error.check in ("", "M-12"):
         return error(str(spec_error), "a model family of the README, not quantized", "choose another checkpoint")
     if spec is None:
         return skip(NO_MODEL)
+    if ctx.embedding_error:
+        fix = "choose another checkpoint, or TASK_TYPE=LANGUAGE_MODEL to use it for text"
+        return error(str(ctx.embedding_error), "the state of the last token, normalized or not", fix)
     too_old = next((g for g in ctx.gpus.visible if ctx.on_gpu and g.capability and g.capability < (8, 0)), None)
     if too_old and spec.dtype == "bf16":
         capability = ".".join(map(str, too_old.capability or ()))
         actual = f"bf16 on {too_old.name} (compute capability {capability})"
         return error(actual, "compute capability 8.0 or more", "ACT_TYPE=fp16")
-    return ok(f"{spec.family}, {spec.num_layers} layers, {spec.dtype}")
+    task = "" if ctx.task == "LANGUAGE_MODEL" else f", served as {ctx.task}"
+    return ok(f"{spec.family}, {spec.num_layers} layers, {spec.dtype}{task}")
 
 
 @model_check("M-01", "the model can be split into TP_SIZE shards", needs=("M-12", "M-14"))

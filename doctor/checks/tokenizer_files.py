@@ -13,8 +13,11 @@ from doctor.context import CheckContext
 @symptoms("Can't load tokenizer for '…'", "…: no tokenizer.json")
 def tokenizer_is_usable(ctx: CheckContext) -> CheckResult:
     """Part 0 needs tokenizer.json in TOKENIZER_PATH, with at most as many tokens as the embedding has rows. The chat
-    API also needs a chat template: the checkpoint's own, or the one that MODEL_TEMPLATE_TYPE selects."""
+    API of a language model also needs a chat template: the checkpoint's own, or the one that MODEL_TEMPLATE_TYPE
+    selects."""
     folder = ctx.tokenizer_path
+    if folder is None and ctx.missing_models:
+        return skip("the start downloads it first")
     if folder is None:
         return skip("only part 0 reads the tokenizer" if ctx.plan and ctx.plan.part else NO_MODEL)
     fix, tokenizer_error = "set TOKENIZER_PATH to the folder that has tokenizer.json", ctx.tokenizer_error
@@ -26,7 +29,7 @@ def tokenizer_is_usable(ctx: CheckContext) -> CheckResult:
     if num_tokens and ctx.spec and num_tokens > ctx.spec.vocab_size:
         actual = f"the tokenizer has ids up to {num_tokens - 1}, the embedding {ctx.spec.vocab_size} rows"
         return error(actual, "a tokenizer of this model", fix)
-    if ctx.config.model_template_type or _has_template(folder):
+    if ctx.task != "LANGUAGE_MODEL" or ctx.config.model_template_type or _has_template(folder):
         return ok(f"tokenizer.json, {num_tokens} tokens")
     fix = "set MODEL_TEMPLATE_TYPE to a built-in template or a .jinja file"
     return warn(f"{folder} has no chat template", "a chat template, for /v1/chat/completions", fix)

@@ -15,6 +15,7 @@ from doctor.context import CheckContext
 from doctor.gang.part_report import PartReport
 from doctor.host import public_environ
 from rtp_llm import __version__
+from rtp_llm.hub.name import commit_fingerprint
 from rtp_llm.parallel.plan import Plan
 
 COMPARED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
@@ -39,7 +40,7 @@ def collect_facts(ctx: CheckContext) -> dict[str, str]:
     if ctx.plan:
         shared |= ctx.plan.fingerprint()
     if ctx.checkpoint and ctx.spec:
-        shared |= ctx.spec.fingerprint(ctx.checkpoint.digest)
+        shared |= ctx.spec.fingerprint(ctx.checkpoint.digest) | commit_fingerprint(ctx.checkpoint.path)
     facts |= {name: str(value) for name, value in shared.items()}
     variables = public_environ(ctx.host.environ, COMPARED_PREFIXES)
     variables |= {name: s.value for name, s in ctx.nccl.settings.items() if s.source != "environment"}

@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,13 +33,18 @@ class SequenceRecord:
 
 @dataclass
 class AccessRecord:
-    """What the log says about one HTTP request. `started` is a time.monotonic()."""
+    """What the log says about one HTTP request. `started` is a time.monotonic(); `body_read` too, of the whole body.
+
+    `ignored_fields`: names of the body's fields without effect, which only the response's headers have.
+    """
 
     request_id: str
+    ignored_fields: str = ""
     started: float = field(default_factory=time.monotonic)
+    body_read: float = field(default_factory=time.monotonic)
     sequences: list[SequenceRecord] = field(default_factory=list)
 
-    def add_sequence(self, prompt: list[int]) -> SequenceRecord:
+    def add_sequence(self, prompt: Sized) -> SequenceRecord:
         self.sequences.append(SequenceRecord(id(prompt), len(prompt)))
         return self.sequences[-1]
 

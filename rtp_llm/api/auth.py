@@ -20,7 +20,7 @@ from rtp_llm.config import Config, secret
 from rtp_llm.errors import ConfigError, RequestError
 
 Headers = Iterable[tuple[bytes, bytes]]
-RespondError = Callable[[RequestError], Response]
+RespondError = Callable[[str, RequestError], Response]
 KEY_HEADERS = {b"authorization", b"x-api-key", b"api-key"}
 BEARER = re.compile(rb"bearer +", re.IGNORECASE)
 FORWARDING_HEADERS = (b"forwarded", b"via", b"x-forwarded-", b"x-real-ip", b"x-envoy-", b"cf-", b"true-client-ip")
@@ -61,7 +61,7 @@ class Keyring:
 
 class AuthMiddleware:
     """Refuses requests without a valid key (401), if there is an API_KEY. Leaves the key's name for the access log in
-    the request's state (`key_name`), and whether it may call admin routes (`is_admin`).
+    the request's state (`key_name`), and whether the key opens admin routes (`is_admin`; None where there are no keys).
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, open_paths: set[str], respond: RespondError):
@@ -75,11 +75,11 @@ class AuthMiddleware:
         name, is_admin = self.keyring.find(scope["headers"])
         has_keys = bool(self.keyring.api or self.keyring.admin)
         state = scope.setdefault("state", {})
-        state |= {"key_name": name, "is_admin": is_admin if has_keys else _comes_from_this_machine(scope)}
+        state |= {"key_name": name, "is_admin": is_admin if has_keys else None}
         if name or not self.keyring.api or self._is_open(scope):
             await self.app(scope, receive, send)
         else:
-            await self.respond(_unauthorized(scope["headers"]))(scope, receive, send)
+            await self.respond(scope["path"], _unauthorized(scope["headers"]))(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         method, path = scope["method"], scope["path"]
@@ -88,7 +88,10 @@ class AuthMiddleware:
 
 def require_admin(request: Request) -> None:
     """A dependency of admin routes. Raises RequestError 403."""
-    if not request.state.is_admin:
+    is_admin = request.state.is_admin
+    if is_admin is None:
+        is_admin = _comes_from_this_machine(request.scope)
+    if not is_admin:
         needed = "an admin key: ADMIN_KEY, or API_KEY where it is unset; without both, a call from this machine"
         raise RequestError(403, 403, "PERMISSION_DENIED", f"{request.url.path} needs {needed}")
 

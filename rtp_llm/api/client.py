@@ -22,7 +22,7 @@ from rtp_llm.api.suspects import SuspectTracker, Verdict
 from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.contract.engine_output import EngineOutput
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import RequestError, engine_gone, execution_failed, out_of_memory
+from rtp_llm.errors import RequestError, engine_gone, execution_failed, invalid_params, out_of_memory
 from rtp_llm.metrics import Metrics
 from rtp_llm.parallel.wire import FrameType
 
@@ -168,6 +168,9 @@ class EngineClient:
             sequence.output_tokens += output.tokens
             if output.finish == "out_of_memory":
                 self._fail(sequence, out_of_memory(output.error))
+                continue
+            if output.finish == "invalid":
+                self._fail(sequence, invalid_params(output.error))
                 continue
             if output.finish == "error":
                 self._metrics.corrupted.inc()

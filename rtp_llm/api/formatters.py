@@ -6,14 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from rtp_llm.api.chat import ChatChoice
 from rtp_llm.api.generation import Choice, GenerationRequest
 from rtp_llm.api.service import OutputChunk
 from rtp_llm.api.stream import coalesced, json_parts
 from rtp_llm.contract.engine_output import Logprob
+from rtp_llm.text.output import OutputDelta
 from rtp_llm.text.tokenizer import Tokenizer
 
+FormattedChoice = TypeVar("FormattedChoice", bound=Choice, contravariant=True)
 MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent
 
 
@@ -43,32 +46,66 @@ class ResponseHeader:
         return {"id": self.id, "object": object_type, "created": self.created, "model": self.model}
 
 
+class ChoiceFormatter(Protocol[FormattedChoice]):
+    """Formats the choices of a response, whole or streamed, as the objects of its `choices`."""
+
+    def full_choice(self, index: int, choice: FormattedChoice) -> dict[str, Any]: ...
+    def initial_choices(self, index: int, choice: FormattedChoice) -> list[dict[str, Any]]: ...
+    def chunk_choices(self, index: int, choice: FormattedChoice, chunk: OutputChunk) -> list[dict[str, Any]]: ...
+
+
 class ChatFormatter:
-    """Formats the choices of a streamed chat completion."""
+    """Formats the choices of a chat completion."""
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
-    def initial_choices(self, index: int, sequence: Choice) -> list[dict[str, Any]]:
+    def full_choice(self, index: int, choice: ChatChoice) -> dict[str, Any]:
+        answer = choice.answer
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+        if answer.reasoning:
+            message |= _reasoning(answer.reasoning)
+        if answer.calls:
+            message |= {"content": answer.content or None, "tool_calls": [call.to_json() for call in answer.calls]}
+        logprobs = {"content": chat_logprobs(choice.chunks, self.tokenizer)} if self.logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def initial_choices(self, index: int, choice: ChatChoice) -> list[dict[str, Any]]:
         return [self._choice(index, {"role": "assistant", "content": ""}, None, None)]
 
-    def chunk_choices(self, index: int, sequence: Choice, chunk: OutputChunk) -> list[dict[str, Any]]:
-        choices = []
-        logprobs = {"content": chat_logprobs([chunk], self.tokenizer)} if self.logprobs else None
-        if chunk.text or (self.logprobs and chunk.tokens):
-            choices.append(self._choice(index, {"content": chunk.text}, logprobs, None))
-        if chunk.finish_reason:
-            choices.append(self._choice(index, {}, None, chunk.finish_reason))
+    def chunk_choices(self, index: int, choice: ChatChoice, chunk: OutputChunk) -> list[dict[str, Any]]:
+        deltas = [_delta_json(delta) for delta in choice.new_deltas]
+        logprobs = None
+        if self.logprobs and chunk.tokens:
+            logprobs = {"content": chat_logprobs([chunk], self.tokenizer)}
+            deltas = deltas or [{"content": ""}]
+        choices = [self._choice(index, delta, None if i else logprobs, None) for i, delta in enumerate(deltas)]
+        if choice.finish_reason:
+            choices.append(self._choice(index, {}, None, choice.finish_reason))
         return choices
 
     def _choice(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
+def _delta_json(delta: OutputDelta) -> dict[str, Any]:
+    call = delta.call
+    if call is None:
+        return _reasoning(delta.reasoning) if delta.reasoning else {"content": delta.content}
+    function = ({"name": call.name} if call.name else {}) | {"arguments": call.arguments}
+    header = {"id": call.id, "type": "function"} if call.id else {}
+    return {"tool_calls": [{"index": call.index, **header, "function": function}]}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Returns the two names under which clients look for reasoning: DeepSeek's and OpenRouter's."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 class CompletionFormatter:
     """Formats the choices of a completion, whole or streamed."""
 
-    def __init__(self, tokenizer: Tokenizer, generation: GenerationRequest, logprobs: bool, echo: bool):
+    def __init__(self, tokenizer: Tokenizer, generation: GenerationRequest[Choice], logprobs: bool, echo: bool):
         self.tokenizer, self.logprobs, self.echo, self.prompt_only = tokenizer, logprobs, echo, generation.prompt_only
         self.skip_special_tokens = generation.text_params.skip_special_tokens
         self._text_offsets: defaultdict[int, _TextOffset] = defaultdict(self._new_text_offset)
@@ -202,3 +239,21 @@ def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> Iterat
         for chunk in chunks
         for token, logprob in zip(chunk.tokens, chunk.logprobs, strict=False)
     )
+
+
+def prompt_logprobs(sequence: Choice, tokenizer: Tokenizer) -> Iterator[dict[str, Any] | None]:
+    """Returns vLLM's `prompt_logprobs`: for each token of the prompt {token id: {logprob, rank, decoded_token}} of that
+    token and the most likely ones; null for the first token. `api.stream.json_parts` encodes it.
+    """
+
+    def entries(token: int, logprob: Logprob) -> dict[str, Any]:
+        value, num_higher, top = logprob
+        ranked = [(token, value, num_higher + 1), *((int(t), v, rank) for rank, (t, v) in enumerate(top, 1))]
+        return {
+            str(t): {"logprob": max(v, MIN_LOGPROB), "rank": rank, "decoded_token": tokenizer.token_text(t)}
+            for t, v, rank in reversed(ranked)  # last, so that the token itself keeps its own value
+        }
+
+    yield None
+    for token, logprob in zip(sequence.prompt[1:], sequence.chunks[0].prompt_logprobs, strict=False):
+        yield entries(token, logprob)

@@ -2,49 +2,19 @@
 
 import asyncio
 import json
-import logging
-import os
-import resource
-import time
 from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, NoReturn, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-log = logging.getLogger("rtp_llm.api")
+from rtp_llm.api.client_transport import PROGRESS_SECONDS, ClientTransport
+from rtp_llm.api.connection_limit import MAX_DESCRIPTORS, RESERVED_DESCRIPTORS, ConnectionLimit
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all headers
 MAX_HEADERS = 128
-PROGRESS_SECONDS = 30.0  # for all headers, and between two pieces of a body
-RESERVED_DESCRIPTORS = 32  # for probes, files and the engine's socket when clients use up the rest
-MAX_DESCRIPTORS = 65_536
-LOG_SECONDS = 60.0
 PROBE_PATHS = {b"/liveness", b"/health"}
-
-
-class ConnectionLimit:
-    """The number of connections that the limit on open files allows, and one log line a minute about refusals."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._refused = 0
-        self._logged_at = -LOG_SECONDS
-
-    @classmethod
-    def from_rlimit(cls) -> "ConnectionLimit":
-        """Raises this process's limit on open files to what it may be, and leaves a reserve."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = max(soft, min(hard, MAX_DESCRIPTORS)) if hard != resource.RLIM_INFINITY else MAX_DESCRIPTORS
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return cls(max(8, wanted - len(os.listdir("/proc/self/fd")) - 2 * RESERVED_DESCRIPTORS))
-
-    def log_refusal(self, action: str) -> None:
-        self._refused += 1
-        if time.monotonic() - self._logged_at >= LOG_SECONDS:
-            text = "HTTP connections use up the limit on open files (%d connections): %s; %d times since the last line"
-            log.warning(text, self.limit, action, self._refused)
-            self._refused, self._logged_at = 0, time.monotonic()
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -55,15 +25,19 @@ class HttpProtocol(HttpToolsProtocol):
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it
     waiting: ClassVar[dict["HttpProtocol", None]] = {}  # connections without a request, the longest waiting first
 
+    _client: ClientTransport
+    _served: RequestResponseCycle | None = None  # the request that the application has; `cycle` is the last one read
     _timer: asyncio.TimerHandle | None = None
     _in_head = _in_body = False
     _head_bytes = _unparsed_bytes = 0
-    _refusal: HTTPStatus | None = None
+    _error: tuple[HTTPStatus, str] | None = None  # why a callback ended the parser
+    _last_answer = b""  # a refusal that waits for the answers to earlier requests
 
     # Connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._client = ClientTransport(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, self._client))
         self.waiting[self] = None
         self._start_timer()
         if len(self.connections) > self.limit.limit:
@@ -79,26 +53,58 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.waiting.pop(self, None)
         self._stop_timer()
+        self._client.on_lost()
         super().connection_lost(exc)
+        self._disconnect(self._served)
+
+    def shutdown(self) -> None:
+        self._client.expects_input = False  # nobody waits for a client that is still sending
+        super().shutdown()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._client.watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._client.stop_watching()
 
     # Limits on the headers
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._client.is_lingering:
+            self._client.discard_input()
+        if self.transport.is_closing() or self._last_answer:
             return
         self._unset_keepalive_if_required()
         self._unparsed_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # answered as an ordinary request
+            self._parse(data)
         except httptools.HttpParserError:
-            self._refuse(self._refusal or HTTPStatus.BAD_REQUEST, "the request is not valid HTTP")
+            self._refuse(*(self._error or (HTTPStatus.BAD_REQUEST, "the request is not valid HTTP")))
             return
         if self._in_head and self._head_bytes + self._unparsed_bytes > MAX_HEADER_BYTES:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _header_limits())
+            self._refuse(*_too_large())
             return
         self._restart_timer()
+
+    def _parse(self, data: bytes) -> None:
+        """Parses data. A request that offers another protocol (curl --http2 does) is parsed again without the offer,
+        because the parser ends at an offer and takes the request's body for data of that protocol.
+        """
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            version = self.parser.get_http_version().encode()
+            lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -118,35 +124,89 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes += num_bytes
         self._unparsed_bytes = 0
         if self._head_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS:
-            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            raise ValueError(_header_limits())  # ends the parser
+            self._end_parser(*_too_large())
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            self._end_parser(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT: this server is no proxy")
+        if self.parser.should_upgrade():
+            return  # see _parse
         is_probe = self.url.partition(b"?")[0] in PROBE_PATHS
         if len(self.connections) > self.limit.limit and not is_probe:
             self.limit.log_refusal("requests other than probes get 503")
-            self._refusal = HTTPStatus.SERVICE_UNAVAILABLE
-            raise ValueError("too many connections")
-        self.waiting.pop(self, None)
-        self._in_head, self._in_body = False, True
-        self._unparsed_bytes = 0
+            self._end_parser(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are open (ulimit -n)")
         self.scope["state"]["peer"] = self.client[0] if self.client else ""
         super().on_headers_complete()
-
-    # Limits on the time
+        self.waiting.pop(self, None)
+        self._in_head, self._in_body = False, True
+        self._client.expects_input = True
+        self._unparsed_bytes = 0
 
     def on_message_complete(self) -> None:
-        self._in_body = False
+        if self.parser.should_upgrade():
+            return
+        self._in_body = self._client.expects_input = False
         super().on_message_complete()
+
+    def _end_parser(self, status: HTTPStatus, message: str) -> NoReturn:
+        self._error = status, message
+        raise ValueError(message)
+
+    # Answers, one after another
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
+            self.waiting[self] = None  # a connection that lingers makes room for others
+            return
+        if self._last_answer and not self._is_serving:
+            self._end_with(self._last_answer)
             return
         if not self.pipeline:
             self.waiting[self] = None
         if self._in_body:  # an early answer such as 413: the rest is discarded, for a while, so that it arrives
             self._start_timer()
+
+    @property
+    def _is_serving(self) -> bool:
+        return self._served is not None and not self._served.response_complete
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answers the request that is being read without the application, and closes the connection.
+
+        Earlier requests get their answers first. Closes the connection only, if the answer has begun.
+        """
+        if self._in_body and self.cycle is not self._served:
+            self.pipeline.popleft()
+        elif self._in_body:
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+            self._disconnect(self.cycle)
+            self._served = None
+        self._last_answer = _response(status, message)
+        if not self._is_serving:
+            self._end_with(self._last_answer)
+
+    def _end_with(self, answer: bytes) -> None:
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        self.waiting[self] = None
+        self.transport.write(answer)
+        self._client.expects_input = True
+        self.transport.close()
+
+    def _disconnect(self, cycle: RequestResponseCycle | None) -> None:
+        """Tells the application that nobody waits for its answer."""
+        if cycle and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    # Limits on the time
 
     def _restart_timer(self) -> None:
         """Starts the time anew for each piece of a body, but only once for all headers of a request."""
@@ -178,23 +238,10 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers without the application and closes the connection. Closes it only, if an answer is under way."""
-        is_answered = self.cycle is None or self.cycle.response_complete
-        if is_answered or not self.cycle.response_started:
-            if not is_answered:
-                self.cycle.disconnected = True
-            self.transport.write(_response(status, message if self._refusal is None else _reason(status)))
-        self.transport.close()
 
-
-def _reason(status: HTTPStatus) -> str:
-    too_many = "too many connections are open (ulimit -n)"
-    return too_many if status == HTTPStatus.SERVICE_UNAVAILABLE else _header_limits()
-
-
-def _header_limits() -> str:
-    return f"the headers are too large; allowed: {MAX_HEADERS} headers, {MAX_HEADER_BYTES >> 10} KiB together"
+def _too_large() -> tuple[HTTPStatus, str]:
+    message = f"the headers are too large; allowed: {MAX_HEADERS} headers, {MAX_HEADER_BYTES >> 10} KiB together"
+    return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message
 
 
 def _response(status: HTTPStatus, message: str) -> bytes:

@@ -1,9 +1,7 @@
 """The sockets on which HTTP listens, and uvicorn's settings."""
 
-import errno
 import logging
 import socket
-from ipaddress import ip_address
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -11,6 +9,7 @@ from starlette.types import ASGIApp
 from rtp_llm.api.http_protocol import HttpProtocol
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError, FatalError
+from rtp_llm.machine.listen_addresses import is_machine_name, listen_addresses, listen_on
 
 log = logging.getLogger(__name__)
 
@@ -19,29 +18,20 @@ BACKLOG = 2048
 
 
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Returns sockets that listen on `host`; on all addresses of both families if it is empty or "::".
+    """Returns a socket for each address that HOST means.
 
-    One socket per family, so that IPv4 clients keep their IPv4 address in the log; a machine without IPv6 has only
-    one. Raises ConfigError (64) if `host` is not an address of this machine, FatalError (70) if the port is taken.
+    Raises ConfigError (64) if `host` is not an address of this machine, FatalError (70) if the port is taken.
     """
-    if host in (socket.gethostname(), socket.getfqdn()) or "-conda" in host:  # as csh and conda's compilers set HOST
+    if is_machine_name(host):
         log.warning("HOST=%s is the name of a machine, not an address: listening on all addresses", host)
-        host = ""
-    hosts = ["0.0.0.0", "::"] if host in ("", "::") else ["127.0.0.1", "::1"] if host == "localhost" else [host]
     listeners: list[socket.socket] = []
-    for address in hosts:
+    for address in listen_addresses(host):
         try:
-            listeners.append(_listen(address, port))
-        except ValueError:
-            allowed = "an IP address of this machine, localhost, or unset for all addresses"
-            raise ConfigError(f"HOST={host!r}: not valid; allowed: {allowed}", check="M-14") from None
+            listeners.append(listen_on(address, port, BACKLOG))
         except OSError as error:
-            lacks_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-            if listeners and lacks_ipv6:
-                continue
             for listener in listeners:
                 listener.close()
-            raise _explain(error, address, host, port) from None
+            raise FatalError(f"HTTP cannot listen on {address} port {port} (START_PORT): {error.strerror}") from None
     return listeners
 
 
@@ -72,14 +62,3 @@ def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
         reason = error.strerror or error
         raise ConfigError(f"{files}: cannot be used: {reason}; allowed: {allowed}", check="M-14") from None
     return uvicorn_config
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
-    return socket.create_server((address, port), family=family, backlog=BACKLOG)
-
-
-def _explain(error: OSError, address: str, host: str, port: int) -> FatalError:
-    if error.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(f"HOST={host!r}: not an address of this machine; allowed: one of its IP addresses")
-    return FatalError(f"HTTP cannot listen on {address} port {port} (START_PORT): {error.strerror}")

@@ -16,7 +16,8 @@ from rtp_llm import __version__
 from rtp_llm import log as logs
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
-from rtp_llm.api.http_protocol import ConnectionLimit, HttpProtocol
+from rtp_llm.api.connection_limit import ConnectionLimit
+from rtp_llm.api.http_protocol import HttpProtocol
 from rtp_llm.api.listen import listening_sockets, uvicorn_config
 from rtp_llm.api.part_metrics import register
 from rtp_llm.api.part_state import PartState
@@ -26,6 +27,7 @@ from rtp_llm.errors import ConfigError
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.metrics import Metrics
 from rtp_llm.parallel.part_spec import PartSpec
+from rtp_llm.text.output_format import AnswerFormats
 from rtp_llm.text.template import ChatTemplate, TemplateError
 from rtp_llm.text.tokenizer import Tokenizer
 
@@ -51,7 +53,8 @@ def main(run_dir: Path) -> None:
         client = EngineClient(part_spec.engine_sockets, metrics, config.resume_timeout, part_spec.verdicts_path)
         tokenizer = Tokenizer.load(Path(config.tokenizer_path or config.checkpoint_path))
         template = _template(config, tokenizer, model.family)
-        service = Service(config, model.name, tokenizer, template, metrics, client)
+        formats = AnswerFormats.select(template, tokenizer, config.tool_call_parser, config.reasoning_parser)
+        service = Service(config, model.name, tokenizer, template, formats, metrics, client)
     state = PartState(part_spec, client)
     state.gpus.start()
     register(metrics, state, config)
@@ -109,7 +112,7 @@ class DrainingServer(uvicorn.Server):
         seconds = max(0.0, self._state.part_spec.config.drain_seconds - FLUSH_SECONDS)
         deadline = time.monotonic() + seconds
         if self._service:
-            self._service.client.drain(seconds)
+            self._service.drain(seconds)
         else:
             await asyncio.sleep(min(seconds, STATUS_PROPAGATION_SECONDS))
         while self._has_open_requests() and time.monotonic() < deadline:
@@ -118,7 +121,7 @@ class DrainingServer(uvicorn.Server):
 
     def _has_open_requests(self) -> bool:
         if self._service:
-            return bool(self._service.client.num_in_flight or self._service.reserved_slots)
+            return self._service.num_open > 0
         return bool(self._state.num_open_requests)
 
 

@@ -93,7 +93,10 @@ class MetricsMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                if record.ignored_fields:
+                    headers["X-Ignored-Fields"] = record.ignored_fields
             await send(message)
 
         self.metrics.http_active.inc()

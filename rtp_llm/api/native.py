@@ -1,32 +1,48 @@
-"""Native endpoints, as in alibaba/rtp-llm (frontend_app.py): POST /, /batch_infer, /tokenize, /tokenizer/encode.
+"""Native endpoints, as in alibaba/rtp-llm (frontend_app.py): POST /, /batch_infer, /tokenize, /tokenizer/encode; and
+vLLM's /detokenize.
 
 All accept any content type, since the README of alibaba/rtp-llm uses a plain `curl -d`.
 """
 
+import asyncio
+import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from rtp_llm.api.body import body_schema
+from rtp_llm.api.compact_json import compact_json
 from rtp_llm.api.params import StopWords, native_to_openai, sampling_params, text_params
-from rtp_llm.api.preparation import Preparation, merged_config
+from rtp_llm.api.preparation import Preparation, Prepared, merged_config
 from rtp_llm.api.schema import (
     BatchInferRequest,
+    DetokenizeRequest,
     EncodeRequest,
     GenerateConfig,
     NativeRequest,
     TokenizeRequest,
 )
 from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
-from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json, merge
+from rtp_llm.api.stream import (
+    EventStream,
+    cancel_on_disconnect,
+    coalesced,
+    json_parts,
+    json_response,
+    merge,
+)
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import RequestError, invalid_format, long_prompt
+from rtp_llm.errors import RequestError, invalid_format
+
+MAX_NEW_TOKENS = 32000  # upstream's default
+SMALL_TOKENS = 4096  # of prompts and outputs, up to which a response is encoded at once, in less than 10 ms
+PING = b": ping\r\n\r\n"  # with the line ends of the other events
 
 
 @dataclass
@@ -39,51 +55,52 @@ class NativeSequence:
     aux_string: str
     started_at: float = field(default_factory=time.monotonic)
     first_token_ms: float = 0.0
-    chunks: list[OutputChunk] = field(default_factory=list)
-    num_sent_chunks: int = 0  # chunks whose text has been sent
+    texts: list[str] = field(default_factory=list)  # of each chunk
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    first_chunk: OutputChunk | None = None
+    last_chunk: OutputChunk | None = None
+    num_sent_texts: int = 0
 
     def add(self, chunk: OutputChunk) -> None:
-        if not self.chunks:
+        if self.first_chunk is None:
             self.first_token_ms = self._elapsed_ms()
-        self.chunks.append(chunk)
+            self.first_chunk = chunk
+        self.last_chunk = chunk
+        self.texts.append(chunk.text)
+        self.tokens += chunk.tokens
+        self.logprobs += [logprob[0] for logprob in chunk.logprobs]
 
     @property
     def finished(self) -> bool:
-        return bool(self.chunks and self.chunks[-1].finish_reason)
+        return bool(self.last_chunk and self.last_chunk.finish_reason)
 
     def response_text(self) -> str:
         """Returns the text so far, or with return_incremental the text since the last call."""
-        start = self.num_sent_chunks if self.config.return_incremental else 0
-        self.num_sent_chunks = len(self.chunks)
-        return "".join(c.text for c in self.chunks[start:])
-
-    @property
-    def tokens(self) -> list[int]:
-        return [t for c in self.chunks for t in c.tokens]
+        start = self.num_sent_texts if self.config.return_incremental else 0
+        self.num_sent_texts = len(self.texts)
+        return "".join(self.texts[start:])
 
     def _elapsed_ms(self) -> float:
         return round((time.monotonic() - self.started_at) * 1000, 3)
 
-    def _logprobs(self) -> list[float]:
-        return [logprob[0] for c in self.chunks for logprob in c.logprobs]
-
     def aux_info(self) -> dict[str, Any]:
-        first_chunk = self.chunks[0] if self.chunks else OutputChunk("", [])
+        first_chunk = self.first_chunk or OutputChunk("", [])
         cached_tokens = first_chunk.cached_tokens
-        cumulative = [sum(self._logprobs())] if self.config.return_cum_log_probs else []
+        cumulative = [sum(self.logprobs)] if self.config.return_cum_log_probs else []
         return {
             "cost_time": self._elapsed_ms(),
-            "iter_count": len(self.chunks),
+            "iter_count": len(self.texts),
             "prefix_len": cached_tokens,
             "input_len": len(self.prompt),
             "output_len": len(self.tokens),
-            "step_output_len": len(self.chunks[-1].tokens) if self.chunks else 0,
+            "step_output_len": len(self.last_chunk.tokens) if self.last_chunk else 0,
             "first_token_cost_time": self.first_token_ms,
             "wait_time": round(first_chunk.queue_ms, 3),
             "pd_sep": False,
             "cum_log_probs": cumulative,
             "beam_responses": [],
-            "softmax_probs": [math.exp(v) for v in self._logprobs()] if self.config.return_softmax_probs else [],
+            "softmax_probs": [math.exp(v) for v in self.logprobs] if self.config.return_softmax_probs else [],
             "reuse_len": cached_tokens,
             "local_reuse_len": cached_tokens,
             "remote_reuse_len": 0,
@@ -120,6 +137,12 @@ class NativeResponse:
         bodies = [_group_json(group) for group in self.groups]
         return {"response_batch": bodies} if self.is_batch else bodies[0]
 
+    def event(self, prefix: str) -> Iterator[str]:
+        """Yields an event with the response so far, a large one in pieces. As in alibaba/rtp-llm, it ends in CRLF."""
+        is_large = sum(len(s.tokens) + len(s.prompt) for s in self.sequences) > SMALL_TOKENS
+        parts = json_parts(self.to_json()) if is_large else (compact_json(self.to_json()),)
+        yield from coalesced(itertools.chain((prefix,), parts, ("\r\n\r\n",)))
+
 
 def _group_json(group: Sequence[NativeSequence]) -> dict[str, Any]:
     first = group[0]
@@ -141,6 +164,7 @@ def native_router(service: Service, stop_words: StopWords) -> APIRouter:
         ("/", endpoints.generate, NativeRequest),
         ("/batch_infer", endpoints.batch_infer, BatchInferRequest),
         ("/tokenize", endpoints.tokenize, TokenizeRequest),
+        ("/detokenize", endpoints.detokenize, DetokenizeRequest),
         ("/tokenizer/encode", endpoints.encode, EncodeRequest),
     ):
         extra = body_schema(model, streams=model is NativeRequest)
@@ -161,42 +185,49 @@ class NativeEndpoints:
         is_stream = yield_generator or body.stream or config.is_streaming
         if config.return_incremental and not is_stream:
             raise invalid_format("return_incremental needs yield_generator or stream", "return_incremental")
-        response = self._make_response(await prepared.prompts(), config, prepared.is_batch)
+        response = await self._make_response(prepared, config)
         if is_stream:
             events = self._stream(response, openai_framing=body.stream and not yield_generator)
-            return EventStream(events, response.reservation, self.service.config.sse_ping_seconds)
+            return EventStream(events, response.reservation, self.service.config.sse_ping_seconds, PING)
         await cancel_on_disconnect(request, self._collect(response), response.reservation)
-        return JSONResponse(response.to_json())
+        return json_response(response.to_json())
 
     async def batch_infer(self, request: Request) -> Response:
         prepared = await self.service.prepare(Preparation.batch_infer, request)
         config = merged_config(prepared.body)
-        response = self._make_response(await prepared.prompts(), config, is_batch=True)
+        response = await self._make_response(prepared, config)
         await cancel_on_disconnect(request, self._collect(response), response.reservation)
-        return JSONResponse(response.to_json())
+        return json_response(response.to_json())
 
     async def tokenize(self, request: Request) -> Response:
         return Response(await self.service.prepare(Preparation.tokenize, request), media_type="application/json")
 
+    async def detokenize(self, request: Request) -> Response:
+        return Response(await self.service.prepare(Preparation.detokenize, request), media_type="application/json")
+
     async def encode(self, request: Request) -> Response:
         return Response(await self.service.prepare(Preparation.encode, request), media_type="application/json")
 
-    def _make_response(self, prompts: list[list[int]], config: GenerateConfig, is_batch: bool) -> NativeResponse:
+    async def _make_response(self, prepared: Prepared[NativeRequest], config: GenerateConfig) -> NativeResponse:
+        prompts = await prepared.prompts()
         body = native_to_openai(config, self.service.tokenizer)
         n = body.n or 1
         needs_logprobs = config.return_cum_log_probs or config.return_softmax_probs
         groups = []
         for prompt in prompts:
             if config.max_new_tokens == 0:
-                raise long_prompt("max_new_tokens is 0: nothing would be generated; allowed: 1 or more")
+                message = "max_new_tokens is 0: nothing would be generated; allowed: 1 or more"
+                raise RequestError(400, 511, "LONG_PROMPT_ERROR", message, param="max_new_tokens")
             params = sampling_params(
                 body,
                 self.service,
                 self.stop_words,
                 prompt,
                 max_tokens=config.max_new_tokens,
+                default_max_tokens=MAX_NEW_TOKENS,
                 temperature=1.0,
                 logprobs=0 if needs_logprobs else None,
+                grammar=prepared.grammar,
             )
             aux_string = self.service.config.aux_string
             groups.append(
@@ -205,7 +236,7 @@ class NativeEndpoints:
         text = text_params(body, self.stop_words)
         reservation = self.service.admit(n * len(prompts))  # last: after an error the slots would stay reserved
         self.service.metrics.params_n.observe(n)
-        return NativeResponse(groups, text, is_batch, reservation)
+        return NativeResponse(groups, text, prepared.is_batch, reservation)
 
     async def _collect(self, response: NativeResponse) -> None:
         sequences = response.sequences
@@ -225,7 +256,10 @@ class NativeEndpoints:
             async with aclosing(response.start(self.service)) as chunks:
                 async for index, chunk in chunks:
                     sequences[index].add(chunk)
-                    yield f"{prefix}{compact_json(response.to_json())}\r\n\r\n"
+                    for piece in response.event(prefix):
+                        yield piece
+                        if not piece.endswith("\r\n\r\n"):
+                            await asyncio.sleep(0)  # others run
         except RequestError as error:
             yield f"{prefix}{compact_json(error.body())}\r\n\r\n"
         if not openai_framing:

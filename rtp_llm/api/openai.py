@@ -4,25 +4,25 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from rtp_llm.api.body import body_schema
-from rtp_llm.api.formatters import ChatFormatter, CompletionFormatter, ResponseHeader, chat_logprobs
-from rtp_llm.api.generation import Choice, GenerationRequest
-from rtp_llm.api.params import StopWords, merge_extra_configs, sampling_params, text_params
+from rtp_llm.api.chat import start_chat
+from rtp_llm.api.compact_json import compact_json
+from rtp_llm.api.formatters import ChatFormatter, ChoiceFormatter, CompletionFormatter, ResponseHeader, prompt_logprobs
+from rtp_llm.api.generation import AnyChoice, Choice, GenerationRequest, make_generation
+from rtp_llm.api.params import StopWords, sampling_params
 from rtp_llm.api.preparation import Preparation, Prepared
 from rtp_llm.api.schema import ChatRequest, CompletionRequest, OpenAIRequest
 from rtp_llm.api.service import Service
-from rtp_llm.api.stream import EventStream, cancel_on_disconnect, compact_json, json_response
-from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import RequestError, invalid_params
+from rtp_llm.api.stream import EventStream, json_response
+from rtp_llm.errors import RequestError, invalid_params, model_not_found
 
-CHAT_TEMPERATURE = 0.7  # upstream's default; OpenAI's is 1
 COMPLETION_TEMPERATURE = 1.0
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 
 
 def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
@@ -34,6 +34,7 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
     extra = body_schema(CompletionRequest, streams=True)
     router.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], openapi_extra=extra)
     router.add_api_route("/v1/models", endpoints.models, methods=["GET"])
+    router.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"])  # org/name is one name
     for path in ("/chat/render", "/v1/chat/render"):
         router.add_api_route(path, endpoints.render, methods=["POST"], openapi_extra=body_schema(ChatRequest))
     return router
@@ -46,9 +47,17 @@ class OpenAIEndpoints:
         self.service, self.stop_words = service, stop_words
 
     async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._card(name) for name in self.service.model_names]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        if name not in self.service.model_names:
+            raise model_not_found(name, self.service.model_names)
+        return self._card(name)
+
+    def _card(self, name: str) -> dict[str, Any]:
         engine = self.service.client.info
-        card = {
-            "id": self.service.model_name,
+        return {
+            "id": name,
             "object": "model",
             "created": self.service.created,
             "owned_by": "rtp-llm",
@@ -57,29 +66,31 @@ class OpenAIEndpoints:
             "permission": [],
             "max_model_len": engine.max_seq_len if engine else None,
         }
-        return {"object": "list", "data": [card]}
 
     # Chat
 
     async def chat(self, request: Request) -> Response:
         prepared = await self.service.prepare(Preparation.chat, request)
-        body, generation = prepared.body, await self._chat_generation(prepared)
+        body, generation = prepared.body, await start_chat(prepared, self.service, self.stop_words)
         header = ResponseHeader(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", self.service.model_name)
+        formatter = ChatFormatter(self.service.tokenizer, bool(body.logprobs))
         if body.stream:
-            formatter = ChatFormatter(self.service.tokenizer, bool(body.logprobs))
             return EventStream(
                 self._stream(formatter, header, generation, body),
                 generation.reservation,
                 self.service.config.sse_ping_seconds,
             )
-        await cancel_on_disconnect(request, _collect(generation, self.service), generation.reservation)
-        choices = [self._chat_choice(i, s, bool(body.logprobs)) for i, s in enumerate(generation.sequences)]
-        return json_response(header.response(choices, generation.usage()))
+        await generation.collect(request, self.service)
+        choices = [formatter.full_choice(i, s) for i, s in enumerate(generation.sequences)]
+        answer = header.response(choices, generation.usage())
+        if body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(generation.sequences[0], self.service.tokenizer)
+        return json_response(answer)
 
     async def render(self, request: Request) -> dict[str, Any]:
         """Returns the rendered prompt and the parameters of a chat request, for debugging."""
         prepared = await self.service.prepare(Preparation.chat, request)
-        generation = await self._chat_generation(prepared)
+        generation = await start_chat(prepared, self.service, self.stop_words)
         generation.reservation.release()
         return {
             "input_prompt": prepared.text,
@@ -92,35 +103,6 @@ class OpenAIEndpoints:
             "stop_words_list": list(generation.text_params.stop),
             "renderer_info": {"class_name": "ChatTemplate", "template": self.service.template.name},
             "generate_config": generation.sequences[0].params.to_json(),
-        }
-
-    async def _chat_generation(self, prepared: Prepared[ChatRequest]) -> GenerationRequest:
-        body, prompts = prepared.body, await prepared.prompts()
-        extra = body.extra_configs
-        limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        if extra and "max_new_tokens" in extra.model_fields_set:
-            limit = extra.max_new_tokens
-        if limit == 0:
-            raise invalid_params("max_tokens is 0: nothing would be generated; allowed: 1 or more", "max_tokens")
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        merged = merge_extra_configs(body, extra, self.service.tokenizer)
-        params = sampling_params(
-            merged,
-            self.service,
-            self.stop_words,
-            prompts[0],
-            max_tokens=limit,
-            temperature=CHAT_TEMPERATURE,
-            logprobs=logprobs,
-        )
-        return self._generation(merged, prompts, [params])
-
-    def _chat_choice(self, index: int, sequence: Choice, logprobs: bool) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": sequence.text},
-            "logprobs": {"content": chat_logprobs(sequence.chunks, self.service.tokenizer)} if logprobs else None,
-            "finish_reason": sequence.finish_reason,
         }
 
     # Completions
@@ -136,11 +118,14 @@ class OpenAIEndpoints:
                 generation.reservation,
                 self.service.config.sse_ping_seconds,
             )
-        await cancel_on_disconnect(request, _collect(generation, self.service), generation.reservation)
+        await generation.collect(request, self.service)
         choices = [formatter.full_choice(i, s) for i, s in enumerate(generation.sequences)]
+        if body.prompt_logprobs is not None:
+            for choice, sequence in zip(choices, generation.sequences, strict=True):
+                choice["prompt_logprobs"] = prompt_logprobs(sequence, self.service.tokenizer)
         return json_response(header.response(choices, generation.usage()))
 
-    async def _completion_generation(self, prepared: Prepared[CompletionRequest]) -> GenerationRequest:
+    async def _completion_generation(self, prepared: Prepared[CompletionRequest]) -> GenerationRequest[Choice]:
         body, prompts = prepared.body, await prepared.prompts()
         if body.max_tokens == 0 and not body.echo:
             raise invalid_params("max_tokens=0 makes sense with echo=true only; allowed: 1 or more", "max_tokens")
@@ -151,37 +136,25 @@ class OpenAIEndpoints:
                 self.stop_words,
                 prompt,
                 max_tokens=body.max_tokens,
+                default_max_tokens=COMPLETION_MAX_TOKENS,
                 temperature=COMPLETION_TEMPERATURE,
                 logprobs=body.logprobs,
-                prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+                prompt_logprobs=body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs,
+                grammar=prepared.grammar,
             )
             for prompt in prompts
         ]
-        generation = self._generation(body, prompts, params)
+        generation = make_generation(Choice, self.service, self.stop_words, body, prompts, params)
         generation.prompt_only = body.max_tokens == 0
         return generation
 
     # Both
 
-    def _generation(
-        self, body: OpenAIRequest, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> GenerationRequest:
-        n = body.n or 1
-        sequences = [
-            Choice(prompt, replace(prompt_params, seed=prompt_params.seed + i))
-            for prompt, prompt_params in zip(prompts, params, strict=True)
-            for i in range(n)
-        ]
-        text = text_params(body, self.stop_words)
-        reservation = self.service.admit(len(sequences))  # last: after an error the slots would stay reserved
-        self.service.metrics.params_n.observe(n)
-        return GenerationRequest(sequences, text, prompts, reservation)
-
     async def _stream(
         self,
-        formatter: ChatFormatter | CompletionFormatter,
+        formatter: ChoiceFormatter[AnyChoice],
         header: ResponseHeader,
-        generation: GenerationRequest,
+        generation: GenerationRequest[AnyChoice],
         body: OpenAIRequest,
     ) -> AsyncGenerator[str]:
         options = body.stream_options
@@ -196,11 +169,9 @@ class OpenAIEndpoints:
                 for choice in formatter.initial_choices(index, sequence):
                     for piece in event(choice):
                         yield piece
-            async with aclosing(generation.start(self.service)) as chunks:
+            async with aclosing(generation.run(self.service)) as chunks:
                 async for index, chunk in chunks:
-                    sequence = generation.sequences[index]
-                    sequence.chunks.append(chunk)
-                    for choice in formatter.chunk_choices(index, sequence, chunk):
+                    for choice in formatter.chunk_choices(index, generation.sequences[index], chunk):
                         for piece in event(choice):
                             yield piece
                             if not piece.endswith("\n\n"):
@@ -211,9 +182,3 @@ class OpenAIEndpoints:
         except RequestError as error:
             yield f"data: {compact_json(error.body())}\n\n"
         yield "data: [DONE]\n\n"
-
-
-async def _collect(generation: GenerationRequest, service: Service) -> None:
-    async with aclosing(generation.start(service)) as chunks:
-        async for index, chunk in chunks:
-            generation.sequences[index].chunks.append(chunk)

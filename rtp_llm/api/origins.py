@@ -78,7 +78,7 @@ class OriginMiddleware(CORSMiddleware):
     """CORS, and the refusal of what `policy` does not allow. `policy` is None where a key is needed: any page that has
     the key may call then."""
 
-    def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[RequestError], Response]):
+    def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[str, RequestError], Response]):
         origins: Collection[str] = () if policy else ("*",)
         super().__init__(
             app,
@@ -86,7 +86,7 @@ class OriginMiddleware(CORSMiddleware):
             allow_methods=("*",),
             allow_headers=("*",),
             allow_private_network=True,
-            expose_headers=("X-Request-Id", "Retry-After"),
+            expose_headers=("X-Request-Id", "X-Ignored-Fields", "Retry-After"),
         )
         self.policy, self.respond = policy, respond
 
@@ -96,7 +96,7 @@ class OriginMiddleware(CORSMiddleware):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self.policy.refusal(scope) if self.policy and scope["type"] == "http" else None
         if refusal:
-            await self.respond(refusal)(scope, receive, send)
+            await self.respond(scope["path"], refusal)(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

@@ -9,16 +9,21 @@ from types import SimpleNamespace
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rtp_llm.api import embeddings, rerank
 from rtp_llm.errors import RequestError
 
-GENERATION_PATHS = {"/", "/batch_infer", "/v1/completions", "/v1/chat/completions", "/chat/completions"}
+GENERATION_PATHS = {
+    *("/", "/batch_infer", "/v1/completions", "/v1/chat/completions", "/chat/completions"),
+    *("/v1/messages", "/v1/responses"),
+    *(*embeddings.PATHS, *rerank.PATHS),
+}
 
 
 class OverloadMiddleware:
     """Answers requests for text while not even one sequence could be accepted."""
 
     def __init__(
-        self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[RequestError], Response]
+        self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[str, RequestError], Response]
     ):
         """`check_capacity`: raises RequestError if so many sequences do not fit."""
         self.app, self.check_capacity, self.respond = app, check_capacity, respond
@@ -29,6 +34,6 @@ class OverloadMiddleware:
                 self.check_capacity(1)
             except RequestError as error:
                 scope["route"] = SimpleNamespace(path=scope["path"])  # for the metrics, as the router would set it
-                await self.respond(error)(scope, receive, send)
+                await self.respond(scope["path"], error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

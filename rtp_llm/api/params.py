@@ -7,16 +7,17 @@ import json
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from rtp_llm.api.schema import NATIVE_UNSUPPORTED, GenerateConfig, OpenAIRequest
+from rtp_llm.api.schema import GenerateConfig, OpenAIRequest
 from rtp_llm.api.service import Service, TextParams
 from rtp_llm.config import Config
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.errors import ConfigError, invalid_params, unsupported
+from rtp_llm.errors import ConfigError, invalid_params
 from rtp_llm.text.tokenizer import Tokenizer
 
 MAX_ID_DIGITS = 10  # of a token id in logit_bias; int() raises on thousands of digits
+N = TypeVar("N", int, float)
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, since dividing the logits would overflow
 
 # {native field: OpenAI field} of equivalent request fields.
@@ -77,33 +78,45 @@ def sampling_params(
     *,
     max_tokens: int | None,
     temperature: float,
+    default_max_tokens: int | None = None,
     logprobs: int | None = None,
-    prompt_logprobs: bool = False,
+    prompt_logprobs: int | None = None,
+    grammar: str = "",
 ) -> SamplingParams:
     """Returns the engine's parameters for one prompt. Raises RequestError 400.
 
-    max_tokens   None: up to MAX_SEQ_LEN
-    temperature  the endpoint's default
+    A parameter is the request's, else that of generation_config.json, else the endpoint's default.
+
+    max_tokens   the request's
+    temperature, default_max_tokens  the endpoint's default; of None tokens: up to MAX_SEQ_LEN
+    grammar      of the output, which ends where the grammar does, also with ignore_eos
     """
+    defaults = service.sampling_defaults
     remaining_tokens = service.remaining_tokens(prompt)
+    if max_tokens is None:
+        max_tokens = defaults.max_new_tokens or default_max_tokens
     limit = min(max(1, max_tokens), remaining_tokens) if max_tokens is not None else remaining_tokens
-    temperature = _or_default(body.temperature, temperature)
+    temperature = _first(body.temperature, defaults.default_temperature, temperature)
+    top_p = _first(body.top_p, defaults.top_p, 1.0)
     default_stop_ids = frozenset() if body.ignore_eos else stop_words.token_ids
+    if grammar:
+        default_stop_ids |= service.tokenizer.eos_ids
     params = SamplingParams(
         max_tokens=limit,
-        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        top_k=max(0, body.top_k or 0),
-        top_p=_or_default(body.top_p, 1.0),
-        min_p=_or_default(body.min_p, 0.0),
-        repetition_penalty=_or_default(body.repetition_penalty, 1.0),
-        presence_penalty=_or_default(body.presence_penalty, 0.0),
-        frequency_penalty=_or_default(body.frequency_penalty, 0.0),
+        temperature=temperature if temperature >= MIN_TEMPERATURE and top_p else 0.0,
+        top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
+        top_p=top_p or 1.0,
+        min_p=_first(body.min_p, defaults.min_p, 0.0),
+        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_logit_bias(body.logit_bias or {}, service.engine_info.vocab_size),
         seed=body.seed if body.seed is not None else secrets.randbits(63),
         min_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(sorted(default_stop_ids | set(body.stop_token_ids or ()))),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
     _check_ids(params.stop_token_ids, service.engine_info.vocab_size)
     if params.min_tokens > limit:
@@ -123,18 +136,15 @@ def text_params(body: OpenAIRequest, stop_words: StopWords) -> TextParams:
 
 
 def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequest:
-    """Returns a native generate_config as an OpenAI request. Raises RequestError 400 if a field is not supported."""
-    for name in NATIVE_UNSUPPORTED:
-        if getattr(config, name):
-            raise unsupported(f"{name} is not supported", name)
-    if config.num_beams > 1:
-        raise unsupported(f"num_beams={config.num_beams}: beam search is not supported; allowed: 1", "num_beams")
-    values = {openai: getattr(config, native) for native, openai in _OPENAI_NAME.items()}
+    """Returns a native generate_config as an OpenAI request, in which the fields that the client left out are unset."""
+    sent = config.model_fields_set
+    values = {openai: getattr(config, native) for native, openai in _OPENAI_NAME.items() if native in sent}
     ids, texts = split_stop_ids(config.stop_words_list, tokenizer)
     values["stop_token_ids"] = sorted(ids)
     values["stop"] = [*config.stop_words_str, *texts]
     values["n"] = max(1, config.num_return_sequences)
-    values["top_p"] = config.top_p or 1.0  # upstream: 0 means no limit
+    if config.top_p == 0:
+        values["top_p"] = 1.0  # upstream: 0 means no limit
     if not config.do_sample:
         values["temperature"] = 0.0
     return OpenAIRequest.model_construct(**values)
@@ -151,8 +161,8 @@ def merge_extra_configs(body: OpenAIRequest, config: GenerateConfig | None, toke
     return body.model_copy(update={name: getattr(overrides, name) for name in names})
 
 
-def _or_default(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _first(value: N | None, of_model: N | None, default: N) -> N:
+    return next(v for v in (value, of_model, default) if v is not None)
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:

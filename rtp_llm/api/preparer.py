@@ -5,92 +5,91 @@ or the template could hold the GIL (the lock that the event loop needs, too) for
 """
 
 import asyncio
-import logging
-import os
-import signal
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import TypeVar
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
+from rtp_llm.api.fields import FieldRecord
 from rtp_llm.api.preparation import Preparation, PromptLimits
-from rtp_llm.errors import execution_failed
-from rtp_llm.machine.process import die_with_parent
+from rtp_llm.api.preparation_process import PreparationProcess, T, Work, prepare_recorded
+from rtp_llm.errors import engine_gone, overloaded
+from rtp_llm.text.output_format import AnswerFormats
 from rtp_llm.text.template import ChatTemplate
 from rtp_llm.text.tokenizer import Tokenizer
 
-T = TypeVar("T")
-Work = Callable[[Preparation, bytes, PromptLimits], T]
-log = logging.getLogger(__name__)
-
 INLINE_BYTES = 4 << 10
 THREAD_BYTES = 64 << 10  # JSON and validation of so many bytes hold the GIL for at most 10 ms
-IDLE_SECONDS = 60.0  # after which the process ends and returns its memory
-PROCESS_NICENESS = 5  # so that a step of the engine and the event loop come first
+MAX_LARGE = 64  # large requests that wait or are prepared
+IDLE_SECONDS = 600.0  # after which the process ends and returns its memory
 
 
 class Preparer:
-    """Prepares requests, each where its size allows it."""
+    """Prepares requests, each where its size allows it. Those of one place are prepared in the order of their arrival.
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
-        self._arguments = (tokenizer, template)
-        self._preparation = Preparation(tokenizer, template)
-        self._thread = ThreadPoolExecutor(1, "prepare")  # one, since all of them compete for the GIL
-        self._process: Executor | None = None
-        self._num_running = 0
+    num_large  requests that wait for the process, or that it prepares
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
+        self._preparation = Preparation(tokenizer, template, formats)
+        self._process = PreparationProcess(tokenizer, template, formats)
+        # One thread each: all work in threads competes for the GIL, and there is one process.
+        self._thread, self._process_thread = (ThreadPoolExecutor(1, name) for name in ("prepare", "prepare-large"))
+        self._futures: set[asyncio.Future[Any]] = set()
+        self._is_stopping = False
         self._idle_timer: asyncio.TimerHandle | None = None
+        self.num_large = 0
 
-    async def prepare(self, work: Work[T], raw: bytes, limits: PromptLimits) -> T:
-        """Returns the result of `work`, a method of `Preparation`. Raises RequestError."""
-        if len(raw) < INLINE_BYTES:
-            return work(self._preparation, raw, limits)
-        loop = asyncio.get_running_loop()
-        if len(raw) < THREAD_BYTES:
-            return await loop.run_in_executor(self._thread, work, self._preparation, raw, limits)
-        return await self._in_process(work, raw, limits)
+    async def prepare(
+        self, work: Work[T], raw: bytes, limits: PromptLimits, extra_bytes: int = 0
+    ) -> tuple[T, FieldRecord]:
+        """Returns the result of `work`, a method of `Preparation`, and a record of the fields.
 
-    def close(self) -> None:
-        """Ends the thread and the process, without waiting for them."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._end_process()
+        `extra_bytes`: what `work` reads besides the body.
 
-    async def _in_process(self, work: Work[T], raw: bytes, limits: PromptLimits) -> T:
+        If it is cancelled before its turn, nothing runs.
+
+        Raises RequestError: 429 if too many large requests wait, 503 if the server is stopping.
+        """
+        size = len(raw) + extra_bytes
+        if size < INLINE_BYTES:
+            return prepare_recorded(work, self._preparation, raw, limits)
+        if size < THREAD_BYTES:
+            return await self._run(self._thread, prepare_recorded, work, self._preparation, raw, limits)
+        if self.num_large >= MAX_LARGE:
+            raise overloaded(f"{self.num_large} large requests are being prepared, no more may wait: try again later")
+        self.num_large += 1
         if self._idle_timer:
             self._idle_timer.cancel()
-        if self._process is None:
-            self._process = ProcessPoolExecutor(1, get_context("spawn"), _start, self._arguments)
-        process = self._process
-        self._num_running += 1
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(process, _run, work, raw, limits)
-        except BrokenProcessPool:
-            if self._process is process:
-                self._end_process()
-            log.warning("the process that prepares large requests died, perhaps for lack of memory; it starts again")
-            raise execution_failed("the request could not be prepared: it may need too much memory") from None
+            return await self._run(self._process_thread, self._process.run, work, raw, limits)
         finally:
-            self._num_running -= 1
-            if not self._num_running:
-                self._idle_timer = loop.call_later(IDLE_SECONDS, self._end_process)
+            self.num_large -= 1
+            if not self.num_large:
+                self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._process.end)
 
-    def _end_process(self) -> None:
-        if self._process:
-            self._process.shutdown(wait=False, cancel_futures=True)
-            self._process = None
+    def stop(self) -> None:
+        """Ends what waits or is being prepared with 503: it could not start any more."""
+        self._is_stopping = True
+        for future in self._futures:
+            future.cancel()
 
+    def close(self) -> None:
+        """Ends the threads and the process, without waiting for them."""
+        self.stop()
+        for executor in (self._thread, self._process_thread):
+            executor.shutdown(wait=False, cancel_futures=True)
+        self._process.close()
 
-_preparation: Preparation  # of the process that prepares large requests
-
-
-def _start(tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    global _preparation
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # supervisord sends it to this process too, while the API drains
-    die_with_parent()
-    os.nice(PROCESS_NICENESS)
-    _preparation = Preparation(tokenizer, template)
-
-
-def _run(work: Work[T], raw: bytes, limits: PromptLimits) -> T:
-    return work(_preparation, raw, limits)
+    async def _run(self, executor: Executor, function: Callable[..., T], *arguments: Any) -> T:
+        if self._is_stopping:
+            raise engine_gone("the server is stopping: retry, or use another server")
+        future = asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
+        self._futures.add(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._is_stopping:
+                raise engine_gone("the server is stopping: retry, or use another server") from None
+            raise
+        finally:
+            self._futures.discard(future)

@@ -1,14 +1,29 @@
-"""Schemas of request bodies. Known fields are validated, unknown ones ignored, as in OpenAI's API."""
+"""Schemas of request bodies: the fields that have an effect. `api.fields` has the rule on all others."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from rtp_llm.api.constraints import StructuredOutputFields
+from rtp_llm.api.fields import REFUSALS, Refusal
+
+
+def _none_if_minus_one(value: Any) -> Any:
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+def _none_if_empty(value: Any) -> Any:
+    return None if value in ("", [], [""]) else value
+
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # strict: true is no number
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+# Other servers' spellings of "not set": a limit or a seed of -1, an empty stop string.
+MaxTokens = Annotated[Count | None, BeforeValidator(_none_if_minus_one)]
+Seed = Annotated[Annotated[int, Field(ge=-(2**63), lt=2**64)] | None, BeforeValidator(_none_if_minus_one)]
 Text = Annotated[str, Field(min_length=1)]
 MAX_STOPS = 64  # stop strings per request, each of which is searched for after every token
 MAX_BIASES = 4096
@@ -29,14 +44,13 @@ Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 StopIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)]
 Stops = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)]
-Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_limit_biases)]
-
-
-# Whether the field is set: its value, which can be large, is not kept.
-Unsupported = Annotated[bool, BeforeValidator(bool)]
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, strict=True)]], BeforeValidator(_limit_biases)]
+Stop = Annotated[Text | Stops | None, BeforeValidator(_none_if_empty)]
 
 
 class RequestBody(BaseModel):
+    """A body or an object in it."""
+
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
@@ -45,23 +59,21 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = False
 
 
-class GenerateConfig(RequestBody):
-    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py): the supported fields and those that are
-    rejected if set.
-    """
+class GenerateConfig(StructuredOutputFields, RequestBody):
+    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py): the supported fields."""
 
-    max_new_tokens: int = Field(32000, ge=0, lt=2**31)
-    min_new_tokens: int = Field(0, ge=0, lt=2**31)
+    refusals: ClassVar[Mapping[str, Refusal]] = REFUSALS
+    max_new_tokens: MaxTokens = Field(None, description="-1: not set; default 32000")
+    min_new_tokens: Count = 0
     do_sample: bool = True
-    top_k: int = Field(0, lt=2**31)
-    top_p: Finite = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, lt=2**31, description="0 or less: no limit")
+    top_p: Finite = Field(1.0, ge=0, le=1, description="0: no limit")
     min_p: Finite = Field(0.0, ge=0, le=1)
     temperature: Finite = Field(1.0, ge=0)
     repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
     presence_penalty: Finite = Field(0.0, ge=-100, le=100)
     frequency_penalty: Finite = Field(0.0, ge=-100, le=100)
-    random_seed: Seed | None = None
-    num_beams: int = 1
+    random_seed: Seed = None
     num_return_sequences: int = Field(0, ge=0, le=128)
     stop_words_str: Stops = Field(default_factory=list)
     stop_words_list: list[StopIds] = Field(default_factory=list, fail_fast=True, max_length=MAX_STOPS)
@@ -78,32 +90,9 @@ class GenerateConfig(RequestBody):
     timeout_ms: int = Field(-1, lt=2**31)
     ttft_timeout_ms: int = Field(-1, lt=2**31)
     aux_info: bool = True
-    # Unsupported: a value other than the default is rejected.
-    adapter_name: Unsupported = False
-    bad_words_list: Unsupported = False
-    calculate_loss: Unsupported = False
-    no_repeat_ngram_size: Unsupported = False
-    return_all_probs: Unsupported = False
-    return_hidden_states: Unsupported = False
-    return_all_hidden_states: Unsupported = False
-    return_logits: Unsupported = False
-    select_tokens_str: Unsupported = False
-    select_tokens_id: Unsupported = False
-    variable_num_beams: Unsupported = False
-    json_schema: Unsupported = False
-    regex: Unsupported = False
-    ebnf: Unsupported = False
-    structural_tag: Unsupported = False
 
 
-NATIVE_UNSUPPORTED = (
-    *("adapter_name", "bad_words_list", "calculate_loss", "no_repeat_ngram_size", "return_all_probs"),
-    *("return_hidden_states", "return_all_hidden_states", "return_logits", "select_tokens_str", "select_tokens_id"),
-    *("variable_num_beams", "json_schema", "regex", "ebnf", "structural_tag"),
-)
-
-
-class OpenAIRequest(RequestBody):
+class OpenAIRequest(StructuredOutputFields, RequestBody):
     """Fields that the bodies of /v1/chat/completions and /v1/completions share. The fields after `user` are not
     OpenAI's, but common in other servers."""
 
@@ -111,24 +100,27 @@ class OpenAIRequest(RequestBody):
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Text | Stops | None = None
-    seed: Seed | None = None
+    stop: Stop = None
+    seed: Seed = Field(None, description="-1: random")
     temperature: Finite | None = Field(None, ge=0, le=100)
-    top_p: Finite | None = Field(None, ge=0, le=1)
+    top_p: Finite | None = Field(None, ge=0, le=1, description="0: greedy")
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     logit_bias: Biases | None = None
     user: str | None = None
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: no limit")
     min_p: Finite | None = Field(None, ge=0, le=1)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
-    min_tokens: Count | None = None
+    min_tokens: Count | None = Field(None, description="before so many tokens, none that stops is sampled")
     ignore_eos: bool | None = None
     stop_token_ids: StopIds | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    timeout_ms: int | None = Field(None, lt=2**31)
-    ttft_timeout_ms: int | None = Field(None, lt=2**31)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, description="not in a stream")
+    timeout_ms: int | None = Field(None, lt=2**31, description="milliseconds; default MAX_RPC_TIMEOUT_MS")
+    ttft_timeout_ms: int | None = Field(
+        None, lt=2**31, description="milliseconds to the first token; default TTFT_TIMEOUT_MS"
+    )
 
 
 class ContentPart(BaseModel):
@@ -142,6 +134,7 @@ class ChatMessage(BaseModel):
     """One turn of a chat. Further fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(extra="allow")
+    nullable_fields: ClassVar[frozenset[str]] = frozenset({"content"})  # templates tell null from absent
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function", "observation"]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_ITEMS)] | None = None
@@ -151,21 +144,36 @@ class ChatMessage(BaseModel):
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 
-class ChatRequest(OpenAIRequest):
+class PromptOptions(RequestBody):
+    """Fields of all bodies with messages: how these become a prompt. `allow_special_tokens` lets them spell control
+    tokens, which are plain text otherwise.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    allow_special_tokens: bool | None = None
+    enable_thinking: bool | None = None
+    thinking: dict[str, Any] | bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)] | None = None
+
+
+class ChatRequest(OpenAIRequest, PromptOptions):
     """Body of POST /v1/chat/completions."""
 
     messages: Messages = Field(min_length=1)
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: MaxTokens = Field(None, description="-1: not set; default: up to MAX_SEQ_LEN")
+    max_completion_tokens: MaxTokens = Field(None, description="goes before max_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="with logprobs only")
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
-    enable_thinking: bool | None = None
-    extra_configs: GenerateConfig | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    thinking_budget: Count | None = Field(None, description="tokens of reasoning, after which it is ended")
+    thinking_token_budget: Count | None = Field(None, description="vLLM's name of thinking_budget")
+    extra_configs: GenerateConfig | None = Field(None, description="goes before the fields beside it")
     aux_info: bool = False
     debug_info: bool = False
 
@@ -177,7 +185,7 @@ class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: Count | None = 16
+    max_tokens: MaxTokens = Field(None, description="-1: not set; default 16")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=128)
@@ -202,7 +210,7 @@ class NativeRequest(BaseModel):
 
 
 class BatchInferRequest(BaseModel):
-    """Body of POST /batch_infer."""
+    """Body of POST /batch_infer, and the fields of generate_config."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -210,13 +218,20 @@ class BatchInferRequest(BaseModel):
     generate_config: dict[str, Any] | None = None
 
 
-class TokenizeRequest(RequestBody):
-    """Body of POST /tokenize: a prompt or chat messages."""
+class TokenizeRequest(PromptOptions):
+    """Body of POST /tokenize: a prompt or chat messages. What constrains an answer has no meaning here."""
 
+    refusals: ClassVar[Mapping[str, Refusal]] = {"chat_template": REFUSALS["chat_template"]}
     prompt: str | None = None
     messages: Messages | None = None
     tools: Tools | None = None
     add_special_tokens: bool = True
+
+
+class DetokenizeRequest(RequestBody):
+    """Body of POST /detokenize."""
+
+    tokens: Ids
 
 
 class EncodeRequest(RequestBody):

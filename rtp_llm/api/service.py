@@ -5,16 +5,22 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence, Sized
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from rtp_llm.api import access_log
+from rtp_llm.api.body_memory import BodyMemory
 from rtp_llm.api.client import EngineClient
-from rtp_llm.api.preparation import PromptLimits
-from rtp_llm.api.preparer import Preparer, T, Work
+from rtp_llm.api.disconnect import until_disconnect
+from rtp_llm.api.fields import FieldPolicy, FieldRecord
+from rtp_llm.api.grammar_checker import GrammarChecker
+from rtp_llm.api.preparation import Prepared, PreparedResponse, PromptLimits
+from rtp_llm.api.preparation_process import T, Work
+from rtp_llm.api.preparer import THREAD_BYTES, Preparer
+from rtp_llm.api.sampling_defaults import SamplingDefaults
 from rtp_llm.config import Config
 from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.contract.engine_output import EngineOutput, FinishReason, Logprob
@@ -22,6 +28,7 @@ from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, engine_gone, timed_out
 from rtp_llm.metrics import Metrics
 from rtp_llm.text.detokenizer import Detokenizer
+from rtp_llm.text.output_format import AnswerFormats
 from rtp_llm.text.stop import StopChecker
 from rtp_llm.text.template import ChatTemplate
 from rtp_llm.text.tokenizer import Tokenizer
@@ -36,13 +43,14 @@ class TextParams:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    visible_ids: frozenset[int] = frozenset()  # special tokens that are not skipped
     timeout_ms: int = 0  # 0 or less: MAX_RPC_TIMEOUT_MS applies
     ttft_timeout_ms: int = 0  # until the first token; 0 or less: TTFT_TIMEOUT_MS applies
 
 
 @dataclass
 class OutputChunk:
-    """New text of one sequence. Only the last chunk has a finish reason."""
+    """New text of one sequence. Only the last chunk has a finish reason and perhaps a stop string."""
 
     text: str
     tokens: list[int]
@@ -51,6 +59,7 @@ class OutputChunk:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     queue_ms: float = 0.0
+    stop_string: str | None = None  # that ended the sequence
 
 
 class SlotReservation:
@@ -64,8 +73,15 @@ class SlotReservation:
         self._service, self._slots = service, slots
         service.reserved_slots += slots
 
+    def __len__(self) -> int:
+        return self._slots
+
     def start_one(self) -> None:
         self._release(1)
+
+    def return_one(self) -> None:
+        """Reserves the slot of a sequence that has ended again, for another sequence of the request."""
+        self._release(-1)
 
     def release(self) -> None:
         self._release(self._slots)
@@ -84,12 +100,19 @@ class Service:
         name: str,
         tokenizer: Tokenizer,
         template: ChatTemplate,
+        formats: AnswerFormats,
         metrics: Metrics,
         client: EngineClient,
     ):
         self.config, self.model_name, self.tokenizer, self.template = config, name, tokenizer, template
         self.metrics, self.client = metrics, client
-        self.preparer = Preparer(tokenizer, template)
+        self.model_names = (name, *config.served_model_names[1:])
+        self.sampling_defaults = SamplingDefaults.from_config(config)
+        names = self.model_names if config.strict_model_name else None
+        self.field_policy = FieldPolicy(metrics, is_strict=config.strict_fields, model_names=names)
+        self.preparer = Preparer(tokenizer, template, formats)
+        self.body_memory = BodyMemory(config.max_body_mb)
+        self.grammar_checker = GrammarChecker()
         self.created = int(time.time())
         self.reserved_slots = 0  # for sequences that have not started, so that `client.num_in_flight` lacks them
 
@@ -103,9 +126,17 @@ class Service:
         return self.client.info
 
     def admit(self, sequences: int) -> SlotReservation:
-        """Reserves a slot per sequence. Raises RequestError 429 if too few are free, 503 if the server is stopping."""
+        """Reserves a slot per sequence.
+
+        Raises RequestError 429 if too few are free, 400 if there are not so many, 503 if the server is stopping.
+        """
         self.check_capacity(sequences)
         return SlotReservation(self, sequences)
+
+    def admit_up_to(self, sequences: int) -> SlotReservation:
+        """Reserves a slot per sequence as far as some are free, at least one. Raises the same errors as `admit(1)`."""
+        self.check_capacity(1)
+        return SlotReservation(self, min(sequences, self._prompt_limits().free_slots))
 
     def check_capacity(self, sequences: int) -> None:
         """Raises the same errors as `admit`, but reserves nothing."""
@@ -117,23 +148,59 @@ class Service:
     async def prepare(self, work: Work[T], request: Request) -> T:
         """Returns what `work`, a method of `Preparation`, makes of the request's body.
 
-        Raises RequestError 400; 429 if a batch has more sequences than there are free slots; 503 while loading.
+        Raises RequestError 400; 404 for another model if STRICT_MODEL_NAME is set; 429 if a batch has more sequences
+        than there are free slots, or too many large requests wait; 503 while loading; 504 if a large request waits too
+        long. ClientDisconnected if its client does not.
         """
-        raw = await request.body()
+        async with self.read_body(request) as raw:
+            return await self.prepare_body(work, request, raw)
+
+    @asynccontextmanager
+    async def read_body(self, request: Request) -> AsyncIterator[bytes]:
+        """Gives the body. Raises RequestError 429 if the bodies of open requests take too much memory."""
         with self._counted_rejections():
-            return await self.preparer.prepare(work, raw, self._prompt_limits())
+            async with self.body_memory.read(request) as raw:
+                access_log.current().body_read = time.monotonic()
+                yield raw
+
+    async def prepare_body(self, work: Work[T], request: Request, raw: bytes, extra_bytes: int = 0) -> T:
+        """Does the same as `prepare` with a body that has been read. `extra_bytes` as in `Preparer.prepare`."""
+        result, record = await self._prepare(work, request, raw, extra_bytes)
+        self.field_policy.apply(record)
+        prepared = result.chat if isinstance(result, PreparedResponse) else result
+        if isinstance(prepared, Prepared) and prepared.grammar:
+            await self.grammar_checker.check(prepared.grammar, prepared.constraint)
+        return result
+
+    async def _prepare(self, work: Work[T], request: Request, raw: bytes, extra_bytes: int) -> tuple[T, FieldRecord]:
+        preparing = self.preparer.prepare(work, raw, self._prompt_limits(), extra_bytes)
+        if len(raw) + extra_bytes < THREAD_BYTES:
+            return await preparing
+        timeout = min(self._timeouts(TextParams()))
+        try:
+            async with asyncio.timeout(timeout if timeout < math.inf else None):
+                return await until_disconnect(request, preparing)
+        except TimeoutError:
+            raise timed_out(f"the request was not prepared within {timeout:g} s") from None
+
+    @property
+    def num_open(self) -> int:
+        """Requests that an orderly end waits for."""
+        return self.client.num_in_flight + self.reserved_slots + self.preparer.num_large
+
+    def drain(self, seconds: float) -> None:
+        """Rejects new requests, and fails the accepted ones that have not ended after `seconds`."""
+        self.preparer.stop()
+        self.client.drain(seconds)
 
     def _prompt_limits(self) -> PromptLimits:
-        used_slots = self.client.num_in_flight + self.reserved_slots
-        message = (
-            f"{used_slots} sequences are open, {{sequences}} more do not fit: CONCURRENCY_LIMIT="
-            f"{self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}; try again later"
-        )
-        free_slots = self.config.concurrency_limit + self.config.queue_limit - used_slots
+        used_slots = self.num_open  # a large request counts as one sequence while it is prepared
+        slots = self.config.concurrency_limit + self.config.queue_limit
+        reason = f"CONCURRENCY_LIMIT={self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}"
         info = self.client.info
         if info is None:
-            return PromptLimits(0, "", 0, free_slots, message)
-        return PromptLimits(info.max_seq_len, info.max_seq_len_reason, info.vocab_size, free_slots, message)
+            return PromptLimits(0, "", 0, slots, used_slots, reason)
+        return PromptLimits(info.max_seq_len, info.max_seq_len_reason, info.vocab_size, slots, used_slots, reason)
 
     @contextmanager
     def _counted_rejections(self) -> Iterator[None]:
@@ -159,11 +226,11 @@ class Service:
         """
         reservation.start_one()  # no await until `client.generate` counts it: another request could take the slot
         timer = RequestTimer(self.metrics, prompt, params)
-        detokenizer = Detokenizer(self.tokenizer, text_params.skip_special_tokens, prompt)
+        detokenizer = Detokenizer(self.tokenizer, text_params.skip_special_tokens, prompt, text_params.visible_ids)
         checker = StopChecker(text_params.stop, text_params.include_stop)
         outputs = self.client.generate(secrets.token_hex(8), prompt, params)
         timeout, ttft_timeout = self._timeouts(text_params)
-        started_at = asyncio.get_running_loop().time()
+        started_at = access_log.current().body_read  # the event loop has the same clock
         num_tokens = 0
         try:
             while True:
@@ -203,9 +270,12 @@ class Service:
         tokens = output.tokens
         if output.finish == "stop" and not text_params.include_stop:
             tokens = tokens[:-1]  # without the stop token
-        new_text = detokenizer.push(tokens) + (detokenizer.flush() if output.finish else "")
-        # min_tokens disables stop strings as well as stop tokens.
-        text, matched = checker.push(new_text) if num_tokens > params.min_tokens else (new_text, None)
+        # A stop string may begin before min_tokens, but ends the text only if at least so many tokens are kept.
+        num_exempt = max(0, params.min_tokens - 1 - (num_tokens - len(output.tokens)))
+        text = checker.push_exempt(detokenizer.push(tokens[:num_exempt])) if num_exempt else ""
+        new_text = detokenizer.push(tokens[num_exempt:]) + (detokenizer.flush() if output.finish else "")
+        sendable, matched = checker.push(new_text)
+        text += sendable
         if output.finish and not matched:
             text += checker.flush()
             matched = checker.matched
@@ -217,6 +287,7 @@ class Service:
             "stop" if matched else output.finish,
             output.cached_tokens,
             output.queue_ms,
+            matched,
         )
 
     def _timeouts(self, text_params: TextParams) -> tuple[float, float]:
@@ -231,7 +302,7 @@ class Service:
 class RequestTimer:
     """Records the metrics of one sequence, and its part of the access log."""
 
-    def __init__(self, metrics: Metrics, prompt: list[int], params: SamplingParams):
+    def __init__(self, metrics: Metrics, prompt: Sized, params: SamplingParams):
         self.metrics, self._record = metrics, access_log.current().add_sequence(prompt)
         self.started_at = self.last_token_at = time.monotonic()
         self.first_token_at = 0.0

@@ -3,8 +3,7 @@
 import asyncio
 import itertools
 import logging
-from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -14,25 +13,29 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from rtp_llm import log as logs
 from rtp_llm.api.auth import require_admin
 from rtp_llm.api.body import body_schema, json_body
-from rtp_llm.api.part_state import PartState
+from rtp_llm.api.chat_page import chat_page
+from rtp_llm.api.part_state import Health, PartState
 from rtp_llm.api.schema import LogLevelRequest
 from rtp_llm.api.service import Service
 from rtp_llm.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-# The page runs its own script, talks to this server only, and is shown in no frame.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:;"
-    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
 HEALTH_PATHS = ("/health", "/status", "/health_check", "/GraphService/cm2_status", "/SearchService/cm2_status")
 LIVENESS_PATHS = ("/liveness", "/frontend_health")
 _METHODS = ["GET", "POST"]
 ADMIN = [Depends(require_admin)]
 
 
-def status_router(state: PartState, metrics: Metrics, *, hides_detail: bool) -> APIRouter:
+class HasHealth(Protocol):
+    """What can say whether it serves: a part, or the download before it."""
+
+    def health(self) -> Health: ...
+
+    def doctor_report(self) -> dict[str, Any] | None: ...
+
+
+def status_router(state: HasHealth, metrics: Metrics, *, hides_detail: bool) -> APIRouter:
     """Returns the router of the endpoints that every part serves.
 
     `hides_detail`: whether /health tells only the phase to those who have no key.
@@ -81,12 +84,12 @@ def status_router(state: PartState, metrics: Metrics, *, hides_detail: bool) -> 
 def engine_router(service: Service, state: PartState) -> APIRouter:
     """Returns the router of the engine's status endpoints, which part 0 serves."""
     router = APIRouter()
-    page = files("rtp_llm").joinpath("api/console.html").read_text()
+    page, policy = chat_page()
 
     async def home(request: Request) -> Response:
         """Returns a chat page to browsers, and to other clients the same JSON as alibaba/rtp-llm."""
         if "text/html" in request.headers.get("accept", ""):
-            return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+            return HTMLResponse(page, headers={"Content-Security-Policy": policy})
         return JSONResponse({"status": "home"})
 
     async def worker_status() -> dict[str, Any]:
@@ -95,7 +98,9 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     async def cache_status() -> dict[str, Any]:
         return _cache_status(service)
 
-    async def set_log_level(body: Annotated[LogLevelRequest, Depends(json_body(LogLevelRequest))]) -> dict[str, str]:
+    log_level_body = Depends(json_body(LogLevelRequest, service.field_policy))
+
+    async def set_log_level(body: Annotated[LogLevelRequest, log_level_body]) -> dict[str, str]:
         """Sets the log level of the API process."""
         logs.set_level(body.log_level)
         return {"status": "ok"}

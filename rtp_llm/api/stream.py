@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -12,16 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from rtp_llm.api.compact_json import compact_json
+from rtp_llm.api.disconnect import until_disconnect
 from rtp_llm.api.service import OutputChunk, SlotReservation
 
 T = TypeVar("T")
 PIECE_CHARACTERS = 1 << 16
 BATCH_ITEMS = 64  # of an array that are encoded at once
 PING = b": ping\n\n"  # a comment, which clients ignore
-
-
-def compact_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def coalesced(parts: Iterable[str]) -> Iterator[str]:
@@ -38,7 +35,11 @@ def coalesced(parts: Iterable[str]) -> Iterator[str]:
 
 
 def json_parts(value: Any) -> Iterator[str]:
-    """Yields the compact JSON of `value` in parts. An iterator in it becomes an array, encoded batch by batch."""
+    """Yields the compact JSON of `value` in parts. An iterator in it becomes an array, encoded batch by batch, as lists
+    of numbers are.
+    """
+    if isinstance(value, list) and value and isinstance(value[0], int | float):
+        value = iter(value)
     is_array = isinstance(value, list | Iterator)
     if is_array and not isinstance(value, list):
         separator = "["
@@ -76,21 +77,28 @@ async def _with_pauses(pieces: Iterable[str]) -> AsyncGenerator[str]:
 class EventStream(StreamingResponse):
     """A response of server-sent events; `events` yields events with their final blank line, whole or in pieces.
 
-    While `events` is silent, sends a comment every `ping_seconds` (0: never), so that no proxy takes the connection for
+    While `events` is silent, sends `ping` every `ping_seconds` (0: never), so that no proxy takes the connection for
     dead. Closes `events` when the response ends, also early, and releases the unused slots of `reservation`.
     """
 
-    def __init__(self, events: AsyncGenerator[str], reservation: SlotReservation, ping_seconds: float = 0.0):
+    def __init__(
+        self,
+        events: AsyncGenerator[str],
+        reservation: SlotReservation | None,
+        ping_seconds: float = 0.0,
+        ping: bytes = PING,
+    ):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer the events
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events, self._reservation, self._ping_seconds = events, reservation, ping_seconds
+        self._events, self._reservation, self._ping_seconds, self._ping = events, reservation, ping_seconds, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
         finally:
-            self._reservation.release()
+            if self._reservation:
+                self._reservation.release()
 
     async def stream_response(self, send: Send) -> None:
         if not self._ping_seconds:
@@ -110,7 +118,7 @@ class EventStream(StreamingResponse):
                 await asyncio.sleep(max(0.0, sent_at + self._ping_seconds - time.monotonic()) or self._ping_seconds)
                 is_silent = time.monotonic() - sent_at >= self._ping_seconds
                 if is_silent and _is_between_events(last_message):
-                    await send_recorded({"type": "http.response.body", "body": PING, "more_body": True})
+                    await send_recorded({"type": "http.response.body", "body": self._ping, "more_body": True})
 
         pings = asyncio.create_task(ping(), name="ping")
         try:
@@ -157,28 +165,11 @@ async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenera
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class ClientDisconnected(Exception):
-    """The client disconnected before the response was complete."""
-
-
 async def cancel_on_disconnect(request: Request, work: Awaitable[T], reservation: SlotReservation) -> T:
     """Returns the result of `work` and releases the unused slots of `reservation`. If the client disconnects first,
     cancels `work` and raises ClientDisconnected.
     """
-    task = asyncio.ensure_future(work)
-    disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnected
+        return await until_disconnect(request, work)
     finally:
-        for pending in (task, disconnect):
-            pending.cancel()
-        await asyncio.gather(task, disconnect, return_exceptions=True)
         reservation.release()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

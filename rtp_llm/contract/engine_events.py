@@ -1,7 +1,7 @@
 """The payload of an EVENTS frame (`parallel.wire`): the outputs of a step for one client, and the engine's statistics.
 
 Binary, because rank 0 packs one for every step: numbers that every output has are arrays, in native byte order, as both
-processes run on one machine. So are logprobs, which can be megabytes. Other rare fields (errors) are JSON.
+processes run on one machine. So are logprobs, which can be megabytes, and hidden states. Errors are JSON.
 """
 
 import json
@@ -14,12 +14,11 @@ import numpy as np
 
 from rtp_llm.contract.engine_output import EngineOutput, FinishReason, Logprob
 
-HEADER = struct.Struct("=IIII")  # outputs, bytes of all request ids, of the JSON, of the logprobs
+HEADER = struct.Struct("=IIII")  # outputs, bytes of all request ids, of the JSON, of the rare arrays
 FINISH_REASONS: tuple[FinishReason | None, ...] = (None, *get_args(FinishReason))
 OUTPUT = np.dtype(
     [("id_bytes", "u4"), ("num_tokens", "u4"), ("finish", "u1"), ("cached_tokens", "i4"), ("queue_ms", "f4")]
 )
-RARE_FIELDS = ("error", "hidden_state")
 LOGPROB_FIELDS = ("logprobs", "prompt_logprobs")  # the JSON has their number of rows and of top tokens
 LOGPROB = np.dtype([("value", "f4"), ("rank", "u4"), ("num_top", "u4")])
 TOP_TOKEN = np.dtype([("id", "i4"), ("value", "f4")])
@@ -62,17 +61,17 @@ def pack_events(outputs: Sequence[EngineOutput], stats: EngineStats) -> bytes:
         OUTPUT,
     )
     tokens = np.array([token for output in outputs for token in output.tokens], np.int32)
-    logprobs: list[bytes] = []
-    rare = {i: fields for i, output in enumerate(outputs) if (fields := _rare_fields(output, logprobs))}
+    arrays: list[bytes] = []
+    rare = {i: fields for i, output in enumerate(outputs) if (fields := _rare_fields(output, arrays))}
     text = json.dumps(rare, separators=(",", ":")).encode() if rare else b""
-    header = HEADER.pack(len(outputs), len(b"".join(ids)), len(text), sum(map(len, logprobs)))
-    return b"".join((header, STATS.pack(*astuple(stats)), table.tobytes(), *ids, text, tokens.tobytes(), *logprobs))
+    header = HEADER.pack(len(outputs), len(b"".join(ids)), len(text), sum(map(len, arrays)))
+    return b"".join((header, STATS.pack(*astuple(stats)), table.tobytes(), *ids, text, tokens.tobytes(), *arrays))
 
 
 def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
     """Returns what `pack_events` packed. Raises ValueError if the lengths in the header do not match the payload."""
     try:
-        num_outputs, id_bytes, text_bytes, logprob_bytes = HEADER.unpack_from(data)
+        num_outputs, id_bytes, text_bytes, array_bytes = HEADER.unpack_from(data)
         values = STATS.unpack_from(data, HEADER.size)
         table = np.frombuffer(data, OUTPUT, num_outputs, HEADER.size + STATS.size)
     except (struct.error, ValueError) as error:
@@ -82,7 +81,7 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
     tokens_start = text_start + text_bytes
     all_tokens = int(table["num_tokens"].sum())
     position = tokens_start + 4 * all_tokens
-    if len(data) != position + logprob_bytes or id_bytes != table["id_bytes"].sum():
+    if len(data) != position + array_bytes or id_bytes != table["id_bytes"].sum():
         raise ValueError(f"an EVENTS frame of {len(data)} bytes does not match its header")
     tokens: list[int] = np.frombuffer(data, np.int32, all_tokens, tokens_start).tolist()
     outputs = []
@@ -104,6 +103,9 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
             if name in LOGPROB_FIELDS:
                 value = PackedLogprobs(data, position, *value)
                 position += value.nbytes
+            elif name == "hidden_state":  # the JSON has its number of bytes
+                value = data[position : position + value]
+                position += len(value)
             setattr(outputs[int(index)], name, value)
     counters: dict[str, Any] = dict(zip(STATS_FIELDS, map(int, values), strict=False))
     return outputs, EngineStats(**counters | {"step_seconds": values[-1]})
@@ -133,14 +135,17 @@ class PackedLogprobs(Sequence[Logprob]):
         return value, rank, self._top[end - num_top : end].tolist()
 
 
-def _rare_fields(output: EngineOutput, packed_logprobs: list[bytes]) -> dict[str, Any]:
-    """Returns the JSON of an output's rare fields, and appends its logprobs to `packed_logprobs`."""
-    rare: dict[str, Any] = {name: value for name in RARE_FIELDS if (value := getattr(output, name))}
+def _rare_fields(output: EngineOutput, arrays: list[bytes]) -> dict[str, Any]:
+    """Returns the JSON of an output's rare fields, and appends its logprobs and hidden state to `arrays`."""
+    rare: dict[str, Any] = {"error": output.error} if output.error else {}
     for name in LOGPROB_FIELDS:
         logprobs: Sequence[Logprob] = getattr(output, name)
         if logprobs:
             rows = np.array([(value, rank, len(top)) for value, rank, top in logprobs], LOGPROB)
             top_tokens = np.array([tuple(token) for _, _, top in logprobs for token in top], TOP_TOKEN)
-            packed_logprobs.extend((rows.tobytes(), top_tokens.tobytes()))
+            arrays.extend((rows.tobytes(), top_tokens.tobytes()))
             rare[name] = (len(rows), len(top_tokens))
+    if output.hidden_state:
+        arrays.append(output.hidden_state)
+        rare["hidden_state"] = len(output.hidden_state)
     return rare

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error", "out_of_memory"]
-# (logprob of the token, number of more likely tokens, the N most likely tokens in order as [(token id, logprob)])
+FinishReason = Literal["stop", "length", "abort", "error", "out_of_memory", "invalid"]
+# (logprob of the token, number of more likely tokens, [(token id, logprob)] of the N most likely tokens in order, or of
+# SamplingParams.logprob_token_ids)
 Logprob = tuple[float, int, list[tuple[int, float]]]
 
 
@@ -21,5 +22,5 @@ class EngineOutput:
     finish: FinishReason | None = None
     cached_tokens: int = 0  # tokens that were in the prefix cache when the request started
     queue_ms: float = 0.0  # milliseconds from arrival to the first step
-    hidden_state: list[float] = field(default_factory=list)  # [hidden_size] of a pooled request, in its last output
-    error: str = ""  # message for the client if `finish` is "error" or "out_of_memory"
+    hidden_state: bytes = b""  # of a pooled request, in its last output: [hidden_size] float32 in native byte order
+    error: str = ""  # message for the client if `finish` is "error", "out_of_memory" or "invalid"

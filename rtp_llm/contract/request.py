@@ -1,5 +1,7 @@
 """A request inside the engine: token ids, no text."""
 
+from llguidance import LLMatcher
+
 from rtp_llm.contract.engine_output import FinishReason, Logprob
 from rtp_llm.contract.sampling_params import SamplingParams
 
@@ -23,12 +25,14 @@ class Request:
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
     slot: number of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
     has_ended: finished or aborted; results of steps in flight are discarded.
-    must_wait_for_result: no step of it is scheduled while a token is pending, for example because of a grammar.
+    must_wait_for_result: no step of it is scheduled while a token is pending.
     block_tables: for each KV cache group, KV blocks in order of position; 0 for a block outside the group's window.
     block_hashes: by block size, prefix-cache keys of the first full blocks, 16 bytes each; computed on demand.
     extra_keys: what else keys and values depend on (an adapter) or must be kept apart by (a cache salt); requests share
         cached blocks only if their extra keys are equal.
     skip_prefix_cache: the request computes all of its tokens.
+    matcher: `params.grammar`, compiled, before the first token of the output; None without a grammar.
+    error: why no token can follow, if a logits processor found that; empty else.
     prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
     arrival_time: time.monotonic() when the scheduler received it, in seconds.
     queue_ms: milliseconds from arrival until the request is first scheduled; 0 before.
@@ -39,10 +43,12 @@ class Request:
         "block_hashes",
         "block_tables",
         "cached_tokens",
+        "error",
         "extra_keys",
         "has_ended",
         "id",
         "last_turn",
+        "matcher",
         "must_wait_for_result",
         "num_computed_tokens",
         "num_in_flight",
@@ -69,6 +75,8 @@ class Request:
         self.block_tables: list[list[int]] = []
         self.block_hashes: dict[int, list[bytes]] = {}
         self.extra_keys: tuple[str | bytes, ...] = ()
+        self.matcher: LLMatcher | None = None
+        self.error = ""
         self.prompt_logprobs: list[Logprob] = []
         self.arrival_time = 0.0
         self.queue_ms = 0.0
@@ -99,7 +107,7 @@ class Request:
 
         The request must then bypass the prefix cache, because cached tokens are not computed and have no logits.
         """
-        return self.params.prompt_logprobs and self.num_tokens == self.num_prompt_tokens
+        return self.params.prompt_logprobs is not None and self.num_tokens == self.num_prompt_tokens
 
     def has_reached_limit(self, max_seq_len: int) -> bool:
         """Returns whether no token may follow, pending ones included, whatever they are."""
@@ -112,7 +120,9 @@ class Request:
         """
         if not self.num_output_tokens:
             return None
-        if self.tokens[-1] in self.params.stop_token_ids and self.num_output_tokens > self.params.min_tokens:
+        # With a grammar, a stop token can come before `min_tokens` only where nothing else may follow.
+        may_stop = self.num_output_tokens > self.params.min_tokens or self.params.grammar
+        if may_stop and self.tokens[-1] in self.params.stop_token_ids:
             return "stop"
         if self.num_output_tokens >= self.params.max_tokens or len(self.tokens) >= max_seq_len:
             return "length"

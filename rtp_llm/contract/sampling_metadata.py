@@ -94,9 +94,9 @@ class StepResult:
 
     tokens: of each sequence with sampled rows, in order.
     prompt_logprobs: for each entry of `Step.logprob_indices`.
-    hidden_states: [hidden_size] float32 for each entry of `SamplingMetadata.hidden_indices`.
+    hidden_states: the bytes of [hidden_size] float32 for each entry of `SamplingMetadata.hidden_indices`.
     """
 
     tokens: list[SampledTokens] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
-    hidden_states: list[list[float]] = field(default_factory=list)
+    hidden_states: list[bytes] = field(default_factory=list)

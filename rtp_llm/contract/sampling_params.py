@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+TUPLES = ("stop_token_ids", "logprob_token_ids", "reasoning_start", "reasoning_end")
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -21,8 +23,15 @@ class SamplingParams:
     min_tokens: int = 0  # of output; before that many, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()  # includes the end-of-sequence ids unless the client ignores them
     logprobs: int | None = None  # None: off; N: of the sampled token and the N most likely tokens
+    logprob_token_ids: tuple[int, ...] = ()  # with `logprobs`: of these tokens instead of the most likely ones
+    grammar: str = ""  # of llguidance (Lark or JSON), which the whole output matches; empty: any text
+    # Tokens of reasoning after which it is ended; None: no limit. It begins with the tokens `reasoning_start` at the
+    # start of the output (empty: in the prompt), and ends with `reasoning_end`.
+    reasoning_budget: int | None = None
+    reasoning_start: tuple[int, ...] = ()
+    reasoning_end: tuple[int, ...] = ()
     pooling: bool = False  # return the hidden state of the last prompt token, and no tokens
-    prompt_logprobs: bool = False  # return the logprobs of all prompt tokens but the first
+    prompt_logprobs: int | None = None  # None: off; N: as logprobs, of all prompt tokens but the first
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object `params` of a SUBMIT frame, with which the API process submits a request."""
@@ -32,10 +41,11 @@ class SamplingParams:
     def from_json(cls, data: dict[str, Any]) -> "SamplingParams":
         """Builds the parameters from the JSON object that `to_json` returned.
 
-        JSON has turned the keys of logit_bias into strings and the tuple of stop_token_ids into a list.
+        JSON has turned the keys of logit_bias into strings and tuples into lists.
         """
         logit_bias = {int(token): float(bias) for token, bias in data["logit_bias"].items()}
-        return cls(**{**data, "stop_token_ids": tuple(data["stop_token_ids"]), "logit_bias": logit_bias})
+        tuples = {name: tuple(data[name]) for name in TUPLES}
+        return cls(**{**data, **tuples, "logit_bias": logit_bias})
 
     @property
     def is_greedy(self) -> bool:

@@ -13,9 +13,12 @@ from rtp_llm.contract.engine_output import EngineOutput, Logprob
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_metadata import SamplingMetadata, StepResult
 from rtp_llm.contract.step import Step
+from rtp_llm.engine.grammar_compiler import GrammarCompiler
 from rtp_llm.engine.scheduler import Scheduler
 from rtp_llm.engine.scheduler_output import RequestUpdate, ScheduledChunk, SchedulerOutput
 from rtp_llm.engine.step_builder import build_sampling_metadata, build_step
+
+COMPILE_POLL_SECONDS = 0.005  # that an engine without other work waits for a grammar
 
 
 class StepExecutor(Protocol):
@@ -65,9 +68,12 @@ class Engine:
         epoch: int,
         callbacks: EngineCallbacks | None = None,
         pipeline_depth: int = 0,
+        compiler: GrammarCompiler | None = None,
     ):
+        """`compiler`: of the requests' grammars; without one, none may have a grammar."""
         self.scheduler, self.runner, self.max_seq_len, self.epoch = scheduler, runner, max_seq_len, epoch
         self.callbacks, self.pipeline_depth = callbacks or EngineCallbacks(), pipeline_depth
+        self.compiler = compiler
         self.num_steps = 0
         self.is_stalled = False  # nothing can be computed until the host has more memory
         self.last_step_tokens = 0
@@ -82,7 +88,20 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Returns whether any request is waiting or running, or a step is not processed."""
+        return self._has_steps or self._is_compiling
+
+    @property
+    def num_waiting(self) -> int:
+        """Returns the number of requests that have not started."""
+        return len(self.scheduler.waiting) + (self.compiler.num_waiting if self.compiler else 0)
+
+    @property
+    def _has_steps(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running or self._launched)
+
+    @property
+    def _is_compiling(self) -> bool:
+        return bool(self.compiler and self.compiler.is_busy)
 
     def add(self, request: Request) -> EngineOutput | None:
         """Queues a request and returns None.
@@ -92,12 +111,16 @@ class Engine:
         reason = request.finish_reason(self.max_seq_len)
         if reason or request.num_tokens >= self.max_seq_len:
             return EngineOutput(request.id, finish=reason or "length")
-        self.scheduler.add(request)
+        if request.params.grammar:
+            assert self.compiler, "only an engine without a server has none"
+            self.compiler.add(request)
+        else:
+            self.scheduler.add(request)
         return None
 
     def abort(self, request_id: str) -> EngineOutput | None:
         """Ends a request early. Returns its final output, or None if it has ended already."""
-        request = self.scheduler.remove(request_id)
+        request = self.scheduler.remove(request_id) or (self.compiler and self.compiler.remove(request_id))
         return EngineOutput(request_id, finish="abort") if request else None
 
     def step(self) -> list[EngineOutput]:
@@ -106,10 +129,24 @@ class Engine:
         Returns an output per request that got tokens or failed.
         """
         self.last_step_tokens = 0
+        unfit = self._start_compiled()
+        return unfit or self._step()
+
+    def _start_compiled(self) -> list[EngineOutput]:
+        """Queues the requests whose grammars are compiled by now. Returns the outputs of those that have an error."""
+        if not self.compiler or not self.compiler.is_busy:
+            return []
+        requests = self.compiler.take_compiled(0 if self._has_steps else COMPILE_POLL_SECONDS)
+        for request in requests:
+            if not request.error:
+                self.scheduler.add(request)
+        return [_make_unfit(request) for request in requests if request.error]
+
+    def _step(self) -> list[EngineOutput]:
         output = self.scheduler.schedule()
         if output.starved:
             return [_make_starved(request) for request in output.starved]
-        self.is_stalled = not output.chunks and not self._launched
+        self.is_stalled = not output.chunks and not self._launched and not self._is_compiling
         if output.chunks:
             self._launch(output)
         if self._launched and (len(self._launched) > self.pipeline_depth or not output.chunks):
@@ -144,11 +181,11 @@ class Engine:
         return outputs
 
 
-def _make_output(
-    update: RequestUpdate, logprobs: Sequence[Logprob] = (), hidden_state: Sequence[float] = ()
-) -> EngineOutput:
+def _make_output(update: RequestUpdate, logprobs: Sequence[Logprob] = (), hidden_state: bytes = b"") -> EngineOutput:
     request = update.request
     if update.finish == "error":
+        if request.error:
+            return _make_unfit(request)
         return EngineOutput(request.id, finish="error", error="the model's logits contain NaN or infinity")
     output = EngineOutput(
         request.id,
@@ -157,11 +194,15 @@ def _make_output(
         finish=update.finish,
         cached_tokens=request.cached_tokens,
         queue_ms=request.queue_ms,
-        hidden_state=list(hidden_state),
+        hidden_state=hidden_state,
     )
     if request.prompt_logprobs:
         output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
     return output
+
+
+def _make_unfit(request: Request) -> EngineOutput:
+    return EngineOutput(request.id, finish="invalid", error=f"the grammar cannot be used: {request.error}")
 
 
 def _make_starved(request: Request) -> EngineOutput:

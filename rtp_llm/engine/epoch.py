@@ -12,12 +12,14 @@ import torch
 from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.engine.block_pool import BlockPool
 from rtp_llm.engine.engine import Engine, EngineCallbacks
+from rtp_llm.engine.grammar_compiler import GrammarCompiler
 from rtp_llm.engine.kv_cache_manager import KVCacheManager
 from rtp_llm.engine.loop import FollowerConnections, LeaderLoop, follower_loop
 from rtp_llm.engine.memory_budget import MemoryBudget
 from rtp_llm.engine.proposer import DraftProposer
 from rtp_llm.engine.request_server import RequestServer
 from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.engine.vocabulary import open_vocabulary
 from rtp_llm.errors import CommunicationError
 from rtp_llm.machine.memory import available_memory
 from rtp_llm.parallel.gang_client import Assignment, GangClient
@@ -73,6 +75,7 @@ class Epoch:
         with self._lock:
             self._communicator = communicator
         self.mesh.tp.bind(communicator)
+        self.gang.rank_status.is_in_collective = lambda: communicator.is_waiting
         self._check_aborted()
 
     def __enter__(self) -> "Epoch":
@@ -149,6 +152,7 @@ class Epoch:
             self.number,
             EngineCallbacks(followers.broadcast, request_server.announce_launch),
             config.rtp_pipeline_depth,
+            GrammarCompiler(open_vocabulary(config, residency.spec.vocab_size)),
         )
         self.gang.rank_status.set_phase("serving")
         rope = residency.spec.rope

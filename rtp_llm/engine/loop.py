@@ -165,7 +165,7 @@ class LeaderLoop:
         scheduler, cost = self.engine.scheduler, self.runner.cost
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=self.engine.num_waiting,
             kv_used=scheduler.kv_cache_manager.pool.num_used,
             preemptions=scheduler.stats.preemptions,
             prefix_queries=scheduler.stats.prefix_queries,

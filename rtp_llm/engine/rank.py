@@ -4,6 +4,7 @@ import torch
 
 from rtp_llm import log
 from rtp_llm.engine.epoch import Epoch
+from rtp_llm.engine.vocabulary import open_vocabulary
 from rtp_llm.errors import ConfigError, GpuError
 from rtp_llm.machine.devices import usable_cores
 from rtp_llm.model.checkpoint import Checkpoint
@@ -67,6 +68,8 @@ def _load(part_spec: PartSpec, gang: GangClient, mesh: Mesh, device: torch.devic
         progress_bar(fraction)
 
     residency = Residency(config, spec, mesh, device, config.max_seq_len or spec.max_positions)
+    if rank_status.rank == 0:
+        open_vocabulary(config, spec.vocab_size)
     rank_status.weight_bytes = residency.load(checkpoint, on_progress).bytes
     if device.type == "cpu":  # the layers of a GPU are only queued when they are called
         residency.on_layer = rank_status.count_progress

@@ -46,7 +46,7 @@ def build_sampling_metadata(chunks: Sequence[ScheduledChunk]) -> SamplingMetadat
             metadata.new_requests.append((request.slot, request))
         if chunk.num_prompt_logprobs:
             next_tokens = request.tokens[chunk.start + 1 : chunk.start + 1 + chunk.num_prompt_logprobs]
-            metadata.prompt_logprobs.extend((token, request.params.logprobs or 0) for token in next_tokens)
+            metadata.prompt_logprobs.extend((token, request.params.prompt_logprobs or 0) for token in next_tokens)
         if chunk.is_pooled:
             metadata.hidden_indices.append(start + chunk.num_tokens - 1)
     return metadata

@@ -17,6 +17,8 @@ from torch import Tensor
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_metadata import SampledRows
 from rtp_llm.contract.sampling_params import SamplingParams
+from rtp_llm.layers.grammar_mask import GrammarMask
+from rtp_llm.layers.reasoning_budget import ReasoningBudget
 
 
 class LogitsProcessor(Protocol):
@@ -140,7 +142,7 @@ class MinTokens:
         self._stop_token_ids.pop(slot, None)
 
 
-DEFAULT_LOGITS_PROCESSORS: tuple[LogitsProcessorFactory, ...] = (Penalties, MinTokens)
+DEFAULT_LOGITS_PROCESSORS: tuple[LogitsProcessorFactory, ...] = (Penalties, MinTokens, ReasoningBudget, GrammarMask)
 
 _Edits = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 

@@ -54,7 +54,8 @@ class Sampler:
         """`processors`: the edits between logits and token, in order of application."""
         self._processors = [make(vocab_size, device) for make in processors]
         self._params = np.zeros(num_slots, _SLOT_PARAMS)
-        self._logprobs: list[int | None] = [None] * num_slots  # see SamplingParams.logprobs
+        # See `logprobs` and `logprob_token_ids` in SamplingParams.
+        self._logprobs: list[int | tuple[int, ...] | None] = [None] * num_slots
 
     def reset(self, slot: int, request: Request) -> None:
         """Gives the slot to a request that enters or re-enters the batch, with `request.tokens` so far."""
@@ -62,6 +63,8 @@ class Sampler:
         filters = (getattr(params, name) for name in _FILTERS)
         self._params[slot] = (*filters, params.seed & (2**64 - 1), _METHODS.index(_choose_method(params)))
         self._logprobs[slot] = params.logprobs
+        if params.logprobs is not None and params.logprob_token_ids:
+            self._logprobs[slot] = params.logprob_token_ids
         for processor in self._processors:
             processor.reset(slot, request)
 

@@ -9,7 +9,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rtp_llm import files
 from rtp_llm.config import Config
 from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.model.spec import ModelSpec, spec_from_config
+from rtp_llm.model.task import task_type
 
 _LFS_PREFIX = b"version https://git-lfs"
 _MAX_HEADER_BYTES = 100 << 20  # limit of the safetensors format
@@ -70,12 +71,14 @@ class Checkpoint:
 
         Raises CheckpointError or ConfigError.
         """
-        return spec_from_config(
+        spec = spec_from_config(
             self.config,
             model_type=settings.model_type,
             act_type=settings.act_type,
             num_layers=settings.hack_layer_num,
         )
+        # Embeddings need no output head, which such checkpoints often lack; a tied one takes no memory.
+        return replace(spec, tie_embeddings=True) if task_type(settings) == "DENSE_EMBEDDING" else spec
 
 
 def checkpoint_directory(settings: Config) -> Path:

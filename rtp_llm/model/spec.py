@@ -127,6 +127,11 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen_2",
     "Qwen3ForCausalLM": "qwen_3",
     "InternLM2ForCausalLM": "internlm2",
+    # Without an output head, as AutoModel and sentence-transformers save embedding models.
+    "LlamaModel": "llama",
+    "MistralModel": "mistral",
+    "Qwen2Model": "qwen_2",
+    "Qwen3Model": "qwen_3",
 }
 
 

@@ -61,3 +61,4 @@ TENSOR_NAMES: dict[str, TensorNames] = {
     ),
 }
 LLAMA_NAMES = TensorNames()  # of every family that is not in the table
+BASE_MODEL_NAMES = TensorNames(renames={"model.": ""})  # of its checkpoints without an output head, as AutoModel saves

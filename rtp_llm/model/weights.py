@@ -16,7 +16,7 @@ from rtp_llm.layers.linear import ParallelLinear
 from rtp_llm.layers.parameter import Box, ShardedParameter, WeightSlice
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.spec import ModelSpec
-from rtp_llm.model.tensor_names import LLAMA_NAMES, TENSOR_NAMES
+from rtp_llm.model.tensor_names import BASE_MODEL_NAMES, LLAMA_NAMES, TENSOR_NAMES, TensorNames
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_p
     before it reads any data, if tensors are missing or have unexpected shapes.
     """
     started = time.monotonic()
-    layout = _CheckpointLayout(model, spec)
+    layout = _CheckpointLayout(model, spec, _tensor_names(checkpoint, spec))
     _check_tensors(layout.shapes, checkpoint, spec)
     total = sum(s.num_elements for p in _parameters(model) for s in p.slices) or 1
     with ExitStack() as stack:
@@ -96,8 +96,8 @@ def _index(box: Box) -> tuple[slice, ...]:
 class _CheckpointLayout:
     """Translates slices with Llama's names to the tensors of a family's checkpoint. `shapes`: of these tensors."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec):
-        self._names = TENSOR_NAMES.get(spec.family, LLAMA_NAMES)
+    def __init__(self, model: nn.Module, spec: ModelSpec, names: TensorNames):
+        self._names = names
         self._num_kv_heads = spec.num_kv_heads
         self._parts = {name: shape for p in _parameters(model) for name, shape in p.full_shapes.items()}
         self.shapes = self._checkpoint_shapes()
@@ -136,6 +136,12 @@ class _CheckpointLayout:
             yield WeightSlice(name, *boxes)
 
 
+def _tensor_names(checkpoint: Checkpoint, spec: ModelSpec) -> TensorNames:
+    if spec.family in TENSOR_NAMES:
+        return TENSOR_NAMES[spec.family]
+    return BASE_MODEL_NAMES if "embed_tokens.weight" in checkpoint.tensors else LLAMA_NAMES
+
+
 def _check_tensors(shapes: Shapes, checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raises CheckpointError if tensors are missing or have unexpected shapes. Logs unused ones."""
     tensors = checkpoint.tensors
@@ -157,8 +163,8 @@ def _is_expected_extra(name: str, spec: ModelSpec) -> bool:
     """Returns whether an unused tensor needs no warning: tied head, rope table, or layer beyond HACK_LAYER_NUM."""
     if name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight"):
         return True
-    path = name.split(".")
-    return len(path) > 2 and path[1] == "layers" and path[2].isdigit() and int(path[2]) >= spec.num_layers
+    path = name.removeprefix("model.").split(".")
+    return len(path) > 1 and path[0] == "layers" and path[1].isdigit() and int(path[1]) >= spec.num_layers
 
 
 def _log_batch_invariance(model: nn.Module) -> None:

@@ -296,7 +296,7 @@ class Coordinator:
             message = "part0 is stopping"
         if self._in_epoch:
             self._end_epoch(message)
-        else:  # the ranks beside it may have told of their lost connections before
+        elif message != self._reason:  # the ranks beside it may have told of their lost connections before
             self._reason = message
             log.warning("%s", message)
 
@@ -414,9 +414,10 @@ class Coordinator:
             self._condemn(peer, f"no heartbeat for {now - peer.last_seen:.0f} s")
         hanging = [p for p in self._peers if p.worker and p.worker.rank is not None and self._hangs(p.rank_status)]
         if hanging and self._in_epoch:  # the others of a lost epoch are about to leave it
-            # Ranks that wait for another one in a collective stand still as well, but further on.
+            # Ranks that wait for another one in a collective stand still as well: further on, or in the same layer.
             least = min(p.rank_status["progress_count"] for p in hanging)
-            for peer in [p for p in hanging if p.rank_status["progress_count"] == least]:
+            last = [p for p in hanging if p.rank_status["progress_count"] == least]
+            for peer in [p for p in last if not p.rank_status["in_collective"]] or last:
                 self._condemn(peer, f"no progress for {peer.rank_status['idle_s']:.0f} s")
 
     def _hangs(self, rank_status: dict[str, Any]) -> bool:

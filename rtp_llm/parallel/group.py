@@ -73,7 +73,12 @@ class Group(Protocol):
 
 
 class Communicator(Group, Protocol):
-    """The group of one epoch, with connections to the other ranks."""
+    """The group of one epoch, with connections to the other ranks.
+
+    is_waiting: this rank is in a collective that has not ended. On GPUs collectives return at once, and it waits later.
+    """
+
+    is_waiting: bool
 
     def abort(self, reason: str) -> None:
         """Makes the pending collective and all later ones raise CommunicationError. Any thread may call it."""
@@ -89,6 +94,7 @@ class SingleRankGroup:
 
     rank, size = 0, 1
     wait_seconds: float | None = None
+    is_waiting = False
 
     def __init__(self) -> None:
         self._abort_flag = AbortFlag()
@@ -139,6 +145,7 @@ def _raises_communication_error(
 
     def call(self: "TorchGroup", /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.check_aborted()
+        self.is_waiting = True
         try:
             return collective(self, *args, **kwargs)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -146,6 +153,8 @@ def _raises_communication_error(
         except RuntimeError as error:
             self.check_aborted()
             raise CommunicationError(f"collective {collective.__name__} failed: {_first_line(error)}") from error
+        finally:
+            self.is_waiting = False
 
     return call
 
@@ -170,6 +179,7 @@ class TorchGroup:
         """
         self.rank, self.size, self.device = process_group.rank(), process_group.size(), device
         self._process_group, self._sockets = process_group, sockets
+        self.is_waiting = False
         self._abort_flag = AbortFlag()
 
     @_raises_communication_error

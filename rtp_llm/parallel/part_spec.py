@@ -6,13 +6,27 @@ start_server, the main process of a part, writes it for the other processes of t
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rtp_llm import files
-from rtp_llm.config import SECRET_FIELDS, Config
+from rtp_llm.config import SECRET_FIELDS, Config, TaskType
 from rtp_llm.parallel.plan import Plan
+
+
+@dataclass(frozen=True)
+class EmbeddingInfo:
+    """How a text becomes an embedding.
+
+    size: of the embedding; a request may ask for less. normalize: to length 1. prompts: by name, texts that may
+    precede the client's. default_prompt: its name; "": none.
+    """
+
+    size: int = 0
+    normalize: bool = True
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,8 @@ class ModelInfo:
     family: str
     dtype: str
     max_positions: int  # tokens
+    task: TaskType = "LANGUAGE_MODEL"
+    embedding: EmbeddingInfo = EmbeddingInfo()
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,8 @@ class PartSpec:
         data = json.loads(files.read(run_dir / "part.json"))
         secrets = {name: os.environ.get(name.upper(), "") for name in SECRET_FIELDS}
         config, plan = Config.model_validate(data["config"] | secrets), Plan.from_json(data["plan"])
-        return cls(run_dir, config, plan, ModelInfo(**data["model"]), data["fingerprint"], data["tty"])
+        model = ModelInfo(**data["model"] | {"embedding": EmbeddingInfo(**data["model"]["embedding"])})
+        return cls(run_dir, config, plan, model, data["fingerprint"], data["tty"])
 
 
 def shm_prefix(run_dir: Path) -> str:

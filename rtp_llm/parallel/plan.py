@@ -20,7 +20,9 @@ DOCTOR_PORT_OFFSET = 3
 
 @dataclass(frozen=True)
 class PlannedPort:
-    """A TCP port on which a part listens. `host` is "0.0.0.0", or loopback if no other machine connects."""
+    """A TCP port on which a part listens. `host` is HOST for HTTP, else "0.0.0.0", or loopback if no other machine
+    connects.
+    """
 
     port: int
     purpose: str
@@ -41,6 +43,7 @@ class Plan:
     start_port: int
     port_stride: int  # ports reserved per local rank (WORKER_INFO_PORT_NUM)
     device: str  # "cpu" or "cuda"
+    http_host: str = ""  # HOST
 
     @property
     def first_rank(self) -> int:
@@ -90,7 +93,7 @@ class Plan:
     def ports(self, member: Member) -> list[PlannedPort]:
         """Returns all ports on which a part listens, the HTTP port first. `member`: its entry in the member list."""
         host = "0.0.0.0" if self.is_multi_part else "127.0.0.1"
-        ports = [PlannedPort(member.port, "HTTP (START_PORT)")]
+        ports = [PlannedPort(member.port, "HTTP (START_PORT)", self.http_host)]
         below = {"rendezvous": RENDEZVOUS_PORT_OFFSET} if member.index == 0 else {}
         if member.index == 0 and self.world_size > 1:
             below |= {"steps": STEP_PORT_OFFSET, "torch.distributed": TORCH_STORE_PORT_OFFSET}
@@ -113,7 +116,7 @@ class Plan:
     def fingerprint(self) -> dict[str, Any]:
         """Returns the values of the plan that must be equal on all parts, by dotted name; one for each member."""
         shared = asdict(self)
-        for name in ("part", "start_port", "members"):
+        for name in ("part", "start_port", "http_host", "members"):
             del shared[name]
         # With LEADER_ADDRESS alone each part may have a different name or address for the leader.
         listed = self.members if len(self.members) == self.num_parts else ()
@@ -151,7 +154,8 @@ def make_plan(config: Config, gpus: int) -> Plan:
             check="C-01",
         )
     members = members or _default_members(config, parts)
-    plan = Plan(members, part, tp, world, local, config.start_port, config.worker_info_port_num, device)
+    stride = config.worker_info_port_num
+    plan = Plan(members, part, tp, world, local, config.start_port, stride, device, config.host)
     _check_ports(plan)
     return plan
 

@@ -8,17 +8,19 @@ import psutil
 from rtp_llm.errors import ConfigError
 from rtp_llm.machine.command_line import redacted_command
 from rtp_llm.machine.devices import local_addresses
+from rtp_llm.machine.listen_addresses import listen_addresses, listen_on
 from rtp_llm.parallel.plan import Plan, PlannedPort
 from rtp_llm.parallel.wire import listen
 
 
 def port_conflict(planned: PlannedPort) -> str:
-    """Returns why listening on this port fails, such as "in use by pid 7 (nginx: master …)"; empty if it works."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Returns why listening on this port fails, such as "in use by pid 7 (nginx: master …)"; empty if it works.
+
+    Raises ConfigError if its host is not an address of this machine.
+    """
+    for address in listen_addresses(planned.host):
         try:
-            probe.bind((planned.host, planned.port))
-            probe.listen()
+            listen_on(address, planned.port).close()
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
             return f"in use{_port_owner(planned.port)}" if in_use else str(error.strerror)

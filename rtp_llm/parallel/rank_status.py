@@ -6,6 +6,7 @@ The sender converts timestamps to ages, so that machines do not need synchronize
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class RankStatus:
 
     def __post_init__(self) -> None:
         self.is_waiting = False  # for a step: the others' progress counts
+        self.is_in_collective: Callable[[], bool] = bool  # of the current epoch
         self.phase_changed = threading.Event()  # wakes the heartbeat thread: other ranks may wait for the phase
 
     def mark_progress(self) -> None:
@@ -85,11 +87,14 @@ class RankStatus:
 
     def begin_epoch(self, rank: int) -> None:
         """Records that this process is a rank in a new epoch."""
-        self.rank, self.progress_count, self.is_waiting = rank, 0, False
+        self.rank, self.progress_count, self.is_waiting, self.is_in_collective = rank, 0, False, bool
         self.set_phase("rendezvous")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the content of a heartbeat: the public fields, and `idle_s`, the seconds since the last progress."""
+        """Returns the content of a heartbeat: the public fields, `idle_s`, the seconds since the last progress, and
+        `in_collective`, whether this rank waits for others.
+        """
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]
+        data["in_collective"] = self.is_in_collective()
         return data | {"available_bytes": available_memory(), "idle_s": round(self.idle_seconds, 3)}

@@ -38,6 +38,7 @@ class SharedMemoryGroup:
         self._sequence = 0
         self._abort_flag = AbortFlag()
         self.wait_seconds = 0.0  # total time spent waiting for other ranks
+        self.is_waiting = False
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
@@ -89,7 +90,9 @@ class SharedMemoryGroup:
 
     def _wait(self) -> None:
         start = time.perf_counter()
+        self.is_waiting = True
         self._wait_for_all()
+        self.is_waiting = False
         self.wait_seconds += time.perf_counter() - start
 
     def _wait_for_all(self) -> None:

@@ -73,7 +73,7 @@ class ModelRunner:
         result = StepResult(
             tokens=self._sample_tokens(hidden, inputs),
             prompt_logprobs=self._compute_prompt_logprobs(hidden, inputs, sampling_metadata),
-            hidden_states=hidden[sampling_metadata.hidden_indices].float().tolist(),
+            hidden_states=[row.tobytes() for row in hidden[sampling_metadata.hidden_indices].float().cpu().numpy()],
         )
         self._keep_newest_tokens(inputs.sampled_slots, result.tokens)
         return result
@@ -118,7 +118,7 @@ class ModelRunner:
 
     def _compute_logits(self, hidden: Tensor, indices: Ints) -> Tensor | None:
         """Returns the logits [len(indices), vocab_size] float32 of these tokens on rank 0, None on the others."""
-        rows = hidden[torch.from_numpy(indices).to(hidden.device)]
+        rows = hidden[torch.tensor(indices, device=hidden.device)]
         logits: Tensor | None = self.residency.model.logits(rows)
         return logits
 

@@ -36,6 +36,7 @@ class GangWatch:
         self.kill_reasons: dict[int, str] = {}  # by pid of a worker that this thread killed
         self.num_messages = 0  # from the coordinator
         self.coordinator_pid = 0
+        self.served_at = 0.0  # time.monotonic() when all ranks last served
         self._epoch = 0
         self._message, self._next_log_at = "", 0.0
         self._heartbeats = Heartbeats(dict, threading.Event())
@@ -75,6 +76,8 @@ class GangWatch:
         if frame_type == FrameType.GANG_STATUS:
             self._epoch, self.coordinator_pid = int(message["epoch"]), int(message["pid"])
             self.verdicts = message["verdicts"]
+            if message["in_epoch"] and all(rank.get("phase") == "serving" for rank in message["ranks"].values()):
+                self.served_at = time.monotonic()
             self._remember_roles(message)
             self._write(message)
         elif frame_type == FrameType.KILL:

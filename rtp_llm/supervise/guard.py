@@ -169,7 +169,7 @@ class Guard:
                 budget = self._budgets["spare"]
         elif info["group"] == "service":  # what the next process takes until it shows life is not silence
             self.part_spec.api_alive_path.unlink(missing_ok=True)
-        budget.charge(now, key, status)
+        budget.charge(now, key, status, self.watch.served_at)
         self._history.add(self._role(info), status)
         delay = budget.delay(now, self.watch.verdicts)
         log.error("lost %s; restarting it in %.1f s", self._describe(info), delay)

@@ -18,14 +18,19 @@ class Failure:
 
 @dataclass
 class RestartBudget:
-    """At most `limit` failures in ten minutes. What a request breaks does not count."""
+    """At most `limit` failures in ten minutes, and without serving in between however long that takes. What a request
+    breaks does not count.
+    """
 
     limit: int
     _failures: list[Failure] = field(default_factory=list)
 
-    def charge(self, now: float, key: str, code: int) -> None:
-        """Records the end of a process. Those with the same key count once. code: -1 for a signal."""
-        self._failures = [f for f in self._failures if now - f.time <= WINDOW_SECONDS]
+    def charge(self, now: float, key: str, code: int, served_at: float) -> None:
+        """Records the end of a process. Those with the same key count once.
+
+        code: -1 for a signal. served_at: when the gang last served; a gang that takes minutes to fail needs it.
+        """
+        self._failures = [f for f in self._failures if now - f.time <= WINDOW_SECONDS or f.time > served_at]
         known = next((f for f in self._failures if f.key == key), None)
         if known:
             known.codes.append(code)

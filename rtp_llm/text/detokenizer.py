@@ -19,8 +19,15 @@ class Detokenizer:
     `prompt_ids`. A character that starts in the prompt is returned whole when it is complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()):
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        visible_ids: frozenset[int] = frozenset(),
+    ):
+        """`visible_ids`: special tokens that are not skipped."""
+        self._skipped_ids = tokenizer.special_ids - visible_ids if skip_special_tokens else frozenset[int]()
         self._token_bytes = tokenizer.token_bytes
         stream = _ByteStream if tokenizer.byte_level else _WindowStream
         # An iterator from the end, since only the last tokens of a long prompt are needed as context.

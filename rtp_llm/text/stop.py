@@ -23,7 +23,17 @@ class StopChecker:
         self._stops = sorted(set(stop), key=len, reverse=True)
         self._include_stop = include_stop
         self._buffer = ""
+        self._exempt = 0  # characters at the start of the buffer within which no match may end
         self.matched: str | None = None
+
+    def push_exempt(self, text: str) -> str:
+        """Returns the text that can be sent. No match ends within `text`, but one may begin there.
+
+        For the text before min_tokens; call it before the first `push` only.
+        """
+        self._buffer += text
+        self._exempt = len(self._buffer)
+        return self._take(self._partial_match_start())
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Returns the text that can be sent, and the matched stop string or None. Drops the text after a match."""
@@ -34,8 +44,7 @@ class StopChecker:
         partial_start = self._partial_match_start()
         if stop is not None and start < partial_start:
             return self._end_at_match(start, stop), stop
-        sendable, self._buffer = self._buffer[:partial_start], self._buffer[partial_start:]
-        return sendable, None
+        return self._take(partial_start), None
 
     def flush(self) -> str:
         """Returns the buffered text at the end of the stream. Sets `matched` if the text was buffered because a longer
@@ -44,8 +53,12 @@ class StopChecker:
         start, stop = self._find_match()
         if stop is not None:
             return self._end_at_match(start, stop)
-        rest, self._buffer = self._buffer, ""
-        return rest
+        return self._take(len(self._buffer))
+
+    def _take(self, length: int) -> str:
+        text, self._buffer = self._buffer[:length], self._buffer[length:]
+        self._exempt = max(0, self._exempt - length)
+        return text
 
     def _end_at_match(self, start: int, stop: str) -> str:
         text = self._buffer[:start] + (stop if self._include_stop else "")
@@ -54,7 +67,7 @@ class StopChecker:
 
     def _find_match(self) -> tuple[int, str | None]:
         """Returns the start of the earliest full match and its stop string, or (-1, None)."""
-        matches = ((self._buffer.find(stop), stop) for stop in self._stops)
+        matches = ((self._buffer.find(stop, max(0, self._exempt - len(stop) + 1)), stop) for stop in self._stops)
         # The longest of those with the same start: `_stops` is sorted and `min` returns the first.
         return min(((at, stop) for at, stop in matches if at >= 0), key=lambda match: match[0], default=(-1, None))
 

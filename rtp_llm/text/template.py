@@ -1,12 +1,12 @@
 """Renders chat messages to prompt text with the checkpoint's Jinja template.
 
-Templates expect Hugging Face's documented environment: its sandbox, whitespace rules and functions. Messages are
-normalized, since OpenAI clients send other formats than templates expect.
+Templates expect Hugging Face's documented environment: its sandbox, whitespace rules and functions.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,43 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rtp_llm import files
+from rtp_llm.text.built_in_templates import ALIASES, BUILT_IN, BY_MODEL_TYPE
+from rtp_llm.text.control_tokens import ControlTokens, new_mark
+from rtp_llm.text.messages import REASONING_NAMES, Message, MessageFormat, TemplateError
+from rtp_llm.text.roles import Roles
 from rtp_llm.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
+__all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
 
-class TemplateError(ValueError):
-    """The messages cannot be rendered or the template is invalid. The text is for the client or operator."""
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered chat. A control token within one of the `pieces` is the template's; no other one is a token."""
+
+    pieces: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class ChatTemplate:
     """The templates of one server: the default, and optionally one for requests with tools."""
 
-    def __init__(self, name: str, source: str | None, tool_source: str | None, variables: Mapping[str, str]):
-        """`variables`: the named special tokens, which templates use.
-
-        Raises TemplateError if a template has a syntax error.
-        """
+    def __init__(self, name: str, source: str | None, tool_source: str | None, tokenizer: Tokenizer):
+        """Raises TemplateError if a template has a syntax error."""
         self.name = name
-        self._arguments = (name, source, tool_source, variables)
-        self._default = None if source is None else _CompiledTemplate(name, source)
-        self._with_tools = self._default if tool_source is None else _CompiledTemplate(name, tool_source)
-        self._variables = dict(variables)
+        self._arguments = (name, source, tool_source, tokenizer)
+        self._default = None if source is None else _CompiledTemplate(name, source, tokenizer)
+        self._with_tools = self._default if tool_source is None else _CompiledTemplate(name, tool_source, tokenizer)
+        self._token_names = frozenset(tokenizer.special_tokens)
+        self._control_tokens = ControlTokens(tokenizer, [text for text in (source, tool_source) if text])
+        self.source = "\n".join(filter(None, (tool_source, source)))
+        self._words = frozenset(re.findall(r"\w+", self.source))
+
+    def reads(self, name: str) -> bool:
+        """Returns whether a field of that name can have an effect, judged from the words of the templates."""
+        return name in self._words
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Lets another process compile the same template; compiled ones cannot be pickled."""
@@ -61,13 +76,13 @@ class ChatTemplate:
         `render` raises.
         """
         if explicit:
-            return cls(*_explicit_template(explicit), None, tokenizer.special_tokens)
+            return cls(*_explicit_template(explicit), None, tokenizer)
         default, tool_use = tokenizer.templates.get(default_key), tokenizer.templates.get(tool_key)
         if default is not None:
-            return cls(f"the checkpoint's {default_key!r}", default, tool_use, tokenizer.special_tokens)
+            return cls(f"the checkpoint's {default_key!r}", default, tool_use, tokenizer)
         built_in = _built_in_for_model_type(model_type, tokenizer)
         name = f"built-in {built_in!r}" if built_in else "none"
-        return cls(name, _BUILT_IN.get(built_in or ""), tool_use, tokenizer.special_tokens)
+        return cls(name, BUILT_IN.get(built_in or ""), tool_use, tokenizer)
 
     def render(
         self,
@@ -76,33 +91,64 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        allow_special_tokens: bool = False,
         **kwargs: Any,
-    ) -> str:
-        """Returns the prompt text. Encode it with add_special_tokens=False: the template adds the bos token.
+    ) -> Prompt:
+        """Returns the prompt, for `encode`.
 
-        `kwargs` are further template variables (a request's chat_template_kwargs). Raises TemplateError.
+        continue_final_message  leaves the last turn open, so that the model goes on with it
+        allow_special_tokens    lets messages spell control tokens
+        kwargs                  further variables of the template (a request's chat_template_kwargs)
+
+        Raises TemplateError.
         """
         template = self._with_tools if tools else self._default
         if template is None:
             raise TemplateError(
                 "this checkpoint has no chat template: set MODEL_TEMPLATE_TYPE to one of "
-                f"{', '.join(_BUILT_IN)} or to the path of a .jinja file, or send a ready prompt to /v1/completions"
+                f"{', '.join(BUILT_IN)} or to the path of a .jinja file, or send a ready prompt to /v1/completions"
             )
-        variables = {
-            **self._variables,
-            "documents": None,
-            **kwargs,
-            "messages": [template.normalize_message(message) for message in messages],
-            "tools": list(tools) if tools else None,
-            "add_generation_prompt": add_generation_prompt,
+        normalized = template.normalize(messages)
+        variables = {**kwargs, "tools": list(tools) if tools else None}
+        mark, end = new_mark(), f"{new_mark()} "
+        try:
+            if not allow_special_tokens:
+                normalized = [self._marked_message(message, mark) for message in normalized]
+                variables = {
+                    key: value if key in self._token_names else self._control_tokens.marked(value, mark)
+                    for key, value in variables.items()
+                }
+            if continue_final_message:
+                normalized[-1] = _with_end(normalized[-1], end)
+            text = template.render(
+                {**variables, "messages": normalized, "add_generation_prompt": add_generation_prompt}
+            )
+        except TemplateError as error:
+            raise TemplateError(str(error).replace(mark, "").replace(end, "")) from error
+        return Prompt(tuple((_cut(text, end) if continue_final_message else text).split(mark)))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the ids of a prompt. No bos token is added: the template writes it."""
+        return self._control_tokens.encode(prompt.pieces)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Returns the ids of a text from a client in which no control token may be spelled, without special tokens."""
+        mark = new_mark()
+        return self._control_tokens.encode(self._control_tokens.marked(text, mark).split(mark))
+
+    def _marked_message(self, message: Message, mark: str) -> dict[str, Any]:
+        own_words = ("content", *REASONING_NAMES) if message.get("role") == "assistant" else ()
+        return {
+            key: value if key == "role" else self._control_tokens.marked(value, mark, is_answer=key in own_words)
+            for key, value in message.items()
         }
-        return template.render(variables)
 
 
 class _CompiledTemplate:
-    """One template, and the message format that it expects, inferred from its source."""
+    """One template, with the roles and the format of messages that it accepts."""
 
-    def __init__(self, name: str, source: str):
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer):
         try:
             tree = _ENVIRONMENT.parse(source)
             self._template = _ENVIRONMENT.from_string(source)
@@ -111,78 +157,48 @@ class _CompiledTemplate:
                 f"the chat template ({name}) has an error in line {error.lineno}: {error.message}; "
                 "MODEL_TEMPLATE_TYPE can name another one"
             ) from error
-        self._accepts_parts = any(_iterates_content(loop.iter) for loop in tree.find_all(nodes.For))
-        tests_for_string = any(test.name == "string" for test in tree.find_all(nodes.Test))
-        self._requires_parts = self._accepts_parts and not tests_for_string
-        self._accepts_null = _TESTS_FOR_NULL.search(source) is not None
-        self._concatenates_arguments = _CONCATENATES_ARGUMENTS.search(source) is not None
+        self._variables = {**tokenizer.special_tokens, "documents": None}
+        self._format = MessageFormat(source, tree)
+        self._roles = Roles(self._probe)
 
-    def normalize_message(self, message: Message) -> dict[str, Any]:
-        """Returns the message in the format that this template expects. Removes null values, since templates test
-        whether a key is defined.
-        """
-        if not isinstance(message, Mapping):  # not all callers validate it
-            raise TemplateError(f"a message must be an object with a role and content, not {type(message).__name__}")
-        normalized = {key: value for key, value in message.items() if value is not None}
-        content = message.get("content")
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            texts = [_part_text(part) for part in content]
-            normalized["content"] = list(content) if self._accepts_parts else "".join(texts)
-        elif isinstance(content, str) and self._requires_parts:
-            normalized["content"] = [{"type": "text", "text": content}]
-        elif content is None:
-            normalized["content"] = None if self._accepts_null else ""
-        if isinstance(normalized.get("tool_calls"), list) and not self._concatenates_arguments:
-            normalized["tool_calls"] = [_with_parsed_arguments(call) for call in normalized["tool_calls"]]
-        return normalized
+    def normalize(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Returns the messages in the form that this template reads. Raises TemplateError."""
+        for message in messages:
+            if not isinstance(message, Mapping):  # not all callers validate it
+                raise TemplateError(
+                    f"a message must be an object with a role and content, not {type(message).__name__}"
+                )
+        return [self._format.normalize(message) for message in self._roles.adapt(messages)]
 
     def render(self, variables: Mapping[str, Any]) -> str:
         try:
-            return self._template.render(variables)
+            return self._template.render({**self._variables, **variables})
         except _TemplateRaised as error:
             raise TemplateError(f"the chat template does not accept these messages: {error}") from error
         except Exception as error:  # the template's expressions and filters can raise any exception
             raise TemplateError(f"the chat template failed on these messages: {error}") from error
 
-
-# A template with `content is none` needs the null content of an assistant turn that only calls tools.
-_TESTS_FOR_NULL = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b", re.IGNORECASE)
-# Templates that concatenate a call's arguments to a string need JSON text; all others expect an object.
-_CONCATENATES_ARGUMENTS = re.compile(r"\barguments['\"]?\]?\s*[+~]")
+    def _probe(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+        normalized = [self._format.normalize(message) for message in messages]
+        return self.render({"messages": normalized, "tools": tools or None, "add_generation_prompt": False})
 
 
-def _iterates_content(node: nodes.Node) -> bool:
-    """Returns whether `node`, over which a Jinja loop iterates, is a message's content, filtered or not."""
-    while isinstance(node, nodes.Filter) and node.node is not None:
-        node = node.node
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    return getattr(node, "attr", getattr(node, "name", None)) == "content"
+def _with_end(message: dict[str, Any], end: str) -> dict[str, Any]:
+    """Returns the message with `end` after its last text. Raises TemplateError if it has none."""
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]}
+    if not isinstance(content, str) or not content:
+        raise TemplateError("continue_final_message needs a last message with content to continue")
+    return {**message, "content": content + end}
 
 
-def _part_text(part: object) -> str:
-    part_type = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if part_type != "text":
-        raise TemplateError(f"content parts of type {part_type!r} are not supported: this model reads text only")
-    text = part.get("text") if isinstance(part, Mapping) else None
-    if not isinstance(text, str):
-        raise TemplateError('a content part of type "text" needs its "text" as a string')
-    return text
-
-
-def _with_parsed_arguments(call: Any) -> Any:
-    """Returns the tool call with its arguments parsed.
-
-    OpenAI clients send the arguments as JSON text, but templates use `tojson` or iterate over them.
-    """
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        parsed = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call  # arguments that a model generated may be invalid JSON; the template gets them unchanged
-    return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
+def _cut(text: str, end: str) -> str:
+    """Returns the text before `end`, whose space shows whether the template strips the message."""
+    before, found, after = text.rpartition(end.rstrip())
+    if not found:
+        raise TemplateError("continue_final_message: the chat template leaves out the end of the last message")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 class _TemplateRaised(jinja2.TemplateError):
@@ -232,14 +248,14 @@ _ENVIRONMENT = _environment()
 
 def _explicit_template(explicit: str) -> tuple[str, str]:
     """Returns name and source of the template that MODEL_TEMPLATE_TYPE sets. Raises TemplateError."""
-    name = _ALIASES.get(explicit, explicit)
-    if name in _BUILT_IN:
-        return f"built-in {name!r}", _BUILT_IN[name]
+    name = ALIASES.get(explicit, explicit)
+    if name in BUILT_IN:
+        return f"built-in {name!r}", BUILT_IN[name]
     try:
         return explicit, files.read(Path(explicit)).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(
-            f"MODEL_TEMPLATE_TYPE={explicit} is neither a built-in template ({', '.join([*_BUILT_IN, *_ALIASES])}) "
+            f"MODEL_TEMPLATE_TYPE={explicit} is neither a built-in template ({', '.join([*BUILT_IN, *ALIASES])}) "
             f"nor a readable file: {error}"
         ) from error
 
@@ -248,93 +264,4 @@ def _built_in_for_model_type(model_type: str, tokenizer: Tokenizer) -> str | Non
     name = model_type.lower().replace("-", "_")
     if name == "llama":  # model_type of both generations in config.json; only Llama 3 has this control token
         return "llama2" if tokenizer.token_id("<|start_header_id|>") is None else "llama3"
-    return next((built_in for prefix, built_in in _BUILT_IN_BY_MODEL_TYPE.items() if name.startswith(prefix)), None)
-
-
-_ALIASES = {"default": "chatml", "qwen": "chatml"}
-_BUILT_IN_BY_MODEL_TYPE = {
-    "qwen": "chatml",
-    "llama_2": "llama2",
-    "llama2": "llama2",
-    "llama_3": "llama3",
-    "llama3": "llama3",
-    "mistral": "mistral",
-    "mixtral": "mistral",
-    "internlm2": "internlm2",
-}
-
-# With Hermes-style tools, which Qwen's chat models are trained on.
-_CHATML = """\
-{%- set has_system = messages and messages[0].role == 'system' %}
-{%- if tools %}
-{{- '<|im_start|>system\n' ~ (messages[0].content ~ '\n\n' if has_system else '') ~ '# Tools\n\n' }}
-{{- 'You may call one or more functions to assist with the user query.\n\n' }}
-{{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
-{%- for tool in tools %}{{ '\n' ~ tool | tojson }}{% endfor %}
-{{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within ' }}
-{{- '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": ' }}
-{{- '<args-json-object>}\n</tool_call><|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages[1 if has_system and tools else 0:] %}
-{%- if message.role == 'tool' %}
-{{- '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' else '' }}
-{{- '\n<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}
-{{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' else '' }}
-{%- else %}
-{{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content }}
-{%- for call in message.tool_calls or [] %}
-{{- ('\n' if message.content or not loop.first else '') ~ '<tool_call>\n{"name": "' ~ call.function.name }}
-{{- '", "arguments": ' ~ (call.function.arguments | tojson) ~ '}\n</tool_call>' }}
-{%- endfor %}
-{{- '<|im_end|>\n' }}
-{%- endif %}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt else '' }}"""
-
-_INTERNLM2 = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt else '' }}"""
-
-_LLAMA3 = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\n\n' ~ (message.content | trim) ~ '<|eot_id|>' }}
-{%- endfor %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}"""
-
-# Llama 2 and Mistral support alternating user and assistant turns only; the system text goes into the first turn.
-_ALTERNATING_TURNS = """\
-{%- set has_system = messages and messages[0].role == 'system' %}
-{%- for message in messages[1 if has_system else 0:] %}
-{%- if message.role != ('user' if loop.index0 is even else 'assistant') %}
-{{- raise_exception('after at most one system message the roles must alternate user, assistant, user, …') }}
-{%- endif %}
-"""
-
-_LLAMA2 = """\
-{%- if message.role == 'user' %}
-{{- bos_token ~ '[INST] ' }}
-{{- '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' if has_system and loop.first else '' }}
-{{- (message.content | trim) ~ ' [/INST]' }}
-{%- else %}{{ ' ' ~ (message.content | trim) ~ ' ' ~ eos_token }}
-{%- endif %}
-{%- endfor %}"""
-
-_MISTRAL = """\
-{%- if message.role == 'user' %}
-{{- bos_token if loop.first else '' }}
-{{- '[INST] ' ~ (messages[0].content ~ '\n\n' if has_system and loop.first else '') ~ message.content ~ ' [/INST]' }}
-{%- else %}{{ ' ' ~ (message.content | trim) ~ eos_token }}
-{%- endif %}
-{%- endfor %}"""
-
-_BUILT_IN = {
-    "chatml": _CHATML,
-    "llama2": _ALTERNATING_TURNS + _LLAMA2,
-    "llama3": _LLAMA3,
-    "mistral": _ALTERNATING_TURNS + _MISTRAL,
-    "internlm2": _INTERNLM2,
-}
+    return next((built_in for prefix, built_in in BY_MODEL_TYPE.items() if name.startswith(prefix)), None)

@@ -6,7 +6,7 @@ Reads the same files as transformers' `AutoTokenizer` and returns the same ids, 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Tokenizer:
 
     vocab_size      number of ids, including added tokens; the model's embedding may have more or fewer rows
     eos_ids         ids that end a response: those of the tokenizer, generation_config.json and config.json
+    added_tokens    {id: token} of those that the backend looks for before all others
     special_ids     ids that `skip_special_tokens` omits
     special_tokens  text of each named token ("bos_token", "eos_token" …), the variables of chat templates
     templates       chat templates by name; a single one is called "default"
@@ -51,14 +52,15 @@ class Tokenizer:
         self._backend = backend
         self._path: Path | None = None  # if it was read from files
         self._bytes: dict[int, bytes] = {}
-        added = backend.get_added_tokens_decoder()
-        self._added_ids = frozenset(added)
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_tokens = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in self.added_tokens.items() if token.special)
         self.special_tokens = dict(special_tokens)
         self.templates = dict(templates)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         # In bytes with the byte-level alphabet, since each of its characters is a byte.
         self._longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        bos_id = self.token_id(special_tokens.get("bos_token", ""))
+        self._added_bos_id = bos_id if bos_id in backend.encode("").ids else None
         eos_id = self.token_id(special_tokens.get("eos_token", ""))
         self.eos_ids = frozenset(eos_ids) | (set() if eos_id is None else {eos_id})
         steps = list(_decoder_steps(decoder))
@@ -105,6 +107,24 @@ class Tokenizer:
         """Lets another process read the files itself: to pickle a vocabulary holds the GIL for long."""
         return (Tokenizer.load, (self._path,)) if self._path else super().__reduce__()
 
+    def to_json(self) -> str:
+        """Returns the content of a tokenizer.json with all tokens, those included that other files declare."""
+        return self._backend.to_str()
+
+    def split_markers(self, text: str) -> list[str | int]:
+        """Returns the parts of a text: the ids of markers, and what stands between them.
+
+        Markers are the special tokens and all added ones in angle brackets, as llguidance has it.
+        """
+        ids = {
+            token.content: token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+        }
+        pattern = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        parts = re.split(f"({pattern})", text) if ids else [text]
+        return [ids.get(part, part) for part in parts if part]
+
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token of the vocabulary, None if it does not exist."""
         return self._backend.token_to_id(token)
@@ -119,6 +139,49 @@ class Tokenizer:
             return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError as error:  # raised for a str that cannot be encoded as UTF-8
             raise ValueError(SURROGATE_MESSAGE) from error
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a ready prompt, with the bos token that the checkpoint adds, if `text` lacks it."""
+        ids = self.encode(text)
+        return ids[1:] if self._has_two_bos(ids) else ids
+
+    def _has_two_bos(self, ids: Sequence[int]) -> bool:
+        return len(ids) > 1 and ids[0] == ids[1] == self._added_bos_id
+
+    def is_word(self, token: str) -> bool:
+        """Returns whether `token` is in the vocabulary besides the added tokens."""
+        return self._backend.model.token_to_id(token) is not None
+
+    def normalize(self, text: str) -> str:
+        """Returns the text that the backend looks up. Unpaired surrogates become question marks."""
+        if self._backend.normalizer is None:
+            return text
+        return str(self._backend.normalizer.normalize_str(text.encode(errors="replace").decode()))
+
+    def renamed(self, names: Mapping[str, str]) -> Callable[[str], list[int]]:
+        """Returns a function that encodes as this tokenizer, but finds some added tokens by other names.
+
+        names  {token: its name}; texts with the token itself are plain text, and -1 stands for one found in it
+        The function adds no special tokens. It shares the vocabulary, so it needs little memory.
+        """
+        backend = Backend(self._backend.model)
+        if self._backend.normalizer is not None:
+            backend.normalizer = self._backend.normalizer
+        if self._backend.pre_tokenizer is not None:
+            backend.pre_tokenizer = self._backend.pre_tokenizer
+        added = dict(sorted(self.added_tokens.items()))
+        contents = {token_id: names.get(token.content, token.content) for token_id, token in added.items()}
+        backend.add_tokens(
+            [AddedToken(contents[i], **{f: getattr(token, f) for f in _TOKEN_FLAGS}) for i, token in added.items()]
+        )
+        original_ids: dict[int | None, int] = {i: -1 for i, token in added.items() if token.content in names}
+        original_ids |= {backend.token_to_id(content): token_id for token_id, content in contents.items()}
+
+        def encode(text: str) -> list[int]:
+            [encoding] = backend.encode_batch_fast([text], add_special_tokens=False)
+            return [original_ids.get(token_id, token_id) for token_id in encoding.ids]
+
+        return encode
 
     def min_tokens(self, text: str, enough: int) -> int:
         """Returns a lower bound for the number of tokens of `text`, with no more work than it takes to exceed `enough`.
@@ -143,10 +206,11 @@ class Tokenizer:
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
     ) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-        """Returns ids, the text of each token and its (start, end) in characters of `text`. Raises as `encode`."""
+        """Returns the ids of a ready prompt, the text of each token and its (start, end) in characters of `text`."""
         encoding = self._encoding(text, add_special_tokens)
-        ids = list(encoding.ids)
-        return ids, [self.token_text(token_id) for token_id in ids], list(encoding.offsets)
+        start = int(self._has_two_bos(encoding.ids))
+        ids = encoding.ids[start:]
+        return ids, [self.token_text(token_id) for token_id in ids], encoding.offsets[start:]
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
@@ -179,7 +243,7 @@ class Tokenizer:
         return self._bytes.setdefault(token_id, self._compute_token_bytes(token_id, token))
 
     def _compute_token_bytes(self, token_id: int, token: str) -> bytes:
-        if token_id in self.special_ids or (self.byte_level and token_id in self._added_ids):
+        if token_id in self.special_ids or (self.byte_level and token_id in self.added_tokens):
             return token.encode()
         if self.byte_level:
             return _from_byte_alphabet(token)

@@ -5,6 +5,7 @@ log fails the test, even if the client got a valid response.
 """
 
 import asyncio
+import gc
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 import httpx
 import uvicorn
+from starlette.routing import BaseRoute, Route
 
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
@@ -29,8 +31,9 @@ from rtp_llm.api.part_state import PartState
 from rtp_llm.api.service import Service
 from rtp_llm.config import Config
 from rtp_llm.metrics import Metrics
-from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
+from rtp_llm.parallel.part_spec import EmbeddingInfo, ModelInfo, PartSpec
 from rtp_llm.parallel.plan import make_plan
+from rtp_llm.text.output_format import AnswerFormats
 from rtp_llm.text.template import ChatTemplate
 from tests.api.byte_model import ByteModel
 from tests.api.fake_engine import TIMEOUT_SECONDS, FakeEngine, Script
@@ -39,7 +42,15 @@ from tests.api.fake_engine import TIMEOUT_SECONDS, FakeEngine, Script
 class ApiServer:
     """The API of one part with a fake engine. `settings` are fields of `Config`."""
 
-    def __init__(self, model: ByteModel, script: Script | None = None, *, sends_ready: bool = True, **settings: Any):
+    def __init__(
+        self,
+        model: ByteModel,
+        script: Script | None = None,
+        *,
+        sends_ready: bool = True,
+        embedding: EmbeddingInfo = EmbeddingInfo(),  # noqa: B008  # frozen
+        **settings: Any,
+    ):
         self.model = model
         # Not pytest's tmp_path: the path of a unix socket is limited to 107 bytes.
         self.run_dir = Path(tempfile.mkdtemp(prefix="rtp-api-"))
@@ -48,7 +59,7 @@ class ApiServer:
             run_dir=self.run_dir,
             config=config,
             plan=make_plan(config, 0),
-            model=ModelInfo("fake", "fake", "fp32", 2048),
+            model=ModelInfo("fake", "fake", "fp32", 2048, config.task_type or "LANGUAGE_MODEL", embedding),
             fingerprint={},
             tty=False,
         )
@@ -64,7 +75,8 @@ class ApiServer:
             self.part_spec.engine_sockets, self.metrics, config.resume_timeout, self.part_spec.verdicts_path
         )
         template = ChatTemplate.select(self.model.tokenizer, explicit=config.model_template_type or None)
-        self._service = Service(config, "fake", self.model.tokenizer, template, self.metrics, client)
+        formats = AnswerFormats.select(template, self.model.tokenizer, config.tool_call_parser, config.reasoning_parser)
+        self._service = Service(config, "fake", self.model.tokenizer, template, formats, self.metrics, client)
         self.state = PartState(self.part_spec, client)
         register(self.metrics, self.state, config)
         self.app = create_app(config, self.state, self.metrics, self._service)
@@ -146,6 +158,8 @@ class ApiServer:
         """Gives a list with the CPU seconds of the iterations of the API's event loop: each delays all others."""
         seconds: list[float] = []
         is_done = threading.Event()
+        gc.collect()
+        gc.freeze()  # what earlier tests have left to collect is not the product's
 
         async def measure() -> None:
             while not is_done.is_set():
@@ -159,6 +173,7 @@ class ApiServer:
         finally:
             is_done.set()
             task.result(TIMEOUT_SECONDS)
+            gc.unfreeze()
 
     @contextmanager
     def blocked_event_loop(self) -> Iterator[None]:
@@ -193,6 +208,15 @@ class ApiServer:
         }
         gang_status = {"epoch": 1, "in_epoch": True, "message": "", "ranks": {"0": {**defaults, **rank_status}}}
         self.part_spec.gang_status_path.write_text(json.dumps(gang_status))
+
+
+def routes(found: Iterable[BaseRoute]) -> Iterator[tuple[str, str]]:
+    """Yields (method, path) of every route, the framework's own ones such as /openapi.json included."""
+    for route in found:
+        if isinstance(route, Route):
+            yield from ((method, route.path) for method in (route.methods or set()) - {"HEAD"})
+        else:  # FastAPI's wrapper of an included router
+            yield from routes(route.original_router.routes)  # type: ignore[attr-defined]
 
 
 class _LoopTrackingServer(uvicorn.Server):

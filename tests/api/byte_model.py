@@ -5,6 +5,8 @@ texts test incomplete characters.
 """
 
 import json
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -23,11 +25,12 @@ TEMPLATE = (
 class ByteModel:
     """A model directory whose tokens are single bytes, and a function that converts text to these tokens."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, template: str = TEMPLATE, markers: Sequence[str] = ()):
+        """`markers`: further special tokens."""
+        self.directory, self._markers = directory, markers
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.json").write_text(_backend().to_str())
-        config = {"eos_token": END, "chat_template": TEMPLATE, "model_max_length": 2048}
+        (directory / "tokenizer.json").write_text(_backend(markers).to_str())
+        config = {"eos_token": END, "chat_template": template, "model_max_length": 2048}
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
     @cached_property
@@ -45,15 +48,16 @@ class ByteModel:
         return self._ids[END.encode()]
 
     def tokens(self, text: str | bytes) -> list[int]:
-        """Returns one token per byte; `bytes` need not be valid UTF-8."""
+        """Returns a token per marker and per other byte; `bytes` need not be valid UTF-8."""
         raw = text.encode() if isinstance(text, str) else text
-        return [self._ids[bytes([value])] for value in raw]
+        markers = b"|".join(re.escape(marker.encode()) for marker in self._markers)
+        return [self._ids[token] for token in re.findall(markers + b"|." if markers else b".", raw, re.DOTALL)]
 
 
-def _backend() -> Backend:
+def _backend(markers: Sequence[str]) -> Backend:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END, TURN])
+    backend.add_special_tokens([END, TURN, *markers])
     return backend

@@ -57,6 +57,7 @@ class ScriptedOutput:
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     cached_tokens: int = 0
     error: str = ""
+    hidden_state: bytes = b""
 
     def for_request(self, request_id: str) -> EngineOutput:
         return EngineOutput(
@@ -68,6 +69,7 @@ class ScriptedOutput:
             cached_tokens=self.cached_tokens,
             queue_ms=1.0,
             error=self.error,
+            hidden_state=self.hidden_state,
         )
 
 

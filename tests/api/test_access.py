@@ -1,18 +1,17 @@
 """Keys, origins, hosts: who may call which route."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from openai import AuthenticationError, OpenAI
-from starlette.routing import BaseRoute, Route
 
 from rtp_llm.api.auth import Keyring, NamedKey
 from rtp_llm.api.status import HEALTH_PATHS, LIVENESS_PATHS
 from rtp_llm.config import Config, load
 from rtp_llm.errors import ConfigError
-from tests.api.api_server import ApiServer
+from tests.api.api_server import ApiServer, routes
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
@@ -29,15 +28,6 @@ def closed(byte_model: ByteModel) -> Iterator[ApiServer]:
     script = lambda submission: [ScriptedOutput(byte_model.tokens("ok"), "length")]  # noqa: E731
     with ApiServer(byte_model, script, api_key="alice:key-a, key-b", admin_key="root:key-r") as api:
         yield api
-
-
-def routes(found: Iterable[BaseRoute]) -> Iterator[tuple[str, str]]:
-    """Yields (method, path) of every route, the framework's own ones such as /openapi.json included."""
-    for route in found:
-        if isinstance(route, Route):
-            yield from ((method, route.path) for method in (route.methods or set()) - {"HEAD"})
-        else:  # FastAPI's wrapper of an included router
-            yield from routes(route.original_router.routes)  # type: ignore[attr-defined]
 
 
 def test_a_key_closes_every_route(closed: ApiServer) -> None:

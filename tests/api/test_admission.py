@@ -13,8 +13,9 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
+from rtp_llm.api.disconnect import ClientDisconnected
 from rtp_llm.api.service import SlotReservation
-from rtp_llm.api.stream import ClientDisconnected, EventStream, cancel_on_disconnect
+from rtp_llm.api.stream import EventStream, cancel_on_disconnect
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
@@ -111,12 +112,37 @@ def test_a_burst_of_requests_does_not_exceed_the_slots(
 
 
 def test_each_choice_needs_a_slot(small_api: ApiServer, byte_model: ByteModel) -> None:
-    assert_rejected(small_api.post("/v1/chat/completions", {**BODY, "n": 3}))
-    assert_rejected(small_api.post("/v1/completions", {"prompt": ["a", "b", "c"]}))
-    assert_rejected(small_api.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}))
-    assert_rejected(small_api.post("/", {"prompt_batch": ["a", "b", "c"]}))
-    assert_rejected(small_api.post("/", {"prompt": "a", "num_return_sequences": 3}))
+    with small_api.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
+        submission = small_api.engine.next_submission()
+        assert_rejected(small_api.post("/v1/chat/completions", {**BODY, "n": 2}))
+        assert_rejected(small_api.post("/v1/completions", {"prompt": ["a", "b"]}))
+        assert_rejected(small_api.post("/v1/completions", {"prompt": ["a"], "n": 2}))
+        assert_rejected(small_api.post("/", {"prompt_batch": ["a", "b"]}))
+        assert_rejected(small_api.post("/", {"prompt": ["a", "b"]}))
+        assert_rejected(small_api.post("/", {"prompt": "a", "num_return_sequences": 2}))
+        small_api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("done"), "length"))
     assert small_api.engine.num_pending_submissions == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**BODY, "n": 3}),
+        ("/v1/completions", {"prompt": ["a", "b", "c"]}),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}),
+        ("/", {"prompt_batch": ["a", "b", "c"]}),
+        ("/", {"prompt": ["a", "b", "c"]}),
+        ("/", {"prompt": "a", "num_return_sequences": 3}),
+    ],
+)
+def test_more_sequences_than_ever_fit(path: str, body: dict[str, Any], small_api: ApiServer) -> None:
+    """Such a request is told so, since it would be retried in vain."""
+    response = small_api.post(path, body)
+    assert response.status_code == 400
+    assert "Retry-After" not in response.headers
+    for substring in ("at most 2", "CONCURRENCY_LIMIT=1", "QUEUE_LIMIT=1"):
+        assert substring in response.json()["message"]
+    assert small_api.metric("rtp_llm_admission_rejections_total", **REJECTED) == 0
 
 
 def test_slots_are_freed_after_every_outcome(small_api: ApiServer, byte_model: ByteModel) -> None:
@@ -126,7 +152,7 @@ def test_slots_are_freed_after_every_outcome(small_api: ApiServer, byte_model: B
         assert small_api.post("/v1/completions", {"prompt": ["ok", "ok"]}).status_code == 200
         assert small_api.post("/v1/completions", {"prompt": ["ok", "fail"]}).status_code == 500
         assert small_api.post("/v1/completions", {"prompt": ["ok", "ok"], "logit_bias": {"9999": 1}}).status_code == 400
-        assert small_api.post("/v1/completions", {"prompt": ["ok"] * 3}).status_code == 429
+        assert small_api.post("/v1/completions", {"prompt": ["ok"] * 3}).status_code == 400
         assert b"[DONE]" in small_api.stream("/v1/completions", {"prompt": ["ok", "fail"], "stream": True})
         with small_api.open_stream("/v1/completions", {"prompt": ["silent", "silent"], "stream": True}):
             pass

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rtp_llm.api import schema
+from rtp_llm.api.anthropic.schema import MessagesRequest
+from rtp_llm.api.responses.schema import ResponsesRequest
 from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
 
@@ -40,7 +42,10 @@ ENDPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/chat/render": ({"messages": HI}, known_fields(schema.ChatRequest)),
     "/v1/chat/render": ({"messages": HI}, known_fields(schema.ChatRequest)),
     "/tokenize": ({"prompt": "Hi"}, known_fields(schema.TokenizeRequest)),
+    "/detokenize": ({"tokens": [72, 105]}, known_fields(schema.DetokenizeRequest)),
     "/tokenizer/encode": ({"prompt": "Hi"}, known_fields(schema.EncodeRequest)),
+    "/v1/responses": ({"input": "Hi", "max_output_tokens": 2}, known_fields(ResponsesRequest)),
+    "/v1/messages": ({"messages": HI, "max_tokens": 2}, known_fields(MessagesRequest)),
     "/set_log_level": ({"log_level": "INFO"}, known_fields(schema.LogLevelRequest)),
 }
 
@@ -149,9 +154,14 @@ def assert_valid_response(response: httpx.Response) -> None:
     if response.status_code != 200:
         assert response.status_code >= 400
         body = response.json()
+        if body.get("type") == "error":  # Anthropic's form
+            assert body["error"]["message"] != ""
+            return
         assert isinstance(body["error_code"], int)
         assert body["error_code_str"].startswith(f"{body['error_code']}_")
         assert body["message"] == body["error"]["message"] != ""
+    elif response.content.startswith(b"event: "):  # named events of the Responses and the Messages API
+        assert not {b"event: error", b"event: response.failed"} & set(response.content.splitlines()), text
     elif response.headers["content-type"].startswith("text/event-stream"):
         errors = [event for event in payloads(response.content) if "error_code" in event]
         assert all(error["error_code"] == 603 for error in errors), text

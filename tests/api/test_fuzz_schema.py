@@ -23,15 +23,23 @@ from tests.api.servers import ServerProcess
 EXAMPLES = 30  # per operation and kind
 WITH_BODY = [
     *("/v1/chat/completions", "/chat/completions", "/v1/completions", "/", "/batch_infer", "/set_log_level"),
-    *("/chat/render", "/v1/chat/render", "/tokenize", "/tokenizer/encode"),
+    *("/chat/render", "/v1/chat/render", "/tokenize", "/detokenize", "/tokenizer/encode"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
 ]
 WITHOUT_BODY = [
-    *(f"GET {path}" for path in ("/", "/v1/models", "/doctor", "/metrics")),
+    *(f"GET {path}" for path in ("/", "/v1/models", "/v1/models/{name}", "/doctor", "/metrics")),
+    *(f"{m} /v1/responses/{{response_id}}" for m in ("GET", "DELETE")),
+    *("GET /v1/responses/{response_id}/input_items", "POST /v1/responses/{response_id}/cancel"),
     *(f"{m} {p}" for m in ("GET", "POST") for p in ("/health", "/liveness", "/worker_status", "/cache_status")),
 ]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "gen_length", "min_tokens", "min_new_tokens")
+LIMITS = (
+    *("max_tokens", "max_completion_tokens", "max_output_tokens"),
+    *("max_new_tokens", "gen_length", "min_tokens", "min_new_tokens"),
+)
 MAX_TOKENS = 3
+TIMEOUTS = ("timeout_ms", "ttft_timeout_ms")  # a request that allows one millisecond rightly gets 504
+LONG_TIMEOUT_MS = 60_000
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +52,11 @@ def document(small_server: ServerProcess) -> BaseSchema:
 
 
 def shorten(body: Any) -> Any:
-    """Limits the generated tokens of a request body."""
+    """Limits the generated tokens of a request body, and makes timeouts long."""
     if not isinstance(body, dict):
         return body
     shortened = {key: _shorten_field(key, value) for key, value in body.items()}
-    for name in ("max_tokens", "max_new_tokens"):
+    for name in ("max_tokens", "max_new_tokens", "max_output_tokens"):
         shortened.setdefault(name, MAX_TOKENS)
     return shortened
 
@@ -56,6 +64,8 @@ def shorten(body: Any) -> Any:
 def _shorten_field(key: str, value: Any) -> Any:
     if key in LIMITS and isinstance(value, int) and value > MAX_TOKENS:
         return MAX_TOKENS
+    if key in TIMEOUTS and isinstance(value, int) and 0 < value < LONG_TIMEOUT_MS:
+        return LONG_TIMEOUT_MS
     is_nested = key in ("generate_config", "generation_config", "extra_configs")
     return shorten(value) if is_nested else value
 

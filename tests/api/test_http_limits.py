@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rtp_llm.api import http_protocol
-from rtp_llm.api.http_protocol import ConnectionLimit, HttpProtocol
+from rtp_llm.api.connection_limit import ConnectionLimit
+from rtp_llm.api.http_protocol import HttpProtocol
 from rtp_llm.api.listen import listening_sockets
 from rtp_llm.errors import ConfigError, FatalError
 from tests.api.conftest import StartApi
@@ -28,11 +29,8 @@ def connect(url: str) -> socket.socket:
 def read_to_end(sock: socket.socket) -> bytes:
     """Returns all that the server sends until it closes the connection."""
     received = b""
-    try:
-        while data := sock.recv(65536):
-            received += data
-    except ConnectionResetError:  # the server closed without reading all that was sent
-        pass
+    while data := sock.recv(65536):
+        received += data
     return received
 
 
@@ -49,13 +47,10 @@ def read_to_end(sock: socket.socket) -> bytes:
 def test_too_many_or_too_large_headers(lines: list[bytes], start_api: StartApi) -> None:
     api = start_api()
     with connect(api.url) as sock:
-        try:
-            sock.sendall(HEAD + b"\r\n".join(lines) + b"\r\n\r\n")
-        except OSError:
-            assert len(lines[0]) > 1 << 20  # refused while it was sent
+        sock.sendall(HEAD + b"\r\n".join(lines) + b"\r\n\r\n")
         answer = read_to_end(sock)
-    assert answer.startswith(b"HTTP/1.1 431 ") or (not answer and len(lines[0]) > 1 << 20)
-    assert b"128 headers, 64 KiB" in answer or not answer
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b"128 headers, 64 KiB" in answer
     assert api.get("/liveness").status_code == 200
 
 
@@ -130,7 +125,7 @@ def test_probes_are_answered_when_connections_use_up_the_limit(
 def test_the_limit_leaves_a_reserve() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 256));"
-        "from rtp_llm.api.http_protocol import ConnectionLimit;"
+        "from rtp_llm.api.connection_limit import ConnectionLimit;"
         "print(ConnectionLimit.from_rlimit().limit, *resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -8,8 +8,15 @@ from typing import Any
 import httpx
 import pytest
 
+from rtp_llm.api.compact_json import compact_json
+from rtp_llm.api.native import NativeResponse, NativeSequence
+from rtp_llm.api.schema import GenerateConfig
+from rtp_llm.api.service import OutputChunk, SlotReservation, TextParams
+from rtp_llm.api.stream import PIECE_CHARACTERS
+from rtp_llm.contract.sampling_params import SamplingParams
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
+from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
@@ -55,7 +62,6 @@ def generate(api: ApiServer, body: Any, **headers: str) -> Any:
         ({"prompt": "ab"}, "AB"),
         ({"text": "ab"}, "AB"),
         ({"prompt": "ab", "text": "cd"}, "AB"),
-        ({"prompt": ["ab", "cd"]}, "AB"),  # not a batch: upstream uses the first
         ({"text": ["ab"]}, "AB"),
         ({"messages": [{"role": "user", "content": "ab"}]}, "USER:ABASSISTANT:"),
         ({"prompt": "ab", "urls": [], "images": None}, "AB"),
@@ -69,7 +75,15 @@ def test_prompt_fields(body: dict[str, Any], expected: str, api: ApiServer) -> N
     assert (result["response"], result["finished"]) == (expected, True)
 
 
-@pytest.mark.parametrize("body", [{"prompt_batch": ["ab", "cd"]}, {"prompt_batch": ["ab", "cd"], "prompt": "x"}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt_batch": ["ab", "cd"]},
+        {"prompt_batch": ["ab", "cd"], "prompt": "x"},
+        {"prompt": ["ab", "cd"]},  # of which upstream answers only the first
+        {"text": ["ab", "cd"]},
+    ],
+)
 def test_a_batch(body: dict[str, Any], api: ApiServer) -> None:
     result = generate(api, body)
     assert [item["response"] for item in result["response_batch"]] == ["AB", "CD"]
@@ -290,7 +304,9 @@ def test_increments_of_a_batch_join_to_the_texts(api: ApiServer) -> None:
 @pytest.mark.parametrize("text", ["abc", "é🚀", " ", "a\n\tb", "<|end|>", ""])
 def test_tokenize(text: str, api: ApiServer) -> None:
     ids = api.model.tokenizer.encode(text)
-    assert api.post("/tokenize", {"prompt": text}).json() == {"token_ids": ids}
+    response = api.post("/tokenize", {"prompt": text}).json()  # in alibaba/rtp-llm's words and in vLLM's
+    assert response == {"token_ids": ids, "tokens": ids, "count": len(ids), "max_model_len": 2048}
+    assert api.post("/detokenize", {"model": "any", "tokens": ids}).json() == {"prompt": text}
     encoded = api.post("/tokenizer/encode", {"prompt": text, "return_offsets_mapping": True}).json()
     assert (encoded["token_ids"], encoded["error"]) == (ids, "")
     assert len(encoded["tokens"]) == len(encoded["offset_mapping"]) == len(ids)
@@ -362,3 +378,25 @@ def test_probabilities_are_those_of_the_openai_endpoint(http: httpx.Client) -> N
     values = choice["logprobs"]["token_logprobs"]
     assert native["aux_info"]["cum_log_probs"] == pytest.approx([sum(values)], abs=1e-3)
     assert len(native["aux_info"]["softmax_probs"]) == len(native["output_ids"][0]) == 6
+
+
+def test_a_large_response_is_encoded_in_pieces(start_api: StartApi) -> None:
+    """No piece takes the event loop for long."""
+    api = start_api(lambda submission: [ScriptedOutput([65], "length")], concurrency_limit=64)
+    config = {"return_input_ids": True, "return_output_ids": True, "aux_info": False}
+    response = api.post("/batch_infer", {"prompt_batch": ["a" * 2000] * 64, "generate_config": config})
+    assert "content-length" not in response.headers, "it is encoded while it is sent"
+    group: dict[str, Any] = {"response": api.model.tokenizer.decode([65]), "finished": True, "output_ids": [[65]]}
+    expected = {"response_batch": [group | {"input_ids": [api.model.tokens("a" * 2000)]}] * 64}
+    assert response.json() == expected
+    sequences = [
+        NativeSequence(prompt, SamplingParams(max_tokens=1), GenerateConfig.model_validate(config), "")
+        for prompt in [api.model.tokens("a" * 2000)] * 64
+    ]
+    for sequence in sequences:
+        sequence.add(OutputChunk(group["response"], [65], finish_reason="length"))
+    reservation = SlotReservation(api._service, 0)
+    whole = NativeResponse([[s] for s in sequences], TextParams(), is_batch=True, reservation=reservation)
+    pieces = list(whole.event("data:"))
+    assert max(map(len, pieces)) < 2 * PIECE_CHARACTERS
+    assert "".join(pieces) == f"data:{compact_json(expected)}\r\n\r\n"

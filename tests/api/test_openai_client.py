@@ -328,7 +328,12 @@ def test_invalid_requests_are_exceptions(client: openai.OpenAI) -> None:
 def test_server_errors_are_exceptions(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
     with make_client(api.url) as client:
-        with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
+        with client.chat.completions.create(model="demo", messages=HI, stream=True) as stream:
+            next(stream)
+            with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
+                chat(client)
+        api.wait_until(lambda: api.post("/v1/completions", {"prompt": ""}).status_code != 429)
+        with pytest.raises(openai.BadRequestError, match="CONCURRENCY_LIMIT"):
             chat(client, n=2)
         api.engine.script = lambda s: [
             ScriptedOutput(byte_model.tokens("so far")),
@@ -344,6 +349,22 @@ def test_server_errors_are_exceptions(start_api: StartApi, byte_model: ByteModel
 
 
 # Other methods of the client
+
+
+LINE_BREAKS = "a\u0085b\u2028c\u2029d"
+
+
+def test_line_breaks_of_unicode_do_not_split_events(start_api: StartApi, byte_model: ByteModel) -> None:
+    """The SDK's line reader also ends lines at U+0085, U+2028 and U+2029, so no event may hold one as it is."""
+    api = start_api(lambda s: [ScriptedOutput(byte_model.tokens(LINE_BREAKS), "length")])
+    with make_client(api.url) as client:
+        completion = client.completions.create(model="demo", prompt=LINE_BREAKS, echo=True, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in completion) == LINE_BREAKS * 2
+        chat_stream = client.chat.completions.create(model="demo", messages=HI, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chat_stream) == LINE_BREAKS
+    raw = api.stream("/", {"prompt": LINE_BREAKS, "stream": True}).decode()
+    assert LINE_BREAKS in raw.encode().decode("raw_unicode_escape")
+    assert not set("\u0085\u2028\u2029") & set(raw)
 
 
 def test_models(client: openai.OpenAI) -> None:

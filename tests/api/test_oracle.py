@@ -79,6 +79,40 @@ def test_prompt_logprobs(
     assert logprobs["token_logprobs"][1:] == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_prompt_logprobs_in_vllms_form(
+    logprobs: int | None, http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Each token of the prompt with its logprob and rank, and the likeliest ones, on both endpoints."""
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+    body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 3, "logprobs": logprobs}
+    [choice] = http.post("/v1/completions", json=body).json()["choices"]
+    _check_prompt_logprobs(choice["prompt_logprobs"], ids, 3, model, tokenizer)
+    if logprobs:
+        assert all(len(top) <= 2 for top in choice["logprobs"]["top_logprobs"]), "of the answer, not of the prompt"
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = {"messages": messages, "max_tokens": 1, "prompt_logprobs": 0, "logprobs": bool(logprobs)}
+    answer = http.post("/v1/chat/completions", json=chat).json()
+    ids = http.post("/tokenize", json={"messages": messages}).json()["token_ids"]
+    _check_prompt_logprobs(answer["prompt_logprobs"], ids, 0, model, tokenizer)
+    assert "prompt_logprobs" not in http.post("/v1/chat/completions", json=chat | {"prompt_logprobs": None}).json()
+
+
+def _check_prompt_logprobs(
+    rows: list[Any], ids: list[int], num_tops: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert len(rows) == len(ids)
+    assert rows[0] is None
+    logprobs = expected_logprobs(model, ids)
+    for token, row, expected in zip(ids[1:], rows[1:], logprobs, strict=False):
+        order = expected.argsort(descending=True).tolist()
+        assert row.keys() == {str(token), *map(str, order[:num_tops])}
+        for key, entry in row.items():
+            assert entry["logprob"] == pytest.approx(float(expected[int(key)]), abs=TOLERANCE)
+            assert entry["rank"] == order.index(int(key)) + 1
+            assert entry["decoded_token"] == _bytes(tokenizer, int(key)).decode(errors="replace")
+
+
 def test_chat(http: httpx.Client, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The rendered prompt of a chat equals that of transformers. Its logprobs do not depend on the temperature."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello 🚀"}]

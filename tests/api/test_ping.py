@@ -25,3 +25,13 @@ def test_a_silent_stream_sends_comments(start_api: StartApi) -> None:
 def test_zero_turns_comments_off(start_api: StartApi) -> None:
     api = start_api(lambda submission: [ScriptedOutput([1], "length")], sse_ping_seconds=0)
     assert b"ping" not in api.stream("/v1/completions", BODY)
+
+
+def test_comments_of_the_native_api_end_as_its_events_do(start_api: StartApi) -> None:
+    """Its clients split at CRLF CRLF."""
+    api = start_api(sse_ping_seconds=0.05)
+    with api.open_stream("/", {"prompt": "a", "yield_generator": True}) as response:
+        chunks = response.iter_bytes()
+        assert next(chunks) == b": ping\r\n\r\n"
+        api.engine.send_outputs(api.engine.next_submission(), ScriptedOutput([1], "length"))
+        assert b"".join(chunks).endswith(b"data:[done]\r\n\r\n")

@@ -131,6 +131,29 @@ def test_stop_strings_are_ignored_before_min_tokens(api: ApiServer, byte_model: 
     assert chat_text(api, {"stop": ".", "min_tokens": 3, "max_tokens": 9}) == ("a.b", "stop", 4)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 2, 2], [6], [1, 5], [4, 2]], ids=str)
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "expected"),
+    [
+        ("bc", 2, ("a", 3)),  # begins with token 2, ends with token 3
+        ("bc", 3, ("a", 3)),
+        ("bc", 4, ("abcdef", 6)),
+        ("def", 6, ("abc", 6)),
+    ],
+)
+def test_a_stop_string_may_begin_before_min_tokens(
+    sizes: list[int], stop: str, min_tokens: int, expected: tuple[str, int], api: ApiServer, byte_model: ByteModel
+) -> None:
+    """min_tokens counts the tokens of the stop string, however many tokens arrive at once."""
+    tokens = byte_model.tokens("abcdef")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    steps = [ScriptedOutput(tokens[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    set_script(api, [*steps, ScriptedOutput([], "length")])
+    text, finish, num_tokens = chat_text(api, {"stop": stop, "min_tokens": min_tokens, "max_tokens": 9})
+    assert (text, finish) == (expected[0], "length" if expected[0] == "abcdef" else "stop")
+    assert num_tokens >= expected[1]
+
+
 def test_special_tokens_are_skipped_by_default(api: ApiServer, byte_model: ByteModel) -> None:
     set_script(api, [ScriptedOutput([*byte_model.tokens("a"), byte_model.end, *byte_model.tokens("b")], "length")])
     assert chat_text(api, {}) == ("ab", "length", 3)
@@ -170,7 +193,7 @@ def test_defaults(api: ApiServer, byte_model: ByteModel) -> None:
     for params in (chat, completion, native):
         assert params.items() >= neutral.items()
         assert params["stop_token_ids"] == [byte_model.end]
-        assert (params["logprobs"], params["prompt_logprobs"], params["min_tokens"]) == (None, False, 0)
+        assert (params["logprobs"], params["prompt_logprobs"], params["min_tokens"]) == (None, None, 0)
 
 
 @pytest.mark.parametrize(

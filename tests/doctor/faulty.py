@@ -18,7 +18,7 @@ MIB = 1 << 20
 ENVIRON = {
     "TP_SIZE": "2",
     "START_PORT": "10000",
-    "CHECKPOINT_PATH": "org/model",
+    "CHECKPOINT_PATH": "/models/org/model",
     "LOG_LEVLE": "DEBUG",
     "NCCL_SOCKET_IFNAME": "bond0",
     "PROMETHEUS_MULTIPROC_DIR": "/tmp/metrics",

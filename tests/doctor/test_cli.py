@@ -20,7 +20,7 @@ from doctor.render import FORMATS
 from tests.doctor.fixtures import DEMO, REPOSITORY, doctor, failed_checks, report
 
 PORT = {"START_PORT": "19861", "CHECKPOINT_PATH": str(DEMO)}
-HUB_NAME = {**PORT, "CHECKPOINT_PATH": "org/model"}  # M-08, an error
+NO_MODEL = {**PORT, "CHECKPOINT_PATH": "/models/org/model"}  # M-08, an error
 TYPO = {**PORT, "LOG_LEVLE": "INFO"}  # M-13, a warning
 TIER_0 = [id for id, check in REGISTRY.items() if check.tier == 0]
 
@@ -59,12 +59,12 @@ def unnamed_user() -> list[str]:
         ((), PORT, 0, "ready:"),
         ((), TYPO, 0, "ready, with warnings:"),
         (("--strict",), TYPO, 1, "ready, with warnings:"),
-        ((), HUB_NAME, 1, "not ready:"),
-        (("--ignore", "M-08"), HUB_NAME, 1, "not ready:"),  # M-07, which needs M-08, runs and fails
-        (("--ignore", "M-08,M-07"), HUB_NAME, 0, "ready, with warnings:"),
-        (("--ignore", "m-08, M-07, M-13"), HUB_NAME, 0, "ready, with warnings:"),
-        (("--ignore", "M-08,M-07", "--strict"), HUB_NAME, 1, "ready, with warnings:"),
-        (("--only", "S-01"), HUB_NAME, 0, "ready:"),
+        ((), NO_MODEL, 1, "not ready:"),
+        (("--ignore", "M-08"), NO_MODEL, 1, "not ready:"),  # M-07, which needs M-08, runs and fails
+        (("--ignore", "M-08,M-07"), NO_MODEL, 0, "ready, with warnings:"),
+        (("--ignore", "m-08, M-07, M-13"), NO_MODEL, 0, "ready, with warnings:"),
+        (("--ignore", "M-08,M-07", "--strict"), NO_MODEL, 1, "ready, with warnings:"),
+        (("--only", "S-01"), NO_MODEL, 0, "ready:"),
     ],
 )
 def test_exit_codes(arguments: Sequence[str], env: dict[str, str], code: int, verdict: str) -> None:
@@ -148,7 +148,7 @@ def test_only_selects_categories() -> None:
 
 def test_only_fails_if_a_dependency_fails() -> None:
     """M-05 is skipped because M-08 fails, so the run must fail although only M-05 was selected."""
-    process = doctor("-o", "json", "--only", "M-05", env=HUB_NAME)
+    process = doctor("-o", "json", "--only", "M-05", env=NO_MODEL)
     assert failed_checks(report(process)) == {"M-08": "error"}
     assert process.returncode == 1
 
@@ -399,7 +399,7 @@ def test_ctrl_c_prints_no_traceback() -> None:
     "environ", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
 def test_encoding_without_the_symbols(environ: dict[str, str]) -> None:
-    process = doctor("-v", env={**HUB_NAME, **environ})
+    process = doctor("-v", env={**NO_MODEL, **environ})
     assert (process.returncode, process.stderr) == (1, "")
     assert process.stdout.isascii()
 

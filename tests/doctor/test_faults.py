@@ -20,6 +20,7 @@ from doctor.context import CheckContext
 from doctor.host import DiskSpace, Interface
 from rtp_llm.machine.gpus import GpuInventory
 from rtp_llm.parallel.plan import PlannedPort
+from tests.api.pooling_checkpoints import write_steps
 from tests.doctor.fixtures import GIB, REPOSITORY, FakeHost, by_id, fix, problems, run_context_checks
 
 MEMBERS = {f"x_part{n}": {"name": f"x_part{n}", "ip": f"10.0.0.{5 + n}", "port": 10000} for n in range(2)}
@@ -171,6 +172,7 @@ FAULTS: dict[str, tuple[str, Callable[[FakePart], object], str, str]] = {
         "error",
         "WORLD_RANK=0   in place of WROLD_RANK",
     ),
+    "a misspelled key": ("M-13", lambda part: part.set(API_KEYS="s3cret"), "error", "API_KEY=…   in place of API_KEYS"),
     "a misspelled setting": ("M-13", lambda part: part.set(LOG_LEVLE="INFO"), "warn", "LOG_LEVEL=INFO"),
     "a list that is a fifo": (
         "C-02",
@@ -209,7 +211,6 @@ FAULTS: dict[str, tuple[str, Callable[[FakePart], object], str, str]] = {
         "error",
         "docker run -v /models/none:/models/none:ro",
     ),
-    "a hub's name": ("M-08", lambda part: part.set(CHECKPOINT_PATH="org/model"), "error", "hf download org/model"),
     "a pointer": (
         "M-05",
         lambda part: part.shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
@@ -263,6 +264,12 @@ FAULTS: dict[str, tuple[str, Callable[[FakePart], object], str, str]] = {
         lambda part: part.config(quantization_config={"quant_method": "gptq"}),
         "error",
         "another checkpoint",
+    ),
+    "another pooling": (
+        "M-12",
+        lambda part: write_steps(part.model, pooling="mean_tokens"),
+        "error",
+        "TASK_TYPE=LANGUAGE_MODEL",
     ),
     "heads": (
         "M-01",

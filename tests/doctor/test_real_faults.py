@@ -255,8 +255,14 @@ def test_three_faults_give_three_problems(demo: Path) -> None:
 
 def test_value_of_a_misspelled_secret_is_not_shown(two_ranks: dict[str, str]) -> None:
     done = doctor("-o", "json", env={**two_ranks, "GANG_SERCET": "hunter2"})
-    assert failed_checks(report(done)) == {"M-13": "warn"}
+    assert failed_checks(report(done)) == {"M-13": "error"}
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_host_of_another_machine(two_ranks: dict[str, str]) -> None:
+    done = doctor("-o", "json", env={**two_ranks, "HOST": "192.0.2.1"})
+    assert failed_checks(report(done)) == {"N-08": "error"}
+    assert "correct HOST" in remedy(done, "N-08")
 
 
 def test_ignored_error_does_not_skip_dependent_checks(two_ranks: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Tests of the manifests: they match the schemas of kubernetes-validate, and their pods form one gang."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,17 @@ def built_in_objects(variant: str) -> Iterator[Object]:
 def test_manifests_match_the_kubernetes_schemas(variant: str, version: str) -> None:
     for manifest in built_in_objects(variant):
         kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_every_part_of_the_compose_file_keeps_downloads_in_a_volume() -> None:
+    [home] = re.findall(r"HF_HOME=(\S+)", (IMAGE / "Dockerfile").read_text())
+    compose = yaml.safe_load((IMAGE.parent / "docker-compose.yml").read_text())
+    parts = [service for service in compose["services"].values() if "CHECKPOINT_PATH" in service.get("environment", {})]
+    assert len(parts) == 4
+    for part in parts:
+        assert f"${{HUB_DIR:-hub}}:{home}" in part["volumes"]
+        assert part["environment"]["HF_TOKEN"] is None, "passed on, but no empty value where it is unset"
+    assert "hub" in compose["volumes"]
 
 
 def test_validator_rejects_an_unknown_field() -> None:
@@ -149,6 +161,7 @@ def test_pods_meet_the_requirements_of_the_doctor(variant: str) -> None:
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
     assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "2Gi"}  # S-01
     assert "emptyDir" in mounts["/tmp"]  # L-11, with a read-only root
+    assert mounts[env_values(container)["HF_HOME"]]["name"] == "hub"  # M-20
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert spec["securityContext"]["runAsNonRoot"] is True
 

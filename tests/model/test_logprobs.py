@@ -49,10 +49,10 @@ def check_prompt(logprobs: list[Logprob], answer: OracleAnswer, top: int) -> Non
 @pytest.mark.parametrize("reuse_cache", [True, False])
 def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> None:
     engine = drive.make_single_rank_engine(oracle.path, max_batch_tokens_size=chunk, reuse_cache=reuse_cache)
-    requests = oracle.greedy_requests(logprobs=TOP, prompt_logprobs=True)
+    requests = oracle.greedy_requests(logprobs=TOP, prompt_logprobs=TOP)
     # Other requests in the batch, without logprobs or with a different number of them.
     others = [greedy_request([*a.prompt[1:], 3], 40, id=f"c{i}") for i, a in enumerate(oracle.answers)]
-    others[2] = greedy_request(oracle.answers[2].prompt, NEW_TOKENS, id="c2", logprobs=0, prompt_logprobs=True)
+    others[2] = greedy_request(oracle.answers[2].prompt, NEW_TOKENS, id="c2", logprobs=0, prompt_logprobs=0)
     completions = drive.run(engine, [r for pair in zip(others, requests, strict=True) for r in pair])
     for index, answer in enumerate(oracle.answers):
         completion = completions[str(index)]
@@ -67,7 +67,7 @@ def test_prompt_logprobs_per_step_are_limited(oracle: Oracle) -> None:
     """Prompt logprobs are correct if the scheduler limits the chunks of prompts that need them, because each needs a
     row of logits. The limit is lowered, since these prompts are short."""
     requests = [
-        greedy_request(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=i % 2 == 0)
+        greedy_request(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=TOP if i % 2 == 0 else None)
         for i, a in enumerate(oracle.answers)
     ]
     with mock.patch("rtp_llm.engine.scheduler.PROMPT_LOGPROB_CHUNK", 5):
@@ -78,11 +78,28 @@ def test_prompt_logprobs_per_step_are_limited(oracle: Oracle) -> None:
         check(completions[str(index)].logprobs, answer.tokens[:8], answer.logits[:8], TOP)
 
 
+def test_named_tokens(oracle: Oracle) -> None:
+    """Of these tokens instead of the most likely ones, beside requests that want others."""
+    ids = (3, 0, 200)
+    named = oracle.greedy_requests(8, logprobs=0, logprob_token_ids=ids)
+    others = [greedy_request(a.prompt, 8, id=f"o{i}", logprobs=i % 3) for i, a in enumerate(oracle.answers)]
+    requests = [r for pair in zip(named, others, strict=True) for r in pair]
+    completions = drive.run(drive.make_single_rank_engine(oracle.path), requests)
+    for index, answer in enumerate(oracle.answers):
+        expected = log_softmax(answer.logits[:8])
+        for (value, _, tokens), token, row in zip(
+            completions[str(index)].logprobs, answer.tokens, expected, strict=False
+        ):
+            assert [t for t, _ in tokens] == list(ids)
+            np.testing.assert_allclose([value, *(v for _, v in tokens)], row[[token, *ids]], rtol=0, atol=TOLERANCE)
+        check(completions[f"o{index}"].logprobs, answer.tokens[:8], answer.logits[:8], index % 3)
+
+
 def test_cached_prompt_has_prompt_logprobs(oracle: Oracle) -> None:
     answer = oracle.answers[-1]
     engine = drive.make_single_rank_engine(oracle.path)
     drive.run(engine, [greedy_request(answer.prompt, 2, id="first")])
-    completions = drive.run(engine, [greedy_request(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)])
+    completions = drive.run(engine, [greedy_request(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=TOP)])
     check_prompt(completions["0"].prompt_logprobs, answer, TOP)
     answer.check(completions["0"].tokens, completions["0"].logits)
 
@@ -95,7 +112,7 @@ def test_preemption_during_the_prompt(oracle: Oracle, reuse_cache: bool) -> None
     engine = drive.make_single_rank_engine(oracle.path, reuse_cache=reuse_cache, **settings)
     requests = [
         greedy_request(older.prompt, NEW_TOKENS, id="older"),
-        greedy_request(newer.prompt, 20, id="newer", logprobs=TOP, prompt_logprobs=True),
+        greedy_request(newer.prompt, 20, id="newer", logprobs=TOP, prompt_logprobs=TOP),
     ]
     completions = {r.id: drive.Completion() for r in requests}
     for request in requests:
@@ -122,7 +139,7 @@ def test_preemption_after_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
     completions = drive.run(
         engine,
         [
-            greedy_request(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=True)
+            greedy_request(a.prompt, NEW_TOKENS, id=str(i), logprobs=TOP, prompt_logprobs=TOP)
             for i, a in enumerate(answers)
         ],
     )
@@ -134,7 +151,7 @@ def test_preemption_after_the_prompt(oracle: Oracle, reuse_cache: bool) -> None:
 
 def test_resumed_request_has_no_prompt_logprobs(oracle: Oracle) -> None:
     answer = oracle.answers[-1]
-    request = greedy_request(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=True)
+    request = greedy_request(answer.prompt, NEW_TOKENS, logprobs=TOP, prompt_logprobs=TOP)
     resumed = Request(request.id, list(answer.prompt), request.params, answer.tokens[:10])
     completion = drive.run(drive.make_single_rank_engine(oracle.path), [resumed])["0"]
     assert completion.prompt_logprobs == []
@@ -171,7 +188,7 @@ def test_logprobs_are_of_unprocessed_logits(oracle: Oracle) -> None:
 @pytest.mark.parametrize("rank_pool", [3], ids="tp{}".format, indirect=True)
 def test_several_ranks(rank_pool: RankPool, oracles: Oracles) -> None:
     oracle = oracles("qwen2-14-heads")
-    requests = oracle.greedy_requests(logprobs=TOP, prompt_logprobs=True)
+    requests = oracle.greedy_requests(logprobs=TOP, prompt_logprobs=TOP)
     completions = rank_pool.run(oracle.path, [requests], "local", max_batch_tokens_size=13).completions
     for index, answer in enumerate(oracle.answers):
         check_prompt(completions[str(index)].prompt_logprobs, answer, TOP)

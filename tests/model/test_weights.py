@@ -39,6 +39,7 @@ class FakeGroup:
     """One rank of a process group without the other ranks, which loading does not need."""
 
     wait_seconds: float | None = None
+    is_waiting = False
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size

@@ -94,7 +94,10 @@ class Peer:
 
     def beat(self, phase: str = "serving", **rank_status: Any) -> None:
         defaults = {"part": 0, "pid": 1, "phase": phase, "progress": 0.0, "idle_s": 0.0}
-        self.send(FrameType.HEARTBEAT, {**defaults, "longest_s": 0.0, "progress_count": 0, **rank_status})
+        self.send(
+            FrameType.HEARTBEAT,
+            {**defaults, "longest_s": 0.0, "progress_count": 0, "in_collective": False, **rank_status},
+        )
 
     def receive(self, frame_type: FrameType) -> dict[str, Any]:
         """Returns the next message of this type. Raises WireError if the connection ends before."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rtp_llm.machine.process import stopping_file
 from rtp_llm.parallel import coordinator
 from rtp_llm.parallel.wire import FrameType, pack_frame, pack_json
 from tests.parallel.rendezvous import FINGERPRINT, CoordinatorThread, Peer, part_specs, until
@@ -197,6 +198,22 @@ def test_survivor_keeps_its_rank_and_the_spare_takes_the_lost_one(start: Start, 
     assert {(w["epoch"], w["num_blocks"], w["max_seq_len"]) for w in welcomes} == {(2, 77, 500)}
 
 
+def test_the_stop_of_part_0_is_logged_once(start: Start, dial: Dial, caplog: pytest.LogCaptureFixture) -> None:
+    thread = start(num_parts=1)
+    workers = [dial(thread).join(index=index) for index in range(2)]
+    for worker in workers:
+        worker.receive(FrameType.WELCOME)
+    stopping_file(thread.coordinator.part_spec.run_dir).touch()
+    for worker in workers:
+        worker.close()
+    until(lambda: not thread.coordinator.rendezvous.workers)
+    with thread.paused():  # it has finished what it does about the last one
+        pass
+    assert [r.getMessage() for r in caplog.records if "stopping" in r.getMessage()] == [
+        "epoch 1 ends: part0 is stopping"
+    ]
+
+
 def test_restarted_worker_becomes_the_spare(start: Start, dial: Dial) -> None:
     thread = start(num_parts=1)
     workers = [dial(thread).join(index=index) for index in range(2)]
@@ -332,6 +349,9 @@ def test_frozen_part_is_not_killed(start: Start, dial: Dial, monkeypatch: pytest
         ([{"idle_s": 11.0, "progress_count": 8}, {"idle_s": 12.0, "progress_count": 7}], [1001]),
         ([{"idle_s": 12.0, "progress_count": 7}, {"idle_s": 11.0, "progress_count": 8}], [1000]),
         ([{"idle_s": 11.0, "progress_count": 7}, {"idle_s": 11.0, "progress_count": 7}], [1000, 1001]),
+        ([{"idle_s": 11.0, "in_collective": True}, {"idle_s": 11.0}], [1001]),
+        ([{"idle_s": 11.0}, {"idle_s": 11.0, "in_collective": True}], [1000]),
+        ([{"idle_s": 11.0, "in_collective": True}, {"idle_s": 11.0, "in_collective": True}], [1000, 1001]),
         ([{"idle_s": 0.0, "progress_count": 9}, {"idle_s": 11.0, "progress_count": 9}], [1001]),
         ([{"idle_s": 9.0}, {"idle_s": 9.0}], []),
         ([{"idle_s": 11.0, "longest_s": 0.6}, {"idle_s": 11.0, "longest_s": 0.6}], []),

@@ -27,7 +27,9 @@ def expected_state(oracle: Oracle, prompt: list[int]) -> np.ndarray:
     return state
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_batch_tokens_size": 16}, {"max_batch_tokens_size": 16, "rtp_pipeline_depth": 1}], ids=str
+)
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_hidden_state_of_the_last_token(oracle: Oracle, tp_size: int, settings: dict[str, Any]) -> None:
     """Beside requests that generate, of which one has the same prompt: its text is not disturbed."""
@@ -36,7 +38,7 @@ def test_hidden_state_of_the_last_token(oracle: Oracle, tp_size: int, settings: 
         for i, answer in enumerate(oracle.answers)
     ]
     generating = [greedy_request(answer.prompt, 8, id=f"{i}") for i, answer in enumerate(oracle.answers)]
-    states: dict[str, list[float]] = {}
+    states: dict[str, bytes] = {}
     tokens: dict[str, list[int]] = {request.id: [] for request in generating}
     with thread_ranks(oracle.path, tp_size, **settings) as (engine, _):
         for pair in zip(pooled, generating, strict=True):
@@ -50,5 +52,22 @@ def test_hidden_state_of_the_last_token(oracle: Oracle, tp_size: int, settings: 
                     assert (output.tokens, output.finish) == ([], "stop")
                     states[output.request_id] = output.hidden_state
     for request, answer in zip(pooled, oracle.answers, strict=True):
-        np.testing.assert_allclose(states[request.id], expected_state(oracle, answer.prompt), rtol=0, atol=1e-4)
+        state = np.frombuffer(states[request.id], np.float32)
+        np.testing.assert_allclose(state, expected_state(oracle, answer.prompt), rtol=0, atol=1e-4)
     assert tokens == {f"{i}": answer.tokens[:8] for i, answer in enumerate(oracle.answers)}
+
+
+def test_a_cached_prompt_gives_the_same_state(oracle: Oracle) -> None:
+    """Of a prompt whose blocks are all in the prefix cache, the last token is computed again."""
+    answer = oracle.answers[-1]
+    states = []
+    with thread_ranks(oracle.path, 1) as (engine, _):
+        for id in ("first", "again", "longer"):
+            prompt = answer.prompt[:64] if id != "longer" else answer.prompt
+            assert engine.add(Request(id, list(prompt), SamplingParams(max_tokens=1, pooling=True))) is None
+            while engine.has_work:
+                states += [np.frombuffer(output.hidden_state, np.float32) for output in engine.step()]
+        assert engine.scheduler.stats.prefix_hits > 0
+    for state, length in zip(states, (64, 64, len(answer.prompt)), strict=True):
+        expected = expected_state(oracle, answer.prompt[:length])
+        np.testing.assert_allclose(state, expected, rtol=0, atol=1e-4)

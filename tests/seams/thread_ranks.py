@@ -26,6 +26,7 @@ class ThreadGroup:
     """The group of one of several ranks that are threads."""
 
     wait_seconds: float | None = None
+    is_waiting = False
 
     def __init__(self, rank: int, tensors: list[Tensor], barrier: threading.Barrier):
         self.rank, self.size = rank, len(tensors)

@@ -192,6 +192,30 @@ def test_misspelled_variable_is_a_warning_without_its_value(typo: str, meant: st
     assert loaded.warnings == (f"{typo} is not a variable of this server: did you mean {meant}?",)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("API_KEYS", "API_KEY"),
+        ("APIKEY", "API_KEY"),
+        ("API_KEYS_FILE", "API_KEY_FILE"),
+        ("ADMIN_KEYS", "ADMIN_KEY"),
+        ("GANG_SERCET", "GANG_SECRET"),
+        ("SSL_CERTFLE", "SSL_CERTFILE"),
+    ],
+)
+def test_a_misspelled_access_setting_is_an_error(name: str, meant: str) -> None:
+    """The server would be open by mistake."""
+    with pytest.raises(ConfigError, match=f"^{name} is not .* open without {meant}; allowed: ") as raised:
+        load([], {name: "s3cret"}).check_access()
+    assert "s3cret" not in str(raised.value)
+
+
+def test_a_near_miss_is_no_error_where_the_setting_is_set() -> None:
+    load([], {"API_KEYS": "a", "API_KEY": "b"}).check_access()
+    load([], {"API_KEYS": "a", "API_KEY_FILE": "/keys"}).check_access()
+    load([], {"LOG_LEVLE": "INFO", "OPENAI_API_KEY": "a", "HF_API_KEY": "a", "ALLOWED_HOST": "a"}).check_access()
+
+
 @pytest.mark.parametrize("name", ["DP_RANK", "EP_RANK", "LOGLEVEL", "USE_CACHE", "LWS_LEADER_ADDRESS", "LOG_DIR"])
 def test_variable_of_another_program_is_not_a_typo(name: str) -> None:
     assert load([], {name: "1"}).misspelled == ()
@@ -268,6 +292,7 @@ PER_PART = {
     "act_type": "model.dtype is compared",
     "model_type": "model.family is compared",
     "checkpoint_path": "model.checkpoint is compared",
+    "tokenizer_path": "only rank 0 reads it, for grammars",
 }
 RANK_CODE = ("engine", "runner", "model", "layers", "kernels")
 

@@ -24,7 +24,7 @@ OUTPUTS = st.builds(
     finish=st.sampled_from([None, *get_args(FinishReason)]),
     cached_tokens=st.integers(0, 2**31 - 1),
     queue_ms=st.floats(0, 1e6, width=32),
-    hidden_state=st.lists(FLOATS, max_size=3),
+    hidden_state=st.binary(max_size=40),
     error=st.text(max_size=20),
 )
 STATS = st.builds(EngineStats, running=st.integers(0, 99), flops=st.integers(0, 2**53), step_seconds=st.floats(0, 9))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from rtp_llm.supervise.restart_budget import MAX_DELAY_SECONDS, VERDICT_SECONDS, WINDOW_SECONDS, RestartBudget
 
 SIGNAL = -1
+SERVED = float("inf")  # the gang serves all the time
 SETTLED = VERDICT_SECONDS + 1
 
 
@@ -14,7 +15,7 @@ def charged(limit: int, *times: float) -> RestartBudget:
     """Returns a budget with a failure outside of any epoch, which counts at once, at each of these times."""
     budget = RestartBudget(limit)
     for time in times:
-        budget.charge(time, f"worker0 at {time}", SIGNAL)
+        budget.charge(time, f"worker0 at {time}", SIGNAL, SERVED)
     return budget
 
 
@@ -39,10 +40,10 @@ def test_failures_older_than_ten_minutes_do_not_count() -> None:
 def test_processes_that_ended_one_epoch_are_one_failure() -> None:
     budget = RestartBudget(1)
     for time, code in ((0.0, SIGNAL), (0.1, 71), (3.0, 71)):
-        budget.charge(time, "4", code)
+        budget.charge(time, "4", code, SERVED)
     assert budget.num_failures(SETTLED, {}) == 1
     assert budget.last_codes() == [SIGNAL, 71, 71]
-    budget.charge(SETTLED, "5", 70)
+    budget.charge(SETTLED, "5", 70, SERVED)
     assert budget.last_codes() == [70]
 
 
@@ -54,28 +55,28 @@ def test_verdict_on_a_lost_epoch(verdict: str | None, at_once: int, later: int) 
     """What a request broke is free. Without a verdict the loss counts after five seconds, also if the API hangs."""
     verdicts = {"7": verdict} if verdict else {}
     budget = RestartBudget(3)
-    budget.charge(10.0, "7", SIGNAL)
+    budget.charge(10.0, "7", SIGNAL, SERVED)
     assert budget.num_failures(10.0, verdicts) == at_once
     assert budget.num_failures(10.0 + SETTLED, verdicts) == later
 
 
 def test_verdict_may_turn_against_the_engine_later() -> None:
     budget = RestartBudget(0)
-    budget.charge(0.0, "7", SIGNAL)
+    budget.charge(0.0, "7", SIGNAL, SERVED)
     assert not budget.is_spent(60.0, {"7": "investigating"})
     assert budget.is_spent(61.0, {"7": "engine"})
 
 
 def test_verdict_on_another_epoch_does_not_matter() -> None:
     budget = RestartBudget(3)
-    budget.charge(0.0, "7", SIGNAL)
+    budget.charge(0.0, "7", SIGNAL, SERVED)
     assert budget.num_failures(SETTLED, {"6": "request", "8": "request"}) == 1
 
 
 def test_without_restarts_the_first_failure_counts_at_once() -> None:
     """With RESTART_LIMIT=0 the part must not serve five more seconds in which a client sees 503."""
     budget = RestartBudget(0)
-    budget.charge(0.0, "1", SIGNAL)
+    budget.charge(0.0, "1", SIGNAL, SERVED)
     assert budget.is_spent(0.0, {})
 
 
@@ -95,11 +96,24 @@ def test_budget_counts_the_epochs_that_no_request_ended(events: list[tuple[float
         now += pause
         if now - lost.get(epoch, now) > WINDOW_SECONDS:
             del lost[epoch]
-        budget.charge(now, str(epoch), SIGNAL)
+        budget.charge(now, str(epoch), SIGNAL, SERVED)
         lost.setdefault(epoch, now)
         verdicts[str(epoch)] = verdict
     now += SETTLED
-    budget.charge(now, "unrelated", SIGNAL)  # what is too old is forgotten with the next failure
+    budget.charge(now, "unrelated", SIGNAL, SERVED)  # what is too old is forgotten with the next failure
     counting = {e for e, at in lost.items() if now - at <= WINDOW_SECONDS and verdicts[str(e)] in ("", "engine")}
     assert budget.num_failures(now, verdicts) == len(counting) + 1
     assert budget.is_spent(now, verdicts) == (len(counting) + 1 > limit)
+
+
+def test_failures_without_serving_in_between_are_not_forgotten() -> None:
+    """Epochs whose communicator fails after its timeout of minutes are rarer than the window is long."""
+    budget = RestartBudget(2)
+    for number in range(3):
+        now = number * WINDOW_SECONDS
+        assert not budget.is_spent(now, {})
+        budget.charge(now, f"{number}", 70, served_at=-1.0)
+    now += SETTLED
+    assert budget.is_spent(now, {})
+    budget.charge(now + WINDOW_SECONDS, "3", 70, served_at=now)
+    assert not budget.is_spent(now + WINDOW_SECONDS, {})

@@ -11,13 +11,18 @@ TEXT = st.text("ab", max_size=12)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 
-def truncate_whole_text(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+def truncate_whole_text(text: str, stops: list[str], include: bool, exempt: int = 0) -> tuple[str, str | None]:
     """Returns (text up to the stop string that must end it, that stop string or None): the expected result of the stop
     checker.
 
-    The match that starts first wins; of those that start there, the longest.
+    The match that starts first wins; of those that start there, the longest. None ends within `exempt` characters.
     """
-    matches = sorted((text.index(stop), -len(stop), stop) for stop in stops if stop in text)
+    matches = sorted(
+        (start, -len(stop), stop)
+        for start in range(len(text))
+        for stop in stops
+        if text.startswith(stop, start) and start + len(stop) > exempt
+    )
     if not matches:
         return text, None
     start, _, stop = matches[0]
@@ -36,6 +41,20 @@ def test_result_does_not_depend_on_the_chunks(chunks: list[str], stops: list[str
         assert matched == checker.matched
         assert expected[0].startswith(sent)
     sent += checker.flush()
+    assert (sent, checker.matched) == expected
+
+
+@settings(max_examples=500, deadline=None)
+@given(exempt=st.lists(TEXT, max_size=3), chunks=st.lists(TEXT, max_size=4), stops=STOPS, include=st.booleans())
+def test_no_match_ends_within_exempt_text(
+    exempt: list[str], chunks: list[str], stops: list[str], include: bool
+) -> None:
+    checker = StopChecker(stops, include)
+    length = len("".join(exempt))
+    expected = truncate_whole_text("".join([*exempt, *chunks]), stops, include, length)
+    sent = "".join(checker.push_exempt(chunk) for chunk in exempt)
+    assert checker.matched is None
+    sent += "".join(checker.push(chunk)[0] for chunk in chunks) + checker.flush()
     assert (sent, checker.matched) == expected
 
 

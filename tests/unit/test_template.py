@@ -124,7 +124,7 @@ ODDITIES = """\
 {# a comment #}
   {% set seen = 0 %}
 {% for message in messages %}
-    {% if message.role == 'system' %}{% continue %}{% endif %}
+    {% if message.name == 'hidden' %}{% continue %}{% endif %}
     {% if loop.index > 3 %}{% break %}{% endif %}
   {{ text_of(message.content) }}|
     {% generation %}
@@ -169,8 +169,12 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "two calls": [USER, {"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]}, USER],
     "wrong order": [USER, USER],
-    "prefill": [USER, ANSWER],
+    "hidden": [USER, {**ANSWER, "name": "hidden"}, USER],
+    "answer last": [USER, ANSWER],
 }
+
+# Transformers refuses the role of a tool's result, which we replace.
+ADAPTED = {("mistral", "tool round")}
 
 MakeTokenizers = Callable[..., tuple[Tokenizer, Any]]
 
@@ -196,6 +200,10 @@ def make_tokenizers(tmp_path: Path) -> MakeTokenizers:
     return build
 
 
+def text_of(template: ChatTemplate, messages: list[dict[str, Any]], **options: Any) -> str:
+    return template.render(messages, **options).text
+
+
 def render_or_error(render: Callable[[], str]) -> tuple[str | None, str | None]:
     """Returns (text, None), or (None, error message)."""
     try:
@@ -219,7 +227,10 @@ def test_the_prompt_is_that_of_transformers(
             expected, expected_error = render_or_error(
                 partial(hf_tokenizer.apply_chat_template, messages, tokenize=False, **options)
             )
-            text, error = render_or_error(partial(chat_template.render, messages, **options))
+            text, error = render_or_error(partial(text_of, chat_template, messages, **options))
+            if error is None and (template, conversation) in ADAPTED:
+                assert expected_error
+                continue
             assert text == expected
             assert (expected_error or "") in (error or "")
             assert bool(expected_error) == bool(error)
@@ -233,7 +244,7 @@ def test_most_prompts_of_the_comparison_render(make_tokenizers: MakeTokenizers) 
         template = ChatTemplate.select(make_tokenizers(source)[0], explicit=None)
         for messages in CONVERSATIONS.values():
             try:
-                num_rendered += bool(template.render(messages))
+                num_rendered += bool(template.render(messages).text)
             except TemplateError:
                 continue
     assert num_rendered >= 0.8 * len(TEMPLATES) * len(CONVERSATIONS)
@@ -243,21 +254,25 @@ def test_requests_with_tools_use_the_tool_template(make_tokenizers: MakeTokenize
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     tokenizer, hf_tokenizer = make_tokenizers(named)
     template = ChatTemplate.select(tokenizer, explicit=None)
-    assert template.render([USER]) == "plain" == hf_tokenizer.apply_chat_template([USER], tokenize=False)
-    assert template.render([USER], tools=TOOLS) == "tools"
-    assert template.render([USER], tools=[]) == "plain"
-    assert ChatTemplate.select(tokenizer, explicit=None, default_key="tool_use").render([USER]) == "tools"
-    assert ChatTemplate.select(tokenizer, explicit=None, tool_key="none such").render([USER], tools=TOOLS) == "plain"
+    assert template.render([USER]).text == "plain" == hf_tokenizer.apply_chat_template([USER], tokenize=False)
+    assert template.render([USER], tools=TOOLS).text == "tools"
+    assert template.render([USER], tools=[]).text == "plain"
+    assert ChatTemplate.select(tokenizer, explicit=None, default_key="tool_use").render([USER]).text == "tools"
+    assert (
+        ChatTemplate.select(tokenizer, explicit=None, tool_key="none such").render([USER], tools=TOOLS).text == "plain"
+    )
 
 
 def test_explicit_template_overrides_the_checkpoints(make_tokenizers: MakeTokenizers, tmp_path: Path) -> None:
     tokenizer, _ = make_tokenizers([{"name": "default", "template": "own"}, {"name": "tool_use", "template": "tools"}])
     path = tmp_path / "mine.jinja"
     path.write_text("mine {{ messages[0].content }}", encoding="utf-8")
-    assert ChatTemplate.select(tokenizer, explicit=str(path)).render([USER], tools=TOOLS) == "mine " + USER["content"]
+    assert (
+        ChatTemplate.select(tokenizer, explicit=str(path)).render([USER], tools=TOOLS).text == "mine " + USER["content"]
+    )
     chatml = ChatTemplate.select(tokenizer, explicit="qwen")
     assert chatml.name == "built-in 'chatml'"
-    assert chatml.render([USER]) == f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
+    assert chatml.render([USER]).text == f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_unknown_explicit_name_lists_the_built_in_names(make_tokenizers: MakeTokenizers) -> None:
@@ -282,7 +297,10 @@ def test_checkpoint_without_template_gets_the_built_in_of_its_family(
     tokenizer, _ = make_tokenizers()
     template = ChatTemplate.select(tokenizer, explicit=None, model_type=model_type)
     assert template.name == f"built-in {name!r}"
-    assert template.render([SYSTEM, USER]) == ChatTemplate.select(tokenizer, explicit=name).render([SYSTEM, USER])
+    assert (
+        template.render([SYSTEM, USER]).text
+        == ChatTemplate.select(tokenizer, explicit=name).render([SYSTEM, USER]).text
+    )
 
 
 def test_llama_generation_is_detected_by_control_tokens(make_tokenizers: MakeTokenizers) -> None:
@@ -315,7 +333,7 @@ BUILT_IN = {
 def test_built_in_templates(make_tokenizers: MakeTokenizers, name: str) -> None:
     template = ChatTemplate.select(make_tokenizers()[0], explicit=name)
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
-    assert template.render([{"role": role, "content": content} for role, content in turns]) == BUILT_IN[name]
+    assert template.render([{"role": role, "content": content} for role, content in turns]).text == BUILT_IN[name]
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
@@ -328,7 +346,7 @@ def test_built_in_chatml_with_tools(make_tokenizers: MakeTokenizers) -> None:
     template = ChatTemplate.select(make_tokenizers()[0], explicit="chatml")
     results = [{"role": "tool", "content": "9 °C"}, {"role": "tool", "content": "8 °C"}]
     call_message = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
-    text = template.render([SYSTEM, USER, call_message, *results], tools=TOOLS)
+    text = template.render([SYSTEM, USER, call_message, *results], tools=TOOLS).text
     assert text.startswith("<|im_start|>system\n You are terse. \n\n# Tools")
     assert text.count("<|im_start|>system") == 1
     assert "<tools>\n" + json.dumps(TOOLS[0], ensure_ascii=False) + "\n</tools>" in text
@@ -343,7 +361,7 @@ def test_built_in_chatml_with_tools(make_tokenizers: MakeTokenizers) -> None:
 def test_parts_are_joined_for_text_templates(make_tokenizers: MakeTokenizers) -> None:
     template = ChatTemplate.select(make_tokenizers()[0], explicit="mistral")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert template.render([{"role": "user", "content": parts}]) == "<s>[INST] ab [/INST]"
+    assert template.render([{"role": "user", "content": parts}]).text == "<s>[INST] ab [/INST]"
 
 
 def test_templates_that_iterate_content_get_parts(make_tokenizers: MakeTokenizers) -> None:
@@ -352,16 +370,18 @@ def test_templates_that_iterate_content_get_parts(make_tokenizers: MakeTokenizer
     )
     template = ChatTemplate.select(make_tokenizers(loop_source)[0], explicit=None)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert template.render([{"role": "user", "content": parts}]) == "[a][b]"
-    assert template.render([{"role": "user", "content": "ab"}]) == "[ab]"  # iterating over a str would render nothing
+    assert template.render([{"role": "user", "content": parts}]).text == "[a][b]"
+    assert (
+        template.render([{"role": "user", "content": "ab"}]).text == "[ab]"
+    )  # iterating over a str would render nothing
 
 
 def test_templates_that_test_for_string_get_text_unchanged(make_tokenizers: MakeTokenizers) -> None:
     loop_source = "{% for part in messages[0].content %}part{% endfor %}"
     source = "{% if messages[0].content is string %}text{% else %}" + loop_source + "{% endif %}"
     template = ChatTemplate.select(make_tokenizers(source)[0], explicit=None)
-    assert template.render([{"role": "user", "content": "a"}]) == "text"
-    assert template.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}]) == "part"
+    assert template.render([{"role": "user", "content": "a"}]).text == "text"
+    assert template.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}]).text == "part"
 
 
 @pytest.mark.parametrize("source", [MISTRAL_STYLE, ODDITIES], ids=["text", "parts"])
@@ -387,11 +407,13 @@ def test_unsupported_parts_are_rejected_with_their_type(
 def test_null_content_is_empty_text_unless_the_template_tests_for_null(make_tokenizers: MakeTokenizers) -> None:
     null_message = [{"role": "assistant", "content": None}]
     assert (
-        ChatTemplate.select(make_tokenizers("<{{ messages[0]['content'] }}>")[0], explicit=None).render(null_message)
+        ChatTemplate.select(make_tokenizers("<{{ messages[0]['content'] }}>")[0], explicit=None)
+        .render(null_message)
+        .text
         == "<>"
     )
     source = "{{ 'null' if messages[0]['content'] is none else 'text' }}"
-    assert ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render(null_message) == "null"
+    assert ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render(null_message).text == "null"
 
 
 def test_arguments_sent_as_json_text_reach_the_template_as_an_object(make_tokenizers: MakeTokenizers) -> None:
@@ -399,12 +421,12 @@ def test_arguments_sent_as_json_text_reach_the_template_as_an_object(make_tokeni
         return [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
     template = ChatTemplate.select(make_tokenizers(CHATML_WITH_TOOLS)[0], explicit=None)
-    assert '"arguments": {"a": "é"}}' in template.render(call_message('{"a":"\\u00e9"}'))
+    assert '"arguments": {"a": "é"}}' in template.render(call_message('{"a":"\\u00e9"}')).text
     for broken in ("{broken", "[" * 100_000, '{"a":' + "1" * 5000 + "}"):
-        assert f'"arguments": {json.dumps(broken)}}}' in template.render(call_message(broken))
+        assert f'"arguments": {json.dumps(broken)}}}' in template.render(call_message(broken)).text
     source = "{{ 'json ' + messages[1].tool_calls[0]['function']['arguments'] + '!' }}"
     assert (
-        ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render(call_message('{"a":1}'))
+        ChatTemplate.select(make_tokenizers(source)[0], explicit=None).render(call_message('{"a":1}')).text
         == 'json {"a":1}!'
     )
 

@@ -1,6 +1,5 @@
 """Compares the tokenizer with transformers' AutoTokenizer of the same directory; tests the errors of invalid files."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from rtp_llm.errors import CheckpointError
 from rtp_llm.text.tokenizer import Tokenizer
+from tests.unit.tokenizer_files import FAMILIES, declare, llama_like, qwen_like, write
 
 SENTENCES = [
     "",
@@ -29,87 +27,6 @@ SENTENCES = [
     "<0x41> literal",
     "word [PAD] <extra>",
 ]
-
-
-def write(directory: Path, name: str, value: object) -> None:
-    (directory / name).write_text(json.dumps(value), encoding="utf-8")
-
-
-def declare(directory: Path, token: str) -> None:
-    """Adds a special token that only tokenizer_config.json declares."""
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    write(directory, "tokenizer_config.json", {**config, "extra_special_tokens": [token]})
-
-
-def qwen_like(directory: Path) -> Path:
-    """Byte-level BPE, NFC, Qwen's pre-tokenization; one token that only tokenizer_config.json declares."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "c"), ("Ġc", "a"), ("Ġca", "t"), ("Ã", "©"), ("ä", "\u00b8")]
-    vocab = {token: n for n, token in enumerate([*characters, *(a + b for a, b in merges)])}
-    backend = Backend(models.BPE(vocab=vocab, merges=merges))
-    backend.normalizer = normalizers.NFC()
-    words = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    backend.add_tokens([AddedToken(t, special=False) for t in ("<tool_call>", "</tool_call>")])
-    backend.enable_truncation(3)  # some checkpoints enable it; prompts must not be truncated
-    backend.save(str(directory / "tokenizer.json"))
-    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    added = {
-        n: {**flags, "content": t.content, "special": t.special} for n, t in backend.get_added_tokens_decoder().items()
-    }
-    added[len(vocab) + 5] = {**flags, "content": "<extra>", "special": False, "lstrip": True}
-    config: dict[str, Any] = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "bos_token": None,
-        "unk_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": {"__type": "AddedToken", "content": "[PAD]", "special": True},
-        "added_tokens_decoder": added,
-    }
-    write(directory, "tokenizer_config.json", config)
-    write(directory, "config.json", {"model_type": "qwen2", "eos_token_id": 7})
-    write(directory, "generation_config.json", {"eos_token_id": [len(vocab) + 2, len(vocab)]})
-    return directory
-
-
-def llama_like(directory: Path, *, bos: bool = True, legacy: bool = False) -> Path:
-    """Sentencepiece-style BPE with byte fallback; the post-processor adds `bos`, as for Llama."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{value:02X}>": value + 3 for value in range(256)}
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "c"), ("▁c", "a"), ("▁ca", "t"), ("▁", "▁")]
-    for token in [*"▁abcdefghijklmnopqrstuvwxyz0123456789.,'[]<>|_é中", *(a + b for a, b in merges)]:
-        vocab.setdefault(token, len(vocab))
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    if legacy:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    strip = decoders.Strip(content=" ", left=1, right=0)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-    backend.decoder = decoders.Sequence(steps)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
-    single = "<s> $A" if bos else "$A"
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1)] if bos else [])
-    backend.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
-    # add_bos_token contradicts the post-processor, which has priority.
-    tokenizer_class = "PreTrainedTokenizerFast" if legacy else "LlamaTokenizer"
-    write(directory, "tokenizer_config.json", {"tokenizer_class": tokenizer_class, "add_bos_token": not bos})
-    write(directory, "special_tokens_map.json", names)
-    write(directory, "config.json", {"model_type": "llama"})
-    return directory
-
-
-FAMILIES = {
-    "qwen": qwen_like,
-    "llama": llama_like,
-    "llama-no-bos": lambda directory: llama_like(directory, bos=False),
-    "llama-legacy": lambda directory: llama_like(directory, legacy=True),
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -162,6 +79,18 @@ def test_sizes_and_special_ids_are_those_of_transformers(tokenizers: tuple[Token
 def test_eos_ids_are_the_union_of_three_files(qwen: Tokenizer) -> None:
     end_of_text, im_end = qwen.token_id("<|endoftext|>"), qwen.token_id("<|im_end|>")
     assert qwen.eos_ids == {7, end_of_text, im_end}
+
+
+def test_a_prompt_never_begins_with_two_bos_tokens(tmp_path: Path) -> None:
+    """A rendered chat that a client sends as a prompt begins with the bos token, which the checkpoint adds, too."""
+    tokenizer = Tokenizer.load(llama_like(tmp_path))
+    assert tokenizer.encode("<s>the") == [1, *tokenizer.encode("<s>the", add_special_tokens=False)]
+    assert tokenizer.encode_prompt("<s>the") == tokenizer.encode("<s>the", add_special_tokens=False)
+    assert tokenizer.encode_prompt("the") == tokenizer.encode("the")
+    ids, tokens, offsets = tokenizer.encode_with_offsets("<s>the")
+    assert (ids, tokens, offsets) == (tokenizer.encode_prompt("<s>the"), ["<s>", "the"], [(0, 3), (3, 6)])
+    without_bos = Tokenizer.load(llama_like(tmp_path, bos=False))
+    assert without_bos.encode_prompt("<s><s>") == [1, 1]  # as the client wants it
 
 
 def test_bos_follows_the_post_processor(tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""Bounds the memory of all bodies that are being read or prepared at the same time."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+
+from rtp_llm.errors import overloaded
+
+BODIES = 16  # of the maximum size that fit
+
+
+class BodyMemory:
+    """Reads the bodies of requests with prompts. Unlike starlette's `body`, keeps none until its response ends."""
+
+    def __init__(self, max_body_mb: float):
+        self.limit = int(BODIES * max_body_mb * 2**20)
+        self.used = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Gives the whole body, which counts until the end of the context.
+
+        Raises RequestError 429 if the bodies together take too much memory, ClientDisconnect.
+        """
+        size, pieces = 0, []
+        try:
+            async for piece in request.stream():
+                if self.used + len(piece) > self.limit:
+                    used = f"{self.used / 2**20:.0f} MiB"
+                    raise overloaded(
+                        f"the bodies of open requests take {used}, {BODIES} x MAX_BODY_MB: try again later"
+                    )
+                size, self.used = size + len(piece), self.used + len(piece)
+                pieces.append(piece)
+            yield b"".join(pieces)
+        finally:
+            self.used -= size

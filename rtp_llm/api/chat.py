@@ -1,0 +1,141 @@
+"""Answers to chats, for all dialects of chat APIs: their sequences, and what their text consists of.
+
+A dialect translates its request to a `ChatRequest` while it is prepared, starts it here, and formats the deltas.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rtp_llm.api.generation import Choice, GenerationRequest, make_generation
+from rtp_llm.api.params import StopWords, merge_extra_configs, sampling_params
+from rtp_llm.api.preparation import Prepared
+from rtp_llm.api.schema import ChatRequest
+from rtp_llm.api.service import OutputChunk, Service
+from rtp_llm.contract.sampling_params import SamplingParams
+from rtp_llm.errors import invalid_params
+from rtp_llm.text.output import ContentParser, OutputDelta, OutputParser, ToolCallDelta
+from rtp_llm.text.output_format import OutputFormat
+
+CHAT_TEMPERATURE = 0.7  # upstream's default; OpenAI's is 1
+
+
+@dataclass
+class ToolCall:
+    """A whole tool call. `arguments`: JSON text as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the call in OpenAI's form."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass
+class Answer:
+    """All deltas of one sequence, in order."""
+
+    deltas: list[OutputDelta] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        return "".join(delta.content for delta in self.deltas)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(delta.reasoning for delta in self.deltas)
+
+    @property
+    def has_calls(self) -> bool:
+        return any(delta.call for delta in self.deltas)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        pieces: defaultdict[int, list[ToolCallDelta]] = defaultdict(list)
+        for delta in self.deltas:
+            if delta.call:
+                pieces[delta.call.index].append(delta.call)
+        return [ToolCall(call[0].id, call[0].name, "".join(p.arguments for p in call)) for call in pieces.values()]
+
+
+@dataclass
+class ChatChoice(Choice):
+    """One answer to a chat.
+
+    answer      all deltas so far
+    new_deltas  those of the newest chunk
+    """
+
+    parser: OutputParser = field(default_factory=ContentParser)
+    answer: Answer = field(default_factory=Answer)
+    new_deltas: list[OutputDelta] = field(default_factory=list)
+
+    def add(self, chunk: OutputChunk) -> None:
+        super().add(chunk)
+        reasoned = self.parser.in_reasoning
+        self.new_deltas = self.parser.push(chunk.text) + (self.parser.finish() if chunk.finish_reason else [])
+        self.answer.deltas += self.new_deltas
+        if reasoned or self.parser.in_reasoning:
+            self.num_reasoning_tokens += len(chunk.tokens)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Returns "tool_calls" in place of "stop" if the answer has calls."""
+        reason = super().finish_reason
+        return "tool_calls" if reason == "stop" and self.answer.has_calls else reason
+
+
+async def start_chat(
+    prepared: Prepared[ChatRequest], service: Service, stop_words: StopWords, temperature: float = CHAT_TEMPERATURE
+) -> GenerationRequest[ChatChoice]:
+    """Returns the admitted generation of a prepared chat. Raises RequestError 400, 429 or 503.
+
+    temperature  the dialect's default
+    """
+    body, prompts = prepared.body, await prepared.prompts()
+    extra = body.extra_configs
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if extra and "max_new_tokens" in extra.model_fields_set:
+        limit = extra.max_new_tokens
+    if limit == 0:
+        raise invalid_params("max_tokens is 0: nothing would be generated; allowed: 1 or more", "max_tokens")
+    merged = merge_extra_configs(body, extra, service.tokenizer)
+    params = sampling_params(
+        merged,
+        service,
+        stop_words,
+        prompts[0],
+        max_tokens=limit,
+        temperature=temperature,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=prepared.grammar,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    output_format = prepared.output_format
+    params = _with_reasoning_budget(params, body, output_format, service)
+    generation = make_generation(
+        lambda prompt, params: ChatChoice(prompt, params, parser=output_format.parser()),
+        service,
+        stop_words,
+        merged,
+        prompts,
+        [params],
+    )
+    visible_ids = frozenset(output_format.special_markers.values())
+    generation.text_params = replace(generation.text_params, visible_ids=visible_ids)
+    return generation
+
+
+def _with_reasoning_budget(
+    params: SamplingParams, body: ChatRequest, output_format: OutputFormat, service: Service
+) -> SamplingParams:
+    """Returns the parameters with the budget of the request, if its answer can begin with reasoning."""
+    budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
+    markers = output_format.reasoning
+    if budget is None or markers is None:
+        return params
+    start = () if markers.state == "inside" else service.tokenizer.encode(markers.open, add_special_tokens=False)
+    end = service.tokenizer.encode(markers.close, add_special_tokens=False)
+    return replace(params, reasoning_budget=budget, reasoning_start=tuple(start), reasoning_end=tuple(end))

@@ -1,0 +1,48 @@
+"""Checks the grammars of requests before they are accepted, away from the event loop."""
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+
+from rtp_llm.errors import invalid_params, overloaded
+from rtp_llm.text import grammar
+from rtp_llm.text.json_schema import GrammarError
+
+CHECK_SECONDS = 10.0  # for one grammar, with those before it
+MAX_CHECKED = 1024  # grammars whose results are kept
+
+
+class GrammarChecker:
+    """Compiles each grammar once, in a thread that runs beside the event loop."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "grammar")
+        self._errors: OrderedDict[bytes, str] = OrderedDict()  # by digest of the grammar; empty: it is valid
+
+    async def check(self, text: str, field: str) -> None:
+        """Raises RequestError 400 if the grammar that `field` asks for cannot be enforced."""
+        digest = blake2b(text.encode()).digest()
+        if digest not in self._errors:
+            self._errors[digest] = await self._find_error(text, field)
+        self._errors.move_to_end(digest)
+        if len(self._errors) > MAX_CHECKED:
+            self._errors.popitem(last=False)
+        if error := self._errors.get(digest):
+            raise invalid_params(f"{field}: {error}", field)
+
+    def close(self) -> None:
+        """Ends the thread, without waiting for it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _find_error(self, text: str, field: str) -> str:
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                await asyncio.get_running_loop().run_in_executor(self._thread, grammar.check, text)
+        except GrammarError as error:
+            return str(error)
+        except TimeoutError:
+            raise overloaded(
+                f"{field}: the grammar was not checked within {CHECK_SECONDS:g} s: try again later"
+            ) from None
+        return ""

@@ -1,0 +1,125 @@
+"""A child process that prepares large requests, one after another. It is used from one thread."""
+
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rtp_llm.api.fields import FieldRecord, recording
+from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.errors import RequestError, execution_failed, timed_out
+from rtp_llm.machine.process import die_with_parent
+from rtp_llm.text.output_format import AnswerFormats
+from rtp_llm.text.template import ChatTemplate
+from rtp_llm.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Work = Callable[[Preparation, bytes, PromptLimits], T]
+log = logging.getLogger(__name__)
+
+MAX_SECONDS, MAX_SECONDS_PER_MIB = 60.0, 10.0  # of one preparation: ten times what it takes on a busy machine
+PROCESS_NICENESS = 5  # so that a step of the engine and the event loop come first
+OOM_SCORE = 1000  # the kernel kills this process before the ranks if memory runs out
+
+
+class PreparationProcess:
+    """Starts at the first `run`. Only the request that is prepared suffers if the process dies."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
+        self._arguments = (tokenizer, template, formats)
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._is_closed = False
+
+    def run(self, work: Work[T], raw: bytes, limits: PromptLimits) -> tuple[T, FieldRecord]:
+        """Returns the result of `work` and a record of the fields.
+
+        Raises its RequestError, or one if it takes too long or kills the process.
+
+        A process that dies is replaced once, since something else than this request may have killed it.
+        """
+        try:
+            return self._try(work, raw, limits)
+        except (EOFError, OSError):
+            if self._is_closed:
+                raise
+            log.warning("the process that prepares large requests died, perhaps for lack of memory; it starts again")
+            self.end()
+        try:
+            return self._try(work, raw, limits)
+        except (EOFError, OSError):
+            log.warning("the process that prepares large requests died again: %d bytes are refused", len(raw))
+            self.end()
+            raise execution_failed("the request could not be prepared: it may need too much memory") from None
+
+    def end(self) -> None:
+        """Ends the process, which returns its memory; also from another thread, whose `run` then fails."""
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            process.join()
+
+    def close(self) -> None:
+        """Ends the process for good."""
+        self._is_closed = True
+        self.end()
+
+    def _try(self, work: Work[T], raw: bytes, limits: PromptLimits) -> tuple[T, FieldRecord]:
+        """Raises EOFError or OSError if the process dies."""
+        if self._process is None or self._connection is None or not self._process.is_alive():
+            self.end()
+            self._start()
+        assert self._connection
+        self._connection.send((work, limits))
+        self._connection.send_bytes(raw)
+        seconds = MAX_SECONDS + MAX_SECONDS_PER_MIB * len(raw) / 2**20
+        if not self._connection.poll(seconds):
+            self.end()
+            raise timed_out(f"the request was not prepared within {seconds:.0f} s")
+        result, error = self._connection.recv()
+        if error:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self._connection, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end, *self._arguments), daemon=True)
+        self._process.start()
+        child_end.close()  # so that the end of the process ends the connection
+
+
+def prepare_recorded(
+    work: Work[T], preparation: Preparation, raw: bytes, limits: PromptLimits
+) -> tuple[T, FieldRecord]:
+    """Returns the result of `work` and a record of the body's fields."""
+    with recording() as record:
+        return work(preparation, raw, limits), record
+
+
+def _serve(connection: Connection, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # supervisord sends it to this process too, while the API drains
+    die_with_parent()
+    os.nice(PROCESS_NICENESS)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    preparation = Preparation(tokenizer, template, formats)
+    while True:
+        work, limits = connection.recv()
+        connection.send(_result(work, preparation, connection.recv_bytes(), limits))
+
+
+def _result(work: Work[Any], preparation: Preparation, raw: bytes, limits: PromptLimits) -> tuple[Any, Any]:
+    """Returns the result and None, or None and the error."""
+    try:
+        return prepare_recorded(work, preparation, raw, limits), None
+    except RequestError as error:
+        return None, error
+    except Exception:
+        return None, RuntimeError(traceback.format_exc())

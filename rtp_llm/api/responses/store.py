@@ -1,0 +1,146 @@
+"""Stored responses: read again by their id, continued by `previous_response_id`, or generated without a client."""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+
+from rtp_llm.api.responses.response import ResponseBuilder
+from rtp_llm.errors import RequestError, invalid_params, unsupported
+
+CONTINUED = ("completed", "incomplete")  # statuses of responses that another one can continue
+
+
+class StoredResponse:
+    """One response, and what its continuation needs. It belongs to the API key `owner` (its name).
+
+    conversation  JSON array of the messages of its prompt, without instructions
+    input_items   JSON array of the input as the client sent it
+    frames        the events so far, if it is generated in the background
+    """
+
+    def __init__(self, owner: str, builder: ResponseBuilder, conversation: str, input_items: str):
+        self.id, self.owner, self.input_items = builder.id, owner, input_items
+        self.frames: list[str] = []
+        self._conversation = conversation
+        self._builder: ResponseBuilder | None = builder
+        self._final, self._status = "", ""
+        self._frames_size = 0
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def size(self) -> int:
+        """Returns the characters that it needs, about bytes. The tokens of one that runs are counted by the engine."""
+        return len(self._conversation) + len(self.input_items) + len(self._final) + self._frames_size
+
+    @property
+    def is_running(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def to_json(self) -> str:
+        """Returns the response as JSON, as far as it is generated."""
+        return self._builder.to_json() if self._builder else self._final
+
+    def settle(self) -> None:
+        """Keeps what was generated, and forgets how: its tokens take a hundred times as much memory as its text."""
+        if self._builder:
+            self._final, self._status = self._builder.to_json(), self._builder.status
+            message = json.dumps(self._builder.message(), ensure_ascii=False)
+            self._conversation = f"{self._conversation[:-1]}{', ' if self._conversation != '[]' else ''}{message}]"
+            self._builder = None
+
+    def run(self, frames: AsyncGenerator[str]) -> None:
+        """Generates the response in a task, which no client ends."""
+        self._task = asyncio.create_task(self._collect(frames), name=self.id)
+
+    async def follow(self, start: int) -> AsyncGenerator[str]:
+        """Yields the events from number `start` on, as they arrive."""
+        position = max(0, start)
+        while True:
+            while position < len(self.frames):
+                yield self.frames[position]
+                position += 1
+            if not self.is_running:
+                return
+            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)  # several followers share the event
+
+    async def cancel(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def conversation(self) -> str:
+        """Returns the messages up to and including this response, as a JSON array.
+
+        Raises RequestError 400 if the response is not whole.
+        """
+        if self._status not in CONTINUED:
+            status = self._status or "in_progress"
+            message = f"previous_response_id: that response is {status}; allowed: one that is completed or incomplete"
+            raise invalid_params(message, "previous_response_id")
+        return self._conversation
+
+    async def _collect(self, frames: AsyncGenerator[str]) -> None:
+        try:
+            async with aclosing(frames):
+                async for frame in frames:
+                    self._append(frame)
+        except asyncio.CancelledError:
+            for frame in self._builder.cancel() if self._builder else ():
+                self._append(frame)
+        finally:
+            self.settle()
+            self._changed.set()
+
+    def _append(self, frame: str) -> None:
+        self.frames.append(frame)
+        self._frames_size += len(frame)
+        self._changed.set()
+
+
+class ResponseStore:
+    """The newest responses, of at most `max_bytes`; 0 stores none. The oldest give way, running ones never."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._max_bytes > 0
+
+    def require(self, param: str) -> None:
+        """Raises RequestError 400 if nothing is stored."""
+        if not self.is_enabled:
+            raise unsupported(f"{param} needs stored responses: set RESPONSES_STORE_MB", param)
+
+    def add(self, response: StoredResponse) -> None:
+        """Stores a response that is finished, or that runs in the background."""
+        self._responses[response.id] = response
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Drops responses until the rest fits."""
+        total = sum(response.size for response in self._responses.values())
+        for response in [r for r in self._responses.values() if not r.is_running]:
+            if total <= self._max_bytes:
+                return
+            total -= response.size
+            del self._responses[response.id]
+
+    def get(self, response_id: str, owner: str) -> StoredResponse:
+        """Raises RequestError 404 for an unknown id, or for one of another key."""
+        response = self._responses.get(response_id)
+        if response is None or response.owner != owner:
+            message = f"response {response_id[:64]!r} is not stored: it is unknown, of another key, or was dropped"
+            raise RequestError(404, 507, "RESPONSE_NOT_FOUND", message, param="response_id")
+        return response
+
+    async def delete(self, response_id: str, owner: str) -> None:
+        response = self.get(response_id, owner)
+        del self._responses[response_id]
+        await response.cancel()

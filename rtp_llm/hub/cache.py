@@ -1,0 +1,119 @@
+"""The cache of huggingface_hub on this machine, which other programs share (HF_HOME, HF_HUB_CACHE).
+
+Per model it has `blobs/<etag>` with the content of the files, `snapshots/<commit>/` with links to them, and
+`refs/<revision>` with the commit of a branch. A blob that is being written is `blobs/<etag>.<random>.incomplete`.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from rtp_llm.hub.name import ModelName
+
+log = logging.getLogger(__name__)
+
+# What the server and its tokenizer read. Other formats of the same weights are many times as large: `consolidated…` is
+# Mistral's and Meta's own, and folders hold ONNX, GGUF or a pipeline's other models.
+NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+UNNEEDED_FILES = ["*/*.safetensors", "consolidated*", "original/*", "onnx/*"]
+_INCOMPLETE = ".incomplete"
+
+
+def cached_snapshot(name: ModelName) -> Path | None:
+    """Returns the folder with the model's files, without asking the hub; None if the cache does not have all of them.
+
+    A branch is what it was at the last download: a restart does not change the model, and needs no network.
+    """
+    try:
+        path = snapshot_download(
+            name.repo,
+            revision=name.revision or None,
+            local_files_only=True,
+            allow_patterns=NEEDED_FILES,
+            ignore_patterns=UNNEEDED_FILES,
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return Path(path) if _has_weights(Path(path)) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Returns whether a snapshot has its config and all weights. Other programs may have cached its tokenizer only."""
+    if not (folder / "config.json").exists():
+        return False
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        shards = set(index["weight_map"].values())
+    except FileNotFoundError:
+        return any(folder.glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True  # the server names what is wrong with it
+    return all((folder / shard).exists() for shard in shards)
+
+
+def model_folder(repo: str) -> Path:
+    """Returns the model's folder in the cache."""
+    return cache_folder() / _folder_name(repo)
+
+
+def cache_folder() -> Path:
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def free_bytes() -> int:
+    """Returns the free space of the disk on which the cache is, or will be."""
+    cache = cache_folder().absolute()
+    return shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+
+
+def bytes_on_disk(repo: str, sizes: Mapping[str, int]) -> int:
+    """Returns how many bytes of these blobs the cache has, whichever process wrote them. `sizes`: bytes by etag.
+
+    Counts allocated blocks, because a download can fill a file from several places at once.
+    """
+    found: dict[str, int] = {}
+    for path in (model_folder(repo) / "blobs").glob("*"):
+        etag = path.name.partition(".")[0]
+        if etag in sizes:
+            found[etag] = max(found.get(etag, 0), _written_bytes(path, sizes[etag]))
+    return sum(found.values())
+
+
+def _written_bytes(path: Path, size: int) -> int:
+    try:
+        blocks = path.stat().st_blocks * 512
+    except OSError:  # renamed or removed meanwhile
+        return 0
+    return min(size, blocks) if path.name.endswith(_INCOMPLETE) else size
+
+
+def remove_stale_files(repo: str) -> None:
+    """Removes the incomplete blobs of processes that were killed: nothing continues them, and they fill the disk.
+
+    A process that writes a blob holds its lock, which the kernel releases when the process ends.
+    """
+    locks = cache_folder() / ".locks" / _folder_name(repo)
+    for path in (model_folder(repo) / "blobs").glob(f"*{_INCOMPLETE}"):
+        try:
+            lock = os.open(locks / f"{path.name.partition('.')[0]}.lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            log.info("removed %s, which an interrupted download left behind", path)
+        except OSError:
+            pass  # it is being written
+        finally:
+            os.close(lock)
+
+
+def _folder_name(repo: str) -> str:
+    return "models--" + repo.replace("/", "--")

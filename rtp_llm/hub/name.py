@@ -1,0 +1,36 @@
+"""Names of models on a hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/(?P<commit>[0-9a-f]{40})$")
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model on a hub. `revision`: a branch, a tag or a commit; empty for the branch `main`."""
+
+    repo: str  # org/name
+    revision: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelName | None":
+        """Returns the model that a setting names; None if it is empty or a path. What exists here wins over a name."""
+        match, path = _NAME.fullmatch(text), Path(text)
+        if match is None or path.exists() or path.is_symlink():
+            return None
+        return cls(match["repo"], match["revision"] or "")
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+
+def commit_fingerprint(checkpoint: Path) -> dict[str, str]:
+    """Returns the commit of a checkpoint that is a snapshot in a cache, as a value to compare between the parts.
+
+    The headers of two commits can be equal where the weights are not.
+    """
+    match = _SNAPSHOT.search(str(checkpoint.absolute()))
+    return {"model.commit": match["commit"]} if match else {}

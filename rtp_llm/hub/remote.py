@@ -1,0 +1,168 @@
+"""What a hub says about a model: its commit and files, or why this machine cannot have them.
+
+Every reason is a ConfigError with the id of the doctor's check that reports the same.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, set_client_factory
+
+from rtp_llm.errors import ConfigError
+from rtp_llm.hub.cache import NEEDED_FILES, UNNEEDED_FILES, bytes_on_disk, cache_folder, free_bytes
+from rtp_llm.hub.name import ModelName
+
+HUB_ANSWERS, MODEL_EXISTS, ACCESS_GRANTED, CACHE_HAS_SPACE = "M-17", "M-18", "M-19", "M-20"  # checks of the doctor
+TIMEOUT_SECONDS = 5.0
+MAX_NEAR_NAMES = 3
+_INVALID_TOKEN = "Invalid credentials in Authorization header"
+_MAX_LISTED = 200  # models of an organization among which a near name is looked for
+
+# The library's own client waits for an answer without end, except for those calls that have a timeout.
+set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS))
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line per request
+logging.getLogger("huggingface_hub").handlers.clear()  # else each line appears twice
+disable_progress_bars()  # which count files, and only those of this process
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model's files at one commit. `blobs`: size in bytes by etag, the name of a file's content in the cache."""
+
+    name: ModelName
+    commit: str
+    blobs: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.blobs.values())
+
+    def bytes_on_disk(self) -> int:
+        return bytes_on_disk(self.name.repo, self.blobs)
+
+    def check_space(self) -> None:
+        """Raises ConfigError if the cache's disk has no room for the bytes that are missing."""
+        missing, free = self.total_bytes - self.bytes_on_disk(), free_bytes()
+        if missing > free:
+            raise ConfigError(
+                f"{cache_folder()} has {gigabytes(free)} free, {self.name} needs {gigabytes(missing)} more;"
+                " allowed: a larger disk, by HF_HOME or HF_HUB_CACHE",
+                check=CACHE_HAS_SPACE,
+            )
+
+
+def look_up(name: ModelName) -> RemoteModel:
+    """Asks the hub for the model, and whether this machine may have its files. Raises ConfigError."""
+    if constants.is_offline_mode():
+        problem = f"is neither a folder here nor complete in the cache {cache_folder()}, and HF_HUB_OFFLINE=1"
+        raise ConfigError(f"{name}: {problem} forbids to download it", check=HUB_ANSWERS)
+    with _explained(name):
+        info = HfApi().model_info(
+            name.repo, revision=name.revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
+        )
+        files = {file.rfilename: file for file in info.siblings or ()}
+        needed = list(filter_repo_objects(files, allow_patterns=NEEDED_FILES, ignore_patterns=UNNEEDED_FILES))
+        if "config.json" not in needed or not any(file.endswith(".safetensors") for file in needed):
+            found = ", ".join(sorted(files)[:8]) or "nothing"
+            raise ConfigError(
+                f"{name}: has no config.json or no *.safetensors file, but {found}; allowed: a model in"
+                " transformers' format",
+                check=MODEL_EXISTS,
+            )
+        # The list of a gated model is public, its files are not.
+        get_hf_file_metadata(hf_hub_url(name.repo, "config.json", revision=info.sha), timeout=TIMEOUT_SECONDS)
+    blobs = {_etag(files[file]): files[file].size or 0 for file in needed}
+    return RemoteModel(name, info.sha or "", blobs)
+
+
+def _etag(file: object) -> str:
+    lfs = getattr(file, "lfs", None)
+    return str(lfs.sha256 if lfs else getattr(file, "blob_id", ""))
+
+
+@contextmanager
+def _explained(name: ModelName) -> Iterator[None]:
+    """Turns the client's errors into a ConfigError that says what is wrong and what to do."""
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except GatedRepoError as error:
+        raise _access_error(name, error) from None
+    except RevisionNotFoundError:
+        raise ConfigError(
+            f"{name}: {hub}/{name.repo} has no revision {name.revision!r}; allowed: a branch, a tag or a commit of it",
+            check=MODEL_EXISTS,
+        ) from None
+    except RemoteEntryNotFoundError as error:
+        raise ConfigError(f"{name}: {hub} lists a file that it does not have: {error}", check=MODEL_EXISTS) from None
+    except RepositoryNotFoundError:
+        raise _not_found(name) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401 and error.response.headers.get("X-Error-Message") != _INVALID_TOKEN:
+            raise _not_found(name) from None  # so say hubs of a name that they do not have
+        if status in (401, 403):
+            raise _access_error(name, error) from None
+        problem = f"answers {status} {error.response.reason_phrase}"
+        raise ConfigError(f"{name}: {hub} {problem}; try again later, or set HF_ENDPOINT", check=HUB_ANSWERS) from None
+    except (httpx2.HTTPError, OSError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"{name}: is neither a folder here nor complete in the cache {cache_folder()}, and {hub} cannot be"
+            f" reached: {reason}; allowed: an existing folder, or a hub that this machine reaches (HF_ENDPOINT,"
+            " https_proxy)",
+            check=HUB_ANSWERS,
+        ) from None
+
+
+def _access_error(name: ModelName, error: HfHubHTTPError) -> ConfigError:
+    """Returns the error for a gated model or an invalid token; the hub's own sentence says if access is pending."""
+    token = "HF_TOKEN has no access" if get_token() else "no token is set"
+    reason = (error.server_message or "").strip().splitlines()
+    said = f" ({reason[0]})" if reason else ""
+    page = f"{constants.ENDPOINT}/{name.repo}"
+    return ConfigError(
+        f"{name}: needs permission, and {token}{said}; accept its terms on {page}, and set HF_TOKEN to a token of that"
+        " account",
+        check=ACCESS_GRANTED,
+    )
+
+
+def _not_found(name: ModelName) -> ConfigError:
+    near = near_names(name)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    private = "a private one needs HF_TOKEN" if not get_token() else "HF_TOKEN has no access to a private one"
+    return ConfigError(
+        f"{name}: no folder of this name is here, and {constants.ENDPOINT} has no such model ({private}){meant};"
+        " allowed: an existing folder, or org/name of a model",
+        check=MODEL_EXISTS,
+    )
+
+
+def near_names(name: ModelName) -> list[str]:
+    """Returns names of models that resemble this one, the nearest first; none if the hub does not answer."""
+    org, _, model = name.repo.partition("/")
+    api = HfApi()
+    try:
+        listed = [*islice(api.list_models(author=org), _MAX_LISTED), *islice(api.list_models(search=model), 20)]
+    except (httpx2.HTTPError, OSError):
+        return []
+    return difflib.get_close_matches(name.repo, {entry.id for entry in listed}, n=MAX_NEAR_NAMES)
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Formats a size as hubs show it, in powers of ten: "15.2 GB"."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

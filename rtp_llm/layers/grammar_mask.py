@@ -1,0 +1,155 @@
+"""Forbids the tokens that a request's grammar does not allow next.
+
+The matcher of a sequence advances with each final token. Which tokens may follow is then computed by another thread,
+while the forward pass of the next step runs on the device.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+from llguidance import LLMatcher
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_metadata import SampledRows
+
+MAX_ERROR = 300  # characters of the grammar's error
+NUM_THREADS = 2  # that compute masks: mostly a few microseconds each, at most some milliseconds
+Bits = NDArray[np.uint8]  # a bit per token id, the lowest bit of a byte first
+
+
+class GrammarMask:
+    """The logits processor of grammars. Comes last: where a grammar has ended, it lifts what other processors forbid,
+    so that the request ends there (`MinTokens`).
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        self._vocab_size, self._device = vocab_size, device
+        self._sequences: dict[int, _ConstrainedSequence] = {}
+        self._changed: deque[_ConstrainedSequence] = deque()  # since their masks were computed
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "grammar-mask")
+        # What the 8 bits of each byte add to 8 logits. Adding is many times faster than `masked_fill_` on CPUs.
+        bits_of_byte = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._addends_of_byte = torch.from_numpy(np.where(bits_of_byte, np.float32(0), -np.inf)).float().to(device)
+
+    def reset(self, slot: int, request: Request) -> None:
+        self.remove(slot)
+        if request.matcher:
+            self._sequences[slot] = _ConstrainedSequence(request, request.matcher, self._vocab_size)
+            self._compute_ahead(self._sequences[slot])
+
+    def is_active(self, slot: int) -> bool:
+        return slot in self._sequences
+
+    def apply(self, logits: Tensor, rows: SampledRows) -> None:
+        masks: dict[int, _Mask] = {}
+        for row, slot in enumerate(rows.slots.tolist()):
+            if slot in self._sequences and (mask := self._sequences[slot].mask(rows.drafts_before(row))):
+                masks[row] = mask
+        if not masks:
+            return
+        packed = torch.from_numpy(np.concatenate([mask.allowed for mask in masks.values()])).to(self._device)
+        addends = self._addends_of_byte.index_select(0, packed.int()).view(len(masks), -1)
+        for (row, mask), addend in zip(masks.items(), addends, strict=True):
+            if mask.is_end:
+                logits[row] = 0
+            logits[row] += addend[: self._vocab_size]
+
+    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
+        if slot in self._sequences:
+            self._sequences[slot].accept(token_ids)
+            self._compute_ahead(self._sequences[slot])
+
+    def rollback(self, slot: int, num_tokens: int) -> None:
+        if slot in self._sequences:
+            self._sequences[slot].rollback(num_tokens)
+
+    def remove(self, slot: int) -> None:
+        self._sequences.pop(slot, None)
+
+    def _compute_ahead(self, sequence: "_ConstrainedSequence") -> None:
+        """Lets a thread compute the sequence's mask. One wake-up serves all sequences of a step."""
+        self._changed.append(sequence)
+        if len(self._changed) == 1:
+            self._threads.submit(self._compute_masks)
+
+    def _compute_masks(self) -> None:
+        while self._changed:
+            with suppress(IndexError):  # another thread has taken the last one
+                self._changed.popleft().mask()
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The tokens that may follow. `is_end`: all of them end the output."""
+
+    allowed: Bits
+    is_end: bool
+
+
+class _ConstrainedSequence:
+    """The matcher of one sequence, after its output so far. Two threads use it: one computes the mask ahead of time."""
+
+    def __init__(self, request: Request, matcher: LLMatcher, vocab_size: int):
+        self._request, self._matcher = request, matcher.deep_copy()
+        self._lock = Lock()
+        self._mask: _Mask | None = None  # of the next token, once it is computed
+        self._num_after_end = 0  # tokens from the one on that ended the output; the matcher has not seen them
+        self._stop_ids = frozenset(request.params.stop_token_ids)
+        self._stop_bits, self._vocabulary_bits = _pack(list(self._stop_ids), vocab_size), _pack(slice(None), vocab_size)
+        self.accept(request.output)
+
+    def mask(self, drafts: Sequence[int] = ()) -> _Mask | None:
+        """Returns the tokens that may follow the output and the drafts, none if the grammar cannot be computed further.
+
+        Returns None if any token may: the output has ended, or the drafts contradict the grammar and so do not count.
+        """
+        with self._lock:
+            if self._num_after_end or not self._stop_ids.isdisjoint(drafts):
+                return None
+            if not drafts:
+                self._mask = self._mask or self._compute_mask()
+                return self._mask
+            num_valid = self._matcher.try_consume_tokens(list(drafts))
+            mask = self._compute_mask() if num_valid == len(drafts) else None
+            self._matcher.rollback(num_valid)
+            return mask
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        with self._lock:
+            for token in token_ids:
+                if self._num_after_end or token in self._stop_ids:
+                    self._num_after_end += 1
+                else:
+                    self._matcher.consume_token(token)
+            self._mask = None
+
+    def rollback(self, num_tokens: int) -> None:
+        with self._lock:
+            num_unseen = min(num_tokens, self._num_after_end)
+            self._num_after_end -= num_unseen
+            self._matcher.rollback(num_tokens - num_unseen)
+            self._mask = None
+
+    def _compute_mask(self) -> _Mask:
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: len(self._vocabulary_bits)]
+        if self._matcher.is_error():
+            self._request.error = self._matcher.get_error()[:MAX_ERROR]
+            return _Mask(np.zeros_like(allowed), is_end=False)
+        allowed = allowed & self._vocabulary_bits  # the tokenizer may know more tokens than the model
+        if self._matcher.is_accepting():
+            allowed |= self._stop_bits
+        return _Mask(allowed, is_end=not (allowed & ~self._stop_bits).any())
+
+
+def _pack(token_ids: list[int] | slice, vocab_size: int) -> Bits:
+    bits = np.zeros(vocab_size, np.uint8)
+    bits[token_ids] = 1
+    return np.packbits(bits, bitorder="little")

@@ -1,0 +1,197 @@
+"""Grammars of outputs as strings of llguidance: JSON schemas, regular expressions, choices, Lark and GBNF.
+
+A grammar string is the JSON form of a list of grammars, of which the first one is the whole (github.com/guidance-ai/
+llguidance, docs/syntax.md). The API process builds and checks it; rank 0 compiles it for the model's tokens.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from rtp_llm.text import json_schema
+from rtp_llm.text.json_schema import WHITESPACE, GrammarError
+from rtp_llm.text.tokenizer import Tokenizer
+
+MAX_CHARACTERS = 128 << 10  # of a grammar; to compile one of this size takes at most some tenths of a second
+MAX_GBNF_CHARACTERS = 16 << 10  # of a grammar that Python code converts to Lark
+MAX_ERROR_CHARACTERS = 300  # of llguidance's messages, which quote the grammar
+TEXT = r"TEXT: /(.|\n)*/"
+_TOKEN_ID = re.compile(r"<\[\d+\]>")
+_LIMITS = LLParserLimits(verbose_errors=False)  # without the parser's state
+_BYTES = LLTokenizer("byte")  # has a token per byte: compiles a grammar without a model
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """How a model thinks before it answers: the markers, and whether the prompt has opened the reasoning ("inside") or
+    the model may do so ("optional").
+    """
+
+    open: str
+    close: str
+    state: Literal["inside", "optional"]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """JSON between two texts."""
+
+    begin: str
+    schema: Any
+    end: str
+
+
+def from_json_schema(schema: Any, whitespace: str = WHITESPACE) -> str:
+    """Returns the grammar of the JSON texts that a schema allows. Arguments and errors: `json_schema.prepare`."""
+    return _pack({"json_schema": json_schema.prepare(schema, whitespace)})
+
+
+def from_regex(pattern: str) -> str:
+    """Returns the grammar of the texts that a regular expression matches as a whole, in the syntax of Rust's regex."""
+    grammar: str = LLMatcher.grammar_from_regex(pattern)
+    return grammar
+
+
+def from_choice(choices: Sequence[str]) -> str:
+    """Returns the grammar of a few texts."""
+    return from_lark("start: " + " | ".join(map(quote, choices)))
+
+
+def from_lark(lark: str) -> str:
+    """Returns the grammar of a text in llguidance's dialect of Lark."""
+    return _pack({"lark_grammar": lark})
+
+
+def from_ebnf(text: str) -> str:
+    """Returns the grammar of a text in Lark or in GBNF, the dialect of EBNF that llama.cpp, vLLM and SGLang use.
+
+    Raises GrammarError.
+    """
+    if len(text) > MAX_GBNF_CHARACTERS:
+        raise GrammarError(f"the grammar has {len(text)} characters; at most {MAX_GBNF_CHARACTERS} are allowed")
+    try:
+        return from_lark(any_to_lark(text))
+    except Exception as error:  # the converter raises various errors for what it cannot read
+        raise GrammarError(f"the grammar is neither Lark nor GBNF: {error}") from None
+
+
+def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer) -> str:
+    """Returns the grammar of any text in which each tag that has begun is complete.
+
+    A tag begins at a trigger, with which its `begin` must start. Raises GrammarError.
+    """
+    rules = [TEXT]
+    for number, trigger in enumerate(triggers):
+        bodies = [
+            f"{marker(tag.begin[len(trigger) :], tokenizer)} {json_rule(tag.schema)} {marker(tag.end, tokenizer)}"
+            for tag in tags
+            if tag.begin.startswith(trigger)
+        ]
+        if not bodies:
+            raise GrammarError(f"no structure begins with the trigger {trigger[:80]!r}")
+        rules += [
+            text_until(f"until_{number}", trigger, tokenizer),
+            f"tag_{number}: until_{number} ({' | '.join(bodies)})",
+        ]
+    for tag in tags:
+        if not tag.begin.startswith(tuple(triggers)):
+            raise GrammarError(f"no trigger starts the structure that begins with {tag.begin[:80]!r}")
+    alternatives = " | ".join(f"tag_{number}" for number in range(len(triggers)))
+    return from_lark("\n".join([f"start: ({alternatives})* TEXT", *rules]))
+
+
+def check(grammar: str) -> None:
+    """Raises GrammarError if a grammar cannot be enforced, because of a keyword of a JSON schema for example.
+
+    Other threads run meanwhile. llguidance bounds the work that it does for any grammar.
+    """
+    if len(grammar) > MAX_CHARACTERS:
+        raise GrammarError(f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are allowed")
+    # The tokenizer of bytes does not know the ids of the model's tokens.
+    matcher = LLMatcher(_BYTES, _TOKEN_ID.sub(f"<[{_BYTES.eos_token}]>", grammar), log_level=0, limits=_LIMITS)
+    if error := matcher.get_error():
+        raise GrammarError(_explain(error))
+
+
+# Parts of grammars with a model's markers
+
+
+def quote(text: str) -> str:
+    """Returns a text as a Lark string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_rule(schema: Any) -> str:
+    """Returns the Lark expression of the JSON texts that a schema allows. Raises GrammarError."""
+    return "%json " + json.dumps(json_schema.prepare(schema))
+
+
+def marker(text: str, tokenizer: Tokenizer) -> str:
+    """Returns the Lark expression of a text in which special tokens, which no other text contains, are such tokens."""
+    parts = tokenizer.split_markers(text)
+    return " ".join(quote(part) if isinstance(part, str) else f"<[{part}]>" for part in parts)
+
+
+def text_until(rule: str, text: str, tokenizer: Tokenizer) -> str:
+    """Returns the Lark rule of any text up to and including the first marker `text`. Uses the terminal TEXT."""
+    end = marker(text, tokenizer)
+    return f"{rule}: TEXT {end}" if end.startswith("<") else f"{rule}[lazy]: TEXT {end}"
+
+
+def combine(
+    tokenizer: Tokenizer,
+    *,
+    content: str = "",
+    calls: str = "",
+    choice: Literal["auto", "required", "none"] = "none",
+    reasoning: Reasoning | None = None,
+) -> str:
+    """Returns the grammar of a whole answer; empty if every text is allowed.
+
+    content: the grammar of the answer's text; empty: any text.
+    calls: Lark rules of tool calls. `calls` matches one or more of them, `answer` any text and calls. May use TEXT.
+    choice: "required": only calls are allowed; "auto": calls or content.
+    reasoning: what may come before.
+    """
+    if not calls or choice == "none":
+        if not content or not reasoning:
+            return content
+        calls, body = "", "@content"
+    elif choice == "required":
+        content, body = "", "calls"
+    else:
+        body = "(calls | @content)" if content else "answer"
+    rules = [f"start: {'reasoning ' if reasoning else ''}{body}", TEXT]
+    if reasoning:
+        rules += _reasoning_rules(reasoning, tokenizer)
+    grammars = json.loads(content)["grammars"] if content else []
+    return _pack({"lark_grammar": "\n".join([*rules, calls])}, *({**g, "name": "content"} for g in grammars))
+
+
+def _reasoning_rules(reasoning: Reasoning, tokenizer: Tokenizer) -> Iterator[str]:
+    if reasoning.state == "inside":
+        yield r"reasoning: thought /[ \n]{0,2}/"
+    else:
+        yield rf"reasoning: ({marker(reasoning.open, tokenizer)} thought /[ \n]{{0,2}}/)?"
+    yield text_until("thought", reasoning.close, tokenizer)
+
+
+def _pack(*grammars: Mapping[str, Any]) -> str:
+    return json.dumps({"grammars": grammars}, separators=(",", ":"))
+
+
+def _explain(error: str) -> str:
+    """Returns llguidance's message in terms of the request."""
+    message = error.strip()[:MAX_ERROR_CHARACTERS]
+    if keywords := re.search(r"Unimplemented keys: \[(.*)\]", message):
+        return f"the JSON schema's keyword {keywords[1]} cannot be enforced; leave it out"
+    if name := re.search(r"Unknown format: (.*)", message):
+        return f"the JSON schema's format {name[1]!r} cannot be enforced; leave it out"
+    if "oneOf constraints" in message:
+        return "the JSON schema's keyword oneOf cannot be enforced, as its schemas overlap; use anyOf"
+    return message

@@ -1,0 +1,48 @@
+"""The prompt with which Qwen3-Reranker judges a document, as its model card on the Hugging Face hub gives it."""
+
+from dataclasses import dataclass
+
+from rtp_llm.errors import CheckpointError
+from rtp_llm.text.tokenizer import Tokenizer
+
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+_START = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct"
+    ' provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+_END = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+_MARKERS = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class RerankFormat:
+    """The fixed tokens of the prompt, and the two that answer it.
+
+    A document's prompt is `start`, `question(…)`, a space and the document, and `end`. The parts are encoded one by
+    one: all documents of a query share what precedes them, and no token spans a joint, as the pre-tokenizer splits
+    there.
+    """
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    yes: int
+    no: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "RerankFormat":
+        """Raises CheckpointError if the tokenizer lacks a token of the format."""
+        missing = [token for token in (*_MARKERS, "yes", "no") if tokenizer.token_id(token) is None]
+        if missing:
+            raise CheckpointError(
+                f"TASK_TYPE=RERANKER: the tokenizer has no token {missing[0]!r}; allowed: a checkpoint that answers yes"
+                " or no in the format of Qwen3-Reranker"
+            )
+        start, end = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (_START, _END))
+        yes, no = (tokenizer.token_id(token) for token in ("yes", "no"))
+        assert yes is not None, "checked above"
+        assert no is not None, "checked above"
+        return cls(start, end, yes, no)
+
+    def question(self, query: str, instruction: str) -> str:
+        """Returns the text between `start` and the space before the document."""
+        return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"

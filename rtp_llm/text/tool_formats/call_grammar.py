@@ -1,0 +1,101 @@
+"""Parts of the grammars of tool calls that the formats share. Their rules are in llguidance's dialect of Lark."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rtp_llm.text.grammar import MAX_CHARACTERS, json_rule, marker, quote, text_until
+from rtp_llm.text.json_schema import GrammarError, closed, prepare
+from rtp_llm.text.tokenizer import Tokenizer
+from rtp_llm.text.tools import Tool
+
+MAX_PARAMETERS = 64  # of a tool in a format that writes them one by one
+_ROOT_KEYS = ("$defs", "definitions")
+
+
+def arguments(tool: Tool) -> str:
+    """Returns the expression of a call's arguments as a JSON object. Raises GrammarError as `value` does."""
+    return value({"type": "object", **parameters(tool)}, tool.strict)
+
+
+def json_object(tool: Tool, arguments_key: str = "arguments") -> str:
+    """Returns the expression of a call that is a JSON object."""
+    begin = quote(f'{{"name": "{tool.name}", "{arguments_key}": ')
+    return f"{begin} {arguments(tool)} {quote('}')}"
+
+
+def parameters(tool: Tool) -> Mapping[str, Any]:
+    """Returns the schema of a tool's arguments. A tool without one has no parameters, as in OpenAI's API."""
+    return closed(tool.parameters) if tool.parameters else {"properties": {}, "additionalProperties": False}
+
+
+def value(schema: Any, strict: bool) -> str:
+    """Returns the expression of a JSON value. Unless `strict`, keywords that cannot be enforced are left out.
+
+    Raises GrammarError for a strict schema that cannot be enforced.
+    """
+    if strict:
+        return json_rule(schema)
+    try:
+        prepared = prepare(schema)
+    except GrammarError:
+        prepared = prepare({"type": schema.get("type", "object")} if isinstance(schema, dict) else True)
+    prepared["x-guidance"]["lenient"] = True
+    return "%json " + json.dumps(prepared)
+
+
+def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
+    """Returns (name, schema, whether it is required) of each parameter, for formats that write them one by one.
+
+    Raises GrammarError if a strict tool's schema says more than that.
+    """
+    schema = parameters(tool)
+    by_name, required = schema.get("properties") or {}, schema.get("required") or ()
+    known = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", *_ROOT_KEYS}
+    if tool.strict and (unknown := sorted(schema.keys() - known)):
+        raise GrammarError(f"the JSON schema's keyword {unknown[0]} cannot be enforced in this model's format of calls")
+    root = {key: schema[key] for key in _ROOT_KEYS if key in schema}
+    if len(by_name) * len(json.dumps(root)) > MAX_CHARACTERS or len(by_name) > MAX_PARAMETERS:
+        raise GrammarError(
+            f"a tool has {len(by_name)} parameters, with each of which its grammar repeats the schema's $defs; allowed:"
+            f" at most {MAX_PARAMETERS} parameters and {MAX_CHARACTERS} characters"
+        )
+    return [
+        (name, {**item, **root} if isinstance(item, dict) else item, name in required) for name, item in by_name.items()
+    ]
+
+
+def alternatives(bodies: Sequence[str]) -> list[str]:
+    """Returns the rules of `call_body`, which is one of the expressions."""
+    names = [f"call_{index}" for index in range(len(bodies))]
+    return [f"call_body: {' | '.join(names)}", *(f"{name}: {body}" for name, body in zip(names, bodies, strict=True))]
+
+
+def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bool, tokenizer: Tokenizer) -> str:
+    """Returns the rules of a `ToolFormat.grammar` for calls that begin with a marker each.
+
+    bodies     of each tool: what follows the marker
+    separator  between two calls
+    """
+    return "\n".join(
+        (
+            *alternatives(bodies),
+            f"calls: {repeated(f'{marker(start, tokenizer)} call_body', separator, parallel)}",
+            text_until("call_head", start, tokenizer),
+            f"answer: {'(call_head call_body)* TEXT' if parallel else 'TEXT | call_head call_body'}",
+        )
+    )
+
+
+def line_start_answer(first: str) -> list[str]:
+    """Returns the rules of an `answer` whose calls begin with the character `first` at the start of a line only."""
+    return [
+        rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
+        r'CALL_TEXT: CALL_LINE ("\n" CALL_LINE)*',
+        "answer: calls | CALL_TEXT calls?",
+    ]
+
+
+def repeated(expression: str, separator: str, parallel: bool) -> str:
+    """Returns the expression of one call or, with `parallel`, several ones."""
+    return f"{expression} ({quote(separator)} {expression})*" if parallel else expression

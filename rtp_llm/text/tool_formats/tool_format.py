@@ -1,0 +1,121 @@
+"""What a format of tool calls has to offer, and what the parsers of all formats have in common."""
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+from rtp_llm.text.output import OutputDelta, ToolCallDelta
+from rtp_llm.text.scanner import Malformed, Reading
+from rtp_llm.text.scanning_parser import ScanningParser
+from rtp_llm.text.tokenizer import Tokenizer
+from rtp_llm.text.tools import Tool
+
+
+class ToolCallParser(ScanningParser):
+    """Splits an answer into content and tool calls.
+
+    A call is announced as soon as its name is known and it cannot be anything else. What proves to be no call before
+    that is content, as the model wrote it. After that its arguments are passed on as they come, whether or not they
+    turn out to be valid JSON; OpenAI's clients expect that too. The name of a call may be unknown: only the client can
+    tell the model so, and text would end its loop. Whitespace next to a call is dropped, as templates add their own.
+
+    starts       texts with which a call can begin
+    line_starts  those that count only where nothing precedes them on their line
+    """
+
+    starts: ClassVar[tuple[str, ...]]
+    line_starts: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, tools: Sequence[Tool], hidden: Collection[str] = ()):
+        """`hidden`: markers that are special tokens, which content must not show."""
+        super().__init__()
+        self.tools = {tool.name: tool for tool in tools}
+        self._hidden = frozenset(hidden)
+        self._num_calls = 0
+        self._space = ""  # after the content so far: dropped if a call follows
+        self._in_line = False  # whether the line has content
+
+    @abstractmethod
+    def read_calls(self, start: str) -> Reading[None]:
+        """Reads one or more calls after `start`. Raises Malformed."""
+
+    # For `read_calls`
+
+    def begin_call(self, name: str, call_id: str = "") -> None:
+        """Announces a call. From here on the text cannot become content."""
+        self.scanner.unmark()
+        self._space = ""
+        self.emit(OutputDelta(call=ToolCallDelta(self._num_calls, call_id or self.new_id(), name)))
+        self._num_calls += 1
+
+    def add_arguments(self, text: str) -> None:
+        if text:
+            self.emit(OutputDelta(call=ToolCallDelta(self._num_calls - 1, arguments=text)))
+
+    @staticmethod
+    def new_id() -> str:
+        return f"call_{secrets.token_hex(12)}"
+
+    # Own
+
+    def read(self) -> Reading[None]:
+        markers = (*self.starts, *self._hidden.difference(self.starts))
+        while start := (yield from self.scanner.until(markers, self._add_content)):
+            if start in self._hidden:
+                yield from self.scanner.skip(start)
+                self.scanner.mark()
+            else:
+                self.scanner.mark()
+                yield from self.scanner.skip(start)
+            num_calls = self._num_calls
+            try:
+                if start not in self.starts or (self._in_line and start in self.line_starts):
+                    raise Malformed
+                yield from self.read_calls(start)
+                self.scanner.unmark()
+                yield from self.scanner.skip_space()
+                self._in_line = False
+            except Malformed:
+                text = self.scanner.unmark()
+                if self._num_calls == num_calls or (yield from self.scanner.peek()):  # not a call that was cut off
+                    for marker in self._hidden:
+                        text = text.replace(marker, "")
+                    self._add_content(text)
+        if self._space:
+            self.emit(OutputDelta(content=self._space))
+
+    def _add_content(self, text: str) -> None:
+        text = self._space + text
+        content = text.rstrip()
+        self._space = text[len(content) :]
+        if content:
+            self.emit(OutputDelta(content=content))
+        *lines_before, last_line = text.rsplit("\n", 1)
+        self._in_line = bool(last_line.strip()) or (self._in_line and not lines_before)
+
+
+class ToolFormat(ABC):
+    """One way in which models write tool calls.
+
+    name     the value of TOOL_CALL_PARSER
+    markers  texts that delimit calls. Those that are special tokens must reach the parser.
+    """
+
+    name: ClassVar[str]
+    markers: ClassVar[tuple[str, ...]]
+    parser_class: ClassVar[type[ToolCallParser]]
+
+    @abstractmethod
+    def is_used_by(self, template: str) -> bool:
+        """Returns whether a chat template shows or describes calls in this format."""
+
+    @abstractmethod
+    def grammar(self, tools: Sequence[Tool], parallel: bool, tokenizer: Tokenizer) -> str:
+        """Returns Lark rules for `text.grammar.combine`: of `calls`, one or with `parallel` more of them, and of
+        `answer`, any text with such calls. Raises GrammarError if a strict tool's schema cannot be enforced.
+        """
+
+    def parser(self, tools: Sequence[Tool], hidden: Collection[str] = ()) -> ToolCallParser:
+        """Returns a parser for one answer; `hidden` as in `ToolCallParser`."""
+        return self.parser_class(tools, hidden)
