@@ -220,7 +220,7 @@ class Part:
         """Asserts that no process runs, ports are free, /dev/shm has no new file and the temporary folder is empty."""
         self.assert_no_process_left()
         if not self.inside:
-            assert busy_ports(reserved_ports(self.port, self.ranks)) == [], self.log
+            self._assert_ports_are_free()
         self._assert_no_shared_memory_left()
         assert list(self.temporary.iterdir()) == [], self.log
 
@@ -230,6 +230,18 @@ class Part:
         while self.processes() and time.monotonic() < deadline:
             time.sleep(POLL)
         assert self.processes() == {}, self.log
+
+    def _assert_ports_are_free(self, seconds: float = 5) -> None:
+        """Asserts that no port of this part is open, within `seconds`.
+
+        The kernel releases the memory of a process that ends, and with it the environment by which `processes` knows
+        it, before it closes its sockets.
+        """
+        ports = reserved_ports(self.port, self.ranks)
+        deadline = time.monotonic() + seconds
+        while busy_ports(ports) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        assert busy_ports(ports) == [], self.log
 
     def _assert_no_shared_memory_left(self, seconds: float = 5) -> None:
         """Asserts that /dev/shm has no orphaned file, except segments of other tests' parts, whose ranks may be killed.
