@@ -3,16 +3,18 @@
 import os
 import random
 import socket
+from collections import deque
 from collections.abc import Iterable
 
 # Below Linux's ephemeral ports (32768 and up), above the ports that services usually use.
 TEST_PORTS = range(12000, 32000)
 NUM_PORTS_BELOW, NUM_PORTS_PER_RANK = 11, 9  # a part reserves START_PORT-11 … START_PORT+9*ranks-1
-_reserved: list[range] = []
+# The newest ranges. A server of an older one has ended, or holds its ports; kept for ever, they would use up all ports.
+_reserved: deque[range] = deque(maxlen=64)
 
 
 def free_start_port(ranks: int = 1) -> int:
-    """Returns a START_PORT whose reserved ports are free and were not returned before in this test run.
+    """Returns a START_PORT whose reserved ports are free and were not among the last that this process returned.
 
     Each worker of pytest-xdist searches its own range: otherwise another worker could take a free port before the
     server listens on it. Raises AssertionError if no range is free.
