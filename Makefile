@@ -1,7 +1,7 @@
 # Every target works from a fresh clone with python3 (3.11 or newer, with venv), make and pip's package sources, and
 # installs nothing outside this folder. PYTHON=python3.12 selects another Python, TORCH=<requirement or wheel> a torch.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all test-clients chaos test-gpu gpu-wheels lint clean
+.PHONY: help install serve bench bench-peers test test-all test-clients chaos test-gpu gpu-wheels lint clean
 # A recipe that fails must not leave its stamp file.
 .DELETE_ON_ERROR:
 
@@ -15,6 +15,9 @@ PORT ?= $(or $(START_PORT),10000)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PEERS := build/bench/peers/bin/python
+# As pip does for what it installs elsewhere: with PYTHONDONTWRITEBYTECODE every start would compile all modules again.
+COMPILE := $(BIN)/python -m compileall -q rtp_llm doctor
 # Tests often wait for the processes that they start, so there is a worker more than cores.
 WORKERS ?= $(shell echo $$((1 + $$(nproc))))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -27,6 +30,14 @@ install: $(VENV)/installed ## create .venv with what serving needs
 serve: $(VENV)/installed ## serve CHECKPOINT_PATH (default: a demo model) with TP_SIZE ranks on PORT (10000)
 	@exec env CHECKPOINT_PATH='$(CHECKPOINT_PATH)' TOKENIZER_PATH='$(TOKENIZER_PATH)' START_PORT='$(PORT)' \
 	  TP_SIZE='$(TP_SIZE)' WORLD_SIZE='$(TP_SIZE)' $(BIN)/python -m rtp_llm.start_server
+
+# The peers have a Python of their own, so that their packages change nothing here.
+bench: $(VENV)/installed ## compare the speed with the peers installed; ARGS='--cases c1 --rounds 3' selects
+	$(BIN)/python -m rtp_llm.bench table --folder build/bench $(if $(wildcard $(PEERS)),--peer-python $(PEERS)) $(ARGS)
+
+bench-peers: ## install OpenVINO GenAI for `make bench`
+	$(PYTHON) -m venv build/bench/peers
+	$(PEERS) -m pip --disable-pip-version-check install --quiet openvino-genai gguf
 
 test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
 	$(PYTEST) -m 'not slow' $(ARGS)
@@ -61,7 +72,7 @@ lint: $(VENV)/installed-dev ## check style, format, types and dead code
 	$(BIN)/vulture
 
 clean: ## remove everything that these targets created
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info rtp_llm/native/lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamp files, one per layer of .venv.
@@ -78,12 +89,17 @@ $(VENV)/torch: $(VENV)/created image/install-torch pyproject.toml
 	$(BIN)/python image/install-torch
 	@touch $@
 
-$(VENV)/installed: $(VENV)/torch
+# Also compiles the CPU kernels, see setup.py: those for this CPU, for tests of every level that it has.
+KERNEL_SOURCES := setup.py $(wildcard rtp_llm/native/*.py rtp_llm/native/src/*)
+
+$(VENV)/installed: $(VENV)/torch $(KERNEL_SOURCES)
 	$(PIP) install --quiet --editable .
+	$(COMPILE)
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt
-	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
+$(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt $(KERNEL_SOURCES)
+	RTP_NATIVE_LEVELS=supported $(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
+	$(COMPILE)
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-clients: $(VENV)/installed-dev

@@ -213,13 +213,20 @@ class CheckContext:
         return Path(path) if path and not is_missing and not (self.plan and self.plan.part) else None
 
     @cached_property
-    def tokenizer_error(self) -> CheckpointError | None:
+    def _tokenizer(self) -> tuple[int, CheckpointError | None]:
         try:
-            if self.tokenizer_path:
-                checkpoints.check_tokenizer(self.tokenizer_path)
+            return checkpoints.check_tokenizer(self.tokenizer_path) if self.tokenizer_path else 0, None
         except CheckpointError as error:
-            return error
-        return None
+            return 0, error
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns the largest id of the tokenizer, plus 1."""
+        return self._tokenizer[0]
+
+    @property
+    def tokenizer_error(self) -> CheckpointError | None:
+        return self._tokenizer[1]
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:

@@ -14,7 +14,7 @@ from importlib.resources import files as package
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from rtp_llm import files
@@ -36,6 +36,11 @@ class SharedMark:
 T = TypeVar("T")
 TaskType = Literal["LANGUAGE_MODEL", "DENSE_EMBEDDING", "RERANKER"]
 Shared = Annotated[T, SharedMark()]
+
+
+def _normalize(value: str) -> str:
+    """Returns the value in upper case; that of "none" is empty."""
+    return "" if value.lower() == "none" else value.upper()
 
 
 class Config(BaseModel):
@@ -177,6 +182,15 @@ class Config(BaseModel):
     act_type: Literal["", "fp32", "bf16", "fp16"] = Field(
         "", description="data type of the computation; default: the checkpoint's"
     )
+    quantization: Shared[Annotated[Literal["", "INT8", "W8A8", "INT4"], BeforeValidator(_normalize)]] = Field(
+        "",
+        description="quantize 16- or 32-bit weights at load, on CPU: INT8 = 8 bits per weight; W8A8 = 8 bits per weight"
+        " and activation; INT4 = 4 bits per weight, a scale for 32 of them",
+    )
+    int8_mode: Shared[bool] = Field(False, description="upstream's older spelling of QUANTIZATION=INT8")
+    weight_type: Shared[Annotated[Literal["", "INT8"], BeforeValidator(_normalize)]] = Field(
+        "", description="upstream's other spelling of QUANTIZATION=INT8"
+    )
     max_seq_len: Shared[int] = Field(
         0, ge=0, description="maximum tokens of prompt + output; 0 = the checkpoint's maximum"
     )
@@ -221,6 +235,12 @@ class Config(BaseModel):
     max_context_batch_size: Shared[int] = Field(
         0, ge=0, description="maximum sequences whose prompts are computed in one step; 0 = no limit"
     )
+    itl_budget_ms: float = Field(
+        0,
+        ge=0,
+        description="milliseconds that a step with decodes may take, with smaller chunks of the prompts beside them;"
+        " 0 = about streams / output tokens per second",
+    )
     rtp_pipeline_depth: Shared[int] = Field(
         0, ge=0, le=1, description="steps that are scheduled before the result of the last one is known"
     )
@@ -233,6 +253,9 @@ class Config(BaseModel):
     rtp_run_dir: str = Field("", description="folder for sockets and state; default: a new temporary folder")
     rtp_device: Literal["", "cpu", "cuda"] = Field("", description="cpu or cuda; default: cuda if a GPU is visible")
     rtp_threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = usable cores / LOCAL_WORLD_SIZE")
+    rtp_cpu_kernels: str = Field(
+        "auto", description="kernels on CPU: auto = the fastest level of this CPU; off = torch; or a level: avx2, …"
+    )
 
     # The doctor
     rtp_doctor: Literal["enforce", "warn", "off"] = Field(
@@ -259,6 +282,11 @@ class Config(BaseModel):
     def max_sequences(self) -> int:
         """Maximum number of sequences that one step of the engine computes."""
         return self.max_batch_size or self.concurrency_limit
+
+    @property
+    def weight_quantization(self) -> str:
+        """How the weights are quantized at load, in the words of QUANTIZATION, whichever setting says so; or ""."""
+        return self.quantization or ("INT8" if self.int8_mode or self.weight_type else "")
 
     @property
     def drain_seconds(self) -> int:

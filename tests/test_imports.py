@@ -12,30 +12,35 @@ DOCTOR = ROOT.parent / "doctor"
 
 # The layers, lowest first: a module imports from its own package and lower ones, and only what ALLOWED lists.
 LAYERS = (
-    *("errors", "files", "log", "metrics", "config", "hub"),
-    *("contract", "machine", "text", "parallel", "kernels", "layers", "model", "runner", "engine"),
-    *("api", "supervise", "start_server"),
+    *("errors", "files", "garbage", "log", "metrics", "config", "hub"),
+    *("contract", "machine", "text", "native", "parallel", "kernels", "layers", "model", "runner", "engine"),
+    *("api", "supervise", "start_server", "bench"),
 )
-BASE = {"rtp_llm", "config", "errors", "files", "log", "metrics"}
+BASE = {"rtp_llm", "config", "errors", "files", "garbage", "log", "metrics"}
 TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint", "model.kv_cache_specs", "model.task"}
 SCHEDULING = {
     *("engine.admission_control", "engine.block_hash", "engine.block_pool", "engine.engine", "engine.kv_cache_manager"),
-    *("engine.grammar_compiler", "engine.memory_budget"),
-    *("engine.proposer", "engine.scheduler", "engine.scheduler_output", "engine.step_builder"),
+    *("engine.grammar_compiler", "engine.itl_budget", "engine.memory_budget", "engine.prompt_budget"),
+    *("engine.proposer", "engine.scheduler", "engine.scheduler_config", "engine.scheduler_output"),
+    *("engine.step_builder", "engine.step_cost"),
 }
 # By package, and by module if its rule is stricter than the package's.
 ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "files"},
     "errors": set(),
     "files": set(),
+    "garbage": set(),
     "log": set(),
     "metrics": set(),
     "contract": {"contract"},
     "hub": {"hub", "config", "errors"},
     "hub.name": set(),
     "machine": BASE | {"machine"},
-    "parallel": BASE | {"parallel", "machine"},
-    "kernels": BASE | {"kernels", "contract"},
+    "native": BASE | {"native"},
+    "native.build": set(),
+    "native.levels": set(),
+    "parallel": BASE | {"parallel", "machine", "native"},
+    "kernels": BASE | {"kernels", "native", "contract"},
     "layers": BASE | {"layers", "kernels", "parallel", "contract"},
     "model": BASE | {"model", "layers", "kernels", "parallel", "contract"},
     "model.spec": BASE | {"layers.rope_spec"},
@@ -44,8 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "model.tensor_names": BASE,
     "model.kv_cache_specs": BASE | {"model.spec", "contract.kv_cache", "parallel.sharding"},
     "model.footprint": BASE | {"model.spec", "model.kv_cache_specs", "contract.kv_cache", "parallel.sharding"},
-    "runner": BASE | {"runner", "model", "layers", "kernels", "parallel", "machine", "contract"},
-    "engine": BASE | {"engine", "runner", "parallel", "machine", "contract"} | TORCH_FREE_MODEL,
+    "runner": BASE | {"runner", "model", "layers", "kernels", "native", "parallel", "machine", "contract"},
+    "engine": BASE | {"engine", "runner", "native", "parallel", "machine", "contract"} | TORCH_FREE_MODEL,
     "engine.vocabulary": BASE | {"text.tokenizer"},
     **{module: BASE | {"contract"} | SCHEDULING for module in SCHEDULING},
     "text": BASE | {"text", "contract"},
@@ -55,18 +60,38 @@ ALLOWED: dict[str, set[str]] = {
     | {"supervise", "machine"}
     | {f"parallel.{module}" for module in ("part_spec", "coordinator_connection", "handshake", "wire")},
     "start_server": BASE | {"hub", "machine", "parallel", "supervise"} | TORCH_FREE_MODEL,
+    "bench": BASE | {"bench", "machine"} | TORCH_FREE_MODEL,
+    # Other Pythons, without our dependencies, run these.
+    "bench.record": {"bench.record"},
+    **{
+        f"bench.peers.{module}": {"bench.record", "bench.peers.worker"}
+        for module in ("worker", "gguf_file", "openvino", "transformers")
+    },
+    "bench.peers.offline": BASE
+    | {"bench.peers.worker", "engine", "runner", "parallel", "machine", "contract"}
+    | TORCH_FREE_MODEL,
 }
 # The doctor reads settings, plan and checkpoint with the server's code, and does not import torch.
 DOCTOR_MAY_IMPORT = BASE | {"hub", "machine", "parallel", *TORCH_FREE_MODEL}
 TORCH = {"torch", "triton", "safetensors", "safetensors.torch"}
 MAY_USE_TORCH = {
     *("kernels", "layers", "model", "runner"),
-    *("engine.epoch", "engine.rank", "parallel.group", "parallel.mesh", "parallel.shared_memory"),
+    *(
+        "engine.epoch",
+        "engine.rank",
+        "parallel.group",
+        "parallel.mesh",
+        "parallel.shared_memory",
+        "parallel.native_exchange",
+    ),
+    *("bench.checkpoint", "bench.probe", "bench.peers.offline", "bench.peers.transformers"),
 }
 TORCH_FREE = {"layers.rope_spec", "model.tensor_names", *TORCH_FREE_MODEL}
-# The only imports inside a function: torch must not be imported before the gang has formed (see the comment there), and
-# huggingface_hub, which takes longer than all checks of the doctor, only if a model is given by its name.
+# The only imports inside a function: torch must not be imported before the gang has formed (see the comment there),
+# huggingface_hub, which takes longer than all checks of the doctor, only if a model is given by its name, and
+# matplotlib only where it is installed.
 IMPORTED_LATE = {("engine.main", "engine.rank"), ("hub.settings", "hub.cache"), ("start_server", "hub.remote")}
+IMPORTED_LATE |= {("bench.cli", "bench.plots")}
 
 
 def modules(root: Path = ROOT) -> list[str]:

@@ -25,22 +25,13 @@ def tokenizer_is_usable(ctx: CheckContext) -> CheckResult:
         return error(str(tokenizer_error), "a valid tokenizer.json", f"{fix}, or download it again")
     if tokenizer_error:
         return skip(f"not run, because {tokenizer_error.check} did not pass", because=tokenizer_error.check)
-    num_tokens = _num_tokens(folder / "tokenizer.json")
-    if num_tokens and ctx.spec and num_tokens > ctx.spec.vocab_size:
-        actual = f"the tokenizer has ids up to {num_tokens - 1}, the embedding {ctx.spec.vocab_size} rows"
+    if ctx.spec and ctx.num_tokens > ctx.spec.vocab_size:
+        actual = f"the tokenizer has ids up to {ctx.num_tokens - 1}, the embedding {ctx.spec.vocab_size} rows"
         return error(actual, "a tokenizer of this model", fix)
     if ctx.task != "LANGUAGE_MODEL" or ctx.config.model_template_type or _has_template(folder):
-        return ok(f"tokenizer.json, {num_tokens} tokens")
+        return ok(f"tokenizer.json, {ctx.num_tokens} tokens")
     fix = "set MODEL_TEMPLATE_TYPE to a built-in template or a .jinja file"
     return warn(f"{folder} has no chat template", "a chat template, for /v1/chat/completions", fix)
-
-
-def _num_tokens(path: Path) -> int:
-    """Returns the largest token id in tokenizer.json, plus 1."""
-    table = json.loads(path.read_bytes())
-    vocabulary, added = table["model"]["vocab"], table.get("added_tokens") or []
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return max([*ids, *(token["id"] for token in added)], default=-1) + 1
 
 
 def _has_template(folder: Path) -> bool:

@@ -111,6 +111,7 @@ async def start_chat(
         temperature=temperature,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=prepared.grammar,
+        bad_words=prepared.bad_words,
         prompt_logprobs=body.prompt_logprobs,
     )
     output_format = prepared.output_format

@@ -1,11 +1,12 @@
 """Structured output in the spellings of OpenAI, vLLM, SGLang and alibaba/rtp-llm, as one grammar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from rtp_llm.api.fields import Refusal
 from rtp_llm.errors import invalid_params, unsupported
 from rtp_llm.text import grammar
 from rtp_llm.text.json_schema import WHITESPACE, GrammarError
@@ -56,6 +57,9 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     """vLLM's `structured_outputs`."""
 
+    refusals: ClassVar[Mapping[str, Refusal]] = dict.fromkeys(
+        ("json", "json_object", "regex", "choice", "grammar", "structural_tag"), Refusal("declared")
+    )
     json_: Schema | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None

@@ -29,14 +29,21 @@ MAX_WALKED_ITEMS = 65536  # schemas refuse longer lists
 
 
 class Refusal(NamedTuple):
-    """Why a field is refused, and the value beside null, false, 0 and empty ones that means "not set"."""
+    """Why a field is refused, and the value (a tuple: the values) beside null, false, 0 and empty ones that means "not
+    set".
+    """
 
     reason: str
     default: Any = None
 
     def is_neutral(self, value: Any) -> bool:
         """Returns whether the field counts as not set. Where the default is true, false is a wish."""
-        return bool(value == self.default or (not value and self.default is not True))
+        defaults = self.default if isinstance(self.default, tuple) else (self.default,)
+        return value in defaults or (not value and self.default is not True)
+
+    def is_empty(self, value: Any) -> bool:
+        """Returns whether the value, whatever the type of the field, counts as not set. 0 may be a wish."""
+        return value in ("", [], {}) or (value is False and self.default is not True)
 
 
 def _refuse(reason: str, *names: str, **defaults: Any) -> dict[str, Refusal]:
@@ -45,7 +52,8 @@ def _refuse(reason: str, *names: str, **defaults: Any) -> dict[str, Refusal]:
 
 _STRUCTURED = "output in a given structure is not supported on this route"
 _BEAMS = "beam search is not supported"
-_WORDS = "forbidding or prescribing words is not supported; logit_bias can exclude single tokens"
+_BEST = "choosing the best of several answers is not supported; n returns several"
+_WORDS = "forbidding or prescribing words in this way is not supported; logit_bias can exclude single tokens"
 _TOOLS = "tool calls cannot be demanded on this route"
 _PROMPT = "the prompt cannot be altered by this field; send the prompt as it is to be read"
 _RESULT = "this result is not computed"
@@ -59,11 +67,12 @@ REFUSALS: Mapping[str, Refusal] = {
     **_refuse(_STRUCTURED, "guided_grammar", "guided_json_object", "guided_whitespace_pattern", "json_schema"),
     **_refuse(_STRUCTURED, "regex", "ebnf", "grammar", "structural_tag", "json_format"),
     **_refuse(_BEAMS, "use_beam_search", "variable_num_beams", "early_stopping"),
-    **_refuse(_BEAMS, best_of=1, num_beams=1, length_penalty=1.0),
+    **_refuse(_BEAMS, num_beams=1, length_penalty=1.0),
+    **_refuse(_BEST, best_of=1),
     **_refuse(_WORDS, "bad_words", "bad_words_list", "allowed_token_ids", "no_repeat_ngram_size"),
     **_refuse(_WORDS, "banned_combo_token_ids", "stop_regex", "repetition_detection", "eos_token_id"),
     **_refuse("functions are sent as tools, and function_call as tool_choice", "functions", function_call="none"),
-    **_refuse(_TOOLS, tool_choice="auto", parallel_tool_calls=True),
+    **_refuse(_TOOLS, tool_choice=("auto", "none"), parallel_tool_calls=True),
     **_refuse(_PROMPT, "truncate_prompt_tokens", "chat_template", "continue_final_message", "prompt_embeds"),
     **_refuse(_PROMPT, "template_key", "user_template", "suffix"),
     **_refuse(_RESULT, "prompt_logprobs", "return_logits", "return_hidden_states", "return_all_hidden_states"),
@@ -134,13 +143,19 @@ def ignore(path: str, names: Iterable[str]) -> None:
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Returns the fields of a body or of an object in it without those that are null, which count as not set.
 
+    So do empty values of declared fields that constrain the text, of whatever type they are.
     Applies the rule to fields that `model` does not declare, in nested models too. Raises RequestError 400 for a field
     that constrains the text; of a nested model only if it declares `refusals`. A model with extra="allow" passes its
     extra fields on to someone who applies the rule.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS
-    values = {name: value for name, value in data.items() if value is not None or name in schema.nullable}
+    values = {
+        name: value
+        for name, value in data.items()
+        if (value is not None or name in schema.nullable)
+        and not (name in schema.names and name in refusals and refusals[name].is_empty(value))
+    }
     record = _current.get()
     if record is not None and not path:
         record.model = values.get("model", record.model)

@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from rtp_llm import __version__
+from rtp_llm import __version__, garbage
 from rtp_llm import log as logs
 from rtp_llm.api.app import create_app
 from rtp_llm.api.client import EngineClient
@@ -69,6 +69,7 @@ def main(run_dir: Path) -> None:
     scheme, served = "HTTPS" if config.ssl_certfile else "HTTP", f", model {model.name}" if service else ""
     addresses = ", ".join(sock.getsockname()[0] for sock in sockets)
     log.info("%s on %s port %d%s", scheme, addresses, plan.start_port, served)
+    garbage.keep_all()
     server.run(sockets)
 
 

@@ -141,6 +141,7 @@ class OpenAIEndpoints:
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs,
                 grammar=prepared.grammar,
+                bad_words=prepared.bad_words,
             )
             for prompt in prompts
         ]

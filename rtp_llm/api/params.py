@@ -82,6 +82,7 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     grammar: str = "",
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
     """Returns the engine's parameters for one prompt. Raises RequestError 400.
 
@@ -90,6 +91,7 @@ def sampling_params(
     max_tokens   the request's
     temperature, default_max_tokens  the endpoint's default; of None tokens: up to MAX_SEQ_LEN
     grammar      of the output, which ends where the grammar does, also with ignore_eos
+    bad_words    the token ids of each
     """
     defaults = service.sampling_defaults
     remaining_tokens = service.remaining_tokens(prompt)
@@ -111,6 +113,8 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_logit_bias(body.logit_bias or {}, service.engine_info.vocab_size),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words=bad_words,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
         min_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(sorted(default_stop_ids | set(body.stop_token_ids or ()))),
@@ -119,6 +123,7 @@ def sampling_params(
         grammar=grammar,
     )
     _check_ids(params.stop_token_ids, service.engine_info.vocab_size)
+    _check_ids(params.allowed_token_ids, service.engine_info.vocab_size, "allowed_token_ids")
     if params.min_tokens > limit:
         raise invalid_params(f"min_tokens={params.min_tokens} is more than max_tokens={limit}", "min_tokens")
     return params

@@ -49,7 +49,7 @@ from rtp_llm.errors import (
     overloaded,
     unsupported,
 )
-from rtp_llm.text.grammar import combine
+from rtp_llm.text.grammar import check, combine
 from rtp_llm.text.json_schema import GrammarError
 from rtp_llm.text.output_format import AnswerFormats, OutputFormat
 from rtp_llm.text.template import ChatTemplate, Prompt, TemplateError
@@ -106,6 +106,21 @@ class PromptLimits:
                 self.prompt_field,
             )
 
+    def num_kept(self, truncate: int | None, max_tokens: int) -> int | None:
+        """Returns how many of its last tokens a prompt keeps at most, None: all.
+
+        truncate: the request's `truncate_prompt_tokens`; -1: as many as fit beside `max_tokens` of output.
+        Raises RequestError 400 if none fits.
+        """
+        if truncate != -1:
+            return truncate or None
+        if max_tokens >= self.max_seq_len:
+            message = (
+                f"max_tokens={max_tokens} leaves no room for a prompt in the {self.max_seq_len} tokens of this model"
+            )
+            raise invalid_params(f"{message}, so truncate_prompt_tokens=-1 would drop all of it", "max_tokens")
+        return self.max_seq_len - max_tokens
+
     def check_count(self, sequences: int) -> None:
         """Raises RequestError 400 if a request has more sequences than ever fit, 429 if they do not fit now."""
         if sequences > self.slots:
@@ -124,6 +139,7 @@ class Prepared(Generic[Model]):
     text      the rendered chat, for /chat/render; empty for other requests
     is_batch  whether a native request has `prompt_batch`, or several prompts
     output_format  of the answers to a chat
+    bad_words  the token ids of each
     grammar, constraint  what all of the answer's tokens must match, and the field that asks for it; empty: any text
     """
 
@@ -132,6 +148,7 @@ class Prepared(Generic[Model]):
     text: str = ""
     is_batch: bool = False
     output_format: OutputFormat = field(default_factory=OutputFormat)
+    bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
     constraint: str = ""
 
@@ -170,6 +187,14 @@ class Preparation:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
         self._tokenizer, self._template, self._formats = tokenizer, template, formats
 
+    def grammar_error(self, raw: bytes, limits: PromptLimits) -> str:
+        """Returns why a grammar cannot be enforced, empty if it can."""
+        try:
+            check(raw.decode())
+        except GrammarError as error:
+            return str(error)
+        return ""
+
     def encode_text(self, text: str) -> list[int]:
         """Returns the ids of a part of a prompt, in which the client cannot spell control tokens."""
         _check_unicode(text)
@@ -190,7 +215,8 @@ class Preparation:
         limits.check_engine()
         use = tool_use(body)
         prompt = self._chat_prompt(body)
-        ids = self._encode_chat(prompt, limits)
+        max_tokens = body.max_completion_tokens or body.max_tokens or 1
+        ids = self._encode_chat(prompt, limits, limits.num_kept(body.truncate_prompt_tokens, max_tokens))
         used = ("messages", "tools", "tool_choice", "chat_template_kwargs", "documents")
         output_format = self._formats.output_format(
             use.tools if use.choice != "none" else (),
@@ -203,6 +229,7 @@ class Preparation:
         return replace(
             _prepared(body, [ids], used, prompt.text),
             output_format=output_format,
+            bad_words=self._bad_words(body),
             grammar=grammar,
             constraint=constraint or "tools",
         )
@@ -277,9 +304,14 @@ class Preparation:
         if isinstance(items[0], int):
             items = [items]
         limits.check_count(len(items) * (body.n or 1))
-        prompts = [self._encode_prompt(i, limits) if isinstance(i, str) else _checked(i, limits) for i in items]
+        last = limits.num_kept(body.truncate_prompt_tokens, body.max_tokens or 1)
+        prompts = [
+            self._encode_prompt(i, limits, last) if isinstance(i, str) else _checked(_tail(i, last), limits)
+            for i in items
+        ]
         grammar, constraint = content_grammar(self._tokenizer, body)
-        return replace(_prepared(body, prompts, ("prompt",)), grammar=grammar, constraint=constraint)
+        prepared = _prepared(body, prompts, ("prompt",))
+        return replace(prepared, bad_words=self._bad_words(body), grammar=grammar, constraint=constraint)
 
     def native(self, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
         """Returns a body whose `generate_config` has all fields of the request, and no others."""
@@ -300,6 +332,8 @@ class Preparation:
     def tokenize(self, raw: bytes, limits: PromptLimits) -> bytes:
         """Returns the response of /tokenize."""
         body = _parse(TokenizeRequest, raw)
+        if body.messages and body.prompt is not None:
+            raise invalid_params("prompt and messages exclude each other: send one of them", "messages")
         if body.messages:
             prompt = self._render(body.messages, body, body.tools)
             self._check_countable(prompt.text, limits)
@@ -406,18 +440,36 @@ class Preparation:
         except TemplateError as error:
             raise invalid_params(str(error), "messages") from None
 
-    def _encode_chat(self, prompt: Prompt, limits: PromptLimits) -> list[int]:
-        self._check_prompt(prompt.text, limits)
-        return _checked(self._template.encode(prompt), limits)
+    def _bad_words(self, body: OpenAIRequest) -> tuple[tuple[int, ...], ...]:
+        """Returns the token ids of each word that must not occur, at the start of a text and after a space."""
+        found: list[tuple[int, ...]] = []
+        for word in body.bad_words or ():
+            _check_unicode(word)
+            bare = word.lstrip() or word
+            alone, later = (
+                tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")
+            )
+            # Where the second ends with the first, the first excludes both.
+            found += [alone] if later[-len(alone) :] == alone else [alone, later]
+        return tuple(found)
 
-    def _encode_prompt(self, text: str, limits: PromptLimits) -> list[int]:
-        self._check_prompt(text, limits)
-        return _checked(self._tokenizer.encode_prompt(text), limits)
+    def _encode_chat(self, prompt: Prompt, limits: PromptLimits, last: int | None = None) -> list[int]:
+        self._check_prompt(prompt.text, limits, last)
+        return _checked(_tail(self._template.encode(prompt), last), limits)
 
-    def _check_prompt(self, text: str, limits: PromptLimits) -> None:
-        """Raises RequestError 400 if a text is empty, not Unicode or certainly too long."""
+    def _encode_prompt(self, text: str, limits: PromptLimits, last: int | None = None) -> list[int]:
+        self._check_prompt(text, limits, last)
+        return _checked(_tail(self._tokenizer.encode_prompt(text), last), limits)
+
+    def _check_prompt(self, text: str, limits: PromptLimits, last: int | None) -> None:
+        """Raises RequestError 400 if a text is empty, not Unicode or certainly too long.
+
+        last: as many of its tokens are read; None: all.
+        """
         if not text:
             raise empty_prompt(param=limits.prompt_field)
+        if last is not None:
+            return self._check_countable(text, limits)
         _check_unicode(text)
         limits.check_length(self._tokenizer.min_tokens(text, limits.max_seq_len), prefix="at least ")
 
@@ -474,6 +526,10 @@ def _prefill(body: ChatRequest) -> str | None:
         return None
     content = body.messages[-1].content or ""
     return content if isinstance(content, str) else "".join(part.text or "" for part in content)
+
+
+def _tail(ids: list[int], last: int | None) -> list[int]:
+    return ids if last is None else ids[-last:]
 
 
 def _checked(prompt: list[int], limits: PromptLimits) -> list[int]:

@@ -24,6 +24,7 @@ Work = Callable[[Preparation, bytes, PromptLimits], T]
 log = logging.getLogger(__name__)
 
 MAX_SECONDS, MAX_SECONDS_PER_MIB = 60.0, 10.0  # of one preparation: ten times what it takes on a busy machine
+START_SECONDS = 60.0
 PROCESS_NICENESS = 5  # so that a step of the engine and the event loop come first
 OOM_SCORE = 1000  # the kernel kills this process before the ranks if memory runs out
 
@@ -37,22 +38,26 @@ class PreparationProcess:
         self._connection: Connection | None = None
         self._is_closed = False
 
-    def run(self, work: Work[T], raw: bytes, limits: PromptLimits) -> tuple[T, FieldRecord]:
+    def run(
+        self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None = None
+    ) -> tuple[T, FieldRecord]:
         """Returns the result of `work` and a record of the fields.
+
+        max_seconds: that it may take before the process is killed, besides those for the size of `raw`.
 
         Raises its RequestError, or one if it takes too long or kills the process.
 
         A process that dies is replaced once, since something else than this request may have killed it.
         """
         try:
-            return self._try(work, raw, limits)
+            return self._try(work, raw, limits, max_seconds)
         except (EOFError, OSError):
             if self._is_closed:
                 raise
             log.warning("the process that prepares large requests died, perhaps for lack of memory; it starts again")
             self.end()
         try:
-            return self._try(work, raw, limits)
+            return self._try(work, raw, limits, max_seconds)
         except (EOFError, OSError):
             log.warning("the process that prepares large requests died again: %d bytes are refused", len(raw))
             self.end()
@@ -70,7 +75,7 @@ class PreparationProcess:
         self._is_closed = True
         self.end()
 
-    def _try(self, work: Work[T], raw: bytes, limits: PromptLimits) -> tuple[T, FieldRecord]:
+    def _try(self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None) -> tuple[T, FieldRecord]:
         """Raises EOFError or OSError if the process dies."""
         if self._process is None or self._connection is None or not self._process.is_alive():
             self.end()
@@ -78,7 +83,7 @@ class PreparationProcess:
         assert self._connection
         self._connection.send((work, limits))
         self._connection.send_bytes(raw)
-        seconds = MAX_SECONDS + MAX_SECONDS_PER_MIB * len(raw) / 2**20
+        seconds = (max_seconds or MAX_SECONDS) + MAX_SECONDS_PER_MIB * len(raw) / 2**20
         if not self._connection.poll(seconds):
             self.end()
             raise timed_out(f"the request was not prepared within {seconds:.0f} s")
@@ -93,6 +98,9 @@ class PreparationProcess:
         self._process = context.Process(target=_serve, args=(child_end, *self._arguments), daemon=True)
         self._process.start()
         child_end.close()  # so that the end of the process ends the connection
+        if not self._connection.poll(START_SECONDS):
+            raise EOFError
+        self._connection.recv()  # once it can work, so that its start does not count as work
 
 
 def prepare_recorded(
@@ -110,6 +118,7 @@ def _serve(connection: Connection, tokenizer: Tokenizer, template: ChatTemplate,
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     preparation = Preparation(tokenizer, template, formats)
+    connection.send(None)
     while True:
         work, limits = connection.recv()
         connection.send(_result(work, preparation, connection.recv_bytes(), limits))

@@ -55,13 +55,26 @@ class Preparer:
             return prepare_recorded(work, self._preparation, raw, limits)
         if size < THREAD_BYTES:
             return await self._run(self._thread, prepare_recorded, work, self._preparation, raw, limits)
+        return await self._run_in_process(work, raw, limits)
+
+    async def run_in_process(self, work: Work[T], raw: bytes, max_seconds: float) -> T:
+        """Returns the result of a work that needs no limits, away from this process whatever its size is.
+
+        Raises RequestError: 504 if it takes too long, and those of `prepare`.
+        """
+        result, _ = await self._run_in_process(work, raw, PromptLimits(0, "", 0, 0, 0, ""), max_seconds)
+        return result
+
+    async def _run_in_process(
+        self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None = None
+    ) -> tuple[T, FieldRecord]:
         if self.num_large >= MAX_LARGE:
             raise overloaded(f"{self.num_large} large requests are being prepared, no more may wait: try again later")
         self.num_large += 1
         if self._idle_timer:
             self._idle_timer.cancel()
         try:
-            return await self._run(self._process_thread, self._process.run, work, raw, limits)
+            return await self._run(self._process_thread, self._process.run, work, raw, limits, max_seconds)
         finally:
             self.num_large -= 1
             if not self.num_large:

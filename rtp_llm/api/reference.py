@@ -12,7 +12,8 @@ INTRODUCTION = """\
 
 What the server does with each field of a body. `/docs` of a running server has the paths, responses and errors.
 
-- A field of the tables below has an effect. `null`, and what the notes call "not set", leave it out.
+- A field of the tables below has an effect. `null`, and what the notes call "not set", leave it out; so does an empty
+  value (false, "", [], {}) of a field that constrains the text.
 - [Refused](#refused-fields): fields that constrain the text, or ask for a result, and that the path's table lacks.
 - [Accepted](#accepted-fields): hints and labels, which change nothing.
 - Any other field, nested ones too, is ignored. The answer's header `x-ignored-fields` names it, the metric
@@ -85,7 +86,9 @@ def _refused() -> str:
     rows = ["| Reason | Fields |", "| --- | --- |"]
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, refusal in REFUSALS.items():
-        neutral = f" ({_default(refusal.default)} is not set)" if refusal.default not in (None, ["text"]) else ""
+        defaults = refusal.default if isinstance(refusal.default, tuple) else (refusal.default,)
+        values = " or ".join(_default(value) for value in defaults if value not in (None, ["text"]))
+        neutral = f" ({values} is not set)" if values else ""
         by_reason[refusal.reason].append(f"`{name}`{neutral}")
     rows += [f"| {reason} | {', '.join(names)} |" for reason, names in by_reason.items()]
     text = "An error 400 names the field, unless its value is null, false, 0 or empty, which counts as not set."

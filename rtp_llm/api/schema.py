@@ -27,6 +27,7 @@ Seed = Annotated[Annotated[int, Field(ge=-(2**63), lt=2**64)] | None, BeforeVali
 Text = Annotated[str, Field(min_length=1)]
 MAX_STOPS = 64  # stop strings per request, each of which is searched for after every token
 MAX_BIASES = 4096
+MAX_WORDS = 1024  # that must not occur
 MAX_STOP_IDS = 4096  # in a list
 MAX_ITEMS = 65536  # prompts of a batch, messages of a chat
 
@@ -42,6 +43,8 @@ def _limit_biases(value: Any) -> Any:
 Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_ITEMS)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 StopIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)]
+AllowedIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_ITEMS)]
+Words = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_WORDS)]
 Stops = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, strict=True)]], BeforeValidator(_limit_biases)]
@@ -111,6 +114,15 @@ class OpenAIRequest(StructuredOutputFields, RequestBody):
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: no limit")
     min_p: Finite | None = Field(None, ge=0, le=1)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=100)
+    allowed_token_ids: AllowedIds | None = Field(
+        None, description="no other token is sampled, those that stop included"
+    )
+    bad_words: Words | None = Field(
+        None, description="the last token of each, written with a space before it or without, cannot follow its others"
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=2**31, description="of each prompt, so many of its last tokens are read; -1: what fits; 0: all"
+    )
     min_tokens: Count | None = Field(None, description="before so many tokens, none that stops is sampled")
     ignore_eos: bool | None = None
     stop_token_ids: StopIds | None = None

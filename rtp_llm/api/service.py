@@ -112,7 +112,7 @@ class Service:
         self.field_policy = FieldPolicy(metrics, is_strict=config.strict_fields, model_names=names)
         self.preparer = Preparer(tokenizer, template, formats)
         self.body_memory = BodyMemory(config.max_body_mb)
-        self.grammar_checker = GrammarChecker()
+        self.grammar_checker = GrammarChecker(self.preparer)
         self.created = int(time.time())
         self.reserved_slots = 0  # for sequences that have not started, so that `client.num_in_flight` lacks them
 

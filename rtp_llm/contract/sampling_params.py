@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-TUPLES = ("stop_token_ids", "logprob_token_ids", "reasoning_start", "reasoning_end")
+TUPLES = ("stop_token_ids", "logprob_token_ids", "reasoning_start", "reasoning_end", "allowed_token_ids")
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over output
     frequency_penalty: float = 0.0  # over output
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id to a number added to its logit
+    allowed_token_ids: tuple[int, ...] = ()  # no other token is sampled; empty: any may be
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that do not follow one another in the output
     seed: int = 0  # of the random numbers, see `layers.sampler`
     min_tokens: int = 0  # of output; before that many, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()  # includes the end-of-sequence ids unless the client ignores them
@@ -45,7 +47,8 @@ class SamplingParams:
         """
         logit_bias = {int(token): float(bias) for token, bias in data["logit_bias"].items()}
         tuples = {name: tuple(data[name]) for name in TUPLES}
-        return cls(**{**data, **tuples, "logit_bias": logit_bias})
+        bad_words = tuple(map(tuple, data["bad_words"]))
+        return cls(**{**data, **tuples, "logit_bias": logit_bias, "bad_words": bad_words})
 
     @property
     def is_greedy(self) -> bool:

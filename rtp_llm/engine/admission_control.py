@@ -43,7 +43,7 @@ class AdmissionControl:
         """
         requests = [*running, candidate]
         num_tokens = np.array([r.num_tokens for r in requests])
-        growth = np.array([self._expected_growth(r) for r in requests])
+        growth = np.array([self.expected_growth(r) for r in requests])
         pool = self._kv_cache_manager.pool
         num_shared = pool.num_references - pool.num_used + self._kv_cache_manager.num_referenced(prefix)
         if int(self._kv_cache_manager.num_blocks_for(num_tokens + growth).sum()) - num_shared <= pool.num_usable:
@@ -53,7 +53,7 @@ class AdmissionControl:
         num_blocks = self._kv_cache_manager.num_blocks_for(num_tokens + ends)
         return int((num_blocks * is_running).sum(axis=1).max()) - num_shared <= pool.num_usable
 
-    def _expected_growth(self, request: Request) -> int:
+    def expected_growth(self, request: Request) -> int:
         """Returns the number of tokens that the request is expected to get."""
         num_output_tokens = request.num_tokens - request.num_prompt_tokens
         expected = max(self.typical_length - num_output_tokens, MIN_GROWTH)

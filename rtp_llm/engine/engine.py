@@ -2,6 +2,7 @@
 that the leader loop and the tests can use the same object.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,10 +48,15 @@ class EngineCallbacks:
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step whose result is not processed yet. `result`: returns it, after waiting for it if necessary."""
+    """A step whose result is not processed yet.
+
+    result: returns it and the time.perf_counter() of its end, after waiting for it if necessary.
+    start: time.perf_counter() when scheduling it began.
+    """
 
     output: SchedulerOutput
-    result: Callable[[], StepResult]
+    result: Callable[[], tuple[StepResult, float]]
+    start: float
 
 
 class Engine:
@@ -78,6 +84,7 @@ class Engine:
         self.is_stalled = False  # nothing can be computed until the host has more memory
         self.last_step_tokens = 0
         self._launched: deque[LaunchedStep] = deque()
+        self._last_end = 0.0  # time.perf_counter() when the last step that was processed had its result
         self._thread = ThreadPoolExecutor(1, "step") if pipeline_depth else None
 
     def close(self) -> None:
@@ -143,29 +150,36 @@ class Engine:
         return [_make_unfit(request) for request in requests if request.error]
 
     def _step(self) -> list[EngineOutput]:
+        start = time.perf_counter()
         output = self.scheduler.schedule()
         if output.starved:
             return [_make_starved(request) for request in output.starved]
         self.is_stalled = not output.chunks and not self._launched and not self._is_compiling
         if output.chunks:
-            self._launch(output)
+            self._launch(output, start)
         if self._launched and (len(self._launched) > self.pipeline_depth or not output.chunks):
             return self._process(self._launched.popleft())
         return []
 
-    def _launch(self, output: SchedulerOutput) -> None:
+    def _launch(self, output: SchedulerOutput, start: float) -> None:
         self.num_steps += 1
         step = build_step(output, self.epoch, self.num_steps)
         inputs = self.runner.prepare(step)
         outputs = (output, *(launched.output for launched in self._launched))
         self.callbacks.on_launch({chunk.request.id for output in outputs for chunk in output.chunks})
         self.callbacks.broadcast(replace(step, digest=inputs.digest()))
-        execute = partial(self.runner.execute, inputs, build_sampling_metadata(output.chunks))
+        execute = partial(self._execute, inputs, build_sampling_metadata(output.chunks))
         result = self._thread.submit(execute).result if self._thread else execute
-        self._launched.append(LaunchedStep(output, result))
+        self._launched.append(LaunchedStep(output, result, start))
+
+    def _execute(self, inputs: Any, sampling_metadata: SamplingMetadata) -> tuple[StepResult, float]:
+        return self.runner.execute(inputs, sampling_metadata), time.perf_counter()
 
     def _process(self, launched: LaunchedStep) -> list[EngineOutput]:
-        chunks, result = launched.output.chunks, launched.result()
+        chunks, (result, end) = launched.output.chunks, launched.result()
+        # A step that is scheduled ahead waits for the one before.
+        self.scheduler.record_seconds(launched.output, end - max(launched.start, self._last_end))
+        self._last_end = end
         self.last_step_tokens = launched.output.num_tokens
         _assign_prompt_logprobs(chunks, result.prompt_logprobs)
         updates = self.scheduler.update(launched.output, [None if t.failed else t.token_ids for t in result.tokens])
@@ -186,7 +200,10 @@ def _make_output(update: RequestUpdate, logprobs: Sequence[Logprob] = (), hidden
     if update.finish == "error":
         if request.error:
             return _make_unfit(request)
-        return EngineOutput(request.id, finish="error", error="the model's logits contain NaN or infinity")
+        message = "the model's logits contain NaN or infinity"
+        if request.params.allowed_token_ids or request.params.bad_words:
+            message += ", or the request allows no token to follow (allowed_token_ids, bad_words, min_tokens, grammar)"
+        return EngineOutput(request.id, finish="error", error=message)
     output = EngineOutput(
         request.id,
         tokens=update.tokens,

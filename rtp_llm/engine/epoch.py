@@ -18,7 +18,8 @@ from rtp_llm.engine.loop import FollowerConnections, LeaderLoop, follower_loop
 from rtp_llm.engine.memory_budget import MemoryBudget
 from rtp_llm.engine.proposer import DraftProposer
 from rtp_llm.engine.request_server import RequestServer
-from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.engine.scheduler import Scheduler
+from rtp_llm.engine.scheduler_config import SchedulerConfig
 from rtp_llm.engine.vocabulary import open_vocabulary
 from rtp_llm.errors import CommunicationError
 from rtp_llm.machine.memory import available_memory
@@ -36,6 +37,7 @@ from rtp_llm.runner.residency import Residency
 log = logging.getLogger(__name__)
 
 MEASURE_SECONDS = 0.05  # between measurements of the available memory, which take 0.1 ms
+READY_SECONDS = 0.2  # in which the other processes of the part learn that the ranks serve
 REPORT_SECONDS = 1.5  # until the heartbeats of all parts and the gang status have brought new measurements
 MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the part
 
@@ -152,7 +154,9 @@ class Epoch:
             self.number,
             EngineCallbacks(followers.broadcast, request_server.announce_launch),
             config.rtp_pipeline_depth,
-            GrammarCompiler(open_vocabulary(config, residency.spec.vocab_size)),
+            # Read while the first requests may be served, which all would wait for it otherwise. Not when the first
+            # grammar arrives, since steps are late meanwhile.
+            GrammarCompiler(open_vocabulary(config, residency.spec.vocab_size, READY_SECONDS)),
         )
         self.gang.rank_status.set_phase("serving")
         rope = residency.spec.rope
@@ -237,6 +241,7 @@ def make_scheduler(
         max_num_batched_tokens=residency.max_num_batched_tokens,
         max_num_seqs=config.max_sequences,
         max_num_prefills=config.max_context_batch_size,
+        itl_budget_seconds=config.itl_budget_ms / 1000,
         max_seq_len=residency.max_seq_len,
     )
     return Scheduler(manager, limits, proposer, memory_budget)

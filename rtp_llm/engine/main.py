@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rtp_llm import log
+from rtp_llm import garbage, log
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.gang_client import GangClient
 from rtp_llm.parallel.part_spec import PartSpec
@@ -24,7 +24,7 @@ def main(run_dir: Path, index: int) -> None:
     gang.wait_for_work()
     # Imports torch after the rendezvous: the import takes seconds, and differing settings should be reported before. A
     # spare imports it once the others serve, so that it neither slows their start down nor its own later.
-    with gang.importing():
+    with gang.importing(), garbage.paused():
         from rtp_llm.engine.rank import serve_rank
 
     serve_rank(part_spec, gang)
@@ -33,4 +33,7 @@ def main(run_dir: Path, index: int) -> None:
 if __name__ == "__main__":
     exit_with_supervisord(Path(sys.argv[1]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # serve_rank sets the number of threads later
+    # Threads of OpenMP spin between the kernels of a step, some 20 µs, and sleep between steps: the API process needs
+    # a core as well. The default of libgomp is to spin for milliseconds.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     run_main(partial(main, Path(sys.argv[1]), int(sys.argv[2])))

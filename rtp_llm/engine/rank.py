@@ -2,12 +2,12 @@
 
 import torch
 
-from rtp_llm import log
+from rtp_llm import garbage, log
 from rtp_llm.engine.epoch import Epoch
-from rtp_llm.engine.vocabulary import open_vocabulary
 from rtp_llm.errors import ConfigError, GpuError
 from rtp_llm.machine.devices import usable_cores
 from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.native.library import select_kernels
 from rtp_llm.parallel.gang_client import Assignment, GangClient
 from rtp_llm.parallel.mesh import Mesh
 from rtp_llm.parallel.part_spec import PartSpec
@@ -27,6 +27,7 @@ def serve_rank(part_spec: PartSpec, gang: GangClient) -> None:
 def _serve(part_spec: PartSpec, gang: GangClient) -> None:
     config, plan = part_spec.config, part_spec.plan
     torch.set_num_threads(config.rtp_threads or max(1, usable_cores() // plan.local_world_size))
+    select_kernels(config.rtp_cpu_kernels)
     residency: Residency | None = None
     for assignment in gang.epochs():
         if residency is None:
@@ -68,12 +69,11 @@ def _load(part_spec: PartSpec, gang: GangClient, mesh: Mesh, device: torch.devic
         progress_bar(fraction)
 
     residency = Residency(config, spec, mesh, device, config.max_seq_len or spec.max_positions)
-    if rank_status.rank == 0:
-        open_vocabulary(config, spec.vocab_size)
     rank_status.weight_bytes = residency.load(checkpoint, on_progress).bytes
     if device.type == "cpu":  # the layers of a GPU are only queued when they are called
         residency.on_layer = rank_status.count_progress
     gang.resident_rank = rank_status.rank
+    garbage.keep_all()
     return residency
 
 

@@ -14,41 +14,23 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
+from itertools import chain, islice
 
 from rtp_llm.contract.engine_output import FinishReason
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.admission_control import AdmissionControl
+from rtp_llm.engine.itl_budget import Demand, ItlBudget
 from rtp_llm.engine.kv_cache_manager import KVCacheManager, NewBlocks
 from rtp_llm.engine.memory_budget import MemoryBudget
+from rtp_llm.engine.prompt_budget import PromptBudget
 from rtp_llm.engine.proposer import DraftProposer
+from rtp_llm.engine.scheduler_config import SchedulerConfig
 from rtp_llm.engine.scheduler_output import RequestUpdate, ScheduledChunk, SchedulerOutput
+from rtp_llm.engine.step_cost import StepWork
 
 log = logging.getLogger(__name__)
 
-CHUNK_TILE = 16  # tokens; chunks of a prompt end at multiples, so that a recomputed prompt has the same chunks
 STARVING_SECONDS = 10.0  # that a request waits for memory while no other one runs
-PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs, at most
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of one step."""
-
-    max_num_batched_tokens: int
-    max_num_seqs: int  # running requests
-    max_num_prefills: int = 0  # requests that compute more than one token; 0: no limit
-    max_mixed_chunk: int = 0  # tokens of one prefill in a step with decodes; 0: half of max_num_batched_tokens
-    max_seq_len: int = 2**31 - 1  # tokens of prompt and output of one request
-
-    @property
-    def mixed_prefill_chunk(self) -> int:
-        """Returns how many prompt tokens of one request a step may compute if it also has decodes."""
-        return self.max_mixed_chunk or max(1, self.max_num_batched_tokens // 2)
-
-    @property
-    def chunk_tile(self) -> int:
-        """Returns the number whose multiples chunks end at; 1 if steps are too small for CHUNK_TILE."""
-        return CHUNK_TILE if min(self.mixed_prefill_chunk, self.max_num_batched_tokens) >= CHUNK_TILE else 1
 
 
 @dataclass
@@ -81,6 +63,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.stats = SchedulerStats()
         self.admission_control = AdmissionControl(kv_cache_manager)
+        self.itl_budget = ItlBudget(config)
         self._is_admission_blocked = False  # nothing has changed since the first waiting request did not fit
         self._is_short_of_blocks = False  # the current step leaves out or preempts a request, and so admits none
         self._is_short_of_memory = False  # at the last measurement
@@ -110,7 +93,8 @@ class Scheduler:
         """Ends a running or waiting request, and frees its blocks once no step in flight uses them."""
         request.has_ended = True
         self._is_admission_blocked = False
-        if request.num_output_tokens:  # else it was pooled, or its client gave up before it started
+        # Else it was pooled, or its client gave up before it started, or its limit tells nothing about other answers.
+        if 0 < request.num_output_tokens < request.params.max_tokens:
             self.admission_control.record_output_length(request.num_output_tokens)
         if request.slot >= 0:
             self.running.remove(request)
@@ -134,6 +118,10 @@ class Scheduler:
         output = SchedulerOutput(chunks, self._ended_slots, list(self._rewinds.items()), self._retired_blocks)
         self._ended_slots, self._rewinds, self._retired_blocks = [], {}, []
         return output
+
+    def record_seconds(self, output: SchedulerOutput, seconds: float) -> None:
+        """Takes the measured duration of a step into account."""
+        self.itl_budget.cost.record(StepWork.of(output.chunks), seconds)
 
     def update(self, output: SchedulerOutput, results: Iterable[list[int] | None]) -> list[RequestUpdate]:
         """Applies the results of a step. Must be called once for each step with chunks, in order.
@@ -203,9 +191,9 @@ class Scheduler:
     def _schedule_running(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
         requests, budget = self._take_turns([r for r in self.running if self._is_ready(r)])
-        num_decodes = sum(1 for r in requests if r.num_uncomputed_tokens == 1)
-        chunk_limit = self.config.mixed_prefill_chunk if num_decodes else self.config.max_num_batched_tokens
-        has_prefill = False
+        decodes = [r for r in requests if r.num_uncomputed_tokens == 1]
+        num_decodes = len(decodes)
+        self._prompt_budget = self._start_prompt_budget(decodes)
         for request in requests:
             if request.slot < 0:
                 continue  # was preempted for the sake of an older one
@@ -213,13 +201,26 @@ class Scheduler:
             if request.num_uncomputed_tokens == 1:
                 num_decodes -= 1
             else:  # reserves one token for each decode that comes later in the list
-                limit = min(chunk_limit, budget - num_decodes)
-                num_tokens = self._chunk_size(request, request.num_computed_tokens, limit, has_prefill)
+                limit = budget - num_decodes
+                num_tokens = self._prompt_budget.chunk_size(request, request.num_computed_tokens, limit)
             if num_tokens > 0 and (new_blocks := self._allocate_slots(request, num_tokens)) is not None:
                 chunks.append(self._make_chunk(request, num_tokens, new_blocks))
                 budget -= num_tokens
-                has_prefill = has_prefill or num_tokens > 1
+                if num_tokens > 1:
+                    self._prompt_budget.take(chunks[-1])
         return chunks
+
+    def _start_prompt_budget(self, decodes: Sequence[Request]) -> PromptBudget:
+        """Returns the prompt tokens that a step with these decodes may compute."""
+        if len(decodes) == len(self.running) and not self.waiting:
+            return self.itl_budget.prompt_budget([], ())  # no prompt asks for it
+        num_free = 0 if self._is_admission_blocked else len(self._free_slots)
+        streams = chain(self.running, islice(self.waiting, num_free))
+        return self.itl_budget.prompt_budget(decodes, (self._demand(request) for request in streams))
+
+    def _demand(self, request: Request) -> Demand:
+        growth = self.admission_control.expected_growth(request)
+        return Demand.of(request, request.num_tokens - request.num_prompt_tokens + growth)
 
     def _is_ready(self, request: Request) -> bool:
         """Returns whether the request can be computed before the steps in flight are known."""
@@ -246,19 +247,6 @@ class Scheduler:
             request.last_turn = self._last_turn
         first = self._last_turn - budget
         return [r for r in requests if r.last_turn > first], budget
-
-    def _chunk_size(self, request: Request, start: int, limit: int, has_prefill: bool) -> int:
-        """Returns how many tokens from `start` on, at most `limit`, are computed; 0 or less: none.
-
-        `has_prefill`: the step computes another prefill, so that this one can wait if it would not reach a tile's end.
-        """
-        num_tokens = min(request.num_tokens - start, limit)
-        if request.wants_prompt_logprobs:  # whose logits need memory
-            num_tokens = min(num_tokens, PROMPT_LOGPROB_CHUNK)
-        if start + num_tokens == request.num_tokens:
-            return num_tokens
-        num_aligned = num_tokens - (start + num_tokens) % self.config.chunk_tile
-        return num_aligned if num_aligned > 0 or has_prefill else num_tokens
 
     def _allocate_slots(self, request: Request, num_tokens: int) -> NewBlocks | None:
         """Allocates blocks for `num_tokens` more tokens, preempting the newest requests if too few are free.
@@ -356,18 +344,13 @@ class Scheduler:
     def _admit_waiting(self, scheduled: list[ScheduledChunk]) -> list[ScheduledChunk]:
         admitted: list[ScheduledChunk] = []
         budget = self._budget(scheduled)
-        chunk_limit = (
-            self.config.mixed_prefill_chunk
-            if any(c.num_sampled for c in scheduled)
-            else self.config.max_num_batched_tokens
-        )
         num_prefills = sum(1 for c in scheduled if c.num_tokens > 1 + len(c.draft_tokens))
         while budget > 0 and self._can_admit(num_prefills + len(admitted)):
-            has_prefill = num_prefills > 0 or any(c.num_tokens > 1 for c in admitted)
-            chunk = self._admit(self.waiting[0], min(budget, chunk_limit), has_prefill)
+            chunk = self._admit(self.waiting[0], budget)
             if not chunk:
                 break  # first come, first served: smaller requests further back wait too
             admitted.append(chunk)
+            self._prompt_budget.take(chunk)
             budget -= chunk.num_tokens
         return admitted
 
@@ -382,10 +365,10 @@ class Scheduler:
             return False
         return len(self.running) < self.config.max_num_seqs
 
-    def _admit(self, request: Request, limit: int, has_prefill: bool) -> ScheduledChunk | None:
+    def _admit(self, request: Request, limit: int) -> ScheduledChunk | None:
         """Starts the first waiting request and returns its first chunk, or None if it has to wait."""
         prefix = self.kv_cache_manager.find_cached_prefix(request)
-        num_tokens = self._chunk_size(request, prefix.num_tokens, limit, has_prefill)
+        num_tokens = self._prompt_budget.chunk_size(request, prefix.num_tokens, limit)
         if num_tokens <= 0:
             return None
         pool = self.kv_cache_manager.pool
@@ -407,6 +390,7 @@ class Scheduler:
             request.cached_tokens = prefix.num_tokens
             self.stats.prefix_queries += request.num_tokens
             self.stats.prefix_hits += prefix.num_tokens
+            self.itl_budget.record_admission(self._demand(request))
         return self._make_chunk(request, num_tokens, new_blocks, is_new=True)
 
     # Results

@@ -15,21 +15,21 @@ from rtp_llm.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-def open_vocabulary(config: Config, vocab_size: int) -> "Future[LLTokenizer]":
+def open_vocabulary(config: Config, vocab_size: int, delay: float = 0.0) -> "Future[LLTokenizer]":
     """Starts to read the model's tokenizer, if this process has not done so. Returns it as the result of a future.
 
-    `vocab_size`: the model's number of token ids; those that the tokenizer lacks are in no text. Takes half a second
-    for 150,000 tokens, during which the process does little else, and 120 MB of memory. So it begins while the weights
-    are loaded, and not when the first grammar arrives.
+    `vocab_size`: the model's number of token ids; those that the tokenizer lacks are in no text. `delay`: seconds
+    before. Takes a second for 150,000 tokens, during which the process does little else, and 120 MB of memory.
     """
-    return _start_to_read(Path(config.tokenizer_path or config.checkpoint_path), vocab_size)
+    return _start_to_read(Path(config.tokenizer_path or config.checkpoint_path), vocab_size, delay)
 
 
 @cache
-def _start_to_read(path: Path, vocab_size: int) -> "Future[LLTokenizer]":
+def _start_to_read(path: Path, vocab_size: int, delay: float) -> "Future[LLTokenizer]":
     future: Future[LLTokenizer] = Future()
 
     def read() -> None:
+        time.sleep(delay)
         started_at = time.monotonic()
         try:
             future.set_result(_read(path, vocab_size))

@@ -1,21 +1,21 @@
 """Linear methods: how the weight of a linear layer is read, kept in memory and multiplied.
 
-A quantized format is one class here and one entry in LINEAR_METHODS; no layer knows the format of its weight.
+A quantized format is one class and one entry in `linear_methods.LINEAR_METHODS`; no layer knows the format of its
+weight.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import lcm, prod
-from typing import ClassVar
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Below this, a call of oneDNN (9 µs more than torch's) costs more than it gains.
-MIN_PREPACKED_ELEMENTS = 1 << 15
+from rtp_llm.kernels.ops import silu_and_mul
+
 PROBE_ROWS = (1, 2, 3, 16, 64)  # numbers of rows between which libraries are known to change kernels
 REFERENCE_ROWS = 128
 PROBE_OUTPUTS = 1 << 16  # compared for each; a changed order of additions shows in one of some thousand bf16 outputs
@@ -47,15 +47,24 @@ class LinearMethod(ABC):
     """Reads, keeps and multiplies weights W [out_size, in_size]; one instance serves all layers of the same size.
 
     shard_granularity: the bounds of a shard of W are multiples of these numbers of (output, input) features.
-    dtype: of the activations. batch_invariant: whether the bits of a row of y are independent of the other rows and of
-    their number; None until `measure_batch_invariance`.
+    gated: W stacks a gate and an up projection of equal size, and the layer computes silu(gate) * up.
+    dtype: of x. output_dtype: of y, None for `dtype`. batch_invariant: whether the bits of a row of y are independent
+    of the other rows and of their number; None until `measure_batch_invariance`.
     """
 
     name: ClassVar[str]
     shard_granularity: ClassVar[tuple[int, int]] = (1, 1)
 
-    def __init__(self, out_size: int, in_size: int, dtype: torch.dtype):
-        self.out_size, self.in_size, self.dtype = out_size, in_size, dtype
+    def __init__(
+        self,
+        out_size: int,
+        in_size: int,
+        dtype: torch.dtype,
+        gated: bool = False,
+        output_dtype: torch.dtype | None = None,
+    ):
+        self.out_size, self.in_size, self.dtype, self.gated = out_size, in_size, dtype, gated
+        self.output_dtype = output_dtype or dtype
         self.batch_invariant: bool | None = None
 
     @property
@@ -73,9 +82,18 @@ class LinearMethod(ABC):
         """Returns the tensors for `apply`, made of those that were read; the caller frees what is not among them."""
         return loaded
 
+    def forward(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+        """Returns what the layer computes: `apply`, or `apply_gated` if it is gated."""
+        y = self.apply_gated(x, weights, bias) if self.gated else self.apply(x, weights, bias)
+        return y.to(self.output_dtype)
+
     @abstractmethod
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
         """Returns x Wᵀ + bias, [num_rows, out_size]. x: [num_rows, in_size]. bias: [out_size]."""
+
+    def apply_gated(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+        """Returns silu(gate) * up of the two halves of x Wᵀ + bias, [num_rows, out_size / 2]."""
+        return silu_and_mul(self.apply(x, weights, bias))
 
     def measure_batch_invariance(self, weights: Weights) -> None:
         """Sets `batch_invariant` on the first call. The kernels depend on the size of W, not on its values."""
@@ -88,12 +106,12 @@ class LinearMethod(ABC):
         num_rows = max(REFERENCE_ROWS, -(-PROBE_OUTPUTS // self.out_size))
         x = torch.randn(num_rows, self.in_size, generator=torch.Generator().manual_seed(0), device="cpu")
         x = x.to(next(iter(weights.values())).device, self.dtype)
-        y = self.apply(x, weights)
+        y = self.forward(x, weights)
 
         def differs(rows: int) -> bool:
             num_products = -(-PROBE_OUTPUTS // (rows * self.out_size))
             products = zip(x.split(rows)[:num_products], y.split(rows), strict=False)
-            return not all(torch.equal(self.apply(part, weights), expected) for part, expected in products)
+            return not all(torch.equal(self.forward(part, weights), expected) for part, expected in products)
 
         return [rows for rows in PROBE_ROWS if differs(rows)]
 
@@ -118,8 +136,8 @@ class Prepacked(LinearMethod):
 
     name = "prepacked"
 
-    def __init__(self, out_size: int, in_size: int, dtype: torch.dtype):
-        super().__init__(out_size, in_size, dtype)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self._pads_single_row = False
 
     @staticmethod
@@ -149,28 +167,3 @@ class Prepacked(LinearMethod):
             x = torch.cat((x, x))
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weights["weight"], bias, "none", [], "")
         return y[:1] if is_padded else y
-
-
-LINEAR_METHODS: dict[str, type[LinearMethod]] = {method.name: method for method in (Plain, Prepacked)}
-
-
-def shard_granularity(name: str) -> int:
-    """Returns the number of which features must be a multiple that a method splits as outputs and as inputs."""
-    return lcm(*LINEAR_METHODS[name].shard_granularity) if name else 1
-
-
-def select_linear_method(
-    name: str, out_size: int, in_size: int, dtype: torch.dtype, device: torch.device
-) -> LinearMethod:
-    """Returns the method for weights W [out_size, in_size]; `name`: a key of LINEAR_METHODS, or "" for the fastest."""
-    if not name:
-        is_large = out_size * in_size >= MIN_PREPACKED_ELEMENTS
-        name = "prepacked" if device.type == "cpu" and is_large and Prepacked.is_supported(dtype) else "plain"
-    return _make_method(LINEAR_METHODS[name], out_size, in_size, dtype, device)
-
-
-@cache
-def _make_method(
-    method: type[LinearMethod], out_size: int, in_size: int, dtype: torch.dtype, device: torch.device
-) -> LinearMethod:
-    return method(out_size, in_size, dtype)

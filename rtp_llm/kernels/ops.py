@@ -1,10 +1,21 @@
-"""Operations that a device may compute as one kernel. This is their composition in torch, which runs on any device."""
+"""Operations between the linear layers and attention.
+
+Each is a kernel of `rtp_llm.native` for tensors on a CPU that has it, and otherwise a composition in torch, which runs
+on any device. In bf16 and fp16 both round at the same places; only the order of the sum in a norm, and so now and then
+its last bit, differs. In fp32 the kernels may also fuse a product and a sum.
+"""
 
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+
+from rtp_llm.native.library import DTYPE_CODES, Library, library
+
+_DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
+
+CosSin = tuple[Tensor, Tensor]
 
 
 class AllReduce(Protocol):
@@ -15,17 +26,40 @@ class AllReduce(Protocol):
         ...
 
 
+def _kernels_for(x: Tensor) -> Library | None:
+    """Returns the kernels that compute with x, None if torch does."""
+    return library() if x.is_cpu and x.dtype in _DTYPE_CODES else None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns x / rms(x) * weight over the last dimension, [..., size]. The quotient is computed in float32."""
+    kernels = _kernels_for(x)
+    if kernels is None:
+        return _rms_norm(x, weight, eps)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    kernels.rtp_rms_norm(
+        _DTYPE_CODES[x.dtype],
+        rows.data_ptr(),
+        rows.stride(0),
+        weight.data_ptr(),
+        y.data_ptr(),
+        *rows.shape,
+        eps,
+        torch.get_num_threads(),
+    )
+    return y.view(x.shape)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x_float32 = x.float()
     normalized = x_float32 * torch.rsqrt(x_float32.square().mean(-1, keepdim=True) + eps)
     return weight * normalized.to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns (norm(x + residual), x + residual), each [num_tokens, size] as x and residual."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
 
 
 def all_reduce_add_rms_norm(
@@ -33,16 +67,75 @@ def all_reduce_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Ends a sub-block of the decoder. Returns (input of the next sub-block, residual), each [num_tokens, size].
 
-    x: this rank's partial output of the sub-block; overwritten. post_weight: norm of the output before it is added to
-    the residual. pre_weight: norm of the next input. None: no norm there.
+    x: this rank's partial output of the sub-block. post_weight: norm of the output before it is added to the residual.
+    pre_weight: norm of the next input. None: no norm there. x and residual are contiguous, and may be overwritten.
     """
     x = ranks.all_reduce(x)
-    if post_weight is not None:
-        x = rms_norm(x, post_weight, eps)
-    if pre_weight is not None:
-        return add_rms_norm(x, residual, pre_weight, eps)
-    total = x + residual
-    return total, total
+    kernels = _kernels_for(x)
+    if kernels is None:
+        total = residual + (x if post_weight is None else _rms_norm(x, post_weight, eps))
+        return (total if pre_weight is None else _rms_norm(total, pre_weight, eps)), total
+    kernels.rtp_add_rms_norm(
+        _DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        residual.data_ptr(),
+        _pointer(post_weight),
+        _pointer(pre_weight),
+        *x.shape,
+        eps,
+        torch.get_num_threads(),
+    )
+    return (residual if pre_weight is None else x), residual
+
+
+def norm_rope(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos_sin: CosSin | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalizes and rotates query and key heads. Returns q [T, heads, head_dim], and k and v [T, kv_heads, head_dim].
+
+    qkv: [T, (heads + 2 * kv_heads) * head_dim], all query heads, key heads, value heads; may be overwritten. The
+    results may be views of it. norms: weights [head_dim] of the queries' and of the keys' norm, None: no norms.
+    cos_sin: see `apply_rotary_emb`, None: no rotation.
+    """
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    num_tokens = qkv.shape[0]  # len() of a tensor takes a microsecond
+    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
+    kernels = _kernels_for(qkv)
+    if kernels is None or qkv.stride(1) != 1:
+        if norms:
+            q, k = _rms_norm(q, norms[0], eps), _rms_norm(k, norms[1], eps)
+        if cos_sin:
+            q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
+        return q, k, v
+    kernels.rtp_norm_rope(
+        _DTYPE_CODES[qkv.dtype],
+        qkv.data_ptr(),
+        qkv.stride(0),
+        *map(_pointer, norms or (None, None)),
+        *map(_pointer, cos_sin or (None, None)),
+        num_tokens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        eps,
+        torch.get_num_threads(),
+    )
+    return q, k, v
+
+
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each pair of elements (i, i + head_dim / 2) of a head, the layout of Hugging Face checkpoints.
+
+    x: [num_tokens, heads, head_dim]. cos, sin: [num_tokens, 1, head_dim / 2]. Returns the same shape as x.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -39,14 +39,22 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(ParallelLinear):
-    """Output head, in the dtype of the model. `tied`: the embedding, if the checkpoint ties their weights, else None.
+    """Output head. `tied`: the embedding, if the checkpoint ties their weights, else None.
 
     The embedding must be loaded first.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, group: Group, tied: VocabParallelEmbedding | None):
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        group: Group,
+        tied: VocabParallelEmbedding | None,
+        linear_method: str = "",
+    ):
         num_rows, rows = _vocab_slice("lm_head", vocab_size, hidden_size, group)
-        super().__init__(num_rows, hidden_size, [rows], {rows.name: (vocab_size, hidden_size)}, None, "")
+        full_sizes = {rows.name: (vocab_size, hidden_size)}
+        super().__init__(num_rows, hidden_size, [rows], full_sizes, None, linear_method, output_dtype=torch.float32)
         self.group, self.vocab_size, self.tied = group, vocab_size, tied
         if tied is not None:
             del self.weight
@@ -62,4 +70,5 @@ class ParallelLMHead(ParallelLinear):
         shards = self.group.gather(super().forward(x))
         if shards is None:
             return None
-        return torch.cat(shards, dim=-1)[:, : self.vocab_size].float()
+        logits = shards[0] if len(shards) == 1 else torch.cat(shards, dim=-1)
+        return logits[:, : self.vocab_size]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rtp_llm.errors import ConfigError
-from rtp_llm.kernels.linear_method import Weights, WeightTensor, select_linear_method
+from rtp_llm.kernels.linear_method import Weights, WeightTensor
+from rtp_llm.kernels.linear_methods import select_linear_method
 from rtp_llm.layers.parameter import (
     ShardedParameter,
     WeightSlice,
@@ -25,7 +26,8 @@ FullSizes = dict[str, tuple[int, int]]  # (output, input) features of whole laye
 class ParallelLinear(nn.Module):
     """y = x Wᵀ + b, where W [out_size, in_size] is one rank's shard of one or several linear layers of the checkpoint.
 
-    slices: the parts of W, named by the checkpoint's layers. linear_method: see `select_linear_method`.
+    slices: the parts of W, named by the checkpoint's layers. linear_method, gated, output_dtype: see
+    `select_linear_method`.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class ParallelLinear(nn.Module):
         full_sizes: FullSizes,
         bias: ShardedParameter | None,
         linear_method: str,
+        gated: bool = False,
+        output_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
-        self.method = select_linear_method(linear_method, out_size, in_size, dtype, device)
+        self.method = select_linear_method(linear_method, out_size, in_size, dtype, device, gated, output_dtype)
         for suffix, tensor in self.method.tensors.items():
             self.register_parameter(suffix, _make_weight((out_size, in_size), slices, full_sizes, suffix, tensor))
         self.bias = bias
@@ -58,8 +62,8 @@ class ParallelLinear(nn.Module):
         return {suffix: self.get_parameter(suffix) for suffix in self.method.tensors}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, in_size]. Returns [num_tokens, out_size]."""
-        return self.method.apply(x, self.weights, self.bias)
+        """x: [num_tokens, in_size]. Returns [num_tokens, out_size], half as many features if the layer is gated."""
+        return self.method.forward(x, self.weights, self.bias)
 
 
 def _make_weight(
@@ -93,7 +97,9 @@ class ColumnParallelLinear(ParallelLinear):
     `out_size`: output features of this rank. `columns`: the slices of checkpoint tensors that are stacked in W.
     """
 
-    def __init__(self, in_size: int, out_size: int, columns: Columns, bias: bool, linear_method: str = ""):
+    def __init__(
+        self, in_size: int, out_size: int, columns: Columns, bias: bool, linear_method: str = "", gated: bool = False
+    ):
         inputs = range(in_size)
         super().__init__(
             out_size,
@@ -102,6 +108,7 @@ class ColumnParallelLinear(ParallelLinear):
             {name: (full_size, in_size) for name, full_size, _ in columns},
             _column_bias(out_size, columns) if bias else None,
             linear_method,
+            gated,
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_metadata import SampledRows
 from rtp_llm.contract.sampling_params import SamplingParams
+from rtp_llm.layers.forbidden_tokens import AllowedTokens, BadWords
 from rtp_llm.layers.grammar_mask import GrammarMask
 from rtp_llm.layers.reasoning_budget import ReasoningBudget
 
@@ -142,7 +143,10 @@ class MinTokens:
         self._stop_token_ids.pop(slot, None)
 
 
-DEFAULT_LOGITS_PROCESSORS: tuple[LogitsProcessorFactory, ...] = (Penalties, MinTokens, ReasoningBudget, GrammarMask)
+DEFAULT_LOGITS_PROCESSORS: tuple[LogitsProcessorFactory, ...] = (
+    *(Penalties, AllowedTokens, BadWords, MinTokens),
+    *(ReasoningBudget, GrammarMask),  # whose tokens are forced
+)
 
 _Edits = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 

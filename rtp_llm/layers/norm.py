@@ -34,5 +34,6 @@ class ResidualNorm(nn.Module):
 
     def forward(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """partial, residual: [num_tokens, size]. Returns (input of the next sub-block, residual) of the same shape."""
-        post_weight, pre_weight = (None if n is None else n.weight for n in (self.post_norm, self.pre_norm))
+        post, pre = self.post_norm, self.pre_norm
+        post_weight, pre_weight = None if post is None else post.weight, None if pre is None else pre.weight
         return all_reduce_add_rms_norm(partial, residual, self.group, post_weight, pre_weight, self.eps)

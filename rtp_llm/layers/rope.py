@@ -43,15 +43,6 @@ class RotaryEmbedding:
         return (base[:, None] ** -_exponents(dim).to(base)).float()
 
 
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair of elements (i, i + head_dim / 2) of a head, the layout of Hugging Face checkpoints.
-
-    x: [num_tokens, heads, head_dim]. cos, sin: [num_tokens, 1, head_dim / 2]. Returns the same shape as x.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def _exponents(dim: int) -> Tensor:
     return torch.arange(0, dim, 2, dtype=torch.float64) / dim
 

@@ -18,11 +18,12 @@ from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_metadata import SampledRows, SampledTokens
 from rtp_llm.contract.sampling_params import SamplingParams
-from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsProcessorFactory
+from rtp_llm.kernels.sampling import FAILED, argmax_finite, sample_by_id
+from rtp_llm.layers.grammar_mask import GrammarMask
+from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsProcessor, LogitsProcessorFactory
 from rtp_llm.layers.logprobs import compute_logprobs
-from rtp_llm.layers.token_filter import FILTER_PARAMS, sample_filtered, token_weights
+from rtp_llm.layers.token_filter import FILTER_PARAMS, sample_filtered
 
-FAILED = -1  # the token of a row that cannot be sampled
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
 # What a slot's request asks for. `method`: an index into _METHODS.
 _SLOT_PARAMS = np.dtype([*((n, FILTER_PARAMS[n]) for n in _FILTERS), ("seed", "u8"), ("method", "i8")])
@@ -78,10 +79,11 @@ class Sampler:
 
         logits: [len(rows), vocab_size] float32; not changed. Needs up to twice their memory again.
         """
-        processed = self._process(logits, rows)
-        tokens = self._sample(processed, rows)
-        for checked in [logits] if processed is logits else [logits, processed]:
-            tokens = torch.where(checked.amax(-1).isfinite(), tokens, FAILED)
+        active = [p for p in self._processors if any(map(p.is_active, set(rows.slots.tolist())))]
+        if len(active) == 1 and isinstance(active[0], GrammarMask) and self._are_greedy(rows):
+            tokens = active[0].argmax(logits, rows)
+        else:
+            tokens = self._sample_processed(logits, rows, active)
         return SamplerOutput(tokens, self._compute_logprobs(logits, tokens, rows))
 
     def accept_drafts(self, output: SamplerOutput, rows: SampledRows) -> list[SampledTokens]:
@@ -110,14 +112,17 @@ class Sampler:
                 processor.accept(sequence.slot, sequence.token_ids)
         return sequences
 
-    def _process(self, logits: Tensor, rows: SampledRows) -> Tensor:
-        """Returns the logits as the processors change them: a copy, or `logits` if none does."""
-        slots = set(rows.slots.tolist())
-        active = [p for p in self._processors if any(p.is_active(slot) for slot in slots)]
-        processed = logits.clone(memory_format=torch.contiguous_format) if active else logits
+    def _are_greedy(self, rows: SampledRows) -> bool:
+        return bool((self._params["method"][rows.slots] == _METHODS.index(_sample_greedy)).all())
+
+    def _sample_processed(self, logits: Tensor, rows: SampledRows, active: Sequence[LogitsProcessor]) -> Tensor:
+        """Returns token ids [R], sampled from the logits as the active processors change a copy of them."""
+        if not active:
+            return self._sample(logits, rows)
+        processed = logits.clone(memory_format=torch.contiguous_format)
         for processor in active:
             processor.apply(processed, rows)
-        return processed
+        return torch.where(argmax_finite(logits) == FAILED, FAILED, self._sample(processed, rows))
 
     def _sample(self, logits: Tensor, rows: SampledRows) -> Tensor:
         """Returns token ids [R]. All rows of a method are sampled together."""
@@ -162,16 +167,11 @@ def _draw_numbers(params: NDArray[np.void], positions: NDArray[np.int64]) -> NDA
 
 
 def _sample_greedy(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    return logits.argmax(-1)
+    return argmax_finite(logits)
 
 
 def _sample_unfiltered(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    """Samples from all tokens by inverse transform sampling, in order of their ids."""
-    tokens = []
-    for row, row_params in zip(logits, params, strict=True):
-        ends = token_weights(row, float(row_params["temperature"])).cumsum(0)
-        tokens.append(torch.searchsorted(ends, ends[-1] * float(row_params["number"]), right=True))
-    return torch.stack(tokens).clamp(max=logits.shape[-1] - 1)
+    return sample_by_id(logits, params["temperature"], params["number"])
 
 
 _METHODS = (_sample_greedy, sample_filtered, _sample_unfiltered)

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rtp_llm.kernels.sampling import FAILED, token_weights, top_tokens
+
 NUM_CANDIDATES = 256  # tokens of a row that are sorted; a peaked distribution keeps fewer
 NUM_BINS = 4096  # of a flat row, so that one bin holds a few hundred of 150,000 tokens
 # Tokens that are more temperatures than this below the highest share the last bin. A million of them weigh less than
@@ -31,33 +33,17 @@ FILTER_PARAMS = np.dtype([("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"
 
 
 def sample_filtered(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    """Returns token ids [R] int64; of a row whose highest logit is not finite, any token.
+    """Returns token ids [R] int64, FAILED for a row whose highest logit is NaN or infinite.
 
     logits: [R, vocab_size] float32. params: [R] FILTER_PARAMS, temperature above 0.
     """
-    values, ids = (column.cpu().numpy() for column in _top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1])))
-    tokens = ids[:, 0].copy()
+    values, ids, masses = top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1]), params["temperature"])
+    tokens = np.full(len(ids), FAILED)
     for row in np.isfinite(values[:, 0]).nonzero()[0].tolist():
-        unsorted = _UnsortedTokens(logits[row], float(params[row]["temperature"]))
+        unsorted = _UnsortedTokens(logits[row], float(params[row]["temperature"]), float(masses[row]))
         index = _sample_candidates(values[row], params[row], unsorted)
         tokens[row] = _sample_unsorted(params[row], unsorted) if index is None else ids[row, index]
     return torch.from_numpy(tokens).to(logits.device)
-
-
-def token_weights(logits: Tensor, temperature: float) -> Tensor:
-    """Returns exp((logit - highest logit) / temperature), [vocab_size] float64. logits: [vocab_size] float32."""
-    return logits.double().sub_(logits.max()).div_(temperature).exp_()
-
-
-def _top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the highest logits of each row and their token ids, [R, count], equal ones in order of their ids.
-
-    Which of the tokens that equal the last one are among them is up to torch.topk.
-    """
-    values, ids = logits.topk(count, -1)
-    ids, by_id = ids.sort(-1)
-    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, by_value)
 
 
 def _sample_candidates(values: NDArray[np.float32], params: np.void, unsorted: "_UnsortedTokens") -> int | None:
@@ -89,7 +75,7 @@ def _count_top_p(ends: NDArray[np.float64], top_p: float, top_k: int, unsorted: 
     starts = np.append(0.0, ends[:-1])
     if top_k <= len(ends):
         return int(starts.searchsorted(top_p * ends[top_k - 1]))
-    rough = unsorted.rough_mass()
+    rough = unsorted.rough_mass
     fewest, most = (int(starts.searchsorted(top_p * rough * factor)) for factor in (1 - ROUGH_ERROR, 1 + ROUGH_ERROR))
     return most if fewest == most else int(starts.searchsorted(top_p * unsorted.mass(unsorted.end)))
 
@@ -112,18 +98,14 @@ _End = tuple[int, int]  # of a prefix: all bins before this one, and so many tok
 class _UnsortedTokens:
     """The tokens of one row in descending order, of which only the bins that are looked at are sorted.
 
-    A bin is a range of logits; bin 0 holds the highest.
+    A bin is a range of logits; bin 0 holds the highest. rough_mass: see `top_tokens`.
     """
 
     end: _End = (NUM_BINS, 0)
 
-    def __init__(self, logits: Tensor, temperature: float):
-        self._logits, self._temperature = logits, temperature
+    def __init__(self, logits: Tensor, temperature: float, rough_mass: float):
+        self._logits, self._temperature, self.rough_mass = logits, temperature, rough_mass
         self.vocab_size = len(logits)
-
-    def rough_mass(self) -> float:
-        """Returns the sum of all weights, at most the fraction ROUGH_ERROR off. Costs a third of `mass`."""
-        return float((self._logits - self._logits.max()).div_(self._temperature).exp_().sum())
 
     def mass(self, end: _End) -> float:
         """Returns the sum of the weights of a prefix."""

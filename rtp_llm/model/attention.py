@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from rtp_llm.contract.kv_cache import KVCacheGroup
 from rtp_llm.kernels.attention_backend import AttentionBackend, AttentionParams
 from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.ops import norm_rope
 from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_columns, query_head_slices
 from rtp_llm.layers.norm import RMSNorm
-from rtp_llm.layers.rope import RotaryEmbedding, apply_rotary_emb
+from rtp_llm.layers.rope import RotaryEmbedding
 from rtp_llm.model.forward_context import ForwardContext
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.group import Group
@@ -40,6 +41,7 @@ class GroupedQueryAttention(nn.Module):
             spec.o_bias and group.rank == 0,
             spec.linear_method,
         )
+        self.norm_eps = spec.norm_eps
         self.q_norm = RMSNorm(f"{prefix}.q_norm", dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
@@ -53,12 +55,8 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x: [T, hidden_size]. Returns the same shape, partial: the sum over all ranks is due."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            cos_sin = context.cos_sin(self.rope)
-            q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
+        cos_sin = context.cos_sin(self.rope) if self.rope else None
+        q, k, v = norm_rope(self.qkv_proj(x), self.num_heads, self.num_kv_heads, norms, self.norm_eps, cos_sin)
         cache, metadata = context.caches[self.layer], context.metadata_of(self.layer)
         return self.o_proj(self.backend.forward(self.params, q, k, v, cache, metadata).flatten(1))

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rtp_llm import files
+from rtp_llm import files, garbage
 from rtp_llm.config import Config
 from rtp_llm.errors import CheckpointError, ConfigError
 from rtp_llm.model.spec import ModelSpec, spec_from_config
@@ -67,7 +67,7 @@ class Checkpoint:
         return cls(path, config | _read_overrides(settings), tensors, digest.hexdigest()[:16])
 
     def spec(self, settings: Config) -> ModelSpec:
-        """Returns the ModelSpec of the checkpoint, with MODEL_TYPE, ACT_TYPE and HACK_LAYER_NUM of `settings` applied.
+        """Returns the ModelSpec of the checkpoint, with MODEL_TYPE, ACT_TYPE, QUANTIZATION and HACK_LAYER_NUM applied.
 
         Raises CheckpointError or ConfigError.
         """
@@ -76,6 +76,7 @@ class Checkpoint:
             model_type=settings.model_type,
             act_type=settings.act_type,
             num_layers=settings.hack_layer_num,
+            quantization=settings.weight_quantization,
         )
         # Embeddings need no output head, which such checkpoints often lack; a tied one takes no memory.
         return replace(spec, tie_embeddings=True) if task_type(settings) == "DENSE_EMBEDDING" else spec
@@ -115,16 +116,18 @@ def find_errors(path: Path) -> list[CheckpointError]:
     return errors
 
 
-def check_tokenizer(directory: Path) -> None:
-    """Raises CheckpointError if the API process could not load the tokenizer of this directory.
+def check_tokenizer(directory: Path) -> int:
+    """Returns the largest token id in tokenizer.json, plus 1.
 
-    Inconsistent tables inside tokenizer.json are not detected: only the tokenizers library checks them.
+    Raises CheckpointError if the API process could not load the tokenizer of this directory. Inconsistent tables inside
+    tokenizer.json are not detected: only the tokenizers library checks them.
     """
     file, configs = directory / "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
     if not file.exists() and not file.is_symlink():
         hint = ", only the sentencepiece file tokenizer.model" if (directory / "tokenizer.model").exists() else ""
         raise CheckpointError(f"{directory}: no tokenizer.json{hint}", check="M-07")
-    if not _has_vocabulary(_read_json(file, max_bytes=_MAX_TOKENIZER_BYTES, check="M-07")):
+    ids = _token_ids(_read_json(file, max_bytes=_MAX_TOKENIZER_BYTES, check="M-07"))
+    if ids is None:
         raise CheckpointError(f"{file}: has no vocabulary (model.vocab, added_tokens); copy it again", check="M-07")
     for name in configs:
         path = directory / name
@@ -133,20 +136,21 @@ def check_tokenizer(directory: Path) -> None:
             raise CheckpointError(
                 f'{path}: chat_template must be text or a list of {{"name": …, "template": …}}', check="M-07"
             )
+    return max(ids, default=-1) + 1
 
 
-def _has_vocabulary(tokenizer: dict[str, Any]) -> bool:
-    """Returns whether all tokens of a parsed tokenizer.json have ids.
+def _token_ids(tokenizer: dict[str, Any]) -> list[int] | None:
+    """Returns the ids of all tokens of a parsed tokenizer.json; None if some have none.
 
     `model.vocab` must map tokens to integers, or list them (unigram models); `added_tokens` must have an `id` each.
     """
     model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    has_ids = isinstance(vocab, dict) and all(type(id) is int for id in vocab.values())
-    added_have_ids = isinstance(added_tokens, list) and all(
-        isinstance(token, dict) and type(token.get("id")) is int for token in added_tokens
-    )
-    return added_have_ids and (has_ids or isinstance(vocab, list))
+    are_tokens = isinstance(added_tokens, list) and all(isinstance(token, dict) for token in added_tokens)
+    if not are_tokens or not isinstance(vocab, dict | list):
+        return None
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *(t.get("id") for t in added_tokens)]
+    return ids if set(map(type, ids)) <= {int} else None
 
 
 def _is_chat_template(value: Any) -> bool:
@@ -189,7 +193,8 @@ def _read_json(
     if digest is not None:
         digest.update(raw)
     try:
-        value = json.loads(raw)
+        with garbage.paused():
+            value = json.loads(raw)
     except (RecursionError, ValueError) as error:  # invalid JSON or UTF-8, too deeply nested, or a huge integer
         raise CheckpointError(f"{path}: malformed JSON: {error}", check=check) from None
     if not isinstance(value, dict):
@@ -270,7 +275,8 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
                     f"{file}: not a safetensors file, or cut off: {size} bytes; copy it again", check="M-04"
                 )
             raw = stream.read(header_bytes)
-            header = json.loads(raw)
+            with garbage.paused():
+                header = json.loads(raw)
     except OSError as error:
         raise _make_read_error(file, error) from None
     except (RecursionError, ValueError):

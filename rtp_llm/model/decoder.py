@@ -86,12 +86,19 @@ class Decoder(nn.Module):
             DecoderLayer(spec, layer, group, backend, norms[layer + 1]) for layer in range(spec.num_layers)
         )
         tied = self.embed_tokens if spec.tie_embeddings else None
-        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied)
+        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, group, tied, spec.head_method)
 
     def forward(self, context: ForwardContext) -> Tensor:
         """Returns the hidden states [T, hidden_size] after the last norm, equal on all ranks."""
+        return self.run_layers(*self.embed(context), context)
+
+    def embed(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Returns the input of the first layer, (x, residual)."""
         residual = self.embed_tokens(context.batch.token_ids)
-        x = residual if self.input_norm is None else self.input_norm(residual)
+        return residual if self.input_norm is None else self.input_norm(residual), residual
+
+    def run_layers(self, x: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
+        """Returns what `forward` does. x, residual: see `embed`; may be overwritten."""
         for layer in self.layers:
             x, residual = layer(x, residual, context)
             context.on_layer()

@@ -5,14 +5,24 @@ from rtp_llm.model.kv_cache_specs import kv_cache_specs
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.sharding import padded_vocab, shard_heads, shard_mlp
 
+# Bytes of a weight of linear methods that quantize, scales of groups included.
+QUANTIZED_BYTES = {"int8": 1, "w8a8": 1, "int4": 0.5625}
+
 
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
     """Returns the bytes of the weights on the rank with the largest shard.
 
     Includes padding of heads and vocabulary; excludes norms and biases (some kilobytes).
     """
-    embeddings = head_weights(spec, tp_size) * (1 if spec.tie_embeddings else 2)
-    return (layer_weights(spec, tp_size) + embeddings) * ITEM_BYTES[spec.dtype]
+    layers = layer_weights(spec, tp_size) * _weight_size(spec, spec.linear_method)
+    head_size = _weight_size(spec, spec.head_method)
+    has_embedding = not spec.tie_embeddings or spec.head_method != ""  # beside the output head
+    embedding_size = ITEM_BYTES[spec.dtype] if has_embedding else 0
+    return int(layers + head_weights(spec, tp_size) * (head_size + embedding_size))
+
+
+def _weight_size(spec: ModelSpec, linear_method: str) -> float:
+    return QUANTIZED_BYTES.get(linear_method, ITEM_BYTES[spec.dtype])
 
 
 def layer_weights(spec: ModelSpec, tp_size: int) -> int:

@@ -46,7 +46,7 @@ class ForwardContext:
     group_of_layer: Sequence[int]
     metadata: Sequence[Any]
     on_layer: Callable[[], None] = lambda: None
-    _cos_sin: dict[tuple[RopeSpec, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rotations: dict[tuple[RopeSpec, int], tuple[RotaryEmbedding, Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -68,6 +68,22 @@ class ForwardContext:
     def cos_sin(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
         """Returns (cos, sin) of the step's positions, each [T, 1, head_dim / 2]; computed once for equal embeddings."""
         key = (rope.spec, rope.head_dim)
-        if key not in self._cos_sin:
-            self._cos_sin[key] = rope.cos_sin(self.batch.positions, self.batch.rope_lens)
-        return self._cos_sin[key]
+        if key not in self._rotations:
+            self._rotations[key] = rope, *rope.cos_sin(self.batch.positions, self.batch.rope_lens)
+        return self._rotations[key][1:]
+
+    @property
+    def ropes(self) -> list[RotaryEmbedding]:
+        """The embeddings whose rotations layers have asked for."""
+        return [rope for rope, *_ in self._rotations.values()]
+
+    def update(self, newer: "ForwardContext") -> None:
+        """Replaces what layers have read by that of another step with as many tokens, at the same addresses.
+
+        For contexts whose metadata has a method `update`.
+        """
+        for metadata, newer_metadata in zip(self.metadata, newer.metadata, strict=True):
+            metadata.update(newer_metadata)
+        for rope, *tensors in self._rotations.values():
+            for tensor, newer_tensor in zip(tensors, newer.cos_sin(rope), strict=True):
+                tensor.copy_(newer_tensor)

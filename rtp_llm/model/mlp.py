@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from rtp_llm.kernels.linear_method import shard_granularity
-from rtp_llm.kernels.ops import silu_and_mul
+from rtp_llm.kernels.linear_methods import shard_granularity
 from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear, merged_columns
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.parallel.group import Group
@@ -20,7 +19,7 @@ class GatedMLP(nn.Module):
         shard = shard_mlp(full_size, group.size, group.rank, granularity)
         columns = merged_columns([f"{prefix}.gate_proj", f"{prefix}.up_proj"], full_size, shard)
         self.gate_up_proj = ColumnParallelLinear(
-            spec.hidden_size, 2 * len(shard), columns, spec.mlp_bias, spec.linear_method
+            spec.hidden_size, 2 * len(shard), columns, spec.mlp_bias, spec.linear_method, gated=True
         )
         self.down_proj = RowParallelLinear(
             f"{prefix}.down_proj",
@@ -34,4 +33,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden_size], equal on all ranks. Returns the same shape, partial: the ranks' sum is due."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj(x))

@@ -43,6 +43,7 @@ class ModelSpec:
     ffn: tuple[str, ...] = ()  # kind per layer, a key of `decoder.FFNS`; empty: all "gated_mlp"
     layer_ropes: tuple[RopeSpec | None, ...] = ()  # per layer; None: no rope; empty: all `rope`
     linear_method: str = ""  # of all linear layers but the output head; "": the best for the device
+    head_method: str = ""  # of the output head
     tie_embeddings: bool = False
     sliding_window: int = 0  # tokens; 0: none
     window_layers: tuple[bool, ...] = ()  # per layer, whether it uses the window
@@ -117,8 +118,10 @@ FAMILIES: dict[str, _Family] = {
     "qwen_3": _qwen3,
     "internlm2": _internlm2,
 }
-# The quant_method of config.json's quantization_config, and the key of `kernels.linear_method.LINEAR_METHODS` for it.
+# The quant_method of config.json's quantization_config, and the key of `kernels.linear_methods.LINEAR_METHODS` for it.
 QUANTIZATION_METHODS: dict[str, str] = {}
+# By QUANTIZATION, the linear methods of the layers and of the output head, which 4 bits would harm most.
+QUANTIZATIONS = {"INT8": ("int8", "int8"), "W8A8": ("w8a8", "w8a8"), "INT4": ("int4", "int8")}
 ALIASES = {"qwen_tool": "qwen_2", "qwen_agent": "qwen_2", "qwen_3_tool": "qwen_3"}
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -135,13 +138,16 @@ ARCHITECTURES = {
 }
 
 
-def spec_from_config(config: Json, *, model_type: str = "", act_type: str = "", num_layers: int = 0) -> ModelSpec:
+def spec_from_config(
+    config: Json, *, model_type: str = "", act_type: str = "", num_layers: int = 0, quantization: str = ""
+) -> ModelSpec:
     """Returns the ModelSpec of a Hugging Face config.json, written by transformers 4 (`rope_theta`, `rope_scaling`,
     `torch_dtype`) or 5 (`rope_parameters`, `dtype`).
 
     `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override config.json if set.
+    `quantization` (QUANTIZATION): a key of QUANTIZATIONS.
     Raises CheckpointError, which names the key, if config.json is invalid or not supported. Raises ConfigError if
-    MODEL_TYPE is unknown or contradicts the architectures.
+    MODEL_TYPE is unknown or contradicts the architectures, or if the weights are to be quantized and are already.
     """
     family = _select_family(config, model_type)
     try:
@@ -152,9 +158,22 @@ def spec_from_config(config: Json, *, model_type: str = "", act_type: str = "", 
         raise CheckpointError(f"config.json: cannot be read as a {family} model: {error}") from None
     if act_type:
         spec = replace(spec, dtype=act_type)  # type: ignore[arg-type]  # Config has validated it
+    if quantization:
+        spec = _quantize(spec, quantization)
     if 0 < num_layers < spec.num_layers:
         spec = replace(spec, num_layers=num_layers)
     return spec
+
+
+def _quantize(spec: ModelSpec, quantization: str) -> ModelSpec:
+    if spec.linear_method:
+        raise ConfigError(
+            f"QUANTIZATION={quantization}: the checkpoint is quantized already ({spec.linear_method}); allowed: leave"
+            " it unset",
+            check="M-14",
+        )
+    linear_method, head_method = QUANTIZATIONS[quantization]
+    return replace(spec, linear_method=linear_method, head_method=head_method)
 
 
 def _select_family(config: Json, model_type: str) -> str:

@@ -138,6 +138,7 @@ def make_plan(config: Config, gpus: int) -> Plan:
     Raises ConfigError with the settings, their values and the allowed ones.
     """
     device = config.rtp_device or ("cuda" if gpus else "cpu")
+    _check_quantization(config, device)
     world, tp = _world_and_tp_size(config)
     members = read_members(config)
     local = _local_world_size(config, world, gpus if device == "cuda" else 0, len(members))
@@ -158,6 +159,21 @@ def make_plan(config: Config, gpus: int) -> Plan:
     plan = Plan(members, part, tp, world, local, config.start_port, stride, device, config.host)
     _check_ports(plan)
     return plan
+
+
+def _check_quantization(config: Config, device: str) -> None:
+    """Raises ConfigError if the weights cannot be quantized on this device, or two settings say how, differently."""
+    older = {"INT8_MODE": "1" if config.int8_mode else "", "WEIGHT_TYPE": config.weight_type}
+    settings = {name: value for name, value in ({"QUANTIZATION": config.quantization} | older).items() if value}
+    text = ", ".join(f"{name}={value}" for name, value in settings.items())
+    if settings and device == "cuda":
+        raise ConfigError(
+            f"{text}: weights are quantized on CPU only; allowed on a GPU: leave it unset, or set RTP_DEVICE=cpu",
+            check="M-14",
+            names=tuple(settings),
+        )
+    if len(settings) > 1 and config.weight_quantization != "INT8":
+        raise ConfigError(f"{text}: these contradict each other; allowed: one of them", check="M-14")
 
 
 def check_address(plan: Plan, addresses: set[str]) -> str | None:

@@ -14,16 +14,17 @@ import re
 from pathlib import Path
 
 from rtp_llm.errors import CommunicationError
+from rtp_llm.native.library import library
 
 DIRECTORY = Path("/dev/shm")
 SLOT_BYTES = 1 << 20
-COUNTER_BYTES = 64  # one cache line per counter, to avoid false sharing between ranks
+COUNTER_BYTES = 128  # two cache lines, which processors fetch together: ranks share none
 NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # PartSpec.shm_prefix and a random suffix
 
 
 def is_supported() -> bool:
-    """Returns True on x86. The protocol of `shared_memory` needs a processor that keeps stores in order."""
-    return platform.machine() in ("x86_64", "AMD64")
+    """Returns whether ranks can use a segment: by the kernels, or else on x86, which keeps stores in order."""
+    return platform.machine() in ("x86_64", "AMD64") or library() is not None
 
 
 def segment_bytes(size: int) -> int:

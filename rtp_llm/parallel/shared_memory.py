@@ -3,26 +3,62 @@
 A gloo collective takes about 0.5 ms, which would dominate the duration of a step.
 
 Each rank has a slot in each of two alternating buffers, and a counter. One operation: write the local slot, increment
-the local counter, wait until all counters have the same value, read all slots. A slot is overwritten two operations
-later. Every rank has incremented its counter for the operation in between by then, so it has read the slot. This needs
-stores in order, as on x86; `segment.is_supported` is False elsewhere, and gloo is used.
+the local counter, wait until all counters have the same value, read the slots. A slot is overwritten two operations
+later. Every rank has incremented its counter for the operation in between by then, so it has read the slot.
 """
 
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
+from rtp_llm.native.library import library
 from rtp_llm.parallel.abort import AbortFlag
+from rtp_llm.parallel.native_exchange import NativeExchange
 from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES, segment_bytes
 
 SPIN_ITERATIONS, YIELD_ITERATIONS = 200, 2000
 SLEEP_SECONDS = 50e-6
+
+
+class Exchange(Protocol):
+    """How one rank reads and writes the segment. Tensors are contiguous, and of the same size on all ranks.
+
+    A collective returns False if another rank does not come within the timeout, or after `abort`.
+    """
+
+    @property
+    def wait_seconds(self) -> float:
+        """Returns the total time spent waiting for other ranks."""
+        ...
+
+    @property
+    def sequence(self) -> int:
+        """Returns the value of this rank's counter."""
+        ...
+
+    def abort(self) -> None:
+        """Ends the pending collective and all later ones. Any thread may call it."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> bool:
+        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
+        ...
+
+    def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
+        """Writes the tensors of all ranks to `gathered`, [size, elements] on rank 0, None on the others."""
+        ...
+
+    def broadcast(self, tensor: Tensor) -> bool:
+        """Copies rank 0's tensor into those of the others, in place."""
+        ...
 
 
 class SharedMemoryGroup:
@@ -31,87 +67,145 @@ class SharedMemoryGroup:
     def __init__(self, path: Path, rank: int, size: int, timeout: float):
         self.rank, self.size, self.timeout = rank, size, timeout
         with path.open("r+b") as file:
-            memory = mmap.mmap(file.fileno(), segment_bytes(size))
-        counters_bytes = size * COUNTER_BYTES
-        self._counters = np.frombuffer(memory, np.int64, counters_bytes // 8).reshape(size, -1)[:, 0]
-        self._slots = torch.frombuffer(memory, dtype=torch.uint8, offset=counters_bytes).view(2, size, SLOT_BYTES)
-        self._sequence = 0
+            memory = torch.frombuffer(mmap.mmap(file.fileno(), segment_bytes(size)), dtype=torch.uint8)
+        self._counters = _counters(memory, size)
+        kernels = library()
+        self._exchange: Exchange = (
+            NativeExchange(kernels, memory, rank, size, timeout)
+            if kernels
+            else TorchExchange(memory, rank, size, timeout)
+        )
         self._abort_flag = AbortFlag()
-        self.wait_seconds = 0.0  # total time spent waiting for other ranks
         self.is_waiting = False
 
+    @property
+    def wait_seconds(self) -> float:
+        return self._exchange.wait_seconds
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
-        flat = tensor.view(-1)
-        for chunk in torch.split(flat, SLOT_BYTES // flat.element_size()):
-            chunks = self._exchange(chunk)
-            chunk.copy_(chunks.sum(0, dtype=torch.float32 if chunk.is_floating_point() else None))
+        assert tensor.is_contiguous()
+        self.is_waiting = True
+        self._finish(self._exchange.all_reduce(tensor))
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Returns the tensors of all ranks in rank order on rank 0, None on the others. All shapes must be equal."""
-        flat = tensor.contiguous().view(-1)
-        gathered = [torch.empty_like(flat) for _ in range(self.size)] if self.rank == 0 else []
-        chunk_size = SLOT_BYTES // flat.element_size()
-        for start in range(0, len(flat), chunk_size):
-            chunks = self._exchange(flat[start : start + chunk_size])
-            for target, chunk in zip(gathered, chunks, strict=False):
-                target[start : start + chunk_size] = chunk
-        return [target.view(tensor.shape) for target in gathered] if gathered else None
+        tensor = tensor.contiguous()
+        gathered = torch.empty(self.size, *tensor.shape, dtype=tensor.dtype) if self.rank == 0 else None
+        self.is_waiting = True
+        self._finish(self._exchange.gather(tensor, gathered))
+        return None if gathered is None else list(gathered)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Copies rank 0's tensor into those of the others, in place."""
-        flat = tensor.view(-1)
-        for chunk in torch.split(flat, SLOT_BYTES // flat.element_size()):
-            chunk.copy_(self._exchange(chunk)[0])
+        assert tensor.is_contiguous()
+        self.is_waiting = True
+        self._finish(self._exchange.broadcast(tensor))
         return tensor
 
     def min(self, value: int) -> int:
-        return int(self._exchange(torch.tensor([value])).min())
+        values = self.gather(torch.tensor(value))
+        return int(self.broadcast(torch.stack(values).min() if values else torch.tensor(value)))
 
     def check_aborted(self) -> None:
         self._abort_flag.check()
 
     def abort(self, reason: str) -> None:
         self._abort_flag.set(reason)
+        self._exchange.abort()
 
     def close(self) -> None:
         self.abort("the group is closed")
 
-    def _exchange(self, chunk: Tensor) -> Tensor:
-        """Returns the chunks of all ranks as [size, len(chunk)], valid until the next call."""
-        self._sequence += 1
-        num_bytes = len(chunk) * chunk.element_size()
-        chunks = self._slots[self._sequence & 1, :, :num_bytes].view(chunk.dtype)
+    def _finish(self, is_complete: bool) -> None:
+        """Ends a collective. Raises CommunicationError if other ranks did not join it or the group is aborted."""
+        if not is_complete:
+            self._abort_flag.check()
+            late_ranks = (self._counters < self._exchange.sequence).nonzero()[0].tolist()
+            raise CommunicationError(f"ranks {late_ranks} did not join a collective within {self.timeout:.0f} s")
+        self.is_waiting = False
+
+
+class TorchExchange:
+    """Implements `Exchange` where the kernels are missing. It needs stores in order, see `segment.is_supported`."""
+
+    def __init__(self, memory: Tensor, rank: int, size: int, timeout: float):
+        """`memory`: the segment, uint8."""
+        self.rank, self.timeout, self.sequence, self.wait_seconds = rank, timeout, 0, 0.0
+        self._counters = _counters(memory, size)
+        self._slots = memory[size * COUNTER_BYTES :].view(2, size, SLOT_BYTES)
+        self._is_aborted = False
+
+    def abort(self) -> None:
+        self._is_aborted = True
+
+    def all_reduce(self, tensor: Tensor) -> bool:
+        for chunk in _split(tensor):
+            chunks = self._share(chunk)
+            if chunks is None:
+                return False
+            chunk.copy_(chunks.sum(0, dtype=torch.float32))
+        return True
+
+    def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
+        start = 0
+        for chunk in _split(tensor):
+            chunks = self._share(chunk)
+            if chunks is None:
+                return False
+            if gathered is not None:
+                gathered.view(len(gathered), -1)[:, start : start + len(chunk)] = chunks
+            start += len(chunk)
+        return True
+
+    def broadcast(self, tensor: Tensor) -> bool:
+        for chunk in _split(tensor):
+            chunks = self._share(chunk)
+            if chunks is None:
+                return False
+            chunk.copy_(chunks[0])
+        return True
+
+    def _share(self, chunk: Tensor) -> Tensor | None:
+        """Returns the chunks of all ranks as [size, len(chunk)], valid until the next call; None if one is missing."""
+        self.sequence += 1
+        chunks = self._slots[self.sequence & 1, :, : chunk.nbytes].view(chunk.dtype)
         chunks[self.rank] = chunk
-        self._counters[self.rank] = self._sequence
-        self._wait()
+        self._counters[self.rank] = self.sequence
+        start = time.perf_counter()
+        if not self._wait_for_all():
+            return None
+        self.wait_seconds += time.perf_counter() - start
         return chunks
 
-    def _wait(self) -> None:
-        start = time.perf_counter()
-        self.is_waiting = True
-        self._wait_for_all()
-        self.is_waiting = False
-        self.wait_seconds += time.perf_counter() - start
-
-    def _wait_for_all(self) -> None:
-        """Blocks until all counters reach the local sequence number.
+    def _wait_for_all(self) -> bool:
+        """Waits until all counters reach the local sequence number.
 
         Spins first, since the other ranks usually follow within microseconds, then yields the core, then sleeps.
-        Raises CommunicationError after the timeout, or once the group is aborted.
+        Returns False after the timeout, or once the group is aborted.
         """
-        counters, sequence = self._counters, self._sequence
+        counters, sequence = self._counters, self.sequence
+        deadline = time.monotonic() + self.timeout
         for spin in range(SPIN_ITERATIONS + YIELD_ITERATIONS):
-            self._abort_flag.check()
+            if self._is_aborted:
+                return False
             if counters.min() >= sequence:
-                return
+                return True
             if spin >= SPIN_ITERATIONS:
                 os.sched_yield()
-        deadline = time.monotonic() + self.timeout
         while counters.min() < sequence:
-            self._abort_flag.check()
-            if time.monotonic() > deadline:
-                late_ranks = [rank for rank, value in enumerate(counters) if value < sequence]
-                raise CommunicationError(f"ranks {late_ranks} did not join a collective within {self.timeout:.0f} s")
+            if self._is_aborted or time.monotonic() > deadline:
+                return False
             time.sleep(SLEEP_SECONDS)
+        return True
+
+
+def _counters(memory: Tensor, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Returns the counter of each rank, [size] int64."""
+    counters: np.ndarray[tuple[int], np.dtype[np.int64]] = (
+        memory[: size * COUNTER_BYTES].numpy().view(np.int64).reshape(size, -1)[:, 0]
+    )
+    return counters
+
+
+def _split(tensor: Tensor) -> Sequence[Tensor]:
+    """Returns the elements in pieces that fit a slot."""
+    return torch.split(tensor.view(-1), SLOT_BYTES // tensor.element_size())

@@ -14,6 +14,7 @@ from rtp_llm.errors import ConfigError, FatalError
 from rtp_llm.kernels.attention_backend import AttentionBackend
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import LayerKVCache, carve
+from rtp_llm.kernels.native_attention import NativeBackend
 from rtp_llm.kernels.reference import ReferenceBackend
 from rtp_llm.machine.memory import available_memory
 from rtp_llm.model.checkpoint import Checkpoint
@@ -22,16 +23,18 @@ from rtp_llm.model.forward_context import ForwardContext
 from rtp_llm.model.kv_cache_specs import kv_cache_specs
 from rtp_llm.model.spec import ModelSpec
 from rtp_llm.model.weights import LoadStats, load_weights
+from rtp_llm.native.library import library
 from rtp_llm.parallel.mesh import Mesh
 from rtp_llm.runner.kv_cache_size import plan_num_blocks, size_reason
 from rtp_llm.runner.kv_memory import KVMemory
+from rtp_llm.runner.recorded_steps import RecordedSteps
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_BLOCK_SIZE = 16  # tokens
 MIN_LOGITS_ROWS = 64
-CPU_WARM_UP_TOKENS = 64
+CPU_WARM_UP_TOKENS = 16
 
 
 class Residency:
@@ -53,8 +56,9 @@ class Residency:
         self.num_blocks = 0  # that sequences can have; the null block comes on top
         self.kv_memory: KVMemory | None = None
         self.kv_caches: list[LayerKVCache] = []
+        self._recorded_steps: RecordedSteps | None = None  # of the newest KV cache
         self.on_layer: Callable[[], None] = lambda: None  # called after each layer; on a GPU, which may be still busy
-        self._backend: AttentionBackend = ReferenceBackend(device)
+        self._backend = self._select_backend()
         self.model = self._build_model()
 
     @property
@@ -70,6 +74,13 @@ class Residency:
         if self.max_seq_len == self.spec.max_positions:
             return "the checkpoint's maximum, because MAX_SEQ_LEN is not set"
         return size_reason(self.config)
+
+    def _select_backend(self) -> AttentionBackend:
+        """Returns the native kernels on CPU, if they support all caches of keys and values."""
+        specs = [group.spec for group in self.layout.groups if "keys" in dict(group.spec.tensors)]
+        if self.device.type == "cpu" and all(map(NativeBackend.is_supported, specs)) and library():
+            return NativeBackend()
+        return ReferenceBackend(self.device)
 
     def _build_model(self) -> Decoder:
         default_dtype = torch.get_default_dtype()
@@ -168,6 +179,9 @@ class Residency:
         """Reserves memory for `num_blocks` blocks and the null block, and puts the caches of all layers there."""
         memory = KVMemory(num_blocks + 1, self.layout.block_bytes, self.device)
         self.kv_caches = carve(memory.blocks, self.layout)
+        kernels = library()
+        if kernels and self.device.type == "cpu":
+            self._recorded_steps = RecordedSteps(self.model, kernels, self.mesh.tp)
         return memory
 
     def halve_steps(self) -> None:
@@ -188,6 +202,8 @@ class Residency:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Returns the hidden states [T, hidden_size] after the last norm, equal on all ranks."""
         context = ForwardContext.prepare(batch, self.kv_caches, self.layout, self.model.attentions, self.on_layer)
+        if self._recorded_steps and self._recorded_steps.covers(batch):
+            return self._recorded_steps.run(context)
         hidden: Tensor = self.model(context)
         return hidden
 

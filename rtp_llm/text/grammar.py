@@ -23,6 +23,9 @@ MAX_ERROR_CHARACTERS = 300  # of llguidance's messages, which quote the grammar
 TEXT = r"TEXT: /(.|\n)*/"
 _TOKEN_ID = re.compile(r"<\[\d+\]>")
 _LIMITS = LLParserLimits(verbose_errors=False)  # without the parser's state
+# What llguidance checks by intersecting regular expressions, which can take it any time: a schema's patterns, formats
+# and conditions, the operators & and ~ of Lark.
+_UNBOUNDED = re.compile(r'[&~]|"(pattern|patternProperties|format|allOf|not|multipleOf)\\*"')
 _BYTES = LLTokenizer("byte")  # has a token per byte: compiles a grammar without a model
 
 
@@ -105,10 +108,15 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer
     return from_lark("\n".join([f"start: ({alternatives})* TEXT", *rules]))
 
 
+def is_bounded(grammar: str) -> bool:
+    """Returns whether llguidance bounds the work of `check`, to some tenths of a second."""
+    return not _UNBOUNDED.search(grammar)
+
+
 def check(grammar: str) -> None:
     """Raises GrammarError if a grammar cannot be enforced, because of a keyword of a JSON schema for example.
 
-    Other threads run meanwhile. llguidance bounds the work that it does for any grammar.
+    Other threads run meanwhile.
     """
     if len(grammar) > MAX_CHARACTERS:
         raise GrammarError(f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are allowed")

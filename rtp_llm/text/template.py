@@ -4,6 +4,7 @@ Templates expect Hugging Face's documented environment: its sandbox, whitespace 
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from rtp_llm.text.control_tokens import ControlTokens, new_mark
 from rtp_llm.text.messages import REASONING_NAMES, Message, MessageFormat, TemplateError
 from rtp_llm.text.roles import Roles
 from rtp_llm.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
@@ -160,6 +163,8 @@ class _CompiledTemplate:
         self._variables = {**tokenizer.special_tokens, "documents": None}
         self._format = MessageFormat(source, tree)
         self._roles = Roles(self._probe)
+        if mapped := [f"{sent} as {role}" for sent, role in self._roles.renamed.items() if sent != role]:
+            log.info("the chat template (%s) gets turns of the roles %s", name, ", ".join(mapped))
 
     def normalize(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Returns the messages in the form that this template reads. Raises TemplateError."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,11 @@ class Tokenizer:
     def __init__(
         self,
         backend: Backend,
-        decoder: Mapping[str, Any] | None,
         *,
         special_tokens: Mapping[str, str],
         eos_ids: Iterable[int],
         templates: Mapping[str, str],
     ):
-        """`decoder` is the "decoder" section of tokenizer.json, which `backend` does not expose."""
         self._backend = backend
         self._path: Path | None = None  # if it was read from files
         self._bytes: dict[int, bytes] = {}
@@ -57,13 +56,12 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.templates = dict(templates)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        # In bytes with the byte-level alphabet, since each of its characters is a byte.
-        self._longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         bos_id = self.token_id(special_tokens.get("bos_token", ""))
         self._added_bos_id = bos_id if bos_id in backend.encode("").ids else None
         eos_id = self.token_id(special_tokens.get("eos_token", ""))
         self.eos_ids = frozenset(eos_ids) | (set() if eos_id is None else {eos_id})
-        steps = list(_decoder_steps(decoder))
+        # The state of a decoder is its section of tokenizer.json.
+        steps = list(_decoder_steps(json.loads(backend.decoder.__getstate__()) if backend.decoder else None))
         step_types = {step.get("type") for step in steps}
         self.byte_level = "ByteLevel" in step_types
         self._replacements = [pair for step in steps for pair in _replacements_of_step(step)]
@@ -77,14 +75,12 @@ class Tokenizer:
         file_names = _list_files(path)
         if "tokenizer.json" not in file_names:
             raise CheckpointError(_missing_file_message(path, file_names))
-        source = _read_text(path / "tokenizer.json")
-        spec = _parse_json(source, path / "tokenizer.json")
+        backend = _backend(_read_text(path / "tokenizer.json"), path / "tokenizer.json")
         config, special_tokens_map, generation_config, model_config = (
             _parse_json(_read_text(path / name), path / name) if name in file_names else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
         )
         declared = {**special_tokens_map, **{key: value for key, value in config.items() if value is not None}}
-        backend = _backend(source, path / "tokenizer.json")
         try:
             _add_declared(backend, declared)
         except (AttributeError, TypeError, ValueError) as error:
@@ -97,9 +93,7 @@ class Tokenizer:
         eos_ids = _eos_ids(generation_config, path / "generation_config.json")
         eos_ids |= _eos_ids(model_config, path / "config.json")
         templates = {**_declared_templates(config, path / "tokenizer_config.json"), **_template_files(path, file_names)}
-        tokenizer = cls(
-            backend, spec.get("decoder"), special_tokens=_named_tokens(declared), eos_ids=eos_ids, templates=templates
-        )
+        tokenizer = cls(backend, special_tokens=_named_tokens(declared), eos_ids=eos_ids, templates=templates)
         tokenizer._path = path
         return tokenizer
 
@@ -182,6 +176,11 @@ class Tokenizer:
             return [original_ids.get(token_id, token_id) for token_id in encoding.ids]
 
         return encode
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """The length of the longest token; in bytes with the byte-level alphabet, where each character is a byte."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def min_tokens(self, text: str, enough: int) -> int:
         """Returns a lower bound for the number of tokens of `text`, with no more work than it takes to exceed `enough`.
@@ -302,6 +301,7 @@ def _backend(source: str, path: Path) -> Backend:
     try:
         return Backend.from_str(source)
     except Exception as error:  # the backend raises plain Exception for every error
+        _parse_json(source, path)  # names the place of an error in the JSON
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}; copy the file again") from error
 
 

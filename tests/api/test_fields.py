@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,12 +16,17 @@ from pydantic import BaseModel, Field
 
 from rtp_llm.api.app import BODY_MODELS
 from rtp_llm.api.fields import HINTS, MAX_LOGGED_NAMES, MAX_NAMES, REFUSALS, FieldRecord, recording, set_fields
+from rtp_llm.api.preparation import Preparation, PromptLimits
 from rtp_llm.api.schema import ChatRequest, CompletionRequest, GenerateConfig
 from rtp_llm.errors import RequestError
+from rtp_llm.text.output_format import AnswerFormats
+from rtp_llm.text.template import ChatTemplate
+from rtp_llm.text.tokenizer import Tokenizer
+from tests import random_model
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
-from tests.api.fake_engine import ScriptedOutput
+from tests.api.fake_engine import ScriptedOutput, Submission
 
 CHAT, COMPLETION, NATIVE = "/v1/chat/completions", "/v1/completions", "/"
 HI: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "Hi"}]
@@ -72,9 +78,12 @@ def ignored(response: httpx.Response) -> list[str]:
 def test_a_constraint_is_honoured_or_refused_by_name(path: str, name: str, api: ApiServer) -> None:
     while api.engine.num_pending_submissions:
         api.engine.next_submission()
-    response = api.post(path, BODIES[path] | {name: CONSTRAINTS[name]})
+    body = BODIES[path] | ({"prompt": "abcdefgh"} if "prompt" in BODIES[path] else {})
+    response = api.post(path, body | {name: CONSTRAINTS[name]})
     if response.status_code == 200 and name in MODELS[path].model_fields:
-        assert api.engine.next_submission().params["grammar"]
+        submission = api.engine.next_submission()
+        values = [submission.params[n] for n in ("grammar", "bad_words", "allowed_token_ids")]
+        assert any(values) or len(submission.prompt) == CONSTRAINTS["truncate_prompt_tokens"]
         return
     assert response.status_code == 400, f"{name} was ignored"
     assert response.json()["error"]["param"] == name
@@ -88,7 +97,45 @@ def test_neutral_constraints_are_not_set(path: str, api: ApiServer) -> None:
         names = [n for n in CONSTRAINTS if n not in MODELS[path].model_fields and REFUSALS[n].default is not True]
         assert ignored(api.post(path, BODIES[path] | dict.fromkeys(names, neutral))) == []
     defaults = {n: r.default for n, r in REFUSALS.items() if n not in MODELS[path].model_fields and r.default}
-    assert ignored(api.post(path, BODIES[path] | defaults)) == []
+    for choose in (min, max):
+        chosen = {n: choose(value) if isinstance(value, tuple) else value for n, value in defaults.items()}
+        assert ignored(api.post(path, BODIES[path] | chosen)) == []
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_empty_constraints_of_any_type_are_not_set(path: str, api: ApiServer) -> None:
+    nested = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+    names = [n for n in CONSTRAINTS if n in MODELS[path].model_fields]
+    empty: tuple[Any, ...] = (False, "", [], {})
+    for value in empty:
+        body = BODIES[path] | dict.fromkeys(names, value) | {"max_tokens": 1, "max_new_tokens": 1}
+        for constraints in (body, body | {"structured_outputs": dict.fromkeys(nested, value)}):
+            while api.engine.num_pending_submissions:
+                api.engine.next_submission()
+            response = api.post(path, constraints)
+            assert response.status_code == 200, response.text
+            params = api.engine.next_submission().params
+            assert not any(params[n] for n in ("grammar", "bad_words", "allowed_token_ids"))
+    response = api.post(path, BODIES[path] | {"guided_regex": 1})
+    assert response.json()["error"]["param"] == "guided_regex"
+
+
+def test_tools_that_must_not_be_called_need_none(api: ApiServer) -> None:
+    assert api.post(COMPLETION, BODIES[COMPLETION] | {"tool_choice": "none"}).status_code == 200
+    assert api.post(COMPLETION, BODIES[COMPLETION] | {"tool_choice": "required"}).status_code == 400
+
+
+def test_best_of_is_no_beam_search(api: ApiServer) -> None:
+    for path in (CHAT, COMPLETION):
+        message = api.post(path, BODIES[path] | {"best_of": 3}).json()["message"]
+        assert "best_of" in message
+        assert "beam" not in message
+
+
+def test_tokenize_takes_a_prompt_or_messages(api: ApiServer) -> None:
+    response = api.post("/tokenize", {"prompt": "a", "messages": HI})
+    assert response.status_code == 400
+    assert "prompt and messages" in response.json()["message"]
 
 
 def test_false_is_not_neutral_where_the_default_is_true(api: ApiServer) -> None:
@@ -259,7 +306,15 @@ def test_the_rule_on_any_object(model: type[BaseModel], data: dict[str, Any]) ->
     if error:
         assert (error.status, (error.param or "").split(".")[0] in data) == (400, True)
         return
-    is_set = {name for name, value in data.items() if value is not None}
+    refusals = getattr(model, "refusals", REFUSALS)
+    constraints = {name: refusals[name].default for name in model.model_fields if name in refusals}
+    is_set = {
+        name
+        for name, value in data.items()
+        if value is not None
+        and (name not in constraints or isinstance(value, (int, float)) or value)
+        and (value is not False or constraints.get(name, True) is True)
+    }
     assert values.keys() == is_set
     assert set_fields(model, values) == values
     known = {*model.model_fields, *HINTS, *getattr(model, "refusals", REFUSALS)}
@@ -368,6 +423,67 @@ def test_an_error_names_the_field_as_sent(
     assert substring in response.json()["message"]
 
 
+# Words, tokens, and the length of prompts
+
+
+def submission(api: ApiServer, path: str, **fields: Any) -> Submission:
+    while api.engine.num_pending_submissions:
+        api.engine.next_submission()
+    response = api.post(path, BODIES[path] | fields)
+    assert response.status_code == 200, response.text
+    return api.engine.next_submission()
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_words_and_tokens_reach_the_engine(path: str, api: ApiServer, byte_model: ByteModel) -> None:
+    sent = submission(api, path, bad_words=[" xy", "z", " "], allowed_token_ids=[5, 9])
+    assert sent.params["bad_words"] == [byte_model.tokens(word) for word in ("xy", "z", " ")]
+    assert sent.params["allowed_token_ids"] == [5, 9]
+    for fields, param in (
+        ({"allowed_token_ids": [1 << 20]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids[0]"),
+        ({"bad_words": ["a", ""]}, "bad_words[1]"),
+        ({"bad_words": ["a"] * 1025}, "bad_words"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ):
+        response = api.post(path, BODIES[path] | fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("text", ["word", "two words"])
+def test_a_word_is_excluded_within_a_text_too(text: str, tmp_path: Path) -> None:
+    """Byte-level vocabularies have another token where a space comes before the word."""
+    random_model.write(tmp_path / "model")
+    tokenizer = Tokenizer.load(tmp_path / "model")
+    template = ChatTemplate.select(tokenizer, explicit=None)
+    preparation = Preparation(tokenizer, template, AnswerFormats.select(template, tokenizer, "", ""))
+    raw = json.dumps({"prompt": "a", "bad_words": [text]}).encode()
+    words = preparation.completion(raw, PromptLimits(99, "", 1 << 20, 1, 0, "")).bad_words
+    for context in ("", "a ", "In the "):
+        ids = tuple(tokenizer.encode(context + text, add_special_tokens=False))
+        assert any(ids[-len(word) :] == word for word in words)
+
+
+def test_the_end_of_a_long_prompt_is_read(api: ApiServer, byte_model: ByteModel) -> None:
+    text = "".join(map(str, range(1000)))  # 2,890 tokens; the model reads 2,048
+    ids = byte_model.tokens(text)
+    for prompt in (text, ids):
+        assert submission(api, COMPLETION, prompt=prompt, truncate_prompt_tokens=7).prompt == ids[-7:]
+        kept = submission(api, COMPLETION, prompt=prompt, truncate_prompt_tokens=-1, max_tokens=48)
+        assert kept.prompt == ids[-2000:]
+        assert kept.params["max_tokens"] == 48
+        assert submission(api, COMPLETION, prompt=prompt, truncate_prompt_tokens=-1).prompt == ids[-2047:]
+        assert api.post(COMPLETION, {"prompt": prompt, "truncate_prompt_tokens": 0}).status_code == 400
+    chat = [{"role": "user", "content": text}]
+    whole = api.post("/tokenize", {"messages": chat}).json()["tokens"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        fields = {"messages": chat, "truncate_prompt_tokens": -1, name: 100}
+        assert submission(api, CHAT, **fields).prompt == whole[-1948:]
+    assert submission(api, CHAT, truncate_prompt_tokens=2000).prompt == submission(api, CHAT).prompt
+    response = api.post(CHAT, {"messages": chat, "truncate_prompt_tokens": -1, "max_tokens": 2048})
+    assert response.json()["error"]["param"] == "max_tokens"
+
+
 # With OpenAI's client
 
 
@@ -379,8 +495,8 @@ def client(api: ApiServer) -> Iterator[openai.OpenAI]:
 
 def test_the_sdk_shows_errors_and_ignored_fields(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="x", messages=HI, extra_body={"bad_words": ["a"], "n": 1})
-    assert caught.value.param == "bad_words"
+        client.chat.completions.create(model="x", messages=HI, extra_body={"no_repeat_ngram_size": 2})
+    assert caught.value.param == "no_repeat_ngram_size"
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="x", prompt="x" * 3000)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")

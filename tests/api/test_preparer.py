@@ -6,12 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from rtp_llm.api import preparation_process, preparer
+from rtp_llm.api import grammar_checker, preparation_process, preparer
 from rtp_llm.api.preparation import Preparation, PromptLimits
 from rtp_llm.api.preparer import THREAD_BYTES, Preparer
 from rtp_llm.errors import RequestError
@@ -194,3 +195,32 @@ def test_the_memory_of_all_bodies_is_bounded(start_api: StartApi) -> None:
     with api.open_stream("/v1/completions", {"prompt": "a", "stream": True, "user": " " * 900_000}):
         api.engine.next_submission()
         assert api._service.body_memory.used == 0
+
+
+# Grammars
+
+SLOW = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + i)}.*{chr(98 + i)}.*"} for i in range(20)]}  # 20 s
+
+
+def test_a_grammar_that_takes_long_to_check_is_refused_and_delays_nobody(
+    byte_model: ByteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_checker, "CHECK_SECONDS", 1.0)
+
+    def status(fields: dict[str, Any]) -> int:
+        response = api.post("/v1/completions", {"prompt": "a", "max_tokens": 1} | fields)
+        if response.status_code == 400:
+            assert response.json()["error"]["param"] == "guided_json"
+        return response.status_code
+
+    with ApiServer(byte_model, lambda submission: [ScriptedOutput([], "length")]) as api, ThreadPoolExecutor() as pool:
+        assert status({"guided_json": {"type": "string", "pattern": "a+"}}) == 200  # starts the process
+        slow = pool.submit(status, {"guided_json": SLOW})
+        assert status({"guided_json": {"type": "integer"}}) == 200
+        assert not slow.done()
+        assert slow.result() == 400
+        started_at = time.monotonic()
+        assert status({"guided_json": SLOW}) == 400
+        assert time.monotonic() - started_at < 0.9  # the result is kept
+        assert status({"guided_json": {"type": "string", "pattern": "b+"}}) == 200
+        assert status({"guided_json": {"type": "string", "pattern": "b+("}}) == 400

@@ -138,6 +138,15 @@ def test_a_call_that_max_tokens_cuts_off_finishes_with_length(api: ApiServer) ->
     assert calls_of(choice["message"]) == [("get_weather", '{"city": "Z')]
 
 
+def test_a_call_that_max_tokens_cuts_off_before_its_name_stays_text(api: ApiServer) -> None:
+    """As in vLLM: without a name there is no call that could be told, and no text is lost."""
+    text = HERMES[: HERMES.index("t_weather")]
+    api.engine.script = answering(api.model, text, finish="length")
+    choice = api.post("/v1/chat/completions", {**CHAT, "tools": [WEATHER]}).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"] == {"role": "assistant", "content": text}
+
+
 def test_the_openai_client_accumulates_a_stream(api: ApiServer) -> None:
     api.engine.script = answering(api.model, HERMES, step=1)
     tools: list[Any] = [WEATHER, NOW]

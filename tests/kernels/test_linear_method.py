@@ -1,17 +1,29 @@
 """Linear methods compared with float64 products; which method is selected; independence of a row from the others."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from rtp_llm.errors import ConfigError
-from rtp_llm.kernels.linear_method import LINEAR_METHODS, Plain, Prepacked, WeightTensor, select_linear_method
+from rtp_llm.kernels.linear_method import Plain, Prepacked, WeightTensor
+from rtp_llm.kernels.linear_methods import LINEAR_METHODS, select_linear_method
 from rtp_llm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.layers.linear import ColumnParallelLinear, ParallelLinear
+from rtp_llm.native.library import select_kernels
 from rtp_llm.parallel.group import SingleRankGroup
 from rtp_llm.parallel.sharding import shard_mlp
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    """Lets torch compute."""
+    select_kernels("off")
+    yield
+    select_kernels("auto")
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -89,6 +101,7 @@ def test_a_method_whose_rows_depend_on_others_says_so() -> None:
         assert method.batch_invariant is expected
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_small_weights_are_not_prepacked() -> None:
     assert select_linear_method("", 64, 64, torch.float32, CPU).name == "plain"
     assert select_linear_method("", 1024, 1024, torch.float32, CPU).name == "prepacked"
@@ -113,6 +126,7 @@ def make_layer(linear_method: str) -> ColumnParallelLinear:
     return layer
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_prepacking_frees_the_original_weight_unless_it_is_shared() -> None:
     x = random_tensor((2, 1024), seed=2)
     with torch.inference_mode():
@@ -130,6 +144,7 @@ def test_prepacking_frees_the_original_weight_unless_it_is_shared() -> None:
         assert torch.equal(embedding(torch.tensor([5])), plain.weights["weight"][5:6])
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_a_plain_tied_head_shares_the_memory_of_the_embedding() -> None:
     embedding = VocabParallelEmbedding(40, 16, SingleRankGroup())
     head = ParallelLMHead(40, 16, SingleRankGroup(), embedding)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rtp_llm.contract.kv_cache import KVCacheSpec, make_layout
 from rtp_llm.kernels import reference
-from rtp_llm.kernels.attention_backend import AttentionParams
+from rtp_llm.kernels.attention_backend import AttentionBackend, AttentionParams
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import carve
 from rtp_llm.kernels.reference import ReferenceBackend
@@ -46,6 +46,7 @@ class Layout:
     kv_heads: int
     window: int
     dtype: torch.dtype = torch.float32
+    dim: int = DIM
 
 
 class PagedBatch:
@@ -63,7 +64,7 @@ class PagedBatch:
         self.block_tables = self._make_block_tables()
         num_blocks = sum(map(len, self.block_tables)) + 3
         spec = KVCacheSpec(
-            tensors=(("keys", (layout.kv_heads, DIM)), ("values", (layout.kv_heads, DIM))),
+            tensors=(("keys", (layout.kv_heads, layout.dim)), ("values", (layout.kv_heads, layout.dim))),
             dtype={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[layout.dtype],
             window=layout.window,
         )
@@ -81,7 +82,7 @@ class PagedBatch:
             self._fill(index)
 
     def _noise(self, num_tokens: int, heads: int) -> Tensor:
-        return torch.from_numpy(self.random.standard_normal((num_tokens, heads, DIM))).to(self.layout.dtype)
+        return torch.from_numpy(self.random.standard_normal((num_tokens, heads, self.layout.dim))).to(self.layout.dtype)
 
     def _make_block_tables(self) -> list[list[int]]:
         counts = [-(-s.seq_len // self.layout.block_size) for s in self.sequences]
@@ -127,13 +128,17 @@ class PagedBatch:
         assert batch.num_decodes == sum(1 for s in self.sequences if s.num_tokens == 1)
         return batch
 
+    def make_backend(self) -> AttentionBackend:
+        """Returns the backend to test."""
+        return ReferenceBackend(self.device)
+
     def run(self) -> list[Tensor]:
-        """Returns the backend's output by sequence, [num_tokens, heads, DIM] each."""
+        """Returns the backend's output by sequence, [num_tokens, heads, dim] each."""
         new_keys, new_values = (
             torch.cat([t[s.start : s.seq_len] for s, t in zip(self.sequences, tensors, strict=True)])
             for tensors in (self.keys, self.values)
         )
-        backend = ReferenceBackend(self.device)
+        backend = self.make_backend()
         metadata = backend.prepare(self.batch(), 0, self.group.spec, self.group.block_size)
         q, k, v = (tensor.to(self.device) for tensor in (torch.cat(self.queries), new_keys, new_values))
         out = backend.forward(AttentionParams(SCALE), q, k, v, self.cache, metadata)
@@ -141,9 +146,9 @@ class PagedBatch:
         return list(out.cpu().split([s.num_tokens for s in self.sequences]))
 
     def expected(self, index: int) -> Tensor:
-        """Returns [num_tokens, heads, DIM] float64: softmax(SCALE q k) v over the keys that each query attends to."""
+        """Returns [num_tokens, heads, dim] float64: softmax(SCALE q k) v over the keys that each query attends to."""
         sequence, layout = self.sequences[index], self.layout
-        out = torch.empty(sequence.num_tokens, layout.heads, DIM, dtype=torch.float64)
+        out = torch.empty(sequence.num_tokens, layout.heads, layout.dim, dtype=torch.float64)
         for row, head in product(range(sequence.num_tokens), range(layout.heads)):
             position = sequence.start + row
             first = max(0, position + 1 - layout.window) if layout.window else 0

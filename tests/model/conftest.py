@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from rtp_llm.native.library import select_kernels
 from tests.model.checkpoints import CASES
 from tests.model.oracle import Oracle, make_oracle
 from tests.model.rank_pool import RankPool
@@ -38,6 +39,14 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
 
 
 SLOW_TP_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)]
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    """Lets torch compute."""
+    select_kernels("off")
+    yield
+    select_kernels("auto")
 
 
 @pytest.fixture(scope="session", params=[1, 2, *SLOW_TP_SIZES], ids="tp{}".format)

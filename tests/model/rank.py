@@ -21,6 +21,7 @@ from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.contract.step import Step
 from rtp_llm.engine.engine import Engine
 from rtp_llm.engine.loop import FollowerConnections
+from rtp_llm.native.library import select_kernels
 from rtp_llm.parallel.gang_client import Assignment
 from rtp_llm.parallel.group import Communicator, init_group
 from rtp_llm.parallel.members import Member
@@ -84,6 +85,7 @@ class RankWorker:
 
     def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
         """Loads the checkpoint and computes the job's requests. Returns the reply of this rank."""
+        select_kernels(job["settings"].get("rtp_cpu_kernels", "auto"))
         group = self.groups[job["collectives"]]
         runner, load_stats = drive.load_runner(Path(job["checkpoint"]), job["settings"], group)
         reply: dict[str, Any] = {"bytes": load_stats.bytes, "num_blocks": runner.residency.num_blocks}
@@ -91,10 +93,12 @@ class RankWorker:
             engine = drive.make_engine(runner, self.followers.broadcast)
             completions = _run_leader(engine, job)
             self.followers.send_keepalive()  # _run_follower returns when it receives this
-            return reply | {"completions": completions, "preemptions": engine.scheduler.stats.preemptions}
-        assert self.step_socket
-        _run_follower(runner, self.step_socket)
-        return reply
+            reply |= {"completions": completions, "preemptions": engine.scheduler.stats.preemptions}
+        else:
+            assert self.step_socket
+            _run_follower(runner, self.step_socket)
+        recorded_steps = runner.residency._recorded_steps
+        return reply | {"num_recorded": len(recorded_steps._steps) if recorded_steps else 0}
 
 
 def _accept_followers(part_spec: PartSpec) -> dict[int, socket.socket]:

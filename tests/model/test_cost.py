@@ -25,9 +25,10 @@ def prompt_inputs(runner: ModelRunner, num_tokens: int) -> StepInputs:
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "qwen2-14-heads", "qwen3"])
+@pytest.mark.usefixtures("without_kernels")  # torch counts only its own products
 def test_flops_of_a_prompt(oracles: Oracles, name: str) -> None:
     """Compares all FLOPs except those of attention, where the reference backend computes masked keys too."""
-    with mock.patch("rtp_llm.kernels.linear_method.MIN_PREPACKED_ELEMENTS", 1 << 60):  # torch counts only its own
+    with mock.patch("rtp_llm.kernels.linear_methods.MIN_PREPACKED_ELEMENTS", 1 << 60):
         runner, _ = drive.load_runner(oracles(name).path, {"max_batch_tokens_size": 64}, SingleRankGroup())
     inputs, spec = prompt_inputs(runner, 64), runner.residency.spec
     with FlopCounterMode(display=False) as counter:

@@ -54,10 +54,19 @@ def test_same_tokens_and_logits_over_gloo(rank_pool: RankPool, oracles: Oracles,
     compare(rank_pool, oracles(name), "gloo")
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "qwen2-14-heads", "qwen3", "internlm2"])
-def test_same_tokens_and_logits_from_prepacked_weights(oracles: Oracles, name: str) -> None:
-    """On CPU large weights are prepacked at load. The weights here are small, so the minimum size is lowered."""
+@pytest.mark.parametrize("rank_pool", [1, 2], ids="tp{}".format, indirect=True)
+@pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen2-14-heads", "qwen3"])
+def test_same_tokens_and_logits_without_kernels(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     oracle = oracles(name)
-    with mock.patch("rtp_llm.kernels.linear_method.MIN_PREPACKED_ELEMENTS", 1):
+    settings = {"rtp_cpu_kernels": "off"}
+    oracle.check(rank_pool.run(oracle.path, [oracle.greedy_requests()], "local", **settings).completions)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "qwen2-14-heads", "qwen3", "internlm2"])
+@pytest.mark.usefixtures("without_kernels")
+def test_same_tokens_and_logits_from_prepacked_weights(oracles: Oracles, name: str) -> None:
+    """Without kernels large weights are prepacked. Those here are small, so the minimum size is lowered."""
+    oracle = oracles(name)
+    with mock.patch("rtp_llm.kernels.linear_methods.MIN_PREPACKED_ELEMENTS", 1):
         engine = drive.make_single_rank_engine(oracle.path)
     oracle.check(drive.run(engine, oracle.greedy_requests()))

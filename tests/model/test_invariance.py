@@ -4,7 +4,7 @@ Greedy requests are compared with transformers. Sampled requests have no oracle;
 if each ran alone, in one chunk and without prefix cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.scheduler import SchedulerStats
+from rtp_llm.kernels.native_attention import NativeBackend
+from rtp_llm.kernels.reference import ReferenceBackend
+from rtp_llm.native.library import built_levels, select_kernels
 from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
 from tests.model.conftest import Oracles
@@ -64,9 +67,20 @@ class Expected:
         assert {name: completions[name].tokens for name in SAMPLED} == self.sampled
 
 
-@pytest.fixture(scope="module", params=CASES)
-def expected(request: pytest.FixtureRequest, oracles: Oracles) -> Expected:
-    return compute_expected(oracles(request.param))
+def kernel_cases() -> Iterator[Any]:
+    """Yields each checkpoint with the kernels of this CPU, and one with those of its other levels and with torch."""
+    yield from (pytest.param((name, "auto"), id=name) for name in CASES)
+    for level in ("off", *built_levels()[:-1]):
+        marks = [] if level in ("off", "portable") else [pytest.mark.slow]
+        yield pytest.param(("mistral-window", level), id=f"mistral-window-{level}", marks=marks)
+
+
+@pytest.fixture(scope="module", params=kernel_cases())
+def expected(request: pytest.FixtureRequest, oracles: Oracles) -> Iterator[Expected]:
+    name, level = request.param
+    select_kernels(level)
+    yield compute_expected(oracles(name))
+    select_kernels("auto")
 
 
 def compute_expected(oracle: Oracle) -> Expected:
@@ -75,6 +89,15 @@ def compute_expected(oracle: Oracle) -> Expected:
     tokens = {name: completion.tokens for name, completion in completions.items()}
     assert all(len(set(t)) > 5 for t in tokens.values()), "sampled output has too few different tokens"
     return Expected(oracle, tokens)
+
+
+@pytest.mark.parametrize("level", [*built_levels(), "off"])
+def test_attention_backend(oracles: Oracles, level: str) -> None:
+    select_kernels(level)
+    runner = drive.make_single_rank_engine(oracles(CASES[0]).path).runner
+    select_kernels("auto")
+    assert isinstance(runner, ModelRunner)
+    assert isinstance(runner.residency._backend, ReferenceBackend if level == "off" else NativeBackend)
 
 
 def add_cache_salt(requests: list[Request]) -> list[Request]:

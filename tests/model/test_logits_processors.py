@@ -37,6 +37,11 @@ def edited(logits: Tensor, prompt: Sequence[int], output: Sequence[int], params:
         result[token] += params.logit_bias.get(token, 0)
         if token in params.stop_token_ids and len(output) < params.min_tokens:
             result[token] = -torch.inf
+        if params.allowed_token_ids and token not in params.allowed_token_ids:
+            result[token] = -torch.inf
+        text, words = ",".join(map(str, [*output, token])), (",".join(map(str, word)) for word in params.bad_words)
+        if any(f",{text}".endswith(f",{word}") for word in words):
+            result[token] = -torch.inf
     return result
 
 
@@ -68,6 +73,8 @@ def random_request(rng: np.random.Generator) -> Request:
         logit_bias=choose({}, {3: 2.5}, {3: -100.0, 11: 0.5}),
         min_tokens=choose(0, 3, 8),
         stop_token_ids=choose((), (5,), (0, 11)),
+        allowed_token_ids=choose((), (), (1, 2, 5, 11)),
+        bad_words=choose((), ((3,), (7, 1)), ((4, 2), (9, 2), (1, 2, 3), (2, 2))),
     )
 
 

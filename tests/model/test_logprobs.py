@@ -70,7 +70,7 @@ def test_prompt_logprobs_per_step_are_limited(oracle: Oracle) -> None:
         greedy_request(a.prompt, 8, id=str(i), logprobs=TOP, prompt_logprobs=TOP if i % 2 == 0 else None)
         for i, a in enumerate(oracle.answers)
     ]
-    with mock.patch("rtp_llm.engine.scheduler.PROMPT_LOGPROB_CHUNK", 5):
+    with mock.patch("rtp_llm.engine.prompt_budget.PROMPT_LOGPROB_CHUNK", 5):
         completions = drive.run(drive.make_single_rank_engine(oracle.path), requests)
     for index, answer in enumerate(oracle.answers):
         if index % 2 == 0:

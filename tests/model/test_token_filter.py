@@ -1,5 +1,6 @@
 """Top-k, top-p and min-p give the token that a stable sort of the vocabulary in float64 gives."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtp_llm.layers.token_filter import FILTER_PARAMS, NUM_CANDIDATES, sample_filtered
+from rtp_llm.native.library import select_kernels
 
 FIRST, LAST = 0.0, 1 - 1e-9  # random numbers that select the first and the last of the kept tokens
+
+
+@pytest.fixture(scope="module", params=["auto", "off"], autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    select_kernels(request.param)
+    yield
+    select_kernels("auto")
 
 
 def sorted_sample(logits: NDArray[np.float32], params: np.void) -> int:

@@ -159,7 +159,7 @@ def test_one_weight_at_a_time_is_in_memory_beside_the_packed_ones(oracles: Oracl
         return loaded
 
     with (
-        mock.patch("rtp_llm.kernels.linear_method.MIN_PREPACKED_ELEMENTS", 1),
+        mock.patch("rtp_llm.kernels.linear_methods.MIN_PREPACKED_ELEMENTS", 1),
         mock.patch.object(ShardedParameter, "materialize", recording_materialize),
     ):
         runner, _ = drive.load_runner(oracles("llama").path, {}, SingleRankGroup())

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import platform
 import threading
 from multiprocessing.synchronize import Barrier, Event
 
@@ -12,6 +11,7 @@ import torch
 from rtp_llm.errors import CommunicationError
 from rtp_llm.parallel.group import Communicator, SingleRankGroup, TorchGroup, init_group
 from rtp_llm.parallel.mesh import Mesh, MeshAxis
+from rtp_llm.parallel.segment import is_supported
 from rtp_llm.parallel.shared_memory import SharedMemoryGroup
 from tests.model.rank import HOST, local_plan
 from tests.ports import free_start_port
@@ -23,8 +23,8 @@ CLASSES = {"gloo": TorchGroup, "shm": SharedMemoryGroup}
 
 @pytest.mark.parametrize("kind", ["gloo", "shm"])
 def test_abort_releases_a_rank_whose_peer_is_silent(kind: str) -> None:
-    if kind == "shm" and platform.machine() != "x86_64":
-        pytest.skip("needs x86's order of stores")
+    if kind == "shm" and not is_supported():
+        pytest.skip("needs the kernels, or x86's order of stores")
     spawn = multiprocessing.get_context("spawn")
     barrier, released = spawn.Barrier(2), spawn.Event()
     port = free_start_port()

@@ -66,3 +66,11 @@ def test_stop_completes_open_streams_first(part: Part, expected: dict[str, str])
     assert stream.text() == expected["greedy"]
     assert part.wait_end(30) == 0, part.log
     assert "Traceback" not in part.log
+
+
+@pytest.mark.parametrize("quantization", ["INT8", "W8A8", "INT4"])
+def test_a_server_with_quantized_weights_answers(settings: dict[str, str], quantization: str) -> None:
+    port = free_start_port()
+    with Part({**settings, "QUANTIZATION": quantization, "START_PORT": str(port)}, port=port) as part:
+        part.wait_healthy()
+        assert part.complete(BODIES["greedy"]) == part.complete(BODIES["greedy"]) != ""

@@ -3,7 +3,8 @@ the segment."""
 
 import errno
 import os
-import platform
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,18 @@ import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
-from rtp_llm.parallel.segment import DIRECTORY, SLOT_BYTES, create_segment, is_orphaned, segment_bytes
+from rtp_llm.native.library import built_levels, select_kernels
+from rtp_llm.parallel.segment import (
+    DIRECTORY,
+    SLOT_BYTES,
+    create_segment,
+    is_orphaned,
+    is_supported,
+    segment_bytes,
+)
 from rtp_llm.parallel.shared_memory import SharedMemoryGroup
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86's order of stores")
+pytestmark = pytest.mark.skipif(not is_supported(), reason="needs the kernels, or x86's order of stores")
 
 PREFIX = f"rtp-llm-test-{os.getpid()}-"
 
@@ -29,10 +38,25 @@ def segment(request: pytest.FixtureRequest) -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
+@pytest.fixture(params=[*built_levels(), "off"], autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Selects the implementation of the collectives."""
+    select_kernels(request.param)
+    yield
+    select_kernels("auto")
+
+
 def run_ranks(path: Path, size: int, run: Callable[[SharedMemoryGroup], object], timeout: float = 30) -> list[object]:
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, SharedMemoryGroup(path, rank, size, timeout)) for rank in range(size)]
         return [future.result(timeout=60) for future in futures]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def tensor(rank: int, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -40,10 +64,11 @@ def tensor(rank: int, step: int, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-SHAPES = [(1,), (3, 5), (SLOT_BYTES // 4,), (SLOT_BYTES // 2 + 7,)]
+# Below and above the size from which each rank adds up a part, and more than a slot.
+SHAPES = [(0,), (1,), (3, 5), (8191,), (16_385,), (33, 896), (SLOT_BYTES // 4,), (SLOT_BYTES // 2 + 7,)]
 
 
-@pytest.mark.parametrize("segment", [2, 3], indirect=True)
+@pytest.mark.parametrize("segment", [2, 3, 4], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_reduce_is_the_sum_and_bitwise_equal_on_all_ranks(
     segment: Path, dtype: torch.dtype, request: pytest.FixtureRequest
@@ -53,12 +78,12 @@ def test_all_reduce_is_the_sum_and_bitwise_equal_on_all_ranks(
     def run(communicator: SharedMemoryGroup) -> list[Tensor]:
         return [
             communicator.all_reduce(tensor(communicator.rank, step, shape, dtype))
-            for step, shape in enumerate(SHAPES * 5)
+            for step, shape in enumerate(SHAPES * 3)
         ]
 
     results = run_ranks(segment, size, run)
-    for step, shape in enumerate(SHAPES * 5):
-        expected = sum(tensor(rank, step, shape, dtype).float() for rank in range(size))
+    for step, shape in enumerate(SHAPES * 3):
+        expected = sum((tensor(rank, step, shape, dtype).float() for rank in range(size)), torch.tensor(0.0))
         for result in results:
             assert torch.equal(result[step], expected.to(dtype))  # type: ignore[index, union-attr]
 
@@ -78,6 +103,55 @@ def test_gather_keeps_the_rank_order_between_reductions(segment: Path) -> None:
     for step, tensors in enumerate(leader):  # type: ignore[arg-type, var-annotated]
         for rank, result in enumerate(tensors):
             assert torch.equal(result, tensor(rank, step, (4, 33), torch.float32))
+
+
+@pytest.mark.parametrize("segment", [3], indirect=True)
+def test_all_ranks_get_the_leaders_tensor_and_the_minimum(segment: Path) -> None:
+    def run(communicator: SharedMemoryGroup) -> list[tuple[Tensor, int]]:
+        return [
+            (communicator.broadcast(tensor(communicator.rank, step, shape, torch.float32)), communicator.min(value))
+            for step, (shape, value) in enumerate(
+                zip(SHAPES, (communicator.rank - step for step in range(99)), strict=False)
+            )
+        ]
+
+    for results in run_ranks(segment, 3, run):
+        for step, (shape, (received, minimum)) in enumerate(zip(SHAPES, results, strict=True)):  # type: ignore[call-overload]
+            assert torch.equal(received, tensor(0, step, shape, torch.float32))
+            assert minimum == -step
+
+
+@pytest.mark.parametrize("segment", [2], indirect=True)
+def test_bits_of_a_sum_do_not_depend_on_the_other_elements(segment: Path) -> None:
+    def run(communicator: SharedMemoryGroup) -> bool:
+        whole = tensor(communicator.rank, 0, (40, 896), torch.bfloat16)
+        rows = [communicator.all_reduce(row.clone()) for row in whole]
+        return torch.equal(communicator.all_reduce(whole), torch.stack(rows))
+
+    assert run_ranks(segment, 2, run) == [True, True]
+
+
+@pytest.mark.parametrize("segment", [2], indirect=True)
+def test_aborting_ends_a_wait_which_is_seen_and_counted(segment: Path) -> None:
+    communicator, other = (SharedMemoryGroup(segment, rank, 2, timeout=60) for rank in range(2))
+    assert not communicator.is_waiting
+
+    def abort() -> None:
+        wait_until(lambda: communicator.is_waiting)
+        time.sleep(0.05)
+        other.all_reduce(torch.ones(1))
+        wait_until(lambda: not communicator.is_waiting)
+        wait_until(lambda: communicator.is_waiting)
+        communicator.abort("a test")
+
+    thread = threading.Thread(target=abort)
+    thread.start()
+    communicator.all_reduce(torch.ones(1))
+    assert 0.02 < communicator.wait_seconds < 50
+    time.sleep(0.05)
+    with pytest.raises(CommunicationError, match="aborted: a test"):
+        communicator.all_reduce(torch.ones(1))
+    thread.join()
 
 
 @pytest.mark.parametrize("segment", [2], indirect=True)

@@ -16,10 +16,11 @@ from rtp_llm.contract.kv_cache import KVCacheGroup, KVCacheSpec
 from rtp_llm.kernels.attention_backend import AttentionBackend, AttentionParams
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import LayerKVCache
+from rtp_llm.kernels.ops import apply_rotary_emb
 from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rtp_llm.layers.norm import RMSNorm
 from rtp_llm.layers.parameter import WeightSlice, sharded_parameter
-from rtp_llm.layers.rope import RotaryEmbedding, apply_rotary_emb
+from rtp_llm.layers.rope import RotaryEmbedding
 from rtp_llm.model import decoder, kv_cache_specs, spec
 from rtp_llm.model.forward_context import ForwardContext
 from rtp_llm.model.spec import ModelSpec

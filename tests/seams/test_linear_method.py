@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rtp_llm.kernels.linear_method import LINEAR_METHODS, LinearMethod, Weights, WeightTensor
+from rtp_llm.kernels.linear_method import LinearMethod, Weights, WeightTensor
+from rtp_llm.kernels.linear_methods import LINEAR_METHODS
 from rtp_llm.layers.linear import ParallelLinear
 from rtp_llm.layers.parameter import ShardedParameter
 from rtp_llm.model import spec

@@ -14,7 +14,8 @@ from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.block_pool import BlockPool
 from rtp_llm.engine.kv_cache_manager import KVCacheManager
-from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.engine.scheduler import Scheduler
+from rtp_llm.engine.scheduler_config import SchedulerConfig
 from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
 
 BLOCK_SIZE = 4

@@ -12,11 +12,13 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from rtp_llm.contract.request import Request
+from rtp_llm.contract.sampling_metadata import SampledRows
+from rtp_llm.layers.sampler import Sampler
 from rtp_llm.text import grammar
 from rtp_llm.text.grammar import Reasoning, Tag
 from rtp_llm.text.json_schema import GrammarError
 from tests import random_model
-from tests.structured.random_text import Vocabulary
+from tests.structured.random_text import CPU, MAX_SEQ_LEN, Vocabulary
 from tests.structured.schemas import ADDRESS, INTEGER, STRING, closed
 
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -223,6 +225,20 @@ def test_options_of_llguidance_in_a_schema_have_no_effect() -> None:
         grammar.check(grammar.from_json_schema({"uniqueItems": True, "x-guidance": {"lenient": True}}))
 
 
+def test_what_llguidance_may_not_bound_is_known() -> None:
+    for schema in (
+        {"type": "string", "pattern": "a+"},
+        {"type": "object", "patternProperties": {"^a": {}}},
+        {"allOf": [{"type": "string"}]},
+        {"type": "number", "multipleOf": 0.1},
+    ):
+        assert not grammar.is_bounded(grammar.from_json_schema(schema))
+        assert not grammar.is_bounded(grammar.from_lark(f"start: {grammar.json_rule(schema)}"))
+    assert not grammar.is_bounded(grammar.from_lark("start: A & B\nA: /a+/\nB: /b+/"))
+    notes = {"type": "object", "properties": {"notes": {"type": "string", "description": "not a pattern"}}}
+    assert grammar.is_bounded(grammar.from_json_schema(notes))
+
+
 def test_a_schema_nested_without_end_is_refused() -> None:
     schema: dict[str, Any] = {}
     for _ in range(5000):
@@ -244,3 +260,27 @@ def test_long_grammars_are_refused() -> None:
         grammar.check(grammar.from_json_schema({"enum": [f"{number:090}" for number in range(2000)]}))
     with pytest.raises(GrammarError, match="at most 16384"):
         grammar.from_ebnf("root ::= " + '"a" ' * 5000)
+
+
+def test_greedy_text_does_not_depend_on_the_company(vocabulary: Vocabulary) -> None:
+    """Greedy rows with nothing but grammars are sampled in another way than those beside others."""
+    patterns = ("[0-9]{4}", "(ab|cd){3}", ".{6}")
+
+    def outputs(*others: Request) -> list[list[int]]:
+        requests = [vocabulary.request(grammar.from_regex(p), seed=i, temperature=0.0) for i, p in enumerate(patterns)]
+        sampler = Sampler(len(requests) + len(others), vocabulary.size, CPU)
+        slots = dict(enumerate([*requests, *others]))
+        for slot, request in slots.items():
+            sampler.reset(slot, request)
+        while running := {slot: r for slot, r in slots.items() if not r.finish_reason(MAX_SEQ_LEN)}:
+            logits = torch.stack([vocabulary.brief_logits(request) for request in running.values()])
+            logits[:, vocabulary.eos_ids] = -torch.inf  # the end of a grammar comes all the same
+            rows = SampledRows.build(list(running), [len(request.tokens) for request in running.values()])
+            for sampled in sampler.accept_drafts(sampler.sample(logits, rows), rows):
+                assert not sampled.failed
+                slots[sampled.slot].tokens += sampled.token_ids
+        return [request.output for request in requests]
+
+    penalized = vocabulary.request("start: /.*/", max_tokens=20, presence_penalty=1.0)
+    penalized.matcher = None
+    assert outputs() == outputs(penalized)

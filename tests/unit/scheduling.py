@@ -9,7 +9,8 @@ from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.admission_control import AdmissionControl
 from rtp_llm.engine.block_pool import BlockPool
 from rtp_llm.engine.kv_cache_manager import CachedPrefix, KVCacheManager
-from rtp_llm.engine.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.engine.scheduler import Scheduler
+from rtp_llm.engine.scheduler_config import SchedulerConfig
 from rtp_llm.engine.scheduler_output import SchedulerOutput
 
 BLOCK_SIZE = 4
@@ -46,7 +47,7 @@ def make_scheduler(
     *,
     admit_all: bool = True,
     enable_caching: bool = True,
-    **limits: int,
+    **limits: Any,
 ) -> Scheduler:
     """`blocks`: without the null block. `limits`: see `SchedulerConfig`."""
     kv_cache_manager = KVCacheManager(BlockPool(1 + blocks), groups, enable_caching)

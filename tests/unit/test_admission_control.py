@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.admission_control import FIRST_OUTPUT_LENGTH
-from rtp_llm.engine.scheduler import CHUNK_TILE, Scheduler
+from rtp_llm.engine.scheduler import Scheduler
+from rtp_llm.engine.scheduler_config import CHUNK_TILE
 from rtp_llm.engine.scheduler_output import SchedulerOutput
 from tests.unit.scheduling import complete, make_group, make_request, make_scheduler, step
 

@@ -25,6 +25,7 @@ from rtp_llm.config import (
     upstream_variables,
 )
 from rtp_llm.errors import ConfigError, ExitCode
+from rtp_llm.parallel.plan import make_plan
 
 PACKAGE = Path(rtp_llm.__file__).parent
 DEFAULTS = Config.model_validate({})
@@ -283,6 +284,7 @@ def test_secret_file_dev_null_is_an_empty_secret() -> None:
 # Settings of one part only, although its ranks read them, and why the others may have different values.
 PER_PART = {
     "rtp_threads": "machines may have different numbers of cores",
+    "rtp_cpu_kernels": "machines may have different CPUs",
     "rtp_device": "the plan, which is compared, holds the device",
     "heartbeat_timeout": "how long a part waits for another shapes neither memory nor collectives",
     "gang_timeout_min": "as above",
@@ -293,6 +295,7 @@ PER_PART = {
     "model_type": "model.family is compared",
     "checkpoint_path": "model.checkpoint is compared",
     "tokenizer_path": "only rank 0 reads it, for grammars",
+    "itl_budget_ms": "only rank 0 uses it, which decides what a step computes",
 }
 RANK_CODE = ("engine", "runner", "model", "layers", "kernels")
 
@@ -331,3 +334,28 @@ def test_shared_settings_survive_part_json() -> None:
     config = Config.model_validate({})
     reloaded = Config.model_validate(json.loads(json.dumps(config.model_dump(exclude=set(SECRET_FIELDS)))))
     assert json.dumps(config.shared()) == json.dumps(reloaded.shared())
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ""),
+        ({"QUANTIZATION": "none", "INT8_MODE": "0"}, ""),
+        ({"QUANTIZATION": "w8a8"}, "W8A8"),
+        ({"QUANTIZATION": "Int4"}, "INT4"),
+        ({"INT8_MODE": "1"}, "INT8"),
+        ({"WEIGHT_TYPE": "int8", "QUANTIZATION": "INT8"}, "INT8"),
+    ],
+)
+def test_spellings_of_quantization(environment: dict[str, str], expected: str) -> None:
+    config = load([], environment).config
+    assert config.weight_quantization == expected
+    make_plan(config, gpus=0)
+
+
+def test_contradicting_or_unsupported_quantization_is_refused() -> None:
+    assert "one of INT8, W8A8, INT4" in error_lines(QUANTIZATION="fp8")[0]
+    with pytest.raises(ConfigError, match="QUANTIZATION=INT4, INT8_MODE=1: these contradict each other"):
+        make_plan(load([], {"QUANTIZATION": "INT4", "INT8_MODE": "1"}).config, gpus=0)
+    with pytest.raises(ConfigError, match="WEIGHT_TYPE=INT8: weights are quantized on CPU only; allowed"):
+        make_plan(load([], {"WEIGHT_TYPE": "INT8"}).config, gpus=1)

@@ -1,5 +1,7 @@
 """Roles that a chat template does not know: mapped, never lost, and never moved past another turn."""
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,14 @@ def turns(*pairs: str) -> list[dict[str, Any]]:
 
 def text_of(template: ChatTemplate, *pairs: str) -> str:
     return template.render(turns(*pairs)).text
+
+
+def test_the_log_says_which_roles_a_template_gets_as_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ChatTemplate("CHATML", FAMILIES["CHATML"], None, Tokenizer.load(llama_like(tmp_path)))
+    [message] = [r.getMessage() for r in caplog.records if "roles" in r.getMessage()]
+    assert "CHATML" in message
+    assert "developer as system" in message
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("HARMONY", "DEVELOPER")])

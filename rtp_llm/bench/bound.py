@@ -1,0 +1,163 @@
+"""The bound: the speed that no server can exceed, from the model's bytes and FLOPs and the machine's measured rates.
+
+Counts what must be done at least: all weights are read once per step, the keys and values of a context once per token
+that it generates, and every product is computed at the rate of a large one. Norms, sampling, HTTP count as nothing.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from rtp_llm.bench.worker_process import WorkerProcess
+from rtp_llm.bench.workload import Workload
+from rtp_llm.config import Config
+from rtp_llm.machine.devices import usable_cores
+from rtp_llm.model.checkpoint import Checkpoint
+from rtp_llm.model.footprint import head_weights, kv_bytes_per_token, layer_weights
+from rtp_llm.model.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored and multiplied. `bits`: of one weight, scales included. `dtype`: of the products."""
+
+    bits: float
+    dtype: str
+
+
+PRECISIONS = {
+    "fp32": Precision(32, "fp32"),
+    "bf16": Precision(16, "bf16"),
+    "fp16": Precision(16, "bf16"),
+    "int8": Precision(8, "bf16"),  # weights only
+    "w8a8": Precision(8, "int8"),
+    "q8_0": Precision(8.5, "int8"),
+    "int4": Precision(4.25, "int8"),
+    "q4_0": Precision(4.5, "int8"),
+}
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """What all cores together reach at the moment, per second: bytes read, and operations by data type."""
+
+    bandwidth: float
+    operations: dict[str, float]
+
+
+class Probe:
+    """Measures the rates of the machine; takes about two seconds. A context manager."""
+
+    def __init__(self) -> None:
+        self._worker = WorkerProcess("rtp_llm.bench.probe", str(usable_cores()))
+
+    def __enter__(self) -> "Probe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.__exit__()
+
+    def measure(self) -> MachineRates:
+        return MachineRates(**self._worker.ask({}))
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Sizes of a model from which its costs follow. `head_weights` are read and multiplied per sampled token only."""
+
+    layer_weights: int
+    head_weights: int
+    kv_bytes: int  # per token of a context
+    flops_per_key: int  # of a token that attends to it
+    precision: Precision
+
+    @classmethod
+    def of(cls, checkpoint: Path, precision: Precision) -> "ModelCost":
+        """Reads the checkpoint's headers. Raises CheckpointError or ConfigError."""
+        spec = read_spec(checkpoint)
+        return cls(
+            layer_weights(spec, 1),
+            head_weights(spec, 1),
+            kv_bytes_per_token(spec, 1),
+            4 * spec.num_layers * spec.num_heads * spec.head_dim,
+            precision,
+        )
+
+    def read_seconds(self, rates: MachineRates, concurrency: int, context: float) -> float:
+        """Returns the time in which a step for `concurrency` contexts can read what it needs."""
+        weights = (self.layer_weights + self.head_weights) * self.precision.bits / 8
+        return (weights + self.kv_bytes * concurrency * context) / rates.bandwidth
+
+    def compute_seconds(self, rates: MachineRates, tokens: int, sampled: int, keys: float) -> float:
+        """Returns the time in which `tokens` tokens can be computed, which attend to `keys` keys together, and of which
+        `sampled` are followed by an output token.
+        """
+        operations = 2 * (self.layer_weights * tokens + self.head_weights * sampled)
+        attention = self.flops_per_key * keys / rates.operations["bf16"]
+        return operations / rates.operations[self.precision.dtype] + attention
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The highest rates, in tokens per second, that a `summary.Summary` can show."""
+
+    output_rate: float
+    input_rate: float
+    decode_rate: float
+
+    @classmethod
+    def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
+        """`concurrency`: requests at a time. One alone is bound by its prefill and then by its decode; several overlap,
+        so that only their sums of bytes and of operations count.
+        """
+        lengths = [(inputs - workload.shared_prefix, inputs, outputs) for inputs, outputs in workload.lengths]
+        context = fmean(inputs + outputs / 2 for _, inputs, outputs in lengths)
+        steps = fmean(outputs - 1 for _, _, outputs in lengths)
+        prefill = fmean(cost.compute_seconds(rates, new, 1, new * (inputs - new / 2)) for new, inputs, _ in lengths)
+        read = cost.read_seconds(rates, concurrency, context)
+        compute = cost.compute_seconds(rates, concurrency, concurrency, concurrency * context)
+        per_request = steps / concurrency
+        together = max(per_request * read, prefill + per_request * compute)
+        alone = prefill + steps * max(read, compute)
+        return cls(
+            output_rate=(steps + 1) / (alone if concurrency == 1 else together),
+            input_rate=fmean(inputs for _, inputs, _ in lengths) / prefill,
+            decode_rate=1 / max(read, compute),
+        )
+
+
+def read_spec(checkpoint: Path) -> ModelSpec:
+    """Reads config.json and the headers of a checkpoint. Raises CheckpointError or ConfigError."""
+    config = Config.model_validate({"checkpoint_path": str(checkpoint)})
+    return Checkpoint.open(config).spec(config)
+
+
+def machine() -> dict[str, object]:
+    """Returns what identifies the machine in a report: CPU model, its flags that kernels ask for, cores, memory."""
+    fields = dict(_cpuinfo())
+    wanted = (
+        "avx2",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_bf16",
+        "amx_int8",
+        "bf16",
+    )
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {
+        "cpu": fields.get("model name", os.uname().machine),
+        "flags": [flag for flag in wanted if flag in flags],
+        "cores": usable_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": os.uname().release,
+    }
+
+
+def _cpuinfo() -> list[tuple[str, str]]:
+    """Returns keys and values of the first processor in /proc/cpuinfo."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in first.splitlines())]

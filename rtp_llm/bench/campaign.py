@@ -1,0 +1,117 @@
+"""Measures targets in turns (A B A B …) on the same cases, and the rates of the machine beside them."""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rtp_llm.bench.bound import Bound, MachineRates, ModelCost, Probe, machine
+from rtp_llm.bench.summary import Slo, Summary
+from rtp_llm.bench.target import Target
+from rtp_llm.bench.workload import Traffic, Workload, poisson_arrivals
+
+WARM_UP_TOKENS = 64  # of the answers before the first run of a case, in which some engines compile kernels
+OPEN_CONCURRENCY = 1024  # of an open loop: more than any server takes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load: a workload, and either requests at a time or requests per second (`rate`)."""
+
+    name: str
+    workload: Workload
+    requests: int
+    concurrency: int = 0
+    rate: float = 0.0
+
+    def traffic(self, vocab_size: int, seed: int) -> Traffic:
+        requests = self.workload.requests(self.requests, vocab_size, seed)
+        if self.rate:
+            return Traffic(requests, OPEN_CONCURRENCY, poisson_arrivals(self.rate, len(requests), seed))
+        return Traffic(requests, self.concurrency)
+
+    def warm_up(self, vocab_size: int, seed: int) -> Traffic:
+        count = min(self.requests, self.concurrency or 1)
+        requests = self.workload.requests(count, vocab_size, seed)
+        return Traffic([replace(r, output_tokens=min(r.output_tokens, WARM_UP_TOKENS)) for r in requests], count)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a target on a case.
+
+    bound     None if the model is not known, or the load is open
+    requests  summaries of the records
+    """
+
+    case: str
+    target: str
+    round: int
+    summary: Summary
+    bound: Bound | None
+    requests: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What is measured, and how.
+
+    costs  of the model for a target, by its name: only with a local checkpoint, whose sizes are known
+    seed   of the prompts; each run has others, so that no prefix cache helps
+    """
+
+    cases: Sequence[Case]
+    rounds: int
+    vocab_size: int
+    costs: dict[str, ModelCost]
+    slo: Slo
+    seed: int
+
+    def run(self, targets: Sequence[Target], probe: Probe | None) -> Iterator[tuple[Run, MachineRates | None]]:
+        """Yields each run and the rates measured before it. The targets must have been entered."""
+        seed = self.seed
+        for case in self.cases:
+            for target in targets:
+                seed += 1
+                target.run(case.warm_up(self.vocab_size, seed), lambda record: None)
+            for number in range(self.rounds):
+                rates = probe.measure() if probe else None
+                for target in targets:
+                    seed += 1
+                    yield self._measure(case, target, number, seed, rates), rates
+
+    def _measure(self, case: Case, target: Target, number: int, seed: int, rates: MachineRates | None) -> Run:
+        traffic = case.traffic(self.vocab_size, seed)
+        with _progress_bar(f"{case.name} {target.name} {number + 1}/{self.rounds}", len(traffic.requests)) as bar:
+            records = target.run(traffic, lambda record: bar.update())
+        cost, bound = self.costs.get(target.name), None
+        if cost and rates and case.concurrency:
+            bound = Bound.of(cost, rates, case.workload, case.concurrency)
+        requests = [record.summary() for record in records]
+        return Run(case.name, target.name, number, Summary.of(records, self.slo), bound, requests)
+
+
+@contextmanager
+def _progress_bar(label: str, total: int) -> Iterator[Any]:
+    with tqdm(total=total, desc=label, unit="request", leave=False, disable=None) as bar:
+        yield bar
+
+
+def environment(command: Sequence[str]) -> dict[str, Any]:
+    """Returns what a report says of itself: machine, commit, command, date."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""  # no git
+    return {
+        "machine": machine(),
+        "commit": commit or "unknown",
+        "command": " ".join(command),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,202 @@
+"""A lean client of /v1/completions: HTTP/1.1 and server-sent events, with a few microseconds of work per token.
+
+The load generator shares its cores with the server that it measures, so it parses JSON only where it must: the last
+events of an answer, which hold the count of tokens. See docs/performance for what a general client costs.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from rtp_llm.bench.record import Record
+from rtp_llm.bench.workload import Request
+from rtp_llm.errors import ConfigError
+
+KEPT_EVENTS = 3  # the last ones of an answer: its last token, its usage, its end
+
+
+class AnswerError(Exception):
+    """The server did not give a whole answer."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind a URL.
+
+    model    its name in requests
+    as_text  whether prompts are sent as text, for servers that take no token ids: one word per token
+    """
+
+    url: str
+    model: str
+    api_key: str = ""
+    as_text: bool = False
+    timeout: float = 600.0  # seconds that one request may take
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigError(f"--url {self.url}: allowed: http://HOST:PORT, perhaps with a path before /v1")
+        return parts.hostname, parts.port or 80
+
+    def post(self, path: str, content: dict[str, Any]) -> bytes:
+        """Returns the bytes of a POST request."""
+        body = json.dumps(content, separators=(",", ":")).encode()
+        key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        host, port = self.address
+        head = (
+            f"POST {urlsplit(self.url).path.rstrip('/')}{path} HTTP/1.1\r\nHost: {host}:{port}\r\n{key}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
+    def completion(self, request: Request) -> bytes:
+        """Returns the HTTP request whose answer has exactly `request.output_tokens` tokens, streamed."""
+        prompt = " ".join(word(token) for token in request.prompt) if self.as_text else request.prompt
+        return self.post(
+            "/v1/completions",
+            {
+                "model": self.model,
+                "prompt": prompt,
+                "max_tokens": request.output_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+        )
+
+
+def word(token: int) -> str:
+    """Returns a word for a token id, different for each."""
+    letters = ""
+    while token or not letters:
+        token, letter = divmod(token, 26)
+        letters += chr(ord("a") + letter)
+    return letters
+
+
+class Connection(asyncio.Protocol):
+    """One connection, on which one request after the other runs."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._is_closed = True
+
+    @property
+    def is_open(self) -> bool:
+        return not self._is_closed
+
+    @classmethod
+    async def connect(cls, address: tuple[str, int]) -> "Connection":
+        """Raises AnswerError if nothing listens there."""
+        try:
+            _, connection = await asyncio.get_running_loop().create_connection(cls, *address)
+        except OSError as error:
+            raise AnswerError(f"no connection: {error.strerror or error}") from None
+        return connection
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self._transport:
+            self._transport.abort()
+
+    async def stream(self, request: bytes) -> "Answer":
+        """Sends a request and returns its answer when it is complete. Raises AnswerError."""
+        assert self._transport
+        self._answer = Answer(asyncio.get_running_loop().create_future())
+        self._transport.write(request)
+        await self._answer.end
+        if not self._answer.keeps_connection:
+            self.close()
+        return self._answer
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are no subclass.
+        self._transport, self._is_closed = cast(asyncio.Transport, transport), False
+
+    def data_received(self, data: bytes) -> None:
+        self._answer.feed(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._is_closed = True
+        if answer := getattr(self, "_answer", None):
+            answer.fail("the server closed the connection before the end of its answer")
+
+
+class Answer:
+    """The events of one answer, and the time at which each came. Has the callbacks of httptools' parser."""
+
+    def __init__(self, end: "asyncio.Future[None]"):
+        """`end`: is set when the answer is complete, or cannot become so any more."""
+        self.end = end
+        self.keeps_connection = False  # after the answer; known at its end
+        self._status = 0
+        self._now = 0.0  # time of the last bytes
+        self._times: list[float] = []  # of the events
+        self._last_events: list[bytes] = []
+        self._rest = b""  # of an event that is not complete
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        """Takes bytes that have just come."""
+        self._now = time.perf_counter()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.fail(f"invalid HTTP: {error}")
+
+    def fail(self, reason: str) -> None:
+        if not self.end.done():
+            self.end.set_exception(AnswerError(reason))
+
+    def on_body(self, body: bytes) -> None:
+        if b"\r" in body:
+            body = body.replace(b"\r\n", b"\n")
+        *events, self._rest = (self._rest + body).split(b"\n\n")
+        for event in events:
+            if event.startswith(b"data:") and event != b"data: [DONE]":
+                self._times.append(self._now)
+                self._last_events = [*self._last_events[1 - KEPT_EVENTS :], event]
+
+    def on_message_complete(self) -> None:
+        self._status, self.keeps_connection = self._parser.get_status_code(), self._parser.should_keep_alive()
+        if not self.end.done():
+            self.end.set_result(None)
+
+    def record(self, request: Request, origin: float, start: float) -> Record:
+        """Returns the answer as a record, its times relative to `origin`. Raises AnswerError."""
+        if self._status != 200:
+            raise AnswerError(f"HTTP {self._status}: {self._rest[:300].decode(errors='replace')}")
+        times, last = self._times, [json.loads(event[5:]) for event in self._last_events]
+        usage = next((event["usage"] for event in reversed(last) if event.get("usage")), None)
+        while last and not _is_output(last[-1], len(times), usage):
+            if "error" in last[-1]:
+                raise AnswerError(f"error in the stream: {json.dumps(last[-1]['error'])[:300]}")
+            last.pop()
+            times = times[:-1]
+        if not usage or not times:
+            raise AnswerError(
+                "no usage, or no token, in the stream; the server must honour stream_options.include_usage"
+            )
+        count = usage["completion_tokens"]
+        if count != request.output_tokens:
+            raise AnswerError(f"{count} tokens instead of {request.output_tokens}; the server must honour ignore_eos")
+        return Record(len(request.prompt), start - origin, [at - origin for at in times], count)
+
+
+def _is_output(event: dict[str, Any], num_events: int, usage: dict[str, Any] | None) -> bool:
+    """Returns whether the last of `num_events` events carries a token.
+
+    Some servers add an event with only `usage`, or one with only a `finish_reason` behind that of the last token. An
+    event without text may still carry a token: the first half of a character.
+    """
+    choices = event.get("choices")
+    has_text = any(choice.get("text") for choice in choices or ())
+    return bool(choices) and (has_text or usage is None or num_events <= usage["completion_tokens"])

@@ -1,0 +1,101 @@
+"""A child process that answers one line of JSON with another: an engine of `rtp_llm.bench.peers`, or the probe."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import rtp_llm
+from rtp_llm.errors import FatalError
+from rtp_llm.machine.process import die_with_parent
+
+
+class WorkerError(FatalError):
+    """A child process ended, or could not load."""
+
+
+@contextmanager
+def bare_package() -> Iterator[Path]:
+    """Yields a folder with this package and nothing else, for the PYTHONPATH of another Python.
+
+    The site-packages in which this package may be installed would shadow those of the other Python.
+    """
+    with tempfile.TemporaryDirectory(prefix="rtp-bench-") as folder:
+        (Path(folder) / "rtp_llm").symlink_to(Path(rtp_llm.__file__).parent)
+        yield Path(folder)
+
+
+def run_module(python: str, module: str, *args: str) -> None:
+    """Runs `python -m MODULE ARGS` until it ends. Raises WorkerError with the end of its log if it fails."""
+    with bare_package() as folder:
+        command = [python, "-m", module, *args]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        raise WorkerError(
+            f"{' '.join(command)} ended with exit code {completed.returncode}:\n{completed.stderr[-2000:]}"
+        )
+
+
+class WorkerProcess:
+    """`python -m MODULE ARGS`. A context manager, which ends the process."""
+
+    def __init__(self, module: str, *args: str, python: str = sys.executable):
+        """`python`: of the environment that has what the module needs; it need not have this package."""
+        self.module = module
+        self._resources = ExitStack()
+        folder = self._resources.enter_context(bare_package())
+        self._log = self._resources.enter_context((folder / "log").open("w+b"))
+        self._process = subprocess.Popen(
+            [python, "-m", module, *args],
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            preexec_fn=die_with_parent,
+        )
+
+    def __enter__(self) -> "WorkerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+        self._resources.close()
+
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Sends a command and returns the answer. Raises WorkerError with the end of the log if the process ends."""
+        try:
+            self._stdin.write(json.dumps(command).encode() + b"\n")
+            self._stdin.flush()
+        except BrokenPipeError:
+            pass  # `read` says why
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """Returns the next answer. Raises WorkerError."""
+        line = self._stdout.readline()
+        if not line.endswith(b"\n"):
+            code = self._process.wait()
+            self._log.seek(0)
+            end = self._log.read()[-2000:].decode(errors="replace")
+            raise WorkerError(f"{self.module} ended with exit code {code}; end of its log:\n{end}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._process.stdin
+        return self._process.stdin
+
+    @property
+    def _stdout(self) -> IO[bytes]:
+        assert self._process.stdout
+        return self._process.stdout

@@ -1,0 +1,80 @@
+"""What is asked: the lengths of prompts and answers, the prompts themselves, and when they arrive."""
+
+import random
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from rtp_llm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: a prompt of token ids, and the exact number of tokens to generate."""
+
+    prompt: list[int]
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests, how many may run at a time, and when each is due (seconds): in a closed loop `arrivals` is empty."""
+
+    requests: list[Request]
+    concurrency: int
+    arrivals: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A stream of requests. `lengths`: (input, output) tokens of the requests, in turns. `shared_prefix`: number of
+    tokens with which every prompt begins; they count as input.
+    """
+
+    name: str
+    lengths: tuple[tuple[int, int], ...]
+    shared_prefix: int = 0
+
+    def requests(self, count: int, vocab_size: int, seed: int) -> list[Request]:
+        """Returns random requests. Another seed gives other prompts, so that no prefix cache knows them."""
+        source = random.Random(seed)
+        prefix = source.choices(range(vocab_size), k=self.shared_prefix)
+        lengths = (self.lengths[number % len(self.lengths)] for number in range(count))
+        return [
+            Request(prefix + source.choices(range(vocab_size), k=inputs - len(prefix)), outputs)
+            for inputs, outputs in lengths
+        ]
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("chat", ((128, 128),)),
+        Workload("decode", ((128, 1024),)),
+        Workload("prefill", ((1024, 128),)),
+        Workload("long", ((8192, 512),)),
+        Workload("mixed", ((8192, 64), *((128, 128),) * 7)),  # one long context beside seven short ones
+        Workload("shared-prefix", ((1152, 128),), shared_prefix=1024),
+    )
+}
+
+
+def find_workload(name: str, inputs: int | None, outputs: int | None) -> Workload:
+    """Returns the workload `name`, or one of `inputs` and `outputs` tokens if these are given (both).
+
+    Raises ConfigError.
+    """
+    if (inputs is None) != (outputs is None):
+        raise ConfigError("--input and --output belong together; allowed: both, or --workload")
+    if inputs is not None and outputs is not None:
+        if min(inputs, outputs) < 1:
+            raise ConfigError(f"--input {inputs} --output {outputs}: allowed: at least one token each")
+        return Workload(f"{inputs}/{outputs}", ((inputs, outputs),))
+    if name not in WORKLOADS:
+        raise ConfigError(f"--workload {name}: unknown; allowed: {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]
+
+
+def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
+    """Returns arrival times in seconds, `rate` per second on average, with exponential gaps."""
+    source = random.Random(seed)
+    return list(accumulate(source.expovariate(rate) for _ in range(count)))

@@ -1,0 +1,82 @@
+"""Decides how long a step may take whose decodes wait for its end (ITL: the time between two tokens of a stream).
+
+All work has to be done at some time. If S streams are served evenly, a step computes one token of each and as much of
+the prompts, and lasts S / (output tokens per second). A longer step makes a gap in S streams, and a shorter one lets
+prompts wait. So the automatic budget is that time, and a little more, so that prompts do not pile up.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rtp_llm.contract.request import Request
+from rtp_llm.engine.prompt_budget import PromptBudget
+from rtp_llm.engine.scheduler_config import SchedulerConfig
+from rtp_llm.engine.step_cost import StepCost, StepWork
+
+HEADROOM = 1.1  # of the automatic budget over the duration of an even step
+MIN_AUTOMATIC_SECONDS = 0.025  # 40 tokens per second: nobody reads faster, so that prompts go first
+NUM_LATEST = 32  # admitted requests that count as the load of late
+FULL_STEP = 8  # times the seconds to read the weights: a step without decodes that lasts longer takes no further prompt
+
+
+class Demand(NamedTuple):
+    """Work of requests: rows and keys of their prompts (see `StepWork`), and the output tokens that are expected."""
+
+    rows: float
+    prompt_keys: float
+    output_tokens: float
+
+    @classmethod
+    def of(cls, request: Request, num_output_tokens: int) -> "Demand":
+        """Returns the work of one request, without what the prefix cache saved."""
+        rows = request.num_prompt_tokens - request.cached_tokens
+        return cls(rows, rows * (request.cached_tokens + request.num_prompt_tokens) / 2, num_output_tokens)
+
+    @classmethod
+    def sum(cls, demands: Iterable["Demand"]) -> "Demand":
+        """Returns the work of several requests, at least one."""
+        return cls(*(sum(amounts) for amounts in zip(*demands, strict=True)))
+
+
+class ItlBudget:
+    """Gives each step its budget, from the learned cost of steps and the load of late."""
+
+    def __init__(self, config: SchedulerConfig):
+        self._config = config
+        self._latest: deque[Demand] = deque(maxlen=NUM_LATEST)
+        self.cost = StepCost()
+
+    def record_admission(self, demand: Demand) -> None:
+        """Takes a request into account that enters the batch for the first time."""
+        self._latest.append(demand)
+
+    def prompt_budget(self, decodes: Sequence[Request], streams: Iterable[Demand]) -> PromptBudget:
+        """Returns what a step with these decodes may compute of prompts.
+
+        `streams`: requests that decode, compute their prompt, or wait and will have a place in the batch; at least the
+        decodes.
+        """
+        config, tile, cost = self._config, self._config.chunk_tile, self.cost.per_unit
+        max_chunk = config.mixed_prefill_chunk if decodes else config.max_num_batched_tokens
+        if config.max_mixed_chunk or not self.cost.is_known:
+            return PromptBudget(max_chunk, tile, max_chunk)
+        if not decodes:
+            return PromptBudget(max_chunk, tile, max_chunk, cost, FULL_STEP * cost.steps)
+        work = StepWork(1, len(decodes), decode_keys=sum(r.num_computed_tokens for r in decodes))
+        seconds = config.itl_budget_seconds or self._automatic_seconds(work, list(streams))
+        return PromptBudget(max_chunk, tile, tile, cost, seconds, work)
+
+    def _automatic_seconds(self, decodes: StepWork, streams: Sequence[Demand]) -> float:
+        # The latest requests count rather than those present where a long prompt is an exception, and those present
+        # where the load has changed to shorter prompts.
+        demands = Demand.sum(streams), Demand.sum(self._latest)
+        seconds = min(self._even_seconds(decodes, len(streams), demand) for demand in demands)
+        return max(HEADROOM * seconds, MIN_AUTOMATIC_SECONDS)
+
+    def _even_seconds(self, decodes: StepWork, num_streams: int, demand: Demand) -> float:
+        """Returns the duration of a step that computes a token of each stream, and as much of the prompts."""
+        share = num_streams / max(1, demand.output_tokens)
+        decode_keys = decodes.decode_keys * num_streams / decodes.logit_rows
+        even = StepWork(1, num_streams, demand.rows * share, decode_keys, demand.prompt_keys * share)
+        return self.cost.seconds(even)

@@ -1,0 +1,98 @@
+"""Learns from the durations of past steps how long the next one will take."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rtp_llm.engine.scheduler_output import ScheduledChunk
+
+# Seconds of a step with a 0.5B model on two CPU cores. Only their ratios matter: the first step sets the scale.
+FIRST_GUESS = (0.02, 1.4e-3, 1e-3, 2.5e-7, 2.5e-7)
+FIRST_COVARIANCE = np.eye(5)  # of the logarithms: each ratio may be wrong by a factor of 3
+NOISE = 0.1  # standard deviation of the logarithm of a duration
+DRIFT = 5e-4  # share by which the covariance returns to the first one in a step, so that no cost is certain for ever
+MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of the machine changes little
+
+
+class StepWork(NamedTuple):
+    """What the duration of a step depends on. Half of the tokens of a prompt's chunk attend to the others.
+
+    steps: 1, for what each step costs: reading the weights, starting the kernels. The arithmetic runs meanwhile.
+    logit_rows: tokens that have logits: decodes, ends of prompts, prompt tokens with logprobs.
+    other_rows: tokens that have none.
+    decode_keys: tokens that decodes attend to, summed over the decodes.
+    prompt_keys: tokens that tokens of prompts attend to, summed over these.
+    """
+
+    steps: float = 1
+    logit_rows: float = 0
+    other_rows: float = 0
+    decode_keys: float = 0
+    prompt_keys: float = 0
+
+    @classmethod
+    def of(cls, chunks: Sequence[ScheduledChunk]) -> "StepWork":
+        """Returns the work of a step."""
+        logit_rows = other_rows = decode_keys = prompt_keys = 0.0
+        for chunk in chunks:
+            num_logits = min(chunk.num_tokens, chunk.num_sampled + chunk.num_prompt_logprobs)
+            logit_rows += num_logits
+            other_rows += chunk.num_tokens - num_logits
+            keys = chunk.num_tokens * (chunk.start + chunk.num_tokens / 2)
+            if chunk.num_tokens == chunk.num_sampled:
+                decode_keys += keys
+            else:
+                prompt_keys += keys
+        return cls(1, logit_rows, other_rows, decode_keys, prompt_keys)
+
+
+IDLE = StepWork(0)
+
+
+class StepCost:
+    """Seconds per unit of each kind of work: a step lasts as long as `steps` or the rows, whichever takes longer, and
+    the keys.
+
+    An extended Kalman filter estimates their logarithms (Simon, Optimal State Estimation, 13.2): they stay positive,
+    and nothing depends on the scale, which is 100 times smaller on a GPU. Work that a step has none of, or that other
+    work hides, keeps its cost.
+    """
+
+    def __init__(self) -> None:
+        self._logs = np.log(FIRST_GUESS)
+        self._covariance = FIRST_COVARIANCE
+        self.per_unit = StepWork(*FIRST_GUESS)  # seconds
+        self.is_known = False  # a step has been measured
+
+    def seconds(self, work: StepWork) -> float:
+        """Returns the expected duration of a step."""
+        return sum(self._parts(work))
+
+    def record(self, work: StepWork, seconds: float) -> None:
+        """Takes a measured duration into account."""
+        if seconds <= 0:
+            return
+        parts = self._parts(work)
+        expected = sum(parts)
+        error = math.log(seconds / expected)
+        if self.is_known:
+            shares = np.divide(parts, expected)  # the derivatives of the logarithm of the duration
+            gain = self._covariance @ shares
+            variance = float(shares @ gain) + NOISE**2
+            limit = MAX_DEVIATIONS * math.sqrt(variance)
+            self._logs = self._logs + gain * max(-limit, min(error, limit)) / variance
+            self._covariance = self._covariance - np.outer(gain, gain) / variance
+            self._covariance = self._covariance + DRIFT * (FIRST_COVARIANCE - self._covariance)
+        else:
+            self._logs = self._logs + error
+        self.is_known = True
+        self.per_unit = StepWork(*np.exp(self._logs).tolist())
+
+    def _parts(self, work: StepWork) -> StepWork:
+        """Returns the seconds that each kind of work adds to a step; none that is hidden by another."""
+        parts = StepWork(*(cost * amount for cost, amount in zip(self.per_unit, work, strict=True)))
+        if parts.steps >= parts.logit_rows + parts.other_rows:
+            return parts._replace(logit_rows=0, other_rows=0)
+        return parts._replace(steps=0)

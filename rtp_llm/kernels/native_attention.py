@@ -1,0 +1,133 @@
+"""Paged attention on CPU, by the kernels of `rtp_llm.native`."""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rtp_llm.contract.kv_cache import KVCacheSpec
+from rtp_llm.kernels.attention_backend import AttentionParams
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.kv_cache import DTYPES, LayerKVCache
+from rtp_llm.native.library import DTYPE_CODES, Library, library
+
+MAX_HEAD_DIM = 256
+PARTIAL_BYTES = 16 << 20  # for the splits of long contexts that several threads compute; with less, one thread does
+
+
+class Step(ctypes.Structure):
+    """`AttentionStep` of src/attention.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query_start_loc", "seq_lens", "block_tables", "slots")),
+        *((name, ctypes.c_int64) for name in ("num_sequences", "num_tokens", "table_width", "block_size", "window")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "head_dim", "heads")),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+@dataclass
+class NativeMetadata:
+    """The step as the kernels see it, and the tensors that it points to."""
+
+    step: Step
+    tensors: tuple[Tensor, ...]
+
+    def update(self, newer: "NativeMetadata") -> None:
+        """Points to the tensors of another step with as many sequences and tokens. The step stays where it is."""
+        for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "table_width"):
+            setattr(self.step, name, getattr(newer.step, name))
+        self.tensors = newer.tensors
+
+
+class NativeBackend:
+    """Implements `AttentionBackend`. A row's bits depend neither on the number of threads nor on the block size."""
+
+    batch_invariant = True
+
+    def __init__(self) -> None:
+        kernels = library()
+        assert kernels, "is_supported comes first"
+        self._library: Library = kernels
+        self._workspaces: dict[tuple[int, ...], Tensor] = {}
+
+    @staticmethod
+    def is_supported(spec: KVCacheSpec) -> bool:
+        """Returns whether the kernels of this machine attend to such a cache."""
+        shapes = dict(spec.tensors)
+        return (
+            library() is not None
+            and shapes.keys() == {"keys", "values"}
+            and shapes["keys"] == shapes["values"]
+            and shapes["keys"][1] <= MAX_HEAD_DIM
+        )
+
+    def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> NativeMetadata:
+        """Points to the tensors of the batch, see `AttentionBackend`."""
+        kv_heads, head_dim = spec.tensors[0][1]
+        tensors = (batch.query_start_loc, batch.seq_lens, batch.block_tables[group], batch.slot_mapping[group])
+        table = batch.block_tables[group]
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        sizes = len(batch.seq_lens), len(batch.token_ids), table.shape[1], block_size, spec.window, kv_heads, head_dim
+        return NativeMetadata(Step(*(tensor.data_ptr() for tensor in tensors), *sizes), tensors)
+
+    def forward(
+        self, layer: AttentionParams, q: Tensor, k: Tensor, v: Tensor, cache: LayerKVCache, metadata: NativeMetadata
+    ) -> Tensor:
+        """Writes the new keys and values, then returns the attention output, see `AttentionBackend`."""
+        q, k, v = _with_adjacent_heads(q), _with_adjacent_heads(k), _with_adjacent_heads(v)
+        keys, values, step = cache["keys"], cache["values"], metadata.step
+        assert keys.stride() == values.stride()
+        if not step.workspace:
+            self._add_workspace(step, q.shape[1], torch.get_num_threads())
+        out = torch.empty(q.shape, dtype=q.dtype)
+        self._library.rtp_attention(
+            DTYPE_CODES[str(q.dtype).removeprefix("torch.")],
+            ctypes.addressof(step),
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            layer.scale,
+            out.data_ptr(),
+        )
+        return out
+
+    def workspace_bytes(self, spec: KVCacheSpec, num_heads: int, max_tokens: int, max_seq_len: int) -> int:
+        """Returns a bound of the memory of `forward`, see `AttentionBackend`."""
+        kv_heads, head_dim = spec.tensors[0][1]
+        out_bytes = max_tokens * num_heads * head_dim * DTYPES[spec.dtype].itemsize
+        return (
+            self._buffer_bytes(num_heads, kv_heads, head_dim, torch.get_num_threads()) + 4 * out_bytes
+        )  # q, k and v may be copied
+
+    def _buffer_bytes(self, num_heads: int, kv_heads: int, head_dim: int, threads: int) -> int:
+        return threads * int(self._library.rtp_attention_scratch_bytes(num_heads, kv_heads, head_dim)) + PARTIAL_BYTES
+
+    def _add_workspace(self, step: Step, num_heads: int, threads: int) -> None:
+        """Adds the memory that the threads need, which is kept for the next steps."""
+        key = num_heads, step.kv_heads, step.head_dim, threads
+        if key not in self._workspaces:
+            self._workspaces[key] = torch.empty(self._buffer_bytes(*key), dtype=torch.uint8)
+        memory = self._workspaces[key]
+        fields = {
+            "heads": num_heads,
+            "threads": threads,
+            "workspace": memory.data_ptr(),
+            "workspace_bytes": len(memory),
+        }
+        for name, value in fields.items():
+            setattr(step, name, value)
+
+
+def _with_adjacent_heads(x: Tensor) -> Tensor:
+    """Returns x [T, heads, head_dim], copied unless the heads of a token are adjacent."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

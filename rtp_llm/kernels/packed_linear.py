@@ -1,0 +1,99 @@
+"""Linear layers on CPU, by the kernels of `rtp_llm.native`."""
+
+import torch
+from torch import Tensor
+
+from rtp_llm.kernels.huge_pages import WEIGHTS
+from rtp_llm.kernels.linear_method import LinearMethod, Weights
+from rtp_llm.native.library import DTYPE_CODES, Library, library
+
+MAX_PROBED_OUTPUTS = 1 << 13
+
+
+class Packed(LinearMethod):
+    """Keeps W in blocks that sequential streams read, see src/linear.cpp. A row's bits never depend on the others."""
+
+    name = "packed"
+
+    def __init__(
+        self,
+        out_size: int,
+        in_size: int,
+        dtype: torch.dtype,
+        gated: bool = False,
+        output_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(out_size, in_size, dtype, gated, output_dtype)
+        self._library = _require_library()
+        self._dtype, self._output_dtype = _dtype_code(dtype), _dtype_code(self.output_dtype)
+
+    @staticmethod
+    def is_supported(dtype: torch.dtype) -> bool:
+        """Returns whether the kernels of this machine multiply weights of `dtype` faster than torch."""
+        kernels = library()
+        return kernels is not None and kernels.level != "portable" and str(dtype).removeprefix("torch.") in DTYPE_CODES
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes that W takes after `transform`."""
+        return int(self._library.rtp_linear_packed_bytes(self._dtype, self.gated, self.out_size, self.in_size))
+
+    def transform(self, loaded: Weights) -> Weights:
+        """Implements `LinearMethod`."""
+        weight = loaded["weight"].detach().contiguous()
+        packed = WEIGHTS.allocate(self.weight_bytes)
+        self._library.rtp_linear_pack(
+            self._dtype,
+            self.gated,
+            weight.data_ptr(),
+            packed.data_ptr(),
+            self.out_size,
+            self.in_size,
+            torch.get_num_threads(),
+        )
+        return {"weight": packed}
+
+    def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+        """Implements `LinearMethod`. If W is gated, this is `apply_gated`: the kernel has no other product for it."""
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        num_columns = self.out_size // 2 if self.gated else self.out_size
+        num_rows = x.shape[0]  # len() of a tensor takes a microsecond
+        y = torch.empty(num_rows, num_columns, dtype=self.output_dtype)
+        self._library.rtp_linear(
+            self._dtype,
+            self._output_dtype,
+            self.gated,
+            x.data_ptr(),
+            x.stride(0),
+            weights["weight"].data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            num_columns,
+            num_rows,
+            self.out_size,
+            self.in_size,
+            torch.get_num_threads(),
+        )
+        return y
+
+    apply_gated = apply
+
+    def measure_batch_invariance(self, weights: Weights) -> None:
+        """Implements `LinearMethod`. The blocks of W do not affect each other: the first ones stand for a large W."""
+        if self.gated or self.out_size <= MAX_PROBED_OUTPUTS:
+            super().measure_batch_invariance(weights)
+            return
+        probed = Packed(MAX_PROBED_OUTPUTS, self.in_size, self.dtype, output_dtype=self.output_dtype)
+        probed.measure_batch_invariance(weights)
+        self.batch_invariant = probed.batch_invariant
+
+
+def _require_library() -> Library:
+    kernels = library()
+    assert kernels, "is_supported comes first"
+    return kernels
+
+
+def _dtype_code(dtype: torch.dtype) -> int:
+    return DTYPE_CODES[str(dtype).removeprefix("torch.")]

@@ -1,0 +1,98 @@
+"""Records the calls of kernels, to make them again in one call from Python: what CUDA graphs are for a GPU.
+
+A decode step of a small model calls some 200 kernels. From Python each costs several microseconds beside its work.
+"""
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rtp_llm.native.library import REPLAYABLE, SIGNATURES, Library
+
+_FORMATS: dict[type, str] = {ctypes.c_void_p: "<Q", ctypes.c_int64: "<q", ctypes.c_int: "<i", ctypes.c_float: "<f"}
+SLOT_BYTES = 8
+
+
+class Tape:
+    """Calls in order, which `replay` makes again. Whoever replays it keeps the memory that the arguments point to.
+
+    unrecorded: names of functions of the library that were called and cannot be replayed.
+    is_on_host: a function that is called from Python runs, whose own calls are not recorded.
+    """
+
+    def __init__(self, kernels: Library):
+        self.unrecorded: set[str] = set()
+        self.is_on_host = False
+        self._kernels, self._thread = kernels, threading.get_ident()
+        self._parts: list[_Kernels | Callable[[], Any]] = []
+
+    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of the library, and records that."""
+        if threading.get_ident() == self._thread and not self.is_on_host:
+            if name in REPLAYABLE:
+                slots = _pack(arguments, SIGNATURES[name][0])
+                self._last_kernels().append(self._kernels.replay_address(name), slots)
+            else:
+                self.unrecorded.add(name)
+        return function(*arguments)
+
+    def _last_kernels(self) -> "_Kernels":
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _Kernels):
+            last = _Kernels()
+            self._parts.append(last)
+        return last
+
+    def call_on_host(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function from Python, now and in each replay: a collective, which can fail and counts its waits."""
+        self._parts.append(partial(function, *arguments))
+        self.is_on_host = True
+        try:
+            return function(*arguments)
+        finally:
+            self.is_on_host = False
+
+    def replay(self) -> None:
+        """Makes all calls again."""
+        for part in self._parts:
+            if isinstance(part, _Kernels):
+                self._kernels.rtp_replay(part.table, part.num_calls)
+            else:
+                part()
+
+
+class _Kernels:
+    """Consecutive calls of kernels. table: the `Call`s of src/replay.cpp."""
+
+    def __init__(self) -> None:
+        self.table, self.num_calls = b"", 0
+        self._slots: list[Any] = []  # keeps the arguments where the table says
+
+    def append(self, function: int, slots: bytes) -> None:
+        buffer = ctypes.create_string_buffer(slots)
+        self._slots.append(buffer)
+        self.table += struct.pack("<QQ", function, ctypes.addressof(buffer))
+        self.num_calls += 1
+
+
+def _pack(arguments: Sequence[Any], types: Sequence[type]) -> bytes:
+    packed = (struct.pack(_FORMATS[t], value or 0) for t, value in zip(types, arguments, strict=True))
+    return b"".join(slot.ljust(SLOT_BYTES, b"\0") for slot in packed)
+
+
+@contextmanager
+def recording(kernels: Library) -> Iterator[Tape]:
+    """Records the calls that this thread makes."""
+    tape = Tape(kernels)
+    functions = {name: getattr(kernels, name) for name in SIGNATURES}
+    for name, function in functions.items():
+        setattr(kernels, name, partial(tape.call, name, function))
+    try:
+        yield tape
+    finally:
+        for name, function in functions.items():
+            setattr(kernels, name, function)
