@@ -85,7 +85,7 @@ class NativeBackend:
             self._add_workspace(step, q.shape[1], torch.get_num_threads())
         out = torch.empty(q.shape, dtype=q.dtype)
         self._library.rtp_attention(
-            DTYPE_CODES[str(q.dtype).removeprefix("torch.")],
+            DTYPE_CODES[str(q.dtype)],
             ctypes.addressof(step),
             q.data_ptr(),
             q.stride(0),

@@ -13,8 +13,6 @@ from torch.nn.functional import silu
 
 from rtp_llm.native.library import DTYPE_CODES, Library, library
 
-_DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
-
 CosSin = tuple[Tensor, Tensor]
 
 
@@ -28,7 +26,7 @@ class AllReduce(Protocol):
 
 def _kernels_for(x: Tensor) -> Library | None:
     """Returns the kernels that compute with x, None if torch does."""
-    return library() if x.is_cpu and x.dtype in _DTYPE_CODES else None
+    return library() if x.is_cpu and str(x.dtype) in DTYPE_CODES else None
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -44,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     y = torch.empty_like(rows, memory_format=torch.contiguous_format)
     kernels.rtp_rms_norm(
-        _DTYPE_CODES[x.dtype],
+        DTYPE_CODES[str(x.dtype)],
         rows.data_ptr(),
         rows.stride(0),
         weight.data_ptr(),
@@ -76,7 +74,7 @@ def all_reduce_add_rms_norm(
         total = residual + (x if post_weight is None else _rms_norm(x, post_weight, eps))
         return (total if pre_weight is None else _rms_norm(total, pre_weight, eps)), total
     kernels.rtp_add_rms_norm(
-        _DTYPE_CODES[x.dtype],
+        DTYPE_CODES[str(x.dtype)],
         x.data_ptr(),
         residual.data_ptr(),
         _pointer(post_weight),
@@ -114,7 +112,7 @@ def norm_rope(
             q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
         return q, k, v
     kernels.rtp_norm_rope(
-        _DTYPE_CODES[qkv.dtype],
+        DTYPE_CODES[str(qkv.dtype)],
         qkv.data_ptr(),
         qkv.stride(0),
         *map(_pointer, norms or (None, None)),

@@ -1,5 +1,7 @@
 """Linear layers on CPU, by the kernels of `rtp_llm.native`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,23 +17,18 @@ class Packed(LinearMethod):
 
     name = "packed"
 
-    def __init__(
-        self,
-        out_size: int,
-        in_size: int,
-        dtype: torch.dtype,
-        gated: bool = False,
-        output_dtype: torch.dtype | None = None,
-    ):
-        super().__init__(out_size, in_size, dtype, gated, output_dtype)
-        self._library = _require_library()
-        self._dtype, self._output_dtype = _dtype_code(dtype), _dtype_code(self.output_dtype)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        kernels = library()
+        assert kernels, "is_supported comes first"
+        self._library: Library = kernels
+        self._dtype, self._output_dtype = DTYPE_CODES[str(self.dtype)], DTYPE_CODES[str(self.output_dtype)]
 
     @staticmethod
     def is_supported(dtype: torch.dtype) -> bool:
         """Returns whether the kernels of this machine multiply weights of `dtype` faster than torch."""
         kernels = library()
-        return kernels is not None and kernels.level != "portable" and str(dtype).removeprefix("torch.") in DTYPE_CODES
+        return kernels is not None and kernels.level != "portable" and str(dtype) in DTYPE_CODES
 
     @property
     def weight_bytes(self) -> int:
@@ -87,13 +84,3 @@ class Packed(LinearMethod):
         probed = Packed(MAX_PROBED_OUTPUTS, self.in_size, self.dtype, output_dtype=self.output_dtype)
         probed.measure_batch_invariance(weights)
         self.batch_invariant = probed.batch_invariant
-
-
-def _require_library() -> Library:
-    kernels = library()
-    assert kernels, "is_supported comes first"
-    return kernels
-
-
-def _dtype_code(dtype: torch.dtype) -> int:
-    return DTYPE_CODES[str(dtype).removeprefix("torch.")]

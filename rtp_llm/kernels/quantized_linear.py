@@ -4,7 +4,7 @@ Without the kernels torch computes the same from the quantized weights, much slo
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,20 +21,11 @@ _ROWS_AT_ONCE = 256  # of W that are quantized together, so that the intermediat
 class Quantized(LinearMethod):
     """Reads W in the model's dtype and keeps it as integers with scales."""
 
-    def __init__(
-        self,
-        out_size: int,
-        in_size: int,
-        dtype: torch.dtype,
-        gated: bool = False,
-        output_dtype: torch.dtype | None = None,
-    ):
-        super().__init__(out_size, in_size, dtype, gated, output_dtype)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self._library = library()
-        self._dtype, self._output_dtype = (
-            DTYPE_CODES[str(d).removeprefix("torch.")] for d in (dtype, self.output_dtype)
-        )
-        self._size = (out_size, in_size, int(gated))
+        self._dtype, self._output_dtype = DTYPE_CODES[str(self.dtype)], DTYPE_CODES[str(self.output_dtype)]
+        self._size = (self.out_size, self.in_size, int(self.gated))
 
     @staticmethod
     @abstractmethod
@@ -76,14 +67,7 @@ class Quantized(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`; not for gated layers."""
-        return self._multiply(x, weights, bias)
-
-    def apply_gated(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`."""
-        return self._multiply(x, weights, bias)
-
-    def _multiply(self, x: Tensor, weights: Weights, bias: Tensor | None) -> Tensor:
+        """Implements `LinearMethod`. If W is gated, this is `apply_gated`: the kernel has no other product for it."""
         if self._library is None:
             return self._multiply_with_torch(x, weights, bias)
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -103,6 +87,8 @@ class Quantized(LinearMethod):
             torch.get_num_threads(),
         )
         return y
+
+    apply_gated = apply
 
     def _multiply_with_torch(self, x: Tensor, weights: Weights, bias: Tensor | None) -> Tensor:
         weight = dequantize(weights["weight"], weights["scales"])

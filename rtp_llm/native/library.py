@@ -15,7 +15,8 @@ from rtp_llm.native.levels import levels, supported_levels
 
 log = logging.getLogger(__name__)
 
-DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}  # `Dtype` of native.h
+# `Dtype` of native.h, by str(torch.dtype).
+DTYPE_CODES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _QUANTIZED_SIGNATURES: dict[str, tuple[list[type], type | None]] = {

@@ -8,8 +8,6 @@ from torch import Tensor
 from rtp_llm.native.library import DTYPE_CODES, Library
 from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES
 
-_DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
-
 
 class GroupState(ctypes.Structure):
     """`GroupState` of all_reduce.cpp."""
@@ -56,7 +54,7 @@ class NativeExchange:
         return bool(
             self._kernels.rtp_all_reduce(
                 self._address,
-                _DTYPE_CODES[tensor.dtype],
+                DTYPE_CODES[str(tensor.dtype)],
                 tensor.data_ptr(),
                 tensor.numel(),
                 torch.get_num_threads(),

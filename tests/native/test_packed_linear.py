@@ -134,7 +134,7 @@ def test_nothing_outside_is_read_or_written(kernels: Library, dtype: torch.dtype
     x, weight, bias = poisoned(num_rows, in_size), _random(out_size, in_size, dtype=dtype, seed=1), poisoned(out_size)
     _, weights = _linear(weight, gated, dtype)
     y = torch.full((num_rows + padding, num_columns + padding), torch.nan, dtype=dtype)
-    code = DTYPE_CODES[str(dtype).removeprefix("torch.")]
+    code = DTYPE_CODES[str(dtype)]
     pointers = (weights["weight"].data_ptr(), bias.data_ptr(), y.data_ptr())
     sizes = (y.stride(0), num_rows, out_size, in_size)
     kernels.rtp_linear(code, code, gated, x.data_ptr(), x.stride(0), *pointers, *sizes, 1)
