@@ -43,7 +43,8 @@ def busy_ports(ports: Iterable[int]) -> list[int]:
 
 def _ports_of_worker() -> range:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    index = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    # Modulo: the worker that replaces a crashed one has a new number.
+    index = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
     size = len(TEST_PORTS) // workers
     return TEST_PORTS[index * size : (index + 1) * size]
 

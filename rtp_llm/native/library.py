@@ -8,6 +8,7 @@ import ctypes
 import logging
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rtp_llm.errors import ConfigError
 from rtp_llm.native.build import library_path
@@ -83,6 +84,7 @@ class Library(ctypes.CDLL):
         _expose_openmp()
         super().__init__(str(path))
         self.level = level
+        self.tapes: dict[int, Any] = {}  # of the threads that record, see `tape.recording`
         for name, (arguments, result) in SIGNATURES.items():
             function = getattr(self, name)
             function.argtypes, function.restype = arguments, result

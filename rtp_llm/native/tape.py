@@ -27,18 +27,18 @@ class Tape:
     def __init__(self, kernels: Library):
         self.unrecorded: set[str] = set()
         self.is_on_host = False
-        self._kernels, self._thread = kernels, threading.get_ident()
+        self._kernels = kernels
         self._parts: list[_Kernels | Callable[[], Any]] = []
 
-    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function of the library, and records that."""
-        if threading.get_ident() == self._thread and not self.is_on_host:
-            if name in REPLAYABLE:
-                slots = _pack(arguments, SIGNATURES[name][0])
-                self._last_kernels().append(self._kernels.replay_address(name), slots)
-            else:
-                self.unrecorded.add(name)
-        return function(*arguments)
+    def note(self, name: str, arguments: Sequence[Any]) -> None:
+        """Records a call of a function of the library."""
+        if self.is_on_host:
+            return
+        if name in REPLAYABLE:
+            slots = _pack(arguments, SIGNATURES[name][0])
+            self._last_kernels().append(self._kernels.replay_address(name), slots)
+        else:
+            self.unrecorded.add(name)
 
     def _last_kernels(self) -> "_Kernels":
         last = self._parts[-1] if self._parts else None
@@ -84,15 +84,30 @@ def _pack(arguments: Sequence[Any], types: Sequence[type]) -> bytes:
     return b"".join(slot.ljust(SLOT_BYTES, b"\0") for slot in packed)
 
 
+_lock = threading.Lock()  # held while the functions of a library are exchanged
+
+
 @contextmanager
 def recording(kernels: Library) -> Iterator[Tape]:
-    """Records the calls that this thread makes."""
+    """Records the calls that this thread makes. Other threads may call the same kernels, and record them, meanwhile."""
     tape = Tape(kernels)
-    functions = {name: getattr(kernels, name) for name in SIGNATURES}
-    for name, function in functions.items():
-        setattr(kernels, name, partial(tape.call, name, function))
+    with _lock:
+        if not kernels.tapes:
+            for name in SIGNATURES:
+                setattr(kernels, name, partial(_call, kernels.tapes, name, getattr(kernels, name)))
+        kernels.tapes[threading.get_ident()] = tape
     try:
         yield tape
     finally:
-        for name, function in functions.items():
-            setattr(kernels, name, function)
+        with _lock:
+            del kernels.tapes[threading.get_ident()]
+            if not kernels.tapes:
+                for name in SIGNATURES:
+                    setattr(kernels, name, getattr(kernels, name).args[-1])
+
+
+def _call(tapes: dict[int, Tape], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    tape = tapes.get(threading.get_ident())
+    if tape:
+        tape.note(name, arguments)
+    return function(*arguments)
