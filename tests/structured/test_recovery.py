@@ -17,9 +17,10 @@ from tests.structured.schemas import array, closed
 
 pytestmark = pytest.mark.slow
 
-PATTERN = "([a-z]{3,5} ){60}end"
-SCHEMA = array(closed({"name": {"type": "string", "minLength": 5, "maxLength": 7}, "ok": {"type": "boolean"}}), 10, 10)
-COMMON = {"prompt": "A large language model is", "max_tokens": 1200, "temperature": 1.0, "seed": 3}
+# Long enough that both streams still flow when the rank is killed: a step takes 2 ms.
+PATTERN = "([a-z]{3,5} ){400}end"
+SCHEMA = array(closed({"name": {"type": "string", "minLength": 5, "maxLength": 7}, "ok": {"type": "boolean"}}), 40, 40)
+COMMON = {"prompt": "A large language model is", "max_tokens": 1900, "temperature": 1.0, "seed": 3}
 BODIES = [
     {**COMMON, "guided_regex": PATTERN},
     {**COMMON, "response_format": {"type": "json_schema", "json_schema": {"name": "list", "schema": SCHEMA}}},
@@ -46,7 +47,9 @@ def part(checkpoint: Path) -> Iterator[Part]:
 @pytest.mark.parametrize("rank", ["rank1", "rank0"])
 def test_constrained_streams_outlive_a_rank(part: Part, rank: str) -> None:
     undisturbed = [part.complete(body) for body in BODIES]
-    streams = [Stream(part, body).wait_flowing() for body in BODIES]
+    streams = [Stream(part, body) for body in BODIES]
+    for stream in streams:
+        stream.wait_flowing()
     os.kill(part.pid(rank), signal.SIGKILL)
     for stream in streams:
         stream.wait()
