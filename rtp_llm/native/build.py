@@ -21,11 +21,10 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY_FOLDER = PACKAGE / "lib"
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-Wno-psabi",  # vectors wider than the registers of a level cross no boundary of the library
 )
-# Not with -fopenmp: the functions of OpenMP come from the runtime that torch has loaded, see `library.py`.
-LINK_FLAGS = ("-shared", "-Wl,-z,now")
+LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,now")
 
 
 def library_path(level: str, folder: Path = LIBRARY_FOLDER) -> Path:

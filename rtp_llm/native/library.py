@@ -1,8 +1,4 @@
-"""Loads the kernels of the best level that this CPU has.
-
-The kernels use the OpenMP runtime that torch has loaded, and its pool of threads: two pools would fight for the cores.
-So load the library after torch.
-"""
+"""Loads the kernels of the best level that this CPU has."""
 
 import ctypes
 import logging
@@ -81,7 +77,6 @@ class Library(ctypes.CDLL):
     """
 
     def __init__(self, level: str, path: Path):
-        _expose_openmp()
         super().__init__(str(path))
         self.level = level
         self.tapes: dict[int, Any] = {}  # of the threads that record, see `tape.recording`
@@ -138,15 +133,3 @@ def _load(selection: str) -> Library | None:
     without_amx = " without AMX, which the system does not permit or which gives wrong products"
     log.info("CPU kernels: %s%s", level, without_amx if level == "amx" and not kernels.has_amx else "")
     return kernels
-
-
-def _expose_openmp() -> None:
-    """Makes the symbols of the loaded OpenMP runtime visible to the kernels, which are not linked with any."""
-    ctypes.CDLL(_loaded_openmp() or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-
-
-def _loaded_openmp() -> str:
-    """Returns the file of this process's OpenMP runtime, "" if there is none."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    paths = (line.split(maxsplit=5)[-1] for line in maps if ".so" in line)
-    return next((path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))), "")
