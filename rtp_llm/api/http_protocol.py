@@ -18,8 +18,8 @@ PROBE_PATHS = {b"/liveness", b"/health"}
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. Beyond the limit of connections, the one that waits longest for a request is closed; if none
-    waits, only probes are served.
+    """One HTTP connection. Beyond the connection limit, the longest idle connection is closed; if none is idle, only
+    probes are served.
     """
 
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it

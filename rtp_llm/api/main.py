@@ -74,10 +74,10 @@ def main(run_dir: Path) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that drains: after SIGTERM it runs until the accepted requests finish; /health returns 503.
+    """A uvicorn server that drains: after SIGTERM it runs until the accepted requests finish, and /health returns 503.
 
-    Parts other than 0 accept no requests to the model. They wait until rank 0 has none open, because each request needs
-    the ranks of all parts.
+    Parts other than 0 get no generation requests, but their ranks take part in each. So they wait until rank 0 reports
+    that no request is open.
     """
 
     def __init__(self, state: PartState, service: Service | None, config: uvicorn.Config):

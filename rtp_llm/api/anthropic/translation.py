@@ -15,7 +15,7 @@ _THOUGHT = ("thinking", "redacted_thinking")
 
 
 def to_chat(body: CountTokensRequest) -> dict[str, Any]:
-    """Returns the fields of a ChatRequest. Raises RequestError 400 for blocks that a language model cannot read."""
+    """Returns the fields of a ChatRequest. Raises RequestError 400 for content blocks other than text (images, …)."""
     messages = [*_system_turns(body.system)]
     for index, message in enumerate(body.messages):
         messages += _turns(message, f"messages.{index}")
@@ -98,7 +98,7 @@ def _tool_fields(tools: Sequence[Tool], choice: ToolChoice | None) -> dict[str, 
     runnable = [tool for tool in tools if tool.type in (None, "custom")]
     dropped = sorted({tool.type for tool in tools if tool.type not in (None, "custom")})
     if dropped:
-        log.info("tools of a kind that this server cannot run were left out: %s", ", ".join(dropped)[:200])
+        log.info("left out tools of types that this server cannot run: %s", ", ".join(dropped)[:200])
     fields: dict[str, Any] = {"tools": [_function(tool) for tool in runnable] or None}
     if choice:
         named = {"type": "function", "function": {"name": choice.name or ""}}

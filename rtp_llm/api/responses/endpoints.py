@@ -73,7 +73,7 @@ class ResponsesEndpoints:
     async def retrieve(
         self, request: Request, response_id: str, stream: bool = False, starting_after: int = -1
     ) -> Response:
-        """Returns a stored response, or its events with a higher number than `starting_after`."""
+        """Returns a stored response; with `stream`, its events numbered above `starting_after`."""
         stored = self.store.get(response_id, _owner(request))
         if not stream:
             return _json_response(stored.to_json())
