@@ -13,7 +13,7 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text stream of one request.
+    """The text stream of one sequence.
 
     The results of all `push` calls and of `flush` together are the text that the pushed ids add to the text of
     `prompt_ids`. A character that starts in the prompt is returned whole when it is complete.

@@ -1,4 +1,4 @@
-"""Qwen3-Coder: XML tags for the function and for each parameter, whose value is bare text
+"""Qwen3-Coder: XML tags for the function and for each parameter; values are text without quotes
 (huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct, chat_template.jinja).
 """
 
