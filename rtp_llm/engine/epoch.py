@@ -1,4 +1,4 @@
-"""One epoch of the gang on one rank: what lives from the rendezvous until a rank is lost."""
+"""One epoch of the gang on one rank: the resources that live from the rendezvous until a rank is lost."""
 
 import logging
 import socket
@@ -43,10 +43,10 @@ MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the par
 
 
 class Epoch:
-    """Binds the mesh to the communicator of an epoch, and owns the step sockets and the loop.
+    """The communicator, step sockets and main loop of one epoch. Binds the mesh to the communicator.
 
-    A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from
-    whatever it waits for; leaving the context swallows that error and frees all ports and connections.
+    A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from any
+    call that waits. Leaving the context suppresses that error and frees all ports and connections.
     """
 
     def __init__(self, part_spec: PartSpec, assignment: Assignment, gang: GangClient, mesh: Mesh, device: torch.device):
@@ -93,13 +93,13 @@ class Epoch:
         self.close()
         if not isinstance(error, CommunicationError):
             return False
-        log.warning("this rank leaves epoch %d and keeps what it has loaded: %s", self.number, error)
+        log.warning("leaving epoch %d, keeping the loaded weights: %s", self.number, error)
         if not self._abort_reason:
             self.gang.fail_epoch(str(error))
         return True
 
     def abort(self, reason: str) -> None:
-        """Ends the epoch from any thread, also in a collective whose other ranks are silent."""
+        """Ends the epoch; any thread may call it. Interrupts a collective even if the other ranks do not respond."""
         with self._lock:
             if self._is_closed:
                 return
@@ -110,7 +110,7 @@ class Epoch:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the epoch from its own thread. The mesh is unbound."""
+        """Ends the epoch from its own thread, and unbinds the mesh."""
         with self._lock:
             self._is_closed = True
             self.mesh.tp.unbind()
@@ -162,7 +162,7 @@ class Epoch:
         rope = residency.spec.rope
         cache_salt_above = rope.original_max if rope.kind == "dynamic" else 0
         log.info(
-            "serving in epoch %d of the gang: prompt and output of a request may have %d tokens",
+            "serving in epoch %d of the gang: prompt and output of a request may have up to %d tokens",
             self.number,
             residency.max_seq_len,
         )
@@ -181,7 +181,7 @@ class Epoch:
         if residency.device.type != "cpu":
             return None
         reserve = min(MIN_RESERVE_BYTES + num_ranks * residency.step_bytes, available_memory() // 4)
-        log.info("memory: %d MiB of each machine are kept free, with fewer requests if necessary", reserve >> 20)
+        log.info("memory: keeping %d MiB of each machine free; if less is free, fewer requests run", reserve >> 20)
         return MemoryBudget(
             gang.available_bytes if plan.is_multi_part else available_memory,
             reserve,
@@ -227,13 +227,13 @@ class Epoch:
 
     def _check_aborted(self) -> None:
         if self._abort_reason:
-            raise CommunicationError(f"aborted: {self._abort_reason}")
+            raise CommunicationError(f"the epoch was aborted: {self._abort_reason}")
 
 
 def make_scheduler(
     residency: Residency, proposer: DraftProposer | None = None, memory_budget: MemoryBudget | None = None
 ) -> Scheduler:
-    """Returns a scheduler for the KV cache of a residency. `proposer`: of draft tokens."""
+    """Returns a scheduler for the KV cache of `residency`. `proposer` generates draft tokens."""
     config = residency.config
     pool = BlockPool(residency.num_blocks + 1, is_backed=memory_budget is None)
     manager = KVCacheManager(pool, residency.layout.groups, config.reuse_cache)

@@ -1,4 +1,4 @@
-"""The prompt tokens of one step: how many it may compute, and where their chunks end."""
+"""How many prompt tokens one step may compute, and where the chunks of prompts end."""
 
 import math
 
@@ -10,7 +10,7 @@ PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs,
 
 
 class PromptBudget:
-    """What a step has left for prompts: tokens for each, and seconds for all."""
+    """The remaining budget of a step for prompts: tokens per prompt, and seconds for all prompts."""
 
     def __init__(
         self,
@@ -33,9 +33,10 @@ class PromptBudget:
         self._has_prompt = False  # several tokens of the step are a prompt's
 
     def chunk_size(self, request: Request, start: int, limit: int) -> int:
-        """Returns how many tokens from `start` on, at most `limit`, are computed; 0 or less: none.
+        """Returns how many tokens from `start` on the step computes, at most `limit`; 0 or less: none.
 
-        If the step computes another prompt, this one can wait if it would not reach a tile's end.
+        Chunks end at a multiple of the tile. If the step already has a chunk of another prompt, a chunk that would not
+        reach one is postponed.
         """
         num_tokens = min(request.num_tokens - start, limit, self._max_tokens(request, start))
         if start + num_tokens == request.num_tokens:
@@ -44,7 +45,7 @@ class PromptBudget:
         return num_aligned if num_aligned > 0 or self._has_prompt else num_tokens
 
     def take(self, chunk: ScheduledChunk) -> None:
-        """Subtracts a chunk of a prompt."""
+        """Subtracts the work of a chunk from the budget."""
         work, cost = StepWork.of([chunk]), self._cost
         keys = cost.decode_keys * work.decode_keys + cost.prompt_keys * work.prompt_keys
         self._seconds_for_rows -= keys + cost.logit_rows * work.logit_rows + cost.other_rows * work.other_rows

@@ -1,4 +1,4 @@
-"""Runs one rank after the rendezvous: loads what it keeps, then serves one epoch of the gang after the other."""
+"""Runs one rank after the rendezvous: loads the weights once, then serves one epoch of the gang after another."""
 
 import torch
 

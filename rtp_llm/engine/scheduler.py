@@ -3,9 +3,9 @@
 A step computes up to max_num_batched_tokens tokens. Running requests come first: one token of each request that
 decodes, and as many prompt tokens of the others as fit. Waiting requests are admitted if tokens and KV blocks are left.
 
-A step may be scheduled while the step before is in flight, that is before its result is known. Requests then count
-what is scheduled as done (see `Request`), and blocks are published or freed only once the last step that uses them is
-known. Plain Python over ints: no torch, no sockets.
+A step may be scheduled while the previous one is in flight, that is before its result is known. Requests then count
+scheduled tokens as computed (see `Request`), and blocks are cached or freed only once the result of the last step that
+uses them is known. Plain Python over ints: no torch, no sockets.
 """
 
 import logging
@@ -44,7 +44,7 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Keeps the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
+    """Holds the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Scheduler:
         return None
 
     def finish(self, request: Request) -> None:
-        """Ends a running or waiting request, and frees its blocks once no step in flight uses them."""
+        """Ends a running or waiting request. Frees its blocks once no step in flight uses them."""
         request.has_ended = True
         self._is_admission_blocked = False
         # Else it was pooled, or its client gave up before it started, or its limit tells nothing about other answers.
@@ -103,7 +103,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Returns the next step. It has no chunks if no request can be computed before a step in flight is known."""
+        """Returns the next step. It has no chunks if all requests must wait for the result of a step in flight."""
         self._is_short_of_blocks = False
         self._fit_memory()
         chunks = self._schedule_running()
@@ -120,16 +120,16 @@ class Scheduler:
         return output
 
     def record_seconds(self, output: SchedulerOutput, seconds: float) -> None:
-        """Takes the measured duration of a step into account."""
+        """Passes the measured duration of a step, in seconds, to the cost model."""
         self.itl_budget.cost.record(StepWork.of(output.chunks), seconds)
 
     def update(self, output: SchedulerOutput, results: Iterable[list[int] | None]) -> list[RequestUpdate]:
         """Applies the results of a step. Must be called once for each step with chunks, in order.
 
-        `results`: for each chunk with `num_sampled` > 0 the sampled tokens: accepted draft tokens and the one after.
-        None ends the request with an error, because its logits, and so its keys and values, are invalid.
+        `results`: for each chunk with `num_sampled` > 0, the sampled tokens: accepted draft tokens and the token after
+        them. None ends the request with an error, because its logits, and thus its keys and values, are invalid.
 
-        Returns an update for each chunk with `num_sampled` > 0, and for each that is pooled.
+        Returns an update for each chunk with `num_sampled` > 0 and for each pooled one.
         """
         updates, remaining = [], iter(results)
         for chunk in output.chunks:
@@ -161,8 +161,8 @@ class Scheduler:
             return
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
-            state = "runs short: requests wait or are preempted" if room < 0 else "suffices again"
-            log.warning("memory %s (%+d KV blocks, %d are in use)", state, room, pool.num_used)
+            state = "is short: requests wait or are preempted" if room < 0 else "is sufficient again"
+            log.warning("memory %s (room for %+d KV blocks, %d in use)", state, room, pool.num_used)
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:
             self._retired_blocks += pool.retire(num_missing)

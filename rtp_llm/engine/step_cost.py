@@ -1,4 +1,4 @@
-"""Learns from the durations of past steps how long the next one will take."""
+"""Estimates how long the next step will take, from the durations of past steps."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,15 @@ MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of th
 
 
 class StepWork(NamedTuple):
-    """What the duration of a step depends on. Half of the tokens of a prompt's chunk attend to the others.
+    """The amounts of work that determine the duration of a step.
 
-    steps: 1, for what each step costs: reading the weights, starting the kernels. The arithmetic runs meanwhile.
+    In a chunk of a prompt, a token attends to half of the chunk on average.
+
+    steps: 1, the fixed cost of a step: reading the weights, starting kernels. The arithmetic runs at the same time.
     logit_rows: tokens that have logits: decodes, ends of prompts, prompt tokens with logprobs.
-    other_rows: tokens that have none.
+    other_rows: tokens without logits.
     decode_keys: tokens that decodes attend to, summed over the decodes.
-    prompt_keys: tokens that tokens of prompts attend to, summed over these.
+    prompt_keys: tokens that prompt tokens attend to, summed over the prompt tokens.
     """
 
     steps: float = 1
@@ -52,12 +54,12 @@ IDLE = StepWork(0)
 
 
 class StepCost:
-    """Seconds per unit of each kind of work: a step lasts as long as `steps` or the rows, whichever takes longer, and
-    the keys.
+    """Seconds per unit of each kind of work. The duration of a step is the larger of `steps` and the rows, plus the
+    keys.
 
-    An extended Kalman filter estimates their logarithms (Simon, Optimal State Estimation, 13.2): they stay positive,
-    and nothing depends on the scale, which is 100 times smaller on a GPU. Work that a step has none of, or that other
-    work hides, keeps its cost.
+    An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So they
+    stay positive, and the scale does not matter, which is 100 times smaller on a GPU. A step does not change the cost
+    of work that it does not have, or that other work hides.
     """
 
     def __init__(self) -> None:
@@ -67,11 +69,11 @@ class StepCost:
         self.is_known = False  # a step has been measured
 
     def seconds(self, work: StepWork) -> float:
-        """Returns the expected duration of a step."""
+        """Returns the expected duration of a step in seconds."""
         return sum(self._parts(work))
 
     def record(self, work: StepWork, seconds: float) -> None:
-        """Takes a measured duration into account."""
+        """Updates the costs with the measured duration of a step."""
         if seconds <= 0:
             return
         parts = self._parts(work)

@@ -1,4 +1,4 @@
-"""Computes the steps of one epoch on one rank, the same code on all ranks."""
+"""Computes the steps of one epoch on one rank. All ranks run the same code."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,9 +19,9 @@ from rtp_llm.runner.residency import Residency
 
 
 class ModelRunner:
-    """The sequences of an epoch, and the execution of its steps with the weights and KV cache of a residency.
+    """Holds the sequences of an epoch, and executes its steps with the weights and KV cache of a residency.
 
-    For each step call `prepare`, which uses the host only, then `execute`, which another thread may run.
+    For each step, call `prepare`, which uses the host only, then `execute`, which another thread may run.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ModelRunner:
         self._newest_tokens = torch.zeros(num_slots, dtype=torch.int64, device=residency.device)
 
     def prepare(self, step: Step) -> StepInputs:
-        """Applies a step to the sequences of this rank. Returns the arrays with which `execute` computes it."""
+        """Applies a step to the batch of this rank. Returns the arrays that `execute` needs."""
         memory = self.residency.kv_memory
         assert memory, "allocate_kv_cache comes first"
         memory.retire(step.retired_blocks)
@@ -50,7 +50,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, inputs: StepInputs, sampling_metadata: SamplingMetadata | None = None) -> StepResult:
-        """Computes a step and samples; rank 0 needs the metadata. The result is empty on the other ranks."""
+        """Computes a step and samples. Rank 0 needs the metadata. Other ranks return an empty result."""
         hidden = self.forward(inputs)
         return self.sample(hidden, inputs, sampling_metadata or SamplingMetadata())
 
@@ -61,7 +61,7 @@ class ModelRunner:
         return self.residency.forward(batch)
 
     def sample(self, hidden: Tensor, inputs: StepInputs, sampling_metadata: SamplingMetadata) -> StepResult:
-        """Samples on rank 0 from the logits that the step needs, and gives all ranks the sampled tokens.
+        """Samples on rank 0 from the logits that the step needs, and broadcasts the sampled tokens to all ranks.
 
         hidden: [T, hidden_size]. The other ranks compute their shards of the logits.
         """
