@@ -55,9 +55,7 @@ class RequestServer:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
     def close(self) -> None:
-        """Closes the socket and all connections. The clients keep their requests and resubmit them in the next
-        epoch.
-        """
+        """Closes the socket and all connections. Clients keep their requests and resubmit them in the next epoch."""
         self._selector.close()
         for sock in (self._listener, *(connection.sock for connection in self.connections)):
             sock.close()

@@ -1,7 +1,7 @@
-"""Keeps to the tokens that a grammar allows.
+"""Restricts logits to the tokens that a grammar allows.
 
-In all functions, logits: [R, vocab_size] float32, contiguous; masks: [M, ceil(vocab_size / 8)] uint8, a bit per token,
-the lowest bit of a byte first; rows: M ascending numbers, which row each mask is for. Other rows may have any token.
+In all functions, logits: [R, vocab_size] float32, contiguous; masks: [M, ceil(vocab_size / 8)] uint8, one bit per
+token, lowest bit of a byte first; rows: M ascending row numbers, one per mask. Rows without a mask are not restricted.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def mask_logits(logits: Tensor, masks: Bits, rows: Sequence[int]) -> None:
 def argmax_allowed(logits: Tensor, masks: Bits, rows: Sequence[int]) -> Tensor:
     """Returns the first allowed token with the highest logit of each row, [R] int64.
 
-    It is FAILED where `argmax_finite` fails for the logits or the masked logits.
+    Returns FAILED for a row if `argmax_finite` returns it for the logits or the masked logits.
     """
     kernels = library() if logits.is_cpu else None
     if kernels:
