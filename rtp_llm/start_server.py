@@ -68,7 +68,11 @@ def main() -> int:
             return download_exit_code
         config = localized(loaded.config)
         if config != loaded.config:
-            log.info("CHECKPOINT_PATH=%s is %s, from the cache", loaded.config.checkpoint_path, config.checkpoint_path)
+            log.info(
+                "CHECKPOINT_PATH=%s: using the cached snapshot %s",
+                loaded.config.checkpoint_path,
+                config.checkpoint_path,
+            )
         checkpoint, spec = _check_model(config, plan)
         _check_ports_free(plan)
         with _run_dir(config) as run_dir:
@@ -334,7 +338,7 @@ class SignalForwarder:
                 signal.signal(number, self._stop)
 
     def defer(self) -> None:
-        """From now on only counts signals; `set_child` forwards them.
+        """From now on only counts signals; `set_child` forwards them later.
 
         A handler must not exit while the child is forked, because an exception in it would be ignored.
         """

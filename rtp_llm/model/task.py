@@ -42,7 +42,7 @@ def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise CheckpointError(
-            f"{path / 'config_sentence_transformers.json'}: prompts must be a JSON object whose values are strings"
+            f"{path / 'config_sentence_transformers.json'}: prompts must be a JSON object whose values are texts"
         )
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:

@@ -1,4 +1,4 @@
-"""A connection to the coordinator (the process of part 0 that forms the gang), as workers and guards open it."""
+"""A connection to the coordinator (the process of part 0 that forms the gang), for workers and guards."""
 
 import json
 import socket
@@ -22,7 +22,7 @@ REFUSED_RETRY_SECONDS = 1.0  # after a connection that was not accepted
 
 
 class CoordinatorConnection:
-    """One connection. Any thread may send, one thread receives."""
+    """One connection. Any thread may send; only one thread may receive."""
 
     def __init__(self, part_spec: PartSpec):
         """Connects, and reads the CHALLENGE. Raises OSError."""
@@ -39,18 +39,21 @@ class CoordinatorConnection:
         self.local_address = str(self._sock.getsockname()[0])
 
     def say_hello(self, kind: str, **message: Any) -> None:
-        """Sends HELLO. Raises OSError. `kind`: worker or guard. `message`: what else the coordinator must know."""
+        """Sends HELLO. Raises OSError. `kind`: worker or guard. `message`: further fields for the coordinator."""
         part = self._part_spec.plan.part
         hello = {"kind": kind, "part": part, "fingerprint": self._part_spec.fingerprint, **message}
         self.send(FrameType.HELLO, self._answer.sign(hello))
 
     def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Raises OSError."""
+        """Sends a frame. Raises OSError."""
         with self._lock:
             self._sock.sendall(pack_json(frame_type, message))
 
     def receive(self) -> tuple[FrameType, dict[str, Any]]:
-        """Returns the next frame, which is a genuine coordinator's. Raises OSError, also after HEARTBEAT_TIMEOUT."""
+        """Returns the next frame, after checking that the sender is the coordinator.
+
+        Raises OSError, also if no frame arrives within HEARTBEAT_TIMEOUT.
+        """
         while True:
             try:
                 frame_type, payload = recv_frame(self._sock)
@@ -72,7 +75,7 @@ class CoordinatorConnection:
 
 
 class Heartbeats:
-    """A thread that sends heartbeats over the current connection."""
+    """A thread that sends heartbeats (a rank's or guard's status) to the coordinator over the current connection."""
 
     def __init__(
         self, content: Callable[[], dict[str, Any]], due: threading.Event, on_thaw: Callable[[], None] = lambda: None
@@ -100,7 +103,7 @@ class Heartbeats:
 
 
 def expect_challenge(sock: socket.socket) -> dict[str, Any]:
-    """Returns the body of the CHALLENGE frame that the other side sends first. Raises WireError."""
+    """Returns the body of the CHALLENGE frame, the first frame that a listening side sends. Raises WireError."""
     frame_type, payload = recv_frame(sock)
     if frame_type != FrameType.CHALLENGE:
         raise WireError(f"the peer sent {frame_type.name} instead of CHALLENGE")

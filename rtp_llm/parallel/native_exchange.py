@@ -1,4 +1,4 @@
-"""Collectives on a shared-memory segment by the kernels of `rtp_llm.native`."""
+"""Collectives on a shared-memory segment with the kernels of `rtp_llm.native`."""
 
 import ctypes
 
@@ -10,7 +10,7 @@ from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES
 
 
 class GroupState(ctypes.Structure):
-    """`GroupState` of all_reduce.cpp."""
+    """The C struct `GroupState` of all_reduce.cpp."""
 
     _fields_ = (
         ("segment", ctypes.c_void_p),

@@ -23,7 +23,7 @@ NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # PartSpec.shm_prefix 
 
 
 def is_supported() -> bool:
-    """Returns whether ranks can use a segment: by the kernels, or else on x86, which keeps stores in order."""
+    """Returns whether ranks can use a segment: with the native kernels, or on x86, which does not reorder stores."""
     return platform.machine() in ("x86_64", "AMD64") or library() is not None
 
 
@@ -72,6 +72,6 @@ def is_orphaned(path: Path) -> bool:
 
 
 def orphan_bytes() -> int:
-    """Returns how many bytes of memory the orphaned segments in /dev/shm occupy, including those of other parts."""
+    """Returns how many bytes of memory the orphaned segments in /dev/shm use, including those of other parts."""
     orphans = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
     return sum(path.stat().st_blocks * 512 for path in orphans if path.exists())
