@@ -13,7 +13,7 @@ WIDTH = 0.8  # of a bar; the distance of two bars is 1
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Writes `rates` and `latencies` into the folder and returns the files."""
+    """Writes the plots `rates` and `latencies` into the folder, and returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "rates": _bars(report, "tokens per second (line: the bound)", report.rate, report.bound),
