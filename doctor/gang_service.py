@@ -128,7 +128,7 @@ class _Examiner:
             )
 
     def _read_evidence(self) -> object:
-        """Returns what `compare` looks at, to see whether it has changed."""
+        """Returns the data that `compare` uses, to detect whether it has changed."""
         return [
             (part, report.run_id, report.problems, n, link.protocol_error, link.wrong_part, link.foreign_address)
             for part, report in sorted(self.session.known_reports().items())

@@ -106,7 +106,7 @@ def _append_to_stdout() -> None:
 def _download(config: Config, plan: Plan) -> int:
     """Downloads the models that the settings name, in a process that serves /health meanwhile. Returns its exit code.
 
-    First finds out what would make the download, or the start after it, fail.
+    First checks for errors that would make the download, or the start after it, fail.
     """
     from rtp_llm.hub.remote import look_up
 
@@ -306,8 +306,8 @@ def _wake(child: "subprocess.Popen[bytes]", supervisor_socket: Path) -> None:
 def _child_stdio() -> dict[str, Any]:
     """Returns the arguments `stdout` and `stderr` of the subprocess.Popen call that starts supervisord.
 
-    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald). Only
-    then are they a pipe to `cat`, which this starts.
+    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald). In that case they are a
+    pipe to `cat`, which this function starts.
     """
     try:
         os.close(os.open("/dev/fd/1", os.O_WRONLY | os.O_APPEND))

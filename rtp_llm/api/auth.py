@@ -108,7 +108,7 @@ def _comes_from_this_machine(scope: Scope) -> bool:
 
 
 def _candidates(headers: Headers) -> Iterator[bytes]:
-    """Yields every value that may be a key: clients send their own header beside one of a library's or proxy's."""
+    """Yields every header value that may be the key: a library or proxy may add a second header."""
     for name, value in headers:
         if name in KEY_HEADERS:
             yield BEARER.sub(b"", value, count=1).strip() if name == b"authorization" else value.strip()
@@ -129,7 +129,7 @@ def _unauthorized(headers: Headers) -> RequestError:
 def _read_keys(config: Config, setting: str) -> tuple[NamedKey, ...]:
     """Returns the keys of a setting. Raises ConfigError if one is malformed, or a file contains none.
 
-    /dev/null counts as no file, since a compose file cannot leave a secret out.
+    /dev/null counts as no file, since a compose file cannot make a secret optional.
     """
     path: str = getattr(config, f"{setting}_file")
     source = f"{setting.upper()}_FILE={path}" if path else setting.upper()

@@ -70,8 +70,8 @@ def validate(model: type[Model], data: dict[str, Any]) -> Model:
 
 
 def _invalid_field(error: ValidationError, data: Mapping[str, Any]) -> RequestError:
-    """Returns the error of the first invalid field. Of a union, such as the four forms of `prompt`, it has the item
-    that the closest form failed at; if several forms failed there, what each would accept.
+    """Returns the error of the first invalid field. For a union, such as the four forms of `prompt`, names the item at
+    which the closest form failed; if several forms failed there, what each would accept.
     """
     details = error.errors(include_url=False, include_context=False, include_input=False)
     paths = [_sent_path(detail, data) for detail in details]

@@ -133,7 +133,7 @@ async def start_chat(
 def _with_reasoning_budget(
     params: SamplingParams, body: ChatRequest, output_format: OutputFormat, service: Service
 ) -> SamplingParams:
-    """Returns the parameters with the budget of the request, if its answer can begin with reasoning."""
+    """Returns the parameters with the request's reasoning budget, if the output can begin with reasoning."""
     budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
     markers = output_format.reasoning
     if budget is None or markers is None:

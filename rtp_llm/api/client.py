@@ -256,7 +256,7 @@ class EngineClient:
             self._submit(sequence)
 
     def _end(self, sequence: InFlightSequence) -> None:
-        """Aborts a sequence, unless it has ended. If it was on trial, others may run now."""
+        """Aborts a sequence unless it has ended. If it was on trial, other sequences may run now."""
         was_investigating = self._suspects[sequence.engine].is_investigating
         self._forget(sequence)
         if was_investigating:
@@ -278,7 +278,7 @@ class EngineClient:
         return can_run and self._suspects[sequence.engine].may_run(sequence)
 
     def _reconcile(self, engine: EngineConnection) -> None:
-        """Makes the engine run those sequences that may run, and no others."""
+        """Submits the sequences that may run to the engine, and withdraws the others."""
         sequences = self._sequences(engine)
         for sequence in sequences:
             if sequence.is_submitted and not self._may_run(sequence):
@@ -302,7 +302,7 @@ class EngineClient:
         self._in_flight[sequence.submission_id] = sequence
 
     def _on_read(self, sequence: InFlightSequence) -> None:
-        """Lets a sequence run again whose reader has caught up."""
+        """Resumes a sequence whose reader has caught up."""
         if sequence.is_unread and sequence.outputs.qsize() <= RESUME_UNREAD_OUTPUTS:
             sequence.is_unread = False
             if self._may_run(sequence):

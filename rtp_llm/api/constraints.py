@@ -109,7 +109,7 @@ def content_grammar(tokenizer: Tokenizer, *bodies: StructuredOutputFields | None
 
 
 def _constraints(fields: StructuredOutputFields, tokenizer: Tokenizer) -> list[tuple[str, Any, Callable[[Any], str]]]:
-    """Returns (field, value, what makes the value's grammar) of each field. Empty values are not set."""
+    """Returns (field, value, function that makes the value's grammar) of each field. Empty values are not set."""
     nested = fields.structured_outputs or StructuredOutputs(json=None)
     if nested.disable_additional_properties:
         name = "structured_outputs.disable_additional_properties"

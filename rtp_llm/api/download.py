@@ -136,7 +136,7 @@ class Reporter:
 
 
 def _has_terminal() -> bool:
-    """Returns whether stderr is a terminal; one without columns is that of a detached container, whose log it is."""
+    """Returns whether stderr is a terminal with columns; one without is the log of a detached container."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 

@@ -36,7 +36,7 @@ class EngineConnection:
     """A connection to the engine's unix socket. Reconnects whenever it is lost."""
 
     def __init__(self, path: Path, listener: EngineListener):
-        """`path`: of the socket. `listener`: gets what happens to the engine."""
+        """`path`: path of the socket. `listener`: its callbacks are called for events of the engine."""
         self._path, self._listener = path, listener
         self._writer: asyncio.StreamWriter | None = None
         self.info: EngineInfo | None = None  # of the current or last engine; None before the first

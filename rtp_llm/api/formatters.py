@@ -98,7 +98,7 @@ def _delta_json(delta: OutputDelta) -> dict[str, Any]:
 
 
 def _reasoning(text: str) -> dict[str, str]:
-    """Returns the two names under which clients look for reasoning: DeepSeek's and OpenRouter's."""
+    """Returns the reasoning under the two names that clients read: DeepSeek's and OpenRouter's."""
     return {"reasoning_content": text, "reasoning": text}
 
 

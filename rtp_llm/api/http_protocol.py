@@ -176,9 +176,9 @@ class HttpProtocol(HttpToolsProtocol):
         return self._served is not None and not self._served.response_complete
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers the request that is being read without the application, and closes the connection.
+        """Sends an error response without calling the application, and closes the connection.
 
-        Earlier requests get their answers first. Closes the connection only, if the answer has begun.
+        Responses to earlier requests are sent first. If this response has already begun, only closes the connection.
         """
         if self._in_body and self.cycle is not self._served:
             self.pipeline.popleft()
@@ -201,7 +201,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _disconnect(self, cycle: RequestResponseCycle | None) -> None:
-        """Tells the application that nobody waits for its answer."""
+        """Tells the application that the client has disconnected."""
         if cycle and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -209,7 +209,7 @@ class HttpProtocol(HttpToolsProtocol):
     # Limits on the time
 
     def _restart_timer(self) -> None:
-        """Starts the time anew for each piece of a body, but only once for all headers of a request."""
+        """Restarts the timeout at each piece of a body, but only once for all headers of a request."""
         is_answered = self.cycle is None or self.cycle.response_complete
         if self._in_body and not is_answered:
             self._start_timer()

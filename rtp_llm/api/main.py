@@ -93,7 +93,7 @@ class DrainingServer(uvicorn.Server):
         alive.cancel()
 
     async def _show_life(self) -> None:
-        """Touches a file as long as the event loop runs; the guard kills this process if it gets old."""
+        """Touches a file while the event loop runs; the guard kills this process if the file gets old."""
         while True:
             with suppress(OSError):  # on a full disk an existing file can still be touched
                 self._state.part_spec.api_alive_path.touch()

@@ -25,7 +25,7 @@ class OriginPolicy:
     """Decides which origins and host names may use the server without a key."""
 
     def __init__(self, config: Config):
-        """Raises ConfigError if ALLOWED_ORIGINS has an entry that is no origin."""
+        """Raises ConfigError if ALLOWED_ORIGINS has an invalid entry."""
         self.origins = _entries(config.allowed_origins)
         self.hosts = {host.lower() for host in _entries(config.allowed_hosts)}
         self.checks_host = is_loopback(config.host) or config.host == "localhost"
@@ -59,9 +59,9 @@ class OriginPolicy:
         return None
 
     def _is_same_origin(self, origin: str, scope: Scope) -> bool:
-        """Returns whether the page came from this server, under an address or name that no stranger can point here.
+        """Returns whether the page came from this server, under an address or name that no outsider can point to it.
 
-        Public names contain a dot, so a name without one was given by this network.
+        Public names contain a dot, so only the local network can have defined a name without one.
         """
         host = host_header(scope)
         is_trusted = is_local_host(host) or bool({host, "*"} & self.hosts) or "." not in host

@@ -25,7 +25,7 @@ class OverloadMiddleware:
     def __init__(
         self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[str, RequestError], Response]
     ):
-        """`check_capacity`: raises RequestError if so many sequences do not fit."""
+        """`check_capacity`: raises RequestError if this number of sequences does not fit."""
         self.app, self.check_capacity, self.respond = app, check_capacity, respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

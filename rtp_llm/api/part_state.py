@@ -62,7 +62,7 @@ class PartState:
         return status | {"age": age}
 
     def _status_age(self, written_at: int) -> float:
-        """Returns the seconds since this process first saw that time of writing: the clock may have jumped."""
+        """Returns the seconds since this process first saw the status file's current mtime. The clock may change."""
         if written_at != self._status_written_at:
             self._status_written_at, self._status_seen_at = written_at, time.monotonic()
         return time.monotonic() - self._status_seen_at
@@ -130,7 +130,7 @@ class PartState:
         return report
 
     def _disagreements(self) -> list[str]:
-        """Returns what the doctors of the parts found to differ between them, and why a part gave up."""
+        """Returns the differences that the doctors found between the parts, and why a part gave up."""
         checks = (self.doctor_report() or {}).get("checks", [])
         return [f"{c['id']} {c['actual']}" for c in checks if c["id"].startswith("C-") and c["status"] == "error"]
 

@@ -141,7 +141,7 @@ class SuspectTracker(Generic[R]):
         return culprit
 
     def _end_trials(self) -> None:
-        """Ends the trial of each group in turn whose requests have all passed or gone."""
+        """Ends the trials of groups, in turn, whose requests have all passed or ended."""
         if not self._groups:
             return
         while self._groups and all(steps <= 0 for steps in self._groups[0].values()):
@@ -153,7 +153,7 @@ class SuspectTracker(Generic[R]):
             self._settle(self._unexplained, "engine")
 
     def _settle(self, epochs: list[int], verdict: Verdict) -> None:
-        """Gives epochs under investigation their final verdict, and empties the list."""
+        """Sets the final verdict of epochs under investigation, and empties the list."""
         for epoch in epochs:
             if self.verdicts.get(epoch) == "investigating":
                 self._record(epoch, verdict)

@@ -128,7 +128,7 @@ def make_tokenizer(vocab_size: int) -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """Returns the characters that stand for the 256 bytes in GPT-2's byte-level BPE: printable ones for themselves."""
+    """Returns the characters for the 256 bytes in GPT-2's byte-level BPE; printable ones represent themselves."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     moved = {byte: 256 + number for number, byte in enumerate(others)}
@@ -136,7 +136,7 @@ def _byte_characters() -> list[str]:
 
 
 def _merges() -> Iterator[tuple[str, str]]:
-    """Yields merges for ever: of a letter or the space (`Ġ`) with a letter, then of words so far with a letter."""
+    """Yields merges without end: a letter or the space (`Ġ`) with a letter, then each word so far with a letter."""
     words = ["Ġ", *string.ascii_lowercase]
     while True:
         longer = []

@@ -134,7 +134,7 @@ class Answer:
     """The events of one response and the time of each. Implements the callbacks of httptools' parser."""
 
     def __init__(self, end: "asyncio.Future[None]"):
-        """`end`: is set when the answer is complete, or cannot become so any more."""
+        """`end`: set when the response is complete, or when it can no longer be completed."""
         self.end = end
         self.keeps_connection = False  # after the answer; known at its end
         self._status = 0

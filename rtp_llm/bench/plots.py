@@ -31,7 +31,7 @@ Height = Callable[[Case, str], float]  # of a target's bar in a case
 
 
 def _bars(report: Report, label: str, height: Height, line: Height = lambda case, target: 0.0) -> Figure:
-    """Returns a figure with an axis per case, whose sizes differ, and a bar per target. `line`: 0 for none."""
+    """Returns a figure with one axis per case, which differ in scale, and one bar per target. `line`: 0 for none."""
     figure = Figure(figsize=(2 + 2.5 * len(report.cases), 4))  # not pyplot's, which keeps it and wants a display
     axes = figure.subplots(1, len(report.cases), squeeze=False)
     for axis, case in zip(axes[0], report.cases, strict=True):

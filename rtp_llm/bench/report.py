@@ -78,7 +78,7 @@ Value = Callable[[Run], float]
 
 
 def _rate_name(case: Case) -> str:
-    """Returns the rate that counts: of output, or of prefill if the answers have a single token."""
+    """Returns the name of a case's main rate: output, or input if requests have a single output token."""
     return "output_rate" if max(outputs for _, outputs in case.workload.lengths) > 1 else "input_rate"
 
 
@@ -98,7 +98,7 @@ def ttft_p50(run: Run) -> float:
 
 
 def _fairness(case: Case) -> Value:
-    """Returns ITL p99 over the time in which every stream gets a token at the output rate of the run."""
+    """Returns ITL p99 divided by the time in which each stream gets one token if the output rate is shared evenly."""
 
     def value(run: Run) -> float:
         return run.summary.itl.p99 * run.summary.output_rate / case.concurrency if case.concurrency else 0.0
@@ -175,9 +175,9 @@ def _row(report: Report, case: Case, target: str) -> tuple[str, ...]:
 
 
 def _ratio(report: Report, case: Case, target: str) -> float:
-    """Returns the speed of ours divided by that of the target: the median over the rounds, in which both took turns.
+    """Returns the speed of `ours` divided by the target's: the median over the rounds, in which both ran alternately.
 
-    Ours is the first target of that kind whose weights have as many bits; 0 if there is none.
+    `ours`: the first target of that kind with as many bits per weight. Returns 0 if there is none.
     """
     own = next((name for name in report.targets if name.startswith("ours-") and _group(name) == _group(target)), "")
     rate = rate_of(case)

@@ -60,7 +60,7 @@ class ServerTarget:
     """A server that runs as a child process; ended with SIGTERM."""
 
     def __init__(self, name: str, command: list[str], port: int, log: Path, environment: dict[str, str] | None = None):
-        """`command`: makes the server listen on `port` with a /health. `environment`: variables besides our own."""
+        """`command`: starts a server with a /health on `port`. `environment`: variables added to this process's own."""
         self.name, self.start_seconds, self.log = name, 0.0, log
         settings = " ".join(f"{key}={value}" for key, value in (environment or {}).items())
         self.description = f"{settings} {' '.join(command)}".strip()

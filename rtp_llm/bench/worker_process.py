@@ -46,7 +46,7 @@ class WorkerProcess:
     """`python -m MODULE ARGS` as a child process, while the context is entered."""
 
     def __init__(self, module: str, *args: str, python: str = sys.executable):
-        """`python`: of the environment that has what the module needs; it need not have this package."""
+        """`python`: an interpreter with the packages that the module needs; it need not have this package."""
         self.module = module
         self._resources = ExitStack()
         folder = self._resources.enter_context(bare_package())

@@ -11,9 +11,8 @@ class Request:
 
     A token is computed when its keys and values are in the KV cache. Each step computes some tokens of the request;
     once all are computed, the next token is sampled and appended. A step may be scheduled before the result of the
-    previous one
-    is known: tokens that are scheduled to be computed count as computed, and a token that is scheduled to be sampled
-    counts as a token with an unknown id (pending).
+    previous one is known: tokens that are scheduled to be computed count as computed, and a token that is scheduled to
+    be sampled counts as a token with an unknown id (pending).
 
     id: chosen by the API process, unique while the request runs.
     tokens: known token ids of prompt and output; the first `num_prompt_tokens` are the prompt.
@@ -21,11 +20,9 @@ class Request:
     num_computed_tokens: number of computed tokens once all steps in flight have run.
     num_in_flight: scheduled steps with tokens of this request whose results are not known yet.
     num_tokens_at_start: number of tokens when the request last entered the batch. The ranks sampled the tokens after
-    them,
-        and hold them on the device.
+        them, and hold them on the device.
     last_turn: rises with each step that this request gets while the running requests take turns, because there are more
-    of
-        them than tokens in a step.
+        of them than tokens in a step.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
     slot: index of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
     has_ended: finished or aborted; results of steps in flight are discarded.

@@ -81,7 +81,7 @@ class SampledTokens:
 
     slot: the slot of the sequence.
     token_ids: the accepted drafts, then the token sampled after them.
-    logprobs: of `token_ids`; empty unless the request asks for logprobs.
+    logprobs: logprobs of `token_ids`; empty unless the request asks for them.
     failed: the logits of the token after `token_ids` contain NaN or +inf, or only -inf. The request cannot continue.
     """
 
@@ -93,11 +93,11 @@ class SampledTokens:
 
 @dataclass
 class StepResult:
-    """Result of a step on rank 0, empty on the other ranks.
+    """Result of a step on rank 0; empty on the other ranks.
 
-    tokens: of each sequence with sampled rows, in order.
-    prompt_logprobs: for each entry of `Step.logprob_indices`.
-    hidden_states: the bytes of [hidden_size] float32 for each entry of `SamplingMetadata.hidden_indices`.
+    tokens: the new tokens of each sequence with sampled rows, in order.
+    prompt_logprobs: one entry per entry of `Step.logprob_indices`.
+    hidden_states: [hidden_size] float32 as bytes, per entry of `SamplingMetadata.hidden_indices`.
     """
 
     tokens: list[SampledTokens] = field(default_factory=list)

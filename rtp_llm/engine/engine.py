@@ -76,7 +76,7 @@ class Engine:
         pipeline_depth: int = 0,
         compiler: GrammarCompiler | None = None,
     ):
-        """`compiler`: of the requests' grammars; without one, none may have a grammar."""
+        """`compiler`: compiles the requests' grammars; without one, no request may have a grammar."""
         self.scheduler, self.runner, self.max_seq_len, self.epoch = scheduler, runner, max_seq_len, epoch
         self.callbacks, self.pipeline_depth = callbacks or EngineCallbacks(), pipeline_depth
         self.compiler = compiler
@@ -141,7 +141,7 @@ class Engine:
         return unfit or self._step()
 
     def _start_compiled(self) -> list[EngineOutput]:
-        """Queues the requests whose grammars are compiled by now. Returns the outputs of those that have an error."""
+        """Queues the requests whose grammars have been compiled. Returns the outputs of those with an error."""
         if not self.compiler or not self.compiler.is_busy:
             return []
         requests = self.compiler.take_compiled(0 if self._has_steps else COMPILE_POLL_SECONDS)

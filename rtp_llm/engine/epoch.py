@@ -50,7 +50,7 @@ class Epoch:
     """
 
     def __init__(self, part_spec: PartSpec, assignment: Assignment, gang: GangClient, mesh: Mesh, device: torch.device):
-        """`gang`: calls `abort` if the epoch ends, as long as the context lasts."""
+        """`gang`: calls `abort` if the epoch ends while the context is active."""
         self.part_spec, self.assignment, self.number = part_spec, assignment, assignment.epoch
         self.gang, self.mesh, self.device = gang, mesh, device
         self._lock = threading.Lock()  # held while `abort` and `close` change the following fields
@@ -174,7 +174,7 @@ class Epoch:
             engine.close()
 
     def _memory_budget(self, residency: Residency) -> MemoryBudget | None:
-        """Returns the budget of the machines, whose ranks all take the same number of blocks; None on a GPU."""
+        """Returns the memory budget for the gang's machines, whose ranks all have the same blocks; None on a GPU."""
         plan, memory, gang = self.part_spec.plan, residency.kv_memory, self.gang
         num_ranks = plan.local_world_size
         assert memory, "allocate_kv_cache comes first"
@@ -220,7 +220,7 @@ class Epoch:
         return sock
 
     def _own(self, *sockets: socket.socket) -> None:
-        """Closes the sockets with the epoch. Raises CommunicationError if it was aborted before they were known."""
+        """Registers sockets to be closed with the epoch. Raises CommunicationError if the epoch was aborted before."""
         with self._lock:
             self._sockets += sockets
         self._check_aborted()

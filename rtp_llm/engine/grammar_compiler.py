@@ -17,7 +17,7 @@ class GrammarCompiler:
     """Compiles a request's grammar into its `matcher`. Used from one thread."""
 
     def __init__(self, tokenizer: "Future[LLTokenizer]"):
-        """`tokenizer`: of the model, with the model's number of token ids."""
+        """`tokenizer`: the model's vocabulary, with the model's number of token ids."""
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(NUM_THREADS, "grammar")
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
@@ -70,7 +70,7 @@ class GrammarCompiler:
         return future.result(), future.result().get_error()
 
     def _evict(self) -> None:
-        """Forgets the grammars that were used least recently, but none that a request waits for."""
+        """Drops the least recently used grammars, except those that a request waits for."""
         needed = {request.params.grammar for request in self._waiting.values()}
         for grammar in list(self._compiled)[: max(0, len(self._compiled) - MAX_CACHED)]:
             if grammar not in needed:

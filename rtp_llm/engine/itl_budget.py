@@ -75,7 +75,7 @@ class ItlBudget:
         return max(HEADROOM * seconds, MIN_AUTOMATIC_SECONDS)
 
     def _even_seconds(self, decodes: StepWork, num_streams: int, demand: Demand) -> float:
-        """Returns the duration of a step that computes a token of each stream, and as much of the prompts."""
+        """Returns the duration of a step with one token of each stream and a proportional amount of prompt tokens."""
         share = num_streams / max(1, demand.output_tokens)
         decode_keys = decodes.decode_keys * num_streams / decodes.logit_rows
         even = StepWork(1, num_streams, demand.rows * share, decode_keys, demand.prompt_keys * share)

@@ -151,9 +151,9 @@ class KVCacheManager:
         return num_tokens - num_tokens % self._prefix_alignment
 
     def _find_hit(self, request: Request, index: int, max_tokens: int) -> int:
-        """Returns the tokens, at most `max_tokens`, of the longest prefix whose blocks in the window are cached.
+        """Returns the length of the longest prefix, at most `max_tokens`, whose blocks in the window are cached.
 
-        `index`: of the group.
+        `index`: index of the group.
         """
         group = self.groups[index]
         end = block = max_tokens // group.block_size

@@ -107,7 +107,7 @@ class LeaderLoop:
             self.rank_status.mark_progress()
 
     def _handle_message(self, message: ClientMessage) -> None:
-        """Handles a frame of a client. Drops a client that sends anything else than requests: it is no API process."""
+        """Handles a client's frame. Disconnects a client whose frame is invalid, since it is not an API process."""
         connection = message.connection
         if message.frame_type is None:
             self._abort_requests_of(connection)

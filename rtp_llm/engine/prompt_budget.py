@@ -21,10 +21,10 @@ class PromptBudget:
         seconds: float = math.inf,
         decodes: StepWork = IDLE,
     ):
-        """`max_chunk`: tokens of one request. `tile`: its chunks end at multiples.
+        """`max_chunk`: maximum number of tokens per request. `tile`: chunks end at its multiples.
 
         `floor`: tokens that the first prompt may compute however long they take. `cost`: seconds per unit of work.
-        `seconds`: that the step may take together with the work `decodes`.
+        `seconds`: maximum duration of the step, including the work `decodes`.
         """
         self._max_chunk, self._tile, self._floor, self._cost = max_chunk, tile, floor, cost
         seconds -= cost.decode_keys * decodes.decode_keys
@@ -62,7 +62,7 @@ class PromptBudget:
         return int(min(max_chunk, in_time if self._has_prompt else max(in_time, self._floor)))
 
     def _tokens_in(self, seconds: float, row: float, start: int) -> float:
-        """Returns how many tokens from `start` on take these seconds, if each takes `row` and the time of its keys."""
+        """Returns how many tokens from `start` on fit into `seconds`; each takes `row` and the time of its keys."""
         if seconds <= 0 or math.isinf(seconds):
             return max(0.0, seconds)
         key = self._cost.prompt_keys

@@ -38,7 +38,7 @@ class RequestServer:
     """Accepts clients (API processes), sends each a READY frame, and does all I/O without blocking."""
 
     def __init__(self, path: Path, engine_info: dict[str, Any]):
-        """`path`: of the socket; an existing file is replaced.
+        """`path`: path of the socket; an existing file is replaced.
 
         `engine_info`: body of the READY frame, which every client receives first.
         """

@@ -53,9 +53,9 @@ class Scheduler:
         proposer: DraftProposer | None = None,
         memory_budget: MemoryBudget | None = None,
     ):
-        """`proposer`: of draft tokens; requests then wait for the result of each step.
+        """`proposer`: proposes draft tokens; requests then wait for the result of each step.
 
-        `memory_budget`: if the memory of the KV cache is not held from the start on.
+        `memory_budget`: needed if the KV cache does not hold its memory from the start.
         """
         self.kv_cache_manager, self.config, self.proposer = kv_cache_manager, config, proposer
         self.memory_budget = memory_budget
@@ -148,9 +148,9 @@ class Scheduler:
     # Memory
 
     def _fit_memory(self) -> None:
-        """Lets the KV cache grow into the memory that the host has left, or retires blocks if that is too little.
+        """Lets the KV cache grow into the free memory of the host, or retires blocks if memory is short.
 
-        If too few blocks are free, the newest requests give way, all but one: it fails only when it needs more.
+        If too few blocks are free, preempts the newest requests, but never the last one.
         """
         if not self.memory_budget:
             return
@@ -173,7 +173,7 @@ class Scheduler:
             self._is_admission_blocked = False
 
     def _end_starved(self) -> list[Request]:
-        """Ends the first waiting request if it has lacked memory for long although it has all of it. Returns it."""
+        """Ends and returns the first waiting request if it has long been short of memory although no other one runs."""
         if self.running or self._num_releasing or not self.waiting or not self.kv_cache_manager.pool.is_short_of_memory:
             self._starving_since = None
             return []
@@ -223,17 +223,17 @@ class Scheduler:
         return Demand.of(request, request.num_tokens - request.num_prompt_tokens + growth)
 
     def _is_ready(self, request: Request) -> bool:
-        """Returns whether the request can be computed before the steps in flight are known."""
+        """Returns whether the request can be computed before the results of the steps in flight are known."""
         if not request.num_pending_tokens:
             return request.num_uncomputed_tokens > 0
         must_wait = request.must_wait_for_result or self.proposer
         return not must_wait and not request.has_reached_limit(self.config.max_seq_len)
 
     def _take_turns(self, requests: list[Request]) -> tuple[list[Request], int]:
-        """Returns the requests that may be computed, and the tokens of the step that are theirs.
+        """Returns the requests that may be computed, and the number of tokens of the step for them.
 
-        If there are more requests than tokens, those that have waited longest take their turn, and one token is left
-        to admit another request.
+        If there are more requests than tokens, those that have waited longest take their turn, and one token is left to
+        admit another request.
         """
         budget = self.config.max_num_batched_tokens
         can_admit = self.waiting and not self._is_admission_blocked and len(self.running) < self.config.max_num_seqs
@@ -308,7 +308,7 @@ class Scheduler:
         )
 
     def _add_drafts(self, chunks: list[ScheduledChunk], proposer: DraftProposer) -> None:
-        """Adds draft tokens to decodes as far as tokens and free blocks are left: no request gives way to a draft."""
+        """Adds draft tokens to decodes if tokens and free blocks are left. Never preempts a request for a draft."""
         budget = self._budget(chunks)
         for index, chunk in enumerate(chunks):
             if chunk.num_tokens == chunk.num_sampled == 1:
@@ -415,7 +415,7 @@ class Scheduler:
         return RequestUpdate(request, tokens, finish)
 
     def _append(self, request: Request, sampled: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Appends tokens up to the one that ends the request. Returns those, and why the request has ended."""
+        """Appends tokens up to the one that ends the request. Returns the appended tokens and the finish reason."""
         finish: FinishReason | None = None if sampled else "stop"  # a pooled request
         num_tokens = len(request.tokens)
         for token in sampled:

@@ -93,7 +93,7 @@ class StepCost:
         self.per_unit = StepWork(*np.exp(self._logs).tolist())
 
     def _parts(self, work: StepWork) -> StepWork:
-        """Returns the seconds that each kind of work adds to a step; none that is hidden by another."""
+        """Returns the seconds that each kind of work adds to a step; 0 for work that other work hides."""
         parts = StepWork(*(cost * amount for cost, amount in zip(self.per_unit, work, strict=True)))
         if parts.steps >= parts.logit_rows + parts.other_rows:
             return parts._replace(logit_rows=0, other_rows=0)

@@ -95,7 +95,7 @@ def _etag(file: object) -> str:
 
 @contextmanager
 def _explained(name: ModelName) -> Iterator[None]:
-    """Turns the client's errors into a ConfigError that says what is wrong and what to do."""
+    """Converts the hub client's errors to a ConfigError that names the problem and a fix."""
     hub = constants.ENDPOINT
     try:
         yield
@@ -129,7 +129,7 @@ def _explained(name: ModelName) -> Iterator[None]:
 
 
 def _access_error(name: ModelName, error: HfHubHTTPError) -> ConfigError:
-    """Returns the error for a gated model or an invalid token; the hub's own sentence says if access is pending."""
+    """Returns the error for a gated model or an invalid token, with the hub's own message if it has one."""
     token = "HF_TOKEN has no access" if get_token() else "no token is set"
     reason = (error.server_message or "").strip().splitlines()
     said = f" ({reason[0]})" if reason else ""

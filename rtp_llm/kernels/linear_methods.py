@@ -58,5 +58,5 @@ def _make_method(
     output_dtype: torch.dtype | None,
     kernels: Library | None,
 ) -> LinearMethod:
-    """Returns one instance for equal sizes. device, kernels: of the method, which depends on both."""
+    """Returns one shared instance for equal arguments. device, kernels: the method depends on both."""
     return method(out_size, in_size, dtype, gated, output_dtype)

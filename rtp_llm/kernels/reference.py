@@ -130,8 +130,8 @@ class ReferenceBackend:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Arrays [tiles]: the index of the sequence, and positions in it: of row 0 of the tile (a multiple of the tile's
-    size), of its first and last query in this step, and of the lowest key that one of them sees.
+    """Arrays [tiles]: the sequence's index, and positions in it: of row 0 of the tile (a multiple of its size), of the
+    first and the last query in this step, and of the lowest key that a query of the tile sees.
     """
 
     sequence: Longs
@@ -316,7 +316,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale:
 
 
 def _combine(out: Tensor, lse: Tensor, wave: Wave) -> Tensor:
-    """Returns the outputs [num_tiles, kv_heads, rows, head_dim] of the tiles from those of their items."""
+    """Returns the outputs [num_tiles, kv_heads, rows, head_dim] of the tiles, combined from their items."""
     owner = wave.tile_of_item
     index = owner[:, None, None].expand_as(lse)
     top = lse.new_full((wave.num_tiles, *lse.shape[1:]), -torch.inf).scatter_reduce_(0, index, lse, "amax")

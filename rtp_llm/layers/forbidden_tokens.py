@@ -82,7 +82,7 @@ class BadWords:
 
 
 class _WordSequence:
-    """The output of one sequence, and its words by their last token but one."""
+    """The output of one sequence, and its bad words, indexed by their second-to-last token."""
 
     def __init__(self, request: Request):
         self.output = list(request.output)

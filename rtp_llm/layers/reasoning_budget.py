@@ -82,7 +82,7 @@ class _BudgetedSequence:
                 self.pop(len(drafts))
 
     def _tail(self) -> list[int]:
-        """Returns the last tokens of the reasoning, as many as those that end it."""
+        """Returns the last tokens of the reasoning, as many as the end marker has."""
         return self._output[max(len(self._start), len(self._output) - len(self._end)) :]
 
     def _next_token(self) -> int | None:

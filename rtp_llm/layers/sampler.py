@@ -52,7 +52,7 @@ class Sampler:
         device: torch.device,
         processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
     ):
-        """`processors`: the edits between logits and token, in order of application."""
+        """`processors`: logits processors, in order of application."""
         self._processors = [make(vocab_size, device) for make in processors]
         self._params = np.zeros(num_slots, _SLOT_PARAMS)
         # See `logprobs` and `logprob_token_ids` in SamplingParams.

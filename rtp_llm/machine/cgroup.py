@@ -71,7 +71,7 @@ class _Levels:
 
 @dataclass(frozen=True)
 class _Usage:
-    """A limit and what is used of it, at one level."""
+    """A limit and its current usage, at one level."""
 
     limit: int | None
     current: int | None
@@ -85,7 +85,7 @@ class _Usage:
 
 
 def _tightest(usages: Iterable[_Usage]) -> _Usage:
-    """Returns the usage at the level that leaves least; the innermost of those that have a limit if none restricts."""
+    """Returns the usage at the level with the least left; if no level has a limit, at the innermost one."""
     limited = [usage for usage in usages if usage.limit is not None]
     return min(limited, key=lambda usage: usage.room, default=_Usage(None, None))
 

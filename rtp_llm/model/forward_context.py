@@ -19,7 +19,7 @@ class Attention(Protocol):
     """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
-        """Returns the metadata for all layers of this KV cache group; called once per step. index: of the group."""
+        """Returns the metadata for all layers of this KV cache group, once per step. index: index of the group."""
         ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
@@ -30,7 +30,7 @@ class Attention(Protocol):
         ...
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
-        """x: [T, hidden_size]. Returns the same shape, partial: the sum over all ranks is due."""
+        """x: [T, hidden_size]. Returns this rank's partial result, of the same shape."""
         ...
 
 

@@ -53,7 +53,7 @@ def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
 
 
 def _check_pooling(path: Path) -> None:
-    """Raises CheckpointError unless the pooling takes the last token's state, of the prompt too."""
+    """Raises CheckpointError unless the pooling takes the last token's hidden state and includes the prompt."""
     config = _read(path, dict) or {}
     modes = sorted(name for name, value in config.items() if name.startswith("pooling_mode_") and value is True)
     mode = config.get("pooling_mode")  # the newer spelling

@@ -302,9 +302,9 @@ class Coordinator:
             log.warning("%s", message)
 
     def _check_failure(self, now: float) -> None:
-        """Ends the epoch if a rank could not continue in it although no process has ended.
+        """Ends the epoch if a rank reported that it cannot continue although no process has ended.
 
-        Forming a new one often helps, for example after a cut network. If it does not, new processes may.
+        A new epoch often helps, for example after a cut network. If it does not, the ranks' processes are restarted.
         """
         if not self._failure or now - self._failed_at < FAILURE_SETTLE_SECONDS:
             return
@@ -361,7 +361,8 @@ class Coordinator:
     def _reject_twins(self, now: float) -> None:
         """Rejects two parts with the same WORLD_RANK; only the second one if the first is in an epoch.
 
-        The connection of a part that was recreated stays open for some time. So both must prove that they live.
+        The connection of a part that was recreated stays open for some time, so both must first show that they are
+        alive.
         """
         for peer in [p for p in self._peers if p.worker]:
             twin = self.rendezvous.twin(peer.worker) if peer.worker else None
@@ -400,7 +401,7 @@ class Coordinator:
         }
 
     def _verdicts(self) -> dict[str, str]:
-        """Returns what the API process says of lost epochs, see `api.suspects`."""
+        """Returns the API process's verdicts on lost epochs, see `api.suspects`."""
         try:
             verdicts: dict[str, str] = json.loads(self.part_spec.verdicts_path.read_text())
         except (OSError, ValueError):

@@ -25,7 +25,7 @@ class CoordinatorConnection:
     """One connection. Any thread may send; only one thread may receive."""
 
     def __init__(self, part_spec: PartSpec):
-        """Connects, and reads the CHALLENGE. Raises OSError."""
+        """Connects and reads the CHALLENGE frame. Raises OSError."""
         plan, self._part_spec = part_spec.plan, part_spec
         self._lock = threading.Lock()
         self._sock = connect(leader_host(plan), plan.leader_port(RENDEZVOUS_PORT_OFFSET), CONNECT_TIMEOUT_SECONDS)
@@ -80,9 +80,9 @@ class Heartbeats:
     def __init__(
         self, content: Callable[[], dict[str, Any]], due: threading.Event, on_thaw: Callable[[], None] = lambda: None
     ):
-        """`content`: returns the body of a heartbeat. `due`: set to send one at once.
+        """`content`: returns the body of a heartbeat. `due`: event that makes the thread send a heartbeat at once.
 
-        `on_thaw`: called before the first heartbeat after this process was stopped, with the whole machine perhaps.
+        `on_thaw`: called before the first heartbeat after this process, perhaps the whole machine, was paused.
         """
         self.connection: CoordinatorConnection | None = None
         self._content, self._due, self._on_thaw = content, due, on_thaw

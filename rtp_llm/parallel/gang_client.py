@@ -51,7 +51,7 @@ class GangClient:
     """One worker's connection to the coordinator."""
 
     def __init__(self, part_spec: PartSpec, index: int, rank_status: RankStatus):
-        """`index`: among the workers of this part."""
+        """`index`: number of this worker within the part."""
         self.part_spec, self.index, self.rank_status = part_spec, index, rank_status
         self.resident_rank: int | None = None  # whose weights this process has loaded
         self.kv_cache = KVCacheSize()  # that this process has allocated
@@ -252,7 +252,7 @@ class GangClient:
             exit_process(reason, ExitCode.COMMUNICATION)
 
     def _watch_exit_from_epoch(self, assignment: Assignment) -> None:
-        """Ends the process if its main thread does not get out of an aborted epoch: an abort can fail on a GPU."""
+        """Ends the process if its main thread does not leave an aborted epoch: an abort can fail on a GPU."""
         aborted_at = time.monotonic()  # before, the whole machine may have been frozen
         while True:
             time.sleep(0.5)

@@ -160,7 +160,7 @@ def make_plan(config: Config, gpus: int) -> Plan:
 
 
 def _check_quantization(config: Config, device: str) -> None:
-    """Raises ConfigError if the weights cannot be quantized on this device, or two settings say how, differently."""
+    """Raises ConfigError if weights cannot be quantized on this device, or if two settings contradict each other."""
     older = {"INT8_MODE": "1" if config.int8_mode else "", "WEIGHT_TYPE": config.weight_type}
     settings = {name: value for name, value in ({"QUANTIZATION": config.quantization} | older).items() if value}
     text = ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -58,7 +58,7 @@ class Rendezvous:
     """The workers of a gang, and the assignment of ranks to them."""
 
     def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
-        """`fingerprint`: of part 0, by which members of this gang are told from strangers."""
+        """`fingerprint`: fingerprint of part 0, which distinguishes members of this gang from other programs."""
         self.plan, self._fingerprint = plan, fingerprint
         self.workers: list[Worker] = []
         self.kv_cache = KVCacheSize()  # of the last epoch; a new gang of the same part 0 continues with it

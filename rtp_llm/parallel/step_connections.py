@@ -53,7 +53,7 @@ def accept_ranks(listener: socket.socket, part_spec: PartSpec, assignment: Assig
 def _read_join(
     sock: socket.socket, part_spec: PartSpec, assignment: Assignment, peers: dict[int, socket.socket]
 ) -> int | None:
-    """Returns the rank that opened this connection; None if the peer is not one of this epoch that still lacks."""
+    """Returns the rank that opened this connection; None if it is not a rank of this epoch, or connected already."""
     sock.settimeout(JOIN_TIMEOUT_SECONDS)
     challenge = Challenge(read_secret(part_spec.config))
     try:

@@ -41,7 +41,7 @@ class KVMemory:
     """`blocks`: uint8 [num_blocks, block_bytes] on `device`; zero until written."""
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
-        """Raises ConfigError if the system does not provide so much memory or address space."""
+        """Raises ConfigError if the system cannot provide the memory or address space."""
         self._is_paged = device.type == "cpu"
         num_bytes = num_blocks * block_bytes
         try:

@@ -29,7 +29,7 @@ class ModelRunner:
         residency: Residency,
         logits_processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
     ):
-        """`logits_processors`: the edits between logits and token, in order."""
+        """`logits_processors`: in order of application."""
         self.residency, self._tp = residency, residency.mesh.tp
         num_slots, spec = residency.config.max_sequences, residency.spec
         self.input_batch = InputBatch(residency.layout.groups, num_slots, residency.max_seq_len)
@@ -123,7 +123,7 @@ class ModelRunner:
         return logits
 
     def _keep_newest_tokens(self, slots: Ints, tokens: list[SampledTokens]) -> None:
-        """Gives all ranks the last new token of each of the sequences `slots`. Only rank 0 has the `tokens`."""
+        """Broadcasts the last new token of each of the sequences `slots` to all ranks. Only rank 0 has the `tokens`."""
         if not len(slots):
             return
         newest = torch.zeros(len(slots), dtype=torch.int64, device=self._newest_tokens.device)
@@ -139,7 +139,7 @@ class ModelRunner:
 def _split_rows(counts: Ints, max_rows: int) -> Iterator[slice]:
     """Yields slices of at most `max_rows` rows; the `counts[i]` rows of a sequence stay together.
 
-    Logits of few rows at a time bound the memory that any step needs to what the warm-up step needs.
+    So no step needs more memory for logits than the warm-up step.
     """
     start = end = 0
     for count in counts[counts > 0].tolist():

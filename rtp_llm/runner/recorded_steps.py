@@ -76,7 +76,7 @@ class RecordedSteps:
     """
 
     def __init__(self, decoder: Decoder, kernels: Library, ranks: MeshAxis):
-        """`ranks`: those whose partial results the layers add up."""
+        """`ranks`: the ranks whose partial results the layers sum."""
         self._decoder, self._kernels, self._ranks = decoder, kernels, ranks
         self._steps: dict[tuple[int, int], RecordedStep] = {}  # by number of sequences and of threads
         self._memory = _Memory()
@@ -120,7 +120,7 @@ class RecordedSteps:
 
 @contextmanager
 def _on_host(ranks: MeshAxis, tape: Tape) -> Iterator[None]:
-    """Records the sums over ranks as calls from Python, of the communicator that the axis then has."""
+    """Records all-reduces as calls from Python, which use the communicator that is current at the replay."""
     ranks.all_reduce = partial(tape.call_on_host, ranks.all_reduce)  # type: ignore[method-assign]
     try:
         yield
@@ -129,9 +129,9 @@ def _on_host(ranks: MeshAxis, tape: Tape) -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    """Takes allocations from a memory, and collects the functions of torch that compute.
+    """A torch function mode that allocates tensors from a fixed memory, and collects the torch functions that compute.
 
-    Not a TorchDispatchMode, which sees more but imports torch's compiler: that takes seconds.
+    Not a TorchDispatchMode, which sees more calls but imports torch's compiler: that takes seconds.
     """
 
     def __init__(self, memory: "_Memory", tape: Tape):

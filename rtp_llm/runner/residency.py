@@ -45,7 +45,7 @@ class Residency:
     """
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, device: torch.device, max_seq_len: int):
-        """`max_seq_len`: tokens of a sequence that the settings allow; the KV cache may lower it."""
+        """`max_seq_len`: maximum tokens of a sequence by the settings; the KV cache may lower it."""
         self.config, self.spec, self.mesh, self.device, self.max_seq_len = config, spec, mesh, device, max_seq_len
         self.dtype = DTYPES[spec.dtype]
         self.layout = make_layout(
@@ -161,13 +161,13 @@ class Residency:
         log.info("KV cache: %d blocks, %.1f MiB, the size of the other ranks", num_blocks, self.kv_bytes / 2**20)
 
     def _workspace_bytes(self) -> int:
-        """Returns a bound of the memory that attention needs beside the KV cache, in one layer at a time."""
+        """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time."""
         limits = self.max_num_batched_tokens, self.max_seq_len
         attentions = self.model.attentions
         return max(attentions[group.layers[0]].workspace_bytes(group, *limits) for group in self.layout.groups)
 
     def _blocks_per_sequence(self, num_tokens: int) -> int:
-        """Returns the most blocks that a sequence holds; those outside a window until the steps in flight are known."""
+        """Returns the most blocks that a sequence holds, with those outside a window that steps in flight still use."""
         return self.layout.num_blocks(num_tokens, self.max_num_batched_tokens * (1 + self.config.rtp_pipeline_depth))
 
     def _max_tokens(self) -> int:

@@ -147,7 +147,7 @@ class Guard:
         self._kill_silent(processes)
 
     def _is_final(self, info: dict[str, Any]) -> bool:
-        """Ends the part if no restart can fix what the exit code says."""
+        """Ends the part if its exit code shows an error that a restart cannot fix. Returns whether it did."""
         code = incident_exit_code([info["exitstatus"]])
         if code.is_final:
             self._end_part(f"{self._describe(info)}: a restart cannot fix this", code)
@@ -272,7 +272,7 @@ def open_rpc(part_spec: PartSpec) -> Any:
 
 
 def _read_events(guard: Guard, woken: threading.Event) -> None:
-    """Acknowledges supervisord's events, and wakes the guard. They tell the pids of ended processes."""
+    """Acknowledges supervisord's events and wakes the guard. The events have the pids of ended processes."""
     while True:
         headers, payload = childutils.listener.wait(sys.stdin, sys.stdout)
         if headers["eventname"].startswith("PROCESS_STATE"):

@@ -72,7 +72,7 @@ class ControlTokens:
 
 
 class _Spellings:
-    """Finds the spellings of some tokens in strings and in what `normalize` makes of them."""
+    """Finds some tokens in strings and in their normalized forms (`normalize`)."""
 
     def __init__(self, tokens: Collection[str], normalize: Callable[[str], str]):
         rests: defaultdict[str, list[str]] = defaultdict(list)
@@ -123,7 +123,7 @@ class _Spellings:
         return marked
 
     def _arises_in(self, text: str) -> bool:
-        """Returns whether a token that `text` does not spell is in its normalized form."""
+        """Returns whether the normalized form of `text` contains a token that `text` itself does not."""
         normalized = self._normalize(text)
         if normalized == text:
             return False

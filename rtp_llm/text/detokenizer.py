@@ -47,7 +47,7 @@ class Detokenizer:
 
 
 class _Stream(Protocol):
-    """Decodes ids for one kind of tokenizer. Its methods are those of `Detokenizer`; every id must have text."""
+    """Decodes ids for one kind of tokenizer, with the methods of `Detokenizer`. Every id must have text."""
 
     def push(self, ids: Iterable[int]) -> str: ...
     def flush(self) -> str: ...

@@ -96,7 +96,7 @@ def check_shapes(schema: Any) -> None:
 
 
 def _prepare(schema: Any) -> Any:
-    """Returns a copy without what constrains nothing. Checks what llguidance would not enforce strictly."""
+    """Returns a copy without keywords that constrain nothing. Refuses keywords that cannot be enforced strictly."""
     if not isinstance(schema, dict):
         return schema
     _check_min_properties(schema)
@@ -131,7 +131,7 @@ def _check_multiple_of(schema: dict[str, Any]) -> None:
 
 
 def _check_min_properties(schema: dict[str, Any]) -> None:
-    """Refuses a number of properties that only distinct names could reach: the grammar may repeat a name."""
+    """Refuses minProperties that only distinct names could satisfy, because the grammar may repeat a name."""
     minimum, required = schema.get("minProperties"), schema.get("required")
     if isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0) + 1:
         raise GrammarError(

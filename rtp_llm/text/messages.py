@@ -124,9 +124,7 @@ def _text_part(part: Any) -> dict[str, Any]:
 
 
 def _parsed(arguments: Any) -> Any:
-    """Returns the arguments of a call as an object; as the text that they are if they are none, or nested too deeply
-    for what templates do with them.
-    """
+    """Returns the arguments of a call as an object, or unchanged if they are not a JSON object or nested too deeply."""
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments) if arguments.strip() else None

@@ -30,7 +30,7 @@ class Roles:
     """
 
     def __init__(self, render: Render):
-        """`render` returns the text of messages and tools. Raises TemplateError if the template refuses them."""
+        """`render`: renders messages and tools to text. Raises TemplateError if the template refuses them."""
         probe = _Probe(render)
         self.renamed: dict[str, str] = {}
         self.leading_system = self.leading_systems = self.lone_system = self.later_system = self.repeated_user = True
@@ -73,7 +73,7 @@ class Roles:
         return _Turn(message) if role == sent else _Turn({**message, "role": role}, is_converted=True)
 
     def _merges(self, previous: "_Turn", turn: "_Turn", is_leading: bool) -> bool:
-        """Returns whether two turns become one. Turns that clients send as they are merge only where they must."""
+        """Returns whether two messages are merged into one; messages with unchanged roles only if necessary."""
         if previous.role != turn.role:
             return False
         is_converted = previous.is_converted or turn.is_converted
@@ -114,7 +114,7 @@ _RESULT_CONTEXTS: list[_Context] = [([_USER, _CALLS], []), ([_USER, _ASSISTANT],
 
 
 class _Probe:
-    """Tries how a template renders a role in any of some contexts, with tools and without."""
+    """Renders a role in several contexts, with and without tools, to see what a template does with it."""
 
     def __init__(self, render: Render):
         self._render = render
@@ -138,7 +138,7 @@ class _Probe:
         return time.monotonic() > self._deadline
 
     def _rendered(self, role: str, contexts: list[_Context]) -> list[tuple[list[Message], str]]:
-        """Returns each chat and what the template makes of it, "" if it refuses."""
+        """Returns each test chat and its rendered text; "" if the template refuses it."""
         turn = {"role": role, "content": TEXT, "name": "f", "tool_call_id": _CALL_ID}
         chats = [[*before, turn, *after] for before, after in contexts]
         return [(chat, self._text(chat, tools)) for chat in chats for tools in ([], _TOOLS)]

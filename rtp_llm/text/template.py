@@ -200,7 +200,7 @@ def _with_end(message: dict[str, Any], end: str) -> dict[str, Any]:
 
 
 def _cut(text: str, end: str) -> str:
-    """Returns the text before `end`, whose space shows whether the template strips the message."""
+    """Returns the text before `end`. The space in `end` shows whether the template strips the message."""
     before, found, after = text.rpartition(end.rstrip())
     if not found:
         raise TemplateError("continue_final_message: the chat template leaves out the end of the last message")

@@ -29,7 +29,7 @@ def encode_start(encode: Callable[[str], list[int]], text: str, max_tokens: int)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the ids that the checkpoint's post-processor puts before and after those of a text."""
+    """Returns the ids that the checkpoint's post-processor adds before and after the ids of a text."""
     plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
     return full[:start], full[start + len(plain) :]

@@ -41,7 +41,7 @@ def _system_turns(system: str | Sequence[Block] | None) -> list[dict[str, Any]]:
 
 
 def _turns(message: Message, where: str) -> Iterator[dict[str, Any]]:
-    """Yields the turns that one message becomes: each result of a tool is a turn of its own in OpenAI's API."""
+    """Yields the chat messages for one message: each tool result is a message of its own in OpenAI's API."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
     elif message.role == "assistant":
@@ -118,7 +118,7 @@ def _function(tool: Tool) -> dict[str, Any]:
 
 
 def _thinking_fields(body: CountTokensRequest) -> dict[str, Any]:
-    """Anthropic's models think only if a request enables it; so do ours whose template has a switch."""
+    """Returns the fields that switch reasoning on or off. As with Anthropic's models, it is off unless requested."""
     thinks = body.thinking is not None and body.thinking.type != "disabled"
     fields: dict[str, Any] = {"enable_thinking": thinks}
     if body.thinking and body.thinking.budget_tokens and thinks:

@@ -74,7 +74,7 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem, where: str) -> No
 
 
 def _assistant_turn(messages: list[dict[str, Any]], continues: str) -> dict[str, Any]:
-    """Returns the assistant's turn to which an item belongs: the last one, unless it has `continues` already."""
+    """Returns the assistant message for an item: the last message, or a new one if that has `continues` already."""
     if not messages or messages[-1]["role"] != "assistant" or (continues and messages[-1].get(continues)):
         messages.append({"role": "assistant", "content": None})
     return messages[-1]

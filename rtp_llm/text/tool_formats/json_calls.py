@@ -60,7 +60,7 @@ class JsonCallParser(ToolCallParser, ABC):
         yield from scanner.run(_BRACES, lambda _: None)  # models add or forget a brace at times
 
     def _begin_late(self, name: str, arguments: str) -> None:
-        """Announces a call whose arguments came before its name, are no object, or are missing."""
+        """Announces a call whose arguments came before its name, are not an object, or are missing."""
         try:
             value = json.loads(arguments or "null")
             if isinstance(value, str):  # JSON text in a string

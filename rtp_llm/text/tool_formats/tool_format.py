@@ -17,8 +17,9 @@ class ToolCallParser(ScanningParser):
 
     A call is announced (sent to the client) as soon as its name is known and the text cannot be anything else. Text
     that turns out not to be a call before that is content, unchanged. After that, its arguments are passed on as they
-    arrive, even if they turn out not to be valid JSON; OpenAI's clients expect that. The function's name may be
-    unknown: the client must tell the model so. Whitespace next to a call is dropped, as templates add their own.
+    arrive, even if they turn out not to be valid JSON; OpenAI's clients expect that. Calls of unknown functions are
+    passed on too, since only the client can tell the model about its mistake. Whitespace next to a call is dropped, as
+    templates add their own.
 
     starts       texts with which a call can begin
     line_starts  those of them that count only at the start of a line
@@ -28,7 +29,7 @@ class ToolCallParser(ScanningParser):
     line_starts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tools: Sequence[Tool], hidden: Collection[str] = ()):
-        """`hidden`: markers that are special tokens, which content must not show."""
+        """`hidden`: markers that are special tokens and must not appear in content."""
         super().__init__()
         self.tools = {tool.name: tool for tool in tools}
         self._hidden = frozenset(hidden)
