@@ -454,7 +454,7 @@ def _parse_flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) 
     args, unknown = parser.parse_known_args(list(argv))
     exposed = [field for field in SECRET_FIELDS if getattr(args, field) is not None]
     if exposed:
-        fixes = ", ".join(f"--{field}; allowed: {field.upper()} or {field.upper()}_FILE" for field in exposed)
+        fixes = ", ".join(f"--{field}; set {field.upper()} or {field.upper()}_FILE instead" for field in exposed)
         raise ConfigError(f"command line: all users of this machine can read the secret {fixes}", check="M-14")
     unknown = [argument for argument in unknown if argument.startswith("-")] or unknown
     if unknown:

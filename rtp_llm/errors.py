@@ -57,7 +57,7 @@ class FatalError(Exception):
 class ConfigError(FatalError):
     """Invalid input. The message has the file or variable, the key, the value and the allowed values.
 
-    `names`: the invalid variables, if single variables are invalid. `fix`: what to set, if one value is right.
+    `names`: the invalid variables, if single variables are invalid. `fix`: the correct setting, if it is known.
     """
 
     exit_code = ExitCode.BAD_CONFIG

@@ -87,7 +87,7 @@ def current() -> AccessRecord:
 
 
 def write(record: AccessRecord, request: Mapping[str, Any]) -> None:
-    """Logs the request. `request`: client, method, path, route, status, key."""
+    """Logs the request in one line. `request`: its client, method, path, route, status and key name."""
     duration_ms = round((time.monotonic() - record.started) * 1000, 1)
     fields = {"request_id": record.request_id, **request, **record.fields(), "duration_ms": duration_ms}
     text = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items() if value not in (None, ""))

@@ -34,7 +34,7 @@ MAX_UNREAD_OUTPUTS, RESUME_UNREAD_OUTPUTS = 256, 64
 
 @dataclass(eq=False)
 class InFlightSequence:
-    """One accepted sequence."""
+    """One accepted sequence that has not finished, with its output so far."""
 
     id: str
     prompt: list[int]

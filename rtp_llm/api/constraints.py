@@ -40,13 +40,13 @@ class StructuralTag(BaseModel):
     triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)]
 
     def grammar(self, tokenizer: Tokenizer) -> str:
-        """Returns the grammar. Raises GrammarError."""
+        """Returns the grammar for such a text, as a string for llguidance. Raises GrammarError."""
         tags = [grammar.Tag(tag.begin, tag.schema_, tag.end) for tag in self.structures]
         return grammar.from_tags(tags, self.triggers, tokenizer)
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's `response_format`, and the structural tags of vLLM and SGLang."""
+    """OpenAI's `response_format`, extended by the structural tags of vLLM and SGLang."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"] = "text"
     json_schema: JsonSchemaFormat | None = None

@@ -17,7 +17,10 @@ NewBlocks = list[tuple[int, int, int]]  # (group, index in the block table, bloc
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """The first `num_tokens` tokens of a request. `blocks`: by group; null blocks outside the group's window."""
+    """A cached prefix of a request: its first `num_tokens` tokens.
+
+    `blocks`: by KV cache group, the blocks of these tokens; null blocks outside the group's window.
+    """
 
     num_tokens: int
     blocks: list[list[int]]

@@ -36,7 +36,7 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Sequence[ScheduledChunk]) -> "StepWork":
-        """Returns the work of a step."""
+        """Returns the work of a step that computes these chunks."""
         logit_rows = other_rows = decode_keys = prompt_keys = 0.0
         for chunk in chunks:
             num_logits = min(chunk.num_tokens, chunk.num_sampled + chunk.num_prompt_logprobs)

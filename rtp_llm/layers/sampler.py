@@ -75,7 +75,7 @@ class Sampler:
             processor.remove(slot)
 
     def sample(self, logits: Tensor, rows: SampledRows) -> SamplerOutput:
-        """Returns a token per row. Does not change the state; `accept_drafts` does.
+        """Returns a token per row. Does not change the state of the sequences; `accept_drafts` does.
 
         logits: [len(rows), vocab_size] float32; not changed. Needs up to twice their memory again.
         """

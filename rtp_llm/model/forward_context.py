@@ -38,8 +38,8 @@ class Attention(Protocol):
 class ForwardContext:
     """One step, as the layers see it.
 
-    caches: KV cache of each layer. group_of_layer: index of each layer's KV cache group.
-    metadata: of each KV cache group, as `Attention.prepare` returned it.
+    caches: the KV cache of each layer. group_of_layer: the index of each layer's KV cache group.
+    metadata: the result of `Attention.prepare` for each KV cache group.
     on_layer: called after each layer.
     """
 

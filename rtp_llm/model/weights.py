@@ -72,7 +72,7 @@ class _Reader:
         self._files: dict[Path, Any] = {}
 
     def read(self, parameter: ShardedParameter) -> ShardedParameter:
-        """Returns the parameter in memory, with its slices of the checkpoint."""
+        """Returns the parameter in memory, filled with its slices of the checkpoint."""
         parameter = parameter.materialize()
         for weight_slice in (part for whole in parameter.slices for part in self._layout.locate(whole)):
             source = self._open(weight_slice.name).get_slice(weight_slice.name)[_index(weight_slice.source)]

@@ -35,7 +35,7 @@ X86_LEVELS = (  # from the slowest to the fastest
 
 
 def levels(machine: str = platform.machine()) -> tuple[Level, ...]:
-    """Returns the levels of an architecture, as `uname -m` names it, from the slowest to the fastest."""
+    """Returns the instruction set levels of an architecture (`uname -m`), from the slowest to the fastest."""
     return X86_LEVELS if machine in ("x86_64", "AMD64") else (PORTABLE,)
 
 

@@ -101,7 +101,7 @@ class Coordinator:
         self._selector.register(listener, selectors.EVENT_READ, None)
 
     def serve(self) -> None:
-        """Runs until the process ends."""
+        """Handles events until the process ends."""
         while True:
             self.serve_once()
 

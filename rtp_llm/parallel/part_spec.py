@@ -43,7 +43,9 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """The content of `part.json` in the run directory, and the paths of the sockets and state files beside it."""
+    """The content of `part.json` in the run directory, and the paths of the sockets and state files in that
+    directory.
+    """
 
     run_dir: Path
     config: Config

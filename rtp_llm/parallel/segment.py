@@ -28,12 +28,13 @@ def is_supported() -> bool:
 
 
 def segment_bytes(size: int) -> int:
-    """Returns the bytes of a segment for `size` ranks."""
+    """Returns the size of the shared-memory segment for `size` ranks, in bytes."""
     return size * (COUNTER_BYTES + 2 * SLOT_BYTES)
 
 
 def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
-    """Creates the file and reserves its pages, so that a full /dev/shm is an error here instead of SIGBUS later.
+    """Creates the segment's file and reserves its pages, so that a full /dev/shm is an error here instead of SIGBUS
+    later.
 
     Removes files with the same prefix, which killed ranks may have left. Returns the path and a file descriptor that
     holds a shared lock on the file; `is_orphaned` tests for this lock. Raises CommunicationError.

@@ -41,7 +41,7 @@ class Exchange(Protocol):
 
     @property
     def sequence(self) -> int:
-        """Returns the value of this rank's counter."""
+        """Returns this rank's counter: the number of operations that it has started."""
         ...
 
     def abort(self) -> None:

@@ -67,7 +67,7 @@ def _read_join(
             raise WireError(f"the peer is a rank of epoch {message['epoch']}, this is epoch {assignment.epoch}")
         rank = int(message["rank"])
         if rank in peers or not 0 < rank < part_spec.plan.world_size:
-            raise WireError(f"the peer says that it is rank {rank}, which is connected already or does not exist")
+            raise WireError(f"the peer claims to be rank {rank}, which is already connected or does not exist")
         return rank
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("port for steps from rank 0: closed a connection that is not from a rank: %s", error)

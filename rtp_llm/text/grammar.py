@@ -128,7 +128,7 @@ def check(grammar: str) -> None:
 
 
 def quote(text: str) -> str:
-    """Returns a text as a Lark string."""
+    """Returns a text as a Lark string literal."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -39,7 +39,7 @@ class ToolCallParser(ScanningParser):
 
     @abstractmethod
     def read_calls(self, start: str) -> Reading[None]:
-        """Reads one or more calls after `start`. Raises Malformed."""
+        """Reads one or more calls after the marker `start`. Raises Malformed if the text is not a call."""
 
     # For `read_calls`
 
