@@ -311,7 +311,7 @@ class Config(BaseModel):
 SECRET_FIELDS = tuple(name for name, field in Config.model_fields.items() if field.annotation is SecretStr)
 
 
-# Without them more clients get in. Each name stands beside the others that have the same effect.
+# If these are unset, more clients have access. Names in one group have the same effect.
 ACCESS_SETTINGS = (
     ("API_KEY", "API_KEY_FILE"),
     ("ADMIN_KEY", "ADMIN_KEY_FILE"),

@@ -22,7 +22,7 @@ from rtp_llm.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-MAX_NAMES = 16  # of ignored fields that an answer names
+MAX_NAMES = 16  # of ignored fields in a response header
 MAX_NAME_CHARACTERS = 64
 MAX_LOGGED_NAMES = 256  # of all requests, each logged once and a label of the metric
 MAX_WALKED_ITEMS = 65536  # schemas refuse longer lists
@@ -83,7 +83,7 @@ REFUSALS: Mapping[str, Refusal] = {
     **_refuse(_TEXT, "return_tokens_as_token_ids", "echo", detokenize=True, spaces_between_special_tokens=True),
     **_refuse("adapters (LoRA) are not supported", "adapter_name", "lora_path", "lora_request"),
 }
-# Fields that a server may heed or not, and labels: accepted, and not reported.
+# Fields that a server may ignore, such as labels: accepted, and not reported.
 HINTS = frozenset(
     (
         *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
@@ -148,8 +148,8 @@ def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") 
 
     Drops null fields, and empty values of declared fields that constrain the text. Refuses or ignores fields that
     `model` does not declare, in nested models too. Raises RequestError 400 for a field that constrains the text; in a
-    nested model only if that declares `refusals`. A model with extra="allow" keeps its extra fields, and its user
-    checks them.
+    nested model only if it declares `refusals`. A model with extra="allow" keeps its extra fields, which the caller
+    must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

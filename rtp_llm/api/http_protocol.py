@@ -31,7 +31,7 @@ class HttpProtocol(HttpToolsProtocol):
     _in_head = _in_body = False
     _head_bytes = _unparsed_bytes = 0
     _error: tuple[HTTPStatus, str] | None = None  # why a callback ended the parser
-    _last_answer = b""  # a refusal that waits for the answers to earlier requests
+    _last_answer = b""  # an error response that waits until earlier requests have their responses
 
     # Connections
 
@@ -168,7 +168,9 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if not self.pipeline:
             self.waiting[self] = None
-        if self._in_body:  # an early answer such as 413: the rest is discarded, for a while, so that it arrives
+        if (
+            self._in_body
+        ):  # an early response such as 413: it arrives only if the rest of the body is read and discarded
             self._start_timer()
 
     @property
@@ -232,7 +234,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer = None
         is_answered = self.cycle is None or self.cycle.response_complete
         if self.flow.read_paused or not (is_answered or self._in_body):
-            self._start_timer()  # the client waits for the server: for the reader of its body, or an earlier answer
+            self._start_timer()  # the client waits for the server to read its body, or for an earlier response
         elif self._in_head or (self._in_body and not is_answered and not self.cycle.response_started):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request made no progress for {PROGRESS_SECONDS:g} s")
         else:

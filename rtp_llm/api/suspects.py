@@ -103,7 +103,7 @@ class SuspectTracker(Generic[R]):
         suspects = [r for r in launched if trial is not None or r in self._probation]
         self._probation |= dict.fromkeys(launched, RELAPSE_STEPS)
         if trial is None:
-            self._settle(self._explained, "engine")  # nobody has finished a step without the culprit
+            self._settle(self._explained, "engine")  # no other request has finished a step yet
         untried = [r for r in trial or () if r not in launched]
         self._groups[:0] = [_group(untried)] if untried else []
         if not suspects:

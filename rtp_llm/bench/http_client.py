@@ -17,7 +17,7 @@ from rtp_llm.bench.record import Record
 from rtp_llm.bench.workload import Request
 from rtp_llm.errors import ConfigError
 
-KEPT_EVENTS = 3  # the last ones of an answer: its last token, its usage, its end
+KEPT_EVENTS = 3  # the last ones of a response: its last token, its usage, its end
 
 
 class AnswerError(Exception):

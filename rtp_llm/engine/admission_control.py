@@ -13,8 +13,10 @@ import numpy as np
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.kv_cache_manager import CachedPrefix, KVCacheManager
 
-FIRST_OUTPUT_LENGTH = 512  # tokens; of a plausible answer, before any has ended
-NUM_OUTPUT_LENGTHS = 64  # latest answers whose median is the estimate; a higher quantile leaves more blocks idle
+FIRST_OUTPUT_LENGTH = 512  # tokens; plausible output length, used until a request has ended
+NUM_OUTPUT_LENGTHS = (
+    64  # latest requests whose median output length is the estimate; a higher quantile would leave blocks idle
+)
 MIN_GROWTH = 16  # tokens that a request is expected to get in any case, unless its limit is closer
 
 

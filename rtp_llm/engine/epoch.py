@@ -154,8 +154,8 @@ class Epoch:
             self.number,
             EngineCallbacks(followers.broadcast, request_server.announce_launch),
             config.rtp_pipeline_depth,
-            # Read while the first requests may be served, which all would wait for it otherwise. Not when the first
-            # grammar arrives, since steps are late meanwhile.
+            # Read after a delay, so that the first requests do not wait for it, but before the first grammar arrives,
+            # since reading delays steps.
             GrammarCompiler(open_vocabulary(config, residency.spec.vocab_size, READY_SECONDS)),
         )
         self.gang.rank_status.set_phase("serving")

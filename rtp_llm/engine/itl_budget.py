@@ -15,7 +15,7 @@ from rtp_llm.engine.scheduler_config import SchedulerConfig
 from rtp_llm.engine.step_cost import StepCost, StepWork
 
 HEADROOM = 1.1  # of the automatic budget over the duration of an even step
-MIN_AUTOMATIC_SECONDS = 0.025  # 40 tokens per second: nobody reads faster, so that prompts go first
+MIN_AUTOMATIC_SECONDS = 0.025  # 40 tokens per second: faster than people read, so prompts take precedence
 NUM_LATEST = 32  # admitted requests that count as the load of late
 FULL_STEP = 8  # times the seconds to read the weights: a step without decodes that lasts longer takes no further prompt
 

@@ -93,7 +93,7 @@ class Scheduler:
         """Ends a running or waiting request. Frees its blocks once no step in flight uses them."""
         request.has_ended = True
         self._is_admission_blocked = False
-        # Else it was pooled, or its client gave up before it started, or its limit tells nothing about other answers.
+        # Other lengths say nothing about future requests: pooled, aborted before the start, or cut by max_tokens.
         if 0 < request.num_output_tokens < request.params.max_tokens:
             self.admission_control.record_output_length(request.num_output_tokens)
         if request.slot >= 0:

@@ -12,7 +12,7 @@ from rtp_llm.engine.scheduler_output import ScheduledChunk
 FIRST_GUESS = (0.02, 1.4e-3, 1e-3, 2.5e-7, 2.5e-7)
 FIRST_COVARIANCE = np.eye(5)  # of the logarithms: each ratio may be wrong by a factor of 3
 NOISE = 0.1  # standard deviation of the logarithm of a duration
-DRIFT = 5e-4  # share by which the covariance returns to the first one in a step, so that no cost is certain for ever
+DRIFT = 5e-4  # fraction by which a step moves the covariance back to its initial value, so that costs can always change
 MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of the machine changes little
 
 

@@ -31,7 +31,7 @@ MAX_NEAR_NAMES = 3
 _INVALID_TOKEN = "Invalid credentials in Authorization header"
 _MAX_LISTED = 200  # models of an organization among which a near name is looked for
 
-# The library's own client waits for an answer without end, except for those calls that have a timeout.
+# The library's own client has no timeout, except for calls that set one.
 set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS))
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line per request
 logging.getLogger("huggingface_hub").handlers.clear()  # else each line appears twice

@@ -297,7 +297,7 @@ class Coordinator:
             message = "part0 is stopping"
         if self._in_epoch:
             self._end_epoch(message)
-        elif message != self._reason:  # the ranks beside it may have told of their lost connections before
+        elif message != self._reason:  # other ranks may have reported the lost connection before
             self._reason = message
             log.warning("%s", message)
 

@@ -16,7 +16,7 @@ _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 
 
-# Keywords beside `properties` that say which others an object may have.
+# Keywords that allow an object properties other than those in `properties`.
 _OPENING = {
     *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "dependentSchemas"),
@@ -125,8 +125,8 @@ def _check_multiple_of(schema: dict[str, Any]) -> None:
     divisor = schema.get("multipleOf")
     if isinstance(divisor, int | float) and divisor > 0 and Fraction(str(divisor)).numerator > MAX_DIVISOR:
         raise GrammarError(
-            f"the JSON schema's keyword multipleOf cannot be enforced if it is {divisor}; allowed: at most"
-            f" {MAX_DIVISOR}, or a fraction with so large a numerator"
+            f"the JSON schema's keyword multipleOf cannot be enforced if it is {divisor}; allowed: a"
+            f" number whose numerator as a fraction is at most {MAX_DIVISOR}"
         )
 
 

@@ -26,7 +26,7 @@ def to_chat(body: CountTokensRequest) -> dict[str, Any]:
     if output_format:
         json_schema = {"name": "output", "schema": output_format.json_schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": json_schema}
-    if body.messages[-1].role == "assistant":  # the client has begun the answer
+    if body.messages[-1].role == "assistant":  # the client has written the start of the response
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if isinstance(body, MessagesRequest):
         fields |= {n: getattr(body, n) for n in ("max_tokens", "stream", "temperature", "top_p", "top_k")}

@@ -14,7 +14,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_t
 
 
 def to_chat(body: ResponsesRequest, history: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Returns the fields of a ChatRequest. `history`: messages of the previous response. Raises RequestError 400."""
+    """Returns the fields of a ChatRequest. `history`: the chat up to the previous response. Raises RequestError 400."""
     for name in ("conversation", "prompt"):
         if getattr(body, name):
             raise unsupported(f"{name} is not supported: send the whole conversation as input", name)
