@@ -105,7 +105,7 @@ class GangClient:
     def check_epoch(self) -> None:
         """Raises CommunicationError if the epoch has ended, even if that was before `abort_epoch` was set."""
         if self._is_leaving:
-            raise CommunicationError("the epoch ended before this rank was connected to the others")
+            raise CommunicationError("the epoch has ended before this rank was connected to the others")
 
     def wait_until_loaded(self) -> None:
         """Blocks until all ranks have loaded their weights. Raises CommunicationError if the epoch ends first.
