@@ -54,7 +54,7 @@ def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
     )
     try:
         if config.ssl_keyfile and not config.ssl_certfile:
-            raise ConfigError("SSL_KEYFILE is set without SSL_CERTFILE; set both or neither", check="M-14")
+            raise ConfigError("SSL_KEYFILE is set without SSL_CERTFILE; allowed: both or neither", check="M-14")
         uvicorn_config.load()
     except OSError as error:  # an ssl.SSLError is one too
         files = f"SSL_CERTFILE={config.ssl_certfile}, SSL_KEYFILE={config.ssl_keyfile}"
