@@ -33,7 +33,7 @@ class Record:
 
     @property
     def gaps(self) -> list[float]:
-        """Returns the seconds between one event and the next."""
+        """Returns the seconds between each output event and the next one."""
         return [later - earlier for earlier, later in pairwise(self.events)]
 
     def summary(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Rendezvous:
     def is_member(self, part: int, fingerprint: dict[str, Any]) -> bool:
         """Returns whether a part with this fingerprint belongs to this gang, even if some of its settings are wrong.
 
-        Other programs do not know most of the values. With GANG_SECRET they are rejected before.
+        Other programs do not know most of the values. With GANG_SECRET they are rejected earlier.
         """
         equal = sum(fingerprint.get(key) == value for key, value in self._fingerprint.items())
         return 0 <= part < self.plan.num_parts and equal >= MIN_EQUAL_SHARE * len(self._fingerprint)

@@ -43,7 +43,7 @@ class OutputParser(Protocol):
 
 
 class ContentParser:
-    """Returns all text as content."""
+    """An `OutputParser` that returns all text as content."""
 
     in_reasoning = False
 
