@@ -2,8 +2,8 @@
 parts.
 
 It starts with the ranks. During their rendezvous it exchanges reports with the doctors of the other parts and runs the
-gang checks. It ends the part with exit code 75 if they find an error because of which the ranks would hang. Afterwards
-it keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` on another part.
+gang checks. It ends the part with exit code 75 if they find an error that would make the ranks hang. Afterwards it
+keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` on another part.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ DISAGREE_SECONDS = 6.0  # the rendezvous ends parts that disagree within 2 s; th
 
 
 def effective_environment(config: Config) -> dict[str, str]:
-    """Returns the environment, plus the settings that were given as flags, as variables."""
+    """Returns the environment, with the settings that were given as flags added as variables."""
     names = config.model_fields_set - set(SECRET_FIELDS)
     settings = {name.upper(): str(value) for name, value in config if name in names and value is not None}
     return {**os.environ, **settings}
@@ -88,9 +88,11 @@ class _Examiner:
         self._disagree_since = 0.0
 
     def compare(self) -> None:
-        """Compares what the parts report, if that has changed. Needs no final report, and no measurement of links.
+        """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
+        links.
 
-        Raises GangError if the parts disagree and the rendezvous, which they may not reach, has not ended them.
+        Raises GangError if the parts disagree and the rendezvous, which some may be unable to reach, has not ended
+        them.
         """
         evidence = self._read_evidence()
         if evidence != self._evidence:
@@ -111,8 +113,9 @@ class _Examiner:
             )
 
     def conclude(self) -> None:
-        """Runs all gang checks on the final reports. Raises DoctorError if one finds an error because of which the
-        ranks would hang, and RTP_DOCTOR=enforce."""
+        """Runs all gang checks on the final reports. Raises DoctorError if one finds an error that would make the ranks
+        hang, and RTP_DOCTOR=enforce.
+        """
         report = self._run([c for c in REGISTRY.values() if c.tier == 2 or c.id in RERUN_WITH_GANG])
         problems = self._log(report)
         if not problems:
@@ -125,7 +128,7 @@ class _Examiner:
             )
 
     def _read_evidence(self) -> object:
-        """Returns what `compare` looks at, to see whether it has changed."""
+        """Returns the data that `compare` uses, to detect whether it has changed."""
         return [
             (part, report.run_id, report.problems, n, link.protocol_error, link.wrong_part, link.foreign_address)
             for part, report in sorted(self.session.known_reports().items())

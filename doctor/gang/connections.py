@@ -46,8 +46,9 @@ async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """Closes a connection. Aborts it if unsent bytes remain after CLOSE_SECONDS: a link that drops large packets never
-    delivers them."""
+    """Closes a connection. Aborts it if unsent bytes remain after CLOSE_SECONDS, since a link that drops large packets
+    never delivers them.
+    """
     writer.close()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):

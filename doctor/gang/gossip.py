@@ -44,12 +44,12 @@ class WrongPartError(ProtocolError):
 
 
 class GossipSession:
-    """The exchange of reports between the parts, as this part takes part in it. `part_report`: its own report.
-    `secret`: signs all messages.
+    """This part's side of the exchange of reports between the parts. `part_report`: its own report. `secret`: signs all
+    messages.
 
     `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
-    `persistent`: this part waits for the others, as its ranks do: a part that refuses, gives up or has another secret
-    may be corrected and start again.
+    `persistent`: keeps waiting for the others, as this part's ranks do. A part that refuses, gives up or has another
+    secret may be corrected and start again.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class GossipSession:
         await writer.drain()
 
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
-        """Stores reports of other parts, except those older than the stored report of the same run."""
+        """Stores reports of other parts, unless a newer report of the same run is already stored."""
         for data in reports:
             received = PartReport.from_json(data)
             if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:
@@ -143,8 +143,8 @@ class GossipSession:
             await close(writer)
 
     async def probe_member(self, member: Member, deadline: float) -> None:
-        """Retries until the report of the part `member` arrives, from it or through another part. Then probes all ports
-        of this part.
+        """Retries until the report of the part `member` arrives, directly or through another part. Then probes all
+        ports of that part.
 
         `deadline`: monotonic time in seconds at which the retries end.
         """
@@ -341,8 +341,9 @@ class GossipSession:
             log.debug("the exchange of reports with the other parts timed out")
 
     async def say_farewell(self, members: list[Member], deadline: float) -> None:
-        """Sends this part's report, with the reason why it gives up, until each other part has replied once or
-        `deadline` (monotonic seconds) has come."""
+        """Sends this part's report, with the reason why it gives up, until every other part has replied or until
+        `deadline` (monotonic seconds).
+        """
         self._set_probing_done()
         links = self.part_report.links
         pending = members
@@ -353,7 +354,7 @@ class GossipSession:
             await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
 
     def known_reports(self) -> dict[int, PartReport]:
-        """Returns the last report of each part, or the reason why it gave up."""
+        """Returns the last report of each part; if the part gave up, the report with its reason."""
         return self.part_reports | self.farewells
 
     async def _linger(self, members: list[Member], seconds: float) -> None:

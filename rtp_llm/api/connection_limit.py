@@ -1,4 +1,4 @@
-"""How many HTTP connections the limit on open files allows."""
+"""The limit on HTTP connections, derived from the limit on open files."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ LOG_SECONDS = 60.0
 
 
 class ConnectionLimit:
-    """The number of connections that the limit on open files allows, and one log line a minute about refusals."""
+    """The number of HTTP connections that the limit on open files allows. Logs refusals, at most one line a minute."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -22,7 +22,7 @@ class ConnectionLimit:
 
     @classmethod
     def from_rlimit(cls) -> "ConnectionLimit":
-        """Raises this process's limit on open files to what it may be, and leaves a reserve."""
+        """Raises this process's soft limit on open files, and returns that limit less a reserve."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = max(soft, min(hard, MAX_DESCRIPTORS)) if hard != resource.RLIM_INFINITY else MAX_DESCRIPTORS
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

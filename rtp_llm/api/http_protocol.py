@@ -18,8 +18,8 @@ PROBE_PATHS = {b"/liveness", b"/health"}
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. Beyond the limit of connections, the one that waits longest for a request is closed; if none
-    waits, only probes are served.
+    """One HTTP connection. Beyond the connection limit, the longest idle connection is closed; if none is idle, only
+    probes are served.
     """
 
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it
@@ -31,7 +31,7 @@ class HttpProtocol(HttpToolsProtocol):
     _in_head = _in_body = False
     _head_bytes = _unparsed_bytes = 0
     _error: tuple[HTTPStatus, str] | None = None  # why a callback ended the parser
-    _last_answer = b""  # a refusal that waits for the answers to earlier requests
+    _last_answer = b""  # an error response that waits until earlier requests have their responses
 
     # Connections
 
@@ -168,7 +168,9 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if not self.pipeline:
             self.waiting[self] = None
-        if self._in_body:  # an early answer such as 413: the rest is discarded, for a while, so that it arrives
+        if (
+            self._in_body
+        ):  # an early response such as 413: it arrives only if the rest of the body is read and discarded
             self._start_timer()
 
     @property
@@ -176,9 +178,9 @@ class HttpProtocol(HttpToolsProtocol):
         return self._served is not None and not self._served.response_complete
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers the request that is being read without the application, and closes the connection.
+        """Sends an error response without calling the application, and closes the connection.
 
-        Earlier requests get their answers first. Closes the connection only, if the answer has begun.
+        Responses to earlier requests are sent first. If this response has already begun, only closes the connection.
         """
         if self._in_body and self.cycle is not self._served:
             self.pipeline.popleft()
@@ -201,7 +203,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _disconnect(self, cycle: RequestResponseCycle | None) -> None:
-        """Tells the application that nobody waits for its answer."""
+        """Tells the application that the client has disconnected."""
         if cycle and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -209,7 +211,7 @@ class HttpProtocol(HttpToolsProtocol):
     # Limits on the time
 
     def _restart_timer(self) -> None:
-        """Starts the time anew for each piece of a body, but only once for all headers of a request."""
+        """Restarts the timeout at each piece of a body, but only once for all headers of a request."""
         is_answered = self.cycle is None or self.cycle.response_complete
         if self._in_body and not is_answered:
             self._start_timer()
@@ -232,7 +234,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer = None
         is_answered = self.cycle is None or self.cycle.response_complete
         if self.flow.read_paused or not (is_answered or self._in_body):
-            self._start_timer()  # the client waits for the server: for the reader of its body, or an earlier answer
+            self._start_timer()  # the client waits for the server to read its body, or for an earlier response
         elif self._in_head or (self._in_body and not is_answered and not self.cycle.response_started):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request made no progress for {PROGRESS_SECONDS:g} s")
         else:

@@ -1,4 +1,4 @@
-"""Where draft tokens come from."""
+"""The interface of speculative decoding: proposes draft tokens."""
 
 from typing import Protocol
 
@@ -9,8 +9,8 @@ class DraftProposer(Protocol):
     """Guesses the next tokens of requests, which one step then verifies together."""
 
     def propose(self, request: Request) -> list[int]:
-        """Returns draft tokens, which follow `request.tokens`; empty if there is no guess. Called before each decode.
+        """Returns draft tokens that may follow `request.tokens`, or an empty list. Called before each decode.
 
-        The scheduler may drop the last ones, or all.
+        The scheduler may drop the last ones, or all of them.
         """
         ...

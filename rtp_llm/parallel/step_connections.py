@@ -23,7 +23,7 @@ CHALLENGE_TIMEOUT_SECONDS = 60.0
 
 
 def accept_ranks(listener: socket.socket, part_spec: PartSpec, assignment: Assignment) -> dict[int, socket.socket]:
-    """Accepts on rank 0 the connections of the other ranks. Returns sockets by rank.
+    """Accepts the connections of the other ranks on rank 0. Returns their sockets by rank.
 
     Raises CommunicationError if a rank does not connect within DIST_COMM_TIMEOUT, or if the listener is shut down.
     """
@@ -53,7 +53,7 @@ def accept_ranks(listener: socket.socket, part_spec: PartSpec, assignment: Assig
 def _read_join(
     sock: socket.socket, part_spec: PartSpec, assignment: Assignment, peers: dict[int, socket.socket]
 ) -> int | None:
-    """Returns the rank that opened this connection; None if the peer is not one of this epoch that still lacks."""
+    """Returns the rank that opened this connection; None if it is not a rank of this epoch, or connected already."""
     sock.settimeout(JOIN_TIMEOUT_SECONDS)
     challenge = Challenge(read_secret(part_spec.config))
     try:
@@ -67,7 +67,7 @@ def _read_join(
             raise WireError(f"the peer is a rank of epoch {message['epoch']}, this is epoch {assignment.epoch}")
         rank = int(message["rank"])
         if rank in peers or not 0 < rank < part_spec.plan.world_size:
-            raise WireError(f"the peer says that it is rank {rank}, which is connected already or does not exist")
+            raise WireError(f"the peer claims to be rank {rank}, which is already connected or does not exist")
         return rank
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("port for steps from rank 0: closed a connection that is not from a rank: %s", error)
@@ -75,7 +75,8 @@ def _read_join(
 
 
 def connect_to_leader(part_spec: PartSpec, check_aborted: Callable[[], None]) -> socket.socket:
-    """Returns a connection to rank 0, retrying until it listens. `check_aborted`: called between, raises to give up.
+    """Returns a connection to rank 0, retrying until it listens. `check_aborted`: called before each attempt; may raise
+    an error to give up.
 
     Raises CommunicationError after DIST_COMM_TIMEOUT.
     """
@@ -94,7 +95,7 @@ def connect_to_leader(part_spec: PartSpec, check_aborted: Callable[[], None]) ->
 
 
 def join_leader(sock: socket.socket, part_spec: PartSpec, assignment: Assignment) -> None:
-    """Tells rank 0 which rank this is. Raises CommunicationError."""
+    """Sends JOIN with this rank's number to rank 0. Raises CommunicationError."""
     sock.settimeout(min(CHALLENGE_TIMEOUT_SECONDS, part_spec.config.dist_comm_timeout))
     try:
         answer = Answer(read_secret(part_spec.config), expect_challenge(sock))

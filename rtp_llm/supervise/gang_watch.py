@@ -1,4 +1,4 @@
-"""The guard's connection to the coordinator: keeps gang.json true, and kills the ranks that hang."""
+"""The guard's connection to the coordinator: writes the gang status to gang.json, and kills workers that hang."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ MAX_KNOWN_PIDS = 1000
 
 
 class GangWatch:
-    """Follows the status of the gang in a thread."""
+    """Receives the status of the gang and KILL frames in a thread."""
 
     def __init__(self, part_spec: PartSpec):
         self.part_spec = part_spec
@@ -91,7 +91,7 @@ class GangWatch:
             del self.roles[pid]
 
     def _kill(self, pid: int, reason: str) -> None:
-        """Kills a worker of this part. Other processes are none of the coordinator's business."""
+        """Kills a worker of this part. Ignores pids of other processes."""
         with suppress(psutil.Error, ProcessLookupError):
             if "rtp_llm.engine.main" in psutil.Process(pid).cmdline() and psutil.Process(pid).ppid() == os.getppid():
                 log.error("worker with pid %d: %s: killing it", pid, reason)

@@ -1,9 +1,9 @@
 """`python -m rtp_llm.supervise.guard RUN_DIR`: the guard, which restarts processes of its part after a failure.
 
 It runs as an event listener of supervisord, which starts the processes of the part and reports their exits. It restarts
-a process that has ended; the other ranks keep their weights, and the spare takes the place of a lost one. It kills
-processes that hang. RESTART_LIMIT limits the failures. If an exit code shows an error that a restart cannot fix, the
-guard stops the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
+processes that have exited; the other ranks keep their weights, and the spare replaces a lost one. It kills processes
+that hang. RESTART_LIMIT limits the failures. If an exit code shows an error that a restart cannot fix, the guard stops
+the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
 """
 
 import json
@@ -55,7 +55,7 @@ def incident_exit_code(codes: list[int]) -> ExitCode:
 
 @dataclass
 class RestartHistory:
-    """The file `guard.json` in the run directory: restarts and last exit codes, for the metrics.
+    """The file `guard.json` in the run directory: numbers of restarts and last exit codes, for the metrics.
 
     It survives restarts of the guard.
     """
@@ -69,7 +69,7 @@ class RestartHistory:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def add(self, name: str, status: int) -> None:
-        """Records the end of a process. name: its role, such as `rank1`. status: -1 for a signal."""
+        """Records the exit of a process. name: role, such as `rank1`. status: exit code; -1 if killed by a signal."""
         reason = f"{name} {_reason(status)}"
         self.restarts[reason] = self.restarts.get(reason, 0) + 1
         self.last_exit[name] = status
@@ -78,24 +78,24 @@ class RestartHistory:
             temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
             temporary.replace(self.path)
         except OSError as error:  # a full disk must not prevent restarts
-            log.error("cannot write %s, so the metric of restarts is out of date: %s", self.path, error.strerror)
+            log.error("cannot write %s, so the restart metrics are out of date: %s", self.path, error.strerror)
 
 
 class Watchdog:
-    """How long signs of life have not changed. Neither a jump of the clock nor a frozen machine counts."""
+    """Measures for how long processes have been inactive. Ignores clock changes and pauses of the whole machine."""
 
     def __init__(self) -> None:
         self._now = self._awake_since = time.monotonic()
         self._changed_at: dict[str, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
-        """Called every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
+        """Call it every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
         if now - self._now > FROZEN_SECONDS:
             self._awake_since = now
         self._now = now
 
     def silent_seconds(self, name: str, sign: object) -> float:
-        """Returns the seconds since `sign`, of the process `name`, changed."""
+        """Returns the seconds since `sign`, a value that the process `name` changes while it works, last changed."""
         if name not in self._changed_at or self._changed_at[name][0] != sign:
             self._changed_at[name] = sign, self._now
         return self._now - max(self._changed_at[name][1], self._awake_since)
@@ -122,9 +122,9 @@ class Guard:
         self._watchdog = Watchdog()
 
     def step(self) -> None:
-        """Looks at all processes of the part once, and does what is due.
+        """Checks all processes of the part once, and restarts or kills as needed.
 
-        Examines their states instead of supervisord's events, because one incident causes several events.
+        Reads their states instead of supervisord's events, because one incident causes several events.
         """
         if not self._is_running():
             return
@@ -147,7 +147,7 @@ class Guard:
         self._kill_silent(processes)
 
     def _is_final(self, info: dict[str, Any]) -> bool:
-        """Ends the part if no restart can fix what the exit code says."""
+        """Ends the part if its exit code shows an error that a restart cannot fix. Returns whether it did."""
         code = incident_exit_code([info["exitstatus"]])
         if code.is_final:
             self._end_part(f"{self._describe(info)}: a restart cannot fix this", code)
@@ -176,7 +176,7 @@ class Guard:
         return now + delay
 
     def _is_spent(self) -> bool:
-        """Ends the part if a budget is spent."""
+        """Ends the part if a restart budget is exhausted. Returns whether it did."""
         now = time.monotonic()
         for budget in self._budgets.values():
             if budget.is_spent(now, self.watch.verdicts):
@@ -204,7 +204,7 @@ class Guard:
                 self._restart_at[name] = now + POLL_SECONDS
 
     def _kill_silent(self, processes: list[dict[str, Any]]) -> None:
-        """Kills the API process if its event loop stands still, and the coordinator if it says nothing."""
+        """Kills the API process if its event loop hangs, and the coordinator if it sends no messages."""
         timeout = self.part_spec.config.heartbeat_timeout
         pids = {i["name"]: int(i["pid"]) for i in processes if i["statename"] == "RUNNING"}
         self._watchdog.tick(time.monotonic())
@@ -234,7 +234,7 @@ class Guard:
             return False
 
     def _role(self, info: dict[str, Any]) -> str:
-        """Returns `rank1` for the worker that was rank 1, `spare` for one that was none, else the program's name."""
+        """Returns `rank1` for the worker that was rank 1, `spare` for one without a rank, else the program's name."""
         if info["group"] != "ranks":
             return str(info["name"])
         role = self.watch.roles.get(self.pids.get(info["name"], 0))
@@ -272,7 +272,7 @@ def open_rpc(part_spec: PartSpec) -> Any:
 
 
 def _read_events(guard: Guard, woken: threading.Event) -> None:
-    """Acknowledges supervisord's events, and wakes the guard. They tell the pids of ended processes."""
+    """Acknowledges supervisord's events and wakes the guard. The events have the pids of ended processes."""
     while True:
         headers, payload = childutils.listener.wait(sys.stdin, sys.stdout)
         if headers["eventname"].startswith("PROCESS_STATE"):

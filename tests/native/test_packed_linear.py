@@ -195,7 +195,7 @@ def test_kernels_that_give_wrong_products_are_not_used(
         assert library._load(built_levels()[-1]) is None
     finally:
         library._load.cache_clear()
-    assert "wrong products" in caplog.text
+    assert "wrong results" in caplog.text
 
 
 def test_the_check_at_load_notices_wrong_products(tmp_path: Path) -> None:
