@@ -27,7 +27,7 @@ class Injection:
     fault: str
     seed: int
     number: int
-    moment: float = 0.0  # after the streams flow
+    moment: float = 0.0  # after the streams flow, or the gang is idle
     lasted: float = 0.0  # until the repair
     target: str = ""
     in_flight: int = 0
@@ -52,18 +52,22 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
     record, rng = Injection(fault.name, seed, number), random.Random(f"{seed} {fault.name} {number}")
     if missing := rig.wait_steady():
         record.problems.append(missing)
-    load, watch, scene = Load(rig.endpoint, rng, NUM_CLIENTS), HealthWatch(rig.endpoint), Scene(rig, rng)
+    load, watch = Load(rig.endpoint, rng, NUM_CLIENTS), HealthWatch(rig.endpoint)
+    scene = Scene(rig, rng, load)
     watch.start()
-    load.start()
     injected_at = time.monotonic()
     try:
-        load.wait_flowing(NUM_CLIENTS // 2, FLOW_SECONDS)
+        if not fault.idle:
+            load.start()
+            load.wait_flowing(NUM_CLIENTS // 2, FLOW_SECONDS)
         record.moment = round(rng.uniform(0.0, 1.0), 3)
         time.sleep(record.moment)
         record.lasted = round(rng.uniform(*fault.seconds), 3)
         injected_at = time.monotonic()
         with fault.inject(scene):
             record.target = scene.target
+            if fault.idle:
+                load.start()
             time.sleep(record.lasted)
         _wait_recovered(rig, watch)
         time.sleep(GRACE_SECONDS)

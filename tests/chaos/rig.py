@@ -75,9 +75,13 @@ class Rig:
         """Kills all processes of a part at once, as the loss of its machine does."""
         self.places[index].part.kill_all()
 
-    def restart_part(self, index: int) -> None:
-        """Starts a part again that was killed, on an empty disk."""
+    def restart_part(self, index: int, address: str = "") -> None:
+        """Starts a part again that was killed, on an empty disk, and under another address if one is given."""
         place = self.places[index]
+        if address:
+            members = json.loads(place.env["JSON_GANG_PARTS"])
+            members[f"x_part{index}"]["ip"] = place.address = address
+            place.env = {**place.env, "JSON_GANG_PARTS": json.dumps(members)}
         place.part.destroy()
         for left in place.sandbox.folder.iterdir():
             shutil.rmtree(left, ignore_errors=True)

@@ -17,6 +17,11 @@ DEATHS = {
     "abort_rank": ("SIGABRT in a rank", signal.SIGABRT),
     "exit_rank": ("a rank exits with 0", signal.SIGUSR2),  # see inside/sitecustomize.py
 }
+LOADING_SECONDS, LOADING_DEADLINE_SECONDS = 1.0, 30.0
+
+
+def _slow_loading() -> dict[str, str]:
+    return {"CHAOS_LOADING_SECONDS": f"{LOADING_SECONDS}"}  # see inside/sitecustomize.py
 
 
 def _death(number: signal.Signals) -> Injector:
@@ -32,6 +37,31 @@ for name, (text, number) in DEATHS.items():
 fault("kill -9 of a rank of either of two parts", name="kill_rank_of_two_parts", layout=Layout.TWO_PARTS, in_ci=True)(
     _death(signal.SIGKILL)
 )
+
+
+fault("kill -9 of a rank without any request", name="kill_idle_rank", idle=True, plain=True)(_death(signal.SIGKILL))
+
+
+@fault("kill -9 of a rank while a long prompt is computed", plain=True)
+def kill_rank_in_prefill(scene: Scene) -> Iterator[None]:
+    entry = scene.load.send_long_prompt()
+    time.sleep(scene.rng.uniform(0.0, 0.03))
+    pid = scene.random_rank()
+    scene.target += f", {'' if entry.response.arrivals else 'no '}token has come"
+    send_signal(pid, signal.SIGKILL)
+    yield
+
+
+@fault("kill -9 of a rank while it loads the weights of a lost one", settings=_slow_loading, plain=True)
+def kill_loading_rank(scene: Scene) -> Iterator[None]:
+    send_signal(scene.random_rank(), signal.SIGKILL)
+    deadline = time.monotonic() + LOADING_DEADLINE_SECONDS
+    while not (pids := [pid for part in scene.rig.parts for pid in rank_pids(part, phase="loading").values()]):
+        assert time.monotonic() < deadline, "no rank loads weights"
+        time.sleep(0.005)
+    time.sleep(scene.rng.uniform(0.0, 0.8 * LOADING_SECONDS))
+    send_signal(pids[0], signal.SIGKILL)
+    yield
 
 
 @fault("kill -9 of all ranks at once", plain=True)
