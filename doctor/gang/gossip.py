@@ -65,6 +65,7 @@ class GossipSession:
         self.observe_only, self.persistent = observe_only, persistent
         self.farewells: dict[int, PartReport] = {}  # reasons of the parts that gave up, until they start again
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
+        self._direct_reports: dict[int, PartReport] = {}  # of parts that replied themselves at their configured address
         self.small_mss_members: set[int] = set()  # numbers of parts to which large packets seem to be lost
 
     # Server side
@@ -168,6 +169,8 @@ class GossipSession:
         try:
             reply = await self._request(member, "reports", reports=self._all_reports())
             self.merge_reports(reply["reports"])
+            own = [PartReport.from_json(data) for data in reply["reports"] if data["part"] == member.index]
+            self._direct_reports |= {report.part: report for report in own}
         except ReplyTimeoutError:
             link.reply_timed_out = True
             self.small_mss_members.add(member.index)
@@ -351,6 +354,18 @@ class GossipSession:
             results = await asyncio.gather(*requests)
             pending = [member for member, result in zip(pending, results, strict=True) if result != "replied"]
             await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
+
+    async def confirm(self, members: list[Member]) -> list[int]:
+        """Asks each of `members` for its own report, and puts it in the place of what others have told about it.
+
+        Without GANG_SECRET anybody can send reports, but only a part can reply at its address. Returns the parts whose
+        stored reports did not come from there, and so may be forged.
+        """
+        if self.secret:
+            return []
+        await asyncio.gather(*(self._exchange_reports(member, LinkResult()) for member in members))
+        self.part_reports |= {part: report for part, report in self._direct_reports.items() if report.has_valid_plan}
+        return sorted(self.part_reports.keys() - self._direct_reports.keys() - {self.plan.part})
 
     def known_reports(self) -> dict[int, PartReport]:
         """Returns the last report of each part, or the reason why it gave up."""

@@ -39,6 +39,7 @@ class Injection:
     healthy: float = 0.0
     wrong: float = 0.0
     late: float = 0.0
+    took: float = 0.0  # the whole injection, without starting the gang
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,6 +51,7 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
     Raises NotHereError if the fault cannot be injected.
     """
     record, rng = Injection(fault.name, seed, number), random.Random(f"{seed} {fault.name} {number}")
+    begun_at = time.monotonic()
     if missing := rig.wait_steady():
         record.problems.append(missing)
     load, watch = Load(rig.endpoint, rng, NUM_CLIENTS), HealthWatch(rig.endpoint)
@@ -82,6 +84,7 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
     record.problems += [problem for entry in scene.marked if (problem := judge_marked(entry))]
     truth = watch.truth(injected_at)
     record.noticed, record.healthy, record.wrong, record.late = truth.noticed, truth.healthy, truth.wrong, truth.late
+    record.took = round(time.monotonic() - begun_at, 1)
     return record
 
 

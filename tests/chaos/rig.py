@@ -109,6 +109,11 @@ class Rig:
         self._num_processes = number
         return ""
 
+    def num_restarts(self) -> int:
+        """Returns how many processes the guards have restarted."""
+        paths = [part.run_dir / "guard.json" for part in self.parts if part.is_running]
+        return sum(sum(json.loads(path.read_text())["restarts"].values()) for path in paths if path.exists())
+
     def is_running(self) -> bool:
         """True while no part has ended."""
         return all(part.is_running for part in self.parts)
