@@ -95,8 +95,8 @@ def describe(record: Injection) -> str:
     lines = [
         f"{record.fault} {record.number}: {record.target or '-'}, {record.in_flight} in flight, lasted"
         f" {record.lasted:.1f} s: pause {record.pause:.2f} s, /health noticed {noticed}, was well after"
-        f" {record.healthy:.2f} s, wrong for {record.wrong:.2f} s, late for {record.late:.2f} s; took {record.took:.1f} s;"
-        f" {record.outcomes}",
+        f" {record.healthy:.2f} s, wrong for {record.wrong:.2f} s, late for {record.late:.2f} s; took"
+        f" {record.took:.1f} s; {record.outcomes}",
         *(f"  {problem}" for problem in record.problems),
     ]
     return "\n".join(lines)
