@@ -13,7 +13,7 @@ import pytest
 from doctor.context import CheckContext
 from doctor.gang.connections import serve_ports
 from doctor.gang.gossip import GossipSession
-from doctor.gang.part_report import PartReport
+from doctor.gang.part_report import LinkResult, PartReport
 from doctor.gang_service import _Examiner
 from rtp_llm.errors import GangError
 from rtp_llm.parallel.members import Member
@@ -160,3 +160,23 @@ def test_a_disagreement_that_the_part_confirms_ends_this_one(forge: bool) -> Non
 def test_signed_reports_need_no_confirmation() -> None:
     _, error = examine_forged(b"secret", {}, is_reachable=False)
     assert isinstance(error, GangError)
+
+
+@pytest.mark.parametrize(("address", "unconfirmed"), [("127.0.0.1", []), ("localhost", []), ("192.0.2.1", [1])])
+def test_a_report_from_the_address_of_its_part_is_confirmed(address: str, unconfirmed: list[int]) -> None:
+    """Part 0 cannot connect to part 1, whose request comes from 127.0.0.1."""
+
+    async def send_and_confirm(session: GossipSession, peer: GossipSession, responder: socket.socket) -> list[int]:
+        async with serve_ports(0, session.serve, responder, []):
+            assert await peer._exchange_reports(peer.plan.members[0], LinkResult()) == "replied"
+            for _ in range(1000):
+                if session._direct_reports or unconfirmed:
+                    break
+                await asyncio.sleep(0.01)
+            return await session.confirm([])
+
+    with bound_socket() as responder:
+        port = responder.getsockname()[1] - DOCTOR_PORT_OFFSET
+        members = (Member(0, "x_part0", "127.0.0.1", port), Member(1, "x_part1", address, port))
+        session, peer = make_session(members, 0), make_session(members, 1)
+        assert asyncio.run(send_and_confirm(session, peer, responder)) == unconfirmed
