@@ -18,7 +18,8 @@ DEATHS = {
     "exit_rank": ("a rank exits with 0", signal.SIGUSR2),  # see inside/sitecustomize.py
 }
 MAX_LONG_PROMPTS = 20
-LOADING_SECONDS, LOADING_DEADLINE_SECONDS = 1.0, 30.0
+LOADING_SECONDS = 1.0
+DEADLINE_SECONDS = 30.0
 
 
 def _slow_loading() -> dict[str, str]:
@@ -58,7 +59,7 @@ def kill_rank_in_prefill(scene: Scene) -> Iterator[None]:
 @fault("kill -9 of a rank while it loads the weights of a lost one", settings=_slow_loading, plain=True)
 def kill_loading_rank(scene: Scene) -> Iterator[None]:
     send_signal(scene.random_rank(), signal.SIGKILL)
-    deadline = time.monotonic() + LOADING_DEADLINE_SECONDS
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while not (pids := [pid for part in scene.rig.parts for pid in rank_pids(part, phase="loading").values()]):
         assert time.monotonic() < deadline, "no rank loads weights"
         time.sleep(0.005)
@@ -137,8 +138,13 @@ def kill_coordinator(scene: Scene) -> Iterator[None]:
 
 @fault("SIGSTOP of the coordinator, for ever", plain=True)
 def stop_coordinator(scene: Scene) -> Iterator[None]:
-    send_signal(scene.helper("coordinator"), signal.SIGSTOP)
+    pid = scene.helper("coordinator")
+    send_signal(pid, signal.SIGSTOP)
     yield
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while pid in scene.rig.parts[0].processes():  # requests do not need it, so nobody else waits for its end
+        assert time.monotonic() < deadline, f"the coordinator still stands after {DEADLINE_SECONDS:g} s"
+        time.sleep(0.1)
 
 
 @fault("kill -9 of the coordinator and a rank at once", plain=True)
