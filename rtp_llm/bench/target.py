@@ -22,6 +22,7 @@ from rtp_llm.machine.process import die_with_parent
 
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 300.0, 60.0, 0.05
 NUM_PORTS = 20  # that a part with few ranks reserves: half of them below START_PORT
+_PORTS = iter(range(18100, 30000, NUM_PORTS))  # each is handed out once, because its server starts later
 
 
 class Target(Protocol):
@@ -126,8 +127,8 @@ def own_server(
 
 
 def free_port() -> int:
-    """Returns a port such that it and its neighbours, which a part reserves, are free."""
-    for port in range(18100, 30000, NUM_PORTS):
+    """Returns a port such that it and its neighbours, which a part reserves, are free. Each call returns another."""
+    for port in _PORTS:
         with ExitStack() as sockets:
             try:
                 for neighbour in range(port - NUM_PORTS // 2, port + NUM_PORTS // 2):
