@@ -75,6 +75,10 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
         time.sleep(GRACE_SECONDS)
     except AssertionError as error:
         record.problems.append(str(error).splitlines()[0])
+    except SystemExit:  # told to end, perhaps within a fault that nobody repairs: there is nothing to wait for
+        for part in rig.parts:
+            part.kill_all()
+        raise
     finally:
         load.stop(SETTLE_SECONDS if rig.is_running() else GRACE_SECONDS)
         watch.stop()
