@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from doctor.render import Style, problem_lines
 from doctor.report import Finding, Report, make_report
 from rtp_llm import log as logs
 from rtp_llm.config import SECRET_FIELDS, Config
-from rtp_llm.errors import DoctorError, GangError
+from rtp_llm.errors import DoctorError, FatalError, GangError
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, PlannedPort
@@ -70,12 +71,12 @@ async def serve(part_spec: PartSpec, ctx: CheckContext) -> None:
         examiner = _Examiner(part_spec, ctx, session, startup_findings)
         while not exchange.done():  # a part that disagrees may never send its final report
             await asyncio.wait({exchange}, timeout=WATCH_SECONDS)
-            await asyncio.to_thread(examiner.compare)
+            await examiner.enforce(examiner.compare)
         exchange.result()
-        await asyncio.to_thread(examiner.conclude)
+        await examiner.enforce(examiner.conclude)
         while True:  # a part may restart with other settings
             await asyncio.sleep(WATCH_SECONDS)
-            await asyncio.to_thread(examiner.compare)
+            await examiner.enforce(examiner.compare)
 
 
 class _Examiner:
@@ -86,6 +87,21 @@ class _Examiner:
         self._evidence: object = None
         self._logged = ""
         self._disagree_since = 0.0
+        self._unconfirmed: list[int] = []
+
+    async def enforce(self, examine: Callable[[], None]) -> None:
+        """Runs `compare` or `conclude`. Raises their errors if the parts themselves confirm what they are based on."""
+        try:
+            await asyncio.to_thread(examine)
+        except FatalError as error:
+            unconfirmed = await self.session.confirm(self.ctx.peers)
+            if not unconfirmed:
+                await asyncio.to_thread(examine)
+            elif unconfirmed != self._unconfirmed:
+                parts = ", ".join(f"part{part}" for part in unconfirmed)
+                text = "%s sent a report but does not confirm it at its address, so this part goes on: %s"
+                log.warning(text, parts, error)
+            self._unconfirmed = unconfirmed
 
     def compare(self) -> None:
         """Compares the reports received so far, if they have changed. They need not be final or contain measurements of

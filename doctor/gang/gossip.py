@@ -12,7 +12,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from doctor.gang.connections import DIAL_SECONDS, classify_error, close, connect, dial, receive_bytes, send_bytes
+from doctor.gang.connections import (
+    DIAL_SECONDS,
+    classify_error,
+    close,
+    connect,
+    dial,
+    is_address_of,
+    receive_bytes,
+    send_bytes,
+)
 from doctor.gang.messages import Greeting, NotADoctorError, ProtocolError, new_nonce, pack_signed, read_signed
 from doctor.gang.part_report import LinkResult, PartReport
 from rtp_llm.parallel.members import Member
@@ -65,6 +74,7 @@ class GossipSession:
         self.observe_only, self.persistent = observe_only, persistent
         self.farewells: dict[int, PartReport] = {}  # reasons of the parts that gave up, until they start again
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
+        self._direct_reports: dict[int, PartReport] = {}  # that came from the configured address of their part
         self.small_mss_members: set[int] = set()  # numbers of parts to which large packets seem to be lost
 
     # Server side
@@ -77,6 +87,7 @@ class GossipSession:
             while True:
                 request = await read_signed(reader, nonce, self.secret)
                 await self._reply(request, reader, writer)
+                await self._note_direct_reports(writer.get_extra_info("peername")[0], request)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # any program may connect
             log.debug("doctor's port: %s", error)
         finally:
@@ -98,6 +109,17 @@ class GossipSession:
             raise ProtocolError(f"the other part requests an unknown operation, {operation!r}")
         writer.write(pack_signed(reply, nonce, self.secret))
         await writer.drain()
+
+    async def _note_direct_reports(self, address: str, request: dict[str, Any]) -> None:
+        """Keeps the report in a request of the part at whose configured address the request comes from."""
+        if request["operation"] == "reports" and not self.secret:
+            for member in self.plan.members:
+                if await is_address_of(member.ip, address):
+                    self._keep_direct_report(member, request)
+
+    def _keep_direct_report(self, member: Member, message: dict[str, Any]) -> None:
+        own = [PartReport.from_json(data) for data in message["reports"] if data["part"] == member.index]
+        self._direct_reports |= {report.part: report for report in own if report.part != self.plan.part}
 
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
         """Stores reports of other parts, unless a newer report of the same run is already stored."""
@@ -168,6 +190,7 @@ class GossipSession:
         try:
             reply = await self._request(member, "reports", reports=self._all_reports())
             self.merge_reports(reply["reports"])
+            self._keep_direct_report(member, reply)
         except ReplyTimeoutError:
             link.reply_timed_out = True
             self.small_mss_members.add(member.index)
@@ -352,6 +375,18 @@ class GossipSession:
             results = await asyncio.gather(*requests)
             pending = [member for member, result in zip(pending, results, strict=True) if result != "replied"]
             await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
+
+    async def confirm(self, members: list[Member]) -> list[int]:
+        """Asks each of `members` for its own report, and puts it in the place of what others have told about it.
+
+        Without GANG_SECRET anybody can send reports, but only a part has its address. Returns the parts whose stored
+        reports did not come from there, and so may be forged.
+        """
+        if self.secret:
+            return []
+        await asyncio.gather(*(self._exchange_reports(member, LinkResult()) for member in members))
+        self.part_reports |= {part: report for part, report in self._direct_reports.items() if report.has_valid_plan}
+        return sorted(self.part_reports.keys() - self._direct_reports.keys() - {self.plan.part})
 
     def known_reports(self) -> dict[int, PartReport]:
         """Returns the last report of each part; if the part gave up, the report with its reason."""

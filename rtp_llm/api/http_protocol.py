@@ -3,14 +3,14 @@
 import asyncio
 import json
 from http import HTTPStatus
-from typing import ClassVar, NoReturn, cast
+from typing import NoReturn, cast
 
 import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from rtp_llm.api.client_transport import PROGRESS_SECONDS, ClientTransport
-from rtp_llm.api.connection_limit import MAX_DESCRIPTORS, RESERVED_DESCRIPTORS, ConnectionLimit
+from rtp_llm.api.connection_limit import MAX_DESCRIPTORS, ConnectionLimit
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all headers
 MAX_HEADERS = 128
@@ -23,7 +23,6 @@ class HttpProtocol(HttpToolsProtocol):
     """
 
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it
-    waiting: ClassVar[dict["HttpProtocol", None]] = {}  # connections without a request, the longest waiting first
 
     _client: ClientTransport
     _served: RequestResponseCycle | None = None  # the request that the application has; `cycle` is the last one read
@@ -38,20 +37,11 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._client = ClientTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, self._client))
-        self.waiting[self] = None
         self._start_timer()
-        if len(self.connections) > self.limit.limit:
-            idle = next(iter(self.waiting))
-            if idle is not self:
-                self.limit.log_refusal("the ones that wait longest are closed")
-                idle.transport.abort()
-                idle.waiting.pop(idle, None)
-            elif len(self.connections) > self.limit.limit + RESERVED_DESCRIPTORS:
-                self.limit.log_refusal("new ones are closed")
-                transport.abort()
+        self.limit.admit(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.waiting.pop(self, None)
+        self.limit.waiting.pop(self, None)
         self._stop_timer()
         self._client.on_lost()
         super().connection_lost(exc)
@@ -108,7 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.waiting.setdefault(self)
+        self.limit.waiting.setdefault(self)
         self._in_head = True
         self._head_bytes = self._unparsed_bytes = 0
 
@@ -137,7 +127,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._end_parser(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are open (ulimit -n)")
         self.scope["state"]["peer"] = self.client[0] if self.client else ""
         super().on_headers_complete()
-        self.waiting.pop(self, None)
+        self.limit.waiting.pop(self, None)
         self._in_head, self._in_body = False, True
         self._client.expects_input = True
         self._unparsed_bytes = 0
@@ -161,16 +151,14 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self.waiting[self] = None  # a connection that lingers makes room for others
+            self.limit.waiting[self] = None  # a connection that lingers makes room for others
             return
         if self._last_answer and not self._is_serving:
             self._end_with(self._last_answer)
             return
         if not self.pipeline:
-            self.waiting[self] = None
-        if (
-            self._in_body
-        ):  # an early response such as 413: it arrives only if the rest of the body is read and discarded
+            self.limit.waiting[self] = None
+        if self._in_body:  # an early response, such as 413, arrives only if the rest of the body is read and discarded
             self._start_timer()
 
     @property
@@ -197,7 +185,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _end_with(self, answer: bytes) -> None:
         self._stop_timer()
         self._unset_keepalive_if_required()
-        self.waiting[self] = None
+        self.limit.waiting[self] = None
         self.transport.write(answer)
         self._client.expects_input = True
         self.transport.close()

@@ -2,11 +2,13 @@
 
 import logging
 import socket
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from rtp_llm.api.http_protocol import HttpProtocol
+from rtp_llm.api.tls_handshake import TlsHandshake
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError, FatalError
 from rtp_llm.machine.listen_addresses import is_machine_name, listen_addresses, listen_on
@@ -61,4 +63,8 @@ def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
         allowed = "a PEM certificate chain and its private key without a passphrase"
         reason = error.strerror or error
         raise ConfigError(f"{files}: cannot be used: {reason}; allowed: {allowed}", check="M-14") from None
+    if uvicorn_config.ssl:
+        # uvicorn would show a connection to its protocol only after the handshake, and allow it a minute.
+        uvicorn_config.http_protocol_class = partial(TlsHandshake, uvicorn_config.ssl)  # type: ignore[assignment]
+        uvicorn_config.ssl = None
     return uvicorn_config

@@ -38,6 +38,7 @@ class GangWatch:
         self.coordinator_pid = 0
         self.served_at = 0.0  # time.monotonic() when all ranks last served
         self._epoch = 0
+        self._recall_roles()
         self._message, self._next_log_at = "", 0.0
         self._heartbeats = Heartbeats(dict, threading.Event())
 
@@ -82,6 +83,13 @@ class GangWatch:
             self._write(message)
         elif frame_type == FrameType.KILL:
             self._kill(int(message["pid"]), str(message["reason"]))
+
+    def _recall_roles(self) -> None:
+        """Reads the roles from gang.json, if a guard before this one has written it: a worker may have ended since."""
+        with suppress(OSError, ValueError, KeyError):
+            status = json.loads(self.part_spec.gang_status_path.read_text())
+            self._epoch = int(status["epoch"])
+            self._remember_roles(status)
 
     def _remember_roles(self, status: dict[str, Any]) -> None:
         for rank, rank_status in status["ranks"].items():

@@ -15,7 +15,7 @@ import threading
 import time
 import xmlrpc.client
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rtp_llm.errors import ExitCode
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.supervise.gang_watch import GangWatch
-from rtp_llm.supervise.restart_budget import RestartBudget
+from rtp_llm.supervise.restart_budget import WINDOW_SECONDS, Failure, RestartBudget
 
 log = logging.getLogger("rtp_llm.guard")
 
@@ -55,27 +55,36 @@ def incident_exit_code(codes: list[int]) -> ExitCode:
 
 @dataclass
 class RestartHistory:
-    """The file `guard.json` in the run directory: numbers of restarts and last exit codes, for the metrics.
+    """The file `guard.json` in the run directory: numbers of restarts and last exit codes, for the metrics, and the
+    failures that the budgets count.
 
-    It survives restarts of the guard.
+    It survives restarts of the guard: otherwise a part that keeps failing would never end.
     """
 
     path: Path
     restarts: dict[str, int] = field(default_factory=dict)  # by "program reason"
     last_exit: dict[str, int] = field(default_factory=dict)  # by program; -1: killed by a signal
+    failures: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # fields of Failure, by budget
 
     @classmethod
     def open(cls, path: Path) -> "RestartHistory":
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
-    def add(self, name: str, status: int) -> None:
+    def recent_failures(self, budget: str, now: float) -> list[Failure]:
+        """Returns the failures of a budget's window. Their times are of the same clock: a reboot ends the part."""
+        failures = [Failure(**values) for values in self.failures.get(budget, [])]
+        return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
+
+    def add(self, name: str, status: int, budgets: dict[str, RestartBudget]) -> None:
         """Records the exit of a process. name: role, such as `rank1`. status: exit code; -1 if killed by a signal."""
         reason = f"{name} {_reason(status)}"
         self.restarts[reason] = self.restarts.get(reason, 0) + 1
         self.last_exit[name] = status
+        self.failures = {name: [asdict(f) for f in budget.failures] for name, budget in budgets.items()}
+        content = {"restarts": self.restarts, "last_exit": self.last_exit, "failures": self.failures}
         temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
+            temporary.write_text(json.dumps(content))
             temporary.replace(self.path)
         except OSError as error:  # a full disk must not prevent restarts
             log.error("cannot write %s, so the restart metrics are out of date: %s", self.path, error.strerror)
@@ -109,15 +118,17 @@ class Guard:
         self.pids: dict[str, int] = {}  # of the last process of each program, as supervisord reported them
         self._history = RestartHistory.open(part_spec.guard_record_path)
         limit = part_spec.config.restart_limit
-        self._budgets = {
-            "ranks": RestartBudget(limit),
-            "service": RestartBudget(max(limit, 1)),
-            "gang": RestartBudget(max(limit, 1)),
-            "spare": RestartBudget(max(limit, 1)),
+        limits = {
+            "ranks": limit,
+            "service": max(limit, 1),
+            "gang": max(limit, 1),
+            "spare": max(limit, 1),
             # For ranks that only lost the connection to another part, where the failure is. The budget of that part
             # limits the restarts; this larger one prevents an endless loop.
-            "peers": RestartBudget(limit * 5),
+            "peers": limit * 5,
         }
+        now = time.monotonic()
+        self._budgets = {n: RestartBudget(limits[n], self._history.recent_failures(n, now)) for n in limits}
         self._restart_at: dict[str, float] = {}  # by supervisord's name of the process
         self._watchdog = Watchdog()
 
@@ -159,7 +170,7 @@ class Guard:
         if pid in self.watch.kill_reasons:
             status = ExitCode.HANG
         budget = self._budgets[info["group"]]
-        key = f"{info['name']} at {now}"
+        key = f"{info['name']} at {info['stop']}"  # the same for a guard that was restarted meanwhile
         if info["group"] == "ranks":
             if pid in self.watch.roles:
                 key = str(self.watch.roles[pid][1])
@@ -170,7 +181,7 @@ class Guard:
         elif info["group"] == "service":  # what the next process takes until it shows life is not silence
             self.part_spec.api_alive_path.unlink(missing_ok=True)
         budget.charge(now, key, status, self.watch.served_at)
-        self._history.add(self._role(info), status)
+        self._history.add(self._role(info), status, self._budgets)
         delay = budget.delay(now, self.watch.verdicts)
         log.error("lost %s; restarting it in %.1f s", self._describe(info), delay)
         return now + delay

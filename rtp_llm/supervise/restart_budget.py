@@ -24,7 +24,7 @@ class RestartBudget:
     """
 
     limit: int
-    _failures: list[Failure] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     def charge(self, now: float, key: str, code: int, served_at: float) -> None:
         """Records the end of a process. Processes with the same key count once.
@@ -32,16 +32,16 @@ class RestartBudget:
         code: exit code; -1 for killed by a signal. served_at: when the gang last served (failures since then never
         expire).
         """
-        self._failures = [f for f in self._failures if now - f.time <= WINDOW_SECONDS or f.time > served_at]
-        known = next((f for f in self._failures if f.key == key), None)
+        self.failures = [f for f in self.failures if now - f.time <= WINDOW_SECONDS or f.time > served_at]
+        known = next((f for f in self.failures if f.key == key), None)
         if known:
             known.codes.append(code)
         else:
-            self._failures.append(Failure(key, now, [code]))
+            self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
         """Returns the number of failures that count. verdicts: by epoch, "investigating", "request" or "engine"."""
-        return sum(self._counts(failure, now, verdicts) for failure in self._failures)
+        return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 
     def is_spent(self, now: float, verdicts: dict[str, str]) -> bool:
         return self.num_failures(now, verdicts) > self.limit
@@ -53,7 +53,7 @@ class RestartBudget:
 
     def last_codes(self) -> list[int]:
         """Returns the exit codes of the last failure."""
-        return self._failures[-1].codes if self._failures else []
+        return self.failures[-1].codes if self.failures else []
 
     def _counts(self, failure: Failure, now: float, verdicts: dict[str, str]) -> bool:
         verdict = verdicts.get(failure.key, "")
