@@ -20,10 +20,14 @@ from rtp_llm.model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are stored and multiplied. `bits`: per weight, including its scales. `dtype`: of the products."""
+    """How weights are stored and multiplied.
+
+    bits, head_bits: per weight of the layers and of the output head, including scales. dtype: of the products.
+    """
 
     bits: float
     dtype: str
+    head_bits: float = 0.0  # 0: as `bits`
 
 
 PRECISIONS = {
@@ -33,7 +37,7 @@ PRECISIONS = {
     "int8": Precision(8, "bf16"),  # weights only
     "w8a8": Precision(8, "int8"),
     "q8_0": Precision(8.5, "int8"),
-    "int4": Precision(4.25, "int8"),
+    "int4": Precision(4.5, "int8", head_bits=8),
     "q4_0": Precision(4.5, "int8"),
 }
 
@@ -90,8 +94,9 @@ class ModelCost:
 
         context: tokens per sequence.
         """
-        weights = (self.layer_weights + self.head_weights) * self.precision.bits / 8
-        return (weights + self.kv_bytes * concurrency * context) / rates.bandwidth
+        precision = self.precision
+        bits = self.layer_weights * precision.bits + self.head_weights * (precision.head_bits or precision.bits)
+        return (bits / 8 + self.kv_bytes * concurrency * context) / rates.bandwidth
 
     def compute_seconds(self, rates: MachineRates, tokens: int, sampled: int, keys: float) -> float:
         """Returns the minimum time in seconds to compute `tokens` tokens, which attend to `keys` keys in total.

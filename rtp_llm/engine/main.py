@@ -33,7 +33,7 @@ def main(run_dir: Path, index: int) -> None:
 if __name__ == "__main__":
     exit_with_supervisord(Path(sys.argv[1]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # serve_rank sets the number of threads later
-    # Threads of OpenMP spin between the kernels of a step, some 20 µs, and sleep between steps: the API process needs
-    # a core as well. The default of libgomp is to spin for milliseconds.
+    # The threads of torch's own operations spin for some 20 µs and then sleep, because the kernels and the API process
+    # need the cores as well. The default of libgomp is to spin for milliseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     run_main(partial(main, Path(sys.argv[1]), int(sys.argv[2])))

@@ -16,6 +16,7 @@ from rtp_llm.bench.record import Record
 from rtp_llm.bench.summary import Slo, Summary
 from rtp_llm.bench.workload import WORKLOADS, Workload, find_workload, poisson_arrivals
 from rtp_llm.errors import ConfigError
+from rtp_llm.native.library import DTYPE_CODES, library
 
 SLO = Slo(ttft=0.3, itl=0.1)
 
@@ -105,6 +106,22 @@ def test_bound_of_one_stream_is_bytes_over_bandwidth(checkpoint: Path) -> None:
     assert bound.output_rate < bound.decode_rate  # the prefill takes time, too
     wide = MachineRates(1e15, RATES.operations)
     assert Bound.of(cost, wide, Workload("x", ((128, 128),)), 1).decode_rate > 2 * bound.decode_rate
+
+
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int4"])
+def test_bits_of_a_weight_are_those_that_the_kernels_keep(name: str) -> None:
+    kernels = library()
+    if kernels is None:
+        pytest.skip("no kernels were built for this CPU")
+    outputs, inputs = 1920, 4096
+    packed = getattr(kernels, f"rtp_{name}_packed_bytes")(DTYPE_CODES["torch.bfloat16"], outputs, inputs, 0)
+    assert packed * 8 / (outputs * inputs) == pytest.approx(PRECISIONS[name].bits, rel=0.01)
+
+
+def test_the_head_of_int4_has_8_bits(checkpoint: Path) -> None:
+    cost = ModelCost.of(checkpoint, PRECISIONS["int4"])
+    weights = cost.layer_weights * 4.5 / 8 + cost.head_weights
+    assert cost.read_seconds(RATES, 0, 0.0) == pytest.approx(weights / RATES.bandwidth)
 
 
 def test_bound_of_many_streams_is_that_of_operations(checkpoint: Path) -> None:
