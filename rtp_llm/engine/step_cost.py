@@ -13,6 +13,7 @@ FIRST_GUESS = (0.02, 1.4e-3, 1e-3, 2.5e-7, 2.5e-7)
 FIRST_COVARIANCE = np.eye(5)  # of the logarithms: each ratio may be wrong by a factor of 3
 NOISE = 0.1  # standard deviation of the logarithm of a duration
 DRIFT = 5e-4  # fraction by which a step moves the covariance back to its initial value, so that costs can always change
+_DRIFTED = DRIFT * FIRST_COVARIANCE
 MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of the machine changes little
 
 
@@ -64,7 +65,7 @@ class StepCost:
 
     def __init__(self) -> None:
         self._logs = np.log(FIRST_GUESS)
-        self._covariance = FIRST_COVARIANCE
+        self._covariance = FIRST_COVARIANCE.copy()
         self.per_unit = StepWork(*FIRST_GUESS)  # seconds
         self.is_known = False  # a step has been measured
 
@@ -80,15 +81,16 @@ class StepCost:
         expected = sum(parts)
         error = math.log(seconds / expected)
         if self.is_known:
-            shares = np.divide(parts, expected)  # the derivatives of the logarithm of the duration
+            shares = np.array(parts) / expected  # the derivatives of the logarithm of the duration
             gain = self._covariance @ shares
             variance = float(shares @ gain) + NOISE**2
             limit = MAX_DEVIATIONS * math.sqrt(variance)
-            self._logs = self._logs + gain * max(-limit, min(error, limit)) / variance
-            self._covariance = self._covariance - np.outer(gain, gain) / variance
-            self._covariance = self._covariance + DRIFT * (FIRST_COVARIANCE - self._covariance)
+            self._logs += gain * (max(-limit, min(error, limit)) / variance)
+            self._covariance -= gain[:, None] * (gain / variance)
+            self._covariance *= 1 - DRIFT
+            self._covariance += _DRIFTED
         else:
-            self._logs = self._logs + error
+            self._logs += error
         self.is_known = True
         self.per_unit = StepWork(*np.exp(self._logs).tolist())
 

@@ -73,7 +73,7 @@ class ModelRunner:
         result = StepResult(
             tokens=self._sample_tokens(hidden, inputs),
             prompt_logprobs=self._compute_prompt_logprobs(hidden, inputs, sampling_metadata),
-            hidden_states=[row.tobytes() for row in hidden[sampling_metadata.hidden_indices].float().cpu().numpy()],
+            hidden_states=_to_bytes(hidden, sampling_metadata.hidden_indices),
         )
         self._keep_newest_tokens(inputs.sampled_slots, result.tokens)
         return result
@@ -118,7 +118,8 @@ class ModelRunner:
 
     def _compute_logits(self, hidden: Tensor, indices: Ints) -> Tensor | None:
         """Returns the logits [len(indices), vocab_size] float32 of these tokens on rank 0, None on the others."""
-        rows = hidden[torch.tensor(indices, device=hidden.device)]
+        is_decode = len(indices) == len(hidden)  # then every token has logits, in order
+        rows = hidden if is_decode else hidden[torch.tensor(indices, device=hidden.device)]
         logits: Tensor | None = self.residency.model.logits(rows)
         return logits
 
@@ -134,6 +135,11 @@ class ModelRunner:
     def _require_sampler(self) -> Sampler:
         assert self._sampler, "only rank 0 samples"
         return self._sampler
+
+
+def _to_bytes(hidden: Tensor, indices: Sequence[int]) -> list[bytes]:
+    """Returns the hidden states of these tokens as the bytes of float32."""
+    return [row.tobytes() for row in hidden[list(indices)].float().cpu().numpy()] if indices else []
 
 
 def _split_rows(counts: Ints, max_rows: int) -> Iterator[slice]:
