@@ -17,9 +17,10 @@ from rtp_llm.api.client import EngineClient
 from rtp_llm.api.disconnect import until_disconnect
 from rtp_llm.api.fields import FieldPolicy, FieldRecord
 from rtp_llm.api.grammar_checker import GrammarChecker
-from rtp_llm.api.preparation import Prepared, PreparedResponse, PromptLimits
 from rtp_llm.api.preparation_process import T, Work
+from rtp_llm.api.prepared import Prepared, PreparedResponse
 from rtp_llm.api.preparer import THREAD_BYTES, Preparer
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.api.sampling_defaults import SamplingDefaults
 from rtp_llm.config import Config
 from rtp_llm.contract.engine_info import EngineInfo
@@ -146,7 +147,7 @@ class Service:
             self._prompt_limits().check_count(sequences)
 
     async def prepare(self, work: Work[T], request: Request) -> T:
-        """Returns what `work`, a method of `Preparation`, makes of the request's body.
+        """Returns what `work` makes of the request's body.
 
         Raises RequestError 400; 404 for another model if STRICT_MODEL_NAME is set; 429 if a batch has more sequences
         than there are free slots, or too many large requests wait; 503 while loading; 504 if a large request waits too

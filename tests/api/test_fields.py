@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 
 from rtp_llm.api.app import BODY_MODELS
 from rtp_llm.api.fields import HINTS, MAX_LOGGED_NAMES, MAX_NAMES, REFUSALS, FieldRecord, recording, set_fields
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.api.schema import ChatRequest, CompletionRequest, GenerateConfig
 from rtp_llm.errors import RequestError
 from rtp_llm.text.output_format import AnswerFormats
