@@ -30,7 +30,7 @@ from rtp_llm.api.schema import (
     NativeRequest,
     TokenizeRequest,
 )
-from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
+from rtp_llm.api.service import Service, SlotReservation
 from rtp_llm.api.stream import (
     EventStream,
     cancel_on_disconnect,
@@ -39,6 +39,7 @@ from rtp_llm.api.stream import (
     json_response,
     merge,
 )
+from rtp_llm.api.text_stream import OutputChunk, TextParams
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, invalid_format
 

@@ -18,8 +18,9 @@ from rtp_llm.api.responses.preparation import prepare_response, previous_respons
 from rtp_llm.api.responses.response import ResponseBuilder
 from rtp_llm.api.responses.schema import ResponsesRequest
 from rtp_llm.api.responses.store import ResponseStore, StoredResponse
-from rtp_llm.api.service import OutputChunk, Service
+from rtp_llm.api.service import Service
 from rtp_llm.api.stream import EventStream
+from rtp_llm.api.text_stream import OutputChunk
 from rtp_llm.errors import RequestError, invalid_params
 
 TEMPERATURE = 1.0  # OpenAI's default
