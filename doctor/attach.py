@@ -47,7 +47,7 @@ class _RankStatusView(BaseModel):
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds from the last known progress of the rank to the time when gang.json was written."""
+        """Returns the seconds from the rank's last known progress to the time when gang.json was written."""
         return self.idle_s + self.silent_s
 
 
@@ -63,7 +63,8 @@ class _GangStatusView(BaseModel):
 
 def find_run_dirs() -> list[Path]:
     """Returns the run directories of the parts that run on this machine, newest first. Finds them in the command lines
-    of the API processes."""
+    of the API processes.
+    """
     started: dict[Path, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
         for module, argument in pairwise(process.info["cmdline"] or []):
@@ -75,7 +76,7 @@ def find_run_dirs() -> list[Path]:
 
 
 def running_part(start_port: int) -> PartSpec | None:
-    """Returns the part that runs on this machine with this START_PORT, with whatever settings; None if none does."""
+    """Returns the part with this START_PORT that runs on this machine, whatever its other settings, or None."""
     for run_dir in find_run_dirs():
         with suppress(ConfigError):
             part_spec = _load(run_dir)
@@ -85,7 +86,7 @@ def running_part(start_port: int) -> PartSpec | None:
 
 
 def describe_running(part_spec: PartSpec) -> str:
-    """Returns a sentence that a part runs, and whether it is healthy according to its /health."""
+    """Returns a sentence such as "a part runs here and is healthy", from the part's /health."""
     return f"{part_spec.label} of this server already runs here and {_health(part_spec.plan.start_port)}"
 
 
@@ -104,7 +105,8 @@ def _health(port: int) -> str:
 
 def is_running(ctx: CheckContext) -> bool:
     """Returns whether a part with these settings runs on this machine. A part with another plan or checkpoint does not
-    count, even on the same port."""
+    count, even if it uses the same port.
+    """
     return any(_has_same_settings(ctx, run_dir) for run_dir in find_run_dirs())
 
 
@@ -128,7 +130,7 @@ def _load(run_dir: Path) -> PartSpec:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"{run_dir / 'part.json'} is invalid: {reason}; allowed: the file that start_server of this version wrote"
+            f"{run_dir / 'part.json'} is invalid: {reason}; it must be written by start_server of the same version"
         ) from None
 
 

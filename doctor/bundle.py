@@ -73,7 +73,7 @@ def environment_listing(host: Host) -> str:
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """Returns `text` with "(redacted)" in place of `secrets`, also in JSON encoding, and of text that looks like a
+    """Returns `text` with "(redacted)" in place of `secrets`, JSON-encoded ones included, and of text that looks like a
     credential.
 
     Credentials are bearer tokens, known token formats, key=value pairs with a secret's name, passwords in URLs and

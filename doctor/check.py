@@ -192,8 +192,9 @@ def check(
 
 
 def symptoms(*texts: str) -> Callable[[F], F]:
-    """Returns a decorator that attaches `texts` to a check: texts that appear in a log if the problem exists. It must
-    stand below the decorator that registers the check."""
+    """Returns a decorator that attaches `texts` to a check: texts that appear in a log if the problem exists. Apply it
+    below the decorator that registers the check.
+    """
 
     def set_symptoms(function: F) -> F:
         registered = any(unwrap(check.run) is function for check in REGISTRY.values())

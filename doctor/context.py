@@ -88,7 +88,7 @@ class CheckContext:
 
     @cached_property
     def config(self) -> Config:
-        """Returns the valid settings, with the folders of the cache in place of the names of models that it has."""
+        """Returns the valid settings. Names of models that the cache has are replaced by their folders in it."""
         return localized(self.parsed_config.config)
 
     @cached_property
@@ -98,7 +98,7 @@ class CheckContext:
 
     @cached_property
     def hub_error(self) -> ConfigError | None:
-        """Returns the reason why the start could not download a model; asks the hub."""
+        """Asks the hub for the missing models. Returns the reason why the start could not download one, or None."""
         from rtp_llm.hub.remote import look_up
 
         try:
@@ -221,7 +221,7 @@ class CheckContext:
 
     @property
     def num_tokens(self) -> int:
-        """Returns the largest id of the tokenizer, plus 1."""
+        """Returns the largest token id in the tokenizer, plus 1."""
         return self._tokenizer[0]
 
     @property
@@ -256,7 +256,7 @@ class CheckContext:
 
     @cached_property
     def embedding_error(self) -> CheckpointError | None:
-        """Returns why the checkpoint's embeddings cannot be served; None if they can, or another task is served."""
+        """Returns why the checkpoint's embeddings cannot be served; None if they can, or if the task is another one."""
         if self.checkpoint is None or self.spec is None or self.task != "DENSE_EMBEDDING":
             return None
         try:
@@ -293,8 +293,9 @@ def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
 
 
 def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
-    """Returns the plan. If the settings are inconsistent, returns the error with which the server would exit, and a
-    guess of the plan."""
+    """Returns the plan. If the settings are inconsistent, returns a guess of the plan, and the error with which the
+    server would exit.
+    """
     try:
         plan = make_plan(config, num_gpus)
         return PlanResult(plan, nat=check_address(plan, addresses) or "")

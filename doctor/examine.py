@@ -26,7 +26,7 @@ class RunOptions:
     """Options of the command line.
 
     `gang`: exchange reports with the other parts. `only`: checks to run, None for all. `wait`: seconds to wait for
-    other parts. `starting`: the server starts next, so a running part is a conflict.
+    other parts. `starting`: the server starts next, so a part that already runs is a conflict.
     """
 
     tier: int = 0

@@ -7,7 +7,9 @@ from doctor.runtime import Runtime
 
 @dataclass(frozen=True)
 class Fix:
-    """What to type on each runtime. If the text of a runtime is empty, `host` is used."""
+    """The fix of a problem: what to type on each container runtime. If the text of a runtime is empty, `host` is
+    used.
+    """
 
     host: str = ""
     docker: str = ""

@@ -2,8 +2,8 @@
 parts.
 
 It starts with the ranks. During their rendezvous it exchanges reports with the doctors of the other parts and runs the
-gang checks. It ends the part with exit code 75 if they find an error because of which the ranks would hang. Afterwards
-it keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` on another part.
+gang checks. It ends the part with exit code 75 if they find an error that would make the ranks hang. Afterwards it
+keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` on another part.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from doctor.render import Style, problem_lines
 from doctor.report import Finding, Report, make_report
 from rtp_llm import log as logs
 from rtp_llm.config import SECRET_FIELDS, Config
-from rtp_llm.errors import DoctorError, GangError
+from rtp_llm.errors import DoctorError, FatalError, GangError
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, PlannedPort
@@ -51,7 +52,7 @@ DISAGREE_SECONDS = 6.0  # the rendezvous ends parts that disagree within 2 s; th
 
 
 def effective_environment(config: Config) -> dict[str, str]:
-    """Returns the environment, plus the settings that were given as flags, as variables."""
+    """Returns the environment, with the settings that were given as flags added as variables."""
     names = config.model_fields_set - set(SECRET_FIELDS)
     settings = {name.upper(): str(value) for name, value in config if name in names and value is not None}
     return {**os.environ, **settings}
@@ -70,12 +71,12 @@ async def serve(part_spec: PartSpec, ctx: CheckContext) -> None:
         examiner = _Examiner(part_spec, ctx, session, startup_findings)
         while not exchange.done():  # a part that disagrees may never send its final report
             await asyncio.wait({exchange}, timeout=WATCH_SECONDS)
-            await asyncio.to_thread(examiner.compare)
+            await examiner.enforce(examiner.compare)
         exchange.result()
-        await asyncio.to_thread(examiner.conclude)
+        await examiner.enforce(examiner.conclude)
         while True:  # a part may restart with other settings
             await asyncio.sleep(WATCH_SECONDS)
-            await asyncio.to_thread(examiner.compare)
+            await examiner.enforce(examiner.compare)
 
 
 class _Examiner:
@@ -86,11 +87,28 @@ class _Examiner:
         self._evidence: object = None
         self._logged = ""
         self._disagree_since = 0.0
+        self._unconfirmed: list[int] = []
+
+    async def enforce(self, examine: Callable[[], None]) -> None:
+        """Runs `compare` or `conclude`. Raises their errors if the parts themselves confirm what they are based on."""
+        try:
+            await asyncio.to_thread(examine)
+        except FatalError as error:
+            unconfirmed = await self.session.confirm(self.ctx.peers)
+            if not unconfirmed:
+                await asyncio.to_thread(examine)
+            elif unconfirmed != self._unconfirmed:
+                parts = ", ".join(f"part{part}" for part in unconfirmed)
+                text = "%s sent a report but does not confirm it at its address, so this part goes on: %s"
+                log.warning(text, parts, error)
+            self._unconfirmed = unconfirmed
 
     def compare(self) -> None:
-        """Compares what the parts report, if that has changed. Needs no final report, and no measurement of links.
+        """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
+        links.
 
-        Raises GangError if the parts disagree and the rendezvous, which they may not reach, has not ended them.
+        Raises GangError if the parts disagree and the rendezvous, which some may be unable to reach, has not ended
+        them.
         """
         evidence = self._read_evidence()
         if evidence != self._evidence:
@@ -111,8 +129,9 @@ class _Examiner:
             )
 
     def conclude(self) -> None:
-        """Runs all gang checks on the final reports. Raises DoctorError if one finds an error because of which the
-        ranks would hang, and RTP_DOCTOR=enforce."""
+        """Runs all gang checks on the final reports. Raises DoctorError if one finds an error that would make the ranks
+        hang, and RTP_DOCTOR=enforce.
+        """
         report = self._run([c for c in REGISTRY.values() if c.tier == 2 or c.id in RERUN_WITH_GANG])
         problems = self._log(report)
         if not problems:
@@ -125,7 +144,7 @@ class _Examiner:
             )
 
     def _read_evidence(self) -> object:
-        """Returns what `compare` looks at, to see whether it has changed."""
+        """Returns the data that `compare` uses, to detect whether it has changed."""
         return [
             (part, report.run_id, report.problems, n, link.protocol_error, link.wrong_part, link.foreign_address)
             for part, report in sorted(self.session.known_reports().items())

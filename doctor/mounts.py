@@ -50,7 +50,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
 def mount_of(mounts: Sequence[Mount], path: str) -> Mount | None:
     """Returns the mount of the file system that contains an absolute path; None if there is none.
 
-    It is the mount with the longest mount point above the path; of several, the one that was mounted last.
+    That is the mount with the longest mount point above the path; of several, the last one mounted.
     """
     best: Mount | None = None
     for mount in mounts:

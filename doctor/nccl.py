@@ -53,7 +53,7 @@ def effective_settings(host: Host) -> dict[str, Setting]:
 
 
 def parse_conf(text: str) -> dict[str, str]:
-    """Returns the settings in lines NAME=value. Lines that begin with # are comments; of equal names the first wins."""
+    """Returns the settings in lines NAME=value; the first one of a name counts. Lines that begin with # are ignored."""
     settings: dict[str, str] = {}
     for line in text.splitlines():
         name, equals, value = line.partition("=")

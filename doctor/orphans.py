@@ -23,7 +23,7 @@ MIN_AGE_SECONDS = 10.0  # a rank may be interrupted between creating a file and 
 
 @dataclass(frozen=True)
 class Orphan:
-    """An orphaned file. `ours`: it is provably this server's, so it can be removed."""
+    """An orphaned file. `ours`: it provably belongs to this server, so it can be removed."""
 
     name: str
     bytes: int

@@ -65,7 +65,7 @@ def _json_lines(text: str) -> list[Any]:
 
 
 def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
-    """Multiplies matrices on each GPU. Returns the error message by GPU, empty if the result is correct.
+    """Multiplies matrices on each GPU. Returns {GPU: error message, empty if the result is correct}.
 
     `gpus`: in the order in which CUDA numbers them.
     """

@@ -87,7 +87,7 @@ STATUS_NAMES = (
 
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
-    """Returns one line per category, followed by its problems; with `verbose` by all its checks."""
+    """Returns one line per category, followed by its problems or, with `verbose`, by all its checks."""
     lines = [*(style.colorize(line, "1") for line in _header(report, style)), ""]
     for category in dict.fromkeys(f.category for f in report.checks):
         findings = [f for f in report.checks if f.category == category]

@@ -81,7 +81,7 @@ class NodeInfo(BaseModel):
 
 
 class Drift(BaseModel):
-    """A fact that differs between the parts, with its value on each part."""
+    """A fact (setting, version …) that differs between the parts, with its value on each part."""
 
     model_config = MODEL
 

@@ -27,7 +27,8 @@ MIN_START_PORT = 1024 + 11  # part 0 also uses the 11 ports below its START_PORT
 
 @dataclass(frozen=True)
 class SharedMark:
-    """Marks a field of `Config` that must be equal on all parts, because it shapes memory or collectives of the ranks.
+    """Marks a field of `Config` that must be equal on all parts, because ranks with different values would fail or
+    hang.
 
     The rendezvous and the doctor compare the marked fields.
     """
@@ -44,7 +45,7 @@ def _normalize(value: str) -> str:
 
 
 class Config(BaseModel):
-    """Settings of one part. `parallel.plan` validates them together and derives the plan."""
+    """Settings of one part. `parallel.plan` checks that they are consistent, and makes the plan from them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -269,8 +270,8 @@ class Config(BaseModel):
 
     @property
     def served_model_names(self) -> tuple[str, ...]:
-        """Returns the names of SERVED_MODEL_NAME, or the name of the checkpoint's folder: of a snapshot in Hugging
-        Face's cache, …/models--org--name/snapshots/<commit>, that is org/name.
+        """Returns the names in SERVED_MODEL_NAME. If it is empty, the name of the checkpoint's folder; for a snapshot
+        in the Hugging Face cache (…/models--org--name/snapshots/<commit>), org/name.
         """
         names = tuple(name.strip() for name in self.served_model_name.split(",") if name.strip())
         folder = Path(self.checkpoint_path).resolve()
@@ -280,23 +281,23 @@ class Config(BaseModel):
 
     @property
     def max_sequences(self) -> int:
-        """Maximum number of sequences that one step of the engine computes."""
+        """Returns the maximum number of sequences in one step of the engine."""
         return self.max_batch_size or self.concurrency_limit
 
     @property
     def weight_quantization(self) -> str:
-        """How the weights are quantized at load, in the words of QUANTIZATION, whichever setting says so; or ""."""
+        """Returns how weights are quantized at load, as a value of QUANTIZATION; "" if they are not."""
         return self.quantization or ("INT8" if self.int8_mode or self.weight_type else "")
 
     @property
     def drain_seconds(self) -> int:
-        """SHUTDOWN_TIMEOUT in seconds. -1, no limit in alibaba/rtp-llm, means 600 here, so that a stop always ends."""
+        """Returns SHUTDOWN_TIMEOUT in seconds. -1 (no limit in alibaba/rtp-llm) means 600, so that a stop ends."""
         return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
 
     def shared(self) -> dict[str, Any]:
         """Returns the settings that must be equal on all parts, by variable.
 
-        A default of 300 is 300.0 here, as it is after part.json has been read.
+        Converts numbers to the field's type (300 to 300.0), as reading part.json does, so that they compare equal.
         """
         fields = {name: f for name, f in type(self).model_fields.items() if SharedMark() in f.metadata}
         values = {name: getattr(self, name) for name in fields}
@@ -310,7 +311,7 @@ class Config(BaseModel):
 SECRET_FIELDS = tuple(name for name, field in Config.model_fields.items() if field.annotation is SecretStr)
 
 
-# Without them more clients get in. Each name stands beside the others that have the same effect.
+# If these are unset, more clients have access. Names in one group have the same effect.
 ACCESS_SETTINGS = (
     ("API_KEY", "API_KEY_FILE"),
     ("ADMIN_KEY", "ADMIN_KEY_FILE"),
@@ -348,7 +349,7 @@ class LoadedConfig:
         )
 
     def check_access(self) -> None:
-        """Raises ConfigError if the server would be open to clients because the name of a setting is misspelled."""
+        """Raises ConfigError if a misspelled setting would leave the server open to all clients."""
         names = {name: meant for name, meant in self.misspelled if opens_access(self.config, meant)}
         if names:
             lines = [
@@ -388,7 +389,7 @@ def secret(config: Config, name: str = "gang_secret") -> bytes:
 
 
 def opens_access(config: Config, meant: str) -> bool:
-    """Returns whether more clients get in because the setting `meant` was misspelled."""
+    """Returns whether misspelling the setting `meant` lets more clients in."""
     same_effect = next((names for names in ACCESS_SETTINGS if meant in names), ())
     return bool(same_effect) and not any(getattr(config, name.lower()) for name in same_effect)
 
@@ -400,7 +401,7 @@ def upstream_variables() -> dict[str, UpstreamVariable]:
 
 
 def foreign_variables() -> set[str]:
-    """Returns variables that resemble settings of this server and belong to other programs."""
+    """Returns variables of other programs whose names resemble settings of this server."""
     table = json.loads(package("rtp_llm").joinpath("foreign_variables.json").read_text())
     return {name for names in table.values() for name in names}
 
@@ -453,7 +454,7 @@ def _parse_flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) 
     args, unknown = parser.parse_known_args(list(argv))
     exposed = [field for field in SECRET_FIELDS if getattr(args, field) is not None]
     if exposed:
-        fixes = ", ".join(f"--{field}; allowed: {field.upper()} or {field.upper()}_FILE" for field in exposed)
+        fixes = ", ".join(f"--{field}; set {field.upper()} or {field.upper()}_FILE instead" for field in exposed)
         raise ConfigError(f"command line: all users of this machine can read the secret {fixes}", check="M-14")
     unknown = [argument for argument in unknown if argument.startswith("-")] or unknown
     if unknown:

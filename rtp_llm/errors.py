@@ -57,7 +57,7 @@ class FatalError(Exception):
 class ConfigError(FatalError):
     """Invalid input. The message has the file or variable, the key, the value and the allowed values.
 
-    `names`: the invalid variables, if single variables are invalid. `fix`: what to set, if one value is right.
+    `names`: the invalid variables, if single variables are invalid. `fix`: the correct setting, if it is known.
     """
 
     exit_code = ExitCode.BAD_CONFIG
@@ -80,7 +80,7 @@ class GangError(FatalError):
 
 
 class DoctorError(FatalError):
-    """The doctor found an error with which the server would fail or hang, and which its own checks do not find."""
+    """The doctor found an error that would make the server fail or hang, and that the server itself does not check."""
 
     exit_code = ExitCode.DOCTOR
 
@@ -101,8 +101,8 @@ class RequestError(Exception):
     """Ends a request with an error response.
 
     `status` is the HTTP status, `code` and `name` are an error code of alibaba/rtp-llm (config/exceptions.py), `param`
-    is the invalid field if there is one. `is_final`: a server error that the same request would meet again.
-    `openai_code`: OpenAI's name of the error, where clients act on it.
+    is the invalid field if there is one. `is_final`: a server error that a retry of the same request would get again.
+    `openai_code`: OpenAI's code of the error, if its clients handle it.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class RequestError(Exception):
         self.is_final, self.openai_code = is_final, openai_code or name.lower()
 
     def headers(self) -> dict[str, str]:
-        """Returns headers on retries and authentication. OpenAI's SDKs retry every 5xx if nothing forbids it."""
+        """Returns headers for retries and authentication. OpenAI's SDKs retry every 5xx unless a header forbids it."""
         if self.is_final:
             return {"x-should-retry": "false"}
         if self.status == 401:
@@ -136,7 +136,7 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """Returns the JSON body of the response.
 
-        It has the three fields of alibaba/rtp-llm, and OpenAI's `error` object, which OpenAI clients display.
+        It has the three fields of alibaba/rtp-llm's errors, and the `error` object that OpenAI's clients display.
         """
         types = {429: "rate_limit_error"} | dict.fromkeys(range(400, 429), "invalid_request_error")
         error_type = types.get(self.status, "server_error")
@@ -168,7 +168,7 @@ def empty_prompt(message: str = "the prompt is empty: send at least one token", 
 
 
 def long_prompt(message: str, param: str = "prompt") -> RequestError:
-    """400: the prompt leaves no room for output. litellm and LangChain know it by `context_length_exceeded`."""
+    """400: the prompt leaves no room for output. litellm and LangChain expect the code `context_length_exceeded`."""
     code = "context_length_exceeded"
     return RequestError(400, 511, "LONG_PROMPT_ERROR", message, param=param, openai_code=code)
 
@@ -179,7 +179,7 @@ def model_not_found(name: str, served: Iterable[str]) -> RequestError:
 
 
 def overloaded(message: str) -> RequestError:
-    """429: the request queue is full."""
+    """429: all slots are in use or the queue is full."""
     return RequestError(429, 409, "CONCURRENCY_LIMIT_ERROR", message)
 
 
@@ -193,10 +193,10 @@ def execution_failed(message: str) -> RequestError:
 
 
 def out_of_memory(message: str) -> RequestError:
-    """503: the host has no memory for the request's KV cache now; a later retry may succeed."""
+    """503: the host has too little memory for the request's KV cache now; a later retry may succeed."""
     return RequestError(503, 602, "MALLOC_ERROR", message)
 
 
 def engine_gone(message: str) -> RequestError:
-    """503: the ranks have not started or not restarted in time, or the server is stopping."""
+    """503: the ranks have not started or restarted in time, or the server is stopping."""
     return RequestError(503, 606, "EXECUTION_EXCEPTION", message)

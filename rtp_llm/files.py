@@ -34,7 +34,7 @@ def read(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
 def check_regular(path: Path, max_bytes: int | None = None) -> None:
     """Raises OSError if the path is not a regular file of at most `max_bytes`.
 
-    /dev/null counts as an empty file, also if it is bind-mounted under another name.
+    /dev/null counts as an empty file, even if it is bind-mounted under another name.
     """
     file_stat = path.stat()
     if stat.S_ISCHR(file_stat.st_mode) and file_stat.st_rdev == os.stat(os.devnull).st_rdev:

@@ -1,7 +1,7 @@
-"""Keeps Python's garbage collector from searching what stays: modules, parsed files, a loaded server.
+"""Keeps Python's garbage collector from scanning long-lived objects: modules, parsed files, a loaded server.
 
-Each search walks all objects that it has not yet found to be old. It takes a quarter of the import of torch, and half
-of the parse of a large tokenizer.json.
+A collection scans all objects that are not yet in the oldest generation. That takes a quarter of the time to import
+torch, and half of the time to parse a large tokenizer.json.
 """
 
 import gc
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Creates objects without searches for garbage. Reference counts free objects meanwhile, but no cycles."""
+    """Context manager without garbage collections. Reference counts still free objects, but not reference cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -22,5 +22,5 @@ def paused() -> Iterator[None]:
 
 
 def keep_all() -> None:
-    """Exempts all objects that exist from later searches, so that none of these delays a step or a request for long."""
+    """Exempts all existing objects from later collections, which would otherwise delay steps or requests."""
     gc.freeze()

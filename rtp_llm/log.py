@@ -19,7 +19,7 @@ Format = Literal["text", "json"]
 class JsonFormatter(logging.Formatter):
     """Formats a record as a JSON object: time (UTC), level, who ("part0 rank1"), logger, message, exception if any.
 
-    A record's `extra={"fields": {…}}` are keys of the object.
+    Adds the items of a record's `extra={"fields": {…}}` as keys of the object.
     """
 
     converter = time.gmtime  # type: ignore[assignment]  # the documented way to log in UTC
@@ -44,7 +44,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def setup(process: str, level: str = "INFO", stream: TextIO = sys.stdout, style: Format = "text") -> None:
-    """Logs records of `level` and above to `stream`, as `[process] time LEVEL module: text` or as JSON.
+    """Configures logging: records of `level` and above go to `stream`, as `[process] time LEVEL module: text` or as
+    JSON.
 
     `process` is "part0", "part0 rank1", "part0 api" …; supervisord passes the lines on unchanged.
     """

@@ -68,7 +68,11 @@ def main() -> int:
             return download_exit_code
         config = localized(loaded.config)
         if config != loaded.config:
-            log.info("CHECKPOINT_PATH=%s is %s, from the cache", loaded.config.checkpoint_path, config.checkpoint_path)
+            log.info(
+                "CHECKPOINT_PATH=%s: using the cached snapshot %s",
+                loaded.config.checkpoint_path,
+                config.checkpoint_path,
+            )
         checkpoint, spec = _check_model(config, plan)
         _check_ports_free(plan)
         with _run_dir(config) as run_dir:
@@ -102,7 +106,7 @@ def _append_to_stdout() -> None:
 def _download(config: Config, plan: Plan) -> int:
     """Downloads the models that the settings name, in a process that serves /health meanwhile. Returns its exit code.
 
-    First finds out what would make the download, or the start after it, fail.
+    First checks for errors that would make the download, or the start after it, fail.
     """
     from rtp_llm.hub.remote import look_up
 
@@ -302,8 +306,8 @@ def _wake(child: "subprocess.Popen[bytes]", supervisor_socket: Path) -> None:
 def _child_stdio() -> dict[str, Any]:
     """Returns the arguments `stdout` and `stderr` of the subprocess.Popen call that starts supervisord.
 
-    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald). Only
-    then are they a pipe to `cat`, which this starts.
+    supervisord reopens its stdout for each program, which fails on a socket (systemd-journald). In that case they are a
+    pipe to `cat`, which this function starts.
     """
     try:
         os.close(os.open("/dev/fd/1", os.O_WRONLY | os.O_APPEND))
@@ -334,7 +338,7 @@ class SignalForwarder:
                 signal.signal(number, self._stop)
 
     def defer(self) -> None:
-        """From now on only counts signals; `set_child` forwards them.
+        """From now on only counts signals; `set_child` forwards them later.
 
         A handler must not exit while the child is forked, because an exception in it would be ignored.
         """

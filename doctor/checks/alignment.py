@@ -1,4 +1,4 @@
-"""The commands that make parts agree whose settings, sizes or member lists differ."""
+"""Commands that make the parts agree if their settings, plans or member lists differ."""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ VARIABLES = {"port_stride": "WORKER_INFO_PORT_NUM", "device": "RTP_DEVICE"}
 
 
 def alignment(differences: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns what to set on which part, one line per difference. `differences`: value by part label, by dotted name.
+    """Returns what to set on which part, one line per difference. `differences`: {dotted name: {part label: value}}.
 
-    A member's own part knows its address best, so its entry is right; of any other value, part 0's.
+    For a member's address, the value of that member's own part is taken as correct; for all other settings, part 0's.
     """
     lines = []
     for key, values in differences.items():

@@ -1,5 +1,6 @@
-"""Checks of the hub from which the start downloads a model that is given by its name. They ask the hub, and download
-nothing."""
+"""Checks of the hub from which the start downloads a model named `org/name`. They query the hub, but download
+nothing.
+"""
 
 from doctor import fixes
 from doctor.check import CheckResult, Precondition, error, ok, skip, symptoms
@@ -41,8 +42,7 @@ def hub_is_reachable(ctx: CheckContext) -> CheckResult:
     "RepositoryNotFoundError: 401 Client Error", "RepositoryNotFoundError: 404 Client Error", "RevisionNotFoundError"
 )
 def hub_has_model(ctx: CheckContext) -> CheckResult:
-    """The hub does not tell a name that does not exist from a private model. The check names models that are spelled
-    nearly alike."""
+    """The hub does not tell a name that does not exist from a private model. The check lists similar names."""
     return _hub_result(
         ctx, "M-18", "org/name or org/name@revision of a model with safetensors files", "correct the name"
     )
@@ -59,5 +59,6 @@ def hub_grants_access(ctx: CheckContext) -> CheckResult:
 @symptoms("Not enough free disk space to download the file")
 def cache_has_space(ctx: CheckContext) -> CheckResult:
     """The download needs as much free space as the model's files are large, on the disk of HF_HUB_CACHE, by default
-    below HF_HOME. What an earlier download left counts."""
+    below HF_HOME. Files that an earlier download has completed need no further space.
+    """
     return _hub_result(ctx, "M-20", "space for the model's files", fixes.HUB_CACHE)

@@ -1,4 +1,4 @@
-"""Python code in a checkpoint (trust_remote_code)."""
+"""Check that the checkpoint needs no Python code of its own (trust_remote_code)."""
 
 from doctor.check import CheckResult, error, ok, skip, symptoms
 from doctor.checks.categories import model_check

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from doctor.gang.messages import Greeting, new_nonce
 
@@ -46,8 +47,9 @@ async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """Closes a connection. Aborts it if unsent bytes remain after CLOSE_SECONDS: a link that drops large packets never
-    delivers them."""
+    """Closes a connection. Aborts it if unsent bytes remain after CLOSE_SECONDS, since a link that drops large packets
+    never delivers them.
+    """
     writer.close()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -59,6 +61,21 @@ async def close(writer: asyncio.StreamWriter) -> None:
 def classify_error(error: OSError) -> str:
     """Returns the reason why a connection failed: refused, timeout, unreachable or reset."""
     return "timeout" if isinstance(error, TimeoutError) else CONNECT_ERRORS.get(error.errno or 0, "unreachable")
+
+
+async def is_address_of(host: str, address: str) -> bool:
+    """Returns whether `address`, an IP address, is one of `host`, an address or a name."""
+    try:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, None)
+    except OSError:
+        return False
+    return _plain_ip(address) in {_plain_ip(str(info[4][0])) for info in infos}
+
+
+def _plain_ip(address: str) -> IPv4Address | IPv6Address:
+    """Returns the address without a scope, and IPv4 not as mapped to IPv6."""
+    ip = ip_address(address.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 async def dial(host: str, port: int, *, expect_greeting: bool = True) -> str:

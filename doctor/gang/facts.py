@@ -1,7 +1,7 @@
 """Builds this part's report for the other parts.
 
-It has facts, which are compared by name, and an identity, which shows which parts share a machine, a namespace or a
-GPU.
+It contains facts, which are compared by name, and an identity, which shows which parts share a machine, a namespace or
+a GPU.
 """
 
 import os

@@ -12,7 +12,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from doctor.gang.connections import DIAL_SECONDS, classify_error, close, connect, dial, receive_bytes, send_bytes
+from doctor.gang.connections import (
+    DIAL_SECONDS,
+    classify_error,
+    close,
+    connect,
+    dial,
+    is_address_of,
+    receive_bytes,
+    send_bytes,
+)
 from doctor.gang.messages import Greeting, NotADoctorError, ProtocolError, new_nonce, pack_signed, read_signed
 from doctor.gang.part_report import LinkResult, PartReport
 from rtp_llm.parallel.members import Member
@@ -44,12 +53,12 @@ class WrongPartError(ProtocolError):
 
 
 class GossipSession:
-    """The exchange of reports between the parts, as this part takes part in it. `part_report`: its own report.
-    `secret`: signs all messages.
+    """This part's side of the exchange of reports between the parts. `part_report`: its own report. `secret`: signs all
+    messages.
 
     `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
-    `persistent`: this part waits for the others, as its ranks do: a part that refuses, gives up or has another secret
-    may be corrected and start again.
+    `persistent`: keeps waiting for the others, as this part's ranks do. A part that refuses, gives up or has another
+    secret may be corrected and start again.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class GossipSession:
         self.observe_only, self.persistent = observe_only, persistent
         self.farewells: dict[int, PartReport] = {}  # reasons of the parts that gave up, until they start again
         self.part_reports: dict[int, PartReport] = {plan.part: part_report}
+        self._direct_reports: dict[int, PartReport] = {}  # that came from the configured address of their part
         self.small_mss_members: set[int] = set()  # numbers of parts to which large packets seem to be lost
 
     # Server side
@@ -77,6 +87,7 @@ class GossipSession:
             while True:
                 request = await read_signed(reader, nonce, self.secret)
                 await self._reply(request, reader, writer)
+                await self._note_direct_reports(writer.get_extra_info("peername")[0], request)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # any program may connect
             log.debug("doctor's port: %s", error)
         finally:
@@ -99,8 +110,19 @@ class GossipSession:
         writer.write(pack_signed(reply, nonce, self.secret))
         await writer.drain()
 
+    async def _note_direct_reports(self, address: str, request: dict[str, Any]) -> None:
+        """Keeps the report in a request of the part at whose configured address the request comes from."""
+        if request["operation"] == "reports" and not self.secret:
+            for member in self.plan.members:
+                if await is_address_of(member.ip, address):
+                    self._keep_direct_report(member, request)
+
+    def _keep_direct_report(self, member: Member, message: dict[str, Any]) -> None:
+        own = [PartReport.from_json(data) for data in message["reports"] if data["part"] == member.index]
+        self._direct_reports |= {report.part: report for report in own if report.part != self.plan.part}
+
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
-        """Stores reports of other parts, except those older than the stored report of the same run."""
+        """Stores reports of other parts, unless a newer report of the same run is already stored."""
         for data in reports:
             received = PartReport.from_json(data)
             if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:
@@ -143,8 +165,8 @@ class GossipSession:
             await close(writer)
 
     async def probe_member(self, member: Member, deadline: float) -> None:
-        """Retries until the report of the part `member` arrives, from it or through another part. Then probes all ports
-        of this part.
+        """Retries until the report of the part `member` arrives, directly or through another part. Then probes all
+        ports of that part.
 
         `deadline`: monotonic time in seconds at which the retries end.
         """
@@ -168,6 +190,7 @@ class GossipSession:
         try:
             reply = await self._request(member, "reports", reports=self._all_reports())
             self.merge_reports(reply["reports"])
+            self._keep_direct_report(member, reply)
         except ReplyTimeoutError:
             link.reply_timed_out = True
             self.small_mss_members.add(member.index)
@@ -341,8 +364,9 @@ class GossipSession:
             log.debug("the exchange of reports with the other parts timed out")
 
     async def say_farewell(self, members: list[Member], deadline: float) -> None:
-        """Sends this part's report, with the reason why it gives up, until each other part has replied once or
-        `deadline` (monotonic seconds) has come."""
+        """Sends this part's report, with the reason why it gives up, until every other part has replied or until
+        `deadline` (monotonic seconds).
+        """
         self._set_probing_done()
         links = self.part_report.links
         pending = members
@@ -352,8 +376,20 @@ class GossipSession:
             pending = [member for member, result in zip(pending, results, strict=True) if result != "replied"]
             await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
 
+    async def confirm(self, members: list[Member]) -> list[int]:
+        """Asks each of `members` for its own report, and puts it in the place of what others have told about it.
+
+        Without GANG_SECRET anybody can send reports, but only a part has its address. Returns the parts whose stored
+        reports did not come from there, and so may be forged.
+        """
+        if self.secret:
+            return []
+        await asyncio.gather(*(self._exchange_reports(member, LinkResult()) for member in members))
+        self.part_reports |= {part: report for part, report in self._direct_reports.items() if report.has_valid_plan}
+        return sorted(self.part_reports.keys() - self._direct_reports.keys() - {self.plan.part})
+
     def known_reports(self) -> dict[int, PartReport]:
-        """Returns the last report of each part, or the reason why it gave up."""
+        """Returns the last report of each part; if the part gave up, the report with its reason."""
         return self.part_reports | self.farewells
 
     async def _linger(self, members: list[Member], seconds: float) -> None:

@@ -35,7 +35,7 @@ def report_local_errors(
 
 
 def say_farewell(ctx: CheckContext, errors: dict[str, str], wait_seconds: float) -> None:
-    """Tells the other parts why this part ends: errors, text by check id. Tries for at most `wait_seconds`.
+    """Tells the other parts why this part ends. `errors`: text by check id. Tries for at most `wait_seconds`.
 
     Does nothing if the other parts are unknown. Raises ConfigError or OSError.
     """

@@ -62,7 +62,7 @@ class PartReport:
 
     @property
     def progress(self) -> tuple[bool, int]:
-        """Increases during a run: of two reports with the same `run_id`, the one with the larger value is newer."""
+        """Returns a value that increases during a run: of two reports with equal `run_id`, the larger one is newer."""
         return self.probing_done, len(self.received_from)
 
     def to_json(self) -> dict[str, Any]:

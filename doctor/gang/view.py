@@ -1,4 +1,4 @@
-"""The reports of all parts, and what follows from them. The results are the same on every part."""
+"""The reports of all parts, and the conclusions from them, which are the same on every part."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,17 +22,18 @@ class GangView:
 
     @cached_property
     def comparable(self) -> list[PartReport]:
-        """Reports of the parts whose plan is valid and whose address in the member list is one of their machine (check
-        N-04).
+        """Returns the reports of the parts whose plan is valid and whose address in the member list is one of their
+        machine (check N-04).
 
-        A report that is not among these holds nothing that can be compared: only its `problems` are meaningful.
+        Of other reports only `problems` is meaningful; the rest cannot be compared.
         """
         return [r for _, r in sorted(self.part_reports.items()) if r.has_valid_plan and "N-04" not in r.problems]
 
     @property
     def absent(self) -> list[int]:
-        """Numbers of the parts that sent no report. Excludes parts at whose address any program answers: other checks
-        report those."""
+        """Returns the numbers of the parts that sent no report. Excludes parts at whose address any program answers:
+        other checks report those.
+        """
         answering = {
             part
             for part_report in self.part_reports.values()
@@ -82,7 +83,7 @@ class GangView:
         return self._link_errors(lambda link: link.wrong_part)
 
     def stalled(self) -> list[str]:
-        """Returns "part0 -> part1: error" for links that deliver short messages and lose long ones."""
+        """Returns "part0 -> part1: error" for links that deliver short messages but lose long ones."""
 
         def error_of(link: LinkResult) -> str:
             no_reply = "the doctor sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""

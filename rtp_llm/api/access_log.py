@@ -1,6 +1,6 @@
-"""The access log: one line per HTTP request, in which the request's id, tokens and times stand as fields.
+"""The access log: one line per HTTP request, with the request's id, token counts and times as fields.
 
-The middleware starts the record of a request, and whoever learns something about it writes it into `current()`.
+The middleware starts a record per request. Any code that handles the request can add to it through `current()`.
 """
 
 import json
@@ -20,7 +20,7 @@ SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 
 @dataclass(eq=False)
 class SequenceRecord:
-    """What the log says about one sequence. `prompt_key` is equal for sequences of the same prompt."""
+    """Fields of the access log for one sequence. `prompt_key` is equal for sequences of the same prompt."""
 
     prompt_key: int
     prompt_tokens: int
@@ -33,9 +33,10 @@ class SequenceRecord:
 
 @dataclass
 class AccessRecord:
-    """What the log says about one HTTP request. `started` is a time.monotonic(); `body_read` too, of the whole body.
+    """Fields of the access log for one HTTP request.
 
-    `ignored_fields`: names of the body's fields without effect, which only the response's headers have.
+    `started`, `body_read`: time.monotonic() when the request started and when its whole body had been read.
+    `ignored_fields`: names of body fields that have no effect; sent in a response header only, not logged.
     """
 
     request_id: str
@@ -49,9 +50,9 @@ class AccessRecord:
         return self.sequences[-1]
 
     def fields(self) -> dict[str, Any]:
-        """Returns the tokens and times of the request; empty if it started no sequence. Each prompt counts once.
+        """Returns the request's token counts and times; empty if it started no sequence. Counts each prompt once.
 
-        queue_ms is of the sequence that waited longest, ttft_ms of the one that came first.
+        queue_ms is the longest queue time of its sequences, ttft_ms the time to the first token of any sequence.
         """
         if not self.sequences:
             return {}
@@ -73,7 +74,7 @@ _current: ContextVar[AccessRecord | None] = ContextVar("access_record", default=
 
 
 def start(header: str | None) -> AccessRecord:
-    """Starts the record of the current task's request. Its id is the client's `X-Request-Id` if that is safe to log."""
+    """Starts a record for the current task's request. Its id is the client's `X-Request-Id` if that is safe to log."""
     is_safe = header is not None and SAFE_ID.fullmatch(header)
     record = AccessRecord(header if header and is_safe else secrets.token_hex(12))
     _current.set(record)
@@ -81,12 +82,12 @@ def start(header: str | None) -> AccessRecord:
 
 
 def current() -> AccessRecord:
-    """Returns the record of the current task's request, and outside a request one that is not logged."""
+    """Returns the record of the current task's request; outside a request, a new record that is never logged."""
     return _current.get() or AccessRecord("")
 
 
 def write(record: AccessRecord, request: Mapping[str, Any]) -> None:
-    """Logs the request. `request`: client, method, path, route, status, key."""
+    """Logs the request in one line. `request`: its client, method, path, route, status and key name."""
     duration_ms = round((time.monotonic() - record.started) * 1000, 1)
     fields = {"request_id": record.request_id, **request, **record.fields(), "duration_ms": duration_ms}
     text = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items() if value not in (None, ""))

@@ -1,7 +1,8 @@
-"""Who may call what: API keys, admin keys, and the routes that stay open.
+"""Access control: API keys, admin keys, and the routes that need no key.
 
-The middleware sees a request before the router does, so that without a valid key only the open paths are reached, known
-or unknown. Admin routes check for themselves (`require_admin`): only the router knows which route a path selects.
+The middleware runs before the router. Without a valid key, only the open paths are served; any other path, known or
+unknown, returns 401. Admin routes check the key themselves (`require_admin`), since only the router knows which route a
+path selects.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ KEY = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64}):)?(?P<key>[!-~]+)")
 
 @dataclass(frozen=True)
 class NamedKey:
-    """A key as its SHA-256: the comparison then takes the same time for every length."""
+    """A key, stored as its SHA-256, so that a comparison takes the same time for keys of any length."""
 
     name: str
     digest: bytes
@@ -37,20 +38,20 @@ class NamedKey:
 
 @dataclass(frozen=True)
 class Keyring:
-    """The keys that open the API, and those that open the admin routes. An admin key opens both."""
+    """The API keys and the admin keys. An admin key is accepted for the API as well."""
 
     api: tuple[NamedKey, ...] = ()
     admin: tuple[NamedKey, ...] = ()
 
     @classmethod
     def from_config(cls, config: Config) -> "Keyring":
-        """Reads API_KEY and ADMIN_KEY, or their files. Raises ConfigError, which shows no key."""
+        """Reads API_KEY and ADMIN_KEY, or their files. Raises ConfigError, whose message contains no key."""
         return cls(_read_keys(config, "api_key"), _read_keys(config, "admin_key"))
 
     def find(self, headers: Headers) -> tuple[str, bool]:
-        """Returns the name of the valid key among the headers, "" if there is none, and whether it is an admin's.
+        """Returns the name of the valid key in the headers ("" if there is none), and whether it is an admin key.
 
-        Without ADMIN_KEY, API_KEY opens the admin routes too.
+        If ADMIN_KEY is not set, an API key counts as an admin key.
         """
         digests = [hashlib.sha256(value).digest() for value in _candidates(headers)]
         if name := _match(self.admin, digests):
@@ -60,8 +61,10 @@ class Keyring:
 
 
 class AuthMiddleware:
-    """Refuses requests without a valid key (401), if there is an API_KEY. Leaves the key's name for the access log in
-    the request's state (`key_name`), and whether the key opens admin routes (`is_admin`; None where there are no keys).
+    """Rejects requests without a valid key with 401, if API_KEY is set.
+
+    Sets in the request's state: `key_name`, for the access log, and `is_admin`, whether the key is an admin key (None
+    if no keys are configured).
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, open_paths: set[str], respond: RespondError):
@@ -87,7 +90,7 @@ class AuthMiddleware:
 
 
 def require_admin(request: Request) -> None:
-    """A dependency of admin routes. Raises RequestError 403."""
+    """FastAPI dependency of admin routes. Raises RequestError 403 if the request has no admin key."""
     is_admin = request.state.is_admin
     if is_admin is None:
         is_admin = _comes_from_this_machine(request.scope)
@@ -105,7 +108,7 @@ def _comes_from_this_machine(scope: Scope) -> bool:
 
 
 def _candidates(headers: Headers) -> Iterator[bytes]:
-    """Yields every value that may be a key: clients send their own header beside one of a library's or proxy's."""
+    """Yields every header value that may be the key: a library or proxy may add a second header."""
     for name, value in headers:
         if name in KEY_HEADERS:
             yield BEARER.sub(b"", value, count=1).strip() if name == b"authorization" else value.strip()
@@ -126,7 +129,7 @@ def _unauthorized(headers: Headers) -> RequestError:
 def _read_keys(config: Config, setting: str) -> tuple[NamedKey, ...]:
     """Returns the keys of a setting. Raises ConfigError if one is malformed, or a file contains none.
 
-    /dev/null counts as no file, since a compose file cannot leave a secret out.
+    /dev/null counts as no file, since a compose file cannot make a secret optional.
     """
     path: str = getattr(config, f"{setting}_file")
     source = f"{setting.upper()}_FILE={path}" if path else setting.upper()

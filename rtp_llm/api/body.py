@@ -1,4 +1,4 @@
-"""Reads and validates JSON request bodies, whatever content type the client declares (`curl -d` declares a form)."""
+"""Reads and validates JSON request bodies. Ignores the declared content type (`curl -d` declares a form)."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,7 +21,7 @@ REF = "#/components/schemas/{model}"
 def json_body(model: type[Model], policy: FieldPolicy) -> Callable[[Request], Awaitable[Model]]:
     """Returns a FastAPI dependency that reads a small body as an instance of `model`.
 
-    The dependency raises RequestError 400, which names the invalid field and what it accepts, or 413. Requests with
+    The dependency raises RequestError 400, which names the invalid field and its allowed values, or 413. Requests with
     prompts, which are large, go through `api.preparer` instead.
     """
 
@@ -41,7 +41,7 @@ def json_body(model: type[Model], policy: FieldPolicy) -> Callable[[Request], Aw
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Returns the JSON object in `raw`. Raises RequestError 400.
 
-    The object may be wrapped in a JSON string, as alibaba/rtp-llm accepts it.
+    As in alibaba/rtp-llm, the object may itself be encoded as a JSON string.
     """
     if not raw.strip():
         raise invalid_format("the body is empty: send a JSON object")
@@ -61,7 +61,7 @@ def parse_body(model: type[Model], raw: bytes) -> Model:
 
 
 def validate(model: type[Model], data: dict[str, Any]) -> Model:
-    """Returns `data` as an instance of `model`, with the rule of `api.fields` applied to the fields that it lacks.
+    """Returns `data` as an instance of `model`. Ignores or rejects fields that `model` lacks, as `api.fields` defines.
 
     Raises RequestError 400, which names the first invalid field as the client sent it.
     """
@@ -75,8 +75,8 @@ def validate(model: type[Model], data: dict[str, Any]) -> Model:
 
 
 def _invalid_field(error: ValidationError, data: Mapping[str, Any]) -> RequestError:
-    """Returns the error of the first invalid field. Of a union, such as the four forms of `prompt`, it has the item
-    that the closest form failed at; if several forms failed there, what each would accept.
+    """Returns the error of the first invalid field. For a union, such as the four forms of `prompt`, names the item at
+    which the closest form failed; if several forms failed there, what each would accept.
     """
     details = error.errors(include_url=False, include_context=False, include_input=False)
     paths = [_sent_path(detail, data) for detail in details]

@@ -11,7 +11,7 @@ BODIES = 16  # of the maximum size that fit
 
 
 class BodyMemory:
-    """Reads the bodies of requests with prompts. Unlike starlette's `body`, keeps none until its response ends."""
+    """Reads the bodies of requests with prompts. Unlike starlette's `body`, frees them before the response ends."""
 
     def __init__(self, max_body_mb: float):
         self.limit = int(BODIES * max_body_mb * 2**20)
@@ -19,9 +19,9 @@ class BodyMemory:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Gives the whole body, which counts until the end of the context.
+        """Context manager that returns the whole body. The body counts towards the limit until the context exits.
 
-        Raises RequestError 429 if the bodies together take too much memory, ClientDisconnect.
+        Raises RequestError 429 if all bodies together exceed the limit, ClientDisconnect if the client disconnects.
         """
         size, pieces = 0, []
         try:

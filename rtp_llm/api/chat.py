@@ -1,6 +1,7 @@
-"""Answers to chats, for all dialects of chat APIs: their sequences, and what their text consists of.
+"""Generates chat responses for all chat APIs (OpenAI, Responses, Anthropic).
 
-A dialect translates its request to a `ChatRequest` while it is prepared, starts it here, and formats the deltas.
+Each of them translates its request to a `ChatRequest`, starts it with `start_chat`, and formats the resulting deltas of
+content, reasoning and tool calls.
 """
 
 from collections import defaultdict
@@ -23,20 +24,20 @@ CHAT_TEMPERATURE = 0.7  # upstream's default; OpenAI's is 1
 
 @dataclass
 class ToolCall:
-    """A whole tool call. `arguments`: JSON text as the model wrote it."""
+    """A complete tool call. `arguments`: JSON text as the model wrote it."""
 
     id: str
     name: str
     arguments: str
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the call in OpenAI's form."""
+        """Returns the tool call in OpenAI's format."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass
 class Answer:
-    """All deltas of one sequence, in order."""
+    """The parsed output of one sequence: all its deltas, in order."""
 
     deltas: list[OutputDelta] = field(default_factory=list)
 
@@ -63,10 +64,10 @@ class Answer:
 
 @dataclass
 class ChatChoice(Choice):
-    """One answer to a chat.
+    """One choice of a chat response.
 
     answer      all deltas so far
-    new_deltas  those of the newest chunk
+    new_deltas  the deltas of the newest chunk
     """
 
     parser: OutputParser = field(default_factory=ContentParser)
@@ -83,7 +84,7 @@ class ChatChoice(Choice):
 
     @property
     def finish_reason(self) -> str | None:
-        """Returns "tool_calls" in place of "stop" if the answer has calls."""
+        """Returns the finish reason; "tool_calls" instead of "stop" if the output has tool calls."""
         reason = super().finish_reason
         return "tool_calls" if reason == "stop" and self.answer.has_calls else reason
 
@@ -91,9 +92,9 @@ class ChatChoice(Choice):
 async def start_chat(
     prepared: Prepared[ChatRequest], service: Service, stop_words: StopWords, temperature: float = CHAT_TEMPERATURE
 ) -> GenerationRequest[ChatChoice]:
-    """Returns the admitted generation of a prepared chat. Raises RequestError 400, 429 or 503.
+    """Admits a prepared chat and returns its generation. Raises RequestError 400, 429 or 503.
 
-    temperature  the dialect's default
+    temperature  used if neither the request nor generation_config.json sets one
     """
     body, prompts = prepared.body, await prepared.prompts()
     extra = body.extra_configs
@@ -133,7 +134,7 @@ async def start_chat(
 def _with_reasoning_budget(
     params: SamplingParams, body: ChatRequest, output_format: OutputFormat, service: Service
 ) -> SamplingParams:
-    """Returns the parameters with the budget of the request, if its answer can begin with reasoning."""
+    """Returns the parameters with the request's reasoning budget, if the output can begin with reasoning."""
     budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
     markers = output_format.reasoning
     if budget is None or markers is None:

@@ -1,4 +1,4 @@
-"""The chat page at /: one HTML document that loads nothing, and the policy under which browsers show it."""
+"""The chat page at /: one HTML document without external resources, and its Content-Security-Policy."""
 
 import base64
 import hashlib
@@ -10,8 +10,8 @@ SCRIPTS = ("markdown.js", "console.js")
 def chat_page() -> tuple[str, str]:
     """Returns the page and its Content-Security-Policy (w3.org/TR/CSP3).
 
-    The page runs its own script, known by its hash: markup in a model's text could run nothing. It talks to this server
-    only, and is shown in no frame.
+    The policy allows only the page's own script, by its hash, so that HTML in a model's output cannot run scripts. It
+    allows connections to this server only, and forbids showing the page in a frame.
     """
     folder = files("rtp_llm").joinpath("api/console")
     script = "".join(folder.joinpath(name).read_text() for name in SCRIPTS)

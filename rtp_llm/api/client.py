@@ -1,9 +1,9 @@
 """The client of the engines (the scheduler loops on rank 0 of each group), and the sequences in flight.
 
-Accepted sequences survive the loss of the engine: the client keeps their prompts and output tokens, and submits both
-again after the restart of the ranks, which begins a new epoch. Sampling is a function of (seed, position), so the
-continuation is the same. In the same way it holds a sequence while another one is on trial (`api.suspects`), or while
-its reader is slow.
+Accepted sequences survive the loss of the engine: the client keeps their prompts and output tokens and resubmits both
+after the ranks have restarted, in the next epoch. Sampling is a function of (seed, position), so the continuation is
+the same. In the same way, the client holds a sequence back while another one is tested for crashing the engine
+(`api.suspects`), or while its reader is slow.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ MAX_UNREAD_OUTPUTS, RESUME_UNREAD_OUTPUTS = 256, 64
 
 @dataclass(eq=False)
 class InFlightSequence:
-    """One accepted sequence."""
+    """One accepted sequence that has not finished, with its output so far."""
 
     id: str
     prompt: list[int]
@@ -53,7 +53,7 @@ class InFlightSequence:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of what the engine computes. The seed, which is random by default, is left out."""
+        """Returns a digest of the engine's input, without the seed, which is random by default."""
         content = json.dumps([self.prompt, {**self.params.to_json(), "seed": 0}], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -67,11 +67,11 @@ class InFlightSequence:
 
 
 class EngineClient:
-    """The sequences in flight, each with the engine that runs it: one engine per data-parallel group.
+    """The sequences in flight and the engines that run them. There is one engine per data-parallel group.
 
-    paths           of the engines' sockets
+    paths           unix sockets of the engines
     resume_timeout  seconds that sequences wait for a lost engine
-    verdicts_path   of the file that says for each lost epoch whether a request or the engine was the cause
+    verdicts_path   file that records for each lost epoch whether a request or the engine caused the loss
     """
 
     def __init__(self, paths: Sequence[Path], metrics: Metrics, resume_timeout: float, verdicts_path: Path):
@@ -93,12 +93,12 @@ class EngineClient:
 
     @property
     def info(self) -> EngineInfo | None:
-        """Returns what is equal for all engines, from the first one; None before it was ready once."""
+        """Returns the properties that all engines share, as the first one reported them; None before READY."""
         return self._engines[0].info
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Returns the statistics after the last step, summed over engines; empty without an engine."""
+        """Returns the statistics after the last step, summed over engines; empty if no engine is connected."""
         all_stats = [engine.stats for engine in self._engines if engine.stats]
         return {name: sum(stats[name] for stats in all_stats) for name in all_stats[0]} if all_stats else {}
 
@@ -155,7 +155,7 @@ class EngineClient:
         sequences = self._sequences(engine)
         if sequences:
             num_submitted = sum(sequence.is_submitted for sequence in sequences)
-            log.info("epoch %d of the engine: %d of %d sequences run", info.epoch, num_submitted, len(sequences))
+            log.info("epoch %d of the engine: resumed %d of %d sequences", info.epoch, num_submitted, len(sequences))
 
     def on_outputs(self, engine: EngineConnection, outputs: list[EngineOutput]) -> None:
         if engine.info:
@@ -188,8 +188,9 @@ class EngineClient:
         self._write_verdicts()
 
     def on_lost(self, engine: EngineConnection, reason: object) -> None:
-        """Keeps the sequences in flight, to submit them again when the engine returns. Fails the culprit if one of them
-        is found to make the engine crash.
+        """Handles a lost engine: keeps its sequences in flight and resubmits them when the engine returns.
+
+        Fails a sequence that is found to have crashed the engine.
         """
         sequences = self._sequences(engine)
         launched = [sequence for sequence in sequences if sequence.submission_id in engine.launched_ids]
@@ -227,9 +228,7 @@ class EngineClient:
     # The end of the server
 
     def drain(self, seconds: float) -> None:
-        """Starts draining: new sequences are rejected. Fails the sequences that are still in flight after `seconds`, or
-        at once if no engine is connected.
-        """
+        """Rejects new sequences from now on. Fails the others after `seconds`, or at once if no engine is connected."""
         self._draining = True
         loop = asyncio.get_running_loop()
         loop.call_later(max(0.0, seconds), self.fail_all, "the server is stopping")
@@ -257,7 +256,7 @@ class EngineClient:
             self._submit(sequence)
 
     def _end(self, sequence: InFlightSequence) -> None:
-        """Aborts a sequence, unless it has ended. If it was on trial, others may run now."""
+        """Aborts a sequence unless it has ended. If it was on trial, other sequences may run now."""
         was_investigating = self._suspects[sequence.engine].is_investigating
         self._forget(sequence)
         if was_investigating:
@@ -279,7 +278,7 @@ class EngineClient:
         return can_run and self._suspects[sequence.engine].may_run(sequence)
 
     def _reconcile(self, engine: EngineConnection) -> None:
-        """Makes the engine run those sequences that may run, and no others."""
+        """Submits the sequences that may run to the engine, and withdraws the others."""
         sequences = self._sequences(engine)
         for sequence in sequences:
             if sequence.is_submitted and not self._may_run(sequence):
@@ -303,7 +302,7 @@ class EngineClient:
         self._in_flight[sequence.submission_id] = sequence
 
     def _on_read(self, sequence: InFlightSequence) -> None:
-        """Lets a sequence run again whose reader has caught up."""
+        """Resumes a sequence whose reader has caught up."""
         if sequence.is_unread and sequence.outputs.qsize() <= RESUME_UNREAD_OUTPUTS:
             sequence.is_unread = False
             if self._may_run(sequence):
@@ -320,7 +319,9 @@ class EngineClient:
             temporary.write_text(json.dumps(verdicts))
             temporary.replace(self._verdicts_path)
         except OSError as error:
-            log.error("cannot write %s, so every crash counts: %s", self._verdicts_path, error.strerror)
+            log.error(
+                "cannot write %s, so every crash counts against RESTART_LIMIT: %s", self._verdicts_path, error.strerror
+            )
 
 
 def _crashes_engine() -> RequestError:

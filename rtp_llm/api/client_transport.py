@@ -1,4 +1,4 @@
-"""The transport of an HTTP connection, which ends so that the last answer arrives, and never waits for ever."""
+"""The transport of an HTTP connection: closes it without losing the last response, and disconnects stalled clients."""
 
 import asyncio
 import fcntl
@@ -11,10 +11,11 @@ PROGRESS_SECONDS = 30.0  # in which a client must read or send something, or it 
 
 
 class ClientTransport:
-    """What uvicorn uses of a transport. `close` is a lingering close, as nginx has it, if `expects_input` is set.
+    """Wraps the methods of asyncio.Transport that uvicorn uses. `close` lingers, as in nginx, if `expects_input` is
+    set.
 
-    A socket that is closed with unread input sends a reset, and a reset makes the client's kernel throw away the answer
-    (RFC 9112, section 9.6). So the answer is followed by the end of the stream, and input is discarded for a while.
+    Closing a socket that has unread input sends a reset, and the client's kernel then discards the response (RFC 9112,
+    section 9.6). So `close` first shuts down the sending side, then discards input for a while.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
@@ -28,7 +29,7 @@ class ClientTransport:
         self._write_timer: asyncio.TimerHandle | None = None
 
     def is_closing(self) -> bool:
-        """Returns whether no more requests are served."""
+        """Returns whether the connection is closing and accepts no more requests."""
         return self.is_lingering or self._transport.is_closing()
 
     def close(self) -> None:
@@ -46,14 +47,16 @@ class ClientTransport:
         self.watch_writing()
 
     def discard_input(self) -> None:
-        """Is called for the input of a lingering connection: starts the time without input anew, within a limit."""
+        """Called for each input on a lingering connection. Restarts the linger timer, up to a total of
+        PROGRESS_SECONDS.
+        """
         if self._linger_timer:
             self._linger_timer.cancel()
         end = min(self._loop.time() + LINGER_SECONDS, self._linger_until)
         self._linger_timer = self._loop.call_at(end, self._transport.close)
 
     def watch_writing(self, unsent_before: float = math.inf) -> None:
-        """Aborts the connection once its client has read nothing for PROGRESS_SECONDS although there is something."""
+        """Aborts the connection if its client reads none of the unsent bytes for PROGRESS_SECONDS."""
         self.stop_watching()
         unsent = self._transport.get_write_buffer_size() and self.num_unsent_bytes()
         if unsent and unsent >= unsent_before:
@@ -67,14 +70,15 @@ class ClientTransport:
             self._write_timer = None
 
     def on_lost(self) -> None:
-        """Ends all timers."""
+        """Cancels all timers."""
         self.stop_watching()
         if self._linger_timer:
             self._linger_timer.cancel()
 
     def num_unsent_bytes(self) -> int:
-        """Returns the bytes that the client has not received. The kernel's buffer counts too: it takes megabytes at
-        once, so a slow client seems to make no progress for long.
+        """Returns the bytes that the client has not received, those in the kernel's send buffer included.
+
+        That buffer takes megabytes at once. Without it, a slow client would seem to make no progress.
         """
         in_kernel = bytearray(4)
         try:

@@ -1,4 +1,4 @@
-"""JSON as all answers and events have it."""
+"""The JSON encoding of all responses and events."""
 
 import json
 import re
@@ -10,6 +10,6 @@ _ESCAPED = re.compile("[\u0085\u2028\u2029\ud800-\udfff]")
 
 
 def compact_json(value: Any) -> str:
-    """Returns JSON without spaces, on one line for every reader, that can be encoded as UTF-8."""
+    """Returns JSON without spaces or line separators (not even Unicode's), which can always be encoded as UTF-8."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text if text.isascii() else _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -1,9 +1,11 @@
-"""How many HTTP connections the limit on open files allows."""
+"""The limit on HTTP connections, derived from the limit on open files, and which are closed beyond it."""
 
+import asyncio
 import logging
 import os
 import resource
 import time
+from typing import Protocol
 
 log = logging.getLogger("rtp_llm.api")
 
@@ -12,21 +14,47 @@ MAX_DESCRIPTORS = 65_536
 LOG_SECONDS = 60.0
 
 
+class Connection(Protocol):
+    """What the limit needs of a connection."""
+
+    transport: asyncio.Transport
+
+
 class ConnectionLimit:
-    """The number of connections that the limit on open files allows, and one log line a minute about refusals."""
+    """The number of connections that the limit on open files allows. Logs refusals, at most one line a minute.
+
+    waiting  connections without a request, the longest waiting first
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
+        self.waiting: dict[Connection, None] = {}
         self._refused = 0
         self._logged_at = -LOG_SECONDS
 
     @classmethod
     def from_rlimit(cls) -> "ConnectionLimit":
-        """Raises this process's limit on open files to what it may be, and leaves a reserve."""
+        """Raises this process's soft limit on open files, and returns that limit less a reserve."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = max(soft, min(hard, MAX_DESCRIPTORS)) if hard != resource.RLIM_INFINITY else MAX_DESCRIPTORS
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return cls(max(8, wanted - len(os.listdir("/proc/self/fd")) - 2 * RESERVED_DESCRIPTORS))
+
+    def admit(self, connection: Connection, num_open: int) -> None:
+        """Lets a new connection wait for a request. Beyond the limit, closes the one that waits longest; if no other
+        waits and the reserve is used up, the new one. `num_open`: connections, the new one included.
+        """
+        self.waiting[connection] = None
+        if num_open <= self.limit:
+            return
+        longest = next(iter(self.waiting))
+        if longest is not connection:
+            self.log_refusal("the ones that wait longest are closed")
+            longest.transport.abort()
+            self.waiting.pop(longest, None)
+        elif num_open > self.limit + RESERVED_DESCRIPTORS:
+            self.log_refusal("new ones are closed")
+            connection.transport.abort()
 
     def log_refusal(self, action: str) -> None:
         self._refused += 1

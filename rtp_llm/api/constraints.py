@@ -1,4 +1,4 @@
-"""Structured output in the spellings of OpenAI, vLLM, SGLang and alibaba/rtp-llm, as one grammar."""
+"""Structured output: translates the fields of OpenAI, vLLM, SGLang and alibaba/rtp-llm into one grammar."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +17,7 @@ Choices = Annotated[list[str], Field(fail_fast=True, max_length=4096)]
 
 
 class JsonSchemaFormat(BaseModel):
-    """OpenAI's `response_format.json_schema`. `strict` makes no difference: every schema is enforced."""
+    """OpenAI's `response_format.json_schema`. `strict` has no effect: every schema is enforced."""
 
     name: str = ""
     description: str | None = None
@@ -26,7 +26,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class TaggedStructure(BaseModel):
-    """JSON between two texts, as in a call of a function."""
+    """JSON between a begin tag and an end tag, such as a function call."""
 
     begin: Annotated[str, Field(min_length=1)]
     schema_: Schema = Field({}, alias="schema")
@@ -34,19 +34,19 @@ class TaggedStructure(BaseModel):
 
 
 class StructuralTag(BaseModel):
-    """Free text in which each structure that has begun (at a trigger, with which its `begin` starts) is complete."""
+    """Free text with structures in it. A trigger, which is a prefix of a `begin` tag, starts a structure."""
 
     structures: Annotated[list[TaggedStructure], Field(min_length=1, max_length=256)]
     triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)]
 
     def grammar(self, tokenizer: Tokenizer) -> str:
-        """Returns the grammar. Raises GrammarError."""
+        """Returns the grammar for such a text, as a string for llguidance. Raises GrammarError."""
         tags = [grammar.Tag(tag.begin, tag.schema_, tag.end) for tag in self.structures]
         return grammar.from_tags(tags, self.triggers, tokenizer)
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's `response_format`, and the structural tags of vLLM and SGLang."""
+    """OpenAI's `response_format`, extended by the structural tags of vLLM and SGLang."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"] = "text"
     json_schema: JsonSchemaFormat | None = None
@@ -89,7 +89,7 @@ class StructuredOutputFields(BaseModel):
 
 
 def content_grammar(tokenizer: Tokenizer, *bodies: StructuredOutputFields | None) -> tuple[str, str]:
-    """Returns the grammar that the text must match, and the name of the field that asks for it; empty if none does.
+    """Returns the grammar for the text and the name of the field that requests it; two empty strings if no field does.
 
     `bodies`: the objects of a request that may have such fields. Raises RequestError 400.
     """
@@ -109,7 +109,7 @@ def content_grammar(tokenizer: Tokenizer, *bodies: StructuredOutputFields | None
 
 
 def _constraints(fields: StructuredOutputFields, tokenizer: Tokenizer) -> list[tuple[str, Any, Callable[[Any], str]]]:
-    """Returns (field, value, what makes the value's grammar) of each field. Empty values are not set."""
+    """Returns (field, value, function that makes the value's grammar) of each field. Empty values are not set."""
     nested = fields.structured_outputs or StructuredOutputs(json=None)
     if nested.disable_additional_properties:
         name = "structured_outputs.disable_additional_properties"
@@ -147,7 +147,7 @@ def _from_response_format(value: ResponseFormat, tokenizer: Tokenizer) -> str:
     if value.type == "json_object":
         return grammar.from_json_schema({"type": "object"})
     if value.json_schema is None:
-        raise GrammarError("type json_schema needs a json_schema: {name, schema}")
+        raise GrammarError("type json_schema needs the field json_schema: {name, schema}")
     schema = value.json_schema.schema_
     return grammar.from_json_schema({"type": "object"} if schema is None else schema)
 

@@ -1,4 +1,4 @@
-"""Work that ends when its client disconnects."""
+"""Cancels work when its client disconnects."""
 
 import asyncio
 from collections.abc import Awaitable

@@ -1,7 +1,7 @@
 """`python -m rtp_llm.api.download FLAGS`: downloads the models that the settings name, and serves /health meanwhile.
 
-start_server, whose settings it reads, runs it before everything that needs config.json, and can kill it at any time:
-the next start goes on.
+start_server runs it with its own settings before anything that needs config.json. It can be killed at any time: the
+next run resumes the download.
 """
 
 import logging
@@ -38,7 +38,7 @@ BAR_SECONDS = 0.5
 
 
 class DownloadState:
-    """What /health tells while a part downloads its models, one after another."""
+    """The state that /health reports while a part downloads its models, one after another."""
 
     def __init__(self) -> None:
         self.progress: DownloadProgress | None = None
@@ -49,7 +49,7 @@ class DownloadState:
         return Health(False, "download", self.progress.share(), f"download: {self.progress.describe()}")
 
     def doctor_report(self) -> None:
-        """Returns None: the part's doctor runs after the download."""
+        """Returns None: the doctor runs after the download."""
 
 
 def main(arguments: list[str]) -> None:
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
 
 
 def create_download_app(config: Config, state: DownloadState) -> FastAPI:
-    """Returns an application that serves the same health as the part does later, and 503 elsewhere."""
+    """Returns an application that serves /health and /metrics in their usual formats, and 503 for all other paths."""
     keyring = Keyring.from_config(config)
     app = FastAPI(openapi_url=None)
     app.include_router(status_router(state, Metrics("", 1), hides_detail=bool(keyring.api)))
@@ -105,7 +105,7 @@ def _download_all(config: Config, state: DownloadState, server: uvicorn.Server, 
 
 
 class Reporter:
-    """Shows a download's progress: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Shows the progress of a download: a bar on a terminal, otherwise a log line every ten seconds."""
 
     def __init__(self, progress: DownloadProgress):
         self._progress, self._done = progress, threading.Event()
@@ -136,7 +136,7 @@ class Reporter:
 
 
 def _has_terminal() -> bool:
-    """Returns whether stderr is a terminal; one without columns is that of a detached container, whose log it is."""
+    """Returns whether stderr is a terminal with columns; one without is the log of a detached container."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 

@@ -19,7 +19,7 @@ RECONNECT_SECONDS = 0.05
 
 
 class EngineListener(Protocol):
-    """What `api.client.EngineClient` does when something happens to an engine."""
+    """Callbacks for the events of an engine connection, implemented by `api.client.EngineClient`."""
 
     def on_ready(self, engine: "EngineConnection", info: EngineInfo, previous: EngineInfo | None) -> None: ...
 
@@ -28,15 +28,15 @@ class EngineListener(Protocol):
     def on_lost(self, engine: "EngineConnection", reason: object) -> None: ...
 
     def on_absent(self, engine: "EngineConnection") -> None:
-        """Called from the loss on, after each attempt to connect."""
+        """Called when an engine is lost, and after each failed attempt to reconnect."""
         ...
 
 
 class EngineConnection:
-    """Keeps a connection to the engine's unix socket open while the process runs, and reconnects if it is lost."""
+    """A connection to the engine's unix socket. Reconnects whenever it is lost."""
 
     def __init__(self, path: Path, listener: EngineListener):
-        """`path`: of the socket. `listener`: gets what happens to the engine."""
+        """`path`: path of the socket. `listener`: its callbacks are called for events of the engine."""
         self._path, self._listener = path, listener
         self._writer: asyncio.StreamWriter | None = None
         self.info: EngineInfo | None = None  # of the current or last engine; None before the first
@@ -46,11 +46,11 @@ class EngineConnection:
 
     @property
     def is_connected(self) -> bool:
-        """True once the engine has sent READY on this connection. Nothing may be sent to it before."""
+        """True once the engine has sent READY on this connection. No message may be sent before."""
         return self._writer is not None
 
     def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Sends a message to the engine. Drops it if none is connected: a new engine gets all sequences in flight."""
+        """Sends a message, or drops it if no engine is connected: the next engine gets all sequences in flight."""
         if self._writer and not self._writer.is_closing():
             self._writer.write(pack_json(frame_type, message))
 
@@ -64,7 +64,7 @@ class EngineConnection:
                 if self.is_connected:
                     self._on_lost(error)
             except Exception:  # without this task, requests would never end
-                log.exception("the engine's frames could not be read")
+                log.exception("the engine sent frames that cannot be decoded")
                 self._on_lost("unreadable frames")
             finally:
                 self._writer = None

@@ -1,4 +1,4 @@
-"""Lets errors name the field at fault as the client has sent it."""
+"""Context managers that make errors name the invalid field as the client sent it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from rtp_llm.errors import RequestError
 
 @contextmanager
 def named_field(name: str) -> Iterator[None]:
-    """Makes RequestErrors name the field whose text or token ids are at fault."""
+    """Context manager that adds `name`, the field of the invalid input, to each RequestError."""
     try:
         yield
     except RequestError as error:
@@ -18,7 +18,7 @@ def named_field(name: str) -> Iterator[None]:
 
 @contextmanager
 def renamed_field(name: str, sent_name: str) -> Iterator[None]:
-    """Makes RequestErrors name a field of OpenAI's chats as a client of another dialect has sent it."""
+    """Context manager that replaces `name`, a field of OpenAI's chats, by `sent_name` in each RequestError."""
     try:
         yield
     except RequestError as error:

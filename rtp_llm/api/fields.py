@@ -1,8 +1,8 @@
-"""The rule on fields of a request body that its schema does not declare.
+"""Handles fields of a request body that its schema does not declare.
 
-A field that constrains the text, or asks for a result that this server lacks, is refused by name unless its value is
-neutral: a client that asks for JSON must not get prose. A hint is accepted. Any other field is ignored, and the answer
-says so in `x-ignored-fields`, since real clients send more fields than any server knows.
+A field that constrains the text, or requests a result that this server cannot return, is refused by name unless its
+value means "not set": a client that asks for JSON must not get prose. Hints are accepted. Any other field is ignored
+and listed in the response header `x-ignored-fields`, since real clients send more fields than any server knows.
 """
 
 import logging
@@ -22,27 +22,28 @@ from rtp_llm.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-MAX_NAMES = 16  # of ignored fields that an answer names
+MAX_NAMES = 16  # of ignored fields in a response header
 MAX_NAME_CHARACTERS = 64
 MAX_LOGGED_NAMES = 256  # of all requests, each logged once and a label of the metric
 MAX_WALKED_ITEMS = 65536  # schemas refuse longer lists
 
 
 class Refusal(NamedTuple):
-    """Why a field is refused, and the value (a tuple: the values) beside null, false, 0 and empty ones that means "not
-    set".
+    """The reason why a field is refused, and the default value (or tuple of values) that means "not set".
+
+    null, false, 0 and empty values also mean "not set".
     """
 
     reason: str
     default: Any = None
 
     def is_neutral(self, value: Any) -> bool:
-        """Returns whether the field counts as not set. Where the default is true, false is a wish."""
+        """Returns whether the value means "not set". If the default is true, false does not."""
         defaults = self.default if isinstance(self.default, tuple) else (self.default,)
         return value in defaults or (not value and self.default is not True)
 
     def is_empty(self, value: Any) -> bool:
-        """Returns whether the value, whatever the type of the field, counts as not set. 0 may be a wish."""
+        """Returns whether the value means "not set" whatever the type of the field. 0 does not: it may be a request."""
         return value in ("", [], {}) or (value is False and self.default is not True)
 
 
@@ -82,7 +83,7 @@ REFUSALS: Mapping[str, Refusal] = {
     **_refuse(_TEXT, "return_tokens_as_token_ids", "echo", detokenize=True, spaces_between_special_tokens=True),
     **_refuse("adapters (LoRA) are not supported", "adapter_name", "lora_path", "lora_request"),
 }
-# Fields that a server may heed or not, and labels: accepted, and not reported.
+# Fields that a server may ignore, such as labels: accepted, and not reported.
 HINTS = frozenset(
     (
         *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
@@ -98,8 +99,10 @@ MESSAGE_HINTS = frozenset({"tool_call_id", "refusal", "annotations", "reasoning"
 
 @dataclass
 class FieldRecord:
-    """What the rules need to know of one body: which `model` it asks for, and the names of its ignored fields, such as
-    `messages.id`, of which the first `MAX_NAMES` are kept.
+    """The fields of one body that need a decision later: its `model`, and the names of ignored fields, such as
+    `messages.id`.
+
+    Keeps the first `MAX_NAMES` names.
     """
 
     model: object = None
@@ -124,7 +127,7 @@ _current: ContextVar[FieldRecord | None] = ContextVar("field_record", default=No
 
 @contextmanager
 def recording() -> Iterator[FieldRecord]:
-    """Collects what `set_fields` and `ignore` meet meanwhile in this thread."""
+    """Context manager that collects what `set_fields` and `ignore` record in this thread."""
     record = FieldRecord()
     token = _current.set(record)
     try:
@@ -134,19 +137,19 @@ def recording() -> Iterator[FieldRecord]:
 
 
 def ignore(path: str, names: Iterable[str]) -> None:
-    """Records that fields of the object at `path` ("" or "messages.") have no effect."""
+    """Records that these fields of the object at `path` ("" or "messages.") have no effect."""
     record = _current.get()
     if record is not None:
         record.add(path, names)
 
 
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Returns the fields of a body or of an object in it without those that are null, which count as not set.
+    """Returns the fields of a body, or of an object in it, that are set.
 
-    So do empty values of declared fields that constrain the text, of whatever type they are.
-    Applies the rule to fields that `model` does not declare, in nested models too. Raises RequestError 400 for a field
-    that constrains the text; of a nested model only if it declares `refusals`. A model with extra="allow" passes its
-    extra fields on to someone who applies the rule.
+    Drops null fields, and empty values of declared fields that constrain the text. Refuses or ignores fields that
+    `model` does not declare, in nested models too. Raises RequestError 400 for a field that constrains the text; in a
+    nested model only if it declares `refusals`. A model with extra="allow" keeps its extra fields, which the caller
+    must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS
@@ -230,10 +233,10 @@ def _is_number(annotation: Any) -> bool:
 
 
 class FieldPolicy:
-    """Tells the client, the log and the metrics which fields were ignored; refuses what the settings exclude.
+    """Reports ignored fields to the client, the log and the metrics, and rejects requests as STRICT_FIELDS and
+    STRICT_MODEL_NAME say.
 
-    `is_strict`: whether ignored fields are refused (STRICT_FIELDS). `model_names`: the only ones that requests may have
-    (STRICT_MODEL_NAME); None: any.
+    `is_strict`: reject requests with ignored fields. `model_names`: the allowed values of `model`; None: any.
     """
 
     def __init__(self, metrics: Metrics, *, is_strict: bool, model_names: Collection[str] | None):
@@ -241,7 +244,7 @@ class FieldPolicy:
         self._logged: set[str] = set()
 
     def apply(self, record: FieldRecord) -> None:
-        """Raises RequestError 404 for another model, 400 for ignored fields, if the settings say so."""
+        """Raises RequestError 404 if the model name is not allowed, 400 for ignored fields if STRICT_FIELDS is set."""
         if self._model_names is not None and record.model is not None and record.model not in self._model_names:
             raise model_not_found(str(record.model), self._model_names)
         if self._is_strict and record.names:
@@ -252,5 +255,5 @@ class FieldPolicy:
         for name in record.names:
             if name not in self._logged and len(self._logged) < MAX_LOGGED_NAMES:
                 self._logged.add(name)
-                log.info("requests have the field %s, which this server ignores (said once)", name)
+                log.info("requests have the field %s, which this server ignores (logged once per field)", name)
             self._metrics.ignored_fields.labels(field=name if name in self._logged else "other").inc()

@@ -35,7 +35,7 @@ class ResponseHeader:
     def stream_event(
         self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool
     ) -> Iterator[str]:
-        """Yields one server-sent event, in pieces if it is large. `with_usage` includes "usage", even if it is None."""
+        """Yields one server-sent event, in pieces if it is large. `with_usage`: include "usage" even if it is None."""
         is_chat = self.object_type == "chat.completion"
         object_type = "chat.completion.chunk" if is_chat else self.object_type
         body = self._fields(object_type) | {"choices": choices} | ({"usage": usage} if with_usage else {})
@@ -47,7 +47,7 @@ class ResponseHeader:
 
 
 class ChoiceFormatter(Protocol[FormattedChoice]):
-    """Formats the choices of a response, whole or streamed, as the objects of its `choices`."""
+    """Formats choices as the objects of `choices` in a response or stream chunk."""
 
     def full_choice(self, index: int, choice: FormattedChoice) -> dict[str, Any]: ...
     def initial_choices(self, index: int, choice: FormattedChoice) -> list[dict[str, Any]]: ...
@@ -55,7 +55,7 @@ class ChoiceFormatter(Protocol[FormattedChoice]):
 
 
 class ChatFormatter:
-    """Formats the choices of a chat completion."""
+    """Formats the choices of a chat completion, whole or streamed."""
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self.tokenizer, self.logprobs = tokenizer, logprobs
@@ -98,7 +98,7 @@ def _delta_json(delta: OutputDelta) -> dict[str, Any]:
 
 
 def _reasoning(text: str) -> dict[str, str]:
-    """Returns the two names under which clients look for reasoning: DeepSeek's and OpenRouter's."""
+    """Returns the reasoning under the two names that clients read: DeepSeek's and OpenRouter's."""
     return {"reasoning_content": text, "reasoning": text}
 
 

@@ -1,4 +1,4 @@
-"""One request for text: its choices and their output so far."""
+"""A generation request: its choices and their output so far."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -54,7 +54,7 @@ class GenerationRequest(Generic[AnyChoice]):
     prompt_only: bool = False  # echo with max_tokens=0: the prompt alone, without the token that the engine generates
 
     async def run(self, service: Service) -> AsyncGenerator[tuple[int, OutputChunk]]:
-        """Generates all choices. Yields (index of the choice, chunk), which the choice has got already."""
+        """Generates all choices. Yields (index of the choice, chunk) after adding the chunk to its choice."""
         text, slots = self.text_params, self.reservation
         async with aclosing(
             merge([service.generate(s.prompt, s.params, text, slots) for s in self.sequences])
@@ -64,7 +64,7 @@ class GenerationRequest(Generic[AnyChoice]):
                 yield index, chunk
 
     async def collect(self, request: Request, service: Service) -> None:
-        """Generates all choices. Raises ClientDisconnected if the client hangs up."""
+        """Generates all choices to the end. Raises ClientDisconnected if the client disconnects."""
 
         async def run() -> None:
             async with aclosing(self.run(service)) as chunks:
@@ -98,7 +98,7 @@ def make_generation(
     prompts: list[list[int]],
     params: Sequence[SamplingParams],
 ) -> GenerationRequest[AnyChoice]:
-    """Admits a request: `body.n` choices per prompt, each with a seed of its own. Raises RequestError 429 or 503."""
+    """Admits a request with `body.n` choices per prompt, each with its own seed. Raises RequestError 429 or 503."""
     n = body.n or 1
     choices = [
         make_choice(prompt, replace(prompt_params, seed=prompt_params.seed + i))

@@ -17,7 +17,7 @@ MAX_CHECKED = 1024  # grammars whose results are kept
 
 
 class GrammarChecker:
-    """Compiles each grammar once: in a thread, or, if that could take any time, in the process of `preparer`."""
+    """Compiles each grammar once: in a thread, or in `preparer`'s process if the time to compile it has no bound."""
 
     def __init__(self, preparer: Preparer) -> None:
         self._preparer = preparer
@@ -25,10 +25,7 @@ class GrammarChecker:
         self._errors: OrderedDict[bytes, str] = OrderedDict()  # by digest of the grammar; empty: it is valid
 
     async def check(self, text: str, field: str) -> None:
-        """Raises RequestError 400 if the grammar that `field` asks for cannot be enforced, or not be checked in time.
-
-        429 if too many others are being checked.
-        """
+        """Raises RequestError 400 if `field`'s grammar is invalid or compiles too slowly, 429 if too many wait."""
         digest = blake2b(text.encode()).digest()
         if digest not in self._errors:
             try:
@@ -45,7 +42,7 @@ class GrammarChecker:
             raise invalid_params(f"{field}: {error}", field)
 
     def close(self) -> None:
-        """Ends the thread, without waiting for it."""
+        """Stops the thread without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _find_error(self, text: str) -> str:

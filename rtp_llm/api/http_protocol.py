@@ -3,14 +3,14 @@
 import asyncio
 import json
 from http import HTTPStatus
-from typing import ClassVar, NoReturn, cast
+from typing import NoReturn, cast
 
 import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from rtp_llm.api.client_transport import PROGRESS_SECONDS, ClientTransport
-from rtp_llm.api.connection_limit import MAX_DESCRIPTORS, RESERVED_DESCRIPTORS, ConnectionLimit
+from rtp_llm.api.connection_limit import MAX_DESCRIPTORS, ConnectionLimit
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all headers
 MAX_HEADERS = 128
@@ -18,12 +18,11 @@ PROBE_PATHS = {b"/liveness", b"/health"}
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. Beyond the limit of connections, the one that waits longest for a request is closed; if none
-    waits, only probes are served.
+    """One HTTP connection. Beyond the connection limit, the longest idle connection is closed; if none is idle, only
+    probes are served.
     """
 
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it
-    waiting: ClassVar[dict["HttpProtocol", None]] = {}  # connections without a request, the longest waiting first
 
     _client: ClientTransport
     _served: RequestResponseCycle | None = None  # the request that the application has; `cycle` is the last one read
@@ -31,27 +30,18 @@ class HttpProtocol(HttpToolsProtocol):
     _in_head = _in_body = False
     _head_bytes = _unparsed_bytes = 0
     _error: tuple[HTTPStatus, str] | None = None  # why a callback ended the parser
-    _last_answer = b""  # a refusal that waits for the answers to earlier requests
+    _last_answer = b""  # an error response that waits until earlier requests have their responses
 
     # Connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._client = ClientTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, self._client))
-        self.waiting[self] = None
         self._start_timer()
-        if len(self.connections) > self.limit.limit:
-            idle = next(iter(self.waiting))
-            if idle is not self:
-                self.limit.log_refusal("the ones that wait longest are closed")
-                idle.transport.abort()
-                idle.waiting.pop(idle, None)
-            elif len(self.connections) > self.limit.limit + RESERVED_DESCRIPTORS:
-                self.limit.log_refusal("new ones are closed")
-                transport.abort()
+        self.limit.admit(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.waiting.pop(self, None)
+        self.limit.waiting.pop(self, None)
         self._stop_timer()
         self._client.on_lost()
         super().connection_lost(exc)
@@ -108,7 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.waiting.setdefault(self)
+        self.limit.waiting.setdefault(self)
         self._in_head = True
         self._head_bytes = self._unparsed_bytes = 0
 
@@ -137,7 +127,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._end_parser(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are open (ulimit -n)")
         self.scope["state"]["peer"] = self.client[0] if self.client else ""
         super().on_headers_complete()
-        self.waiting.pop(self, None)
+        self.limit.waiting.pop(self, None)
         self._in_head, self._in_body = False, True
         self._client.expects_input = True
         self._unparsed_bytes = 0
@@ -161,14 +151,14 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self.waiting[self] = None  # a connection that lingers makes room for others
+            self.limit.waiting[self] = None  # a connection that lingers makes room for others
             return
         if self._last_answer and not self._is_serving:
             self._end_with(self._last_answer)
             return
         if not self.pipeline:
-            self.waiting[self] = None
-        if self._in_body:  # an early answer such as 413: the rest is discarded, for a while, so that it arrives
+            self.limit.waiting[self] = None
+        if self._in_body:  # an early response, such as 413, arrives only if the rest of the body is read and discarded
             self._start_timer()
 
     @property
@@ -176,9 +166,9 @@ class HttpProtocol(HttpToolsProtocol):
         return self._served is not None and not self._served.response_complete
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers the request that is being read without the application, and closes the connection.
+        """Sends an error response without calling the application, and closes the connection.
 
-        Earlier requests get their answers first. Closes the connection only, if the answer has begun.
+        Responses to earlier requests are sent first. If this response has already begun, only closes the connection.
         """
         if self._in_body and self.cycle is not self._served:
             self.pipeline.popleft()
@@ -195,13 +185,13 @@ class HttpProtocol(HttpToolsProtocol):
     def _end_with(self, answer: bytes) -> None:
         self._stop_timer()
         self._unset_keepalive_if_required()
-        self.waiting[self] = None
+        self.limit.waiting[self] = None
         self.transport.write(answer)
         self._client.expects_input = True
         self.transport.close()
 
     def _disconnect(self, cycle: RequestResponseCycle | None) -> None:
-        """Tells the application that nobody waits for its answer."""
+        """Tells the application that the client has disconnected."""
         if cycle and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -209,7 +199,7 @@ class HttpProtocol(HttpToolsProtocol):
     # Limits on the time
 
     def _restart_timer(self) -> None:
-        """Starts the time anew for each piece of a body, but only once for all headers of a request."""
+        """Restarts the timeout at each piece of a body, but only once for all headers of a request."""
         is_answered = self.cycle is None or self.cycle.response_complete
         if self._in_body and not is_answered:
             self._start_timer()
@@ -232,7 +222,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer = None
         is_answered = self.cycle is None or self.cycle.response_complete
         if self.flow.read_paused or not (is_answered or self._in_body):
-            self._start_timer()  # the client waits for the server: for the reader of its body, or an earlier answer
+            self._start_timer()  # the client waits for the server to read its body, or for an earlier response
         elif self._in_head or (self._in_body and not is_answered and not self.cycle.response_started):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request made no progress for {PROGRESS_SECONDS:g} s")
         else:

@@ -1,12 +1,14 @@
-"""The sockets on which HTTP listens, and uvicorn's settings."""
+"""The sockets on which the HTTP server listens, and uvicorn's settings."""
 
 import logging
 import socket
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from rtp_llm.api.http_protocol import HttpProtocol
+from rtp_llm.api.tls_handshake import TlsHandshake
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError, FatalError
 from rtp_llm.machine.listen_addresses import is_machine_name, listen_addresses, listen_on
@@ -18,12 +20,12 @@ BACKLOG = 2048
 
 
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Returns a socket for each address that HOST means.
+    """Returns one listening socket per address of `host`.
 
     Raises ConfigError (64) if `host` is not an address of this machine, FatalError (70) if the port is taken.
     """
     if is_machine_name(host):
-        log.warning("HOST=%s is the name of a machine, not an address: listening on all addresses", host)
+        log.warning("HOST=%s is a host name, not an address: listening on all addresses", host)
     listeners: list[socket.socket] = []
     for address in listen_addresses(host):
         try:
@@ -54,11 +56,15 @@ def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
     )
     try:
         if config.ssl_keyfile and not config.ssl_certfile:
-            raise ConfigError("SSL_KEYFILE is set without SSL_CERTFILE; allowed: both, or none", check="M-14")
+            raise ConfigError("SSL_KEYFILE is set without SSL_CERTFILE; allowed: both or neither", check="M-14")
         uvicorn_config.load()
     except OSError as error:  # an ssl.SSLError is one too
         files = f"SSL_CERTFILE={config.ssl_certfile}, SSL_KEYFILE={config.ssl_keyfile}"
         allowed = "a PEM certificate chain and its private key without a passphrase"
         reason = error.strerror or error
         raise ConfigError(f"{files}: cannot be used: {reason}; allowed: {allowed}", check="M-14") from None
+    if uvicorn_config.ssl:
+        # uvicorn would show a connection to its protocol only after the handshake, and allow it a minute.
+        uvicorn_config.http_protocol_class = partial(TlsHandshake, uvicorn_config.ssl)  # type: ignore[assignment]
+        uvicorn_config.ssl = None
     return uvicorn_config

@@ -74,10 +74,10 @@ def main(run_dir: Path) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that drains: after SIGTERM it runs until the accepted requests finish; /health returns 503.
+    """A uvicorn server that drains: after SIGTERM it runs until the accepted requests finish, and /health returns 503.
 
-    Parts other than 0 accept no requests to the model. They wait until rank 0 has none open, because each request needs
-    the ranks of all parts.
+    Parts other than 0 get no generation requests, but their ranks take part in each. So they wait until rank 0 reports
+    that no request is open.
     """
 
     def __init__(self, state: PartState, service: Service | None, config: uvicorn.Config):
@@ -93,7 +93,7 @@ class DrainingServer(uvicorn.Server):
         alive.cancel()
 
     async def _show_life(self) -> None:
-        """Touches a file as long as the event loop runs; the guard kills this process if it gets old."""
+        """Touches a file while the event loop runs; the guard kills this process if the file gets old."""
         while True:
             with suppress(OSError):  # on a full disk an existing file can still be touched
                 self._state.part_spec.api_alive_path.touch()

@@ -1,4 +1,4 @@
-"""ASGI middleware: body size limit, HEAD, the end of connections in a drain, access log and HTTP metrics."""
+"""ASGI middleware: body size limit, HEAD requests, closing connections while draining, access log and HTTP metrics."""
 
 import time
 from typing import Any
@@ -15,7 +15,7 @@ UNMEASURED_PATHS = {"/metrics", "/health", "/liveness"}
 
 
 class BodySizeMiddleware:
-    """Rejects bodies of more than `limit` bytes while they arrive, with or without a Content-Length."""
+    """Rejects bodies of more than `limit` bytes with 413 as they arrive, with or without a Content-Length."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit
@@ -45,7 +45,7 @@ class BodySizeMiddleware:
 
 
 class HeadMiddleware:
-    """Answers HEAD wherever GET works. The HTTP protocol, which sees the original scope, leaves out the body."""
+    """Handles HEAD like GET on every route. The HTTP protocol class sees the original method and omits the body."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -60,7 +60,7 @@ class HeadMiddleware:
 
 
 class DrainMiddleware:
-    """Ends kept connections while the part drains, so that pooled clients do not stick to it."""
+    """Closes keep-alive connections while the part drains, so that connection pools switch to another server."""
 
     def __init__(self, app: ASGIApp, state: PartState):
         self.app, self.state = app, state
@@ -75,8 +75,8 @@ class DrainMiddleware:
 
 
 class MetricsMiddleware:
-    """Counts and times requests and writes the access log. The `handler` label is the route template, since each raw
-    path would create a time series.
+    """Counts and times requests, and writes the access log. The `handler` label is the route template, since a label
+    per raw path would create unbounded time series.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool):

@@ -50,7 +50,7 @@ PING = b": ping\r\n\r\n"  # with the line ends of the other events
 
 @dataclass
 class NativeSequence:
-    """One of the sequences that are generated for a prompt, and its output so far."""
+    """One sequence of a prompt, and its output so far."""
 
     prompt: list[int]
     params: SamplingParams
@@ -79,7 +79,7 @@ class NativeSequence:
         return bool(self.last_chunk and self.last_chunk.finish_reason)
 
     def response_text(self) -> str:
-        """Returns the text so far, or with return_incremental the text since the last call."""
+        """Returns the text so far; with return_incremental, only the text since the last call."""
         start = self.num_sent_texts if self.config.return_incremental else 0
         self.num_sent_texts = len(self.texts)
         return "".join(self.texts[start:])
@@ -122,7 +122,7 @@ class NativeSequence:
 
 @dataclass
 class NativeResponse:
-    """The response to one request. `groups` holds the sequences of each prompt: one, or num_return_sequences."""
+    """The response to one request. `groups`: the sequences of each prompt, one or num_return_sequences of them."""
 
     groups: list[list[NativeSequence]]
     text_params: TextParams
@@ -141,7 +141,9 @@ class NativeResponse:
         return {"response_batch": bodies} if self.is_batch else bodies[0]
 
     def event(self, prefix: str) -> Iterator[str]:
-        """Yields an event with the response so far, a large one in pieces. As in alibaba/rtp-llm, it ends in CRLF."""
+        """Yields one server-sent event with the response so far, in pieces if large; ends in CRLF as in
+        alibaba/rtp-llm.
+        """
         is_large = sum(len(s.tokens) + len(s.prompt) for s in self.sequences) > SMALL_TOKENS
         parts = json_parts(self.to_json()) if is_large else (compact_json(self.to_json()),)
         yield from coalesced(itertools.chain((prefix,), parts, ("\r\n\r\n",)))

@@ -1,4 +1,4 @@
-"""Prepares native requests, as in alibaba/rtp-llm. See `api.preparation`."""
+"""Prepares native requests, as in alibaba/rtp-llm. See `api.preparation`; all functions raise RequestError."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +21,7 @@ _LIST_FIELDS = {"guided_choice", "stop_words_str", "stop_words_list"}
 
 
 def prepare_native(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
-    """Returns a body whose `generate_config` has all fields of the request, and no others. Raises RequestError."""
+    """Prepares a native request. `generate_config` of the result has the generation fields from all places."""
     body = parse_body(NativeRequest, raw)
     config = merged_config(body)
     if body.urls or body.images:
@@ -31,7 +31,7 @@ def prepare_native(preparation: Preparation, raw: bytes, limits: PromptLimits) -
 
 
 def prepare_batch(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
-    """Returns the request that /batch_infer stands for. Raises RequestError."""
+    """Prepares a request to /batch_infer as a native request."""
     batch = parse_body(BatchInferRequest, raw)
     config = merged_config(validate(NativeRequest, batch.model_dump()))
     limits.check_engine()

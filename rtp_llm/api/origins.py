@@ -1,7 +1,8 @@
-"""Keeps foreign web pages out of a server without a key.
+"""Protects a server without API keys from web pages of other origins.
 
-Any page can make its visitor's browser call a server that the visitor reaches. Browsers say so by the header Origin,
-and send JSON only after a preflight. A name that its owner makes point to 127.0.0.1 (DNS rebinding) shows in Host.
+A web page can make its visitor's browser send requests to any server that the visitor can reach. Browsers state the
+page's origin in the header Origin, and send JSON only after a preflight request. In a DNS rebinding attack, a foreign
+name resolves to 127.0.0.1; the header Host shows that name.
 """
 
 from collections.abc import Callable, Collection
@@ -21,10 +22,10 @@ SIMPLE_CONTENT_TYPES = {"", "text/plain", "application/x-www-form-urlencoded", "
 
 
 class OriginPolicy:
-    """Decides which origins and host names may be used without a key."""
+    """Decides which origins and host names may use the server without a key."""
 
     def __init__(self, config: Config):
-        """Raises ConfigError if ALLOWED_ORIGINS has an entry that is no origin."""
+        """Raises ConfigError if ALLOWED_ORIGINS has an invalid entry."""
         self.origins = _entries(config.allowed_origins)
         self.hosts = {host.lower() for host in _entries(config.allowed_hosts)}
         self.checks_host = is_loopback(config.host) or config.host == "localhost"
@@ -32,7 +33,7 @@ class OriginPolicy:
             parts = urlsplit(origin)
             if not parts.scheme or not parts.netloc or parts.path:
                 allowed = "scheme://host[:port], such as https://chat.example.com, or *"
-                raise ConfigError(f"ALLOWED_ORIGINS: {origin!r} is no origin; allowed: {allowed}", check="M-14")
+                raise ConfigError(f"ALLOWED_ORIGINS: {origin!r} is not an origin; allowed: {allowed}", check="M-14")
 
     def allows_origin(self, origin: str) -> bool:
         if origin in self.origins or "*" in self.origins:
@@ -41,7 +42,7 @@ class OriginPolicy:
         return scheme in APP_SCHEMES or (scheme in ("http", "https") and is_loopback_name(host_name(rest)))
 
     def refusal(self, scope: Scope) -> RequestError | None:
-        """Returns why a request is refused: 403 for a foreign origin or host, 415 for a form; None if it is not."""
+        """Returns the error for a refused request, otherwise None: 403 for a foreign origin or host, 415 for a form."""
         host, origin = host_header(scope), _header(scope, b"origin")
         if self.checks_host and not self._allows_host(host):
             hint = f"set ALLOWED_HOSTS={host[:200]}, or an API_KEY"
@@ -58,9 +59,9 @@ class OriginPolicy:
         return None
 
     def _is_same_origin(self, origin: str, scope: Scope) -> bool:
-        """Returns whether the page came from this server, under an address or name that no stranger can point here.
+        """Returns whether the page came from this server, under an address or name that no outsider can point to it.
 
-        Public names contain a dot, so a name without one was given by this network.
+        Public names contain a dot, so only the local network can have defined a name without one.
         """
         host = host_header(scope)
         is_trusted = is_local_host(host) or bool({host, "*"} & self.hosts) or "." not in host
@@ -75,8 +76,9 @@ class OriginPolicy:
 
 
 class OriginMiddleware(CORSMiddleware):
-    """CORS, and the refusal of what `policy` does not allow. `policy` is None where a key is needed: any page that has
-    the key may call then."""
+    """CORS, and rejection of requests that `policy` refuses. `policy` is None if requests need an API key: then any
+    origin is allowed.
+    """
 
     def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[str, RequestError], Response]):
         origins: Collection[str] = () if policy else ("*",)
@@ -114,12 +116,12 @@ def host_name(authority: str) -> str:
 
 
 def is_local_host(host: str) -> bool:
-    """Returns whether no DNS server decides where `host` points: it is an IP address or a name of loopback."""
+    """Returns whether `host` is an IP address or a loopback name, which no DNS server can point elsewhere."""
     return _is_ip(host) or is_loopback_name(host)
 
 
 def is_loopback(address: str) -> bool:
-    """Returns whether the text is a loopback IP address, also as IPv4 mapped to IPv6."""
+    """Returns whether the text is a loopback IP address; an IPv4-mapped IPv6 address counts."""
     if not _is_ip(address):
         return False
     ip = ip_address(address)

@@ -1,6 +1,6 @@
-"""Rejects requests that have no slot before anything of them is read, so that a rejection costs next to nothing.
+"""Rejects generation requests before their bodies are read if no slot is free, so that a rejection is cheap.
 
-Callers that retry at once would otherwise keep the event loop busy with bodies, and delay the streams and each other.
+Otherwise the bodies of clients that retry at once would keep the event loop busy and delay the running streams.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ GENERATION_PATHS = {
 
 
 class OverloadMiddleware:
-    """Answers requests for text while not even one sequence could be accepted."""
+    """Rejects generation requests while not even one more sequence can be accepted."""
 
     def __init__(
         self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[str, RequestError], Response]
     ):
-        """`check_capacity`: raises RequestError if so many sequences do not fit."""
+        """`check_capacity`: raises RequestError if this number of sequences does not fit."""
         self.app, self.check_capacity, self.respond = app, check_capacity, respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Converts request bodies of the OpenAI and native APIs to parameters: defaults, limits, unsupported fields.
+"""Converts request bodies of the OpenAI and native APIs to parameters; applies defaults and limits.
 
 SamplingParams are for the engine, TextParams for the API process.
 """
@@ -43,7 +43,7 @@ _OVERRIDDEN_FIELDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class StopWords:
-    """Stop token ids and stop strings of the model and the server, which apply to every request."""
+    """Stop token ids and stop strings from the model and the settings, which apply to every request."""
 
     token_ids: frozenset[int]
     strings: tuple[str, ...]
@@ -63,8 +63,8 @@ class StopWords:
 
 
 def split_stop_ids(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Returns (stop token ids, stop strings). The engine stops at a single id; a longer sequence becomes a stop string,
-    which the API process finds in the text.
+    """Returns (stop token ids, stop strings). The engine stops at single ids; a longer sequence of ids becomes a stop
+    string, which the API process finds in the text.
     """
     single_ids = frozenset(s[0] for s in sequences if len(s) == 1)
     texts = (tokenizer.decode(list(s), skip_special_tokens=False) for s in sequences if len(s) > 1)
@@ -87,12 +87,12 @@ def sampling_params(
 ) -> SamplingParams:
     """Returns the engine's parameters for one prompt. Raises RequestError 400.
 
-    A parameter is the request's, else that of generation_config.json, else the endpoint's default.
+    Precedence of a parameter: the request, generation_config.json, the endpoint's default.
 
-    max_tokens   the request's
-    temperature, default_max_tokens  the endpoint's default; of None tokens: up to MAX_SEQ_LEN
-    grammar      of the output, which ends where the grammar does, also with ignore_eos
-    bad_words    the token ids of each
+    max_tokens   from the request
+    temperature, default_max_tokens  the endpoint's defaults; default_max_tokens=None: up to MAX_SEQ_LEN
+    grammar      that the output must match; generation ends where the grammar ends, even with ignore_eos
+    bad_words    token ids of each forbidden word
     """
     defaults = service.sampling_defaults
     remaining_tokens = service.remaining_tokens(prompt)
@@ -142,7 +142,7 @@ def text_params(body: OpenAIRequest, stop_words: StopWords) -> TextParams:
 
 
 def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequest:
-    """Returns a native generate_config as an OpenAI request, in which the fields that the client left out are unset."""
+    """Converts a native generate_config to an OpenAI request. Fields that the client did not send remain unset."""
     sent = config.model_fields_set
     values = {openai: getattr(config, native) for native, openai in _OPENAI_NAME.items() if native in sent}
     ids, texts = split_stop_ids(config.stop_words_list, tokenizer)
@@ -157,7 +157,7 @@ def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequ
 
 
 def merge_extra_configs(body: OpenAIRequest, config: GenerateConfig | None, tokenizer: Tokenizer) -> OpenAIRequest:
-    """Returns a chat request with the fields that the client set in `extra_configs` merged over its own."""
+    """Returns a copy of the chat request; the fields that the client sent in `extra_configs` override its own."""
     if config is None:
         return body
     overrides = native_to_openai(config, tokenizer)

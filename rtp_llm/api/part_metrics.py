@@ -1,4 +1,4 @@
-"""Metrics of the gang, processes, container, GPUs and doctor of one part, collected at each scrape.
+"""Metrics of one part (gang, processes, container, GPUs, doctor), collected at each scrape.
 
 To add a metric, add a line to the function of its subject.
 """
@@ -34,7 +34,7 @@ def register(metrics: Metrics, state: PartState, config: Config) -> None:
 
 
 class PartCollector(Collector):
-    """Collects the metrics of one part. `read` returns their values (`PartState.metrics_snapshot`)."""
+    """Prometheus collector of one part's metrics. `read` returns their values (`PartState.metrics_snapshot`)."""
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read
@@ -73,7 +73,7 @@ class _CpuTotal:
         self._start_time: float | None = None
 
     def update(self, stats: JsonObject) -> float:
-        """Returns the total in seconds. `stats` has no "cpu" while the program does not run."""
+        """Returns the CPU time in seconds, summed over restarts. `stats` lacks "cpu" while the program does not run."""
         if "cpu" in stats:
             if stats["start_time"] != self._start_time:
                 self._of_ended_processes += self._of_process

@@ -1,4 +1,4 @@
-"""State of this part and of the gang, as /health, /metrics and /worker_status report it."""
+"""State of this part and of the gang, for /health, /metrics and /worker_status."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PHASES = ("rendezvous", "loading", "warmup", "serving")
 
 @dataclass(frozen=True)
 class Health:
-    """The content of /health: `detail` for humans, `phase` and `progress` (0 … 1) for programs."""
+    """The content of /health. `detail` is for humans, `phase` and `progress` (0 … 1) are for programs."""
 
     is_ready: bool
     phase: str
@@ -38,10 +38,7 @@ class Health:
 
 
 class PartState:
-    """Reads the state of the part's processes, and the gang status file (state of all ranks).
-
-    The part's guard writes that file.
-    """
+    """Reads the state of the part's processes, and the gang status (state of all ranks) that the guard writes."""
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
@@ -65,7 +62,7 @@ class PartState:
         return status | {"age": age}
 
     def _status_age(self, written_at: int) -> float:
-        """Returns the seconds since this process first saw that time of writing: the clock may have jumped."""
+        """Returns the seconds since this process first saw the status file's current mtime. The clock may change."""
         if written_at != self._status_written_at:
             self._status_written_at, self._status_seen_at = written_at, time.monotonic()
         return time.monotonic() - self._status_seen_at
@@ -127,19 +124,19 @@ class PartState:
         }
 
     def doctor_report(self) -> dict[str, Any] | None:
-        """Returns the doctor's last report (docs/doctor-schema.json), None if it has not run."""
+        """Returns the last report of the doctor (docs/doctor-schema.json); None if it has not run."""
         path = self.part_spec.doctor_report_path
         report: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return report
 
     def _disagreements(self) -> list[str]:
-        """Returns what the doctors of the parts found to differ between them, and why a part gave up."""
+        """Returns the differences that the doctors found between the parts, and why a part gave up."""
         checks = (self.doctor_report() or {}).get("checks", [])
         return [f"{c['id']} {c['actual']}" for c in checks if c["id"].startswith("C-") and c["status"] == "error"]
 
     @property
     def num_open_requests(self) -> int:
-        """Number of requests that rank 0 has not finished, from its last heartbeat."""
+        """Returns the number of requests that rank 0 has not finished, from its last heartbeat."""
         rank_status = self.gang_status()["ranks"].get("0")
         return int(rank_status["open"]) if rank_status else 0
 

@@ -1,4 +1,4 @@
-"""Runs the many short sequences of one request to an embedding or reranking model, which give a result and no text."""
+"""Runs the sequences of one embedding or reranking request: many short prompts that generate no text."""
 
 import asyncio
 import secrets
@@ -17,11 +17,11 @@ from rtp_llm.errors import RequestError, timed_out
 async def final_outputs(
     request: Request, service: Service, prompts: Sequence[PackedPrompt], params: SamplingParams, timeout_ms: int | None
 ) -> list[EngineOutput]:
-    """Returns the last output of each prompt, in order. The prompts share a few slots, so there may be more of them
-    than slots: twice as many as run in a step, so that it is full although some have just ended, or as many as are
-    free.
+    """Returns the last output of each prompt, in order. There may be more prompts than slots: they run in turn.
 
-    Raises RequestError 429 if no slot is free, else as `Service.generate`; the first error ends all sequences.
+    Uses up to twice as many slots as sequences fit in a step, so that each step is full, but only free ones.
+
+    Raises RequestError 429 if no slot is free, otherwise like `Service.generate`; the first error ends all sequences.
     """
     reservation = service.admit_up_to(min(len(prompts), 2 * service.config.max_sequences))
     work = _run_all(service, prompts, params, reservation, _timeout_seconds(service, timeout_ms))

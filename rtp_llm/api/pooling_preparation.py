@@ -1,6 +1,6 @@
 """Turns the bodies of embedding requests into validated requests and the token ids of their inputs.
 
-As `api.preparation`: synchronous functions of the bytes, which may run in another process.
+Like `api.preparation`: synchronous functions of the body, which can run in another process.
 """
 
 import array
@@ -21,7 +21,7 @@ Body = TypeVar("Body", bound=RequestBody)
 
 
 class PackedPrompt:
-    """Token ids as int32 bytes, a tenth of the memory of a list, in parts that several prompts can share."""
+    """Token ids as int32 bytes: a tenth of a list's memory. Prompts can share parts, such as a common prefix."""
 
     def __init__(self, *parts: bytes):
         self._parts = parts
@@ -35,7 +35,7 @@ class PackedPrompt:
 
 @dataclass(frozen=True)
 class PreparedInputs(Generic[Body]):
-    """A request whose inputs are encoded. `body` lacks the fields that they come from."""
+    """An embedding request with the token ids of its inputs. `body` no longer has the texts."""
 
     body: Body
     prompts: list[PackedPrompt]
@@ -43,7 +43,7 @@ class PreparedInputs(Generic[Body]):
 
 @dataclass(frozen=True)
 class EmbeddingPreparation:
-    """Prepares the requests to an embedding model. The methods are arguments of `Service.prepare`."""
+    """Prepares requests to an embedding model. Pass its methods to `Service.prepare`."""
 
     info: EmbeddingInfo
 
@@ -71,7 +71,7 @@ class EmbeddingPreparation:
     def similarity(
         self, preparation: Preparation, raw: bytes, limits: PromptLimits
     ) -> PreparedInputs[SimilarityRequest]:
-        """Returns the prompts of the texts on the left and then of those on the right. The body keeps their number."""
+        """Returns the prompts of all `left` texts, then of all `right` texts. `body.left` keeps its length only."""
         body = parse_body(SimilarityRequest, raw)
         if body.return_response:
             raise unsupported("return_response is not supported: send the texts to /v1/embeddings", "return_response")

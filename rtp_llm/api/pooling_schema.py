@@ -12,7 +12,7 @@ Inputs = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX
 
 
 class PoolingRequest(RequestBody):
-    """Fields that the bodies share."""
+    """Fields that all requests to embedding and reranking models share."""
 
     model: str | None = None
     timeout_ms: Annotated[int, Field(lt=2**31)] | None = None
@@ -22,7 +22,7 @@ class EmbeddingRequest(PoolingRequest):
     """Body of POST /v1/embeddings.
 
     input: a text, token ids, or a list of either.
-    prompt, prompt_name: a text that is put before each text of the input, or the name of one of the checkpoint's.
+    prompt: a text that precedes each input text. prompt_name: the name of such a text in the checkpoint.
     """
 
     input: Prompt  # as many as MAX_INPUTS
@@ -34,7 +34,7 @@ class EmbeddingRequest(PoolingRequest):
 
 
 class SimilarityRequest(PoolingRequest):
-    """Body of POST /similarity: the cosine of each text on the left with each on the right."""
+    """Body of POST /similarity: the cosine similarity of each text in `left` with each text in `right`."""
 
     left: Inputs
     right: Inputs
@@ -49,10 +49,10 @@ Document = Annotated[str, BeforeValidator(_document_text)]  # a text, or {"text"
 
 
 class RerankRequest(PoolingRequest):
-    """Body of POST /v1/rerank (Jina, Cohere) and /v1/reranker (upstream, Voyage).
+    """Body of POST /v1/rerank (Jina, Cohere) and /v1/reranker (alibaba/rtp-llm, Voyage).
 
-    top_n, top_k: of the results; 0: all. truncation: cut documents that are too long, else they are an error.
-    sorted: by relevance, else in the order of the documents.
+    top_n, top_k: number of results; 0: all. truncation: cut documents that are too long; otherwise they are an error.
+    sorted: by relevance; otherwise in the order of the documents.
     """
 
     query: str = Field(min_length=1)

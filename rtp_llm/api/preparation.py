@@ -1,8 +1,8 @@
 """Turns the bytes of a request body into a validated request and the token ids of its prompts.
 
 Everything whose cost grows with the body happens here: JSON, validation, the chat template, the tokenizer. The
-functions are synchronous and use no state but tokenizer and template, so that `preparer` can run them in another
-process. Requests of other kinds and dialects have functions of their own, which get a `Preparation`, too.
+functions are synchronous and use no state except tokenizer and template, so that `preparer` can run them in another
+process. Other kinds of requests and other chat APIs have their own functions with a `Preparation` as argument.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Body = TypeVar("Body", bound=OpenAIRequest)
 
 
 class Preparation:
-    """What preparing a request needs: tokenizer, template and formats of answers; and OpenAI's two kinds of requests.
+    """Prepares OpenAI's chats and completions. Holds the tokenizer, the template and the formats of responses.
 
     All methods raise RequestError.
     """
@@ -38,7 +38,7 @@ class Preparation:
         self.renderer, self.encoder = ChatRenderer(template), PromptEncoder(tokenizer, template)
 
     def grammar_error(self, raw: bytes, limits: PromptLimits) -> str:
-        """Returns why a grammar cannot be enforced, empty if it can."""
+        """Returns why a grammar cannot be enforced; empty if it can."""
         try:
             check(raw.decode())
         except GrammarError as error:
@@ -51,7 +51,7 @@ class Preparation:
     def chat_body(
         self, body: ChatRequest, limits: PromptLimits, prompt_field: str = "messages"
     ) -> Prepared[ChatRequest]:
-        """Prepares a chat, into which another dialect's request may have been translated."""
+        """Prepares a chat request, which may be the translation of a request of another chat API."""
         if body.top_logprobs and not body.logprobs:
             raise invalid_params(f"top_logprobs={body.top_logprobs} needs logprobs: true", "top_logprobs")
         _check_prompt_logprobs(body)

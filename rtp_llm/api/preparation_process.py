@@ -1,4 +1,4 @@
-"""A child process that prepares large requests, one after another. It is used from one thread."""
+"""A child process that prepares large requests, one after another. Used by one thread."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ OOM_SCORE = 1000  # the kernel kills this process before the ranks if memory run
 
 
 class PreparationProcess:
-    """Starts at the first `run`. Only the request that is prepared suffers if the process dies."""
+    """Starts the process at the first `run`. If the process dies, only the request that it prepares fails."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
         self._arguments = (tokenizer, template, formats)
@@ -42,37 +42,40 @@ class PreparationProcess:
     def run(
         self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None = None
     ) -> tuple[T, FieldRecord]:
-        """Returns the result of `work` and a record of the fields.
+        """Returns the result of `work` and a record of the body's fields.
 
-        max_seconds: that it may take before the process is killed, besides those for the size of `raw`.
+        max_seconds: time limit in seconds, to which a limit for the size of `raw` is added; then the process is killed.
 
-        Raises its RequestError, or one if it takes too long or kills the process.
+        Raises the RequestError of `work`, or one if it takes too long or kills the process.
 
-        A process that dies is replaced once, since something else than this request may have killed it.
+        Retries once if the process dies, since something other than this request may have killed it.
         """
         try:
             return self._try(work, raw, limits, max_seconds)
         except (EOFError, OSError):
             if self._is_closed:
                 raise
-            log.warning("the process that prepares large requests died, perhaps for lack of memory; it starts again")
+            log.warning("the process that prepares large requests died, perhaps out of memory; restarting it")
             self.end()
         try:
             return self._try(work, raw, limits, max_seconds)
         except (EOFError, OSError):
-            log.warning("the process that prepares large requests died again: %d bytes are refused", len(raw))
+            log.warning(
+                "the process that prepares large requests died again; rejecting the request (body of %d bytes)",
+                len(raw),
+            )
             self.end()
             raise execution_failed("the request could not be prepared: it may need too much memory") from None
 
     def end(self) -> None:
-        """Ends the process, which returns its memory; also from another thread, whose `run` then fails."""
+        """Kills the process, which frees its memory. If another thread is in `run`, its request fails."""
         process, self._process = self._process, None
         if process:
             process.kill()
             process.join()
 
     def close(self) -> None:
-        """Ends the process for good."""
+        """Kills the process; no `run` may follow."""
         self._is_closed = True
         self.end()
 

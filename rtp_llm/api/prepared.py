@@ -1,4 +1,4 @@
-"""Requests whose prompts are encoded. They are small whatever the client sent, apart from the prompts."""
+"""Requests with the token ids of their prompts. They are small, whatever the client sent, except for the prompts."""
 
 import array
 import asyncio
@@ -16,13 +16,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Prepared(Generic[Model]):
-    """A request whose prompts are encoded. `body` lacks the fields that they come from.
+    """A request with the token ids of its prompts. `body` no longer has the prompts themselves.
 
     text      the rendered chat, for /chat/render; empty for other requests
     is_batch  whether a native request has `prompt_batch`, or several prompts
-    output_format  of the answers to a chat
-    bad_words  the token ids of each
-    grammar, constraint  what all of the answer's tokens must match, and the field that asks for it; empty: any text
+    output_format  format of the response to a chat
+    bad_words  token ids of each forbidden word
+    grammar, constraint  grammar for the whole output, and the field that requests it; empty: any text
     """
 
     body: Model
@@ -49,11 +49,11 @@ class Prepared(Generic[Model]):
 
 @dataclass(frozen=True)
 class PreparedResponse:
-    """A request to /v1/responses whose prompt is encoded.
+    """A request to /v1/responses with the token ids of its prompt.
 
-    echo          JSON object: the fields of the request that the answer repeats
-    conversation  JSON array of messages, for the response that continues this one; empty if it is not stored
-    input_items   JSON array, for its clients; empty if it is not stored
+    echo          JSON object: the fields of the request that the response repeats
+    conversation  JSON array of messages, from which the next response continues; empty if it is not stored
+    input_items   JSON array of the input, for clients that retrieve it; empty if it is not stored
     """
 
     chat: Prepared[ChatRequest]

@@ -1,7 +1,7 @@
-"""Runs the preparation of a request where its size can delay nobody else.
+"""Prepares requests where they cannot delay other requests: on the event loop, in a thread or in a process.
 
-A body of a few kilobytes is prepared on the event loop, and a longer one in a thread. One from which JSON, validation
-or the template could hold the GIL (the lock that the event loop needs, too) for long goes to a process of its own.
+A body of a few kilobytes is prepared on the event loop, a longer one in a thread. A body for which JSON, validation or
+the template could hold the GIL for long, and so block the event loop, is prepared in another process.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ IDLE_SECONDS = 600.0  # after which the process ends and returns its memory
 
 
 class Preparer:
-    """Prepares requests, each where its size allows it. Those of one place are prepared in the order of their arrival.
+    """Prepares each request where its size allows it, and those of the thread or the process in order of arrival.
 
-    num_large  requests that wait for the process, or that it prepares
+    num_large  requests that the process prepares, or that wait for it
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
@@ -43,11 +43,11 @@ class Preparer:
     async def prepare(
         self, work: Work[T], raw: bytes, limits: PromptLimits, extra_bytes: int = 0
     ) -> tuple[T, FieldRecord]:
-        """Returns the result of `work` and a record of the fields.
+        """Returns the result of `work` and a record of the body's fields.
 
-        `extra_bytes`: what `work` reads besides the body.
+        `extra_bytes`: bytes that `work` reads besides the body.
 
-        If it is cancelled before its turn, nothing runs.
+        If the call is cancelled before its turn, `work` does not run.
 
         Raises RequestError: 429 if too many large requests wait, 503 if the server is stopping.
         """
@@ -59,9 +59,9 @@ class Preparer:
         return await self._run_in_process(work, raw, limits)
 
     async def run_in_process(self, work: Work[T], raw: bytes, max_seconds: float) -> T:
-        """Returns the result of a work that needs no limits, away from this process whatever its size is.
+        """Runs `work`, which must not depend on PromptLimits, in the other process whatever the size of `raw`.
 
-        Raises RequestError: 504 if it takes too long, and those of `prepare`.
+        Raises RequestError: 504 if it takes longer than `max_seconds`, and those of `prepare`.
         """
         result, _ = await self._run_in_process(work, raw, PromptLimits(0, "", 0, 0, 0, ""), max_seconds)
         return result
@@ -82,13 +82,13 @@ class Preparer:
                 self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._process.end)
 
     def stop(self) -> None:
-        """Ends what waits or is being prepared with 503: it could not start any more."""
+        """Fails all waiting and running preparations with 503: their requests could not start any more."""
         self._is_stopping = True
         for future in self._futures:
             future.cancel()
 
     def close(self) -> None:
-        """Ends the threads and the process, without waiting for them."""
+        """Stops the threads and the process, without waiting for them."""
         self.stop()
         for executor in (self._thread, self._process_thread):
             executor.shutdown(wait=False, cancel_futures=True)

@@ -30,9 +30,9 @@ class PromptEncoder:
         return limits.checked(_tail(self._tokenizer.encode_prompt(prompt), last))
 
     def encode_input(self, item: str | list[int], limits: PromptLimits, truncate: int | None = None) -> list[int]:
-        """Returns the token ids of an input to an embedding model, a text or token ids.
+        """Returns the token ids of an input to an embedding model, which is a text or token ids.
 
-        truncate: None, or how many of its tokens to keep at most, special ones included; -1: as many as fit.
+        truncate: maximum number of tokens to keep, including special tokens; None: all; -1: as many as fit.
         """
         if truncate is None or not item:
             return self.encode_prompt(item, limits)
@@ -44,7 +44,7 @@ class PromptEncoder:
         return limits.checked(encode_truncated(self._tokenizer, item, max_tokens))
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the ids of a part of a prompt, in which the client cannot spell control tokens."""
+        """Returns the token ids of a client's text, a part of a prompt. Control tokens in it are plain text."""
         _check_unicode(text)
         return self._template.encode_text(text)
 

@@ -1,4 +1,4 @@
-"""What prompts may be: their length, their number and their token ids."""
+"""Limits of the length, the number and the token ids of prompts."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from rtp_llm.errors import empty_prompt, engine_gone, invalid_params, long_promp
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """What prompts may be at the moment. `max_seq_len` is 0 until the model has been loaded.
+    """The current limits of prompts. `max_seq_len` is 0 until the model has been loaded.
 
-    max_seq_len_reason, slots_reason  what bounds `max_seq_len` and `slots`
-    slots, used_slots  sequences that fit at most, and those that are open
-    prompt_field  the body's field that an error on the prompt names
+    max_seq_len_reason, slots_reason  what limits `max_seq_len` and `slots`
+    slots, used_slots  maximum number of sequences, and number of open sequences
+    prompt_field  the body's field that errors about the prompt name
     """
 
     max_seq_len: int
@@ -32,7 +32,7 @@ class PromptLimits:
             raise engine_gone("the model is still loading: see /health")
 
     def check_length(self, num_tokens: int, prefix: str = "") -> None:
-        """Raises RequestError 400 if a prompt of so many tokens leaves no room for output."""
+        """Raises RequestError 400 if a prompt of `num_tokens` tokens leaves no room for output."""
         if num_tokens >= self.max_seq_len:
             # LangChain looks for the first sentence, litellm and others for OpenAI's wording of the second.
             raise long_prompt(
@@ -43,9 +43,9 @@ class PromptLimits:
             )
 
     def num_kept(self, truncate: int | None, max_tokens: int) -> int | None:
-        """Returns how many of its last tokens a prompt keeps at most, None: all.
+        """Returns how many of its last tokens a prompt keeps at most; None: all.
 
-        truncate: the request's `truncate_prompt_tokens`; -1: as many as fit beside `max_tokens` of output.
+        truncate: the request's `truncate_prompt_tokens`; -1: as many as fit together with `max_tokens` of output.
         Raises RequestError 400 if none fits.
         """
         if truncate != -1:
@@ -58,7 +58,7 @@ class PromptLimits:
         return self.max_seq_len - max_tokens
 
     def check_count(self, sequences: int) -> None:
-        """Raises RequestError 400 if a request has more sequences than ever fit, 429 if they do not fit now."""
+        """Raises RequestError 400 if a request has more sequences than there are slots, 429 if too few are free."""
         if sequences > self.slots:
             raise invalid_params(
                 f"the request has {sequences} sequences (prompts x n); at most {self.slots} fit: {self.slots_reason}"

@@ -1,4 +1,4 @@
-"""What a chat request says about reasoning, in the spellings of OpenAI, DeepSeek, Qwen and vLLM."""
+"""Reasoning options of a chat request, as OpenAI, DeepSeek, Qwen and vLLM name them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rtp_llm.api.schema import PromptOptions
 
 
 def template_kwargs(body: PromptOptions) -> dict[str, Any]:
-    """Returns the variables of the chat template: the request's own, and its switches for reasoning.
+    """Returns the variables for the chat template: the request's own, and those that switch reasoning on or off.
 
     Templates call the switch `enable_thinking` (Qwen, GLM) or `thinking` (DeepSeek, Kimi); those without one ignore it.
     """

@@ -26,7 +26,7 @@ limit. `GENERATION_CONFIG=none` ignores the file.
 
 
 def markdown() -> str:
-    """Returns docs/api.md."""
+    """Returns the content of docs/api.md."""
     components = component_schemas(BODY_MODELS)
     bodies = [model.__name__ for model in BODY_MODELS]
     nested = [name for name in components if name not in bodies and "properties" in components[name]]

@@ -1,9 +1,9 @@
 """Endpoints of a reranking model: /v1/rerank (Jina, Cohere, vLLM) and /v1/reranker (alibaba/rtp-llm).
 
-The relevance of a document is the probability of "yes" against "no" as the next token. Rank 0 gives the logprobs of
-these two from the step that computes the prompt. That costs one row of logits, a thousandth of a prompt of 400 tokens.
-The hidden state and two rows of the output head would cost less, but this process has no weights, and the head may be
-quantized.
+The relevance of a document is the probability of "yes" as the next token, compared with "no". Rank 0 returns the
+logprobs of these two tokens from the step that computes the prompt. That costs one row of logits, a thousandth of a
+prompt of 400 tokens. Computing it from the hidden state would cost less, but the API process has no weights, and the
+output head may be quantized.
 """
 
 import math
@@ -81,12 +81,12 @@ class RerankEndpoints:
 
 @dataclass(frozen=True)
 class RerankPreparation:
-    """Prepares the requests to a reranking model."""
+    """Prepares requests to a reranking model."""
 
     format: RerankFormat
 
     def rerank(self, preparation: Preparation, raw: bytes, limits: PromptLimits) -> PreparedInputs[RerankRequest]:
-        """Returns a prompt per document; all share the tokens before it. The body keeps documents that are returned."""
+        """Returns one prompt per document, with a common prefix. `body` keeps documents only if they are returned."""
         body = parse_body(RerankRequest, raw)
         limits.check_engine()
         end = pack(self.format.end)

@@ -1,4 +1,4 @@
-"""Sampling parameters of requests that leave them out: those that the model's authors recommend."""
+"""Default sampling parameters: those that the model's authors recommend in generation_config.json."""
 
 import json
 import logging
@@ -18,9 +18,10 @@ MAX_BYTES = 1 << 20
 
 
 class SamplingDefaults(BaseModel):
-    """The fields of generation_config.json (transformers' GenerationConfig) that vLLM takes as defaults, too.
+    """The fields of generation_config.json (transformers' GenerationConfig) that vLLM also uses as defaults.
 
-    `do_sample` counts only where the file says false: transformers means false where it is absent, and nobody else.
+    `do_sample` matters only if the file sets it to false. If it is absent, transformers assumes false; this server,
+    like vLLM, samples.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -39,7 +40,7 @@ class SamplingDefaults(BaseModel):
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        """Reads the file that GENERATION_CONFIG and GENERATION_CONFIG_PATH name, and logs what it says.
+        """Reads the file that GENERATION_CONFIG and GENERATION_CONFIG_PATH name, and logs its values.
 
         Raises ConfigError if it is invalid, or if GENERATION_CONFIG_PATH does not exist.
         """
@@ -52,7 +53,7 @@ class SamplingDefaults(BaseModel):
         defaults = cls._read(path)
         values = defaults.model_dump(exclude_none=True)
         if values:
-            log.info("sampling defaults from %s (GENERATION_CONFIG=none: without): %s", path, values)
+            log.info("sampling defaults from %s (GENERATION_CONFIG=none disables them): %s", path, values)
         return defaults
 
     @classmethod
@@ -68,5 +69,5 @@ class SamplingDefaults(BaseModel):
         except (ValueError, RecursionError) as error:
             problem = f"is not valid JSON ({error})"
         raise ConfigError(
-            f"{path}: {problem}; mend the file, set GENERATION_CONFIG_PATH to another or GENERATION_CONFIG=none"
+            f"{path}: {problem}; fix the file, set GENERATION_CONFIG_PATH to another one, or set GENERATION_CONFIG=none"
         )

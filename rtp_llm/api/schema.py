@@ -1,4 +1,4 @@
-"""Schemas of request bodies: the fields that have an effect. `api.fields` has the rule on all others."""
+"""Schemas of request bodies: the fields that have an effect. `api.fields` handles all other fields."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -52,7 +52,7 @@ Stop = Annotated[Text | Stops | None, BeforeValidator(_none_if_empty)]
 
 
 class RequestBody(BaseModel):
-    """A body or an object in it."""
+    """A request body or an object in it."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -97,7 +97,8 @@ class GenerateConfig(StructuredOutputFields, RequestBody):
 
 class OpenAIRequest(StructuredOutputFields, RequestBody):
     """Fields that the bodies of /v1/chat/completions and /v1/completions share. The fields after `user` are not
-    OpenAI's, but common in other servers."""
+    OpenAI's, but common in other servers.
+    """
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=128)
@@ -157,8 +158,8 @@ Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITE
 
 
 class PromptOptions(RequestBody):
-    """Fields of all bodies with messages: how these become a prompt. `allow_special_tokens` lets them spell control
-    tokens, which are plain text otherwise.
+    """Fields of all bodies with chat messages: how the messages become a prompt. `allow_special_tokens`: control tokens
+    that the messages spell, such as <|im_start|>, have their effect; otherwise they are plain text.
     """
 
     add_generation_prompt: bool | None = None
@@ -231,7 +232,7 @@ class BatchInferRequest(BaseModel):
 
 
 class TokenizeRequest(PromptOptions):
-    """Body of POST /tokenize: a prompt or chat messages. What constrains an answer has no meaning here."""
+    """Body of POST /tokenize: a prompt or chat messages. Fields that constrain the output have no effect."""
 
     refusals: ClassVar[Mapping[str, Refusal]] = {"chat_template": REFUSALS["chat_template"]}
     prompt: str | None = None

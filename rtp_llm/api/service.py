@@ -53,7 +53,7 @@ class SlotReservation:
         self._release(1)
 
     def return_one(self) -> None:
-        """Reserves the slot of a sequence that has ended again, for another sequence of the request."""
+        """Reserves the slot of an ended sequence again, for the next sequence of the request."""
         self._release(-1)
 
     def release(self) -> None:
@@ -93,21 +93,21 @@ class Service:
 
     @property
     def engine_info(self) -> EngineInfo:
-        """Properties of the current or last engine. Raises RequestError 503 until the ranks have first loaded."""
+        """Returns the properties of the current or last engine. Raises RequestError 503 until the first load."""
         if self.client.info is None:
             raise engine_gone("the model is still loading: see /health")
         return self.client.info
 
     def admit(self, sequences: int) -> SlotReservation:
-        """Reserves a slot per sequence.
+        """Reserves one slot per sequence.
 
-        Raises RequestError 429 if too few are free, 400 if there are not so many, 503 if the server is stopping.
+        Raises RequestError 429 if too few are free, 400 if the server has fewer slots in total, 503 if it is stopping.
         """
         self.check_capacity(sequences)
         return SlotReservation(self, sequences)
 
     def admit_up_to(self, sequences: int) -> SlotReservation:
-        """Reserves a slot per sequence as far as some are free, at least one. Raises the same errors as `admit(1)`."""
+        """Reserves as many of the slots as are free, at least one. Raises the same errors as `admit(1)`."""
         self.check_capacity(1)
         return SlotReservation(self, min(sequences, self._prompt_limits().free_slots))
 
@@ -119,25 +119,25 @@ class Service:
             self._prompt_limits().check_count(sequences)
 
     async def prepare(self, work: Work[T], request: Request) -> T:
-        """Returns what `work` makes of the request's body.
+        """Runs `work` on the request's body and returns the result.
 
         Raises RequestError 400; 404 for another model if STRICT_MODEL_NAME is set; 429 if a batch has more sequences
         than there are free slots, or too many large requests wait; 503 while loading; 504 if a large request waits too
-        long. ClientDisconnected if its client does not.
+        long. Raises ClientDisconnected if the client disconnects.
         """
         async with self.read_body(request) as raw:
             return await self.prepare_body(work, request, raw)
 
     @asynccontextmanager
     async def read_body(self, request: Request) -> AsyncIterator[bytes]:
-        """Gives the body. Raises RequestError 429 if the bodies of open requests take too much memory."""
+        """Context manager that returns the body. Raises RequestError 429 if all open bodies take too much memory."""
         with self._counted_rejections():
             async with self.body_memory.read(request) as raw:
                 access_log.current().body_read = time.monotonic()
                 yield raw
 
     async def prepare_body(self, work: Work[T], request: Request, raw: bytes, extra_bytes: int = 0) -> T:
-        """Does the same as `prepare` with a body that has been read. `extra_bytes` as in `Preparer.prepare`."""
+        """Like `prepare`, for a body that has been read already. `extra_bytes` as in `Preparer.prepare`."""
         result, record = await self._prepare(work, request, raw, extra_bytes)
         self.field_policy.apply(record)
         prepared = result.chat if isinstance(result, PreparedResponse) else result
@@ -158,11 +158,11 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Requests that an orderly end waits for."""
+        """Returns the number of open sequences and requests, for which a graceful shutdown waits."""
         return self.client.num_in_flight + self.reserved_slots + self.preparer.num_large
 
     def drain(self, seconds: float) -> None:
-        """Rejects new requests, and fails the accepted ones that have not ended after `seconds`."""
+        """Rejects new requests. Fails accepted ones that have not ended after `seconds`."""
         self.preparer.stop()
         self.client.drain(seconds)
 
@@ -237,7 +237,7 @@ class Service:
 
 
 class RequestTimer:
-    """Records the metrics of one sequence, and its part of the access log."""
+    """Records the metrics and the access log fields of one sequence."""
 
     def __init__(self, metrics: Metrics, prompt: Sized, params: SamplingParams):
         self.metrics, self._record = metrics, access_log.current().add_sequence(prompt)

@@ -1,4 +1,4 @@
-"""Health, metrics and the status endpoints that routers and probes for alibaba/rtp-llm call."""
+"""Health, metrics and the status endpoints of alibaba/rtp-llm, which its routers and probes call."""
 
 import asyncio
 import itertools
@@ -28,7 +28,7 @@ ADMIN = [Depends(require_admin)]
 
 
 class HasHealth(Protocol):
-    """What can say whether it serves: a part, or the download before it."""
+    """An object that reports its health: a part, or the download that precedes it."""
 
     def health(self) -> Health: ...
 
@@ -38,7 +38,7 @@ class HasHealth(Protocol):
 def status_router(state: HasHealth, metrics: Metrics, *, hides_detail: bool) -> APIRouter:
     """Returns the router of the endpoints that every part serves.
 
-    `hides_detail`: whether /health tells only the phase to those who have no key.
+    `hides_detail`: whether /health returns only the phase to clients without a key.
     """
     router = APIRouter()
 
@@ -65,7 +65,7 @@ def status_router(state: HasHealth, metrics: Metrics, *, hides_detail: bool) -> 
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def doctor() -> Response:
-        """Returns the report of the doctor that ran at this part's start, with the results of the gang's checks."""
+        """Returns the report of the doctor that ran when this part started, with the results of the gang's checks."""
         report = state.doctor_report()
         if report is None:
             return JSONResponse({"detail": "the doctor has not run: RTP_DOCTOR=off"}, status_code=404)
@@ -87,7 +87,7 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     page, policy = chat_page()
 
     async def home(request: Request) -> Response:
-        """Returns a chat page to browsers, and to other clients the same JSON as alibaba/rtp-llm."""
+        """Returns the chat page to browsers, and to other clients the same JSON as alibaba/rtp-llm."""
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page, headers={"Content-Security-Policy": policy})
         return JSONResponse({"status": "home"})

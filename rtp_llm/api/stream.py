@@ -36,8 +36,8 @@ def coalesced(parts: Iterable[str]) -> Iterator[str]:
 
 
 def json_parts(value: Any) -> Iterator[str]:
-    """Yields the compact JSON of `value` in parts. An iterator in it becomes an array, encoded batch by batch, as lists
-    of numbers are.
+    """Yields the compact JSON of `value` in parts. An iterator in `value` becomes a JSON array. Encodes arrays and
+    lists of numbers batch by batch.
     """
     if isinstance(value, list) and value and isinstance(value[0], int | float):
         value = iter(value)
@@ -61,7 +61,7 @@ def json_parts(value: Any) -> Iterator[str]:
 
 
 def json_response(value: Any) -> Response:
-    """Returns a JSON response; a large one is encoded while it is sent, so that it neither blocks nor fills memory."""
+    """Returns a JSON response. Encodes a large one while sending, so that it neither blocks nor fills memory."""
     pieces = coalesced(json_parts(value))
     first, second = next(pieces), next(pieces, None)
     if second is None:
@@ -76,10 +76,10 @@ async def _with_pauses(pieces: Iterable[str]) -> AsyncGenerator[str]:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events; `events` yields events with their final blank line, whole or in pieces.
+    """A response of server-sent events. `events` yields events with their final blank line, whole or in pieces.
 
-    While `events` is silent, sends `ping` every `ping_seconds` (0: never), so that no proxy takes the connection for
-    dead. Closes `events` when the response ends, also early, and releases the unused slots of `reservation`.
+    While `events` yields nothing, sends `ping` every `ping_seconds` (0: never), so that proxies do not time out. When
+    the response ends, even early, closes `events` and releases the unused slots of `reservation`.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ def _is_between_events(last_message: Message) -> bool:
 
 
 async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenerator[tuple[int, OutputChunk]]:
-    """Yields (index of the sequence, chunk) for all sequences as their chunks arrive. Closing the generator, or an
-    error in one sequence, ends all of them. The sequences wait for a slow reader.
+    """Yields (index of the sequence, chunk) as the chunks of all sequences arrive. Closing the generator, or an error
+    in one sequence, ends all of them. If the reader is slow, the sequences wait.
     """
     if len(sequences) == 1:
         async with aclosing(sequences[0]) as chunks:

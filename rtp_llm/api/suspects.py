@@ -1,12 +1,12 @@
-"""Finds the request that makes the engine crash: only requests of the step that failed are suspects.
+"""Finds the request that makes the engine crash. Only the requests of the failed step are suspects.
 
-A request is on probation until it has finished a step, and again for a few steps after it was in a step that failed.
-If the engine is lost in a step whose requests are all trusted, the engine is at fault (an operator killed a rank, say),
-and all requests run on together. Otherwise those on probation are tried in groups, one group at a time, while all other
-requests are held: a group that fails is halved, one that passes is cleared. A request that was alone in the step that
-failed is the culprit. It had then been in at least two failed steps, so that one accident convicts nobody.
+A request is on probation until it has finished a step, and again for a few steps after it was in a failed step. If the
+engine is lost in a step whose requests are all trusted, the engine is the cause (an operator killed a rank, say), and
+all requests continue together. Otherwise the requests on probation are tried in groups, one group at a time, while all
+other requests are held. A group that fails is halved; one that passes is cleared. A request that was alone in a failed
+step is the culprit. It was then in at least two failed steps, so a single accident convicts no request.
 
-A state machine without sockets and clocks; `api.client` carries out what it decides.
+This module is a state machine without sockets and clocks; `api.client` carries out its decisions.
 """
 
 import logging
@@ -25,14 +25,14 @@ MAX_VERDICTS = 100  # kept, of the latest epochs
 
 
 class Suspect(Protocol):
-    """One sequence in flight. Hashable by identity."""
+    """One sequence in flight that may have crashed the engine. Hashable by identity."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """Equal for requests that the engine would compute alike."""
+        """A digest that is equal for requests with equal engine input."""
         ...
 
 
@@ -40,10 +40,11 @@ R = TypeVar("R", bound=Suspect)
 
 
 class SuspectTracker(Generic[R]):
-    """The requests of one engine: who is on probation, who is on trial, and what ended each lost epoch.
+    """The requests of one engine: which are on probation or on trial, and what caused each lost epoch.
 
-    `verdicts`: by number of the epoch. "investigating" becomes "request" once a culprit is convicted and another
-    request has then finished a step, "engine" if no culprit is found. A loss that a request caused costs no restart.
+    `verdicts`: by epoch number, "investigating", "request" or "engine". "investigating" becomes "request" once a
+    culprit is convicted and another request has then finished a step; "engine" if no culprit is found. A loss that a
+    request caused does not count against RESTART_LIMIT.
     """
 
     def __init__(self) -> None:
@@ -56,30 +57,30 @@ class SuspectTracker(Generic[R]):
 
     @property
     def is_investigating(self) -> bool:
-        """True while a group is on trial, and all other requests are held."""
+        """True while a group is on trial and all other requests are held."""
         return bool(self._groups)
 
     def may_run(self, request: R) -> bool:
         return not self._groups or request in self._groups[0]
 
     def is_known_culprit(self, request: R, now: float) -> bool:
-        """Returns whether an equal request was convicted lately. `now`: in seconds, of a monotonic clock."""
+        """Returns whether an equal request was convicted recently. `now`: seconds, of a monotonic clock."""
         self._forget_culprits(now)
         return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
 
     def add(self, request: R) -> None:
-        """Adds a request that has been accepted."""
+        """Adds an accepted request."""
         self._probation[request] = 1
 
     def remove(self, request: R) -> None:
-        """Removes a request that has ended: finished, failed or given up by its client."""
+        """Removes a request that has finished, failed or was cancelled by its client."""
         self._probation.pop(request, None)
         for group in self._groups:
             group.pop(request, None)
         self._end_trials()
 
     def on_step(self, requests: Iterable[R]) -> None:
-        """Notes that a step has finished in which these requests got tokens or ended."""
+        """Records a finished step in which these requests got tokens or ended."""
         for request in requests:
             self._settle(self._explained, "request")
             if self._probation.get(request, 0) > 1:
@@ -91,17 +92,18 @@ class SuspectTracker(Generic[R]):
         self._end_trials()
 
     def on_lost(self, epoch: int, launched: Collection[R], now: float) -> R | None:
-        """Handles the loss of the engine. Returns the culprit if one is convicted; the caller ends it.
+        """Handles the loss of the engine. Returns the culprit, which the caller must end; None if no request is
+        convicted.
 
-        launched  the requests in flight that were in the step which failed
-        now       in seconds, of a monotonic clock
+        launched  the requests in flight that were in the failed step
+        now       seconds, of a monotonic clock
         """
         self._forget_culprits(now)
         trial = self._groups.pop(0) if self._groups else None
         suspects = [r for r in launched if trial is not None or r in self._probation]
         self._probation |= dict.fromkeys(launched, RELAPSE_STEPS)
         if trial is None:
-            self._settle(self._explained, "engine")  # nobody has finished a step without the culprit
+            self._settle(self._explained, "engine")  # no other request has finished a step yet
         untried = [r for r in trial or () if r not in launched]
         self._groups[:0] = [_group(untried)] if untried else []
         if not suspects:
@@ -129,17 +131,17 @@ class SuspectTracker(Generic[R]):
         self._explained += self._unexplained
         self._unexplained = []
         self._probation = {r: steps for r, steps in self._probation.items() if steps == 1}  # the rest is explained
-        log.error("request %s was alone in a step that failed: it fails, the others continue", culprit.id)
+        log.error("request %s was alone in a failed step: failing it, the other requests continue", culprit.id)
         if self._blames_engine:
             log.error(
-                "%d different requests have failed alone within ten minutes: it is the engine, not a request;"
+                "%d different requests have failed alone within ten minutes: the cause is the engine, not a request;"
                 " further losses count against RESTART_LIMIT",
                 len(self._culprits),
             )
         return culprit
 
     def _end_trials(self) -> None:
-        """Ends the trial of each group in turn whose requests have all passed or gone."""
+        """Ends the trials of groups, in turn, whose requests have all passed or ended."""
         if not self._groups:
             return
         while self._groups and all(steps <= 0 for steps in self._groups[0].values()):
@@ -147,11 +149,11 @@ class SuspectTracker(Generic[R]):
                 self._probation.pop(request, None)
         if not self._groups:
             if self._unexplained:
-                log.warning("no request fails alone: it is the engine, not a request")
+                log.warning("no request fails alone: the cause is the engine, not a request")
             self._settle(self._unexplained, "engine")
 
     def _settle(self, epochs: list[int], verdict: Verdict) -> None:
-        """Gives epochs under investigation their final verdict, and empties the list."""
+        """Sets the final verdict of epochs under investigation, and empties the list."""
         for epoch in epochs:
             if self.verdicts.get(epoch) == "investigating":
                 self._record(epoch, verdict)
@@ -164,7 +166,7 @@ class SuspectTracker(Generic[R]):
 
     def _log_engine_loss(self, epoch: int, num_launched: int) -> None:
         reason = f"all {num_launched} requests of its step had run before" if num_launched else "it computed no request"
-        log.warning("epoch %d was lost, but %s: it is the engine, not a request", epoch, reason)
+        log.warning("epoch %d was lost, but %s: the cause is the engine, not a request", epoch, reason)
 
     @property
     def _blames_engine(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a server answers depends on its task (TASK_TYPE): an embedding model cannot chat."""
+"""Rejects requests that do not fit the served task (TASK_TYPE): an embedding model cannot chat."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ COMMON_PATHS = {"/v1/models", "/tokenize", "/detokenize", "/tokenizer/encode"}
 
 
 def serves_text(served: TaskType) -> Any:
-    """Returns a dependency of routes that answers 400 if they need a language model, and another task is served."""
+    """Returns a FastAPI dependency that rejects text generation with 400 unless the served task is LANGUAGE_MODEL."""
 
     async def check(request: Request) -> None:
         is_common = request.method == "GET" or request.url.path in COMMON_PATHS
@@ -25,7 +25,7 @@ def serves_text(served: TaskType) -> Any:
 
 
 def refusing_router(paths: Iterable[str], task: TaskType, served: TaskType) -> APIRouter:
-    """Returns routes that answer 400, because they need another task than the one that is served."""
+    """Returns a router that rejects `paths`, which need `task`, with 400 because `served` is another task."""
     router = APIRouter()
 
     async def refuse(request: Request) -> None:

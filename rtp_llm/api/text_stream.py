@@ -12,7 +12,7 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextParams:
-    """Parameters of a request that the API process applies, not the engine: stop strings, detokenization, timeout."""
+    """Parameters that the API process applies, not the engine: stop strings, detokenization, timeouts."""
 
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -48,8 +48,8 @@ class TextStream:
         self.num_tokens = 0  # so far
 
     def push(self, output: EngineOutput) -> OutputChunk:
-        """Returns the chunk of an output. Tokens after the one that completes a stop string are left out: which of
-        them the engine computes in the same step is a matter of its drafts.
+        """Returns the chunk of an output, without the tokens after a stop string: how many tokens one step returns
+        depends on draft tokens.
         """
         num_tokens, text = self._read(output)
         self.num_tokens += num_tokens

@@ -1,4 +1,4 @@
-"""Makes the responses of the routes that only tokenize. See `api.preparation`: all raise RequestError."""
+"""Creates the responses of the tokenizer routes. See `api.preparation`; all functions raise RequestError."""
 
 from rtp_llm.api.body import parse_body
 from rtp_llm.api.compact_json import compact_json
@@ -29,7 +29,7 @@ def tokenize(preparation: Preparation, raw: bytes, limits: PromptLimits) -> byte
 
 
 def detokenize(preparation: Preparation, raw: bytes, limits: PromptLimits) -> bytes:
-    """Returns the response of /detokenize, which is vLLM's."""
+    """Returns the response of /detokenize, in vLLM's format."""
     body = parse_body(DetokenizeRequest, raw)
     if len(body.tokens) > MAX_COUNTED_TOKENS:
         message = f"tokens has {len(body.tokens)} ids; this route decodes at most {MAX_COUNTED_TOKENS}"

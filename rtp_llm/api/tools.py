@@ -1,4 +1,4 @@
-"""What a chat request says about tools: which functions the model may call, and whether it must."""
+"""Tool options of a chat request: which functions the model may call, and whether it must call one."""
 
 import logging
 import re
@@ -19,9 +19,9 @@ _NAME = re.compile(r"[\w.:/-]{1,128}")  # OpenAI allows [a-zA-Z0-9_-]{1,64}
 
 @dataclass(frozen=True)
 class ToolUse:
-    """Which functions may be called, which must be, and whether several at once.
+    """Which functions the model may call, whether it must call one, and whether it may make several calls.
 
-    tools  those that may be called: of a named one only that, though the prompt has all of them
+    tools  the functions that may be called. If tool_choice names one, only that one, though the prompt lists all.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -30,25 +30,25 @@ class ToolUse:
 
     @property
     def is_constrained(self) -> bool:
-        """Whether a grammar has to enforce what the request asks for."""
+        """True if a grammar is needed to enforce the request's tool options."""
         if self.choice == "auto":
             return not self.parallel or any(tool.strict for tool in self.tools)
         return self.choice == "required"
 
 
 def rendered_tools(body: ChatRequest) -> list[dict[str, Any]]:
-    """Returns the tools that the chat template gets. Those that only OpenAI's servers can run are left out."""
+    """Returns the tools for the chat template. Leaves out tools that only OpenAI's servers can run."""
     tools = body.tools or []
     dropped = sorted({str(tool.get("type"))[:64] for tool in tools if tool.get("type", "function") != "function"})
     if dropped:
-        log.info("tools of a kind that this server cannot run were left out: %s", ", ".join(dropped)[:200])
+        log.info("left out tools of types that this server cannot run: %s", ", ".join(dropped)[:200])
     if body.tool_choice == "none":
         return []
     return [tool for tool in tools if tool.get("type", "function") == "function"]
 
 
 def tool_use(body: ChatRequest) -> ToolUse:
-    """Returns what the request says about tools. Raises RequestError 400 if that is impossible."""
+    """Returns the tool options of the request. Raises RequestError 400 if they contradict each other."""
     tools = tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(rendered_tools(body)))
     choice, names = _choice(body.tool_choice)
     unknown = sorted(set(names) - {tool.name for tool in tools})

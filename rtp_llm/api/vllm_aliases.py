@@ -27,8 +27,9 @@ ENGINE_LABEL = {"engine": "0"}  # vLLM's index of the data-parallel engine
 
 
 class VllmMetricAliases(Collector):
-    """Yields the metrics of the registry's other collectors under vLLM's names. To read them it calls
-    `registry.collect`, which calls this collector again; that inner call yields nothing.
+    """Prometheus collector that exports the metrics of the registry's other collectors under vLLM's names.
+
+    It reads them with `registry.collect`, which calls this collector again; that inner call yields nothing.
     """
 
     def __init__(self, registry: CollectorRegistry):

@@ -1,1 +1,1 @@
-"""`rtp-llm-bench`: measures a server or an engine, computes the machine's bound, and compares with the peers."""
+"""`rtp-llm-bench`: measures a server or an engine, computes the machine's bound, and compares with other engines."""

@@ -1,7 +1,7 @@
 """The bound: the speed that no server can exceed, from the model's bytes and FLOPs and the machine's measured rates.
 
-Counts what must be done at least: all weights are read once per step, the keys and values of a context once per token
-that it generates, and every product is computed at the rate of a large one. Norms, sampling, HTTP count as nothing.
+Counts the unavoidable work: reading all weights once per step, reading the keys and values of a context once per token
+generated from it, and computing every product at the rate of a large one. Norms, sampling and HTTP count as zero.
 """
 
 import os
@@ -20,7 +20,7 @@ from rtp_llm.model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are stored and multiplied. `bits`: of one weight, scales included. `dtype`: of the products."""
+    """How weights are stored and multiplied. `bits`: per weight, including its scales. `dtype`: of the products."""
 
     bits: float
     dtype: str
@@ -40,14 +40,14 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class MachineRates:
-    """What all cores together reach at the moment, per second: bytes read, and operations by data type."""
+    """Current rates of all cores together, per second: bytes read from memory, and operations by data type."""
 
     bandwidth: float
     operations: dict[str, float]
 
 
 class Probe:
-    """Measures the rates of the machine; takes about two seconds. A context manager."""
+    """Measures the rates of the machine, which takes about two seconds. A context manager."""
 
     def __init__(self) -> None:
         self._worker = WorkerProcess("rtp_llm.bench.probe", str(usable_cores()))
@@ -64,7 +64,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Sizes of a model from which its costs follow. `head_weights` are read and multiplied per sampled token only."""
+    """Sizes of a model, from which its costs follow. `head_weights` are read and multiplied per sampled token only."""
 
     layer_weights: int
     head_weights: int
@@ -85,13 +85,18 @@ class ModelCost:
         )
 
     def read_seconds(self, rates: MachineRates, concurrency: int, context: float) -> float:
-        """Returns the time in which a step for `concurrency` contexts can read what it needs."""
+        """Returns the minimum time in seconds to read the weights and the KV cache for a step of `concurrency`
+        sequences.
+
+        context: tokens per sequence.
+        """
         weights = (self.layer_weights + self.head_weights) * self.precision.bits / 8
         return (weights + self.kv_bytes * concurrency * context) / rates.bandwidth
 
     def compute_seconds(self, rates: MachineRates, tokens: int, sampled: int, keys: float) -> float:
-        """Returns the time in which `tokens` tokens can be computed, which attend to `keys` keys together, and of which
-        `sampled` are followed by an output token.
+        """Returns the minimum time in seconds to compute `tokens` tokens, which attend to `keys` keys in total.
+
+        sampled: number of them from which an output token is sampled.
         """
         operations = 2 * (self.layer_weights * tokens + self.head_weights * sampled)
         attention = self.flops_per_key * keys / rates.operations["bf16"]
@@ -100,7 +105,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Bound:
-    """The highest rates, in tokens per second, that a `summary.Summary` can show."""
+    """Upper bounds of the rates in a `summary.Summary`, in tokens per second."""
 
     output_rate: float
     input_rate: float
@@ -108,8 +113,10 @@ class Bound:
 
     @classmethod
     def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
-        """`concurrency`: requests at a time. One alone is bound by its prefill and then by its decode; several overlap,
-        so that only their sums of bytes and of operations count.
+        """Returns the bounds for a workload. `concurrency`: number of concurrent requests.
+
+        A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
+        bytes and total operations count.
         """
         lengths = [(inputs - workload.shared_prefix, inputs, outputs) for inputs, outputs in workload.lengths]
         context = fmean(inputs + outputs / 2 for _, inputs, outputs in lengths)
@@ -134,7 +141,7 @@ def read_spec(checkpoint: Path) -> ModelSpec:
 
 
 def machine() -> dict[str, object]:
-    """Returns what identifies the machine in a report: CPU model, its flags that kernels ask for, cores, memory."""
+    """Returns what identifies the machine in a report: CPU model, CPU flags that kernels use, cores, memory."""
     fields = dict(_cpuinfo())
     wanted = (
         "avx2",

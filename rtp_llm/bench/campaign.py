@@ -1,4 +1,4 @@
-"""Measures targets in turns (A B A B …) on the same cases, and the rates of the machine beside them."""
+"""Measures targets alternately (A B A B …) on the same cases, and the rates of the machine before each run."""
 
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,15 @@ from rtp_llm.bench.summary import Slo, Summary
 from rtp_llm.bench.target import Target
 from rtp_llm.bench.workload import Traffic, Workload, poisson_arrivals
 
-WARM_UP_TOKENS = 64  # of the answers before the first run of a case, in which some engines compile kernels
+WARM_UP_TOKENS = (
+    64  # output tokens of the requests before the first run of a case, in which some engines compile kernels
+)
 OPEN_CONCURRENCY = 1024  # of an open loop: more than any server takes
 
 
 @dataclass(frozen=True)
 class Case:
-    """A load: a workload, and either requests at a time or requests per second (`rate`)."""
+    """A load: a workload with either a number of concurrent requests or a rate in requests per second (`rate`)."""
 
     name: str
     workload: Workload
@@ -45,7 +47,7 @@ class Case:
 class Run:
     """One run of a target on a case.
 
-    bound     None if the model is not known, or the load is open
+    bound     None if the model is not known, or if the load has a fixed request rate
     requests  summaries of the records
     """
 
@@ -59,10 +61,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is measured, and how.
+    """The targets, cases and options of a benchmark.
 
-    costs  of the model for a target, by its name: only with a local checkpoint, whose sizes are known
-    seed   of the prompts; each run has others, so that no prefix cache helps
+    costs  ModelCost by target name; only for a local checkpoint, whose sizes are known
+    seed   of the prompts; each run has other prompts, so that no prefix cache helps
     """
 
     cases: Sequence[Case]
@@ -73,7 +75,7 @@ class Campaign:
     seed: int
 
     def run(self, targets: Sequence[Target], probe: Probe | None) -> Iterator[tuple[Run, MachineRates | None]]:
-        """Yields each run and the rates measured before it. The targets must have been entered."""
+        """Yields each run and the machine's rates measured before it. The targets' contexts must have been entered."""
         seed = self.seed
         for case in self.cases:
             for target in targets:
@@ -103,7 +105,7 @@ def _progress_bar(label: str, total: int) -> Iterator[Any]:
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Returns what a report says of itself: machine, commit, command, date."""
+    """Returns the properties of the benchmark for its report: machine, commit, command, date."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

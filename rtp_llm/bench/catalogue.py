@@ -1,7 +1,7 @@
-"""The targets that a table can compare, by name: ours and the peers, all on the weights of one checkpoint.
+"""The targets that can be compared, by name: this server and other engines (peers), all with the same checkpoint.
 
-A name is KIND-PRECISION, such as `ours-bf16` or `openvino-int8`. Settings of ours follow an `@`:
-`ours-bf16@ITL_BUDGET_MS=50+TP_SIZE=2`. PYTHON among them is the Python of another installation, such as the one of
+A name is KIND-PRECISION, such as `ours-bf16` or `openvino-int8`; `ours` is this server. Settings follow an `@`:
+`ours-bf16@ITL_BUDGET_MS=50+TP_SIZE=2`. The setting PYTHON selects the Python of another installation, such as that of
 another checkout.
 """
 
@@ -36,7 +36,7 @@ DEFAULT_NAMES = tuple(name for name in ALL_NAMES if name not in ("ours-fp32", "o
 
 
 class AbsentError(Exception):
-    """A peer is not installed. The message says what is missing."""
+    """A peer is not installed. The message names what is missing."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TargetName:
 
     @classmethod
     def parse(cls, text: str) -> "TargetName":
-        """Raises ConfigError."""
+        """Parses a target's name. Raises ConfigError if it is unknown."""
         name, _, settings = text.partition("@")
         kind, _, precision = name.partition("-")
         if precision not in PRECISIONS_OF.get(kind, ()):
@@ -60,16 +60,16 @@ class TargetName:
 
     @property
     def group(self) -> str:
-        """Returns the bits of a weight: targets with equal ones are compared."""
+        """Returns the number of bits per weight; targets with the same number are compared."""
         return GROUPS[self.precision]
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Makes targets.
+    """Creates targets by name.
 
-    pythons  in which peers are looked for, in this order: they need not be installed beside us
-    folder   of converted weights and logs; it may be kept
+    pythons  Python interpreters in which to look for peers, in this order
+    folder   for converted weights and logs; they can be reused
     """
 
     checkpoint: Path
@@ -77,7 +77,7 @@ class Catalogue:
     folder: Path
 
     def make(self, name: TargetName) -> Target:
-        """Returns the target; enter it to start it. Raises AbsentError if the peer is not installed."""
+        """Returns the target; enter its context to start it. Raises AbsentError if the peer is not installed."""
         makers = {
             "ours": self._ours,
             "offline": self._offline,
@@ -157,7 +157,7 @@ class Catalogue:
 
 
 def weight_precision(name: TargetName) -> str:
-    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO and llama.cpp multiply bytes with bytes."""
+    """Returns a target's key of `bound.PRECISIONS`. OpenVINO quantizes activations to 8 bits, as llama.cpp does."""
     if name.kind == "openvino" and name.precision == "int8":
         return "q8_0"
     return {"f16": "bf16"}.get(name.precision, name.precision)

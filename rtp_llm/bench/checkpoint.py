@@ -1,4 +1,4 @@
-"""Checkpoints with random weights and the shape of a known model, made in seconds. Their speed is that of the model."""
+"""Writes checkpoints with random weights and the shape of a known model, as fast as the model, within seconds."""
 
 import json
 import math
@@ -64,14 +64,14 @@ CHAT_TEMPLATE = (
 
 
 def find_shape(name: str) -> dict[str, Any]:
-    """Returns the config.json of a shape. Raises ConfigError if the name is unknown."""
+    """Returns the config.json of a model shape. Raises ConfigError if the name is unknown."""
     if name not in SHAPES:
         raise ConfigError(f"--shape {name}: unknown; allowed: {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
 def write_checkpoint(folder: Path, shape: str, seed: int = 0) -> None:
-    """Writes a checkpoint (bf16) into the folder, which is created. Raises ConfigError if the shape is unknown."""
+    """Creates the folder and writes a bf16 checkpoint into it. Raises ConfigError if the shape is unknown."""
     config = find_shape(shape)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {
@@ -103,8 +103,8 @@ def write_checkpoint(folder: Path, shape: str, seed: int = 0) -> None:
 def make_tokenizer(vocab_size: int) -> dict[str, Any]:
     """Returns a tokenizer.json of exactly `vocab_size` tokens: bytes, then words of letters, then `SPECIALS`.
 
-    A word is a shorter word and a letter, so the tokenizer merges letters from left to right, and every id has a text
-    that a stream shows.
+    Each word is a shorter word plus a letter, so the tokenizer merges letters from left to right, and every id has a
+    visible text.
     """
     alphabet = _byte_characters()
     merges = list(islice(_merges(), vocab_size - len(alphabet) - len(SPECIALS)))
@@ -128,7 +128,7 @@ def make_tokenizer(vocab_size: int) -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """Returns the characters that stand for the 256 bytes in GPT-2's byte-level BPE: printable ones for themselves."""
+    """Returns the characters for the 256 bytes in GPT-2's byte-level BPE; printable ones represent themselves."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     moved = {byte: 256 + number for number, byte in enumerate(others)}
@@ -136,7 +136,7 @@ def _byte_characters() -> list[str]:
 
 
 def _merges() -> Iterator[tuple[str, str]]:
-    """Yields merges for ever: of a letter or the space (`Ġ`) with a letter, then of words so far with a letter."""
+    """Yields merges without end: a letter or the space (`Ġ`) with a letter, then each word so far with a letter."""
     words = ["Ġ", *string.ascii_lowercase]
     while True:
         longer = []
@@ -148,8 +148,8 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
-    """Yields name, shape, half width and mean of each tensor. Numbers are uniform, scaled so that activations neither
-    vanish nor explode.
+    """Yields (name, shape, half width, mean) of each tensor. Values are uniformly distributed, scaled so that
+    activations neither vanish nor explode.
     """
     hidden, intermediate, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads, model_type = config["num_attention_heads"], config["num_key_value_heads"], config["model_type"]

@@ -37,7 +37,7 @@ UNKNOWN_VOCABULARY = 32000  # tokens that every model with a URL is taken to hav
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 if a request or a target failed, or that of a fatal error."""
+    """Runs the command. Returns the exit code: 0; 1 if a request or a target failed; or that of a fatal error."""
     args = _parser().parse_args(arguments)
     try:
         code: int = args.run(args)
@@ -244,5 +244,5 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def vocabulary(checkpoint: Path) -> int:
-    """Returns the number of tokens from which prompts are drawn: all but the last few, which are often special."""
+    """Returns the number of token ids from which prompts are drawn, without the last few: often special tokens."""
     return read_spec(checkpoint).vocab_size * 99 // 100

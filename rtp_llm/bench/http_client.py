@@ -1,7 +1,7 @@
-"""A lean client of /v1/completions: HTTP/1.1 and server-sent events, with a few microseconds of work per token.
+"""A minimal client of /v1/completions: HTTP/1.1 and server-sent events, with a few microseconds of work per token.
 
-The load generator shares its cores with the server that it measures, so it parses JSON only where it must: the last
-events of an answer, which hold the count of tokens. See docs/performance for what a general client costs.
+The load generator shares its cores with the server that it measures, so it parses JSON only where needed: the last
+events of a response, which have the token counts. See docs/performance for the cost of a general client.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ from rtp_llm.bench.record import Record
 from rtp_llm.bench.workload import Request
 from rtp_llm.errors import ConfigError
 
-KEPT_EVENTS = 3  # the last ones of an answer: its last token, its usage, its end
+KEPT_EVENTS = 3  # the last ones of a response: its last token, its usage, its end
 
 
 class AnswerError(Exception):
-    """The server did not give a whole answer."""
+    """The server did not send a complete response."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind a URL.
+    """A model at a URL.
 
     model    its name in requests
-    as_text  whether prompts are sent as text, for servers that take no token ids: one word per token
+    as_text  send prompts as text, for servers that accept no token ids: one word per token
     """
 
     url: str
@@ -42,11 +42,11 @@ class Endpoint:
     def address(self) -> tuple[str, int]:
         parts = urlsplit(self.url)
         if parts.scheme != "http" or not parts.hostname:
-            raise ConfigError(f"--url {self.url}: allowed: http://HOST:PORT, perhaps with a path before /v1")
+            raise ConfigError(f"--url {self.url}: allowed: http://HOST:PORT, optionally with a path before /v1")
         return parts.hostname, parts.port or 80
 
     def post(self, path: str, content: dict[str, Any]) -> bytes:
-        """Returns the bytes of a POST request."""
+        """Returns the bytes of a POST request with this JSON body."""
         body = json.dumps(content, separators=(",", ":")).encode()
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         host, port = self.address
@@ -57,7 +57,7 @@ class Endpoint:
         return head.encode() + body
 
     def completion(self, request: Request) -> bytes:
-        """Returns the HTTP request whose answer has exactly `request.output_tokens` tokens, streamed."""
+        """Returns the HTTP request for a streamed completion of exactly `request.output_tokens` tokens."""
         prompt = " ".join(word(token) for token in request.prompt) if self.as_text else request.prompt
         return self.post(
             "/v1/completions",
@@ -74,7 +74,7 @@ class Endpoint:
 
 
 def word(token: int) -> str:
-    """Returns a word for a token id, different for each."""
+    """Returns a word that is unique for the token id."""
     letters = ""
     while token or not letters:
         token, letter = divmod(token, 26)
@@ -83,7 +83,7 @@ def word(token: int) -> str:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, on which one request after the other runs."""
+    """One keep-alive connection, which carries requests one after another."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -95,7 +95,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, address: tuple[str, int]) -> "Connection":
-        """Raises AnswerError if nothing listens there."""
+        """Opens a connection. Raises AnswerError if that fails."""
         try:
             _, connection = await asyncio.get_running_loop().create_connection(cls, *address)
         except OSError as error:
@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def stream(self, request: bytes) -> "Answer":
-        """Sends a request and returns its answer when it is complete. Raises AnswerError."""
+        """Sends a request and returns its complete response. Raises AnswerError."""
         assert self._transport
         self._answer = Answer(asyncio.get_running_loop().create_future())
         self._transport.write(request)
@@ -131,10 +131,10 @@ class Connection(asyncio.Protocol):
 
 
 class Answer:
-    """The events of one answer, and the time at which each came. Has the callbacks of httptools' parser."""
+    """The events of one response and the time of each. Implements the callbacks of httptools' parser."""
 
     def __init__(self, end: "asyncio.Future[None]"):
-        """`end`: is set when the answer is complete, or cannot become so any more."""
+        """`end`: set when the response is complete, or when it can no longer be completed."""
         self.end = end
         self.keeps_connection = False  # after the answer; known at its end
         self._status = 0
@@ -145,7 +145,7 @@ class Answer:
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
-        """Takes bytes that have just come."""
+        """Parses bytes that have just arrived."""
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
@@ -171,7 +171,7 @@ class Answer:
             self.end.set_result(None)
 
     def record(self, request: Request, origin: float, start: float) -> Record:
-        """Returns the answer as a record, its times relative to `origin`. Raises AnswerError."""
+        """Returns the response as a record, with times relative to `origin`. Raises AnswerError if it is incomplete."""
         if self._status != 200:
             raise AnswerError(f"HTTP {self._status}: {self._rest[:300].decode(errors='replace')}")
         times, last = self._times, [json.loads(event[5:]) for event in self._last_events]
@@ -183,11 +183,11 @@ class Answer:
             times = times[:-1]
         if not usage or not times:
             raise AnswerError(
-                "no usage, or no token, in the stream; the server must honour stream_options.include_usage"
+                "no usage, or no token, in the stream; the server must support stream_options.include_usage"
             )
         count = usage["completion_tokens"]
         if count != request.output_tokens:
-            raise AnswerError(f"{count} tokens instead of {request.output_tokens}; the server must honour ignore_eos")
+            raise AnswerError(f"{count} tokens instead of {request.output_tokens}; the server must support ignore_eos")
         return Record(len(request.prompt), start - origin, [at - origin for at in times], count)
 
 

@@ -1,4 +1,4 @@
-"""The load generator: sends requests over HTTP, so many at a time (closed loop) or at given times (open)."""
+"""The load generator: sends HTTP requests at a fixed concurrency (closed loop) or at given times (open loop)."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ OnEnd = Callable[[Record], None]
 
 
 def send(endpoint: Endpoint, traffic: Traffic, on_end: OnEnd) -> list[Record]:
-    """Sends all requests and returns their records in the order of their ends. `on_end`: is called with each record."""
+    """Sends all requests. Returns their records in the order in which they ended. Calls `on_end` with each record."""
     return uvloop.run(_Load(endpoint, on_end).send(traffic))
 
 

@@ -13,7 +13,7 @@ WIDTH = 0.8  # of a bar; the distance of two bars is 1
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Writes `rates` and `latencies` into the folder and returns the files."""
+    """Writes the plots `rates` and `latencies` into the folder, and returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "rates": _bars(report, "tokens per second (line: the bound)", report.rate, report.bound),
@@ -31,7 +31,7 @@ Height = Callable[[Case, str], float]  # of a target's bar in a case
 
 
 def _bars(report: Report, label: str, height: Height, line: Height = lambda case, target: 0.0) -> Figure:
-    """Returns a figure with an axis per case, whose sizes differ, and a bar per target. `line`: 0 for none."""
+    """Returns a figure with one axis per case, which differ in scale, and one bar per target. `line`: 0 for none."""
     figure = Figure(figsize=(2 + 2.5 * len(report.cases), 4))  # not pyplot's, which keeps it and wants a display
     axes = figure.subplots(1, len(report.cases), squeeze=False)
     for axis, case in zip(axes[0], report.cases, strict=True):

@@ -1,6 +1,6 @@
-"""Measures what the machine can do at the moment: bytes per second from memory, operations per second of matrices.
+"""Measures the machine's current rates: bytes per second read from memory, operations per second of matrix products.
 
-Run as a process of its own, which answers each line on stdin, because a load generator must not import torch.
+Runs in a process of its own, because a load generator must not import torch. It measures once per line on stdin.
 """
 
 import json
@@ -17,7 +17,7 @@ SECONDS = 0.15  # of each measurement
 
 
 def best_rate(amount: float, operation: Callable[[], object]) -> float:
-    """Returns amount per second in the fastest of several calls."""
+    """Calls `operation` several times. Returns `amount` divided by the seconds of the fastest call."""
     operation()
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
@@ -28,7 +28,7 @@ def best_rate(amount: float, operation: Callable[[], object]) -> float:
 
 
 def measure(numbers: torch.Tensor) -> dict[str, float | dict[str, float]]:
-    """Returns the fields of `bound.MachineRates`: bytes per second read from `numbers`, operations per second."""
+    """Returns the fields of `bound.MachineRates`. numbers: a tensor to read from memory."""
     rates = dict.fromkeys(("bf16", "fp32", "int8"), 0.0)
     for size in SIZES:
         matrix = torch.randn(size, size)

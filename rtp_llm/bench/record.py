@@ -1,4 +1,4 @@
-"""What one request did: when it was sent, when its tokens came, how it ended. Runs in any Python."""
+"""The record of one request: when it was sent, when its tokens arrived, how it ended. Runs with any Python."""
 
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -10,7 +10,7 @@ class Record:
     """One request of a run. All times are seconds since the run began.
 
     start          when the request was sent (closed loop), or was due (open loop)
-    events         when each piece of output came; usually one token each
+    events         when each piece of output arrived; usually one token each
     output_tokens  as the server counted them
     error          why the request failed; empty if it did not
     """
@@ -33,11 +33,11 @@ class Record:
 
     @property
     def gaps(self) -> list[float]:
-        """Returns the seconds between one event and the next."""
+        """Returns the seconds between each output event and the next one."""
         return [later - earlier for earlier, later in pairwise(self.events)]
 
     def summary(self) -> dict[str, Any]:
-        """Returns what the JSON of a run keeps of this request: all but the single events."""
+        """Returns the fields that the JSON of a run contains: all except the times of the events."""
         summary = {key: value for key, value in asdict(self).items() if key != "events"}
         times = {"ttft": self.ttft, "e2e": self.e2e, "itl_max": max(self.gaps, default=0.0)} if self.events else {}
         return summary | {"num_events": len(self.events)} | {name: round(value, 6) for name, value in times.items()}

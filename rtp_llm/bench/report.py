@@ -1,4 +1,4 @@
-"""A report: the JSON of a campaign, its table, and the comparison of two."""
+"""The report of a benchmark: its JSON, its table, and the comparison of two reports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from rtp_llm.errors import ConfigError
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What a target is, and how long it took to start."""
+    """A target's description, and how many seconds it took to start."""
 
     description: str
     start_seconds: float
@@ -24,12 +24,12 @@ class TargetInfo:
 
 @dataclass
 class Report:
-    """What a campaign found, growing run by run.
+    """The results of a campaign so far.
 
     environment  machine, commit, command, date
     targets      by name, in the order of the table
-    absent       why a target could not be measured, by name
-    rates        of the machine, measured beside the runs
+    absent       {target name: why it could not be measured}
+    rates        rates of the machine, measured between the runs
     """
 
     environment: dict[str, Any]
@@ -50,26 +50,26 @@ class Report:
 
     @classmethod
     def read(cls, file: Path) -> "Report":
-        """Raises ConfigError if the file is no report."""
+        """Reads a report. Raises ConfigError if the file is not one."""
         try:
             return _JSON.validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
-            raise ConfigError(f"{file}: is no report of rtp-llm-bench: {error}") from None
+            raise ConfigError(f"{file}: is not a report of rtp-llm-bench: {error}") from None
 
     def runs_of(self, case: str, target: str) -> list[Run]:
-        """Returns the runs of a target on a case, by round."""
+        """Returns the runs of a target on a case, in order."""
         return [run for run in self.runs if (run.case, run.target) == (case, target)]
 
     def median(self, case: Case, target: str, value: Callable[[Run], float]) -> float:
-        """Returns the median of a value of the runs, 0 without runs."""
+        """Returns the median of `value` over the runs; 0 if there are none."""
         return median([value(run) for run in self.runs_of(case.name, target)] or [0.0])
 
     def rate(self, case: Case, target: str) -> float:
-        """Returns the speed that counts in a case, in tokens per second."""
+        """Returns the rate that characterizes a case, such as its output rate, in tokens per second."""
         return self.median(case, target, rate_of(case))
 
     def bound(self, case: Case, target: str) -> float:
-        """Returns the bound of `rate`, 0 if it is not known."""
+        """Returns the upper bound of `rate`; 0 if it is not known."""
         return self.median(case, target, lambda run: getattr(run.bound, _rate_name(case), 0.0))
 
 
@@ -78,7 +78,7 @@ Value = Callable[[Run], float]
 
 
 def _rate_name(case: Case) -> str:
-    """Returns the rate that counts: of output, or of prefill if the answers have a single token."""
+    """Returns the name of a case's main rate: output, or input if requests have a single output token."""
     return "output_rate" if max(outputs for _, outputs in case.workload.lengths) > 1 else "input_rate"
 
 
@@ -88,17 +88,17 @@ def rate_of(case: Case) -> Value:
 
 
 def itl_p99(run: Run) -> float:
-    """Returns milliseconds."""
+    """Returns the 99th percentile of the inter-token latency, in milliseconds."""
     return run.summary.itl.p99 * 1e3
 
 
 def ttft_p50(run: Run) -> float:
-    """Returns milliseconds."""
+    """Returns the median time to the first token, in milliseconds."""
     return run.summary.ttft.p50 * 1e3
 
 
 def _fairness(case: Case) -> Value:
-    """Returns ITL p99 over the time in which every stream gets a token at the output rate of the run."""
+    """Returns ITL p99 divided by the time in which each stream gets one token if the output rate is shared evenly."""
 
     def value(run: Run) -> float:
         return run.summary.itl.p99 * run.summary.output_rate / case.concurrency if case.concurrency else 0.0
@@ -129,7 +129,7 @@ and operations allow. Medians of the rounds; ratios are the medians of those wit
 
 
 def table(report: Report) -> str:
-    """Returns the report as text: a line per case and target, then the targets and the machine."""
+    """Returns the report as text: one line per case and target, then the targets and the machine."""
     rows = [HEADER]
     for case in report.cases:
         rows += [_row(report, case, target) for target in report.targets if report.runs_of(case.name, target)]
@@ -150,7 +150,7 @@ def table(report: Report) -> str:
 
 def _row(report: Report, case: Case, target: str) -> tuple[str, ...]:
     def number(value: Value, digits: int = 0) -> str:
-        """Returns the median, empty if it is 0."""
+        """Returns the median as text; empty if it is 0."""
         result = report.median(case, target, value)
         return f"{result:.{digits}f}" if result else ""
 
@@ -175,9 +175,9 @@ def _row(report: Report, case: Case, target: str) -> tuple[str, ...]:
 
 
 def _ratio(report: Report, case: Case, target: str) -> float:
-    """Returns the speed of ours divided by that of the target: the median over the rounds, in which both took turns.
+    """Returns the speed of `ours` divided by the target's: the median over the rounds, in which both ran alternately.
 
-    Ours is the first target of that kind whose weights have as many bits; 0 if there is none.
+    `ours`: the first target of that kind with as many bits per weight. Returns 0 if there is none.
     """
     own = next((name for name in report.targets if name.startswith("ours-") and _group(name) == _group(target)), "")
     rate = rate_of(case)
@@ -197,7 +197,7 @@ def _rates(rates: Sequence[MachineRates]) -> str:
 
 
 def compare(before: Report, after: Report) -> str:
-    """Returns a table of what both reports have in common, with ratios: above 1 the second is better."""
+    """Returns a table of the cases and targets that both reports have, with ratios: above 1, `after` is better."""
     rows: list[tuple[str, ...]] = [("case", "target")]
     for title in ("tok/s", "TTFT p50", "ITL p99"):
         rows[0] += (title, title, "ratio")

@@ -1,4 +1,4 @@
-"""Numbers of a run: throughput, latencies and goodput, from its records."""
+"""The summary of a run: throughput, latencies and goodput, computed from its records."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Slo:
-    """What a user puts up with, in seconds: the first token, and the mean time per further token of a request."""
+    """Service level objective, in seconds: time to the first token, and mean time per further token of a request."""
 
     ttft: float
     itl: float
@@ -38,15 +38,15 @@ class Slo:
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of one run.
+    """Results of one run.
 
     output_rate       output tokens per second, from the first request to the last token
-    input_rate        tokens per second of the prompt until its first token, median over the requests; the speed of
-                      prefill if only one runs at a time
-    decode_rate       tokens per second of one request after its first, median over the requests
+    input_rate        prompt tokens divided by the time to the first token, median over the requests; the speed of
+                      prefill if requests run one at a time
+    decode_rate       tokens per second of one request after its first token, median over the requests
     ttft, e2e         time to the first and to the last token, per request
-    itl               time between two events of an answer, over all requests
-    tokens_per_event  1 if every token comes in an event of its own: only then is ITL a time per token
+    itl               time between two events of a response, over all requests
+    tokens_per_event  1 if every token arrives in its own event; only then is ITL a time per token
     goodput           requests per second that met the SLO
     seconds           length of the run
     """
@@ -65,7 +65,7 @@ class Summary:
 
     @classmethod
     def of(cls, records: Sequence[Record], slo: Slo) -> "Summary":
-        """Returns the numbers of a run, the failed requests counted and otherwise left out."""
+        """Returns the summary of a run. Failed requests are counted, but otherwise ignored."""
         done = [record for record in records if not record.error]
         start = min((record.start for record in records), default=0.0)
         seconds = max((record.events[-1] for record in done), default=start) - start

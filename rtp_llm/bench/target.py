@@ -1,4 +1,4 @@
-"""What is measured: a server behind a URL, a server that this starts, or an engine in a process of its own."""
+"""Targets to measure: a server at a URL, a server that this process starts, or an engine in a process of its own."""
 
 import http.client
 import json
@@ -22,10 +22,11 @@ from rtp_llm.machine.process import die_with_parent
 
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 300.0, 60.0, 0.05
 NUM_PORTS = 20  # that a part with few ranks reserves: half of them below START_PORT
+_PORTS = iter(range(18100, 30000, NUM_PORTS))  # each is handed out once, because its server starts later
 
 
 class Target(Protocol):
-    """Something that answers requests. A context manager: it runs inside."""
+    """A server or engine that runs requests while its context is entered."""
 
     name: str
     description: str  # version and settings; known inside
@@ -35,12 +36,12 @@ class Target(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
-        """Runs all requests. `on_end`: is called with each record."""
+        """Runs all requests. Calls `on_end` with each record."""
         ...
 
 
 class UrlTarget:
-    """A server that runs already."""
+    """A server that is already running."""
 
     def __init__(self, name: str, endpoint: Endpoint):
         self.name, self.description, self.endpoint, self.start_seconds = name, endpoint.url, endpoint, 0.0
@@ -56,10 +57,10 @@ class UrlTarget:
 
 
 class ServerTarget:
-    """A server that this starts as a child process, and ends with SIGTERM."""
+    """A server that runs as a child process; ended with SIGTERM."""
 
     def __init__(self, name: str, command: list[str], port: int, log: Path, environment: dict[str, str] | None = None):
-        """`command`: makes the server listen on `port` with a /health. `environment`: variables besides our own."""
+        """`command`: starts a server with a /health on `port`. `environment`: variables added to this process's own."""
         self.name, self.start_seconds, self.log = name, 0.0, log
         settings = " ".join(f"{key}={value}" for key, value in (environment or {}).items())
         self.description = f"{settings} {' '.join(command)}".strip()
@@ -116,7 +117,7 @@ class ServerTarget:
 def own_server(
     name: str, checkpoint: Path, log: Path, environment: dict[str, str], python: str = sys.executable
 ) -> ServerTarget:
-    """Returns our server on free ports. `environment`: its settings, which go before the defaults of a benchmark."""
+    """Returns this project's server on free ports. `environment`: settings that override a benchmark's defaults."""
     port = free_port()
     defaults = {"CHECKPOINT_PATH": str(checkpoint.absolute()), "SERVED_MODEL_NAME": "bench", "DISABLE_ACCESS_LOG": "1"}
     defaults |= {"TP_SIZE": "1", "RTP_DOCTOR": "off", "KV_CACHE_MEM_MB": "2048", "START_PORT": str(port)}
@@ -126,8 +127,8 @@ def own_server(
 
 
 def free_port() -> int:
-    """Returns a port such that it and its neighbours, which a part reserves, are free."""
-    for port in range(18100, 30000, NUM_PORTS):
+    """Returns a port for a part: it and the adjacent ports that the part reserves are free."""
+    for port in _PORTS:
         with ExitStack() as sockets:
             try:
                 for neighbour in range(port - NUM_PORTS // 2, port + NUM_PORTS // 2):

@@ -1,4 +1,4 @@
-"""A child process that answers one line of JSON with another: an engine of `rtp_llm.bench.peers`, or the probe."""
+"""A child process that replies to each line of JSON with another: an engine of `rtp_llm.bench.peers`, or the probe."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from rtp_llm.machine.process import die_with_parent
 
 
 class WorkerError(FatalError):
-    """A child process ended, or could not load."""
+    """A child process exited, or could not load its engine."""
 
 
 @contextmanager
 def bare_package() -> Iterator[Path]:
-    """Yields a folder with this package and nothing else, for the PYTHONPATH of another Python.
+    """Yields a folder that contains only this package, for the PYTHONPATH of another Python.
 
-    The site-packages in which this package may be installed would shadow those of the other Python.
+    Using site-packages, in which this package may be installed, would shadow the packages of the other Python.
     """
     with tempfile.TemporaryDirectory(prefix="rtp-bench-") as folder:
         (Path(folder) / "rtp_llm").symlink_to(Path(rtp_llm.__file__).parent)
@@ -31,7 +31,7 @@ def bare_package() -> Iterator[Path]:
 
 
 def run_module(python: str, module: str, *args: str) -> None:
-    """Runs `python -m MODULE ARGS` until it ends. Raises WorkerError with the end of its log if it fails."""
+    """Runs `python -m MODULE ARGS` until it exits. Raises WorkerError with the end of its log if it fails."""
     with bare_package() as folder:
         command = [python, "-m", module, *args]
         environment = {**os.environ, "PYTHONPATH": str(folder)}
@@ -43,10 +43,10 @@ def run_module(python: str, module: str, *args: str) -> None:
 
 
 class WorkerProcess:
-    """`python -m MODULE ARGS`. A context manager, which ends the process."""
+    """`python -m MODULE ARGS` as a child process, while the context is entered."""
 
     def __init__(self, module: str, *args: str, python: str = sys.executable):
-        """`python`: of the environment that has what the module needs; it need not have this package."""
+        """`python`: an interpreter with the packages that the module needs; it need not have this package."""
         self.module = module
         self._resources = ExitStack()
         folder = self._resources.enter_context(bare_package())
@@ -71,7 +71,7 @@ class WorkerProcess:
         self._resources.close()
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Sends a command and returns the answer. Raises WorkerError with the end of the log if the process ends."""
+        """Sends a command and returns the reply. Raises WorkerError with the end of the log if the process exits."""
         try:
             self._stdin.write(json.dumps(command).encode() + b"\n")
             self._stdin.flush()
@@ -80,7 +80,7 @@ class WorkerProcess:
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        """Returns the next answer. Raises WorkerError."""
+        """Returns the next reply. Raises WorkerError."""
         line = self._stdout.readline()
         if not line.endswith(b"\n"):
             code = self._process.wait()

@@ -1,4 +1,4 @@
-"""What is asked: the lengths of prompts and answers, the prompts themselves, and when they arrive."""
+"""Workloads: the lengths of prompts and outputs, the prompts themselves, and the arrival times."""
 
 import random
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests, how many may run at a time, and when each is due (seconds): in a closed loop `arrivals` is empty."""
+    """Requests, the maximum number at a time, and when each is due, in seconds (`arrivals`; empty in a closed loop)."""
 
     requests: list[Request]
     concurrency: int
@@ -26,7 +26,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Workload:
-    """A stream of requests. `lengths`: (input, output) tokens of the requests, in turns. `shared_prefix`: number of
+    """A stream of requests. `lengths`: (input, output) tokens of the requests, used in turn. `shared_prefix`: number of
     tokens with which every prompt begins; they count as input.
     """
 
@@ -35,7 +35,7 @@ class Workload:
     shared_prefix: int = 0
 
     def requests(self, count: int, vocab_size: int, seed: int) -> list[Request]:
-        """Returns random requests. Another seed gives other prompts, so that no prefix cache knows them."""
+        """Returns random requests. Another seed gives other prompts, which no prefix cache contains."""
         source = random.Random(seed)
         prefix = source.choices(range(vocab_size), k=self.shared_prefix)
         lengths = (self.lengths[number % len(self.lengths)] for number in range(count))
@@ -59,12 +59,12 @@ WORKLOADS = {
 
 
 def find_workload(name: str, inputs: int | None, outputs: int | None) -> Workload:
-    """Returns the workload `name`, or one of `inputs` and `outputs` tokens if these are given (both).
+    """Returns the workload `name`; if `inputs` and `outputs` are given (both), one of so many tokens.
 
     Raises ConfigError.
     """
     if (inputs is None) != (outputs is None):
-        raise ConfigError("--input and --output belong together; allowed: both, or --workload")
+        raise ConfigError("--input and --output must be given together; allowed: both, or --workload")
     if inputs is not None and outputs is not None:
         if min(inputs, outputs) < 1:
             raise ConfigError(f"--input {inputs} --output {outputs}: allowed: at least one token each")
@@ -75,6 +75,6 @@ def find_workload(name: str, inputs: int | None, outputs: int | None) -> Workloa
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Returns arrival times in seconds, `rate` per second on average, with exponential gaps."""
+    """Returns the arrival times of a Poisson process in seconds: `rate` per second on average, exponential gaps."""
     source = random.Random(seed)
     return list(accumulate(source.expovariate(rate) for _ in range(count)))

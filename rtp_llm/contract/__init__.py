@@ -1,1 +1,1 @@
-"""Plain data shared by all packages: requests, steps, outputs. The lowest package: no torch, no sockets."""
+"""Plain data that several packages use: requests, steps, outputs. The lowest package: no torch, no sockets."""

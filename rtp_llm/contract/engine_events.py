@@ -1,7 +1,7 @@
 """The payload of an EVENTS frame (`parallel.wire`): the outputs of a step for one client, and the engine's statistics.
 
-Binary, because rank 0 packs one for every step: numbers that every output has are arrays, in native byte order, as both
-processes run on one machine. So are logprobs, which can be megabytes, and hidden states. Errors are JSON.
+Binary, because rank 0 packs one for every step. Numbers that every output has, logprobs (which can be megabytes) and
+hidden states are arrays in native byte order, as both processes run on one machine. Errors are JSON.
 """
 
 import json
@@ -28,8 +28,8 @@ TOP_TOKEN = np.dtype([("id", "i4"), ("value", "f4")])
 class EngineStats:
     """Statistics of the engine after a step. Counters start at 0 in each epoch.
 
-    running, waiting: requests. kv_used: referenced KV blocks. flops, read_bytes, write_bytes: estimated, see
-    `runner.cost`. step_tokens, step_seconds: of the last step; 0 if there was none.
+    running, waiting: number of requests. kv_used: referenced KV blocks. flops, read_bytes, write_bytes: estimates of
+    `runner.cost`. step_tokens, step_seconds: tokens and duration of the last step; 0 if there was none.
     """
 
     running: int = 0
@@ -69,20 +69,20 @@ def pack_events(outputs: Sequence[EngineOutput], stats: EngineStats) -> bytes:
 
 
 def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
-    """Returns what `pack_events` packed. Raises ValueError if the lengths in the header do not match the payload."""
+    """Decodes the result of `pack_events`. Raises ValueError if the lengths in its header do not match its size."""
     try:
         num_outputs, id_bytes, text_bytes, array_bytes = HEADER.unpack_from(data)
         values = STATS.unpack_from(data, HEADER.size)
         table = np.frombuffer(data, OUTPUT, num_outputs, HEADER.size + STATS.size)
     except (struct.error, ValueError) as error:
-        raise ValueError(f"an EVENTS frame of {len(data)} bytes: {error}") from None
+        raise ValueError(f"invalid EVENTS frame of {len(data)} bytes: {error}") from None
     ids_start = HEADER.size + STATS.size + table.nbytes
     text_start = ids_start + id_bytes
     tokens_start = text_start + text_bytes
     all_tokens = int(table["num_tokens"].sum())
     position = tokens_start + 4 * all_tokens
     if len(data) != position + array_bytes or id_bytes != table["id_bytes"].sum():
-        raise ValueError(f"an EVENTS frame of {len(data)} bytes does not match its header")
+        raise ValueError(f"invalid EVENTS frame: its {len(data)} bytes do not match its header")
     tokens: list[int] = np.frombuffer(data, np.int32, all_tokens, tokens_start).tolist()
     outputs = []
     id_end, token_end = ids_start, 0
@@ -112,7 +112,7 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
 
 
 class PackedLogprobs(Sequence[Logprob]):
-    """Logprobs that stay arrays in the frame until one is read: as Python objects they take ten times the memory."""
+    """A sequence of logprobs that are decoded one by one: as Python objects they take ten times the memory."""
 
     def __init__(self, data: bytes, start: int, num_rows: int, num_top: int):
         self._rows = np.frombuffer(data, LOGPROB, num_rows, start)

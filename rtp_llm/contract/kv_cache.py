@@ -1,7 +1,7 @@
-"""What the layers keep in the KV cache, and how it is laid out in one pool of equal blocks. No torch.
+"""What each layer stores in the KV cache, and how one pool of equally large blocks holds it. No torch.
 
-One pool serves all groups of layers, so that memory moves between them at run time (as vLLM's hybrid KV cache): the
-pool is one buffer [num_blocks, block_bytes], and a block belongs to one group at a time.
+One pool serves all groups of layers, so that memory moves between groups at run time (like vLLM's hybrid KV cache
+manager). The pool is one buffer [num_blocks, block_bytes]; a block belongs to one group at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ NULL_BLOCK = 0  # is never allocated: pads block tables, and takes the place of 
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """What one layer keeps in the KV cache on one rank. Layers with equal specs form a group.
+    """What one layer stores in the KV cache on one rank. Layers with equal specs form a group.
 
     tensors: (name, shape for one token) each, such as ("keys", (kv_heads, head_dim)); per sequence if `per_sequence`.
     dtype: fp32, bf16 or fp16.
-    per_sequence: the layer keeps one fixed state per sequence instead of one entry per token.
-    window: newest tokens that the layer needs; 0: all.
-    replicated: every TP rank has the same content (a latent), else its part of the heads.
+    per_sequence: the layer stores one fixed-size state per sequence instead of one entry per token.
+    window: number of newest tokens that the layer needs; 0: all.
+    replicated: every TP rank stores the same content (a latent); otherwise each rank stores its heads.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -45,7 +45,7 @@ class KVCacheSpec:
 class KVCacheGroup:
     """Layers with equal specs. A block holds `block_size` tokens of all of them.
 
-    block_size: 0 if the spec is per sequence: one block then holds the states of one sequence.
+    block_size: 0 if the spec is per sequence; a block then holds the states of one sequence.
     """
 
     spec: KVCacheSpec
@@ -53,18 +53,18 @@ class KVCacheGroup:
     block_size: int
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Returns the length of the block table of a sequence of so many tokens, blocks outside the window included."""
+        """Returns the block table length of a sequence of `num_tokens` tokens, with blocks outside the window."""
         return 1 if self.spec.per_sequence else -(-num_tokens // self.block_size)
 
     def max_resident_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Returns the most blocks that such a sequence holds at a time; a step computes up to `chunk` of its tokens."""
+        """Returns the maximum number of blocks that such a sequence holds, if steps compute up to `chunk` tokens."""
         if not self.spec.window:
             return self.num_blocks(num_tokens)
         return min(self.num_blocks(num_tokens), -(-(self.spec.window + chunk - 2) // self.block_size) + 1)
 
     @property
     def num_bytes(self) -> int:
-        """Returns the bytes of a block that the group uses."""
+        """Returns how many bytes of a block the group uses."""
         return len(self.layers) * sum(self._tensor_bytes())
 
     def tensor_offsets(self) -> Iterator[tuple[int, str, int]]:
@@ -82,30 +82,30 @@ class KVCacheGroup:
 
 @dataclass(frozen=True)
 class KVCacheLayout:
-    """All groups of a model, ordered by their first layer, and the bytes of a block, which they share."""
+    """All groups of a model, ordered by their first layer, and the size of a block in bytes, equal for all groups."""
 
     groups: tuple[KVCacheGroup, ...]
     block_bytes: int
 
     def num_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Returns how many blocks, in all groups together, a sequence of `num_tokens` tokens holds at most.
+        """Returns the maximum number of blocks that a sequence of `num_tokens` tokens holds, in all groups together.
 
-        `chunk`: tokens of it that a step computes, at most.
+        `chunk`: maximum number of its tokens that a step computes.
         """
         return sum(group.max_resident_blocks(num_tokens, chunk) for group in self.groups)
 
     @property
     def group_of_layer(self) -> list[int]:
-        """Returns the index of each layer's group."""
+        """Returns the index of the group of each layer."""
         return [index for _, index in sorted((layer, i) for i, g in enumerate(self.groups) for layer in g.layers)]
 
 
 def make_layout(specs: Sequence[KVCacheSpec], block_size: int) -> KVCacheLayout:
-    """Returns the layout for layers with these specs; `block_size` is the base size, in tokens.
+    """Returns the layout for layers with these specs. `block_size`: base size, in tokens.
 
-    The group that needs most for a block of the base size, or for one sequence, decides how large a block is. The
-    others put the largest multiple of the base size in it. Alignment does not count for that: it differs between ranks
-    with different numbers of KV heads, and all ranks must have the same block sizes.
+    The group with the most bytes per block of the base size, or per sequence, determines the bytes of all blocks. The
+    other groups put the largest multiple of the base size into a block. This rule ignores alignment, which differs
+    between ranks with different numbers of KV heads, because all ranks must have the same block sizes.
     """
     layers = {spec: tuple(i for i, s in enumerate(specs) if s == spec) for spec in dict.fromkeys(specs)}
     unit_bytes = {s: len(ids) * s.num_bytes * (1 if s.per_sequence else block_size) for s, ids in layers.items()}

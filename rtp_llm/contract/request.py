@@ -11,30 +11,31 @@ class Request:
 
     A token is computed when its keys and values are in the KV cache. Each step computes some tokens of the request;
     once all are computed, the next token is sampled and appended. A step may be scheduled before the result of the
-    step before is known: tokens that are scheduled to be computed count as computed, and a token that is scheduled to
-    be sampled counts as a token, whose id is pending.
+    previous one is known: tokens that are scheduled to be computed count as computed, and a token that is scheduled to
+    be sampled counts as a token with an unknown id (pending).
 
     id: chosen by the API process, unique while the request runs.
-    tokens: known token ids of prompt and output; `num_prompt_tokens` of them are the prompt.
+    tokens: known token ids of prompt and output; the first `num_prompt_tokens` are the prompt.
     num_pending_tokens: tokens after `tokens` that steps in flight sample; draft tokens count until they are rejected.
-    num_draft_tokens: how many of those are drafts; until it is known which are accepted, no step of it is scheduled.
-    num_computed_tokens: so many of the first tokens are computed, once all steps in flight have run.
-    num_in_flight: steps with tokens of this request whose results are not known yet.
-    num_tokens_at_start: number of tokens when the request last entered the batch; ranks sampled those that follow, and
-        hold them.
-    last_turn: rises among running requests, each time that one takes its turn because not all can have a token.
+    num_draft_tokens: how many of those are drafts; no step of this request is scheduled until their result is known.
+    num_computed_tokens: number of computed tokens once all steps in flight have run.
+    num_in_flight: scheduled steps with tokens of this request whose results are not known yet.
+    num_tokens_at_start: number of tokens when the request last entered the batch. The ranks sampled the tokens after
+        them, and hold them on the device.
+    last_turn: rises with each step that this request gets while the running requests take turns, because there are more
+        of them than tokens in a step.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
-    slot: number of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
+    slot: index of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
     has_ended: finished or aborted; results of steps in flight are discarded.
-    must_wait_for_result: no step of it is scheduled while a token is pending.
+    must_wait_for_result: no step of this request is scheduled while a token is pending.
     block_tables: for each KV cache group, KV blocks in order of position; 0 for a block outside the group's window.
     block_hashes: by block size, prefix-cache keys of the first full blocks, 16 bytes each; computed on demand.
-    extra_keys: what else keys and values depend on (an adapter) or must be kept apart by (a cache salt); requests share
-        cached blocks only if their extra keys are equal.
+    extra_keys: other inputs on which keys and values depend (an adapter), or a cache salt. Requests share cached blocks
+        only if their extra keys are equal.
     skip_prefix_cache: the request computes all of its tokens.
     matcher: `params.grammar`, compiled, before the first token of the output; None without a grammar.
-    forced_tokens: (position, tokens) that the grammar forces from there on, as `layers.grammar_mask` last found.
-    error: why no token can follow, if a logits processor found that; empty else.
+    forced_tokens: (position, tokens): from this position on, the grammar allows only these tokens.
+    error: why no token can follow, if a logits processor found that; otherwise empty.
     prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
     arrival_time: time.monotonic() when the scheduler received it, in seconds.
     queue_ms: milliseconds from arrival until the request is first scheduled; 0 before.
@@ -98,7 +99,7 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        """Returns the number of known generated tokens, including those from before a restart of the ranks."""
+        """Returns the number of known generated tokens, including those generated before a restart of the ranks."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
@@ -108,18 +109,18 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Returns whether the logits of prompt tokens are still needed by steps that are scheduled from now on.
+        """Returns whether a step that is scheduled from now on must compute logits of prompt tokens.
 
         The request must then bypass the prefix cache, because cached tokens are not computed and have no logits.
         """
         return self.params.prompt_logprobs is not None and self.num_tokens == self.num_prompt_tokens
 
     def has_reached_limit(self, max_seq_len: int) -> bool:
-        """Returns whether no token may follow, pending ones included, whatever they are."""
+        """Returns whether the number of tokens, pending ones included, has reached max_tokens or `max_seq_len`."""
         return self.num_tokens - self.num_prompt_tokens >= self.params.max_tokens or self.num_tokens >= max_seq_len
 
     def finish_reason(self, max_seq_len: int) -> FinishReason | None:
-        """Returns why the newest known token ends the request; None if it does not. Ignores tokens that are pending.
+        """Returns the reason if the newest known token ends the request, otherwise None. Ignores pending tokens.
 
         The API process checks stop strings.
         """

@@ -1,4 +1,4 @@
-"""The sampler's input and output on rank 0, besides the logits."""
+"""The sampler's input (besides the logits) and its output, on rank 0."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from rtp_llm.contract.request import Request
 
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """What rank 0 needs to sample a step, besides the step.
+    """What rank 0 needs to sample a step, besides the `Step` itself.
 
-    new_requests: (slot, request) of those that enter the batch with this step, with their tokens so far.
-    prompt_logprobs: (token id, N) for each entry of `Step.logprob_indices`: the row gives the logprob of that prompt
+    new_requests: (slot, request) of the requests that enter the batch with this step, with their tokens so far.
+    prompt_logprobs: (token id, N) for each entry of `Step.logprob_indices`: the row returns the logprobs of this prompt
         token, which follows the row's token, and of the N most likely tokens.
-    hidden_indices: indices into the tokens of the step whose hidden state a pooled request returns.
+    hidden_indices: indices into the tokens of the step whose hidden states are returned (pooled requests).
     """
 
     new_requests: list[tuple[int, Request]] = field(default_factory=list)
@@ -27,12 +27,12 @@ class SamplingMetadata:
 
 @dataclass(frozen=True)
 class SampledRows:
-    """Says which sequence and which position each row of the logits [R, vocab_size] belongs to.
+    """The sequence and position of each row of the logits [R, vocab_size].
 
     A sequence has one row, or 1 + k adjacent rows in a step that verifies k draft tokens: the row at draft offset 0
     gives the token after the sequence's last token, the row at offset j the token after the j-th draft.
 
-    slots: [R] int64; the sequence's slot, which `Sampler.reset` has filled.
+    slots: [R] int64; the sequence's slot, whose state `Sampler.reset` has set.
     positions: [R] int64; the position of the token that the row samples, that is the number of tokens before it.
     draft_offsets: [R] int64.
     draft_tokens: [R] int64; the draft that precedes the token of the row, -1 at offset 0. So the drafts before row i
@@ -48,7 +48,10 @@ class SampledRows:
     def build(
         cls, slots: Sequence[int], positions: Sequence[int], drafts: Sequence[Sequence[int]] | None = None
     ) -> "SampledRows":
-        """Returns the rows of sequences. `positions`: of their rows at draft offset 0. `drafts`: theirs, if any."""
+        """Returns the rows of some sequences.
+
+        positions: of each sequence's row at draft offset 0. drafts: each sequence's draft tokens, if any.
+        """
         tails = drafts or [()] * len(slots)
         counts = [1 + len(tail) for tail in tails]
         offsets = np.array([offset for count in counts for offset in range(count)], np.int64)
@@ -74,11 +77,11 @@ class SampledRows:
 
 @dataclass
 class SampledTokens:
-    """The new tokens of one sequence after a step: one without drafts, else up to one more than it had drafts.
+    """The new tokens of one sequence after a step: without drafts one token, with k drafts 1 to k + 1 tokens.
 
     slot: the slot of the sequence.
     token_ids: the accepted drafts, then the token sampled after them.
-    logprobs: of `token_ids`; empty unless the request asks for logprobs.
+    logprobs: logprobs of `token_ids`; empty unless the request asks for them.
     failed: the logits of the token after `token_ids` contain NaN or +inf, or only -inf. The request cannot continue.
     """
 
@@ -90,11 +93,11 @@ class SampledTokens:
 
 @dataclass
 class StepResult:
-    """Result of a step on rank 0, empty on the other ranks.
+    """Result of a step on rank 0; empty on the other ranks.
 
-    tokens: of each sequence with sampled rows, in order.
-    prompt_logprobs: for each entry of `Step.logprob_indices`.
-    hidden_states: the bytes of [hidden_size] float32 for each entry of `SamplingMetadata.hidden_indices`.
+    tokens: the new tokens of each sequence with sampled rows, in order.
+    prompt_logprobs: one entry per entry of `Step.logprob_indices`.
+    hidden_states: [hidden_size] float32 as bytes, per entry of `SamplingMetadata.hidden_indices`.
     """
 
     tokens: list[SampledTokens] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How the tokens of a request are sampled and when it ends."""
+"""Parameters that control how a request is sampled and when it ends."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ TUPLES = ("stop_token_ids", "logprob_token_ids", "reasoning_start", "reasoning_e
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of one request. The API validates them; the engine does not check them again."""
+    """Sampling parameters of one request. The API process has validated them; the engine does not check them again."""
 
     max_tokens: int  # of output
     temperature: float = 1.0  # 0: greedy
@@ -43,7 +43,7 @@ class SamplingParams:
     def from_json(cls, data: dict[str, Any]) -> "SamplingParams":
         """Builds the parameters from the JSON object that `to_json` returned.
 
-        JSON has turned the keys of logit_bias into strings and tuples into lists.
+        Undoes the changes of JSON: keys of logit_bias became strings, tuples became lists.
         """
         logit_bias = {int(token): float(bias) for token, bias in data["logit_bias"].items()}
         tuples = {name: tuple(data[name]) for name in TUPLES}

@@ -1,4 +1,4 @@
-"""What rank 0 sends to every rank before a step: the difference to the sequences of the step before."""
+"""The message that rank 0 sends to every rank before a step: what changed in the batch since the previous step."""
 
 import struct
 from dataclasses import dataclass, fields
@@ -17,22 +17,22 @@ ROW_SIZES = {"new_sequences": 3, "rewinds": 2, "new_blocks": 4}
 class Step:
     """A step computes T tokens of S sequences. Ranks keep each sequence under its slot (`runner.input_batch`).
 
-    A sequence whose token was sampled in its last step continues with that token, which ranks hold on the device: no
-    step carries it. Sequences with one token come first, so that an attention backend can compute them together.
+    A sequence whose token was sampled in its last step continues with that token, which ranks hold on the device and no
+    step transfers. Sequences with one token come first, so that an attention backend can compute them together.
 
-    epoch: number that rises with every restart of all ranks.
-    number: of the step in the epoch, counted from 1.
+    epoch: number of the epoch, which rises with every restart of all ranks.
+    number: number of the step in the epoch, counted from 1.
     digest: checksum of the arrays that rank 0 computes from this step, see `InputBatch.prepare`.
-    ended_slots: [E] int32, slots of the sequences that have left since the last step; freed before all else.
+    ended_slots: [E] int32, slots of the sequences that have left the batch since the last step; applied first.
     new_sequences: [N, 3] int32, (slot, tokens of the prompt, computed tokens) of the sequences that enter.
     rewinds: [X, 2] int32, (slot, computed tokens) of the sequences with fewer computed tokens than were scheduled,
         because draft tokens were rejected.
-    retired_blocks: [R] int32, KV blocks whose memory every rank gives back, before it uses the new ones.
+    retired_blocks: [R] int32, KV blocks whose memory every rank returns to the kernel, before it uses new blocks.
     new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
-    slots: [S] int32, of the sequences in this step.
-    counts: [S] int32, tokens of each.
-    num_sampled: [S] int32, rows of each that are sampled, its last ones: 0 before the end of a prompt, otherwise 1 and
-        one for each draft token.
+    slots: [S] int32, slots of the sequences in this step.
+    counts: [S] int32, number of tokens of each sequence.
+    num_sampled: [S] int32, how many rows of each sequence are sampled, its last ones: 0 before the end of a prompt,
+        otherwise 1 plus one for each draft token.
     token_ids: [K] int32, all tokens of the sequences in order, without those that ranks hold on the device.
     logprob_indices: [L] int32, indices into T of the prompt tokens whose logits are needed.
     """
@@ -67,12 +67,14 @@ class Step:
     def from_bytes(cls, data: bytes) -> "Step":
         """Parses the payload of a STEP frame. Raises ValueError if its length does not match its header."""
         if len(data) < HEADER.size + 4 * len(ARRAYS) or len(data) % 4:
-            raise ValueError(f"a step frame of {len(data)} bytes; allowed: int32 values with a complete header")
+            raise ValueError(f"invalid STEP frame of {len(data)} bytes; allowed: int32 values with a complete header")
         flat = np.frombuffer(data, np.int32, offset=HEADER.size)
         lengths = flat[: len(ARRAYS)].astype(np.int64)
         sizes = lengths * [ROW_SIZES.get(name, 1) for name in ARRAYS]
         if sizes.min() < 0 or sizes.sum() != len(flat) - len(ARRAYS):
-            raise ValueError(f"step frame has {len(flat) - len(ARRAYS)} int32 values; its header requires {sizes}")
+            raise ValueError(
+                f"invalid STEP frame: it has {len(flat) - len(ARRAYS)} int32 values; its header requires {sizes}"
+            )
         parts = np.split(flat[len(ARRAYS) :], np.cumsum(sizes)[:-1])
         arrays: dict[str, Any] = {
             name: part.reshape(-1, ROW_SIZES[name]) if name in ROW_SIZES else part

@@ -1,7 +1,8 @@
-"""Decides whether a waiting request may start: whether the KV cache will hold it and all running ones to their ends.
+"""Decides whether a waiting request may start: whether the KV cache can hold it and all running requests until they
+end.
 
-A request that starts too early is preempted when the running ones have grown, and all of it is computed again. The ends
-are not known; they are estimated from the lengths of the latest answers.
+A request that starts too early is preempted once the running requests have grown, and must be recomputed. Output
+lengths are not known in advance; they are estimated from the latest requests.
 """
 
 from collections import deque
@@ -12,13 +13,15 @@ import numpy as np
 from rtp_llm.contract.request import Request
 from rtp_llm.engine.kv_cache_manager import CachedPrefix, KVCacheManager
 
-FIRST_OUTPUT_LENGTH = 512  # tokens; of a plausible answer, before any has ended
-NUM_OUTPUT_LENGTHS = 64  # latest answers whose median is the estimate; a higher quantile leaves more blocks idle
+FIRST_OUTPUT_LENGTH = 512  # tokens; plausible output length, used until a request has ended
+NUM_OUTPUT_LENGTHS = (
+    64  # latest requests whose median output length is the estimate; a higher quantile would leave blocks idle
+)
 MIN_GROWTH = 16  # tokens that a request is expected to get in any case, unless its limit is closer
 
 
 class AdmissionControl:
-    """Predicts the largest number of blocks that requests hold at a time."""
+    """Predicts the peak number of blocks that a set of requests will use."""
 
     def __init__(self, kv_cache_manager: KVCacheManager):
         self._kv_cache_manager = kv_cache_manager
@@ -26,20 +29,20 @@ class AdmissionControl:
         self.typical_length = FIRST_OUTPUT_LENGTH
 
     def record_output_length(self, num_tokens: int) -> None:
-        """Takes the length of an answer that has ended into account."""
+        """Adds the output length of a finished request to the statistics."""
         self._output_lengths.append(num_tokens)
         self.typical_length = sorted(self._output_lengths)[len(self._output_lengths) // 2]
 
     def min_blocks(self, request: Request) -> int:
-        """Returns how many blocks the request needs, alone, to get further than it was. Its last token needs none."""
+        """Returns how many blocks the request needs, on its own, to make progress. Its last token needs no block."""
         num_tokens = request.num_tokens + min(MIN_GROWTH, request.params.max_tokens - request.num_output_tokens) - 1
         return int(self._kv_cache_manager.num_blocks_for(np.array([num_tokens]))[0])
 
     def fits(self, running: Sequence[Request], candidate: Request, prefix: CachedPrefix) -> bool:
         """Returns whether the blocks suffice until `running` and `candidate`, which has this cached prefix, have ended.
 
-        All of them get a token per step; a request that ends frees its blocks. The number of blocks is therefore
-        largest just before an end, and is computed for each end.
+        Assumes that each request gets one token per step and frees its blocks when it ends. Usage therefore peaks just
+        before an end, so it is computed for each end.
         """
         requests = [*running, candidate]
         num_tokens = np.array([r.num_tokens for r in requests])
@@ -54,7 +57,7 @@ class AdmissionControl:
         return int((num_blocks * is_running).sum(axis=1).max()) - num_shared <= pool.num_usable
 
     def expected_growth(self, request: Request) -> int:
-        """Returns the number of tokens that the request is expected to get."""
+        """Returns how many more tokens the request is expected to generate."""
         num_output_tokens = request.num_tokens - request.num_prompt_tokens
         expected = max(self.typical_length - num_output_tokens, MIN_GROWTH)
         return max(0, min(expected, request.params.max_tokens - num_output_tokens))

@@ -1,4 +1,4 @@
-"""Keys of the prefix cache: a full block is found by the hash of its tokens and of all that they depend on."""
+"""Keys of the prefix cache: a full block is found by a hash of its tokens, its prefix and the request's extra keys."""
 
 from array import array
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 def hash_extra_keys(keys: Sequence[str | bytes]) -> bytes:
-    """Returns the 16-byte hash of a request's extra keys, of any number and length, which separates equal prefixes."""
+    """Returns the 16-byte hash of a request's extra keys, so that only requests with equal extra keys share blocks."""
     digest = blake2b(digest_size=16)
     for key in keys:
         data = key.encode() if isinstance(key, str) else key

@@ -1,7 +1,7 @@
 """Pool of KV blocks: reference counts, prefix cache and LRU eviction.
 
-A free block keeps its content until it is allocated again: first the blocks that are not in the prefix cache, then
-those without memory as far as `growth` allows, then the least recently used. All operations are O(1) per block.
+A free block keeps its content until it is allocated again. Order of allocation: blocks that are not in the prefix
+cache, blocks without memory (as far as `growth` allows), the least recently used. All operations are O(1) per block.
 """
 
 from collections import OrderedDict
@@ -13,8 +13,9 @@ from rtp_llm.contract.kv_cache import NULL_BLOCK
 class BlockPool:
     """Pool of the KV blocks 1 … `num_blocks` - 1. Block 0 is the null block, which is neither allocated nor counted.
 
-    Methods that take blocks skip null blocks. A block is backed if it has memory: once it was allocated, until it is
-    retired. `growth`: blocks without memory that may be allocated; allocating one lowers it.
+    Methods that take blocks skip null blocks. A block is backed (has physical memory) from its first allocation until
+    it is retired, that is until its memory is returned to the kernel. `growth`: number of unbacked blocks that may be
+    allocated; each such allocation lowers it.
     """
 
     def __init__(self, num_blocks: int, is_backed: bool = True):
@@ -33,22 +34,22 @@ class BlockPool:
 
     @property
     def num_usable(self) -> int:
-        """Returns the number of blocks that requests can have together, as far as there is memory."""
+        """Returns the number of blocks in use plus those that can be allocated with the available memory."""
         return self.num_used + self.num_free
 
     @property
     def num_retired(self) -> int:
-        """Returns the number of blocks whose memory was given back."""
+        """Returns the number of blocks whose memory was returned to the kernel."""
         return len(self._retired)
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Returns whether `growth` keeps blocks from being used."""
+        """Returns whether there are blocks that cannot be allocated because `growth` is too small."""
         return self.growth < self._num_unbacked
 
     @property
     def num_free(self) -> int:
-        """Returns the number of blocks without references that may be allocated, cached ones included."""
+        """Returns the number of unreferenced blocks that can be allocated, including cached ones."""
         return len(self._free_blocks) + min(self.growth, self._num_unbacked)
 
     @property
@@ -65,7 +66,7 @@ class BlockPool:
         return self._block_of_hash.get(block_hash)
 
     def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """Returns how many of these cached blocks no request references; `num_free` still includes them."""
+        """Returns how many of these cached blocks no request references. `num_free` counts them too."""
         return sum(1 for block in blocks if block != NULL_BLOCK and not self._ref_counts[block])
 
     def acquire(self, blocks: Sequence[int]) -> None:
@@ -81,7 +82,7 @@ class BlockPool:
     def allocate(self, num_blocks: int) -> list[int]:
         """Removes `num_blocks` (at most `num_free`) blocks from the free list and from the prefix cache.
 
-        Returns them with one reference each.
+        Returns the blocks, each with one reference.
         """
         blocks = [self._take_free() for _ in range(num_blocks)]
         for block in blocks:
@@ -90,9 +91,9 @@ class BlockPool:
         return blocks
 
     def retire(self, num_blocks: int) -> list[int]:
-        """Takes the memory of up to `num_blocks` free blocks: uncached ones, then the least recently used.
+        """Retires up to `num_blocks` free blocks: first uncached ones, then the least recently used.
 
-        Returns them; the ranks then give it back to the system.
+        Returns the blocks; the ranks must then return their memory to the kernel.
         """
         blocks = [self._free_blocks.popitem(last=False)[0] for _ in range(min(num_blocks, len(self._free_blocks)))]
         self.evict(blocks)
@@ -100,7 +101,7 @@ class BlockPool:
         return blocks
 
     def mark_populated(self, num_blocks: int) -> None:
-        """Notes that the first `num_blocks` blocks, but for retired ones, have memory although no request used them."""
+        """Marks the first `num_blocks` blocks, except retired ones, as backed even if they were never allocated."""
         for block in range(self._num_populated, num_blocks):
             if block in self._untouched:
                 del self._untouched[block]
@@ -123,7 +124,7 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Removes one reference from each block of a request, last block first.
 
-        The end of a prefix is thus evicted before its beginning, which more requests can reuse.
+        So the end of a prefix is evicted before its start, which more requests can reuse.
         """
         for block in reversed(blocks):
             if block == NULL_BLOCK:

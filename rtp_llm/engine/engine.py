@@ -1,5 +1,5 @@
-"""The engine of rank 0: requests in, outputs out, one step at a time. Uses scheduler and runner, but no sockets, so
-that the leader loop and the tests can use the same object.
+"""The engine of rank 0: turns requests into outputs, one step at a time. Uses the scheduler and the model runner, but
+no sockets, so that the leader loop and the tests can use the same class.
 """
 
 import time
@@ -26,7 +26,7 @@ class StepExecutor(Protocol):
     """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
 
     def prepare(self, step: Step) -> Any:
-        """Applies a step to the sequences of rank 0. Returns its inputs, which have a `digest()`."""
+        """Applies a step to the batch of rank 0. Returns the step's inputs, which have a `digest()`."""
         ...
 
     def execute(self, inputs: Any, sampling_metadata: SamplingMetadata) -> StepResult:
@@ -36,10 +36,10 @@ class StepExecutor(Protocol):
 
 @dataclass(frozen=True)
 class EngineCallbacks:
-    """Calls that the engine makes before rank 0 computes a step.
+    """Functions that the engine calls before rank 0 computes a step.
 
     broadcast: sends the step to the other ranks.
-    on_launch: gets the ids of the requests that this step and the unfinished ones before it compute.
+    on_launch: gets the ids of the requests in this step and in the unfinished steps before it.
     """
 
     broadcast: Callable[[Step], None] = lambda step: None
@@ -48,10 +48,10 @@ class EngineCallbacks:
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step whose result is not processed yet.
+    """A step that was started and whose result is not processed yet.
 
-    result: returns it and the time.perf_counter() of its end, after waiting for it if necessary.
-    start: time.perf_counter() when scheduling it began.
+    result: returns the result and the time.perf_counter() at the step's end; waits for it if necessary.
+    start: time.perf_counter() when the scheduling of the step began.
     """
 
     output: SchedulerOutput
@@ -60,10 +60,10 @@ class LaunchedStep:
 
 
 class Engine:
-    """Runs scheduler and runner.
+    """Schedules and executes steps.
 
-    With a pipeline depth of 1, a thread computes a step while the engine schedules the next one and processes the
-    result of the one before. With 0, each step is computed and processed before the next is scheduled.
+    With a pipeline depth of 1, a thread computes a step while the engine processes the result of the previous step and
+    schedules the next one. With 0, each step is computed and processed before the next one is scheduled.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine:
         pipeline_depth: int = 0,
         compiler: GrammarCompiler | None = None,
     ):
-        """`compiler`: of the requests' grammars; without one, none may have a grammar."""
+        """`compiler`: compiles the requests' grammars; without one, no request may have a grammar."""
         self.scheduler, self.runner, self.max_seq_len, self.epoch = scheduler, runner, max_seq_len, epoch
         self.callbacks, self.pipeline_depth = callbacks or EngineCallbacks(), pipeline_depth
         self.compiler = compiler
@@ -88,13 +88,13 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "step") if pipeline_depth else None
 
     def close(self) -> None:
-        """Waits for the step that the thread computes, and drops those after it. Abort the communicator before."""
+        """Waits for the step that the thread computes and drops later ones. Abort the communicator first."""
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
     @property
     def has_work(self) -> bool:
-        """Returns whether any request is waiting or running, or a step is not processed."""
+        """Returns whether any request waits or runs, or the result of a step is not processed yet."""
         return self._has_steps or self._is_compiling
 
     @property
@@ -113,7 +113,8 @@ class Engine:
     def add(self, request: Request) -> EngineOutput | None:
         """Queues a request and returns None.
 
-        If no token is left to generate (a resumed request that was complete), returns its final output instead.
+        If the request has no token left to generate (a resumed request that was complete), returns its final output
+        instead.
         """
         reason = request.finish_reason(self.max_seq_len)
         if reason or request.num_tokens >= self.max_seq_len:
@@ -131,16 +132,16 @@ class Engine:
         return EngineOutput(request_id, finish="abort") if request else None
 
     def step(self) -> list[EngineOutput]:
-        """Launches the next step, if any, then processes the result of the oldest one if the pipeline is full.
+        """Launches the next step, if any. If the pipeline is full, processes the result of the oldest step.
 
-        Returns an output per request that got tokens or failed.
+        Returns one output per request that got tokens or failed.
         """
         self.last_step_tokens = 0
         unfit = self._start_compiled()
         return unfit or self._step()
 
     def _start_compiled(self) -> list[EngineOutput]:
-        """Queues the requests whose grammars are compiled by now. Returns the outputs of those that have an error."""
+        """Queues the requests whose grammars have been compiled. Returns the outputs of those with an error."""
         if not self.compiler or not self.compiler.is_busy:
             return []
         requests = self.compiler.take_compiled(0 if self._has_steps else COMPILE_POLL_SECONDS)

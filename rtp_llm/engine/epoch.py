@@ -1,4 +1,4 @@
-"""One epoch of the gang on one rank: what lives from the rendezvous until a rank is lost."""
+"""One epoch of the gang on one rank: the resources that live from the rendezvous until a rank is lost."""
 
 import logging
 import socket
@@ -44,14 +44,14 @@ MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the par
 
 
 class Epoch:
-    """Binds the mesh to the communicator of an epoch, and owns the step sockets and the loop.
+    """The communicator, step sockets and main loop of one epoch. Binds the mesh to the communicator.
 
-    A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from
-    whatever it waits for; leaving the context swallows that error and frees all ports and connections.
+    A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from any
+    call that waits. Leaving the context suppresses that error and frees all ports and connections.
     """
 
     def __init__(self, part_spec: PartSpec, assignment: Assignment, gang: GangClient, mesh: Mesh, device: torch.device):
-        """`gang`: calls `abort` if the epoch ends, as long as the context lasts."""
+        """`gang`: calls `abort` if the epoch ends while the context is active."""
         self.part_spec, self.assignment, self.number = part_spec, assignment, assignment.epoch
         self.gang, self.mesh, self.device = gang, mesh, device
         self._lock = threading.Lock()  # held while `abort` and `close` change the following fields
@@ -94,13 +94,13 @@ class Epoch:
         self.close()
         if not isinstance(error, CommunicationError):
             return False
-        log.warning("this rank leaves epoch %d and keeps what it has loaded: %s", self.number, error)
+        log.warning("leaving epoch %d, keeping the loaded weights: %s", self.number, error)
         if not self._abort_reason:
             self.gang.fail_epoch(str(error))
         return True
 
     def abort(self, reason: str) -> None:
-        """Ends the epoch from any thread, also in a collective whose other ranks are silent."""
+        """Ends the epoch; any thread may call it. Interrupts a collective even if the other ranks do not respond."""
         with self._lock:
             if self._is_closed:
                 return
@@ -111,7 +111,7 @@ class Epoch:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the epoch from its own thread. The mesh is unbound."""
+        """Ends the epoch from its own thread, and unbinds the mesh."""
         with self._lock:
             self._is_closed = True
             self.mesh.tp.unbind()
@@ -155,15 +155,15 @@ class Epoch:
             self.number,
             EngineCallbacks(followers.broadcast, request_server.announce_launch),
             config.rtp_pipeline_depth,
-            # Read while the first requests may be served, which all would wait for it otherwise. Not when the first
-            # grammar arrives, since steps are late meanwhile.
+            # Read after a delay, so that the first requests do not wait for it, but before the first grammar arrives,
+            # since reading delays steps.
             GrammarCompiler(open_vocabulary(config, residency.spec.vocab_size, READY_SECONDS)),
         )
         self.gang.rank_status.set_phase("serving")
         rope = residency.spec.rope
         cache_salt_above = rope.original_max if rope.kind == "dynamic" else 0
         log.info(
-            "serving in epoch %d of the gang: prompt and output of a request may have %d tokens",
+            "serving in epoch %d of the gang: prompt and output of a request may have up to %d tokens",
             self.number,
             residency.max_seq_len,
         )
@@ -175,14 +175,14 @@ class Epoch:
             engine.close()
 
     def _memory_budget(self, residency: Residency) -> MemoryBudget | None:
-        """Returns the budget of the machines, whose ranks all take the same number of blocks; None on a GPU."""
+        """Returns the memory budget for the gang's machines, whose ranks all have the same blocks; None on a GPU."""
         plan, memory, gang = self.part_spec.plan, residency.kv_memory, self.gang
         num_ranks = plan.local_world_size
         assert memory, "allocate_kv_cache comes first"
         if residency.device.type != "cpu":
             return None
         reserve = min(MIN_RESERVE_BYTES + num_ranks * residency.step_bytes, available_memory() // 4)
-        log.info("memory: %d MiB of each machine are kept free, with fewer requests if necessary", reserve >> 20)
+        log.info("memory: keeping %d MiB of each machine free; if less is free, fewer requests run", reserve >> 20)
         return MemoryBudget(
             gang.available_bytes if plan.is_multi_part else available_memory,
             reserve,
@@ -221,20 +221,20 @@ class Epoch:
         return sock
 
     def _own(self, *sockets: socket.socket) -> None:
-        """Closes the sockets with the epoch. Raises CommunicationError if it was aborted before they were known."""
+        """Registers sockets to be closed with the epoch. Raises CommunicationError if the epoch was aborted before."""
         with self._lock:
             self._sockets += sockets
         self._check_aborted()
 
     def _check_aborted(self) -> None:
         if self._abort_reason:
-            raise CommunicationError(f"aborted: {self._abort_reason}")
+            raise CommunicationError(f"the epoch was aborted: {self._abort_reason}")
 
 
 def make_scheduler(
     residency: Residency, proposer: DraftProposer | None = None, memory_budget: MemoryBudget | None = None
 ) -> Scheduler:
-    """Returns a scheduler for the KV cache of a residency. `proposer`: of draft tokens."""
+    """Returns a scheduler for the KV cache of `residency`. `proposer` generates draft tokens."""
     config = residency.config
     pool = BlockPool(residency.num_blocks + 1, is_backed=memory_budget is None)
     manager = KVCacheManager(pool, residency.layout.groups, config.reuse_cache)

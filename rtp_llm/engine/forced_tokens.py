@@ -1,4 +1,4 @@
-"""Drafts of constrained requests: the tokens that their grammars force, such as the names of properties."""
+"""Proposes the tokens that a grammar forces, such as property names, as draft tokens."""
 
 from rtp_llm.contract.request import Request
 
@@ -6,7 +6,7 @@ MIN_DRAFTS = 2  # fewer save less than a step with drafts costs more
 
 
 class ForcedTokens:
-    """The proposer of grammars. A draft is rejected only where a budget of reasoning forces other tokens."""
+    """Proposes forced tokens. A draft is rejected only where the reasoning budget forces another token."""
 
     needs_result = False
 

@@ -1,7 +1,7 @@
-"""Compiles the grammars of requests on rank 0, in threads: a request waits for its own grammar only.
+"""Compiles the grammars of requests on rank 0, in threads, so that a request waits for its own grammar only.
 
-The API process has compiled each for a tokenizer of bytes before, to refuse it. Both take the same time, 40 ms for a
-schema of 86 kB, and keep what they found, so a second compilation is not worth a way to pass on the first one.
+The API process has compiled each grammar before, for a tokenizer of bytes, to validate it. Each of the two takes 40 ms
+for a schema of 86 kB and has a cache, so it would not pay to share the work.
 """
 
 from collections import OrderedDict
@@ -18,10 +18,10 @@ LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
 class GrammarCompiler:
-    """Gives requests their matchers. Used from one thread."""
+    """Compiles a request's grammar into its `matcher`. Used from one thread."""
 
     def __init__(self, tokenizer: "Future[LLTokenizer]"):
-        """`tokenizer`: of the model, with the model's number of token ids."""
+        """`tokenizer`: the model's vocabulary, with the model's number of token ids."""
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(NUM_THREADS, "grammar")
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
@@ -29,7 +29,7 @@ class GrammarCompiler:
 
     @property
     def is_busy(self) -> bool:
-        """Returns whether a request waits for its grammar."""
+        """Returns whether any request waits for its grammar."""
         return bool(self._waiting)
 
     @property
@@ -38,7 +38,7 @@ class GrammarCompiler:
         return len(self._waiting)
 
     def add(self, request: Request) -> None:
-        """Starts to compile the grammar of a request, which `take_compiled` returns later."""
+        """Starts to compile the grammar of a request; `take_compiled` returns the request later."""
         self._waiting[request.id] = request
         grammar = request.params.grammar
         if grammar not in self._compiled:
@@ -46,13 +46,13 @@ class GrammarCompiler:
         self._compiled.move_to_end(grammar)
 
     def remove(self, request_id: str) -> Request | None:
-        """Forgets a request. Returns it, or None if it does not wait."""
+        """Removes a request. Returns it, or None if it does not wait here."""
         return self._waiting.pop(request_id, None)
 
     def take_compiled(self, timeout: float = 0.0) -> list[Request]:
-        """Returns the requests whose grammars are compiled, with `matcher` or `error` set.
+        """Removes and returns the requests whose grammars are compiled, with `matcher` or `error` set.
 
-        Waits up to `timeout` seconds until there is one.
+        Waits up to `timeout` seconds for at least one.
         """
         futures = {self._compiled[request.params.grammar] for request in self._waiting.values()}
         done, _ = wait(futures, timeout, FIRST_COMPLETED)
@@ -74,7 +74,7 @@ class GrammarCompiler:
         return future.result(), future.result().get_error()
 
     def _evict(self) -> None:
-        """Forgets the grammars that were used least recently, but none that a request waits for."""
+        """Drops the least recently used grammars, except those that a request waits for."""
         needed = {request.params.grammar for request in self._waiting.values()}
         for grammar in list(self._compiled)[: max(0, len(self._compiled) - MAX_CACHED)]:
             if grammar not in needed:

@@ -1,8 +1,8 @@
-"""Decides how long a step may take whose decodes wait for its end (ITL: the time between two tokens of a stream).
+"""Limits the duration of steps with decodes, since each stream waits for the step (ITL: inter-token latency).
 
-All work has to be done at some time. If S streams are served evenly, a step computes one token of each and as much of
-the prompts, and lasts S / (output tokens per second). A longer step makes a gap in S streams, and a shorter one lets
-prompts wait. So the automatic budget is that time, and a little more, so that prompts do not pile up.
+If S streams are served evenly, a step computes one token of each and a proportional amount of prompt tokens, and lasts
+S / (output tokens per second). A longer step delays S streams; a shorter one delays prompts. So the automatic budget is
+that duration plus a small margin, so that prompts do not pile up.
 """
 
 from collections import deque
@@ -15,13 +15,13 @@ from rtp_llm.engine.scheduler_config import SchedulerConfig
 from rtp_llm.engine.step_cost import StepCost, StepWork
 
 HEADROOM = 1.1  # of the automatic budget over the duration of an even step
-MIN_AUTOMATIC_SECONDS = 0.025  # 40 tokens per second: nobody reads faster, so that prompts go first
+MIN_AUTOMATIC_SECONDS = 0.025  # 40 tokens per second: faster than people read, so prompts take precedence
 NUM_LATEST = 32  # admitted requests that count as the load of late
 FULL_STEP = 8  # times the seconds to read the weights: a step without decodes that lasts longer takes no further prompt
 
 
 class Demand(NamedTuple):
-    """Work of requests: rows and keys of their prompts (see `StepWork`), and the output tokens that are expected."""
+    """Work of requests: rows and keys of their prompts (see `StepWork`), and the expected number of output tokens."""
 
     rows: float
     prompt_keys: float
@@ -29,18 +29,18 @@ class Demand(NamedTuple):
 
     @classmethod
     def of(cls, request: Request, num_output_tokens: int) -> "Demand":
-        """Returns the work of one request, without what the prefix cache saved."""
+        """Returns the work of one request, without the tokens that the prefix cache provided."""
         rows = request.num_prompt_tokens - request.cached_tokens
         return cls(rows, rows * (request.cached_tokens + request.num_prompt_tokens) / 2, num_output_tokens)
 
     @classmethod
     def sum(cls, demands: Iterable["Demand"]) -> "Demand":
-        """Returns the work of several requests, at least one."""
+        """Returns the total work of one or more requests."""
         return cls(*(sum(amounts) for amounts in zip(*demands, strict=True)))
 
 
 class ItlBudget:
-    """Gives each step its budget, from the learned cost of steps and the load of late."""
+    """Computes the prompt budget of each step from the learned cost of steps and the recent load."""
 
     def __init__(self, config: SchedulerConfig):
         self._config = config
@@ -48,13 +48,13 @@ class ItlBudget:
         self.cost = StepCost()
 
     def record_admission(self, demand: Demand) -> None:
-        """Takes a request into account that enters the batch for the first time."""
+        """Adds a request that enters the batch for the first time to the recent load."""
         self._latest.append(demand)
 
     def prompt_budget(self, decodes: Sequence[Request], streams: Iterable[Demand]) -> PromptBudget:
-        """Returns what a step with these decodes may compute of prompts.
+        """Returns the budget for prompt tokens of a step with these decodes.
 
-        `streams`: requests that decode, compute their prompt, or wait and will have a place in the batch; at least the
+        `streams`: the requests that decode, compute their prompt, or wait and will fit into the batch; includes the
         decodes.
         """
         config, tile, cost = self._config, self._config.chunk_tile, self.cost.per_unit
@@ -75,7 +75,7 @@ class ItlBudget:
         return max(HEADROOM * seconds, MIN_AUTOMATIC_SECONDS)
 
     def _even_seconds(self, decodes: StepWork, num_streams: int, demand: Demand) -> float:
-        """Returns the duration of a step that computes a token of each stream, and as much of the prompts."""
+        """Returns the duration of a step with one token of each stream and a proportional amount of prompt tokens."""
         share = num_streams / max(1, demand.output_tokens)
         decode_keys = decodes.decode_keys * num_streams / decodes.logit_rows
         even = StepWork(1, num_streams, demand.rows * share, decode_keys, demand.prompt_keys * share)

@@ -17,18 +17,21 @@ NewBlocks = list[tuple[int, int, int]]  # (group, index in the block table, bloc
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """The first `num_tokens` tokens of a request. `blocks`: by group; null blocks outside the group's window."""
+    """A cached prefix of a request: its first `num_tokens` tokens.
+
+    `blocks`: by KV cache group, the blocks of these tokens; null blocks outside the group's window.
+    """
 
     num_tokens: int
     blocks: list[list[int]]
 
 
 class KVCacheManager:
-    """Allocates, shares, publishes and frees the blocks of requests.
+    """Allocates, shares, caches and frees the blocks of requests.
 
     A block of a group holds the group's `block_size` tokens of all its layers, or the state of one sequence. A prefix
-    is shared only if every group can serve it. A fixed state is overwritten by every token, so a model that has one
-    shares none.
+    is shared only if every group has it in the prefix cache. Models with a per-sequence state share no prefixes, since
+    every token overwrites that state.
     """
 
     def __init__(self, pool: BlockPool, groups: Sequence[KVCacheGroup], enable_caching: bool = True):
@@ -38,7 +41,7 @@ class KVCacheManager:
         self._prefix_alignment = lcm(*(group.block_size for group in groups if group.block_size))
 
     def num_blocks_for(self, num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns how many blocks a sequence of so many tokens holds at the end of a step, elementwise."""
+        """Returns how many blocks sequences of these lengths hold at the end of a step, elementwise."""
         total = np.zeros_like(num_tokens)
         for group in self.groups:
             if group.spec.per_sequence:
@@ -51,9 +54,9 @@ class KVCacheManager:
         return total
 
     def find_cached_prefix(self, request: Request) -> CachedPrefix:
-        """Returns the longest prefix that every group can serve. Does not reference its blocks: see `start_request`.
+        """Returns the longest prefix that every group has cached. Does not reference its blocks: see `start_request`.
 
-        The last token is never part of it, because it must be computed for its logits.
+        It never includes the last token, which must be computed for its logits.
         """
         if not self.enable_caching or request.skip_prefix_cache or request.wants_prompt_logprobs:
             return CachedPrefix(0, [[] for _ in self.groups])
@@ -65,14 +68,14 @@ class KVCacheManager:
         return CachedPrefix(num_tokens, [self._cached_blocks(request, i, num_tokens) for i in range(len(self.groups))])
 
     def num_referenced(self, prefix: CachedPrefix) -> int:
-        """Returns how many blocks of a cached prefix other requests hold."""
+        """Returns how many blocks of a cached prefix other requests reference."""
         blocks = [block for blocks in prefix.blocks for block in blocks if block != NULL_BLOCK]
         return len(blocks) - self.pool.num_unreferenced(blocks)
 
     def start_request(self, request: Request, prefix: CachedPrefix, num_tokens: int) -> NewBlocks | None:
-        """Gives a request the blocks of a cached prefix and of `num_tokens` more tokens.
+        """Gives a request the blocks of a cached prefix, and new blocks for `num_tokens` more tokens.
 
-        Returns all of its blocks but null blocks, or None if too few are free.
+        Returns all of its blocks except null blocks, or None if too few are free.
         """
         num_missing = sum(
             group.num_blocks(prefix.num_tokens + num_tokens) - len(blocks)
@@ -95,7 +98,7 @@ class KVCacheManager:
     def allocate_slots(self, request: Request, num_tokens: int) -> NewBlocks | None:
         """Allocates blocks for `num_tokens` tokens after the computed ones. Returns them, or None if too few are free.
 
-        Blocks that rejected draft tokens have left are used first.
+        First uses blocks that are empty because draft tokens were rejected.
         """
         end = request.num_computed_tokens + num_tokens
         counts = [
@@ -113,7 +116,7 @@ class KVCacheManager:
         return new_blocks
 
     def cache_full_blocks(self, request: Request, start: int, end: int) -> None:
-        """Publishes the blocks that the computed tokens [start, end) have filled in the prefix cache."""
+        """Adds the blocks that the computed tokens [start, end) have filled to the prefix cache."""
         if not self.enable_caching:
             return
         for index, (group, table) in enumerate(zip(self.groups, request.block_tables, strict=True)):
@@ -124,7 +127,7 @@ class KVCacheManager:
                     self.pool.cache_block(block, _cache_key(block_hash, index))
 
     def free_outside_windows(self, request: Request, num_tokens: int) -> int:
-        """Frees the blocks that no token from position `num_tokens` on can see. Returns their number."""
+        """Frees the blocks outside the window of all tokens from position `num_tokens` on. Returns their number."""
         num_freed = 0
         for group, table in zip(self.groups, request.block_tables, strict=True):
             end = index = _first_block_in_window(group, num_tokens)
@@ -151,9 +154,9 @@ class KVCacheManager:
         return num_tokens - num_tokens % self._prefix_alignment
 
     def _find_hit(self, request: Request, index: int, max_tokens: int) -> int:
-        """Returns the tokens, at most `max_tokens`, of the longest prefix whose blocks in the window are cached.
+        """Returns the length of the longest prefix, at most `max_tokens`, whose blocks in the window are cached.
 
-        `index`: of the group.
+        `index`: index of the group.
         """
         group = self.groups[index]
         end = block = max_tokens // group.block_size

@@ -40,7 +40,9 @@ class FollowerConnections:
         self._send(pack_frame(FrameType.STEP, step.to_bytes()))
 
     def send_snapshot(self, snapshot: bytes) -> None:
-        """Sends rank 0's sequences, which all other ranks compare with theirs: see `InputBatch.check_snapshot`."""
+        """Sends checksums of rank 0's batch, which all other ranks compare with theirs: see
+        `InputBatch.check_snapshot`.
+        """
         self._send(pack_frame(FrameType.SNAPSHOT, snapshot))
 
     def send_keepalive(self) -> None:
@@ -56,7 +58,7 @@ class FollowerConnections:
 
 
 class LeaderLoop:
-    """Rank 0's loop. Receives requests between steps, and waits for them only if the engine is idle."""
+    """Rank 0's loop. Receives requests between steps, and blocks for them only if the engine is idle."""
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class LeaderLoop:
     def run(self) -> None:
         """Runs until the epoch ends.
 
-        Raises CommunicationError if the epoch is aborted, or if another rank is lost.
+        Raises CommunicationError if the epoch is aborted or another rank is lost.
         """
         next_keepalive = 0.0
         while True:
@@ -105,7 +107,7 @@ class LeaderLoop:
             self.rank_status.mark_progress()
 
     def _handle_message(self, message: ClientMessage) -> None:
-        """Handles a frame of a client. Drops a client that sends anything else than requests: it is no API process."""
+        """Handles a client's frame. Disconnects a client whose frame is invalid, since it is not an API process."""
         connection = message.connection
         if message.frame_type is None:
             self._abort_requests_of(connection)
@@ -122,7 +124,7 @@ class LeaderLoop:
         elif frame_type == FrameType.ABORT:
             self._abort(str(body["id"]))
         else:
-            raise ValueError(f"a {frame_type.name} frame; allowed: SUBMIT, ABORT")
+            raise ValueError(f"unexpected {frame_type.name} frame; allowed: SUBMIT, ABORT")
 
     def _abort_requests_of(self, connection: ClientConnection) -> None:
         for request_id in [r for r, client in self._client_of_request.items() if client is connection]:
@@ -182,8 +184,8 @@ class LeaderLoop:
 def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankStatus, epoch: int) -> None:
     """Computes the steps that rank 0 sends.
 
-    Raises CommunicationError if rank 0 is lost, if it has restarted without this rank (the step's epoch differs), or if
-    it keeps other sequences than this rank.
+    Raises CommunicationError if rank 0 is lost, if the step belongs to another epoch (rank 0 has restarted without this
+    rank), or if the batch of rank 0 differs from this rank's.
     """
     while True:
         rank_status.is_waiting = True

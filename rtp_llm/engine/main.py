@@ -1,4 +1,4 @@
-"""`python -m rtp_llm.engine.main RUN_DIR INDEX`: a worker, a process that serves as one rank, or waits as the spare."""
+"""`python -m rtp_llm.engine.main RUN_DIR INDEX`: a worker process, which serves as one rank or waits as the spare."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from rtp_llm.parallel.rank_status import RankStatus
 
 
 def main(run_dir: Path, index: int) -> None:
-    """Joins the gang, then serves one epoch after the other until the process ends. `index`: among the part's workers.
+    """Joins the gang, then serves epochs until the process ends. `index`: number of the worker within the part.
 
     Raises FatalError, for example if the settings of the parts differ.
     """

@@ -1,7 +1,7 @@
-"""How many more KV blocks the memory of a host can back: what rank 0 asks before a step, on CPU.
+"""The number of KV blocks that the free memory of a host can still back. Rank 0 checks it before each step, on CPU.
 
-No allocation fails on Linux: a process is killed at the first write for which no page is left. So the room is compared
-with a reserve, which covers what a step touches besides KV blocks, before blocks are written for the first time.
+On Linux, allocations do not fail: the kernel kills a process at the first write for which it has no page. So the free
+memory, less a reserve for everything else that a step writes, is compared before KV blocks are first written.
 """
 
 import time
@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class MemoryBudget:
-    """available_bytes: measures the memory that the ranks of the host may still touch.
+    """available_bytes: measures the memory that the ranks of the host can still use.
 
-    reserve_bytes: of it, not for KV blocks. block_bytes: that a block takes on all ranks of the host together.
+    reserve_bytes: the part of it that KV blocks must not use. block_bytes: size of a block, summed over the host's
+    ranks.
     num_populated: returns how many of the first blocks have pages although no step has written them.
-    interval_seconds: between measurements; as long as it takes until one shows the effect of retired blocks.
+    interval_seconds: between measurements; long enough for a measurement to show the effect of retired blocks.
     """
 
     available_bytes: Callable[[], int]
@@ -28,8 +29,7 @@ class MemoryBudget:
     def measure(self) -> int | None:
         """Returns how many blocks without pages may be written until the next measurement.
 
-        Negative: so many blocks with pages must give them back.
-        Returns None if the last measurement is recent.
+        If negative, so many blocks with pages must be retired. Returns None if the last measurement is recent.
         """
         now = time.monotonic()
         if now - self._measured_at < self.interval_seconds:

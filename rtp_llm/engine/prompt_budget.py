@@ -1,4 +1,4 @@
-"""The prompt tokens of one step: how many it may compute, and where their chunks end."""
+"""How many prompt tokens one step may compute, and where the chunks of prompts end."""
 
 import math
 
@@ -10,7 +10,7 @@ PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs,
 
 
 class PromptBudget:
-    """What a step has left for prompts: tokens for each, and seconds for all."""
+    """The remaining budget of a step for prompts: tokens per prompt, and seconds for all prompts."""
 
     def __init__(
         self,
@@ -21,10 +21,10 @@ class PromptBudget:
         seconds: float = math.inf,
         decodes: StepWork = IDLE,
     ):
-        """`max_chunk`: tokens of one request. `tile`: its chunks end at multiples.
+        """`max_chunk`: maximum number of tokens per request. `tile`: chunks end at its multiples.
 
         `floor`: tokens that the first prompt may compute however long they take. `cost`: seconds per unit of work.
-        `seconds`: that the step may take together with the work `decodes`.
+        `seconds`: maximum duration of the step, including the work `decodes`.
         """
         self._max_chunk, self._tile, self._floor, self._cost = max_chunk, tile, floor, cost
         seconds -= cost.decode_keys * decodes.decode_keys
@@ -33,9 +33,10 @@ class PromptBudget:
         self._has_prompt = False  # several tokens of the step are a prompt's
 
     def chunk_size(self, request: Request, start: int, limit: int) -> int:
-        """Returns how many tokens from `start` on, at most `limit`, are computed; 0 or less: none.
+        """Returns how many tokens from `start` on the step computes, at most `limit`; 0 or less: none.
 
-        If the step computes another prompt, this one can wait if it would not reach a tile's end.
+        Chunks end at a multiple of the tile. If the step already has a chunk of another prompt, a chunk that would not
+        reach one is postponed.
         """
         num_tokens = min(request.num_tokens - start, limit, self._max_tokens(request, start))
         if start + num_tokens == request.num_tokens:
@@ -44,7 +45,7 @@ class PromptBudget:
         return num_aligned if num_aligned > 0 or self._has_prompt else num_tokens
 
     def take(self, chunk: ScheduledChunk) -> None:
-        """Subtracts a chunk of a prompt."""
+        """Subtracts the work of a chunk from the budget."""
         work, cost = StepWork.of([chunk]), self._cost
         keys = cost.decode_keys * work.decode_keys + cost.prompt_keys * work.prompt_keys
         self._seconds_for_rows -= keys + cost.logit_rows * work.logit_rows + cost.other_rows * work.other_rows
@@ -61,7 +62,7 @@ class PromptBudget:
         return int(min(max_chunk, in_time if self._has_prompt else max(in_time, self._floor)))
 
     def _tokens_in(self, seconds: float, row: float, start: int) -> float:
-        """Returns how many tokens from `start` on take these seconds, if each takes `row` and the time of its keys."""
+        """Returns how many tokens from `start` on fit into `seconds`; each takes `row` and the time of its keys."""
         if seconds <= 0 or math.isinf(seconds):
             return max(0.0, seconds)
         key = self._cost.prompt_keys

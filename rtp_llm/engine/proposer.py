@@ -1,4 +1,4 @@
-"""Where draft tokens come from."""
+"""The interface of speculative decoding: proposes draft tokens."""
 
 from typing import Protocol
 
@@ -8,15 +8,16 @@ from rtp_llm.contract.request import Request
 class DraftProposer(Protocol):
     """Guesses the next tokens of requests, which one step then verifies together.
 
-    needs_result: all of `request.tokens` must be known, so that no step of a request is scheduled before the result of
-        the last one.
+    needs_result: whether `propose` needs all tokens of the request. The scheduler then waits for the result of each
+        step before it schedules the next step of the request.
     """
 
     needs_result: bool
 
     def propose(self, request: Request) -> list[int]:
-        """Returns the draft tokens from position `request.num_computed_tokens` on; empty if there is no guess.
+        """Returns draft tokens from position `request.num_computed_tokens` on, or an empty list.
 
-        Called for each decode, whose token counts as computed. The scheduler may drop the last ones, or all.
+        Called for each decode, after its own token has been counted as computed. The scheduler may drop the last draft
+        tokens, or all of them.
         """
         ...

@@ -1,4 +1,4 @@
-"""Runs one rank after the rendezvous: loads what it keeps, then serves one epoch of the gang after the other."""
+"""Runs one rank after the rendezvous: loads the weights once, then serves one epoch of the gang after another."""
 
 import torch
 
@@ -78,9 +78,9 @@ def _load(part_spec: PartSpec, gang: GangClient, mesh: Mesh, device: torch.devic
 
 
 def _allocate_kv_cache(residency: Residency, part_spec: PartSpec, gang: GangClient, assignment: Assignment) -> None:
-    """Allocates the KV cache when all ranks have their weights, unless this rank has kept it.
+    """Allocates the KV cache after all ranks have loaded their weights, unless this rank has kept its cache.
 
-    Its size is that of the ranks which have theirs. If no rank has one, all measure together.
+    If other ranks have a KV cache, its size is the same. Otherwise all ranks measure the free memory together.
     """
     gang.rank_status.set_phase("warmup")
     gang.wait_until_loaded()

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class ClientConnection:
     """Connection to one client, an API process.
 
-    `outgoing`: bytes that the socket has not accepted yet; they are kept here, so that a slow client blocks no step.
+    `outgoing`: bytes that the socket has not accepted yet, buffered so that a slow client does not block a step.
     """
 
     sock: socket.socket
@@ -35,10 +35,10 @@ class ClientMessage:
 
 
 class RequestServer:
-    """Accepts clients (API processes), greets each with a READY frame, and does all I/O without blocking."""
+    """Accepts clients (API processes), sends each a READY frame, and does all I/O without blocking."""
 
     def __init__(self, path: Path, engine_info: dict[str, Any]):
-        """`path`: of the socket; an existing file is replaced.
+        """`path`: path of the socket; an existing file is replaced.
 
         `engine_info`: body of the READY frame, which every client receives first.
         """
@@ -55,7 +55,7 @@ class RequestServer:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
     def close(self) -> None:
-        """Closes the socket and all connections, at which the clients keep their requests for the next epoch."""
+        """Closes the socket and all connections. Clients keep their requests and resubmit them in the next epoch."""
         self._selector.close()
         for sock in (self._listener, *(connection.sock for connection in self.connections)):
             sock.close()
@@ -77,20 +77,20 @@ class RequestServer:
         return messages
 
     def send(self, connection: ClientConnection, frame: bytes) -> None:
-        """Sends a frame, or as much of it as the socket takes; `poll` sends the rest."""
+        """Sends as much of a frame as the socket accepts; `poll` sends the rest."""
         connection.outgoing += frame
         self._flush(connection)
 
     def disconnect(self, connection: ClientConnection, reason: str) -> None:
-        log.info("connection of the API process ended: %s", reason)
+        log.info("the connection of an API process was closed: %s", reason)
         self._selector.unregister(connection.sock)
         connection.sock.close()
         self.connections.discard(connection)
 
     def announce_launch(self, request_ids: set[str]) -> None:
-        """Tells the clients which requests the next steps compute, if these are not the same as before.
+        """Tells the clients which requests the next steps compute, if they differ from the last ones.
 
-        If this process dies in a step, the clients know the requests that may be the cause.
+        If this process dies in a step, the clients then know which requests may be the cause.
         """
         if request_ids == self._launched_ids:
             return

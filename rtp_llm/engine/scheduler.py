@@ -3,9 +3,9 @@
 A step computes up to max_num_batched_tokens tokens. Running requests come first: one token of each request that
 decodes, and as many prompt tokens of the others as fit. Waiting requests are admitted if tokens and KV blocks are left.
 
-A step may be scheduled while the step before is in flight, that is before its result is known. Requests then count
-what is scheduled as done (see `Request`), and blocks are published or freed only once the last step that uses them is
-known. Plain Python over ints: no torch, no sockets.
+A step may be scheduled while the previous one is in flight, that is before its result is known. Requests then count
+scheduled tokens as computed (see `Request`), and blocks are cached or freed only once the result of the last step that
+uses them is known. Plain Python over ints: no torch, no sockets.
 """
 
 import logging
@@ -45,7 +45,7 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Keeps the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
+    """Holds the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Scheduler:
         proposer: DraftProposer | None = None,
         memory_budget: MemoryBudget | None = None,
     ):
-        """`proposer`: of draft tokens. A request waits for the result of a step that verifies some.
+        """`proposer`: proposes draft tokens. A request then waits for the result of a step with draft tokens.
 
-        `memory_budget`: if the memory of the KV cache is not held from the start on.
+        `memory_budget`: needed if the KV cache does not hold its memory from the start.
         """
         self.kv_cache_manager, self.config, self.proposer = kv_cache_manager, config, proposer
         self.memory_budget = memory_budget
@@ -91,10 +91,10 @@ class Scheduler:
         return None
 
     def finish(self, request: Request) -> None:
-        """Ends a running or waiting request, and frees its blocks once no step in flight uses them."""
+        """Ends a running or waiting request. Frees its blocks once no step in flight uses them."""
         request.has_ended = True
         self._is_admission_blocked = False
-        # Else it was pooled, or its client gave up before it started, or its limit tells nothing about other answers.
+        # Other lengths say nothing about future requests: pooled, aborted before the start, or cut by max_tokens.
         if 0 < request.num_output_tokens < request.params.max_tokens:
             self.admission_control.record_output_length(request.num_output_tokens)
         if request.slot >= 0:
@@ -104,7 +104,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Returns the next step. It has no chunks if no request can be computed before a step in flight is known."""
+        """Returns the next step. It has no chunks if all requests must wait for the result of a step in flight."""
         self._is_short_of_blocks = False
         self._fit_memory()
         chunks = self._schedule_running()
@@ -121,16 +121,16 @@ class Scheduler:
         return output
 
     def record_seconds(self, output: SchedulerOutput, seconds: float) -> None:
-        """Takes the measured duration of a step into account."""
+        """Passes the measured duration of a step, in seconds, to the cost model."""
         self.itl_budget.cost.record(StepWork.of(output.chunks), seconds)
 
     def update(self, output: SchedulerOutput, results: Iterable[list[int] | None]) -> list[RequestUpdate]:
         """Applies the results of a step. Must be called once for each step with chunks, in order.
 
-        `results`: for each chunk with `num_sampled` > 0 the sampled tokens: accepted draft tokens and the one after.
-        None ends the request with an error, because its logits, and so its keys and values, are invalid.
+        `results`: for each chunk with `num_sampled` > 0, the sampled tokens: accepted draft tokens and the token after
+        them. None ends the request with an error, because its logits, and thus its keys and values, are invalid.
 
-        Returns an update for each chunk with `num_sampled` > 0, and for each that is pooled.
+        Returns an update for each chunk with `num_sampled` > 0 and for each pooled one.
         """
         updates, remaining = [], iter(results)
         for chunk in output.chunks:
@@ -149,9 +149,9 @@ class Scheduler:
     # Memory
 
     def _fit_memory(self) -> None:
-        """Lets the KV cache grow into the memory that the host has left, or retires blocks if that is too little.
+        """Lets the KV cache grow into the free memory of the host, or retires blocks if memory is short.
 
-        If too few blocks are free, the newest requests give way, all but one: it fails only when it needs more.
+        If too few blocks are free, preempts the newest requests, but never the last one.
         """
         if not self.memory_budget:
             return
@@ -162,8 +162,8 @@ class Scheduler:
             return
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
-            state = "runs short: requests wait or are preempted" if room < 0 else "suffices again"
-            log.warning("memory %s (%+d KV blocks, %d are in use)", state, room, pool.num_used)
+            state = "is short: requests wait or are preempted" if room < 0 else "is sufficient again"
+            log.warning("memory %s (room for %+d KV blocks, %d in use)", state, room, pool.num_used)
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:
             self._retired_blocks += pool.retire(num_missing)
@@ -174,7 +174,7 @@ class Scheduler:
             self._is_admission_blocked = False
 
     def _end_starved(self) -> list[Request]:
-        """Ends the first waiting request if it has lacked memory for long although it has all of it. Returns it."""
+        """Ends and returns the first waiting request if it has long been short of memory although no other one runs."""
         if self.running or self._num_releasing or not self.waiting or not self.kv_cache_manager.pool.is_short_of_memory:
             self._starving_since = None
             return []
@@ -224,17 +224,17 @@ class Scheduler:
         return Demand.of(request, request.num_tokens - request.num_prompt_tokens + growth)
 
     def _is_ready(self, request: Request) -> bool:
-        """Returns whether the request can be computed before the steps in flight are known."""
+        """Returns whether the request can be computed before the results of the steps in flight are known."""
         if not request.num_pending_tokens:
             return request.num_uncomputed_tokens > 0
         must_wait = request.must_wait_for_result or (self.proposer and self.proposer.needs_result)
         return not must_wait and not request.num_draft_tokens and not request.has_reached_limit(self.config.max_seq_len)
 
     def _take_turns(self, requests: list[Request]) -> tuple[list[Request], int]:
-        """Returns the requests that may be computed, and the tokens of the step that are theirs.
+        """Returns the requests that may be computed, and the number of tokens of the step for them.
 
-        If there are more requests than tokens, those that have waited longest take their turn, and one token is left
-        to admit another request.
+        If there are more requests than tokens, those that have waited longest take their turn, and one token is left to
+        admit another request.
         """
         budget = self.config.max_num_batched_tokens
         can_admit = self.waiting and not self._is_admission_blocked and len(self.running) < self.config.max_num_seqs
@@ -309,7 +309,7 @@ class Scheduler:
         )
 
     def _add_drafts(self, chunks: list[ScheduledChunk], proposer: DraftProposer) -> None:
-        """Adds draft tokens to decodes as far as tokens and free blocks are left: no request gives way to a draft."""
+        """Adds draft tokens to decodes if tokens and free blocks are left. Never preempts a request for a draft."""
         budget = min(self._budget(chunks), max(MIN_DRAFT_BUDGET, len(chunks)))
         for index, chunk in enumerate(chunks):
             if chunk.num_tokens == chunk.num_sampled == 1:
@@ -419,7 +419,7 @@ class Scheduler:
         return RequestUpdate(request, tokens, finish)
 
     def _append(self, request: Request, sampled: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Appends tokens up to the one that ends the request. Returns those, and why the request has ended."""
+        """Appends tokens up to the one that ends the request. Returns the appended tokens and the finish reason."""
         finish: FinishReason | None = None if sampled else "stop"  # a pooled request
         num_tokens = len(request.tokens)
         for token in sampled:

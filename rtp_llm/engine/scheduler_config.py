@@ -18,10 +18,10 @@ class SchedulerConfig:
 
     @property
     def mixed_prefill_chunk(self) -> int:
-        """Returns how many prompt tokens of one request a step may compute, at most, if it also has decodes."""
+        """Returns the maximum number of prompt tokens of one request in a step that also has decodes."""
         return self.max_mixed_chunk or max(1, self.max_num_batched_tokens // 2)
 
     @property
     def chunk_tile(self) -> int:
-        """Returns the number whose multiples chunks end at; 1 if steps are too small for CHUNK_TILE."""
+        """Returns the number whose multiples chunks end at; 1 if steps are smaller than CHUNK_TILE."""
         return CHUNK_TILE if min(self.mixed_prefill_chunk, self.max_num_batched_tokens) >= CHUNK_TILE else 1

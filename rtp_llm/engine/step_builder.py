@@ -1,4 +1,4 @@
-"""Builds the step and its sampling metadata from what the scheduler decided."""
+"""Builds the step and its sampling metadata from the scheduler's output."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
 def build_step(output: SchedulerOutput, epoch: int, number: int) -> Step:
     """Returns the step that computes the chunks of `output`.
 
-    `epoch`, `number`: see `Step`. The digest is 0: it is known when rank 0 has applied the step.
+    `epoch`, `number`: see `Step`. The digest is 0 until rank 0 has applied the step and computed it.
     """
     chunks = output.chunks
     slots = [c.request.slot for c in chunks]
@@ -38,7 +38,7 @@ def build_step(output: SchedulerOutput, epoch: int, number: int) -> Step:
 
 
 def build_sampling_metadata(chunks: Sequence[ScheduledChunk]) -> SamplingMetadata:
-    """Returns what rank 0 needs to sample the step of these chunks."""
+    """Returns the data that rank 0 needs to sample the step of these chunks."""
     metadata = SamplingMetadata()
     for start, chunk in _starts(chunks):
         request = chunk.request

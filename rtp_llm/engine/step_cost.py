@@ -1,4 +1,4 @@
-"""Learns from the durations of past steps how long the next one will take."""
+"""Estimates how long the next step will take, from the durations of past steps."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,20 @@ from rtp_llm.engine.scheduler_output import ScheduledChunk
 FIRST_GUESS = (0.02, 1.4e-3, 1e-3, 2.5e-7, 2.5e-7)
 FIRST_COVARIANCE = np.eye(5)  # of the logarithms: each ratio may be wrong by a factor of 3
 NOISE = 0.1  # standard deviation of the logarithm of a duration
-DRIFT = 5e-4  # share by which the covariance returns to the first one in a step, so that no cost is certain for ever
+DRIFT = 5e-4  # fraction by which a step moves the covariance back to its initial value, so that costs can always change
 MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of the machine changes little
 
 
 class StepWork(NamedTuple):
-    """What the duration of a step depends on. Half of the tokens of a prompt's chunk attend to the others.
+    """The amounts of work that determine the duration of a step.
 
-    steps: 1, for what each step costs: reading the weights, starting the kernels. The arithmetic runs meanwhile.
+    In a chunk of a prompt, a token attends to half of the chunk on average.
+
+    steps: 1, the fixed cost of a step: reading the weights, starting kernels. The arithmetic runs at the same time.
     logit_rows: tokens that have logits: decodes, ends of prompts, prompt tokens with logprobs.
-    other_rows: tokens that have none.
+    other_rows: tokens without logits.
     decode_keys: tokens that decodes attend to, summed over the decodes.
-    prompt_keys: tokens that tokens of prompts attend to, summed over these.
+    prompt_keys: tokens that prompt tokens attend to, summed over the prompt tokens.
     """
 
     steps: float = 1
@@ -34,7 +36,7 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Sequence[ScheduledChunk]) -> "StepWork":
-        """Returns the work of a step."""
+        """Returns the work of a step that computes these chunks."""
         logit_rows = other_rows = decode_keys = prompt_keys = 0.0
         for chunk in chunks:
             num_logits = min(chunk.num_tokens, chunk.num_sampled + chunk.num_prompt_logprobs)
@@ -52,12 +54,12 @@ IDLE = StepWork(0)
 
 
 class StepCost:
-    """Seconds per unit of each kind of work: a step lasts as long as `steps` or the rows, whichever takes longer, and
-    the keys.
+    """Seconds per unit of each kind of work. The duration of a step is the larger of `steps` and the rows, plus the
+    keys.
 
-    An extended Kalman filter estimates their logarithms (Simon, Optimal State Estimation, 13.2): they stay positive,
-    and nothing depends on the scale, which is 100 times smaller on a GPU. Work that a step has none of, or that other
-    work hides, keeps its cost.
+    An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So they
+    stay positive, and the scale does not matter, which is 100 times smaller on a GPU. A step does not change the cost
+    of work that it does not have, or that other work hides.
     """
 
     def __init__(self) -> None:
@@ -67,11 +69,11 @@ class StepCost:
         self.is_known = False  # a step has been measured
 
     def seconds(self, work: StepWork) -> float:
-        """Returns the expected duration of a step."""
+        """Returns the expected duration of a step in seconds."""
         return sum(self._parts(work))
 
     def record(self, work: StepWork, seconds: float) -> None:
-        """Takes a measured duration into account."""
+        """Updates the costs with the measured duration of a step."""
         if seconds <= 0:
             return
         parts = self._parts(work)
@@ -91,7 +93,7 @@ class StepCost:
         self.per_unit = StepWork(*np.exp(self._logs).tolist())
 
     def _parts(self, work: StepWork) -> StepWork:
-        """Returns the seconds that each kind of work adds to a step; none that is hidden by another."""
+        """Returns the seconds that each kind of work adds to a step; 0 for work that other work hides."""
         parts = StepWork(*(cost * amount for cost, amount in zip(self.per_unit, work, strict=True)))
         if parts.steps >= parts.logit_rows + parts.other_rows:
             return parts._replace(logit_rows=0, other_rows=0)

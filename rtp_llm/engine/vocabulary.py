@@ -1,4 +1,4 @@
-"""The model's tokens as llguidance needs them, read once per process."""
+"""The model's vocabulary in the form that llguidance needs, read once per process."""
 
 import logging
 import time
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def open_vocabulary(config: Config, vocab_size: int, delay: float = 0.0) -> "Future[LLTokenizer]":
-    """Starts to read the model's tokenizer, if this process has not done so. Returns it as the result of a future.
+    """Starts to read the model's tokenizer after `delay` seconds, once per process. Returns a future of the vocabulary.
 
-    `vocab_size`: the model's number of token ids; those that the tokenizer lacks are in no text. `delay`: seconds
-    before. Takes a second for 150,000 tokens, during which the process does little else, and 120 MB of memory.
+    `vocab_size`: the model's number of token ids; a grammar never allows ids that the tokenizer lacks. Reading 150,000
+    tokens takes a second, in which the process does little else, and 120 MB of memory.
     """
     return _start_to_read(Path(config.tokenizer_path or config.checkpoint_path), vocab_size, delay)
 
@@ -33,9 +33,9 @@ def _start_to_read(path: Path, vocab_size: int, delay: float) -> "Future[LLToken
         started_at = time.monotonic()
         try:
             future.set_result(_read(path, vocab_size))
-            log.info("the tokenizer was read for grammars in %.1f s", time.monotonic() - started_at)
+            log.info("structured output: read the tokenizer in %.1f s", time.monotonic() - started_at)
         except BaseException as error:  # a panic of llguidance is no Exception
-            log.warning("requests with a grammar will be refused: %s", error)
+            log.warning("structured output is not available, requests for it will be rejected: %s", error)
             future.set_exception(ValueError(f"this model's tokenizer does not support grammars: {error}"))
 
     Thread(target=read, name="vocabulary", daemon=True).start()

@@ -1,1 +1,1 @@
-"""Models by name: `org/name` on a Hugging Face hub, its cache on this machine, and the download between them."""
+"""Models named `org/name`: the Hugging Face hub, its cache on this machine, and the download from one to the other."""

@@ -29,7 +29,7 @@ _INCOMPLETE = ".incomplete"
 def cached_snapshot(name: ModelName) -> Path | None:
     """Returns the folder with the model's files, without asking the hub; None if the cache does not have all of them.
 
-    A branch is what it was at the last download: a restart does not change the model, and needs no network.
+    A branch means its commit at the last download, so a restart needs no network and does not change the model.
     """
     try:
         path = snapshot_download(
@@ -68,15 +68,15 @@ def cache_folder() -> Path:
 
 
 def free_bytes() -> int:
-    """Returns the free space of the disk on which the cache is, or will be."""
+    """Returns the free space of the disk of the cache, which need not exist yet."""
     cache = cache_folder().absolute()
     return shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
 
 
 def bytes_on_disk(repo: str, sizes: Mapping[str, int]) -> int:
-    """Returns how many bytes of these blobs the cache has, whichever process wrote them. `sizes`: bytes by etag.
+    """Returns how many bytes of these blobs are in the cache, whichever process wrote them. `sizes`: bytes by etag.
 
-    Counts allocated blocks, because a download can fill a file from several places at once.
+    Counts allocated disk blocks, because a download can fill a file from several places at once.
     """
     found: dict[str, int] = {}
     for path in (model_folder(repo) / "blobs").glob("*"):
@@ -95,7 +95,7 @@ def _written_bytes(path: Path, size: int) -> int:
 
 
 def remove_stale_files(repo: str) -> None:
-    """Removes the incomplete blobs of processes that were killed: nothing continues them, and they fill the disk.
+    """Removes incomplete blobs of killed processes: they fill the disk, and no download continues them.
 
     A process that writes a blob holds its lock, which the kernel releases when the process ends.
     """

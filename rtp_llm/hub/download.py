@@ -1,4 +1,4 @@
-"""Downloads a model into the cache, and says how far it is."""
+"""Downloads a model into the cache and reports the progress."""
 
 import errno
 import logging
@@ -22,13 +22,13 @@ _RATE_SECONDS = 30.0  # over which the speed is averaged
 
 @dataclass
 class DownloadProgress:
-    """How much of a model is in the cache. Read from the disk, so it counts what other processes download, too."""
+    """The fraction of a model that is in the cache. Measured on the disk, so files from other processes count too."""
 
     model: RemoteModel
     _samples: list[tuple[float, int]] = field(default_factory=list)
 
     def share(self) -> float:
-        """Returns the share of the bytes that are in the cache, 0 … 1."""
+        """Returns the fraction of the bytes that are in the cache, 0 … 1."""
         return min(1.0, self.model.bytes_on_disk() / max(1, self.model.total_bytes))
 
     def describe(self) -> str:
@@ -47,10 +47,10 @@ class DownloadProgress:
 
 
 def download(model: RemoteModel) -> None:
-    """Downloads what the cache does not have. Goes on after a cut, with the files that are complete.
+    """Downloads the files that the cache does not have. Retries after network errors; complete files are kept.
 
     huggingface_hub locks each file, so that several processes share the work. Raises ConfigError if the disk is full or
-    the hub refuses, CommunicationError if it stays away.
+    the hub denies access, CommunicationError if the hub does not respond.
     """
     remove_stale_files(model.name.repo)
     attempt, best = 0, model.bytes_on_disk()
@@ -63,8 +63,8 @@ def download(model: RemoteModel) -> None:
             attempt, best = (1, done) if done > best else (attempt + 1, best)
             if attempt >= MAX_FRUITLESS_ATTEMPTS:
                 raise CommunicationError(
-                    f"{model.name}: {constants.ENDPOINT} sent nothing in {attempt} attempts: {_reason(error)}; what is"
-                    " complete stays in the cache, and the next start goes on",
+                    f"{model.name}: {constants.ENDPOINT} sent nothing in {attempt} attempts: {_reason(error)};"
+                    " complete files stay in the cache, and the next start resumes the download",
                     check=HUB_ANSWERS,
                 ) from None
             wait = min(MAX_WAIT_SECONDS, 2.0**attempt)
@@ -91,8 +91,7 @@ def _raise_if_final(model: RemoteModel, error: Exception) -> None:
         ) from None
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         raise ConfigError(
-            f"{cache_folder()}: cannot be written: {error.strerror}; allowed: a writable folder, by HF_HOME or"
-            " HF_HUB_CACHE"
+            f"{cache_folder()}: cannot be written: {error.strerror}; set HF_HOME or HF_HUB_CACHE to a writable folder"
         ) from None
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
         look_up(model.name)  # says why

@@ -17,7 +17,7 @@ class ModelName:
 
     @classmethod
     def parse(cls, text: str) -> "ModelName | None":
-        """Returns the model that a setting names; None if it is empty or a path. What exists here wins over a name."""
+        """Returns the model that a setting names; None if it is empty or a path. Existing paths take precedence."""
         match, path = _NAME.fullmatch(text), Path(text)
         if match is None or path.exists() or path.is_symlink():
             return None
@@ -28,9 +28,9 @@ class ModelName:
 
 
 def commit_fingerprint(checkpoint: Path) -> dict[str, str]:
-    """Returns the commit of a checkpoint that is a snapshot in a cache, as a value to compare between the parts.
+    """Returns the commit of a checkpoint that is a snapshot in the cache, as a value to compare between the parts.
 
-    The headers of two commits can be equal where the weights are not.
+    Comparing the headers of the files is not enough: they can be equal in two commits with different weights.
     """
     match = _SNAPSHOT.search(str(checkpoint.absolute()))
     return {"model.commit": match["commit"]} if match else {}

@@ -1,6 +1,6 @@
-"""What a hub says about a model: its commit and files, or why this machine cannot have them.
+"""Asks a hub for a model's commit and files, or reports why this machine cannot get them.
 
-Every reason is a ConfigError with the id of the doctor's check that reports the same.
+Every reason is a ConfigError with the id of the doctor's check that reports the same error.
 """
 
 import difflib
@@ -31,7 +31,7 @@ MAX_NEAR_NAMES = 3
 _INVALID_TOKEN = "Invalid credentials in Authorization header"
 _MAX_LISTED = 200  # models of an organization among which a near name is looked for
 
-# The library's own client waits for an answer without end, except for those calls that have a timeout.
+# The library's own client has no timeout, except for calls that set one.
 set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS))
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line per request
 logging.getLogger("huggingface_hub").handlers.clear()  # else each line appears twice
@@ -40,7 +40,7 @@ disable_progress_bars()  # which count files, and only those of this process
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model's files at one commit. `blobs`: size in bytes by etag, the name of a file's content in the cache."""
+    """A model's files at one commit. `blobs`: bytes by etag, which names the content of a file in the cache."""
 
     name: ModelName
     commit: str
@@ -54,21 +54,21 @@ class RemoteModel:
         return bytes_on_disk(self.name.repo, self.blobs)
 
     def check_space(self) -> None:
-        """Raises ConfigError if the cache's disk has no room for the bytes that are missing."""
+        """Raises ConfigError if the cache's disk has too little space for the missing files."""
         missing, free = self.total_bytes - self.bytes_on_disk(), free_bytes()
         if missing > free:
             raise ConfigError(
                 f"{cache_folder()} has {gigabytes(free)} free, {self.name} needs {gigabytes(missing)} more;"
-                " allowed: a larger disk, by HF_HOME or HF_HUB_CACHE",
+                " set HF_HOME or HF_HUB_CACHE to a folder on a larger disk",
                 check=CACHE_HAS_SPACE,
             )
 
 
 def look_up(name: ModelName) -> RemoteModel:
-    """Asks the hub for the model, and whether this machine may have its files. Raises ConfigError."""
+    """Asks the hub for the model and its files. Raises ConfigError if this machine cannot get them."""
     if constants.is_offline_mode():
-        problem = f"is neither a folder here nor complete in the cache {cache_folder()}, and HF_HUB_OFFLINE=1"
-        raise ConfigError(f"{name}: {problem} forbids to download it", check=HUB_ANSWERS)
+        problem = f"is neither an existing folder nor complete in the cache {cache_folder()}, and HF_HUB_OFFLINE=1"
+        raise ConfigError(f"{name}: {problem} forbids the download", check=HUB_ANSWERS)
     with _explained(name):
         info = HfApi().model_info(
             name.repo, revision=name.revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
@@ -95,7 +95,7 @@ def _etag(file: object) -> str:
 
 @contextmanager
 def _explained(name: ModelName) -> Iterator[None]:
-    """Turns the client's errors into a ConfigError that says what is wrong and what to do."""
+    """Converts the hub client's errors to a ConfigError that names the problem and a fix."""
     hub = constants.ENDPOINT
     try:
         yield
@@ -103,7 +103,7 @@ def _explained(name: ModelName) -> Iterator[None]:
         raise _access_error(name, error) from None
     except RevisionNotFoundError:
         raise ConfigError(
-            f"{name}: {hub}/{name.repo} has no revision {name.revision!r}; allowed: a branch, a tag or a commit of it",
+            f"{name}: {hub}/{name.repo} has no revision {name.revision!r}; allowed: a branch, a tag or a commit",
             check=MODEL_EXISTS,
         ) from None
     except RemoteEntryNotFoundError as error:
@@ -121,7 +121,7 @@ def _explained(name: ModelName) -> Iterator[None]:
     except (httpx2.HTTPError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise ConfigError(
-            f"{name}: is neither a folder here nor complete in the cache {cache_folder()}, and {hub} cannot be"
+            f"{name}: is neither an existing folder nor complete in the cache {cache_folder()}, and {hub} cannot be"
             f" reached: {reason}; allowed: an existing folder, or a hub that this machine reaches (HF_ENDPOINT,"
             " https_proxy)",
             check=HUB_ANSWERS,
@@ -129,13 +129,13 @@ def _explained(name: ModelName) -> Iterator[None]:
 
 
 def _access_error(name: ModelName, error: HfHubHTTPError) -> ConfigError:
-    """Returns the error for a gated model or an invalid token; the hub's own sentence says if access is pending."""
+    """Returns the error for a gated model or an invalid token, with the hub's own message if it has one."""
     token = "HF_TOKEN has no access" if get_token() else "no token is set"
     reason = (error.server_message or "").strip().splitlines()
     said = f" ({reason[0]})" if reason else ""
     page = f"{constants.ENDPOINT}/{name.repo}"
     return ConfigError(
-        f"{name}: needs permission, and {token}{said}; accept its terms on {page}, and set HF_TOKEN to a token of that"
+        f"{name}: needs permission, but {token}{said}; accept its terms on {page}, and set HF_TOKEN to a token of that"
         " account",
         check=ACCESS_GRANTED,
     )
@@ -146,14 +146,14 @@ def _not_found(name: ModelName) -> ConfigError:
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     private = "a private one needs HF_TOKEN" if not get_token() else "HF_TOKEN has no access to a private one"
     return ConfigError(
-        f"{name}: no folder of this name is here, and {constants.ENDPOINT} has no such model ({private}){meant};"
+        f"{name}: is not an existing folder, and {constants.ENDPOINT} has no such model ({private}){meant};"
         " allowed: an existing folder, or org/name of a model",
         check=MODEL_EXISTS,
     )
 
 
 def near_names(name: ModelName) -> list[str]:
-    """Returns names of models that resemble this one, the nearest first; none if the hub does not answer."""
+    """Returns names of similar models on the hub, the most similar first; none if the hub does not respond."""
     org, _, model = name.repo.partition("/")
     api = HfApi()
     try:
@@ -164,5 +164,5 @@ def near_names(name: ModelName) -> list[str]:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Formats a size as hubs show it, in powers of ten: "15.2 GB"."""
+    """Formats a size in powers of ten, as hubs do: "15.2 GB"."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,6 +1,6 @@
 """The settings that may name a model on a hub: CHECKPOINT_PATH and TOKENIZER_PATH.
 
-Imports huggingface_hub only if one of them does: that takes longer than all else the doctor does.
+Imports huggingface_hub only if one of them names a model, since that import takes longer than the rest of the doctor.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from rtp_llm.hub.name import ModelName
 
 
 def model_names(config: Config) -> list[ModelName]:
-    """Returns the models that CHECKPOINT_PATH and TOKENIZER_PATH name, each once."""
+    """Returns the models that CHECKPOINT_PATH and TOKENIZER_PATH name, without duplicates."""
     names = map(ModelName.parse, (config.checkpoint_path, config.tokenizer_path))
     return list(dict.fromkeys(name for name in names if name))
 
@@ -21,7 +21,7 @@ def missing_models(config: Config) -> list[ModelName]:
 
 
 def localized(config: Config) -> Config:
-    """Returns the settings with the cached snapshots in place of the names of models, as far as the cache has them."""
+    """Returns the settings with the names of models replaced by their snapshots in the cache, if the cache has them."""
     changes = {}
     for field in ("checkpoint_path", "tokenizer_path"):
         name = ModelName.parse(getattr(config, field))

@@ -1,1 +1,1 @@
-"""The interface of attention backends, its reference implementation in torch, linear methods, and fused operations."""
+"""Attention backends (interface, torch reference, native CPU backend), linear methods, and fused operations."""

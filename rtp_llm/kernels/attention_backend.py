@@ -12,7 +12,7 @@ from rtp_llm.kernels.kv_cache import LayerKVCache
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """Constants of one attention layer; its window is in its KVCacheSpec. scale: factor of the attention scores."""
+    """Constants of one attention layer; its sliding window is in the KVCacheSpec. scale: factor of the scores."""
 
     scale: float
 
@@ -20,15 +20,16 @@ class AttentionParams:
 class AttentionBackend(Protocol):
     """Paged causal attention: `prepare` once per step and KV cache group, then `forward` for each layer of the group.
 
-    batch_invariant: whether a row's bits depend neither on the chunk nor on the other sequences of its step.
+    batch_invariant: whether the bits of a row depend neither on its chunk nor on the other sequences of the step.
     """
 
     batch_invariant: bool
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> Any:
-        """Returns the metadata that `forward` needs for the layers of this group: indices and masks on the device.
+        """Returns the metadata that `forward` needs for the layers of this group, such as indices and masks on the
+        device.
 
-        group: index of `batch.block_tables`. spec, block_size: as in the `contract.kv_cache.KVCacheGroup`.
+        group: index into `batch.block_tables`. spec, block_size: as in the `contract.kv_cache.KVCacheGroup`.
         """
         ...
 
@@ -40,13 +41,15 @@ class AttentionBackend(Protocol):
         q: [T, heads, head_dim], T as in ForwardBatch; head j attends to KV head j // (heads / kv_heads).
         k, v: [T, kv_heads, head_dim]. heads, kv_heads: numbers of heads on this rank.
         cache: has the tensors `keys` and `values`. A query attends to the newest `spec.window` keys up to its own
-        position; 0: to all of them.
+        position; if
+            the window is 0, to all of them.
         Returns [T, heads, head_dim]. Never waits for the device.
         """
         ...
 
     def workspace_bytes(self, spec: KVCacheSpec, num_heads: int, max_tokens: int, max_seq_len: int) -> int:
-        """Returns a bound of the memory that metadata and `forward` need in addition to q, k, v and the cache.
+        """Returns an upper bound of the memory that metadata and `forward` need besides q, k, v and the cache, in
+        bytes.
 
         num_heads: query heads on this rank. max_tokens: tokens of a step. max_seq_len: tokens of a sequence.
         """

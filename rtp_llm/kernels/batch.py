@@ -15,14 +15,14 @@ Ints = NDArray[np.int32] | NDArray[np.int64]
 class ForwardBatch:
     """T tokens of S sequences. Sequences with one token (decodes) come first.
 
-    token_ids, positions: [T] int64. positions: of each token in its sequence.
+    token_ids, positions: [T] int64. positions: position of each token in its sequence.
     rope_lens: [T] int64, sequence length that dynamic rope scaling uses for each token, see `layers.rope`.
     query_start_loc: [S + 1] int64; sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
     seq_lens: [S] int64, tokens of each sequence in the KV cache after this step.
     slot_mapping: per KV cache group [T] int64, the slot that each token is written to: block id * block_size + offset;
         for a group with one state per sequence [S] int64: the block id of each sequence.
     block_tables: per KV cache group [S, W] int64, block ids in order of position, padded with the null block 0.
-    host_query_start_loc, host_seq_lens: the same on the host, for sizes; reading them does not wait for the device.
+    host_query_start_loc, host_seq_lens: copies on the host, which can be read without waiting for the device.
     num_decodes: the first `num_decodes` sequences have one token each.
     """
 
@@ -49,7 +49,7 @@ class ForwardBatch:
         block_sizes: Sequence[int],
         device: torch.device,
     ) -> "ForwardBatch":
-        """Copies a step to the device. Computes positions and slots, as the new tokens are the last of each sequence.
+        """Copies a step to the device. Computes positions and slots: the new tokens are the last ones of each sequence.
 
         prompt_lens: [S], tokens of each prompt. block_tables: [S, W] per group; block_sizes: of each group, see
         `contract.kv_cache.KVCacheGroup`. The other arguments: see the fields.

@@ -1,4 +1,4 @@
-"""Memory for weights in huge pages, so that reading them takes few entries of the TLB."""
+"""Allocates memory for weights in huge pages, so that reading them causes few TLB misses."""
 
 import mmap
 from contextlib import suppress
@@ -13,17 +13,17 @@ PREFETCH_TAIL = 8192  # kernels prefetch so far beyond the end of a weight
 
 
 class HugePageArena:
-    """Carves tensors out of large mappings: a matrix of a few MiB gets no huge page by itself.
+    """Allocates tensors from large mappings, because a mapping of only a few MiB gets no huge page.
 
-    A mapping is unmapped when all its tensors are gone. Its pages take memory from the first write on. Where the system
-    has no huge pages, ordinary ones serve.
+    A mapping is unmapped when all its tensors are freed. Its pages take memory from the first write on. If the system
+    has no huge pages, normal pages are used.
     """
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)  # what is left of the newest mapping
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Returns zeroed memory, [num_bytes] uint8, that starts at a multiple of 4096 bytes."""
+        """Returns zeroed memory, [num_bytes] uint8, aligned to 4096 bytes."""
         size = -(-(num_bytes + PREFETCH_TAIL) // ALIGNMENT) * ALIGNMENT
         if size > len(self._chunk):
             chunk = _map(max(size, CHUNK_BYTES))

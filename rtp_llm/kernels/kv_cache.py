@@ -1,4 +1,4 @@
-"""KV cache of the layers: named, strided views of one flat buffer."""
+"""KV caches of the layers: named, strided views of one flat buffer."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
-"""Linear methods: how the weight of a linear layer is read, kept in memory and multiplied.
+"""Linear methods: how the weight of a linear layer is read, stored in memory and multiplied (as in vLLM).
 
-A quantized format is one class and one entry in `linear_methods.LINEAR_METHODS`; no layer knows the format of its
-weight.
+A quantized format is one class and one entry in `linear_methods.LINEAR_METHODS`; layers do not depend on the format.
 """
 
 from abc import ABC, abstractmethod
@@ -26,8 +25,8 @@ Weights = Mapping[str, Tensor]
 class WeightTensor:
     """A tensor of a checkpoint that holds the weight W [out_size, in_size] of a linear layer, or a part of it.
 
-    dims: for each dimension of the tensor, the axis of W that it follows (0: out, 1: in), and how many rows or columns
-    of W one index covers: 8 for 4-bit values packed into int32, 128 for the scales of fp8 blocks.
+    dims: for each dimension of the tensor, the axis of W that it corresponds to (0: out, 1: in), and how many rows or
+    columns of W one index covers: 8 for 4-bit values packed into int32, 128 for the scales of fp8 blocks.
     """
 
     dtype: torch.dtype
@@ -44,7 +43,7 @@ class WeightTensor:
 
 
 class LinearMethod(ABC):
-    """Reads, keeps and multiplies weights W [out_size, in_size]; one instance serves all layers of the same size.
+    """Reads, stores and multiplies weights W [out_size, in_size]; one instance serves all layers of the same size.
 
     shard_granularity: the bounds of a shard of W are multiples of these numbers of (output, input) features.
     gated: W stacks a gate and an up projection of equal size, and the layer computes silu(gate) * up.
@@ -69,21 +68,21 @@ class LinearMethod(ABC):
 
     @property
     def tensors(self) -> dict[str, WeightTensor]:
-        """The tensors that are read from the checkpoint, by the last part of their names."""
+        """Returns the tensors to read from the checkpoint, by the last component of their names."""
         return {"weight": WeightTensor(self.dtype)}
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes that W takes after `transform`."""
+        """Returns the bytes that W takes after `transform`."""
         size = (self.out_size, self.in_size)
         return sum(prod(tensor.shape(size)) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
     def transform(self, loaded: Weights) -> Weights:
-        """Returns the tensors for `apply`, made of those that were read; the caller frees what is not among them."""
+        """Returns the tensors for `apply`, computed from the loaded ones; the caller frees those not returned."""
         return loaded
 
     def forward(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns what the layer computes: `apply`, or `apply_gated` if it is gated."""
+        """Returns the layer's output: `apply_gated` if it is gated, otherwise `apply`."""
         y = self.apply_gated(x, weights, bias) if self.gated else self.apply(x, weights, bias)
         return y.to(self.output_dtype)
 
@@ -92,11 +91,11 @@ class LinearMethod(ABC):
         """Returns x Wᵀ + bias, [num_rows, out_size]. x: [num_rows, in_size]. bias: [out_size]."""
 
     def apply_gated(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns silu(gate) * up of the two halves of x Wᵀ + bias, [num_rows, out_size / 2]."""
+        """Returns silu(gate) * up, [num_rows, out_size / 2]; gate and up are the halves of x Wᵀ + bias."""
         return silu_and_mul(self.apply(x, weights, bias))
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Sets `batch_invariant` on the first call. The kernels depend on the size of W, not on its values."""
+        """Measures `batch_invariant` on the first call. It depends on the size of W, not on its values."""
         if self.batch_invariant is None:
             self.batch_invariant = not self._differing_row_counts(weights)
 
@@ -117,7 +116,7 @@ class LinearMethod(ABC):
 
 
 class Plain(LinearMethod):
-    """Keeps W as in the checkpoint."""
+    """Keeps W unchanged."""
 
     name = "plain"
 
@@ -127,11 +126,11 @@ class Plain(LinearMethod):
 
 
 class Prepacked(LinearMethod):
-    """Keeps W in the layout of oneDNN, for CPU: reordered once at load instead of at every call.
+    """Stores W in oneDNN's layout, for CPU: reordered once at load instead of at every call.
 
     Speedup on one core (AMD EPYC, AVX-512 BF16, torch 2.13, W 4096 x 2048): bf16 with 1 row of input 2.1 to 5.2 times,
-    fp32 with 8 rows 2.6 times. Where oneDNN computes one row with another kernel than more rows, a single row is
-    computed as two, which takes 2 to 20 % longer.
+    fp32 with 8 rows 2.6 times. If oneDNN uses another kernel for one row than for several, a single row is padded to
+    two, which takes 2 to 20 % longer.
     """
 
     name = "prepacked"
@@ -154,7 +153,7 @@ class Prepacked(LinearMethod):
         return {"weight": torch.ops.mkldnn._reorder_linear_weight(loaded["weight"].detach(), None)}
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Implements `LinearMethod`. If only a single row differs, it is padded from now on."""
+        """Implements `LinearMethod`. If only a single row gives other bits, single rows are padded from now on."""
         if self.batch_invariant is None:
             differing = self._differing_row_counts(weights)
             self._pads_single_row = differing == [1]

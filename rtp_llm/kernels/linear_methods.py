@@ -1,4 +1,4 @@
-"""The linear methods by name, and which of them a layer gets."""
+"""The table of linear methods by name, and the choice of the method for a layer."""
 
 from functools import cache
 from math import lcm
@@ -18,7 +18,7 @@ LINEAR_METHODS: dict[str, type[LinearMethod]] = {
 
 
 def shard_granularity(name: str) -> int:
-    """Returns the number of which features must be a multiple that a method splits as outputs and as inputs."""
+    """Returns the granularity of a method's shards: outputs and inputs are split at multiples of so many features."""
     return lcm(*LINEAR_METHODS[name].shard_granularity) if name else 1
 
 
@@ -58,5 +58,5 @@ def _make_method(
     output_dtype: torch.dtype | None,
     kernels: Library | None,
 ) -> LinearMethod:
-    """Returns one instance for equal sizes. device, kernels: of the method, which depends on both."""
+    """Returns one shared instance for equal arguments. device, kernels: the method depends on both."""
     return method(out_size, in_size, dtype, gated, output_dtype)

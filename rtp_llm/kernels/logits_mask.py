@@ -1,7 +1,7 @@
-"""Keeps to the tokens that a grammar allows.
+"""Restricts logits to the tokens that a grammar allows.
 
-In all functions, logits: [R, vocab_size] float32, contiguous; masks: [M, ceil(vocab_size / 8)] uint8, a bit per token,
-the lowest bit of a byte first; rows: M ascending numbers, which row each mask is for. Other rows may have any token.
+In all functions, logits: [R, vocab_size] float32, contiguous; masks: [M, ceil(vocab_size / 8)] uint8, one bit per
+token, lowest bit of a byte first; rows: M ascending row numbers, one per mask. Rows without a mask are not restricted.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def mask_logits(logits: Tensor, masks: Bits, rows: Sequence[int]) -> None:
 def argmax_allowed(logits: Tensor, masks: Bits, rows: Sequence[int]) -> Tensor:
     """Returns the first allowed token with the highest logit of each row, [R] int64.
 
-    It is FAILED where `argmax_finite` fails for the logits or the masked logits.
+    Returns FAILED for a row if `argmax_finite` returns it for the logits or the masked logits.
     """
     kernels = library() if logits.is_cpu else None
     if kernels:
@@ -54,7 +54,7 @@ def argmax_allowed(logits: Tensor, masks: Bits, rows: Sequence[int]) -> Tensor:
 
 
 def _mask_of_row(rows: Sequence[int], num_rows: int) -> NDArray[np.int64]:
-    """Returns [num_rows]: which of the masks each row has; -1: none."""
+    """Returns the index of the mask of each row, [num_rows]; -1: none."""
     mask_of_row = np.full(num_rows, -1, np.int64)
     mask_of_row[list(rows)] = np.arange(len(rows))
     return mask_of_row
@@ -62,6 +62,6 @@ def _mask_of_row(rows: Sequence[int], num_rows: int) -> NDArray[np.int64]:
 
 @cache
 def _ceilings_of_byte(device: torch.device) -> Tensor:
-    """Returns [256, 8] float32: what the logits of 8 tokens may be at most, by the byte of their bits."""
+    """Returns [256, 8] float32: by byte value, the upper limits of the logits of its 8 tokens (-inf if forbidden)."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return torch.from_numpy(np.where(bits, np.float32(np.inf), -np.float32(np.inf))).to(device)

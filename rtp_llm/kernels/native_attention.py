@@ -1,4 +1,4 @@
-"""Paged attention on CPU, by the kernels of `rtp_llm.native`."""
+"""Paged attention on CPU with the kernels of `rtp_llm.native`."""
 
 import ctypes
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ PARTIAL_BYTES = 16 << 20  # for the splits of long contexts that several threads
 
 
 class Step(ctypes.Structure):
-    """`AttentionStep` of src/attention.cpp."""
+    """The C struct `AttentionStep` of src/attention.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query_start_loc", "seq_lens", "block_tables", "slots")),
@@ -31,13 +31,13 @@ class Step(ctypes.Structure):
 
 @dataclass
 class NativeMetadata:
-    """The step as the kernels see it, and the tensors that it points to."""
+    """The step as a C struct for the kernels, and the tensors that it points to."""
 
     step: Step
     tensors: tuple[Tensor, ...]
 
     def update(self, newer: "NativeMetadata") -> None:
-        """Points to the tensors of another step with as many sequences and tokens. The step stays where it is."""
+        """Points the struct, at the same address, to the tensors of another step of the same size."""
         for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "table_width"):
             setattr(self.step, name, getattr(newer.step, name))
         self.tensors = newer.tensors
@@ -56,7 +56,7 @@ class NativeBackend:
 
     @staticmethod
     def is_supported(spec: KVCacheSpec) -> bool:
-        """Returns whether the kernels of this machine attend to such a cache."""
+        """Returns whether this machine has kernels for such a KV cache."""
         shapes = dict(spec.tensors)
         return (
             library() is not None
@@ -66,7 +66,7 @@ class NativeBackend:
         )
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> NativeMetadata:
-        """Points to the tensors of the batch, see `AttentionBackend`."""
+        """Returns a struct that points to the tensors of the batch, see `AttentionBackend`."""
         kv_heads, head_dim = spec.tensors[0][1]
         tensors = (batch.query_start_loc, batch.seq_lens, batch.block_tables[group], batch.slot_mapping[group])
         table = batch.block_tables[group]
@@ -102,7 +102,7 @@ class NativeBackend:
         return out
 
     def workspace_bytes(self, spec: KVCacheSpec, num_heads: int, max_tokens: int, max_seq_len: int) -> int:
-        """Returns a bound of the memory of `forward`, see `AttentionBackend`."""
+        """Returns an upper bound of the memory that `forward` needs, in bytes, see `AttentionBackend`."""
         kv_heads, head_dim = spec.tensors[0][1]
         out_bytes = max_tokens * num_heads * head_dim * DTYPES[spec.dtype].itemsize
         return (

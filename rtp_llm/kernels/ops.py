@@ -1,8 +1,8 @@
 """Operations between the linear layers and attention.
 
-Each is a kernel of `rtp_llm.native` for tensors on a CPU that has it, and otherwise a composition in torch, which runs
-on any device. In bf16 and fp16 both round at the same places; only the order of the sum in a norm, and so now and then
-its last bit, differs. In fp32 the kernels may also fuse a product and a sum.
+Each is a kernel of `rtp_llm.native` for tensors on a CPU that has it, otherwise a composition of torch operations for
+any device. In bf16 and fp16 both round at the same places; only the order of the sum in a norm differs, and so rarely
+its last bit. In fp32 the kernels may also use fused multiply-add.
 """
 
 from typing import Protocol
@@ -17,7 +17,7 @@ CosSin = tuple[Tensor, Tensor]
 
 
 class AllReduce(Protocol):
-    """The ranks whose partial results add up."""
+    """The tensor-parallel ranks whose partial results are summed."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums the tensor over all ranks in place. Returns the same tensor."""
@@ -63,7 +63,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, ranks: AllReduce, post_weight: Tensor | None, pre_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Ends a sub-block of the decoder. Returns (input of the next sub-block, residual), each [num_tokens, size].
+    """Ends a sub-block (attention or FFN) of the decoder: all-reduce, residual addition, norms. Returns (input of the
+    next sub-block, residual), each [num_tokens, size].
 
     x: this rank's partial output of the sub-block. post_weight: norm of the output before it is added to the residual.
     pre_weight: norm of the next input. None: no norm there. x and residual are contiguous, and may be overwritten.

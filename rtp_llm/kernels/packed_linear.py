@@ -1,4 +1,4 @@
-"""Linear layers on CPU, by the kernels of `rtp_llm.native`."""
+"""Linear layers on CPU with the kernels of `rtp_llm.native`."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ MAX_PROBED_OUTPUTS = 1 << 13
 
 
 class Packed(LinearMethod):
-    """Keeps W in blocks that sequential streams read, see src/linear.cpp. A row's bits never depend on the others."""
+    """Stores W in blocks that are read sequentially, see src/linear.cpp. A row's bits never depend on others."""
 
     name = "packed"
 
@@ -32,7 +32,7 @@ class Packed(LinearMethod):
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes that W takes after `transform`."""
+        """Returns the bytes that W takes after `transform`."""
         return int(self._library.rtp_linear_packed_bytes(self._dtype, self.gated, self.out_size, self.in_size))
 
     def transform(self, loaded: Weights) -> Weights:
@@ -51,7 +51,7 @@ class Packed(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`. If W is gated, this is `apply_gated`: the kernel has no other product for it."""
+        """Implements `LinearMethod`. If W is gated, does the same as `apply_gated`."""
         if x.stride(-1) != 1:
             x = x.contiguous()
         num_columns = self.out_size // 2 if self.gated else self.out_size
@@ -77,7 +77,7 @@ class Packed(LinearMethod):
     apply_gated = apply
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Implements `LinearMethod`. The blocks of W do not affect each other: the first ones stand for a large W."""
+        """Implements `LinearMethod`. Measures only the first blocks of a large W, as blocks are independent."""
         if self.gated or self.out_size <= MAX_PROBED_OUTPUTS:
             super().measure_batch_invariance(weights)
             return

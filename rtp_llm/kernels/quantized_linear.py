@@ -1,6 +1,6 @@
-"""Linear layers on CPU whose weights are quantized while they are loaded, by the kernels of `rtp_llm.native`.
+"""Linear layers on CPU whose weights are quantized at load, with the kernels of `rtp_llm.native`.
 
-Without the kernels torch computes the same from the quantized weights, much slower.
+Without these kernels, torch computes the same from the quantized weights, much more slowly.
 """
 
 from abc import abstractmethod
@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 256  # of W that are quantized together, so that the intermediat
 
 
 class Quantized(LinearMethod):
-    """Reads W in the model's dtype and keeps it as integers with scales."""
+    """Reads W in the model's dtype and stores it as integers with scales."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -35,18 +35,18 @@ class Quantized(LinearMethod):
     @staticmethod
     @abstractmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Returns the values that the kernel multiplies instead of x [num_rows, in_size], float32."""
+        """Returns x as the kernel rounds it before it multiplies, float32. x: [num_rows, in_size]."""
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes that W takes after `transform`."""
+        """Returns the bytes that W takes after `transform`."""
         if self._library is None:
             return self.out_size * (self.in_size + 4 * self.num_groups(self.in_size))
         return int(getattr(self._library, f"rtp_{self.name}_packed_bytes")(self._dtype, *self._size))
 
     @staticmethod
     def num_groups(in_size: int) -> int:
-        """Returns the number of scales of an output."""
+        """Returns the number of scales per output feature."""
         return 1
 
     def transform(self, loaded: Weights) -> Weights:
@@ -67,7 +67,7 @@ class Quantized(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`. If W is gated, this is `apply_gated`: the kernel has no other product for it."""
+        """Implements `LinearMethod`. If W is gated, does the same as `apply_gated`."""
         if self._library is None:
             return self._multiply_with_torch(x, weights, bias)
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -100,7 +100,7 @@ class Quantized(LinearMethod):
 
 
 class Int8(Quantized):
-    """8-bit weights with a scale per output feature; activations stay in the model's dtype."""
+    """8-bit weights with one scale per output feature; activations stay in the model's dtype."""
 
     name: ClassVar[str] = "int8"
 
@@ -116,7 +116,7 @@ class Int8(Quantized):
 
 
 class W8A8(Int8):
-    """8-bit weights as in `Int8`, and activations rounded to 8 bits with a scale per row."""
+    """8-bit weights as in `Int8`, and activations rounded to 8 bits with one scale per row."""
 
     name: ClassVar[str] = "w8a8"
 
@@ -127,9 +127,9 @@ class W8A8(Int8):
 
 
 class Int4(Quantized):
-    """4-bit weights with a bf16 scale per GROUP_SIZE inputs, and activations in 8 bits with a scale per GROUP_SIZE.
+    """4-bit weights with a bf16 scale per GROUP_SIZE inputs, and 8-bit activations with a scale per GROUP_SIZE inputs.
 
-    Each rank groups its own inputs, so that a shard may begin anywhere.
+    Each rank groups its own inputs, so a shard can start anywhere.
     """
 
     name: ClassVar[str] = "int4"
@@ -141,7 +141,9 @@ class Int4(Quantized):
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Implements `Quantized`. A group's value of the largest magnitude becomes -8, whatever its sign."""
+        """Implements `Quantized`. The value with the largest magnitude of a group becomes -8; scales can be
+        negative.
+        """
         groups = _split_groups(weight.float())
         low, high = groups.aminmax(dim=-1, keepdim=True)
         extreme = torch.where(-low >= high, low, high)
@@ -158,7 +160,7 @@ class Int4(Quantized):
 
 
 def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
-    """Returns integers [rows, in] times scales [rows, groups], float32."""
+    """Returns integers [rows, in] times the scales of their groups, float32. scales: [rows, groups]."""
     if scales.shape[1] > 1:
         scales = scales.repeat_interleave(GROUP_SIZE, 1)[:, : integers.shape[1]]
     return integers * scales

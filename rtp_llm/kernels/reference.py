@@ -1,11 +1,11 @@
 """Reference attention backend in plain torch. Runs on any device; other backends are tested against it.
 
-Every step is flash decoding (Dao et al. 2023): the work is cut into items, each a tile of queries of one sequence and a
-split of its keys. The items are batches of equal shapes, so a step costs the sum of the context lengths. The outputs of
-a tile over its splits are combined by their log-sum-exp, in order of position.
+Every step is computed as in flash decoding (Dao et al. 2023): the work is split into items, each a tile of queries of
+one sequence and a split of its keys. Items of equal shape are batched, so the cost of a step is the sum of the context
+lengths. The outputs of a tile over its splits are combined by their log-sum-exp, in order of position.
 
-Tiles and splits begin at fixed positions of the sequence, and an item's bits do not depend on the items beside it. So
-on CPU a query's output is the same, bit for bit, in any chunk and in any company.
+Tiles and splits begin at fixed positions of the sequence, and an item's bits do not depend on the other items. So on
+CPU, the output of a query is bitwise the same in any chunk and in any batch.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,11 @@ MASKED = -1e30  # finite: a query that sees no key of a split gets the weight ex
 class Call:
     """Items of a wave that have the same number of keys.
 
-    places: [items], in the wave. queries: [items * tile], rows of q. blocks: [items, blocks per item].
-    unused: slots among the gathered keys, in blocks with used ones, whose key the tile may not see. They may hold NaN,
-        which a mask does not stop: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
+    places: [items], index of each item in the wave. queries: [items * tile], rows of q. blocks: [items, blocks per
+    item].
+    unused: slots of the gathered keys, in blocks that also have used slots, that the tile must not see. They may hold
+    NaN,
+        which a mask does not remove: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
     mask: [items, tile, keys] float32, 0 or MASKED; None if every query sees every key.
     """
 
@@ -51,7 +53,7 @@ class Call:
     _row_masks: dict[int, Tensor] = field(default_factory=dict)
 
     def row_mask(self, group_size: int) -> Tensor | None:
-        """Returns the mask of all rows [items, 1, rows, keys], made once for all layers.
+        """Returns the mask of all rows [items, 1, rows, keys], computed once for all layers.
 
         The rows of a tile are its queries times the `group_size` heads of a KV head; the row of a decode is broadcast.
         """
@@ -64,7 +66,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Wave:
-    """Tiles that are computed before their items are combined; a wave limits the partial outputs in memory.
+    """Tiles that are computed before their items are combined; bounds the memory of partial outputs.
 
     tile: queries per tile. tile_of_item: [items], ascending; items of a tile are in order of position.
     rows: [queries of the step], rows of the tiles [num_tiles * tile]; the other rows are padding.
@@ -81,7 +83,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class ReferenceMetadata:
-    """What all layers of a KV cache group need in one step: the slots of the T new tokens, and the waves."""
+    """The metadata of one step for all layers of a KV cache group: the slots of the T new tokens, and the waves."""
 
     write_blocks: Tensor  # [T]
     write_offsets: Tensor  # [T]
@@ -91,14 +93,14 @@ class ReferenceMetadata:
 class ReferenceBackend:
     """Implements `AttentionBackend`.
 
-    On a GPU the order of additions in `_combine` is not fixed, so there it is not batch-invariant.
+    Not batch-invariant on a GPU, where the order of additions in `_combine` is not fixed.
     """
 
     def __init__(self, device: torch.device):
         self.batch_invariant = device.type == "cpu"
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> ReferenceMetadata:
-        """Cuts the attention of a group into waves, see `AttentionBackend`."""
+        """Splits the attention of a group into waves, see `AttentionBackend`."""
         slots = batch.slot_mapping[group]
         waves = _Planner(batch, batch.block_tables[group], spec, block_size).waves()
         return ReferenceMetadata(slots // block_size, slots % block_size, list(waves))
@@ -117,7 +119,7 @@ class ReferenceBackend:
         return out
 
     def workspace_bytes(self, spec: KVCacheSpec, num_heads: int, max_tokens: int, max_seq_len: int) -> int:
-        """Returns a bound of the memory of the metadata and of `forward`, see `AttentionBackend`."""
+        """Returns an upper bound of the memory of the metadata and of `forward`, in bytes, see `AttentionBackend`."""
         (_, (kv_heads, head_dim)), *_ = spec.tensors
         row_bytes = num_heads * head_dim * torch.float32.itemsize
         num_items = max(-(-max_seq_len // SPLIT), MAX_SCRATCH_BYTES // (SPLIT * max(spec.row_bytes)))
@@ -128,8 +130,8 @@ class ReferenceBackend:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Arrays [tiles]: the index of the sequence, and positions in it: of row 0 of the tile (a multiple of the tile's
-    size), of its first and last query in this step, and of the lowest key that one of them sees.
+    """Arrays [tiles]: the sequence's index, and positions in it: of row 0 of the tile (a multiple of its size), of the
+    first and the last query in this step, and of the lowest key that a query of the tile sees.
     """
 
     sequence: Longs
@@ -314,7 +316,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale:
 
 
 def _combine(out: Tensor, lse: Tensor, wave: Wave) -> Tensor:
-    """Returns the outputs [num_tiles, kv_heads, rows, head_dim] of the tiles from those of their items."""
+    """Returns the outputs [num_tiles, kv_heads, rows, head_dim] of the tiles, combined from their items."""
     owner = wave.tile_of_item
     index = owner[:, None, None].expand_as(lse)
     top = lse.new_full((wave.num_tiles, *lse.shape[1:]), -torch.inf).scatter_reduce_(0, index, lse, "amax")

@@ -1,6 +1,6 @@
-"""Passes over rows of logits [R, vocab_size] float32 on the way to a token.
+"""Kernels that sample tokens from rows of logits [R, vocab_size] float32.
 
-The kernels of `rtp_llm.native` share the rows out to threads. Elsewhere torch computes the same.
+The kernels of `rtp_llm.native` distribute the rows over threads. Without them, torch computes the same.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def _kernels_for(logits: Tensor) -> Library | None:
 
 
 def argmax_finite(logits: Tensor) -> Tensor:
-    """Returns the first token with the highest logit of each row, or FAILED; [R] int64."""
+    """Returns the first token with the highest logit per row, [R] int64; FAILED if that logit is NaN or infinite."""
     kernels = _kernels_for(logits)
     if kernels is None:
         highest, tokens = logits.max(-1)
@@ -36,12 +36,13 @@ def argmax_finite(logits: Tensor) -> Tensor:
 def top_tokens(
     logits: Tensor, count: int, temperatures: Doubles
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], Doubles]:
-    """Returns the highest logits of each row and their token ids, both [R, count], and a rough mass of each row, [R].
+    """Returns the highest logits of each row and their token ids, both [R, count], and an approximate mass of each row,
+    [R].
 
-    They are in descending order, equal ones in order of their ids; which of the tokens that equal the last one are
-    among them is undefined. The mass is the sum of exp((logit - highest logit) / temperature), with a relative error
-    below `token_filter.ROUGH_ERROR`. If the highest logit is NaN or infinite, so is the first of the row, and the rest
-    is undefined. temperatures: [R].
+    Sorted by descending logit, then by id. If more tokens than fit have the same lowest logit, it is undefined which of
+    them are returned. The mass is the sum of exp((logit - highest logit) / temperature), with a relative error below
+    `token_filter.ROUGH_ERROR`. If the highest logit is NaN or infinite, the first returned one is too, and the rest is
+    undefined. temperatures: [R].
     """
     kernels = _kernels_for(logits)
     if kernels is None:
@@ -73,10 +74,10 @@ def _sorted_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_by_id(logits: Tensor, temperatures: Doubles, numbers: Doubles) -> Tensor:
-    """Returns a token of each row by inverse transform sampling over all tokens in order of their ids, or FAILED.
+    """Samples one token per row by inverse transform sampling over all tokens in order of their ids, or FAILED.
 
-    It is the first at which the sum of the weights exp((logit - highest logit) / temperature), in float64, exceeds the
-    fraction `number` of the total. temperatures, numbers: [R]. Returns [R] int64.
+    It is the first token at which the sum of the weights exp((logit - highest logit) / temperature), in float64,
+    exceeds the fraction `number` of the total. temperatures, numbers: [R]. Returns [R] int64.
     """
     kernels = _kernels_for(logits)
     if kernels is None:

@@ -19,7 +19,7 @@ def _vocab_slice(name: str, vocab_size: int, hidden_size: int, group: Group) -> 
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding of token ids. Each rank looks up the tokens of its shard of the vocabulary; an all-reduce adds them."""
+    """Embedding of token ids. Each rank looks up tokens of its vocabulary shard; an all-reduce sums the results."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: Group):
         super().__init__()
@@ -39,7 +39,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(ParallelLinear):
-    """Output head. `tied`: the embedding, if the checkpoint ties their weights, else None.
+    """Output head. `tied`: the embedding if the checkpoint ties their weights, otherwise None.
 
     The embedding must be loaded first.
     """

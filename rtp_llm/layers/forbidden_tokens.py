@@ -1,4 +1,4 @@
-"""Tokens that a request excludes: all but a few (`allowed_token_ids`), or those that complete a word (`bad_words`)."""
+"""Excludes tokens on request: all but some (`allowed_token_ids`), or those that would complete a word (`bad_words`)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rtp_llm.kernels.logits_mask import Bits, mask_logits
 
 
 class AllowedTokens:
-    """The logits processor of `SamplingParams.allowed_token_ids`."""
+    """Logits processor for `SamplingParams.allowed_token_ids`."""
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._vocab_size = vocab_size
@@ -45,7 +45,7 @@ class AllowedTokens:
 
 
 class BadWords:
-    """The logits processor of `SamplingParams.bad_words`: the last token of a word is forbidden after its others."""
+    """Logits processor for `SamplingParams.bad_words`: forbids the last token of a word after its other tokens."""
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._vocab_size, self._device = vocab_size, device
@@ -82,7 +82,7 @@ class BadWords:
 
 
 class _WordSequence:
-    """The output of one sequence, and its words by their last token but one."""
+    """The output of one sequence, and its bad words, indexed by their second-to-last token."""
 
     def __init__(self, request: Request):
         self.output = list(request.output)
@@ -94,7 +94,7 @@ class _WordSequence:
                 self._by_token[word[-2]].append(word)
 
     def forbidden(self, drafts: Sequence[int]) -> NDArray[np.int64]:
-        """Returns the tokens that complete a word after the output and the drafts."""
+        """Returns the tokens that would complete a word after the output and the drafts."""
         output = [*self.output, *drafts] if drafts else self.output
         words = self._by_token.get(output[-1], ()) if output else ()
         ends = [word[-1] for word in words if tuple(output[1 - len(word) :]) == word[:-1]]

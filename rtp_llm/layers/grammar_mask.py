@@ -1,7 +1,7 @@
-"""Forbids the tokens that a request's grammar does not allow next.
+"""Masks the tokens that a request's grammar does not allow next.
 
-The matcher of a sequence advances with each final token. Which tokens may follow is then computed by another thread,
-while the forward pass of the next step runs on the device.
+The matcher of a sequence advances with each final token. Another thread then computes the next mask, while the forward
+pass of the next step runs on the device.
 """
 
 from collections import deque
@@ -27,8 +27,8 @@ NUM_THREADS = 2  # that compute masks: mostly a few microseconds each, at most s
 
 
 class GrammarMask:
-    """The logits processor of grammars. Comes last: where a grammar has ended, it lifts what other processors forbid,
-    so that the request ends there (`MinTokens`).
+    """Logits processor for grammars. It comes last: if a grammar has ended, it allows the stop tokens even if other
+    processors (`MinTokens`) forbid them, so that the request ends.
     """
 
     def __init__(self, vocab_size: int, device: torch.device):
@@ -54,8 +54,8 @@ class GrammarMask:
                 logits[row, mask.end_ids] = 0
 
     def argmax(self, logits: Tensor, rows: SampledRows) -> Tensor:
-        """Returns the tokens [R] int64 of greedy rows, if no other processor is active: those that have the highest
-        logits after `apply`; FAILED as in `SamplerOutput`. Takes a fraction of the time, since no logit is written.
+        """Returns the tokens [R] int64 of greedy rows if no other processor is active: the highest logits that the
+        masks allow, or FAILED as in `SamplerOutput`. Much faster than `apply`, since it does not write logits.
         """
         masks = self._masks(rows)
         ends = {row: min(mask.end_ids) for row, mask in masks.items() if mask.end_ids}
@@ -120,9 +120,10 @@ class _ConstrainedSequence:
         self.accept(request.output)
 
     def mask(self, drafts: Sequence[int] = ()) -> _Mask | None:
-        """Returns the tokens that may follow the output and the drafts, none if the grammar cannot be computed further.
+        """Returns the mask of tokens that may follow the output and the drafts; it allows none if the grammar failed.
 
-        Returns None if any token may: the output has ended, or the drafts contradict the grammar and so do not count.
+        Returns None if any token is allowed: the output has ended, or the drafts violate the grammar and will be
+        rejected.
         """
         with self._lock:
             if self._num_after_end or not self._stop_ids.isdisjoint(drafts):

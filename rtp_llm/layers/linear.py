@@ -1,5 +1,5 @@
 """Tensor-parallel linear layers (Shoeybi et al. 2019, arXiv 1909.08053): a column-parallel layer, whose outputs are
-sharded, feeds a row-parallel one, whose partial sums the caller adds up over the ranks.
+sharded, feeds a row-parallel one, whose partial sums the caller sums over the ranks.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ FullSizes = dict[str, tuple[int, int]]  # (output, input) features of whole laye
 class ParallelLinear(nn.Module):
     """y = x Wᵀ + b, where W [out_size, in_size] is one rank's shard of one or several linear layers of the checkpoint.
 
-    slices: the parts of W, named by the checkpoint's layers. linear_method, gated, output_dtype: see
+    slices: the slices of checkpoint tensors that make up W. linear_method, gated, output_dtype: see
     `select_linear_method`.
     """
 
@@ -50,7 +50,7 @@ class ParallelLinear(nn.Module):
         self.weights: Weights = {}
 
     def process_weights_after_loading(self) -> None:
-        """Transforms the parameters that have been read into the tensors to compute with, and frees the others."""
+        """Transforms the loaded parameters to the tensors for `forward`, and frees the others (as in vLLM)."""
         loaded = self._loaded_weights()
         self.weights = self.method.transform(loaded)
         for suffix, parameter in loaded.items():
@@ -62,7 +62,7 @@ class ParallelLinear(nn.Module):
         return {suffix: self.get_parameter(suffix) for suffix in self.method.tensors}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, in_size]. Returns [num_tokens, out_size], half as many features if the layer is gated."""
+        """x: [num_tokens, in_size]. Returns [num_tokens, out_size], or [num_tokens, out_size / 2] if gated."""
         return self.method.forward(x, self.weights, self.bias)
 
 
@@ -121,9 +121,9 @@ def _column_bias(out_size: int, columns: Columns) -> ShardedParameter:
 
 
 class RowParallelLinear(ParallelLinear):
-    """A linear layer with sharded input features. Its output is partial: the sum over all ranks is y.
+    """A linear layer with sharded input features. Its output is partial: y is the sum over all ranks.
 
-    `slices`: the input features of this rank. `bias`: whether this rank adds the bias; only one may.
+    `slices`: the input features of this rank. `bias`: whether this rank adds the bias; exactly one rank must.
     """
 
     def __init__(

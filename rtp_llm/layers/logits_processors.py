@@ -1,7 +1,7 @@
-"""Edits of logits between the model and the sampler: penalties, biases, minimum lengths, and what a caller adds.
+"""Logits processors, which change logits before sampling: penalties, biases, minimum lengths, and custom ones.
 
-A processor serves all sequences and keeps its state by sequence slot, so a step costs nothing for sequences that it
-does not edit.
+A processor serves all sequences and keeps state per sequence slot, so that sequences that it does not change cost
+nothing in a step.
 """
 
 from array import array
@@ -23,7 +23,7 @@ from rtp_llm.layers.reasoning_budget import ReasoningBudget
 
 
 class LogitsProcessor(Protocol):
-    """One kind of edit. `slot` is a sequence's slot, from 0 on. Every method may be called for any slot."""
+    """Changes the logits of sequences. `slot`: a sequence's slot, 0 or more. Methods may be called for any slot."""
 
     def reset(self, slot: int, request: Request) -> None:
         """Replaces the state of the slot: `request` starts, resumes or is recomputed, with `request.tokens` so far."""
@@ -34,9 +34,10 @@ class LogitsProcessor(Protocol):
         ...
 
     def apply(self, logits: Tensor, rows: SampledRows) -> None:
-        """Edits logits [len(rows), vocab_size] float32, contiguous, in place.
+        """Changes logits [len(rows), vocab_size] float32, contiguous, in place.
 
-        A row at draft offset j is edited as if the j drafts before it were tokens of the sequence. The state stays.
+        A row at draft offset j is processed as if the j drafts before it were tokens of the sequence. Does not change
+        the state.
         """
         ...
 
@@ -45,11 +46,11 @@ class LogitsProcessor(Protocol):
         ...
 
     def rollback(self, slot: int, num_tokens: int) -> None:
-        """Undoes `accept` for the newest `num_tokens` tokens. All of them came after `reset`."""
+        """Undoes `accept` for the newest `num_tokens` tokens, all of which were accepted after the last `reset`."""
         ...
 
     def remove(self, slot: int) -> None:
-        """Forgets the sequence."""
+        """Deletes the state of the sequence."""
         ...
 
 
@@ -57,10 +58,10 @@ LogitsProcessorFactory = Callable[[int, torch.device], LogitsProcessor]  # (voca
 
 
 class Penalties:
-    """Repetition, presence and frequency penalties and logit biases, as one edit of the tokens that they concern.
+    """Repetition, presence and frequency penalties and logit biases, in one pass over the tokens that they change.
 
-    The counts of a sequence are kept for its own tokens only. That is hundreds of numbers, where a row of counts over
-    the vocabulary would be 150,000, most of them zero, to be read in each step.
+    Keeps token counts only for the tokens of a sequence: hundreds of numbers. A row of counts over the vocabulary would
+    be 150,000 numbers, most of them zero, to be read in each step.
     """
 
     def __init__(self, vocab_size: int, device: torch.device):
@@ -179,13 +180,13 @@ class _EditTable:
                 self._count(token, 1)
 
     def pop(self, num_tokens: int) -> None:
-        """Removes the newest tokens of the output."""
+        """Removes the newest `num_tokens` tokens of the output."""
         if _has_penalty(self._params):
             for _ in range(num_tokens):
                 self._count(self._appended.pop(), -1)
 
     def after(self, drafts: Sequence[int]) -> _Edits:
-        """Returns copies of `ids`, `factors` and `terms`, as they are once the drafts are tokens of the output."""
+        """Returns copies of `ids`, `factors` and `terms`, as if the drafts were tokens of the output."""
         self.append(drafts)
         edits = np.array(self._ids), np.array(self._factors), np.array(self._terms)
         self.pop(len(drafts))

@@ -9,10 +9,10 @@ from rtp_llm.contract.engine_output import Logprob
 
 
 def compute_logprobs(logits: Tensor, tokens: Sequence[int], tops: Sequence[int | tuple[int, ...]]) -> list[Logprob]:
-    """Returns the logprobs of `tokens[i]` and of the `tops[i]` most likely tokens for each row i of the logits.
+    """Returns, for each row i of the logits, the logprobs of `tokens[i]` and of the `tops[i]` most likely tokens.
 
-    logits: [len(tokens), vocab_size] float32, at least one row. Needs as much memory again.
-    tops: a tuple of token ids instead of a number gives the logprobs of those, in its order.
+    logits: [len(tokens), vocab_size] float32, at least one row. Needs the same amount of memory again.
+    tops: if an entry is a tuple of token ids instead of a number, returns their logprobs, in its order.
     """
     counts = [top if isinstance(top, int) else 0 for top in tops]
     log_probs = logits.log_softmax(-1)

@@ -8,7 +8,7 @@ from rtp_llm.parallel.group import Group
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension. `name`: of the checkpoint tensor, without ".weight"."""
+    """x / rms(x) * weight over the last dimension. `name`: name of the checkpoint tensor, without ".weight"."""
 
     def __init__(self, name: str, size: int, eps: float):
         super().__init__()
@@ -21,10 +21,11 @@ class RMSNorm(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """Ends a sub-block: sums its output over the ranks, adds it to the residual, and normalizes the next input.
+    """Ends a sub-block (attention or FFN): sums its output over the ranks, adds it to the residual, normalizes the next
+    input.
 
-    post_norm: of the sub-block's output, before the addition. pre_norm: of the next sub-block's input. Both have the
-    same eps.
+    post_norm: norm of the sub-block's output, before the addition. pre_norm: norm of the next sub-block's input. Both
+    have the same eps.
     """
 
     def __init__(self, group: Group, post_norm: RMSNorm | None, pre_norm: RMSNorm | None):

@@ -12,10 +12,10 @@ Box = tuple[range, ...]  # the indices of a part of a tensor, for each of its di
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """A part of a checkpoint tensor and its place in a parameter.
+    """A slice of a checkpoint tensor and its place in a parameter.
 
-    name: of the checkpoint tensor. source: in the checkpoint tensor. target: in the parameter; it has as many elements
-    in the same order, but may have fewer dimensions, as the matrix of one expert has.
+    name: name of the checkpoint tensor. source: ranges in that tensor. target: ranges in the parameter, with as many
+    elements in the same order. target may have fewer dimensions, for example for the matrix of one expert.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ShardedParameter(nn.Parameter):
     target_device: torch.device
 
     def materialize(self) -> "ShardedParameter":
-        """Returns the parameter in memory: zeros, or undefined values if the slices fill it entirely."""
+        """Returns the parameter in memory: zeroed, or uninitialized if the slices cover it completely."""
         is_filled = sum(weight_slice.num_elements for weight_slice in self.slices) == self.numel()
         allocate = torch.empty if is_filled else torch.zeros
         data = allocate(self.shape, dtype=self.dtype, device=self.target_device)
@@ -59,12 +59,12 @@ def sharded_parameter(
     full_shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype | None = None,
 ) -> ShardedParameter:
-    """Returns a parameter without memory, to be materialized on torch's default device. dtype: None is the default."""
+    """Returns a parameter without memory, for torch's default device. dtype: None means torch's default dtype."""
     data = torch.empty(tuple(shape), dtype=dtype, device="meta")
     return _make_parameter(data, slices, full_shapes, torch.get_default_device())
 
 
 def replicated_parameter(name: str, size: int) -> ShardedParameter:
-    """Returns a vector [size] that a rank holds entirely: a norm's weight or a row-parallel bias."""
+    """Returns a vector [size] that every rank holds completely: a norm's weight or a row-parallel bias."""
     box = (range(size),)
     return sharded_parameter((size,), [WeightSlice(name, box, box)], {name: (size,)})

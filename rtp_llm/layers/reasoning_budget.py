@@ -1,4 +1,4 @@
-"""Ends the reasoning of a sequence that has used up its budget of tokens."""
+"""Ends the reasoning of a sequence that has used up its reasoning token budget."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ MAX_DRAFTS = 64
 
 
 class ReasoningBudget:
-    """The logits processor of `SamplingParams.reasoning_budget`: then only the tokens that end the reasoning follow."""
+    """Logits processor for `SamplingParams.reasoning_budget`: forces the tokens that end the reasoning."""
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._sequences: dict[int, _BudgetedSequence] = {}
@@ -58,7 +58,7 @@ class _BudgetedSequence:
 
     @property
     def may_force(self) -> bool:
-        """Returns whether a token may have to be forced; the drafts of a step are fewer than MAX_DRAFTS."""
+        """Returns whether a row of the next step may have a forced token; a step has fewer than MAX_DRAFTS drafts."""
         return self._length_at_end is None and len(self._output) + MAX_DRAFTS >= self._limit
 
     def append(self, token_ids: Sequence[int]) -> None:
@@ -73,7 +73,7 @@ class _BudgetedSequence:
             self._length_at_end = None
 
     def forced_token(self, drafts: Sequence[int]) -> int | None:
-        """Returns the token that must follow the output and the drafts, None if any may."""
+        """Returns the token that must follow the output and the drafts; None if any token may."""
         self.append(drafts)
         try:
             return self._next_token()
@@ -82,7 +82,7 @@ class _BudgetedSequence:
                 self.pop(len(drafts))
 
     def _tail(self) -> list[int]:
-        """Returns the last tokens of the reasoning, as many as those that end it."""
+        """Returns the last tokens of the reasoning, as many as the end marker has."""
         return self._output[max(len(self._start), len(self._output) - len(self._end)) :]
 
     def _next_token(self) -> int | None:

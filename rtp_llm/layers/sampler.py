@@ -1,7 +1,7 @@
 """Samples tokens from logits on rank 0.
 
 Random numbers are a function of (seed, position), so a position that is recomputed after a preemption or a restart, or
-in another batch, draws the same number. How a row is sampled depends on its own logits and request only.
+in another batch, gets the same number. How a row is sampled depends on its own logits and request only.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ _SLOT_PARAMS = np.dtype([*((n, FILTER_PARAMS[n]) for n in _FILTERS), ("seed", "u
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """The samples of R rows.
+    """The sampled tokens of R rows.
 
-    tokens: [R] int64 on the device of the logits; FAILED if the highest logit, before or after processing, is NaN or
-        infinite, so if a logit is NaN or +inf or all are -inf.
+    tokens: [R] int64 on the device of the logits. FAILED if the highest logit, before or after processing, is NaN or
+        infinite, that is if any logit is NaN or +inf, or all are -inf.
     logprobs: R entries; None if the request asks for none.
     """
 
@@ -43,7 +43,7 @@ class SamplerOutput:
 
 
 class Sampler:
-    """Samples for the sequences of one engine; rank 0 holds one. A sequence has a slot from `reset` to `remove`."""
+    """Samples for all sequences of the engine. A sequence has a slot from `reset` to `remove`."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class Sampler:
         device: torch.device,
         processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
     ):
-        """`processors`: the edits between logits and token, in order of application."""
+        """`processors`: logits processors, in order of application."""
         self._processors = [make(vocab_size, device) for make in processors]
         self._params = np.zeros(num_slots, _SLOT_PARAMS)
         # See `logprobs` and `logprob_token_ids` in SamplingParams.
         self._logprobs: list[int | tuple[int, ...] | None] = [None] * num_slots
 
     def reset(self, slot: int, request: Request) -> None:
-        """Gives the slot to a request that enters or re-enters the batch, with `request.tokens` so far."""
+        """Assigns the slot to a request that enters or re-enters the batch, with `request.tokens` so far."""
         params = request.params
         filters = (getattr(params, name) for name in _FILTERS)
         self._params[slot] = (*filters, params.seed & (2**64 - 1), _METHODS.index(_choose_method(params)))
@@ -70,12 +70,12 @@ class Sampler:
             processor.reset(slot, request)
 
     def remove(self, slot: int) -> None:
-        """Frees what the slot holds."""
+        """Frees the state of the slot."""
         for processor in self._processors:
             processor.remove(slot)
 
     def sample(self, logits: Tensor, rows: SampledRows) -> SamplerOutput:
-        """Returns a token per row. Changes no state: `accept_drafts` does.
+        """Returns a token per row. Does not change the state of the sequences; `accept_drafts` does.
 
         logits: [len(rows), vocab_size] float32; not changed. Needs up to twice their memory again.
         """
@@ -89,7 +89,7 @@ class Sampler:
     def accept_drafts(self, output: SamplerOutput, rows: SampledRows) -> list[SampledTokens]:
         """Returns the new tokens of every sequence, in order of the rows, and appends them to the sequences.
 
-        The token at draft offset j counts if the one before it counts and equals the j-th draft.
+        The token at draft offset j is accepted if the one before it is accepted and equals the j-th draft.
         """
         sequences: list[SampledTokens] = []
         previous = FAILED  # the token that the next draft must equal; FAILED equals none
@@ -150,7 +150,7 @@ class Sampler:
 
 
 def uniform(seed: int, position: int) -> float:
-    """Returns a number in [0, 1) that depends on seed and position only, not on the machine."""
+    """Returns a number in [0, 1) that depends on seed and position only, and is the same on all machines."""
     digest = hashlib.blake2b(struct.pack("<QQ", seed & (2**64 - 1), position), digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11) / float(1 << 53)
 

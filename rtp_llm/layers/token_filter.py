@@ -1,13 +1,13 @@
 """Sampling with top-k, top-p and min-p without sorting the vocabulary.
 
-All three keep a prefix of the tokens in descending order of probability, equal ones in order of their ids: top-k the
-first k, then top-p (Holtzman et al. 2019, arXiv 1904.09751) those whose predecessors have less than the fraction p of
-the probability of what top-k kept, then min-p (Nguyen et al. 2024, arXiv 2407.01082) those with at least the fraction
-min-p of the highest probability. The first token always stays. The token is the one at which the cumulative
-probability of the prefix first exceeds `number` times its total.
+All three keep a prefix of the tokens sorted by descending probability, then by id. top-k keeps the first k. Of these,
+top-p (Holtzman et al. 2019, arXiv 1904.09751) keeps the tokens whose predecessors have less than the fraction p of the
+probability. Of these, min-p (Nguyen et al. 2024, arXiv 2407.01082) keeps the tokens with at least the fraction min-p of
+the highest probability. The first token is always kept. The sampled token is the first at which the cumulative
+probability of the kept tokens exceeds `number` times their total.
 
-The weight of a token is exp((logit - highest logit) / temperature) in float64, so probabilities are compared as a sort
-in float64 would compare them. No weight depends on another row.
+The weight of a token is exp((logit - highest logit) / temperature) in float64, so probabilities compare as in a sort in
+float64. No weight depends on another row.
 """
 
 from functools import cached_property
@@ -33,7 +33,7 @@ FILTER_PARAMS = np.dtype([("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"
 
 
 def sample_filtered(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    """Returns token ids [R] int64, FAILED for a row whose highest logit is NaN or infinite.
+    """Returns token ids [R] int64; FAILED for a row whose highest logit is NaN or infinite.
 
     logits: [R, vocab_size] float32. params: [R] FILTER_PARAMS, temperature above 0.
     """
@@ -108,20 +108,20 @@ class _UnsortedTokens:
         self.vocab_size = len(logits)
 
     def mass(self, end: _End) -> float:
-        """Returns the sum of the weights of a prefix."""
+        """Returns the sum of the weights of a prefix of the sorted tokens."""
         if end == self.end:
             return float(self._weights.sum())
         bin, count = end
         return float(self._sorted_bin(bin)[1][count - 1]) if count else self._mass_before(bin)
 
     def end_of_count(self, count: int) -> _End:
-        """Returns the end of the first `count` tokens, at most all."""
+        """Returns the end of the prefix of `count` tokens, or of all tokens if there are fewer."""
         ends = self._bins.bincount(minlength=NUM_BINS).cumsum(0).cpu().numpy()
         bin = int(ends.searchsorted(count))
         return bin, count - int(ends[bin - 1] if bin else 0)
 
     def end_of_mass(self, mass: float) -> _End:
-        """Returns the end of the tokens whose predecessors weigh less than `mass`."""
+        """Returns the end of the prefix of tokens whose predecessors weigh less than `mass` together."""
         bin = int(self._mass_ends.searchsorted(mass))
         if bin == NUM_BINS:
             return self.end
@@ -129,13 +129,13 @@ class _UnsortedTokens:
         return bin, int((starts < mass).sum())
 
     def end_of_weight(self, weight: float) -> _End:
-        """Returns the end of the tokens that weigh at least `weight`, which is at most 1."""
+        """Returns the end of the prefix of tokens that weigh at least `weight` each. `weight` is at most 1."""
         bins = self._bins[self._weights >= weight]
         bin = int(bins.max())
         return bin, int((bins == bin).sum())
 
     def token_at(self, mass: float) -> int:
-        """Returns the first token up to which the tokens weigh more than `mass`."""
+        """Returns the first token at which the cumulative weight exceeds `mass`."""
         # Rounding can make `mass` the weight of all tokens: the last bin that adds to it is the last one to look at.
         bin = min(int(self._mass_ends.searchsorted(mass, "right")), int(self._mass_ends.argmax()))
         ids, ends = self._sorted_bin(bin)

@@ -38,7 +38,7 @@ class Cgroup:
     def read(cls, read_text: Callable[[str], str | None]) -> "Cgroup":
         """Returns the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
 
-        A limit of an ancestor holds too, so of memory and pids the level that leaves least is returned. Outside
+        Limits of parent cgroups apply too, so for memory and pids the level with the least left is returned. Outside
         containers, the innermost level is the directory that /proc/self/cgroup names. In a container that directory may
         not exist; the container's limits are then in the root of the cgroup mount.
         """
@@ -61,17 +61,17 @@ class _Levels:
         self._directories = ["/".join((mount, *parts[:depth])) for depth in range(len(parts), -1, -1)]
 
     def texts(self, *names: str) -> list[list[str | None]]:
-        """Returns the texts of these files, for each level."""
+        """Returns the contents of these cgroup files at each level, from the innermost cgroup to the root."""
         return [[self._read_text(f"{directory}/{name}") for name in names] for directory in self._directories]
 
     def first(self, name: str) -> str | None:
-        """Returns the text of a file at the innermost level that has it."""
+        """Returns the content of a cgroup file at the innermost level that has it."""
         return next((text for (text,) in self.texts(name) if text is not None), None)
 
 
 @dataclass(frozen=True)
 class _Usage:
-    """A limit and what is used of it, at one level."""
+    """A limit and its current usage, at one level."""
 
     limit: int | None
     current: int | None
@@ -85,7 +85,7 @@ class _Usage:
 
 
 def _tightest(usages: Iterable[_Usage]) -> _Usage:
-    """Returns the usage at the level that leaves least; the innermost of those that have a limit if none restricts."""
+    """Returns the usage at the level with the least left; if no level has a limit, at the innermost one."""
     limited = [usage for usage in usages if usage.limit is not None]
     return min(limited, key=lambda usage: usage.room, default=_Usage(None, None))
 

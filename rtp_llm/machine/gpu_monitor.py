@@ -29,9 +29,10 @@ class GpuSnapshot:
 
 
 class GpuMonitor:
-    """Reads the GPUs every few seconds. In between it waits for Xid events, since NVML drops events nobody waits for.
+    """Reads the GPUs every few seconds. Between readings it waits for Xid events, since NVML drops events without a
+    waiter.
 
-    A hung driver blocks only the monitor's thread; the snapshot then gets old.
+    A hung driver blocks only the monitor's thread; the snapshot then becomes stale.
     """
 
     def __init__(self, visible: str | None, nvml: Any = pynvml, period: float = PERIOD_SECONDS):
@@ -71,7 +72,7 @@ class GpuMonitor:
         try:
             events = self._nvml.nvmlEventSetCreate()
         except pynvml.NVMLError as error:
-            log.info("Xid errors of the GPUs are not counted, because NVML reports no events: %s", error)
+            log.info("Xid errors of the GPUs are not counted, because NVML events are not available: %s", error)
             return None, indices
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
@@ -79,7 +80,9 @@ class GpuMonitor:
                 indices[str(self._nvml.nvmlDeviceGetUUID(handle))] = index
                 self._nvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
             except pynvml.NVMLError as error:
-                log.info("Xid errors of GPU %d are not counted, because NVML reports no events: %s", index, error)
+                log.info(
+                    "Xid errors of GPU %d are not counted, because NVML events are not available: %s", index, error
+                )
         return events, indices
 
     def _wait_for_xid(self, events: Any, indices: Mapping[str, int]) -> None:

@@ -126,7 +126,7 @@ class GpuInventory:
 
     @property
     def visible(self) -> list[Gpu]:
-        """Returns the GPUs visible to CUDA, in CUDA's order. For a MIG instance: the first MIG GPU."""
+        """Returns the GPUs visible to CUDA, in CUDA's order. For a MIG instance, returns the first GPU in MIG mode."""
         by_index = {gpu.index: gpu for gpu in self.all}
         mig_gpu = next((gpu for gpu in self.all if gpu.mig), None)
         selected = [by_index.get(i) if i >= 0 else mig_gpu for i in self.selection.indices]

@@ -1,4 +1,4 @@
-"""The addresses of this machine on which HTTP listens."""
+"""The addresses of this machine on which the HTTP server listens."""
 
 import socket
 from ipaddress import ip_address
@@ -7,10 +7,10 @@ from rtp_llm.errors import ConfigError
 
 
 def listen_addresses(host: str) -> list[str]:
-    """Returns the addresses that HOST means; all of both families if it is empty or "::".
+    """Returns the addresses that HOST means: all of IPv4 and IPv6 if it is empty or "::".
 
-    One per family, so that IPv4 clients keep their IPv4 address in the log; a machine without IPv6 has only one. Raises
-    ConfigError if `host` is not an address of this machine.
+    Returns one address per family, so that the log shows IPv4 clients with their IPv4 address; without IPv6 there is
+    only one. Raises ConfigError if `host` is not an address of this machine.
     """
     if host in ("", "::") or is_machine_name(host):
         return _usable(["0.0.0.0", "::"])
@@ -28,12 +28,12 @@ def listen_addresses(host: str) -> list[str]:
 
 
 def is_machine_name(host: str) -> bool:
-    """Returns whether `host` is a name that shells set, not an operator: csh and conda's compilers do."""
+    """Returns whether `host` is a host name that csh or conda, not an operator, has put into the variable HOST."""
     return host in (socket.gethostname(), socket.getfqdn()) or "-conda" in host
 
 
 def listen_on(address: str, port: int, backlog: int = 1) -> socket.socket:
-    """Returns a socket that listens on one address, of its family only. Raises OSError."""
+    """Returns a socket that listens on one address, of its family (IPv4 or IPv6) only. Raises OSError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=backlog)
 

@@ -29,8 +29,8 @@ def die_with_parent() -> None:
 def exit_with_supervisord(run_dir: Path) -> None:
     """Ties this process to supervisord: exits with it, and exits at once if the part is already stopping.
 
-    Call this first in a process. Until then, supervisord may exit unnoticed, and a SIGTERM between fork and exec is
-    lost; so this function checks for both.
+    Call this first in a process. Before, supervisord may exit unnoticed, and a SIGTERM between fork and exec is lost,
+    so this function checks for both.
     """
     die_with_parent()
     pid_file = run_dir / "supervisord.pid"

@@ -1,4 +1,4 @@
-"""Attention layers: projections, rotary embedding, and the call of the attention backend."""
+"""Attention layers: projections, rotary embedding, and the attention backend."""
 
 from typing import Any
 
@@ -50,11 +50,11 @@ class GroupedQueryAttention(nn.Module):
         return self.backend.prepare(batch, index, group.spec, group.block_size)
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
-        """Returns a bound of the backend's memory."""
+        """Returns an upper bound of the memory that the backend needs, in bytes."""
         return self.backend.workspace_bytes(group.spec, self.num_heads, max_tokens, max_seq_len)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x: [T, hidden_size]. Returns the same shape, partial: the sum over all ranks is due."""
+        """x: [T, hidden_size], equal on all ranks. Returns this rank's partial result, of the same shape."""
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         cos_sin = context.cos_sin(self.rope) if self.rope else None
         q, k, v = norm_rope(self.qkv_proj(x), self.num_heads, self.num_kv_heads, norms, self.norm_eps, cos_sin)

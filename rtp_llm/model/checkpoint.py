@@ -1,4 +1,5 @@
-"""Reads config.json and the headers of a checkpoint's safetensors files: names, shapes and completeness of tensors.
+"""Reads config.json and the headers of a checkpoint's safetensors files. Checks names, shapes and completeness of
+tensors.
 
 Does not import torch, so that start_server (the main process of a part) can reject a bad checkpoint within a second,
 and the doctor can use the same checks.
@@ -36,7 +37,7 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a safetensors file. `dtype` as safetensors names it: F32, BF16, F16 …"""
+    """A tensor of a safetensors file. `dtype`: safetensors' name, such as F32, BF16, F16."""
 
     file: Path
     dtype: str
@@ -119,8 +120,8 @@ def find_errors(path: Path) -> list[CheckpointError]:
 def check_tokenizer(directory: Path) -> int:
     """Returns the largest token id in tokenizer.json, plus 1.
 
-    Raises CheckpointError if the API process could not load the tokenizer of this directory. Inconsistent tables inside
-    tokenizer.json are not detected: only the tokenizers library checks them.
+    Raises CheckpointError if the API process could not load the tokenizer of this directory. Does not detect
+    inconsistent tables in tokenizer.json, which only the tokenizers library checks.
     """
     file, configs = directory / "tokenizer.json", ("tokenizer_config.json", "special_tokens_map.json")
     if not file.exists() and not file.is_symlink():
@@ -272,7 +273,7 @@ def _read_header(file: Path, digest: Any) -> dict[str, TensorInfo]:
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, size):
                 raise CheckpointError(
-                    f"{file}: not a safetensors file, or cut off: {size} bytes; copy it again", check="M-04"
+                    f"{file}: not a safetensors file, or truncated: {size} bytes; copy it again", check="M-04"
                 )
             raw = stream.read(header_bytes)
             with garbage.paused():

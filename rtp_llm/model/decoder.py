@@ -21,7 +21,7 @@ FFNS: dict[str, Callable[[ModelSpec, int, Group], nn.Module]] = {"gated_mlp": Ga
 
 
 class LayerNorms(NamedTuple):
-    """Names in the checkpoint of the norms of a layer; "": no norm there."""
+    """Names of a layer's norms in the checkpoint; "": no norm at this place."""
 
     before_attention: str
     after_attention: str
@@ -43,10 +43,10 @@ def _make_norm(spec: ModelSpec, layer: int, name: str) -> RMSNorm | None:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward network, each followed by reduction, residual addition and norms.
+    """Attention and feed-forward network, each followed by all-reduce, residual addition and norms.
 
-    next_norm: the norm that follows the layer, of the next layer's input or the last one. It belongs to this layer, so
-    that reduction, addition and norm are one operation.
+    next_norm: the norm after the layer: that of the next layer's input, or the final norm. It is part of this layer so
+    that all-reduce, addition and norm are one operation.
     """
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group, backend: AttentionBackend, next_norm: RMSNorm | None):
@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.ffn_residual = ResidualNorm(group, _make_norm(spec, layer, names.after_ffn), next_norm)
 
     def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """x: input of attention, normalized if a norm precedes it; residual: both [num_tokens, hidden_size].
+        """x: input of attention, after its norm if there is one; residual: both [num_tokens, hidden_size].
 
         Returns (x, residual) for the next layer.
         """
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         return residual if self.input_norm is None else self.input_norm(residual), residual
 
     def run_layers(self, x: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        """Returns what `forward` does. x, residual: see `embed`; may be overwritten."""
+        """Returns the same as `forward`. x, residual: results of `embed`; may be overwritten."""
         for layer in self.layers:
             x, residual = layer(x, residual, context)
             context.on_layer()
@@ -106,12 +106,12 @@ class Decoder(nn.Module):
 
     @property
     def attentions(self) -> list[Attention]:
-        """The attention of each layer."""
+        """Returns the attention of each layer."""
         return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether the bits of a row do not depend on the other rows of a step, in all linear layers."""
+        """True if in all linear layers the bits of a row do not depend on the other rows of a step."""
         return all(bool(m.method.batch_invariant) for m in self.modules() if isinstance(m, ParallelLinear))
 
     def logits(self, hidden: Tensor) -> Tensor | None:

@@ -1,4 +1,6 @@
-"""Memory of a model on one rank, computed from its ModelSpec. Does not import torch, so that the doctor can use it."""
+"""Memory that a model needs on one rank, computed from its ModelSpec. Does not import torch, so the doctor can use
+it.
+"""
 
 from rtp_llm.contract.kv_cache import ITEM_BYTES
 from rtp_llm.model.kv_cache_specs import kv_cache_specs
@@ -43,7 +45,7 @@ def head_weights(spec: ModelSpec, tp_size: int) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the bytes that all layers keep per token in the KV cache, on the rank with the most KV heads."""
+    """Returns the bytes that all layers store per token in the KV cache, on the rank with the most KV heads."""
     return max(
         sum(s.num_bytes for s in kv_cache_specs(spec, tp_size, rank) if not s.per_sequence) for rank in range(tp_size)
     )

@@ -1,4 +1,4 @@
-"""What all layers need in one forward pass, besides the hidden states."""
+"""The inputs of all layers in one forward pass, besides the hidden states."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,21 +14,23 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """What `decoder.ATTENTIONS` make: the attention of one layer, or what stands in its place."""
+    """The attention of one layer, or its replacement (such as a recurrent layer): the interface of
+    `decoder.ATTENTIONS`.
+    """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
-        """Returns metadata for all layers of this group, made once per step. index: of the group."""
+        """Returns the metadata for all layers of this KV cache group, once per step. index: index of the group."""
         ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
-        """Returns a bound of the memory that a step needs here besides x, its projections and the cache.
+        """Returns an upper bound of the memory that a step needs besides x, its projections and the cache, in bytes.
 
         max_tokens: of the step. max_seq_len: tokens of its longest sequence.
         """
         ...
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
-        """x: [T, hidden_size]. Returns the same shape, partial: the sum over all ranks is due."""
+        """x: [T, hidden_size]. Returns this rank's partial result, of the same shape."""
         ...
 
 
@@ -36,8 +38,8 @@ class Attention(Protocol):
 class ForwardContext:
     """One step, as the layers see it.
 
-    caches: KV cache of each layer. group_of_layer: index of each layer's KV cache group.
-    metadata: of each KV cache group, as `Attention.prepare` returned it.
+    caches: the KV cache of each layer. group_of_layer: the index of each layer's KV cache group.
+    metadata: the result of `Attention.prepare` for each KV cache group.
     on_layer: called after each layer.
     """
 
@@ -57,7 +59,7 @@ class ForwardContext:
         attentions: Sequence[Attention],
         on_layer: Callable[[], None] = lambda: None,
     ) -> "ForwardContext":
-        """Returns the context of a step. attentions: of all layers; the first of each group makes its metadata."""
+        """Returns the context of a step. attentions: of all layers; the first of each group prepares its metadata."""
         metadata = [attentions[group.layers[0]].prepare(batch, i, group) for i, group in enumerate(layout.groups)]
         return cls(batch, caches, layout.group_of_layer, metadata, on_layer)
 
@@ -66,7 +68,7 @@ class ForwardContext:
         return self.metadata[self.group_of_layer[layer]]
 
     def cos_sin(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
-        """Returns (cos, sin) of the step's positions, each [T, 1, head_dim / 2]; computed once for equal embeddings."""
+        """Returns (cos, sin) of the step's positions, each [T, 1, head_dim / 2]; cached per rotary embedding."""
         key = (rope.spec, rope.head_dim)
         if key not in self._rotations:
             self._rotations[key] = rope, *rope.cos_sin(self.batch.positions, self.batch.rope_lens)
@@ -74,13 +76,14 @@ class ForwardContext:
 
     @property
     def ropes(self) -> list[RotaryEmbedding]:
-        """The embeddings whose rotations layers have asked for."""
+        """Returns the rotary embeddings whose cosines and sines layers have used."""
         return [rope for rope, *_ in self._rotations.values()]
 
     def update(self, newer: "ForwardContext") -> None:
-        """Replaces what layers have read by that of another step with as many tokens, at the same addresses.
+        """Copies the data of another step with as many tokens into this context's tensors, so that their addresses stay
+        the same.
 
-        For contexts whose metadata has a method `update`.
+        Only for contexts whose metadata has a method `update`.
         """
         for metadata, newer_metadata in zip(self.metadata, newer.metadata, strict=True):
             metadata.update(newer_metadata)

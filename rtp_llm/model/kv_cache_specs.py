@@ -1,6 +1,6 @@
-"""What each kind of attention keeps in the KV cache, computed from the ModelSpec. No torch.
+"""What each kind of attention stores in the KV cache, computed from the ModelSpec. No torch.
 
-The allocator, the KV planner and the doctor read it here.
+The runner's allocation and the doctor use the same functions.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from rtp_llm.parallel.sharding import shard_heads
 
 
 def kv_cache_specs(spec: ModelSpec, tp_size: int, tp_rank: int) -> list[KVCacheSpec]:
-    """Returns what each layer keeps on one rank."""
+    """Returns the KVCacheSpec of each layer on one rank."""
     return [
         KV_CACHE_SPECS[spec.attention_kind(layer)](spec, layer, tp_size, tp_rank) for layer in range(spec.num_layers)
     ]

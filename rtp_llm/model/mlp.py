@@ -10,7 +10,7 @@ from rtp_llm.parallel.sharding import shard_mlp
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), over this rank's columns of gate and up."""
+    """down(silu(gate(x)) * up(x)), with this rank's shard of gate, up and down."""
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()
@@ -32,5 +32,5 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size], equal on all ranks. Returns the same shape, partial: the ranks' sum is due."""
+        """x: [num_tokens, hidden_size], equal on all ranks. Returns this rank's partial result, of the same shape."""
         return self.down_proj(self.gate_up_proj(x))

@@ -1,4 +1,4 @@
-"""ModelSpec: a checkpoint's config.json, parsed into the data that the decoder is built from.
+"""ModelSpec: the content of a checkpoint's config.json, from which the decoder is built.
 Does not import torch.
 
 Model families differ by flags of the spec. To add a family, write a function that returns its flags, register it in
@@ -49,7 +49,7 @@ class ModelSpec:
     window_layers: tuple[bool, ...] = ()  # per layer, whether it uses the window
 
     def window(self, layer: int) -> int:
-        """Returns the number of newest keys that a token attends to in this layer, its own included; 0: all."""
+        """Returns the number of newest keys that a token attends to in this layer, including its own; 0: all."""
         return self.sliding_window if self.sliding_window and self.window_layers[layer] else 0
 
     def attention_kind(self, layer: int) -> str:
@@ -77,7 +77,7 @@ class ModelSpec:
             )
 
     def fingerprint(self, checkpoint_digest: str) -> dict[str, Any]:
-        """Returns the values of the model that must be equal on all parts, by dotted name."""
+        """Returns the properties of the model that must be equal on all parts, by dotted name."""
         values = {"checkpoint": checkpoint_digest, "family": self.family, "dtype": self.dtype}
         return {f"model.{name}": value for name, value in values.items()}
 
@@ -147,7 +147,7 @@ def spec_from_config(
     `model_type` (MODEL_TYPE), `act_type` (ACT_TYPE) and `num_layers` (HACK_LAYER_NUM) override config.json if set.
     `quantization` (QUANTIZATION): a key of QUANTIZATIONS.
     Raises CheckpointError, which names the key, if config.json is invalid or not supported. Raises ConfigError if
-    MODEL_TYPE is unknown or contradicts the architectures, or if the weights are to be quantized and are already.
+    MODEL_TYPE is unknown or contradicts the architectures, or if QUANTIZATION is set for a quantized checkpoint.
     """
     family = _select_family(config, model_type)
     try:

@@ -1,7 +1,7 @@
-"""What a checkpoint is served for, and how sentence-transformers' files say that texts become embeddings. No torch.
+"""The task that a checkpoint is served for, and the sentence-transformers files that define its embeddings. No torch.
 
-sentence-transformers (sbert.net) lists the steps after the decoder in modules.json, and prompts, texts that precede
-those of the client, in config_sentence_transformers.json.
+sentence-transformers (sbert.net) lists the steps after the decoder in modules.json. config_sentence_transformers.json
+has named prompts, texts that are put before the client's text.
 """
 
 import json
@@ -17,16 +17,16 @@ _STEPS = ("Transformer", "Pooling", "Normalize")
 
 
 def task_type(config: Config) -> TaskType:
-    """Returns TASK_TYPE; if it is unset, a sentence-transformers modules.json means embeddings."""
+    """Returns TASK_TYPE. If it is unset, sentence-transformers' modules.json identifies an embedding model."""
     is_embedding = config.embedding_model or (Path(config.checkpoint_path) / "modules.json").exists()
     return config.task_type or ("DENSE_EMBEDDING" if is_embedding else "LANGUAGE_MODEL")
 
 
 def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
-    """Returns how the checkpoint in the directory `path` turns texts into embeddings. Without modules.json, as
-    Qwen3-Embedding: the normalized state of the last token.
+    """Returns how the checkpoint in the directory `path` turns texts into embeddings. Without modules.json, uses the
+    normalized hidden state of the last token, as Qwen3-Embedding does.
 
-    Raises CheckpointError, which names the file, if it needs another step than these.
+    Raises CheckpointError, which names the file, if modules.json requires an unsupported step.
     """
     steps = _read(path / "modules.json", list)
     names = [str(step.get("type", "")).rpartition(".")[2] for step in steps or [] if isinstance(step, dict)]
@@ -34,14 +34,16 @@ def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
     if other is not None:
         raise CheckpointError(
             f"{path / 'modules.json'}: the step {other!r} is not supported; allowed: {', '.join(_STEPS)}; or set"
-            " TASK_TYPE, if this is no embedding model"
+            " TASK_TYPE if this is not an embedding model"
         )
     for step in (step for step, name in zip(steps or [], names, strict=True) if name == "Pooling"):
         _check_pooling(path / str(step.get("path", "")) / "config.json")
     config = _read(path / "config_sentence_transformers.json", dict) or {}
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise CheckpointError(f"{path / 'config_sentence_transformers.json'}: prompts must be an object of texts")
+        raise CheckpointError(
+            f"{path / 'config_sentence_transformers.json'}: prompts must be a JSON object whose values are texts"
+        )
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise CheckpointError(
@@ -51,15 +53,13 @@ def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
 
 
 def _check_pooling(path: Path) -> None:
-    """Raises CheckpointError unless the pooling takes the last token's state, of the prompt too."""
+    """Raises CheckpointError unless the pooling takes the last token's hidden state and includes the prompt."""
     config = _read(path, dict) or {}
     modes = sorted(name for name, value in config.items() if name.startswith("pooling_mode_") and value is True)
     mode = config.get("pooling_mode")  # the newer spelling
     modes += [f"pooling_mode={mode}"] if isinstance(mode, str) and mode != "lasttoken" else []
     if not set(modes) <= {"pooling_mode_lasttoken"}:
-        raise CheckpointError(
-            f"{path}: {', '.join(modes)}: not supported; allowed: pooling_mode_lasttoken, the state of the last token"
-        )
+        raise CheckpointError(f"{path}: {', '.join(modes)}: not supported; allowed: pooling_mode_lasttoken")
 
 
 def _read(path: Path, kind: type) -> Any:

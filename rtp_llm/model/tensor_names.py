@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """A tensor that stacks the rows of several layers, its `parts`.
+    """A tensor that stacks the rows of several layers (`parts`), such as a fused QKV projection.
 
-    per_kv_head: for each KV head the rows of all parts that belong to it; otherwise all rows of the parts in order.
+    per_kv_head: the rows of all parts are grouped by KV head; otherwise each part is contiguous, in order.
     """
 
     parts: tuple[str, ...]
@@ -20,20 +20,20 @@ class FusedTensor:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """renames: a part of Llama's name -> that of this family. fused: name, in Llama's style, of each fused tensor."""
+    """renames: component of a Llama tensor name -> this family's name. fused: Llama-style name -> fused tensor."""
 
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, FusedTensor] = field(default_factory=dict)
 
     def rename(self, name: str) -> str:
-        """Returns the name in this family's checkpoints of the tensor that Llama's call `name`."""
+        """Returns the name of Llama's tensor `name` in this family's checkpoints."""
         for old, new in self.renames.items():
             name = name.replace(old, new)
         return name
 
     def find_fused(self, name: str) -> tuple[str, list[str], bool] | None:
-        """Returns the fused tensor that holds `name`, the names of all its parts, and whether their rows alternate: for
-        each KV head its query heads, its key and its value. Returns None if `name` is in no fused tensor.
+        """Returns the fused tensor that holds `name`, the names of all its parts, and whether its rows are grouped by
+        KV head (the query heads, key and value of each). Returns None if `name` is not part of a fused tensor.
         """
         for fused_name, fused in self.fused.items():
             for part in fused.parts:

@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LoadStats:
-    """Bytes that one rank has read from the checkpoint, and the seconds that this took, transformations included."""
+    """Bytes that one rank has read from the checkpoint, and the duration in seconds, including transformations."""
 
     bytes: int
     seconds: float
@@ -35,8 +35,8 @@ class LoadStats:
 def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
     """Loads all parameters of the model, and transforms each linear layer's weight as soon as it is read.
 
-    So the memory in use never exceeds the transformed model and one weight as it was read. Raises CheckpointError,
-    before it reads any data, if tensors are missing or have unexpected shapes.
+    So the peak memory is the transformed model plus one weight as it was read. Raises CheckpointError, before it reads
+    any data, if tensors are missing or have unexpected shapes.
     """
     started = time.monotonic()
     layout = _CheckpointLayout(model, spec, _tensor_names(checkpoint, spec))
@@ -72,7 +72,7 @@ class _Reader:
         self._files: dict[Path, Any] = {}
 
     def read(self, parameter: ShardedParameter) -> ShardedParameter:
-        """Returns the parameter in memory, with its slices of the checkpoint."""
+        """Returns the parameter in memory, filled with its slices of the checkpoint."""
         parameter = parameter.materialize()
         for weight_slice in (part for whole in parameter.slices for part in self._layout.locate(whole)):
             source = self._open(weight_slice.name).get_slice(weight_slice.name)[_index(weight_slice.source)]
@@ -114,7 +114,7 @@ class _CheckpointLayout:
         return shapes
 
     def locate(self, weight_slice: WeightSlice) -> Iterator[WeightSlice]:
-        """Yields the slice with the names and rows of the checkpoint, in several pieces if a fused tensor splits it."""
+        """Yields the slice with the checkpoint's names and rows, as several slices if a fused tensor splits it."""
         fused = self._names.find_fused(weight_slice.name)
         if not fused:
             yield replace(weight_slice, name=self._names.rename(weight_slice.name))
@@ -156,7 +156,9 @@ def _check_tensors(shapes: Shapes, checkpoint: Checkpoint, spec: ModelSpec) -> N
             )
     unused = [name for name in tensors.keys() - shapes.keys() if not _is_expected_extra(name, spec)]
     if unused:
-        log.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(unused), min(unused))
+        log.warning(
+            "ignoring %d tensors of the checkpoint that this model does not use, such as %s", len(unused), min(unused)
+        )
 
 
 def _is_expected_extra(name: str, spec: ModelSpec) -> bool:
@@ -172,6 +174,9 @@ def _log_batch_invariance(model: nn.Module) -> None:
     methods = {m.method for m in model.modules() if isinstance(m, ParallelLinear)}
     varying = sorted(f"{m.name} {m.out_size} x {m.in_size}" for m in methods if not m.batch_invariant)
     if varying:
-        log.info("linear layers whose bits depend on the other rows of a step: %s", ", ".join(varying))
+        log.info(
+            "linear layers that are not batch-invariant (results depend on the other rows of a step): %s",
+            ", ".join(varying),
+        )
     else:
-        log.info("linear layers: no bit depends on the other rows of a step")
+        log.info("all linear layers are batch-invariant (results do not depend on the other rows of a step)")

@@ -1,1 +1,1 @@
-"""Kernels for CPUs in C++, compiled once per level of instructions, and the loader that selects a level at run time."""
+"""CPU kernels in C++, compiled once per instruction set level, and the loader that selects a level at run time."""

@@ -1,7 +1,7 @@
 """Compiles the kernels: `python -m rtp_llm.native.build [best|supported|all]`.
 
-One shared library per level, in `lib` beside this file. Without a compiler nothing is built, which is no error: the
-server then computes with torch. CXX names another compiler, which may be one for another architecture.
+Builds one shared library per instruction set level, in `lib` beside this file. Without a compiler it builds nothing and
+reports no error: the server then computes with torch. CXX sets another compiler, which may be a cross compiler.
 """
 
 import hashlib
@@ -21,23 +21,22 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY_FOLDER = PACKAGE / "lib"
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-Wno-psabi",  # vectors wider than the registers of a level cross no boundary of the library
 )
-# Not with -fopenmp: the functions of OpenMP come from the runtime that torch has loaded, see `library.py`.
-LINK_FLAGS = ("-shared", "-Wl,-z,now")
+LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,now")
 
 
 def library_path(level: str, folder: Path = LIBRARY_FOLDER) -> Path:
-    """Returns the file of a level's library."""
+    """Returns the path of a level's library."""
     return folder / f"rtp_native-{level}.so"
 
 
 def build(selection: str, folder: Path = LIBRARY_FOLDER) -> list[Path]:
-    """Compiles the libraries of the selected levels that are missing or out of date. Returns their files.
+    """Compiles the libraries of the selected levels that are missing or out of date. Returns their paths.
 
-    selection: "best" (the fastest level of this CPU), "supported" (all levels of this CPU) or "all".
-    Raises ValueError for another selection, CalledProcessError if the compiler fails.
+    selection: "best" (the fastest level of this CPU), "supported" (all levels of this CPU) or "all". Raises ValueError
+    for another selection, CalledProcessError if the compiler fails.
     """
     compiler = find_compiler()
     if not compiler:
@@ -53,14 +52,14 @@ def build(selection: str, folder: Path = LIBRARY_FOLDER) -> list[Path]:
 
 
 def find_compiler() -> list[str]:
-    """Returns the command of the C++ compiler, [] if there is none."""
+    """Returns the command of the C++ compiler; [] if there is none."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((shlex.split(name) for name in candidates if shutil.which(shlex.split(name)[0])), [])
 
 
 def _select(selection: str, compiler: Sequence[str]) -> Sequence[Any]:
     if selection not in ("best", "supported", "all"):
-        raise ValueError(f"levels={selection!r}; allowed: best, supported, all")
+        raise ValueError(f"unknown selection of levels {selection!r}; allowed: best, supported, all")
     # By path: the package may not be importable yet.
     module = runpy.run_path(str(PACKAGE / "levels.py"))
     target = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,6 @@
-"""The levels of CPU instructions that the kernels are compiled for.
+"""The instruction set levels of CPUs for which the kernels are compiled.
 
-This file and `build.py` are run before any package is installed: they import the standard library only.
+This file and `build.py` run before any package is installed, so they import only the standard library.
 """
 
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Level:
-    """One compilation of the kernels. compiler_flags: of g++ and clang. cpu_flags: those of /proc/cpuinfo it needs."""
+    """One build of the kernels. compiler_flags: for g++ and clang. cpu_flags: flags of /proc/cpuinfo that it needs."""
 
     name: str
     compiler_flags: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ X86_LEVELS = (  # from the slowest to the fastest
 
 
 def levels(machine: str = platform.machine()) -> tuple[Level, ...]:
-    """Returns the levels of an architecture, as `uname -m` names it, from the slowest to the fastest."""
+    """Returns the instruction set levels of an architecture (`uname -m`), from the slowest to the fastest."""
     return X86_LEVELS if machine in ("x86_64", "AMD64") else (PORTABLE,)
 
 

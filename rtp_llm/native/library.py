@@ -1,8 +1,4 @@
-"""Loads the kernels of the best level that this CPU has.
-
-The kernels use the OpenMP runtime that torch has loaded, and its pool of threads: two pools would fight for the cores.
-So load the library after torch.
-"""
+"""Loads the kernels of the best level that this CPU supports."""
 
 import ctypes
 import logging
@@ -75,13 +71,13 @@ REPLAYABLE = {
 
 
 class Library(ctypes.CDLL):
-    """The functions of one level. They release the GIL. Their arguments are not checked: callers know the shapes.
+    """The kernel functions of one level. They release the GIL. They do not check their arguments.
 
-    path: the file. is_right: whether a product equals plain sums on this CPU. has_amx: whether AMX computes it.
+    path: the shared library. is_right: whether a test product equals plain sums on this CPU. has_amx: whether AMX
+    computes it.
     """
 
     def __init__(self, level: str, path: Path):
-        _expose_openmp()
         super().__init__(str(path))
         self.level = level
         self.tapes: dict[int, Any] = {}  # of the threads that record, see `tape.recording`
@@ -92,7 +88,7 @@ class Library(ctypes.CDLL):
         self.is_right, self.has_amx = bool(self.rtp_linear_start(ctypes.byref(amx))), bool(amx.value)
 
     def replay_address(self, name: str) -> int:
-        """Returns the address of the function that makes a recorded call of `name`."""
+        """Returns the address of the function that replays a recorded call of `name`."""
         return ctypes.cast(getattr(self, f"{name}_replay"), ctypes.c_void_p).value or 0
 
 
@@ -100,9 +96,9 @@ _selection = "auto"
 
 
 def select_kernels(selection: str) -> None:
-    """Sets which kernels `library` returns from now on: "auto" (the fastest), "off", or a level's name.
+    """Sets the kernels that `library` returns from now on: "auto" (the fastest), "off", or a level's name.
 
-    Raises ConfigError if this CPU does not have the level or it was not built.
+    Raises ConfigError if this CPU does not support the level or it was not built.
     """
     global _selection
     _load(selection)
@@ -110,12 +106,12 @@ def select_kernels(selection: str) -> None:
 
 
 def library() -> Library | None:
-    """Returns the selected kernels, or None: they are off, or were not built for this CPU."""
+    """Returns the selected kernels; None if they are off or were not built for this CPU."""
     return _load(_selection)
 
 
 def built_levels() -> list[str]:
-    """Returns the levels of this CPU whose libraries are there, from the slowest to the fastest."""
+    """Returns the levels of this CPU whose libraries exist, from the slowest to the fastest."""
     return [level.name for level in supported_levels() if library_path(level.name).exists()]
 
 
@@ -128,25 +124,13 @@ def _load(selection: str) -> Library | None:
         reason = "it was not built, or this CPU lacks its instructions" if known else "no such level"
         raise ConfigError(f"RTP_CPU_KERNELS={selection!r}: {reason}; allowed: {', '.join(allowed)}")
     if selection == "off" or not usable:
-        log.info("CPU kernels: %s, so torch computes", "off" if selection == "off" else "not built for this CPU")
+        log.info("CPU kernels: %s; using torch instead", "off" if selection == "off" else "not built for this CPU")
         return None
     level = usable[-1] if selection == "auto" else selection
     kernels = Library(level, library_path(level))
     if not kernels.is_right:
-        log.warning("CPU kernels: %s gives wrong products on this CPU, so torch computes", level)
+        log.warning("CPU kernels: %s computes wrong results on this CPU; using torch instead", level)
         return None
-    without_amx = " without AMX, which the system does not permit or which gives wrong products"
+    without_amx = " without AMX, which the kernel does not permit or which computes wrong results"
     log.info("CPU kernels: %s%s", level, without_amx if level == "amx" and not kernels.has_amx else "")
     return kernels
-
-
-def _expose_openmp() -> None:
-    """Makes the symbols of the loaded OpenMP runtime visible to the kernels, which are not linked with any."""
-    ctypes.CDLL(_loaded_openmp() or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-
-
-def _loaded_openmp() -> str:
-    """Returns the file of this process's OpenMP runtime, "" if there is none."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    paths = (line.split(maxsplit=5)[-1] for line in maps if ".so" in line)
-    return next((path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))), "")

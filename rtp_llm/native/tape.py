@@ -1,6 +1,6 @@
-"""Records the calls of kernels, to make them again in one call from Python: what CUDA graphs are for a GPU.
+"""Records calls of kernels, to replay them with one call from Python (like a CUDA graph on a GPU).
 
-A decode step of a small model calls some 200 kernels. From Python each costs several microseconds beside its work.
+A decode step of a small model calls some 200 kernels. From Python, each call adds several microseconds.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ SLOT_BYTES = 8
 
 
 class Tape:
-    """Calls in order, which `replay` makes again. Whoever replays it keeps the memory that the arguments point to.
+    """Recorded calls in order, which `replay` repeats. The owner must keep the memory that their arguments point to.
 
-    unrecorded: names of functions of the library that were called and cannot be replayed.
-    is_on_host: a function that is called from Python runs, whose own calls are not recorded.
+    unrecorded: names of library functions that were called and cannot be replayed.
+    is_on_host: a Python function of `call_on_host` is running; the calls that it makes are not recorded.
     """
 
     def __init__(self, kernels: Library):
@@ -48,7 +48,7 @@ class Tape:
         return last
 
     def call_on_host(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function from Python, now and in each replay: a collective, which can fail and counts its waits."""
+        """Calls a Python function now and in each replay: for example a collective, which can fail and waits."""
         self._parts.append(partial(function, *arguments))
         self.is_on_host = True
         try:
@@ -57,7 +57,7 @@ class Tape:
             self.is_on_host = False
 
     def replay(self) -> None:
-        """Makes all calls again."""
+        """Repeats all recorded calls."""
         for part in self._parts:
             if isinstance(part, _Kernels):
                 self._kernels.rtp_replay(part.table, part.num_calls)
@@ -89,7 +89,7 @@ _lock = threading.Lock()  # held while the functions of a library are exchanged
 
 @contextmanager
 def recording(kernels: Library) -> Iterator[Tape]:
-    """Records the calls that this thread makes. Other threads may call the same kernels, and record them, meanwhile."""
+    """Context manager that records this thread's kernel calls. Other threads may use and record kernels meanwhile."""
     tape = Tape(kernels)
     with _lock:
         if not kernels.tapes:

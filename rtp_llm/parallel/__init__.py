@@ -1,1 +1,1 @@
-"""The plan of the gang, and the communication between its ranks."""
+"""The gang's plan, its rendezvous, and the communication between its ranks."""

@@ -1,10 +1,10 @@
-"""The flag with which one thread ends the collectives that another one waits in."""
+"""A flag with which one thread interrupts the collectives that another thread waits in."""
 
 from rtp_llm.errors import CommunicationError
 
 
 class AbortFlag:
-    """Set once by any thread. Everything that waits for peers reads it."""
+    """Any thread can set it, once. All loops that wait for peers check it."""
 
     def __init__(self) -> None:
         self.reason = ""

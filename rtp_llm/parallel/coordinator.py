@@ -1,11 +1,12 @@
 """`python -m rtp_llm.parallel.coordinator RUN_DIR`: the coordinator, a process of part 0 that uses no GPU.
 
-It runs the rendezvous, in which workers (processes that can be a rank) get their ranks; ends the epoch for all when one
-is lost; and forms the next one from those that are left, with their weights in memory, and a spare in the lost place.
+It runs the rendezvous, which assigns ranks to workers (processes that can serve as a rank). If a rank is lost, it ends
+the epoch for all ranks and forms the next one from the remaining workers, which keep their weights in memory, and a
+spare, which replaces the lost rank.
 
 Every worker, and the guard of every part, keeps one TCP connection open. With a key-value store that ranks poll, the
-coordinator could not push the reason to waiting parts, and would notice a lost rank only at the next poll; a connection
-reports EOF.
+coordinator could not push errors to waiting parts, and would notice a lost rank only at the next poll; a connection
+reports EOF at once.
 """
 
 import errno
@@ -78,7 +79,7 @@ class _Peer:
 
 
 class Coordinator:
-    """Serves part 0's rendezvous port."""
+    """Serves the rendezvous port of part 0."""
 
     def __init__(self, part_spec: PartSpec, listener: socket.socket, gang_secret: bytes = b""):
         self.part_spec, self.listener = part_spec, listener
@@ -100,12 +101,12 @@ class Coordinator:
         self._selector.register(listener, selectors.EVENT_READ, None)
 
     def serve(self) -> None:
-        """Runs until the process ends."""
+        """Handles events until the process ends."""
         while True:
             self.serve_once()
 
     def serve_once(self) -> None:
-        """Waits for the next event, and handles it."""
+        """Waits for the next events and handles them."""
         for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
             if key.data is None:
                 self._accept()
@@ -174,11 +175,11 @@ class Coordinator:
         peer.last_seen = time.monotonic()
 
     def _on_hello(self, peer: _Peer, message: dict[str, Any]) -> None:
-        """Accepts a worker that wants a rank (again), or a guard. Raises if the sender is not of this gang."""
+        """Accepts a worker that asks for a rank, or a guard. Raises an error if the sender is not part of this gang."""
         peer.challenge.check(message)
         if not self.rendezvous.is_member(int(message["part"]), dict(message["fingerprint"])):
             raise WireError(
-                f"it is not a part of this gang, which has parts 0-{self.part_spec.plan.num_parts - 1} and the"
+                f"the peer is not a part of this gang, which has parts 0-{self.part_spec.plan.num_parts - 1} and the"
                 f" fingerprint of part 0, version {self.part_spec.fingerprint.get('version')}"
             )
         if message["kind"] == "guard":
@@ -282,7 +283,7 @@ class Coordinator:
             last = max(last, int(path.read_text()) if path.exists() else 0)
             path.write_text(str(last + 1))
         except OSError as error:
-            log.error("cannot write %s (number of the epoch): %s", path, error.strerror)
+            log.error("cannot write the epoch number to %s: %s", path, error.strerror)
         return last + 1
 
     def _part0_address(self) -> str:
@@ -296,14 +297,14 @@ class Coordinator:
             message = "part0 is stopping"
         if self._in_epoch:
             self._end_epoch(message)
-        elif message != self._reason:  # the ranks beside it may have told of their lost connections before
+        elif message != self._reason:  # other ranks may have reported the lost connection before
             self._reason = message
             log.warning("%s", message)
 
     def _check_failure(self, now: float) -> None:
-        """Ends the epoch if a rank could not continue in it although no process has ended.
+        """Ends the epoch if a rank reported that it cannot continue although no process has ended.
 
-        Forming a new one often helps, for example after a cut network. If it does not, new processes may.
+        A new epoch often helps, for example after a cut network. If it does not, the ranks' processes are restarted.
         """
         if not self._failure or now - self._failed_at < FAILURE_SETTLE_SECONDS:
             return
@@ -360,7 +361,8 @@ class Coordinator:
     def _reject_twins(self, now: float) -> None:
         """Rejects two parts with the same WORLD_RANK; only the second one if the first is in an epoch.
 
-        The connection of a part that was recreated stays open for some time. So both must prove that they live.
+        The connection of a part that was recreated stays open for some time, so both must first show that they are
+        alive.
         """
         for peer in [p for p in self._peers if p.worker]:
             twin = self.rendezvous.twin(peer.worker) if peer.worker else None
@@ -399,7 +401,7 @@ class Coordinator:
         }
 
     def _verdicts(self) -> dict[str, str]:
-        """Returns what the API process says of lost epochs, see `api.suspects`."""
+        """Returns the API process's verdicts on lost epochs, see `api.suspects`."""
         try:
             verdicts: dict[str, str] = json.loads(self.part_spec.verdicts_path.read_text())
         except (OSError, ValueError):

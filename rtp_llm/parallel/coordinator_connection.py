@@ -1,4 +1,4 @@
-"""A connection to the coordinator (the process of part 0 that forms the gang), as workers and guards open it."""
+"""A connection to the coordinator (the process of part 0 that forms the gang), for workers and guards."""
 
 import json
 import socket
@@ -22,10 +22,10 @@ REFUSED_RETRY_SECONDS = 1.0  # after a connection that was not accepted
 
 
 class CoordinatorConnection:
-    """One connection. Any thread may send, one thread receives."""
+    """One connection. Any thread may send; only one thread may receive."""
 
     def __init__(self, part_spec: PartSpec):
-        """Connects, and reads the CHALLENGE. Raises OSError."""
+        """Connects and reads the CHALLENGE frame. Raises OSError."""
         plan, self._part_spec = part_spec.plan, part_spec
         self._lock = threading.Lock()
         self._sock = connect(leader_host(plan), plan.leader_port(RENDEZVOUS_PORT_OFFSET), CONNECT_TIMEOUT_SECONDS)
@@ -39,18 +39,21 @@ class CoordinatorConnection:
         self.local_address = str(self._sock.getsockname()[0])
 
     def say_hello(self, kind: str, **message: Any) -> None:
-        """Sends HELLO. Raises OSError. `kind`: worker or guard. `message`: what else the coordinator must know."""
+        """Sends HELLO. Raises OSError. `kind`: worker or guard. `message`: further fields for the coordinator."""
         part = self._part_spec.plan.part
         hello = {"kind": kind, "part": part, "fingerprint": self._part_spec.fingerprint, **message}
         self.send(FrameType.HELLO, self._answer.sign(hello))
 
     def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Raises OSError."""
+        """Sends a frame. Raises OSError."""
         with self._lock:
             self._sock.sendall(pack_json(frame_type, message))
 
     def receive(self) -> tuple[FrameType, dict[str, Any]]:
-        """Returns the next frame, which is a genuine coordinator's. Raises OSError, also after HEARTBEAT_TIMEOUT."""
+        """Returns the next frame, after checking that the sender is the coordinator.
+
+        Raises OSError, also if no frame arrives within HEARTBEAT_TIMEOUT.
+        """
         while True:
             try:
                 frame_type, payload = recv_frame(self._sock)
@@ -72,14 +75,14 @@ class CoordinatorConnection:
 
 
 class Heartbeats:
-    """A thread that sends heartbeats over the current connection."""
+    """A thread that sends heartbeats (a rank's or guard's status) to the coordinator over the current connection."""
 
     def __init__(
         self, content: Callable[[], dict[str, Any]], due: threading.Event, on_thaw: Callable[[], None] = lambda: None
     ):
-        """`content`: returns the body of a heartbeat. `due`: set to send one at once.
+        """`content`: returns the body of a heartbeat. `due`: event that makes the thread send a heartbeat at once.
 
-        `on_thaw`: called before the first heartbeat after this process was stopped, with the whole machine perhaps.
+        `on_thaw`: called before the first heartbeat after this process, perhaps the whole machine, was paused.
         """
         self.connection: CoordinatorConnection | None = None
         self._content, self._due, self._on_thaw = content, due, on_thaw
@@ -100,7 +103,7 @@ class Heartbeats:
 
 
 def expect_challenge(sock: socket.socket) -> dict[str, Any]:
-    """Returns the body of the CHALLENGE frame that the other side sends first. Raises WireError."""
+    """Returns the body of the CHALLENGE frame, the first frame that a listening side sends. Raises WireError."""
     frame_type, payload = recv_frame(sock)
     if frame_type != FrameType.CHALLENGE:
         raise WireError(f"the peer sent {frame_type.name} instead of CHALLENGE")

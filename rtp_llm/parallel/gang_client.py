@@ -1,7 +1,7 @@
-"""A worker's membership in the gang: gets a rank at the rendezvous, then sends heartbeats and learns of lost ranks.
+"""A worker's membership in the gang: gets a rank at the rendezvous, then sends heartbeats and is told of lost ranks.
 
 The lifetime of a gang is divided into numbered epochs. The loss of any rank ends the epoch for all ranks. They leave it
-and wait for the next one, in which they have the same ranks.
+and wait for the next one, in which they keep their ranks.
 """
 
 import logging
@@ -34,9 +34,10 @@ SPARE_POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is in one epoch.
+    """The rank of a worker in one epoch, and what it needs to connect.
 
-    address: at which other parts reach this machine. kv_cache: that ranks of this gang have already; else zeros.
+    address: this machine's address for other parts. kv_cache: size of the KV cache that other ranks have; zeros if
+    none.
     """
 
     rank: int
@@ -50,7 +51,7 @@ class GangClient:
     """One worker's connection to the coordinator."""
 
     def __init__(self, part_spec: PartSpec, index: int, rank_status: RankStatus):
-        """`index`: among the workers of this part."""
+        """`index`: number of this worker within the part."""
         self.part_spec, self.index, self.rank_status = part_spec, index, rank_status
         self.resident_rank: int | None = None  # whose weights this process has loaded
         self.kv_cache = KVCacheSize()  # that this process has allocated
@@ -67,12 +68,12 @@ class GangClient:
         self._heartbeats = Heartbeats(rank_status.to_json, rank_status.phase_changed, rank_status.mark_progress)
 
     def start(self) -> None:
-        """Connects to the coordinator, and asks for a rank."""
+        """Connects to the coordinator and asks for a rank."""
         self._wants_rank = True
         threading.Thread(target=self._stay_connected, name="gang", daemon=True).start()
 
     def wait_for_work(self) -> None:
-        """Blocks until this process has a rank, or is a spare of a gang that serves. Raises GangError."""
+        """Blocks until this process has a rank, or is a spare and the gang serves. Raises GangError."""
         with self._changed:
             while not (self._assignment or self._serves()):
                 self._check_rejection()
@@ -80,34 +81,34 @@ class GangClient:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Tells the coordinator that this process imports torch, during which it may send no heartbeats."""
+        """Tells the coordinator that this process imports torch and may miss heartbeats meanwhile."""
         self.rank_status.is_importing = True
         self._send(FrameType.HEARTBEAT, self.rank_status.to_json())
         yield
         self.rank_status.is_importing = False
 
     def epochs(self) -> Iterator[Assignment]:
-        """Yields what this process is in each epoch, and waits between them. Raises GangError.
+        """Yields this process's assignment in each epoch, and waits between epochs. Raises GangError.
 
-        The caller has left an epoch, and keeps what it has loaded, when it asks for the next one.
+        Before the caller asks for the next assignment, it must have left the last epoch. It keeps the loaded weights.
         """
         while True:
             yield self._wait_for_rank()
             self._leave_epoch()
 
     def fail_epoch(self, reason: str) -> None:
-        """Tells the coordinator that this rank cannot continue in the epoch, which then ends for all ranks."""
+        """Tells the coordinator that this rank cannot continue, which ends the epoch for all ranks."""
         epoch = self._assignment.epoch if self._assignment else 0
         self._send(FrameType.EPOCH_ENDED, {"epoch": epoch, "reason": reason})
         self._recover_by_restart(reason)
 
     def check_epoch(self) -> None:
-        """Raises CommunicationError if the epoch has ended, perhaps before `abort_epoch` was set."""
+        """Raises CommunicationError if the epoch has ended, even if that was before `abort_epoch` was set."""
         if self._is_leaving:
             raise CommunicationError("the epoch has ended before this rank was connected to the others")
 
     def wait_until_loaded(self) -> None:
-        """Blocks until all ranks have loaded their weights. Raises CommunicationError if the epoch ends before.
+        """Blocks until all ranks have loaded their weights. Raises CommunicationError if the epoch ends first.
 
         Otherwise a rank with a fast disk would enter the first collective early and exceed its timeout there. This wait
         has no timeout, because the coordinator detects a rank that makes no progress.
@@ -125,7 +126,7 @@ class GangClient:
         return is_current and loaded >= self.part_spec.plan.world_size
 
     def available_bytes(self) -> int:
-        """Returns the memory that the machine with least of it had left at the last heartbeats of its ranks."""
+        """Returns the free memory in bytes of the machine that has the least, as its ranks last reported."""
         statuses = self._gang_status["ranks"].values()
         reports = [status["available_bytes"] for status in statuses if "available_bytes" in status]
         return min(reports, default=available_memory())
@@ -251,7 +252,7 @@ class GangClient:
             exit_process(reason, ExitCode.COMMUNICATION)
 
     def _watch_exit_from_epoch(self, assignment: Assignment) -> None:
-        """Ends the process if its main thread does not get out of an aborted epoch: an abort can fail on a GPU."""
+        """Ends the process if its main thread does not leave an aborted epoch: an abort can fail on a GPU."""
         aborted_at = time.monotonic()  # before, the whole machine may have been frozen
         while True:
             time.sleep(0.5)

@@ -1,6 +1,6 @@
 """Communicators of the tensor-parallel group, one per epoch.
 
-No communication at TP=1, NCCL on GPUs, gloo on CPU. CPU ranks on one machine use shared memory instead of gloo.
+TP=1 needs no communication. GPUs use NCCL; CPU ranks use shared memory on one machine, gloo across machines.
 """
 
 import logging
@@ -66,8 +66,8 @@ class Group(Protocol):
     def check_aborted(self) -> None:
         """Raises CommunicationError if the group was aborted.
 
-        On GPUs an aborted collective ends without an error, and its result is arbitrary. So call this before results
-        of a step leave the rank.
+        On GPUs an aborted collective ends without an error, and its result is arbitrary. So call this before a rank
+        sends the results of a step.
         """
         ...
 
@@ -75,7 +75,7 @@ class Group(Protocol):
 class Communicator(Group, Protocol):
     """The group of one epoch, with connections to the other ranks.
 
-    is_waiting: this rank is in a collective that has not ended. On GPUs collectives return at once, and it waits later.
+    is_waiting: True while this rank is in a collective. On GPUs, collectives return at once and the rank waits later.
     """
 
     is_waiting: bool
@@ -85,7 +85,7 @@ class Communicator(Group, Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the connections, so that these processes can form a new group."""
+        """Closes the connections, so that these processes can form a new group."""
         ...
 
 
@@ -122,9 +122,9 @@ class SingleRankGroup:
 
 
 class Formation(SingleRankGroup):
-    """Stands for a communicator until `init_group` has formed it, so that another thread can abort that as well.
+    """Lets another thread abort `init_group` while the communicator is still being formed.
 
-    torch waits for the peers in C++: only shutting down the sockets that it has opened meanwhile ends these waits.
+    torch waits for the peers in C++. Shutting down the sockets that it has opened is the only way to end these waits.
     """
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ def _first_line(error: Exception) -> str:
 class TorchGroup:
     """A process group of torch, over NCCL or gloo.
 
-    It is not the default group of torch.distributed, of which a process can have only one.
+    It is not torch.distributed's default group, of which a process can have only one.
     """
 
     wait_seconds: float | None = None  # not measured: NCCL waits on the device
@@ -250,11 +250,12 @@ def init_group(
     shm_prefix: str = "",
     formation: Formation | None = None,
 ) -> Communicator:
-    """Returns the communicator of all ranks. Every rank must call this, once its communicator before is closed.
+    """Returns the communicator of all ranks. Every rank must call this, after closing its previous communicator.
 
-    `epoch`: identifies the epoch of the gang. `host`: of part 0. `address`: of this machine, as other parts reach it.
-    `timeout`: seconds for the initialization and for every collective. `shm_prefix`: of file names in /dev/shm; if it
-    is empty, all collectives on CPU use gloo. `formation`: with which another thread can abort this. Raises
+    `epoch`: identifies the epoch of the gang. `host`: address of part 0. `address`: this machine's address for other
+    parts.
+    `timeout`: seconds for the initialization and for every collective. `shm_prefix`: prefix of file names in /dev/shm;
+    if empty, all collectives on CPU use gloo. `formation`: lets another thread abort this call. Raises
     CommunicationError.
     """
     formation = formation or Formation()

@@ -1,8 +1,8 @@
-"""How the processes of a gang prove to each other that they know GANG_SECRET, on each of the gang's TCP ports.
+"""Authentication between the processes of a gang with GANG_SECRET, on each of the gang's TCP ports.
 
-The side that listens sends a CHALLENGE with a random nonce. The other side's first frame carries an HMAC over that
-nonce and over the frame; the reply proves the same for the nonce in that frame. Without GANG_SECRET all this is empty.
-It keeps strangers out; it does not encrypt, and does not protect the later frames from somebody on the path.
+The listening side sends a CHALLENGE frame with a random nonce. The connecting side's first frame carries an HMAC over
+that nonce and over the frame, and a nonce of its own, for which the reply carries an HMAC. Without GANG_SECRET all this
+is empty. It keeps out strangers. It does not encrypt, and does not protect later frames from a man in the middle.
 """
 
 import hmac
@@ -18,18 +18,18 @@ NONCE_BYTES = 16
 
 
 def read_secret(config: Config) -> bytes:
-    """Returns GANG_SECRET, from the environment in processes whose settings come from part.json; empty if not set."""
+    """Returns GANG_SECRET, from the environment if the settings were read from part.json; empty if not set."""
     return secret(config) or os.environ.get("GANG_SECRET", "").strip().encode()
 
 
 class Challenge:
-    """One connection's challenge, on the side that listens."""
+    """The listening side's half of the authentication of one connection."""
 
     def __init__(self, gang_secret: bytes):
         self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
 
     def frame(self) -> bytes:
-        """Returns the CHALLENGE frame. It tells a stranger only whether a secret is needed."""
+        """Returns the CHALLENGE frame. It reveals only whether a secret is needed."""
         return pack_json(FrameType.CHALLENGE, {"nonce": self._nonce, "secret": bool(self._secret)})
 
     def check(self, message: dict[str, Any]) -> None:
@@ -42,12 +42,12 @@ class Challenge:
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 
     def proof(self, message: dict[str, Any]) -> str:
-        """Returns the proof for the sender of a checked message that this side knows the secret too."""
+        """Returns the HMAC that proves to the sender of a checked message that this side knows the secret."""
         return _sign(self._secret, str(message["nonce"]), "proof") if self._secret else ""
 
 
 class Answer:
-    """The answer to a CHALLENGE, on the side that connects."""
+    """The connecting side's half of the authentication: signs its first message for the received challenge."""
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""
@@ -59,7 +59,7 @@ class Answer:
         self._peer_has_secret = bool(challenge["secret"])
 
     def explain(self, error: OSError) -> OSError:
-        """Returns why the other side closed the connection instead of accepting the signed message."""
+        """Returns an error that says whether different secrets may be why the other side closed the connection."""
         if not self._secret and not self._peer_has_secret:
             return error
         here, there = ("set" if s else "not set" for s in (bool(self._secret), self._peer_has_secret))
@@ -67,7 +67,7 @@ class Answer:
         return SecretError(f"{error}: GANG_SECRET {state}; set the same on all parts")
 
     def sign(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns the message with nonce and HMAC."""
+        """Returns the message with a nonce and its HMAC."""
         message = message | {"nonce": self._nonce, "secret": bool(self._secret)}
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 

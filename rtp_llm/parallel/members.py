@@ -20,7 +20,7 @@ _PART = re.compile(r"part([0-9]{1,6})\Z")
 
 @dataclass(frozen=True)
 class Member:
-    """One part: `index` is its number N in `…_partN`, `ip` its address for the other parts, `port` its HTTP port."""
+    """One part. `index`: the number N in its name `…_partN`. `ip`: address for other parts. `port`: HTTP port."""
 
     index: int
     name: str

@@ -10,10 +10,11 @@ from rtp_llm.parallel.plan import Plan
 
 
 class MeshAxis(Group):
-    """The ranks that differ from this one in one dimension only: `size` of them, this one is `rank`.
+    """The ranks that differ from this rank in one dimension of the mesh only. `size`: their number. `rank`: this one's
+    index.
 
-    A stable handle: layers keep it, while each epoch binds it to a communicator of its own. On an axis of several ranks
-    that is not bound, a collective raises CommunicationError.
+    Layers keep the axis; each epoch binds it to a new communicator. If an axis with several ranks is not bound, a
+    collective raises CommunicationError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -30,9 +31,11 @@ class MeshAxis(Group):
 
     @property
     def communicator(self) -> Communicator:
-        """The communicator of the current epoch. Raises CommunicationError if there is none."""
+        """Returns the communicator of the current epoch. Raises CommunicationError if there is none."""
         if self._communicator is None:
-            raise CommunicationError(f"rank {self.rank} of {self.size} is in no epoch, so it has no peers")
+            raise CommunicationError(
+                f"rank {self.rank} of {self.size} has no communicator, because no epoch is running"
+            )
         return self._communicator
 
     @property
@@ -66,6 +69,6 @@ class Mesh:
 
     @classmethod
     def of(cls, plan: Plan, rank: int) -> "Mesh":
-        """Returns the mesh of a world rank. Neighbouring ranks are in one tensor-parallel group."""
+        """Returns the mesh of a world rank. Adjacent ranks are in the same tensor-parallel group."""
         dp_rank, tp_rank = divmod(rank, plan.tp_size)
         return cls(MeshAxis(tp_rank, plan.tp_size), dp=MeshAxis(dp_rank, plan.dp_size))

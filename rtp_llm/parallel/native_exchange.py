@@ -1,4 +1,4 @@
-"""Collectives on a shared-memory segment by the kernels of `rtp_llm.native`."""
+"""Collectives on a shared-memory segment with the kernels of `rtp_llm.native`."""
 
 import ctypes
 
@@ -10,7 +10,7 @@ from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES
 
 
 class GroupState(ctypes.Structure):
-    """`GroupState` of all_reduce.cpp."""
+    """The C struct `GroupState` of all_reduce.cpp."""
 
     _fields_ = (
         ("segment", ctypes.c_void_p),
@@ -29,8 +29,8 @@ class GroupState(ctypes.Structure):
 class NativeExchange:
     """Implements `shared_memory.Exchange`.
 
-    Sums of more than some KiB are computed in parts, one by each rank, so that the bytes that a rank reads do not grow
-    with the number of ranks. The accesses to memory are ordered on any processor.
+    Large sums (from some KiB on) are split: each rank sums one chunk for all ranks, so that the bytes that a rank reads
+    do not grow with the number of ranks. Orders its memory accesses explicitly, so it works on any processor.
     """
 
     def __init__(self, kernels: Library, memory: Tensor, rank: int, size: int, timeout: float):

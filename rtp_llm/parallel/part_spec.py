@@ -1,6 +1,6 @@
 """The part spec: settings, plan and fingerprint (values that must be equal on all parts).
 
-start_server, the main process of a part, writes it for the other processes of the part.
+start_server, the main process of a part, writes it to part.json for the other processes of the part.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from rtp_llm.parallel.plan import Plan
 class EmbeddingInfo:
     """How a text becomes an embedding.
 
-    size: of the embedding; a request may ask for less. normalize: to length 1. prompts: by name, texts that may
-    precede the client's. default_prompt: its name; "": none.
+    size: dimensions of the embedding; a request may ask for fewer. normalize: scale it to length 1. prompts: {name:
+    text that precedes the client's text}. default_prompt: name of the one used by default; "": none.
     """
 
     size: int = 0
@@ -31,7 +31,7 @@ class EmbeddingInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Model facts that the API process can report before the engine is ready."""
+    """Properties of the model that the API process can report before the engine is ready."""
 
     name: str
     family: str
@@ -43,7 +43,9 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """The content of `part.json` in the run directory, and the paths of the sockets and state files beside it."""
+    """The content of `part.json` in the run directory, and the paths of the sockets and state files in that
+    directory.
+    """
 
     run_dir: Path
     config: Config
@@ -54,7 +56,7 @@ class PartSpec:
 
     @property
     def engine_sockets(self) -> list[Path]:
-        """Returns the sockets of the engines, one per data-parallel group; DP_SIZE > 1 is not served yet."""
+        """Returns the paths of the engines' unix sockets, one per data-parallel group; only DP_SIZE=1 is supported."""
         return [self.run_dir / "engine.sock"]
 
     @property
@@ -71,7 +73,7 @@ class PartSpec:
 
     @property
     def verdicts_path(self) -> Path:
-        """Returns the path of the file in which the API process says whether a request or the engine ended an epoch."""
+        """Returns the path of the file in which the API process records whether a request ended an epoch."""
         return self.run_dir / "verdicts.json"
 
     @property

@@ -1,7 +1,7 @@
 """The plan: the ranks of this part, the addresses of all parts and the purpose of each port.
 
-start_server, the main process of a part, makes it from the settings and the member list (the address of each part).
-The other processes read it from part.json.
+start_server, the main process of a part, makes it from the settings and the member list (the address of each part). The
+other processes read it from part.json.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,9 +20,7 @@ DOCTOR_PORT_OFFSET = 3
 
 @dataclass(frozen=True)
 class PlannedPort:
-    """A TCP port on which a part listens. `host` is HOST for HTTP, else "0.0.0.0", or loopback if no other machine
-    connects.
-    """
+    """A TCP port on which a part listens. `host`: HOST for HTTP; otherwise "0.0.0.0", or loopback for a single part."""
 
     port: int
     purpose: str
@@ -56,7 +54,7 @@ class Plan:
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel groups, each a whole model on `tp_size` ranks."""
+        """Returns the number of data-parallel groups; each is a whole model on `tp_size` ranks."""
         return self.world_size // self.tp_size
 
     @property
@@ -78,7 +76,7 @@ class Plan:
     def describe_part(self, part: int) -> str:
         """Returns a text such as `part1 (10.0.0.2:20000, ranks 2-3)`.
 
-        Leaves out an unknown address: with LEADER_ADDRESS, the plan has only that of part 0.
+        Omits an unknown address: with LEADER_ADDRESS, the plan knows only that of part 0.
         """
         first = part * self.local_world_size
         last = first + self.local_world_size - 1
@@ -104,7 +102,7 @@ class Plan:
         return ports
 
     def local_ports(self) -> list[PlannedPort]:
-        """Returns all ports on which this part listens. Works without a member list too (LEADER_ADDRESS)."""
+        """Returns all ports on which this part listens. Does not need a member list (LEADER_ADDRESS)."""
         member = next((m for m in self.members if m.index == self.part), None)
         return self.ports(member or Member(self.part, f"part{self.part}", "", self.start_port))
 
@@ -114,7 +112,7 @@ class Plan:
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the values of the plan that must be equal on all parts, by dotted name; one for each member."""
+        """Returns the values of the plan that must be equal on all parts, by dotted name; one entry per member."""
         shared = asdict(self)
         for name in ("part", "start_port", "http_host", "members"):
             del shared[name]
@@ -133,9 +131,9 @@ class Plan:
 
 
 def make_plan(config: Config, gpus: int) -> Plan:
-    """Returns the plan. Checks that the settings fit together. `gpus`: number of visible GPUs on this machine.
+    """Returns the plan. Checks that the settings are consistent. `gpus`: number of visible GPUs on this machine.
 
-    Raises ConfigError with the settings, their values and the allowed ones.
+    Raises ConfigError, which names the settings, their values and the allowed ones.
     """
     device = config.rtp_device or ("cuda" if gpus else "cpu")
     _check_quantization(config, device)
@@ -162,7 +160,7 @@ def make_plan(config: Config, gpus: int) -> Plan:
 
 
 def _check_quantization(config: Config, device: str) -> None:
-    """Raises ConfigError if the weights cannot be quantized on this device, or two settings say how, differently."""
+    """Raises ConfigError if weights cannot be quantized on this device, or if two settings contradict each other."""
     older = {"INT8_MODE": "1" if config.int8_mode else "", "WEIGHT_TYPE": config.weight_type}
     settings = {name: value for name, value in ({"QUANTIZATION": config.quantization} | older).items() if value}
     text = ", ".join(f"{name}={value}" for name, value in settings.items())
@@ -179,8 +177,8 @@ def _check_quantization(config: Config, device: str) -> None:
 def check_address(plan: Plan, addresses: set[str]) -> str | None:
     """Returns a warning if this part's address in the plan is not one of the machine's `addresses`; otherwise None.
 
-    Raises ConfigError if the machine has another part's address: WORLD_RANK is then wrong, or this part's address in
-    the list.
+    Raises ConfigError if the machine has another part's address: then WORLD_RANK or this part's address in the member
+    list is wrong.
     """
     member = next((m for m in plan.members if m.index == plan.part), None)
     if member is None or member.ip in addresses or not member.ip.replace(".", "").isdigit():

@@ -40,9 +40,9 @@ def listen_as_planned(planned: PlannedPort) -> socket.socket:
 
 
 def gang_host(plan: Plan) -> str:
-    """Returns the address on which part 0 listens for the gang: its own in the plan, loopback for a gang of one part.
+    """Returns the address on which part 0 listens for the gang: its address in the plan; loopback for a single part.
 
-    0.0.0.0 if the address in the plan is a name, or that of a NAT.
+    Returns 0.0.0.0 if the address in the plan is a host name or a NAT address.
     """
     if not plan.is_multi_part:
         return "127.0.0.1"
@@ -50,9 +50,9 @@ def gang_host(plan: Plan) -> str:
 
 
 def leader_host(plan: Plan) -> str:
-    """Returns the host at which this part reaches part 0.
+    """Returns the address under which this part connects to part 0.
 
-    Part 0 itself uses its own address: behind NAT the published one may not route back (alibaba/rtp-llm issue 82).
+    Part 0 itself uses a local address: behind NAT, the published one may not route back (alibaba/rtp-llm issue 82).
     """
     if plan.part != 0:
         return plan.leader.ip

@@ -52,9 +52,10 @@ class RankStatus:
         self._last_progress = time.monotonic()
 
     def count_progress(self) -> None:
-        """Records that the main thread has computed a layer (on CPU) or a step.
+        """Counts a computed layer (on CPU) or step.
 
-        Ranks that compute the same step count the same, so the one that the others wait for has the lowest count.
+        Ranks that compute the same step reach the same count, so if they hang, the rank that the others wait for has
+        the lowest.
         """
         self.progress_count += 1
         self.longest_s = max(self.longest_s, round(self.idle_seconds, 3))
@@ -86,7 +87,7 @@ class RankStatus:
         self.phase_changed.set()
 
     def begin_epoch(self, rank: int) -> None:
-        """Records that this process is a rank in a new epoch."""
+        """Records that this process takes part in a new epoch as `rank`."""
         self.rank, self.progress_count, self.is_waiting, self.is_in_collective = rank, 0, False, bool
         self.set_phase("rendezvous")
 

@@ -1,6 +1,6 @@
-"""The state of a rendezvous: which processes are there, which rank each one gets, and when an epoch can begin.
+"""The state of a rendezvous: which workers are connected, which rank each gets, and when an epoch can begin.
 
-It has no sockets and no clock: the coordinator feeds it.
+It has no sockets and no clock: the coordinator calls it.
 """
 
 import json
@@ -15,7 +15,7 @@ MIN_EQUAL_SHARE = 0.5  # of the fingerprint's values that a member of this gang 
 
 @dataclass(frozen=True)
 class KVCacheSize:
-    """What all ranks agreed on when the KV cache was sized: blocks, and tokens of the longest sequence. 0: not yet."""
+    """The size of the KV cache, equal on all ranks: blocks, and tokens of the longest sequence. 0: not known yet."""
 
     num_blocks: int = 0
     max_seq_len: int = 0
@@ -23,10 +23,10 @@ class KVCacheSize:
 
 @dataclass(eq=False)
 class Worker:
-    """A process that can be a rank.
+    """A process that can serve as a rank.
 
-    index: among the workers of its part. resident_rank: whose weights it has in memory. rank: in the current or in the
-    last epoch. is_waiting: for a rank; else it is in an epoch, or still leaving one.
+    index: number among the workers of its part. resident_rank: the rank whose weights it has in memory. rank: its rank
+    in the current or last epoch. is_waiting: it waits for a rank; otherwise it is in an epoch or still leaving one.
     """
 
     part: int
@@ -41,7 +41,7 @@ class Worker:
 
     @classmethod
     def from_hello(cls, message: dict[str, Any], address: str) -> "Worker":
-        """Raises ValueError, KeyError or TypeError if the message is not a worker's HELLO."""
+        """Returns the worker that sent a HELLO message. Raises ValueError, KeyError or TypeError if it is invalid."""
         resident_rank = message["resident_rank"]
         return cls(
             int(message["part"]),
@@ -55,32 +55,32 @@ class Worker:
 
 
 class Rendezvous:
-    """The workers of a gang between two epochs."""
+    """The workers of a gang, and the assignment of ranks to them."""
 
     def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
-        """`fingerprint`: of part 0, by which members of this gang are told from strangers."""
+        """`fingerprint`: fingerprint of part 0, which distinguishes members of this gang from other programs."""
         self.plan, self._fingerprint = plan, fingerprint
         self.workers: list[Worker] = []
         self.kv_cache = KVCacheSize()  # of the last epoch; a new gang of the same part 0 continues with it
 
     def is_member(self, part: int, fingerprint: dict[str, Any]) -> bool:
-        """Returns whether a part with this fingerprint belongs to this gang, if perhaps with wrong settings.
+        """Returns whether a part with this fingerprint belongs to this gang, even if some of its settings are wrong.
 
-        A stranger does not know most of the values. (With GANG_SECRET it does not come so far.)
+        Other programs do not know most of the values. With GANG_SECRET they are rejected earlier.
         """
         equal = sum(fingerprint.get(key) == value for key, value in self._fingerprint.items())
         return 0 <= part < self.plan.num_parts and equal >= MIN_EQUAL_SHARE * len(self._fingerprint)
 
     def twin(self, worker: Worker) -> Worker | None:
-        """Returns another worker in the place of this one: of another part with the same WORLD_RANK."""
+        """Returns a worker of another part that claims the same WORLD_RANK; None if there is none."""
         place = worker.part, worker.index
         return next((w for w in self.workers if w is not worker and (w.part, w.index) == place), None)
 
     def assign(self) -> dict[int, Worker] | None:
-        """Returns the worker of each rank if there is one for all of them and none is still leaving an epoch.
+        """Returns the worker of each rank; None if there are too few workers or one is still leaving an epoch.
 
-        A worker keeps the rank whose weights it has. The other ranks go to the workers with the lowest index, and who
-        is left is a spare.
+        A worker keeps the rank whose weights it has. The remaining ranks go to the workers with the lowest index;
+        workers without a rank are spares.
         """
         assigned = {}
         for part in range(self.plan.num_parts):
@@ -98,7 +98,7 @@ class Rendezvous:
         return assigned
 
     def begin_epoch(self, assigned: dict[int, Worker]) -> None:
-        """Gives the workers their ranks. What they have in memory decides on the size of the KV cache."""
+        """Assigns the ranks. The size of the KV cache is that of workers that already have one."""
         sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
         self.kv_cache = sizes[0] if sizes else self.kv_cache
         for worker in self.workers:
@@ -107,7 +107,7 @@ class Rendezvous:
             worker.rank, worker.is_waiting = rank, False
 
     def missing(self) -> str:
-        """Describes the parts that lack workers; empty if none does."""
+        """Describes the parts whose workers are missing; empty if there are none."""
         parts = [p for p in range(self.plan.num_parts) if self._num_waiting(p) < self.plan.local_world_size]
         return ", ".join(self.plan.describe_part(p) for p in parts)
 

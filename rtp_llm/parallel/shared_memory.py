@@ -29,9 +29,9 @@ SLEEP_SECONDS = 50e-6
 
 
 class Exchange(Protocol):
-    """How one rank reads and writes the segment. Tensors are contiguous, and of the same size on all ranks.
+    """Access of one rank to the segment. Tensors must be contiguous, and of the same size on all ranks.
 
-    A collective returns False if another rank does not come within the timeout, or after `abort`.
+    A collective returns False if another rank does not join within the timeout, or after `abort`.
     """
 
     @property
@@ -41,7 +41,7 @@ class Exchange(Protocol):
 
     @property
     def sequence(self) -> int:
-        """Returns the value of this rank's counter."""
+        """Returns this rank's counter: the number of operations that it has started."""
         ...
 
     def abort(self) -> None:
@@ -53,7 +53,7 @@ class Exchange(Protocol):
         ...
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
-        """Writes the tensors of all ranks to `gathered`, [size, elements] on rank 0, None on the others."""
+        """Writes the tensors of all ranks to `gathered`: [size, elements] on rank 0, None on the others."""
         ...
 
     def broadcast(self, tensor: Tensor) -> bool:
@@ -125,7 +125,9 @@ class SharedMemoryGroup:
 
 
 class TorchExchange:
-    """Implements `Exchange` where the kernels are missing. It needs stores in order, see `segment.is_supported`."""
+    """Implements `Exchange` without the native kernels. Needs a CPU that does not reorder stores, see
+    `segment.is_supported`.
+    """
 
     def __init__(self, memory: Tensor, rank: int, size: int, timeout: float):
         """`memory`: the segment, uint8."""

@@ -1,7 +1,7 @@
 """The sequences that a rank computes, kept from step to step under their slots.
 
-Every rank applies the same steps to the same state, in numpy operations whose number depends neither on the sequences
-nor on their lengths. The digest of a step compares what this rank would compute with what rank 0 computes.
+Every rank applies the same steps to the same state. The number of numpy operations depends neither on the number of
+sequences nor on their lengths. The digest of a step shows whether this rank would compute the same as rank 0.
 """
 
 import zlib
@@ -18,14 +18,14 @@ from rtp_llm.errors import CommunicationError
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The arrays of one step on the host. S, T: see `Step`.
+    """The arrays of one step in host memory. S, T: see `Step`.
 
-    token_ids: [T] int32; 0 for those on the device.
+    token_ids: [T] int32; 0 for tokens whose ids are on the device.
     device_indices, device_slots: [D] int32, indices into T of the tokens on the device, and the slots that hold them.
     query_start_loc: [S + 1] int32, sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
     seq_lens, prompt_lens: [S] int32, tokens of each sequence in the KV cache after this step; tokens of its prompt.
     block_tables: per KV cache group [S, W] int32, block ids in order of position, padded with the null block.
-    step: the step that they were made from.
+    step: the step from which these arrays were made.
     """
 
     token_ids: Ints
@@ -46,7 +46,7 @@ class StepInputs:
         return checksum
 
     def check_digest(self) -> None:
-        """Raises CommunicationError if rank 0 computes another step: the sequences of the ranks differ."""
+        """Raises CommunicationError if the digest differs from rank 0's, that is if the batches of the ranks differ."""
         if self.digest() != self.step.digest:
             raise CommunicationError(f"step {self.step.number}: the sequences of this rank differ from those of rank 0")
 
@@ -61,7 +61,7 @@ class StepInputs:
         return self.step.slots[self.step.num_sampled > 0]
 
     def sampled_rows(self) -> SampledRows:
-        """Returns which sequence and position each of the R rows of logits belongs to."""
+        """Returns the sequence and position of each of the R rows of logits."""
         counts, indices = self.step.num_sampled, self.sampled_indices
         offsets = _last_integers(counts, counts)
         return SampledRows(
@@ -76,7 +76,7 @@ class InputBatch:
     """State of all sequences of a rank, by slot.
 
     num_computed: [slots] int32, tokens in the KV cache after the last step.
-    prompt_lens: [slots] int32.
+    prompt_lens: [slots] int32, tokens of the prompt.
     has_sampled: [slots] int32, 1 if the last step of the sequence sampled a token, which the device holds.
     block_tables: per KV cache group [slots, blocks of the longest sequence] int32.
     """
@@ -89,7 +89,7 @@ class InputBatch:
         self.block_tables = [np.zeros((num_slots, group.num_blocks(max_seq_len)), np.int32) for group in groups]
 
     def apply(self, step: Step) -> StepInputs:
-        """Applies a step to the state. Returns the arrays to compute it with."""
+        """Applies a step to the state. Returns the arrays with which to compute it."""
         self._update_sequences(step)
         inputs = self._make_inputs(step)
         self.num_computed[step.slots] += step.counts
@@ -129,7 +129,7 @@ class InputBatch:
         )
 
     def snapshot(self) -> bytes:
-        """Returns a checksum of each array's row of each slot, uint32: the payload of a SNAPSHOT frame."""
+        """Returns one uint32 checksum per array and slot: the payload of a SNAPSHOT frame."""
         rows = (row for array in self._arrays().values() for row in array)
         return np.fromiter((zlib.crc32(row.tobytes()) for row in rows), np.uint32).tobytes()
 

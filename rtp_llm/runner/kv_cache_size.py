@@ -1,4 +1,4 @@
-"""Decides how many blocks the KV cache has, from the measured free memory, and logs the arithmetic."""
+"""Decides how many blocks the KV cache has, from the measured free memory, and logs the calculation."""
 
 import logging
 from collections.abc import Callable
@@ -29,14 +29,14 @@ def plan_num_blocks(
     num_local_ranks: int,
     workspace_bytes: int = 0,
 ) -> int:
-    """Returns the number of KV blocks, equal on all ranks: what fits on each of them, but no more than is useful.
+    """Returns the number of KV blocks, equal on all ranks: as many as fit on each rank, but no more than can be used.
 
-    Collective: all ranks must call it, after all have loaded their weights and before one allocates its KV cache.
+    Collective: all ranks must call it, after all have loaded their weights and before any allocates its KV cache.
 
-    block_bytes: of one block on this rank. blocks_per_sequence: blocks of a sequence of so many tokens.
+    block_bytes: size of one block on this rank. blocks_per_sequence: function of the number of tokens of a sequence.
     num_local_ranks: ranks that share the memory of this machine (CPU only).
-    workspace_bytes: that a step may allocate and that the warm-up step, whose sequence is short, did not.
-    Raises ConfigError if not even one block fits.
+    workspace_bytes: memory that a step may allocate beyond what the warm-up step, whose sequence is short, did. Raises
+    ConfigError if not even one block fits.
     """
     # One measurement for all: every rank continues with the smallest.
     free = group.min(_free_memory(device, num_local_ranks))
@@ -47,9 +47,7 @@ def plan_num_blocks(
         budget, source = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
         useful = config.max_sequences * longest
         if min(budget, useful * block_bytes) > free:
-            log.warning(
-                "%s is more than the %d MiB that are free: the server may run out of memory", source, free // MIB
-            )
+            log.warning("%s exceeds the free memory of %d MiB: the server may run out of memory", source, free // MIB)
     elif device.type == "cuda":
         reserve = config.reserver_runtime_mem_mb * MIB + workspace_bytes
         # `free` excludes the peak memory of the warm-up step, which torch's caching allocator keeps for later steps.
@@ -80,7 +78,7 @@ def plan_num_blocks(
 
 
 def size_reason(config: Config) -> str:
-    """Returns what decides on the number of KV blocks: a setting with its value, or the memory."""
+    """Returns what limits the number of KV blocks: a setting with its value, or the memory."""
     if config.test_block_num:
         return f"TEST_BLOCK_NUM={config.test_block_num}"
     if config.kv_cache_mem_mb > 0:

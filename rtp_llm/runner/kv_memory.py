@@ -1,9 +1,10 @@
-"""The memory of the KV cache of one rank: one buffer of equal blocks, reserved at start and populated while serving.
+"""The memory of the KV cache of one rank: one buffer of equally large blocks, reserved at start and populated while
+serving.
 
-On CPU the buffer is a private anonymous mapping: its pages exist from the first write on. So a start does not wait for
-the kernel to zero them (0.7 s/GiB). But pages that do not exist are in no counter of used memory: another server that
-starts in the meantime would plan with them, and Linux does not fail an allocation later, it kills a process at the
-first write for which no page is left. Therefore a thread populates the pages soon after the start.
+On CPU the buffer is a private anonymous mapping, whose pages exist from the first write on. So a start does not wait
+for the kernel to zero them (0.7 s/GiB). But pages that do not exist yet do not count as used memory: another server
+that starts in the meantime would use them, and Linux does not fail an allocation later, but kills a process at the
+first write for which it has no page. Therefore a thread populates the pages soon after the start.
 """
 
 import ctypes
@@ -37,10 +38,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class KVMemory:
-    """`blocks`: uint8 [num_blocks, block_bytes], zero where nothing was written, on `device`."""
+    """`blocks`: uint8 [num_blocks, block_bytes] on `device`; zero until written."""
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
-        """Raises ConfigError if the system does not provide so much memory or address space."""
+        """Raises ConfigError if the system cannot provide the memory or address space."""
         self._is_paged = device.type == "cpu"
         num_bytes = num_blocks * block_bytes
         try:
@@ -51,7 +52,7 @@ class KVMemory:
                 flat = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         except (OSError, torch.OutOfMemoryError) as error:
             raise ConfigError(
-                f"the KV cache of {num_bytes >> 20} MiB cannot be allocated: {error}; set KV_CACHE_MEM_MB lower"
+                f"the KV cache of {num_bytes >> 20} MiB cannot be allocated: {error}; lower KV_CACHE_MEM_MB"
             ) from None
         self.blocks = flat.view(num_blocks, block_bytes)
         self._retired = np.zeros(num_blocks, dtype=bool)
@@ -61,18 +62,19 @@ class KVMemory:
         self._thread: threading.Thread | None = None
 
     def populate_in_background(self) -> None:
-        """Starts a thread that makes the kernel allocate all pages, also those that no step has written yet.
+        """Starts a thread that makes the kernel allocate all pages, including those that no step has written yet.
 
-        It is safe beside steps that write to the same pages. It stops, with a warning, if memory runs short.
+        Steps may write to the same pages meanwhile. The thread stops with a warning if memory is short.
         """
         if self._is_paged and self._thread is None:
             self._thread = threading.Thread(target=self._populate_all, name="kv-memory", daemon=True)
             self._thread.start()
 
     def begin_epoch(self) -> None:
-        """Forgets the content, and populates the pages. The blocks before `num_populated` have pages; others have none.
+        """Discards the content and starts to populate the pages. Only the first `num_populated` blocks are known to
+        have pages.
 
-        Until all pages exist, it is not known which have been written: they are returned.
+        If not all pages exist, it is unknown which have been written, so all are returned to the kernel first.
         """
         if self._is_paged and (self.num_populated < len(self.blocks) or self._retired.any()):
             self.close()
@@ -89,9 +91,9 @@ class KVMemory:
             self._thread.join()
 
     def retire(self, blocks: NDArray[np.integer]) -> None:
-        """Returns the pages of these blocks to the system, on CPU. `reuse` comes before they are written again.
+        """Returns the pages of these blocks to the kernel, on CPU. Call `reuse` before the blocks are written again.
 
-        A page that a block shares with one that is not retired stays.
+        A page that a retired block shares with another block is kept.
         """
         if not self._is_paged or not len(blocks):
             return
@@ -112,7 +114,7 @@ class KVMemory:
             _libc.malloc_trim(ctypes.c_size_t(0))
 
     def reuse(self, blocks: NDArray[np.integer]) -> None:
-        """Notes that these blocks are written from now on: their pages come back with the first write."""
+        """Marks these blocks as in use again; the kernel allocates their pages at the first write."""
         if self._is_paged and len(blocks):
             with self._lock:
                 self._retired[blocks] = False
@@ -128,17 +130,19 @@ class KVMemory:
                 unchecked_bytes = 0
                 if available_memory() < MIN_AVAILABLE_BYTES:
                     megabytes = start * self.blocks.shape[1] >> 20, self.blocks.nbytes >> 20
-                    log.warning("memory runs short: %d of %d MiB of the KV cache are not backed yet", *megabytes)
+                    log.warning("memory is short: populated only %d of %d MiB of the KV cache", *megabytes)
                     return
             started = time.perf_counter()
             if not self._populate(start, start + blocks_per_piece):
-                log.warning("this kernel cannot populate the KV cache in advance: its memory is not counted as used")
+                log.warning(
+                    "this kernel cannot populate the KV cache in advance: unwritten blocks do not count as used memory"
+                )
                 return
             self.num_populated = min(start + blocks_per_piece, len(self.blocks))
             unchecked_bytes += blocks_per_piece * self.blocks.shape[1]
             if self._stopping.wait((time.perf_counter() - started) * (1 / POPULATE_SHARE - 1)):
                 return
-        log.info("KV cache: %.1f MiB are populated", self.blocks.nbytes / 2**20)
+        log.info("KV cache: populated %.1f MiB", self.blocks.nbytes / 2**20)
 
     def _populate(self, start: int, stop: int) -> bool:
         """Populates the blocks start … stop - 1 that are not retired. Returns False if the kernel cannot."""

@@ -1,4 +1,4 @@
-"""Computes the steps of one epoch on one rank, the same code on all ranks."""
+"""Computes the steps of one epoch on one rank. All ranks run the same code."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,9 +19,9 @@ from rtp_llm.runner.residency import Residency
 
 
 class ModelRunner:
-    """The sequences of an epoch, and the execution of its steps with the weights and KV cache of a residency.
+    """Holds the sequences of an epoch, and executes its steps with the weights and KV cache of a residency.
 
-    For each step call `prepare`, which uses the host only, then `execute`, which another thread may run.
+    For each step, call `prepare`, which uses the host only, then `execute`, which another thread may run.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class ModelRunner:
         residency: Residency,
         logits_processors: Sequence[LogitsProcessorFactory] = DEFAULT_LOGITS_PROCESSORS,
     ):
-        """`logits_processors`: the edits between logits and token, in order."""
+        """`logits_processors`: in order of application."""
         self.residency, self._tp = residency, residency.mesh.tp
         num_slots, spec = residency.config.max_sequences, residency.spec
         self.input_batch = InputBatch(residency.layout.groups, num_slots, residency.max_seq_len)
@@ -41,7 +41,7 @@ class ModelRunner:
         self._newest_tokens = torch.zeros(num_slots, dtype=torch.int64, device=residency.device)
 
     def prepare(self, step: Step) -> StepInputs:
-        """Applies a step to the sequences of this rank. Returns the arrays with which `execute` computes it."""
+        """Applies a step to the batch of this rank. Returns the arrays that `execute` needs."""
         memory = self.residency.kv_memory
         assert memory, "allocate_kv_cache comes first"
         memory.retire(step.retired_blocks)
@@ -50,7 +50,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, inputs: StepInputs, sampling_metadata: SamplingMetadata | None = None) -> StepResult:
-        """Computes a step and samples; rank 0 needs the metadata. The result is empty on the other ranks."""
+        """Computes a step and samples. Rank 0 needs the metadata. Other ranks return an empty result."""
         hidden = self.forward(inputs)
         return self.sample(hidden, inputs, sampling_metadata or SamplingMetadata())
 
@@ -61,7 +61,7 @@ class ModelRunner:
         return self.residency.forward(batch)
 
     def sample(self, hidden: Tensor, inputs: StepInputs, sampling_metadata: SamplingMetadata) -> StepResult:
-        """Samples on rank 0 from the logits that the step needs, and gives all ranks the sampled tokens.
+        """Samples on rank 0 from the logits that the step needs, and broadcasts the sampled tokens to all ranks.
 
         hidden: [T, hidden_size]. The other ranks compute their shards of the logits.
         """
@@ -123,7 +123,7 @@ class ModelRunner:
         return logits
 
     def _keep_newest_tokens(self, slots: Ints, tokens: list[SampledTokens]) -> None:
-        """Gives all ranks the last new token of each of the sequences `slots`. Only rank 0 has the `tokens`."""
+        """Broadcasts the last new token of each of the sequences `slots` to all ranks. Only rank 0 has the `tokens`."""
         if not len(slots):
             return
         newest = torch.zeros(len(slots), dtype=torch.int64, device=self._newest_tokens.device)
@@ -139,7 +139,7 @@ class ModelRunner:
 def _split_rows(counts: Ints, max_rows: int) -> Iterator[slice]:
     """Yields slices of at most `max_rows` rows; the `counts[i]` rows of a sequence stay together.
 
-    Logits of few rows at a time bound the memory that any step needs to what the warm-up step needs.
+    So no step needs more memory for logits than the warm-up step.
     """
     start = end = 0
     for count in counts[counts > 0].tolist():

@@ -1,4 +1,4 @@
-"""Decode steps on CPU that are recorded once per number of sequences, and then replayed by one call."""
+"""Records decode steps on CPU, once per number of sequences, and replays each with one call (like CUDA graphs)."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -47,10 +47,10 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """The layers of a step as calls of kernels, and the tensors at fixed places that they read and write.
+    """The recorded kernel calls of a step, and the tensors at fixed addresses that they read and write.
 
-    x, residual: [T, hidden_size], input of the first layer. hidden: [T, hidden_size], the result.
-    context: metadata and rotations.
+    x, residual: [T, hidden_size], input of the first layer. hidden: [T, hidden_size], output of the last layer.
+    context: attention metadata and rotary embeddings.
     """
 
     tape: Tape
@@ -60,7 +60,7 @@ class RecordedStep:
     context: ForwardContext
 
     def replay(self, x: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        """Returns the hidden states [T, hidden_size] of another step."""
+        """Copies the inputs to the fixed tensors and replays the calls. Returns the hidden states [T, hidden_size]."""
         self.x.copy_(x)
         self.residual.copy_(residual)
         self.context.update(context)
@@ -69,14 +69,14 @@ class RecordedStep:
 
 
 class RecordedSteps:
-    """Records the layers of a decoder, when a step has so many sequences for the first time, but for the very first.
+    """Records the layers of a decoder at the first step with each number of sequences, except the very first step.
 
-    Steps do not overlap, so all recordings use the same memory. If a layer calls anything but kernels that can be
-    replayed and sums over ranks, nothing is recorded.
+    Steps do not overlap, so all recordings use the same memory. If a layer calls anything other than replayable kernels
+    and sums over ranks, nothing is recorded.
     """
 
     def __init__(self, decoder: Decoder, kernels: Library, ranks: MeshAxis):
-        """`ranks`: those whose partial results the layers add up."""
+        """`ranks`: the ranks whose partial results the layers sum."""
         self._decoder, self._kernels, self._ranks = decoder, kernels, ranks
         self._steps: dict[tuple[int, int], RecordedStep] = {}  # by number of sequences and of threads
         self._memory = _Memory()
@@ -84,12 +84,12 @@ class RecordedSteps:
         self._is_possible = True
 
     def covers(self, batch: ForwardBatch) -> bool:
-        """Returns whether a step consists of decodes only, and few enough."""
+        """Returns whether a step consists of at most MAX_SEQUENCES decodes and nothing else."""
         num_tokens = len(batch.token_ids)
         return self._is_possible and num_tokens == batch.num_decodes and 0 < num_tokens <= MAX_SEQUENCES
 
     def run(self, context: ForwardContext) -> Tensor:
-        """Returns the hidden states [T, hidden_size] of a step that is covered. The next call overwrites them."""
+        """Returns the hidden states [T, hidden_size] of a step that `covers` accepts. The next call overwrites them."""
         x, residual = self._decoder.embed(context)
         key = len(residual), torch.get_num_threads()
         if key in self._steps:
@@ -120,7 +120,7 @@ class RecordedSteps:
 
 @contextmanager
 def _on_host(ranks: MeshAxis, tape: Tape) -> Iterator[None]:
-    """Records the sums over ranks as calls from Python, of the communicator that the axis then has."""
+    """Records all-reduces as calls from Python, which use the communicator that is current at the replay."""
     ranks.all_reduce = partial(tape.call_on_host, ranks.all_reduce)  # type: ignore[method-assign]
     try:
         yield
@@ -129,9 +129,9 @@ def _on_host(ranks: MeshAxis, tape: Tape) -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    """Takes allocations from a memory, and collects the functions of torch that compute.
+    """A torch function mode that allocates tensors from a fixed memory, and collects the torch functions that compute.
 
-    Not a TorchDispatchMode, which sees more but imports torch's compiler: that takes seconds.
+    Not a TorchDispatchMode, which sees more calls but imports torch's compiler: that takes seconds.
     """
 
     def __init__(self, memory: "_Memory", tape: Tape):

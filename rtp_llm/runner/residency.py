@@ -1,4 +1,4 @@
-"""What one rank keeps in memory: its slices of the weights and the KV cache."""
+"""The memory that one rank keeps across epochs: its slices of the weights, and the KV cache."""
 
 import logging
 from bisect import bisect_right
@@ -40,12 +40,12 @@ CPU_WARM_UP_TOKENS = 16
 class Residency:
     """Weights and KV cache of one tensor-parallel rank. They outlive the epoch in which they were loaded.
 
-    Call `load`, then `allocate_kv_cache`. The weights are slices for one (tp_rank, tp_size), so a gang of another
-    TP size cannot use them.
+    Call `load`, then `allocate_kv_cache`. The weights are slices for one (tp_rank, tp_size), so a gang with another TP
+    size cannot use them.
     """
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, device: torch.device, max_seq_len: int):
-        """`max_seq_len`: tokens of a sequence that the settings allow; the KV cache may lower it."""
+        """`max_seq_len`: maximum tokens of a sequence by the settings; the KV cache may lower it."""
         self.config, self.spec, self.mesh, self.device, self.max_seq_len = config, spec, mesh, device, max_seq_len
         self.dtype = DTYPES[spec.dtype]
         self.layout = make_layout(
@@ -68,7 +68,7 @@ class Residency:
 
     @property
     def max_seq_len_reason(self) -> str:
-        """Returns what bounds the tokens of a sequence: MAX_SEQ_LEN if it is set, the checkpoint or the KV cache."""
+        """Returns what limits the tokens of a sequence: MAX_SEQ_LEN if it is set, the checkpoint or the KV cache."""
         if self.config.max_seq_len:
             return f"MAX_SEQ_LEN={self.max_seq_len}"
         if self.max_seq_len == self.spec.max_positions:
@@ -124,7 +124,7 @@ class Residency:
         self.num_blocks = num_blocks
         num_tokens = self._max_tokens()
         log.info(
-            "KV cache: %d blocks, %.1f MiB on this rank, sequences of up to %d tokens",
+            "KV cache: %d blocks, %.1f MiB on this rank; a sequence can have up to %d tokens",
             self.num_blocks,
             self.kv_bytes / 2**20,
             num_tokens,
@@ -143,9 +143,9 @@ class Residency:
         return self._workspace_bytes() + activations + 3 * 4 * self.max_logits_rows * self.spec.vocab_size
 
     def restore_kv_cache(self, num_blocks: int, max_seq_len: int) -> None:
-        """Allocates a KV cache of the size that the other ranks of the gang have. Not collective.
+        """Allocates a KV cache of the same size as that of the other ranks. Not collective.
 
-        Raises FatalError if the memory that this machine has left is less.
+        Raises FatalError if this machine has too little memory left.
         """
         num_bytes = (num_blocks + 1) * self.layout.block_bytes
         if self.device.type == "cpu" and num_bytes > available_memory():
@@ -158,16 +158,16 @@ class Residency:
         except ConfigError as error:
             raise FatalError(f"the KV cache of the other ranks has {num_blocks} blocks: {error}") from None
         self.num_blocks, self.max_seq_len = num_blocks, max_seq_len
-        log.info("KV cache: %d blocks, %.1f MiB, as the other ranks have", num_blocks, self.kv_bytes / 2**20)
+        log.info("KV cache: %d blocks, %.1f MiB, the size of the other ranks", num_blocks, self.kv_bytes / 2**20)
 
     def _workspace_bytes(self) -> int:
-        """Returns a bound of the memory that attention needs beside the KV cache, in one layer at a time."""
+        """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time."""
         limits = self.max_num_batched_tokens, self.max_seq_len
         attentions = self.model.attentions
         return max(attentions[group.layers[0]].workspace_bytes(group, *limits) for group in self.layout.groups)
 
     def _blocks_per_sequence(self, num_tokens: int) -> int:
-        """Returns the most blocks that a sequence holds; those outside a window until the steps in flight are known."""
+        """Returns the most blocks that a sequence holds, with those outside a window that steps in flight still use."""
         return self.layout.num_blocks(num_tokens, self.max_num_batched_tokens * (1 + self.config.rtp_pipeline_depth))
 
     def _max_tokens(self) -> int:
@@ -185,17 +185,17 @@ class Residency:
         return memory
 
     def halve_steps(self) -> None:
-        """Lets steps compute half as many tokens from the next epoch on, because one of them ran out of memory."""
+        """Halves the maximum number of tokens per step from the next epoch on, because a step ran out of memory."""
         self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def agree_on_steps(self) -> None:
-        """Takes the smallest number of tokens per step that any rank allows. Collective: all ranks must call it."""
+        """Sets the maximum number of tokens per step to the smallest of all ranks. Collective."""
         self.max_num_batched_tokens = self.mesh.tp.min(self.max_num_batched_tokens)
 
     def populate_kv_memory(self) -> None:
-        """Starts a thread that makes the system back the KV cache with memory, see `KVMemory`."""
+        """Starts a thread that populates the memory of the KV cache, see `KVMemory`."""
         assert self.kv_memory, "allocate_kv_cache comes first"
         self.kv_memory.begin_epoch()
 

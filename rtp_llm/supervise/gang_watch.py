@@ -1,4 +1,4 @@
-"""The guard's connection to the coordinator: keeps gang.json true, and kills the ranks that hang."""
+"""The guard's connection to the coordinator: writes the gang status to gang.json, and kills workers that hang."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ MAX_KNOWN_PIDS = 1000
 
 
 class GangWatch:
-    """Follows the status of the gang in a thread."""
+    """Receives the status of the gang and KILL frames in a thread."""
 
     def __init__(self, part_spec: PartSpec):
         self.part_spec = part_spec
@@ -38,6 +38,7 @@ class GangWatch:
         self.coordinator_pid = 0
         self.served_at = 0.0  # time.monotonic() when all ranks last served
         self._epoch = 0
+        self._recall_roles()
         self._message, self._next_log_at = "", 0.0
         self._heartbeats = Heartbeats(dict, threading.Event())
 
@@ -83,6 +84,13 @@ class GangWatch:
         elif frame_type == FrameType.KILL:
             self._kill(int(message["pid"]), str(message["reason"]))
 
+    def _recall_roles(self) -> None:
+        """Reads the roles from gang.json, if a guard before this one has written it: a worker may have ended since."""
+        with suppress(OSError, ValueError, KeyError):
+            status = json.loads(self.part_spec.gang_status_path.read_text())
+            self._epoch = int(status["epoch"])
+            self._remember_roles(status)
+
     def _remember_roles(self, status: dict[str, Any]) -> None:
         for rank, rank_status in status["ranks"].items():
             if rank_status["part"] == self.part_spec.plan.part:
@@ -91,7 +99,7 @@ class GangWatch:
             del self.roles[pid]
 
     def _kill(self, pid: int, reason: str) -> None:
-        """Kills a worker of this part. Other processes are none of the coordinator's business."""
+        """Kills a worker of this part. Ignores pids of other processes."""
         with suppress(psutil.Error, ProcessLookupError):
             if "rtp_llm.engine.main" in psutil.Process(pid).cmdline() and psutil.Process(pid).ppid() == os.getppid():
                 log.error("worker with pid %d: %s: killing it", pid, reason)

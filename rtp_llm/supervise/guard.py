@@ -1,9 +1,9 @@
 """`python -m rtp_llm.supervise.guard RUN_DIR`: the guard, which restarts processes of its part after a failure.
 
 It runs as an event listener of supervisord, which starts the processes of the part and reports their exits. It restarts
-a process that has ended; the other ranks keep their weights, and the spare takes the place of a lost one. It kills
-processes that hang. RESTART_LIMIT limits the failures. If an exit code shows an error that a restart cannot fix, the
-guard stops the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
+processes that have exited; the other ranks keep their weights, and the spare replaces a lost one. It kills processes
+that hang. RESTART_LIMIT limits the failures. If an exit code shows an error that a restart cannot fix, the guard stops
+the part at once. It logs to stderr, because supervisord's event protocol uses stdout.
 """
 
 import json
@@ -15,7 +15,7 @@ import threading
 import time
 import xmlrpc.client
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rtp_llm.errors import ExitCode
 from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.supervise.gang_watch import GangWatch
-from rtp_llm.supervise.restart_budget import RestartBudget
+from rtp_llm.supervise.restart_budget import WINDOW_SECONDS, Failure, RestartBudget
 
 log = logging.getLogger("rtp_llm.guard")
 
@@ -55,47 +55,56 @@ def incident_exit_code(codes: list[int]) -> ExitCode:
 
 @dataclass
 class RestartHistory:
-    """The file `guard.json` in the run directory: restarts and last exit codes, for the metrics.
+    """The file `guard.json` in the run directory: numbers of restarts and last exit codes, for the metrics, and the
+    failures that the budgets count.
 
-    It survives restarts of the guard.
+    It survives restarts of the guard: otherwise a part that keeps failing would never end.
     """
 
     path: Path
     restarts: dict[str, int] = field(default_factory=dict)  # by "program reason"
     last_exit: dict[str, int] = field(default_factory=dict)  # by program; -1: killed by a signal
+    failures: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # fields of Failure, by budget
 
     @classmethod
     def open(cls, path: Path) -> "RestartHistory":
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
-    def add(self, name: str, status: int) -> None:
-        """Records the end of a process. name: its role, such as `rank1`. status: -1 for a signal."""
+    def recent_failures(self, budget: str, now: float) -> list[Failure]:
+        """Returns the failures of a budget's window. Their times are of the same clock: a reboot ends the part."""
+        failures = [Failure(**values) for values in self.failures.get(budget, [])]
+        return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
+
+    def add(self, name: str, status: int, budgets: dict[str, RestartBudget]) -> None:
+        """Records the exit of a process. name: role, such as `rank1`. status: exit code; -1 if killed by a signal."""
         reason = f"{name} {_reason(status)}"
         self.restarts[reason] = self.restarts.get(reason, 0) + 1
         self.last_exit[name] = status
+        self.failures = {name: [asdict(f) for f in budget.failures] for name, budget in budgets.items()}
+        content = {"restarts": self.restarts, "last_exit": self.last_exit, "failures": self.failures}
         temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps({"restarts": self.restarts, "last_exit": self.last_exit}))
+            temporary.write_text(json.dumps(content))
             temporary.replace(self.path)
         except OSError as error:  # a full disk must not prevent restarts
-            log.error("cannot write %s, so the metric of restarts is out of date: %s", self.path, error.strerror)
+            log.error("cannot write %s, so the restart metrics are out of date: %s", self.path, error.strerror)
 
 
 class Watchdog:
-    """How long signs of life have not changed. Neither a jump of the clock nor a frozen machine counts."""
+    """Measures for how long processes have been inactive. Ignores clock changes and pauses of the whole machine."""
 
     def __init__(self) -> None:
         self._now = self._awake_since = time.monotonic()
         self._changed_at: dict[str, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
-        """Called every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
+        """Call it every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
         if now - self._now > FROZEN_SECONDS:
             self._awake_since = now
         self._now = now
 
     def silent_seconds(self, name: str, sign: object) -> float:
-        """Returns the seconds since `sign`, of the process `name`, changed."""
+        """Returns the seconds since `sign`, a value that the process `name` changes while it works, last changed."""
         if name not in self._changed_at or self._changed_at[name][0] != sign:
             self._changed_at[name] = sign, self._now
         return self._now - max(self._changed_at[name][1], self._awake_since)
@@ -109,22 +118,24 @@ class Guard:
         self.pids: dict[str, int] = {}  # of the last process of each program, as supervisord reported them
         self._history = RestartHistory.open(part_spec.guard_record_path)
         limit = part_spec.config.restart_limit
-        self._budgets = {
-            "ranks": RestartBudget(limit),
-            "service": RestartBudget(max(limit, 1)),
-            "gang": RestartBudget(max(limit, 1)),
-            "spare": RestartBudget(max(limit, 1)),
+        limits = {
+            "ranks": limit,
+            "service": max(limit, 1),
+            "gang": max(limit, 1),
+            "spare": max(limit, 1),
             # For ranks that only lost the connection to another part, where the failure is. The budget of that part
             # limits the restarts; this larger one prevents an endless loop.
-            "peers": RestartBudget(limit * 5),
+            "peers": limit * 5,
         }
+        now = time.monotonic()
+        self._budgets = {n: RestartBudget(limits[n], self._history.recent_failures(n, now)) for n in limits}
         self._restart_at: dict[str, float] = {}  # by supervisord's name of the process
         self._watchdog = Watchdog()
 
     def step(self) -> None:
-        """Looks at all processes of the part once, and does what is due.
+        """Checks all processes of the part once, and restarts or kills as needed.
 
-        Examines their states instead of supervisord's events, because one incident causes several events.
+        Reads their states instead of supervisord's events, because one incident causes several events.
         """
         if not self._is_running():
             return
@@ -147,7 +158,7 @@ class Guard:
         self._kill_silent(processes)
 
     def _is_final(self, info: dict[str, Any]) -> bool:
-        """Ends the part if no restart can fix what the exit code says."""
+        """Ends the part if its exit code shows an error that a restart cannot fix. Returns whether it did."""
         code = incident_exit_code([info["exitstatus"]])
         if code.is_final:
             self._end_part(f"{self._describe(info)}: a restart cannot fix this", code)
@@ -159,7 +170,7 @@ class Guard:
         if pid in self.watch.kill_reasons:
             status = ExitCode.HANG
         budget = self._budgets[info["group"]]
-        key = f"{info['name']} at {now}"
+        key = f"{info['name']} at {info['stop']}"  # the same for a guard that was restarted meanwhile
         if info["group"] == "ranks":
             if pid in self.watch.roles:
                 key = str(self.watch.roles[pid][1])
@@ -170,13 +181,13 @@ class Guard:
         elif info["group"] == "service":  # what the next process takes until it shows life is not silence
             self.part_spec.api_alive_path.unlink(missing_ok=True)
         budget.charge(now, key, status, self.watch.served_at)
-        self._history.add(self._role(info), status)
+        self._history.add(self._role(info), status, self._budgets)
         delay = budget.delay(now, self.watch.verdicts)
         log.error("lost %s; restarting it in %.1f s", self._describe(info), delay)
         return now + delay
 
     def _is_spent(self) -> bool:
-        """Ends the part if a budget is spent."""
+        """Ends the part if a restart budget is exhausted. Returns whether it did."""
         now = time.monotonic()
         for budget in self._budgets.values():
             if budget.is_spent(now, self.watch.verdicts):
@@ -204,7 +215,7 @@ class Guard:
                 self._restart_at[name] = now + POLL_SECONDS
 
     def _kill_silent(self, processes: list[dict[str, Any]]) -> None:
-        """Kills the API process if its event loop stands still, and the coordinator if it says nothing."""
+        """Kills the API process if its event loop hangs, and the coordinator if it sends no messages."""
         timeout = self.part_spec.config.heartbeat_timeout
         pids = {i["name"]: int(i["pid"]) for i in processes if i["statename"] == "RUNNING"}
         self._watchdog.tick(time.monotonic())
@@ -234,7 +245,7 @@ class Guard:
             return False
 
     def _role(self, info: dict[str, Any]) -> str:
-        """Returns `rank1` for the worker that was rank 1, `spare` for one that was none, else the program's name."""
+        """Returns `rank1` for the worker that was rank 1, `spare` for one without a rank, else the program's name."""
         if info["group"] != "ranks":
             return str(info["name"])
         role = self.watch.roles.get(self.pids.get(info["name"], 0))
@@ -272,7 +283,7 @@ def open_rpc(part_spec: PartSpec) -> Any:
 
 
 def _read_events(guard: Guard, woken: threading.Event) -> None:
-    """Acknowledges supervisord's events, and wakes the guard. They tell the pids of ended processes."""
+    """Acknowledges supervisord's events and wakes the guard. The events have the pids of ended processes."""
     while True:
         headers, payload = childutils.listener.wait(sys.stdin, sys.stdout)
         if headers["eventname"].startswith("PROCESS_STATE"):

@@ -1,4 +1,4 @@
-"""How many failures of the ranks the guard forgives."""
+"""The restart budget: how many failures of the ranks are allowed before the part ends."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ MAX_DELAY_SECONDS = 60.0
 
 @dataclass
 class Failure:
-    """Processes that ended together. key: the epoch that they ended, or something unique if they were in none."""
+    """Processes that ended together. key: the epoch that they ended, or a unique text if they were in no epoch."""
 
     key: str
     time: float
@@ -18,40 +18,42 @@ class Failure:
 
 @dataclass
 class RestartBudget:
-    """At most `limit` failures in ten minutes, and without serving in between however long that takes. What a request
-    breaks does not count.
+    """Allows at most `limit` failures in ten minutes. While the gang does not serve, failures never expire.
+
+    Failures that a request caused do not count.
     """
 
     limit: int
-    _failures: list[Failure] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     def charge(self, now: float, key: str, code: int, served_at: float) -> None:
-        """Records the end of a process. Those with the same key count once.
+        """Records the end of a process. Processes with the same key count once.
 
-        code: -1 for a signal. served_at: when the gang last served; a gang that takes minutes to fail needs it.
+        code: exit code; -1 for killed by a signal. served_at: when the gang last served (failures since then never
+        expire).
         """
-        self._failures = [f for f in self._failures if now - f.time <= WINDOW_SECONDS or f.time > served_at]
-        known = next((f for f in self._failures if f.key == key), None)
+        self.failures = [f for f in self.failures if now - f.time <= WINDOW_SECONDS or f.time > served_at]
+        known = next((f for f in self.failures if f.key == key), None)
         if known:
             known.codes.append(code)
         else:
-            self._failures.append(Failure(key, now, [code]))
+            self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
-        """Returns the failures that count. verdicts: by epoch, "investigating", "request" or "engine"."""
-        return sum(self._counts(failure, now, verdicts) for failure in self._failures)
+        """Returns the number of failures that count. verdicts: by epoch, "investigating", "request" or "engine"."""
+        return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 
     def is_spent(self, now: float, verdicts: dict[str, str]) -> bool:
         return self.num_failures(now, verdicts) > self.limit
 
     def delay(self, now: float, verdicts: dict[str, str]) -> float:
-        """Returns the seconds before the next restart: 0, 0.5, 1, 2, 4 … 60 with the number of failures."""
+        """Returns the seconds before the next restart, which grow with the number of failures: 0, 0.5, 1, 2, 4 … 60."""
         count = self.num_failures(now, verdicts)
         return 0.0 if count <= 1 else min(MAX_DELAY_SECONDS, 0.5 * 2 ** min(count - 2, 10))
 
     def last_codes(self) -> list[int]:
         """Returns the exit codes of the last failure."""
-        return self._failures[-1].codes if self._failures else []
+        return self.failures[-1].codes if self.failures else []
 
     def _counts(self, failure: Failure, now: float, verdicts: dict[str, str]) -> bool:
         verdict = verdicts.get(failure.key, "")

@@ -63,7 +63,7 @@ def supervisord_config(part_spec: PartSpec) -> str:
 
 
 def runs_doctor(part_spec: PartSpec) -> bool:
-    """Returns True if the doctor runs beside the ranks: there are other parts, and RTP_DOCTOR is not off."""
+    """Returns True if the gang's doctor runs together with the ranks: with several parts, unless RTP_DOCTOR is off."""
     return part_spec.plan.is_multi_part and part_spec.config.rtp_doctor != "off"
 
 

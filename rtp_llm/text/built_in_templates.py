@@ -1,4 +1,4 @@
-"""Chat templates for checkpoints that have none, by the name that MODEL_TEMPLATE_TYPE takes."""
+"""Built-in chat templates for checkpoints that have none. MODEL_TEMPLATE_TYPE selects one by name."""
 
 ALIASES = {"default": "chatml", "qwen": "chatml"}
 BY_MODEL_TYPE = {

@@ -1,9 +1,9 @@
-"""Keeps control tokens that clients spell in messages, such as `<|im_end|>`, plain text: only the chat template may
-write one.
+"""Encodes control tokens that clients spell in messages, such as `<|im_end|>`, as plain text. Only the chat template
+may write control tokens.
 
-Before the template renders, an unguessable mark goes into every control token that a string of the messages spells,
-and to the end of a string that could be joined with the next one to spell one. The rendered text is then cut at the
-marks. No control token may span a cut, so what is left of them in the pieces is the template's.
+Before the template renders, a random mark is inserted into every control token that a string of the messages contains,
+and at the end of a string that could form one together with the next string. The rendered text is then cut at the
+marks. No control token can span a cut, so those that remain in the pieces are the template's.
 """
 
 import re
@@ -20,19 +20,19 @@ MARK_DIGITS = 20
 
 
 def new_mark() -> str:
-    """Returns a text that no client can guess and that every filter of a template keeps: digits.
+    """Returns a mark: random digits, which clients cannot guess and which the filters of a template do not change.
 
-    Its only 0 is its first digit, so that it cannot overlap itself, whatever stands beside it.
+    Only its first digit is 0, so a mark cannot overlap another one or itself.
     """
     return "0" + "".join(secrets.choice("123456789") for _ in range(MARK_DIGITS - 1))
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer and of the chat templates with the sources `templates`.
+    """The control tokens of a tokenizer and of chat templates with the sources `templates`.
 
-    These are the special tokens, and the tags among the added tokens that a template writes: `<tool_call>` is not
-    special in Qwen's tokenizers. Such a tag stays a token in the assistant's own words: clients get it as text and send
-    it back. They never get the text of a special token.
+    These are the special tokens, and the added tokens in angle brackets that a template writes: `<tool_call>` is not
+    special in Qwen's tokenizers. The latter keep their effect in assistant messages, because clients get them as text
+    and send them back. Clients never get the text of a special token.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: Collection[str]):
@@ -51,14 +51,16 @@ class ControlTokens:
         self._encode, self._encode_renamed = tokenizer.encode, tokenizer.renamed(self._names)
 
     def marked(self, value: Any, mark: str, *, is_answer: bool = False) -> Any:
-        """Returns JSON `value` with `mark` in the control tokens that its strings and keys spell.
+        """Returns JSON `value` with `mark` inserted into the control tokens that its strings and keys contain.
 
-        `is_answer`: the strings are the assistant's own words.
+        `is_answer`: the strings are from an assistant message.
         """
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 
     def encode(self, pieces: Sequence[str]) -> list[int]:
-        """Returns the ids of a text in which no control token spans two pieces, and all others are plain text."""
+        """Returns the ids of the concatenated pieces. A control token within a piece has its effect; one that spans
+        pieces is plain text.
+        """
         if len(pieces) == 1:
             return self._encode(pieces[0], add_special_tokens=False)
         # With the whole text, words at the cuts are encoded as if there were none.
@@ -70,7 +72,7 @@ class ControlTokens:
 
 
 class _Spellings:
-    """Finds the spellings of some tokens in strings and in what `normalize` makes of them."""
+    """Finds some tokens in strings and in their normalized forms (`normalize`)."""
 
     def __init__(self, tokens: Collection[str], normalize: Callable[[str], str]):
         rests: defaultdict[str, list[str]] = defaultdict(list)
@@ -121,7 +123,7 @@ class _Spellings:
         return marked
 
     def _arises_in(self, text: str) -> bool:
-        """Returns whether a token that `text` does not spell is in its normalized form."""
+        """Returns whether the normalized form of `text` contains a token that `text` itself does not."""
         normalized = self._normalize(text)
         if normalized == text:
             return False

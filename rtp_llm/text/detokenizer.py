@@ -13,7 +13,7 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text stream of one request.
+    """The text stream of one sequence.
 
     The results of all `push` calls and of `flush` together are the text that the pushed ids add to the text of
     `prompt_ids`. A character that starts in the prompt is returned whole when it is complete.
@@ -47,7 +47,7 @@ class Detokenizer:
 
 
 class _Stream(Protocol):
-    """Decodes ids for one kind of tokenizer. Its methods are those of `Detokenizer`; every id must have text."""
+    """Decodes ids for one kind of tokenizer, with the methods of `Detokenizer`. Every id must have text."""
 
     def push(self, ids: Iterable[int]) -> str: ...
     def flush(self) -> str: ...

@@ -1,6 +1,6 @@
-"""Grammars of outputs as strings of llguidance: JSON schemas, regular expressions, choices, Lark and GBNF.
+"""Builds grammars for outputs, as strings for llguidance: JSON schemas, regular expressions, choices, Lark and GBNF.
 
-A grammar string is the JSON form of a list of grammars, of which the first one is the whole (github.com/guidance-ai/
+A grammar string is the JSON form of a list of grammars, of which the first is the start (github.com/guidance-ai/
 llguidance, docs/syntax.md). The API process builds and checks it; rank 0 compiles it for the model's tokens.
 """
 
@@ -31,9 +31,7 @@ _BYTES = LLTokenizer("byte")  # has a token per byte: compiles a grammar without
 
 @dataclass(frozen=True)
 class Reasoning:
-    """How a model thinks before it answers: the markers, and whether the prompt has opened the reasoning ("inside") or
-    the model may do so ("optional").
-    """
+    """The reasoning's markers, and whether the prompt has opened it ("inside") or the model may do so ("optional")."""
 
     open: str
     close: str
@@ -42,7 +40,7 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Tag:
-    """JSON between two texts."""
+    """JSON between a begin tag and an end tag."""
 
     begin: str
     schema: Any
@@ -50,28 +48,28 @@ class Tag:
 
 
 def from_json_schema(schema: Any, whitespace: str = WHITESPACE) -> str:
-    """Returns the grammar of the JSON texts that a schema allows. Arguments and errors: `json_schema.prepare`."""
+    """Returns the grammar for JSON that a schema allows. Arguments and errors: see `json_schema.prepare`."""
     return _pack({"json_schema": json_schema.prepare(schema, whitespace)})
 
 
 def from_regex(pattern: str) -> str:
-    """Returns the grammar of the texts that a regular expression matches as a whole, in the syntax of Rust's regex."""
+    """Returns the grammar for texts that a regular expression matches as a whole, in Rust's regex syntax."""
     grammar: str = LLMatcher.grammar_from_regex(pattern)
     return grammar
 
 
 def from_choice(choices: Sequence[str]) -> str:
-    """Returns the grammar of a few texts."""
+    """Returns the grammar that allows exactly these texts."""
     return from_lark("start: " + " | ".join(map(quote, choices)))
 
 
 def from_lark(lark: str) -> str:
-    """Returns the grammar of a text in llguidance's dialect of Lark."""
+    """Returns the grammar for a text in llguidance's variant of Lark."""
     return _pack({"lark_grammar": lark})
 
 
 def from_ebnf(text: str) -> str:
-    """Returns the grammar of a text in Lark or in GBNF, the dialect of EBNF that llama.cpp, vLLM and SGLang use.
+    """Returns the grammar for a text in Lark or in GBNF, the EBNF variant of llama.cpp, which vLLM and SGLang use too.
 
     Raises GrammarError.
     """
@@ -84,9 +82,9 @@ def from_ebnf(text: str) -> str:
 
 
 def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer) -> str:
-    """Returns the grammar of any text in which each tag that has begun is complete.
+    """Returns the grammar for free text with structures in it; each structure that begins must be complete.
 
-    A tag begins at a trigger, with which its `begin` must start. Raises GrammarError.
+    A trigger starts a structure whose `begin` has it as a prefix. Raises GrammarError.
     """
     rules = [TEXT]
     for number, trigger in enumerate(triggers):
@@ -96,27 +94,27 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer
             if tag.begin.startswith(trigger)
         ]
         if not bodies:
-            raise GrammarError(f"no structure begins with the trigger {trigger[:80]!r}")
+            raise GrammarError(f"trigger {trigger[:80]!r} is not a prefix of the begin tag of any structure")
         rules += [
             text_until(f"until_{number}", trigger, tokenizer),
             f"tag_{number}: until_{number} ({' | '.join(bodies)})",
         ]
     for tag in tags:
         if not tag.begin.startswith(tuple(triggers)):
-            raise GrammarError(f"no trigger starts the structure that begins with {tag.begin[:80]!r}")
+            raise GrammarError(f"no trigger is a prefix of the structure's begin tag {tag.begin[:80]!r}")
     alternatives = " | ".join(f"tag_{number}" for number in range(len(triggers)))
     return from_lark("\n".join([f"start: ({alternatives})* TEXT", *rules]))
 
 
 def is_bounded(grammar: str) -> bool:
-    """Returns whether llguidance bounds the work of `check`, to some tenths of a second."""
+    """Returns whether llguidance limits the work of `check` for this grammar, to some tenths of a second."""
     return not _UNBOUNDED.search(grammar)
 
 
 def check(grammar: str) -> None:
-    """Raises GrammarError if a grammar cannot be enforced, because of a keyword of a JSON schema for example.
+    """Raises GrammarError if a grammar cannot be enforced, for example because of a keyword of a JSON schema.
 
-    Other threads run meanwhile.
+    Releases the GIL.
     """
     if len(grammar) > MAX_CHARACTERS:
         raise GrammarError(f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are allowed")
@@ -130,23 +128,23 @@ def check(grammar: str) -> None:
 
 
 def quote(text: str) -> str:
-    """Returns a text as a Lark string."""
+    """Returns a text as a Lark string literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def json_rule(schema: Any) -> str:
-    """Returns the Lark expression of the JSON texts that a schema allows. Raises GrammarError."""
+    """Returns the Lark expression for JSON that a schema allows. Raises GrammarError."""
     return "%json " + json.dumps(json_schema.prepare(schema))
 
 
 def marker(text: str, tokenizer: Tokenizer) -> str:
-    """Returns the Lark expression of a text in which special tokens, which no other text contains, are such tokens."""
+    """Returns the Lark expression for `text`, in which the names of special tokens match these tokens."""
     parts = tokenizer.split_markers(text)
     return " ".join(quote(part) if isinstance(part, str) else f"<[{part}]>" for part in parts)
 
 
 def text_until(rule: str, text: str, tokenizer: Tokenizer) -> str:
-    """Returns the Lark rule of any text up to and including the first marker `text`. Uses the terminal TEXT."""
+    """Returns the Lark rule `rule`: any text up to and including the first marker `text`. Uses the terminal TEXT."""
     end = marker(text, tokenizer)
     return f"{rule}: TEXT {end}" if end.startswith("<") else f"{rule}[lazy]: TEXT {end}"
 
@@ -159,12 +157,12 @@ def combine(
     choice: Literal["auto", "required", "none"] = "none",
     reasoning: Reasoning | None = None,
 ) -> str:
-    """Returns the grammar of a whole answer; empty if every text is allowed.
+    """Returns the grammar for a whole response; empty if any text is allowed.
 
-    content: the grammar of the answer's text; empty: any text.
-    calls: Lark rules of tool calls. `calls` matches one or more of them, `answer` any text and calls. May use TEXT.
+    content: grammar of the content; empty: any text.
+    calls: Lark rules of tool calls. `calls` matches one or more calls, `answer` any text and calls. May use TEXT.
     choice: "required": only calls are allowed; "auto": calls or content.
-    reasoning: what may come before.
+    reasoning: the reasoning that may precede.
     """
     if not calls or choice == "none":
         if not content or not reasoning:

@@ -1,4 +1,4 @@
-"""Prepares a JSON schema for llguidance, which then enforces it or names the keyword that it cannot enforce."""
+"""Prepares a JSON schema for llguidance. Refuses keywords that llguidance cannot enforce."""
 
 import json
 from fractions import Fraction
@@ -16,7 +16,7 @@ _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 
 
-# Keywords beside `properties` that say which others an object may have.
+# Keywords that allow an object properties other than those in `properties`.
 _OPENING = {
     *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef", "dependentSchemas"),
@@ -32,13 +32,13 @@ _SHAPES: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be enforced. The message says why: for a JSON schema, it names the keyword."""
+    """A grammar cannot be enforced. The message names the reason: for a JSON schema, the keyword."""
 
 
 def prepare(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]:
-    """Returns a schema (an object, a boolean or its JSON text) as llguidance reads it. Raises GrammarError.
+    """Returns a schema (an object, a boolean or its JSON text) in the form that llguidance reads. Raises GrammarError.
 
-    `whitespace`: a regular expression for what may stand between two tokens of the JSON, once; empty: nothing.
+    `whitespace`: regular expression for optional whitespace between two JSON tokens; empty: none is allowed.
     """
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
@@ -57,9 +57,9 @@ def prepare(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """Returns a copy in which objects have only the properties that they declare, unless the schema says otherwise.
+    """Returns a copy of the schema in which objects have only declared properties, unless it says otherwise.
 
-    Without that a model, which knows only the declared ones, may invent names until it runs out of tokens.
+    The model knows only the declared ones. Without this, it could invent property names until it runs out of tokens.
     """
     if not isinstance(schema, dict):
         return schema
@@ -85,7 +85,7 @@ def check_shapes(schema: Any) -> None:
     for keyword in ("required", "type"):
         value = schema.get(keyword)
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise GrammarError(f"the JSON schema's keyword {keyword} has an item that is no string")
+            raise GrammarError(f"the JSON schema's keyword {keyword} has an item that is not a string")
     for keyword in _SCHEMA + _SCHEMAS:
         value = schema.get(keyword)
         for item in value if isinstance(value, list) else (value,):
@@ -96,7 +96,7 @@ def check_shapes(schema: Any) -> None:
 
 
 def _prepare(schema: Any) -> Any:
-    """Returns a copy without what constrains nothing. Checks what llguidance would not enforce strictly."""
+    """Returns a copy without keywords that constrain nothing. Refuses keywords that cannot be enforced strictly."""
     if not isinstance(schema, dict):
         return schema
     _check_min_properties(schema)
@@ -125,13 +125,13 @@ def _check_multiple_of(schema: dict[str, Any]) -> None:
     divisor = schema.get("multipleOf")
     if isinstance(divisor, int | float) and divisor > 0 and Fraction(str(divisor)).numerator > MAX_DIVISOR:
         raise GrammarError(
-            f"the JSON schema's keyword multipleOf cannot be enforced if it is {divisor}; allowed: at most"
-            f" {MAX_DIVISOR}, or a fraction with so large a numerator"
+            f"the JSON schema's keyword multipleOf cannot be enforced if it is {divisor}; allowed: a"
+            f" number whose numerator as a fraction is at most {MAX_DIVISOR}"
         )
 
 
 def _check_min_properties(schema: dict[str, Any]) -> None:
-    """Refuses a number of properties that only distinct names could reach: the grammar may repeat a name."""
+    """Refuses minProperties that only distinct names could satisfy, because the grammar may repeat a name."""
     minimum, required = schema.get("minProperties"), schema.get("required")
     if isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0) + 1:
         raise GrammarError(

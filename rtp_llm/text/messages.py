@@ -1,7 +1,7 @@
-"""Brings messages, as clients send them, into the format that a chat template reads.
+"""Converts messages, as clients send them, to the format that a chat template reads.
 
 OpenAI's clients send null values, content in parts and arguments as JSON text. Templates test which keys are defined,
-and each reads its own subset of formats; what it reads is inferred from its source.
+and each reads its own subset of formats, which is inferred from its source.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Message = Mapping[str, Any]
 
 
 class TemplateError(ValueError):
-    """The messages cannot be rendered or the template is invalid. The text is for the client or operator."""
+    """The messages cannot be rendered, or the template is invalid. The text is shown to the client or operator."""
 
 
 class MessageFormat:
@@ -89,7 +89,7 @@ _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 def content_parts(content: Any) -> list[Any]:
-    """Returns a message's content, in whatever format, as a list of parts."""
+    """Returns the content of a message, in whatever format, as a list of parts."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return list(content) if isinstance(content, Sequence) else []
@@ -124,9 +124,7 @@ def _text_part(part: Any) -> dict[str, Any]:
 
 
 def _parsed(arguments: Any) -> Any:
-    """Returns the arguments of a call as an object; as the text that they are if they are none, or nested too deeply
-    for what templates do with them.
-    """
+    """Returns the arguments of a call as an object, or unchanged if they are not a JSON object or nested too deeply."""
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments) if arguments.strip() else None

@@ -1,4 +1,4 @@
-"""The pieces of an answer, into which an output parser splits the text of a sequence."""
+"""The deltas (content, reasoning, tool calls) into which an output parser splits the text of a sequence."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A piece of a tool call. The first piece of a call has its id and name; arguments are JSON text, concatenated."""
+    """A part of a tool call. The first delta of a call has its id and name; arguments concatenate to JSON text."""
 
     index: int
     id: str = ""
@@ -16,7 +16,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """A piece of an answer; exactly one field is set."""
+    """A part of the output; exactly one field is set."""
 
     content: str = ""
     reasoning: str = ""
@@ -26,7 +26,7 @@ class OutputDelta:
 class OutputParser(Protocol):
     """Splits the text of one sequence into content, reasoning and tool calls.
 
-    The concatenated result does not depend on how the text is split.
+    The concatenated result does not depend on how the text is split into chunks.
 
     in_reasoning  whether the text so far ends inside the reasoning
     """
@@ -34,16 +34,16 @@ class OutputParser(Protocol):
     in_reasoning: bool
 
     def push(self, text: str) -> list[OutputDelta]:
-        """Returns the pieces that are final after this text."""
+        """Returns the deltas that are final after this text."""
         ...
 
     def finish(self) -> list[OutputDelta]:
-        """Returns what was held back. Call it once, after the last push."""
+        """Returns the deltas of the buffered text. Call it once, after the last push."""
         ...
 
 
 class ContentParser:
-    """Takes all text for content."""
+    """An `OutputParser` that returns all text as content."""
 
     in_reasoning = False
 

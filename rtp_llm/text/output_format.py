@@ -1,4 +1,4 @@
-"""How the text of an answer is split into content, reasoning and tool calls."""
+"""The format of a response: how its text is split into content, reasoning and tool calls."""
 
 import logging
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ OFF = "none"  # value of REASONING_PARSER
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What a request's answers look like. Small, since it travels between processes.
+    """The format of the responses to one request. Small, since it is sent between processes.
 
-    tools              the functions that the model may call, in `tool_format`; none: calls are text
-    reasoning_state    where the answer begins; None: without reasoning
-    include_reasoning  whether the client wants to see the reasoning
-    special_markers    {text: id} of the markers that are special tokens: the parser needs them, content lacks them
+    tools              the functions that the model may call, in `tool_format`; if empty, calls are not parsed
+    reasoning_state    whether the response begins inside the reasoning; None: it has no reasoning
+    include_reasoning  whether the client gets the reasoning
+    special_markers    {text: id} of the markers that are special tokens: the parser needs them, content omits them
     """
 
     tools: tuple[Tool, ...] = ()
@@ -40,7 +40,7 @@ class OutputFormat:
 
     @property
     def reasoning(self) -> Reasoning | None:
-        """How the answer begins, for its grammar."""
+        """Returns the reasoning that the response's grammar must allow; None without reasoning."""
         if self.reasoning_state is None:
             return None
         markers = REASONING_FORMATS[self.reasoning_format]
@@ -58,7 +58,7 @@ class OutputFormat:
 
 
 class AnswerFormats:
-    """The formats of one served model."""
+    """The tool call format and the reasoning format of the served model."""
 
     def __init__(self, tokenizer: Tokenizer, tool_format: ToolFormat, reasoning_format: ReasoningFormat | None):
         self.tool_format, self.reasoning_format = tool_format, reasoning_format
@@ -70,9 +70,9 @@ class AnswerFormats:
     def select(
         cls, template: ChatTemplate, tokenizer: Tokenizer, tool_call_parser: str, reasoning_parser: str
     ) -> "AnswerFormats":
-        """Returns the formats that the settings name, or else those that the chat template uses.
+        """Returns the formats that the settings name, otherwise those that the chat template uses.
 
-        Raises ConfigError if TOOL_CALL_PARSER or REASONING_PARSER names an unknown one.
+        Raises ConfigError if TOOL_CALL_PARSER or REASONING_PARSER is not the name of a format.
         """
         _check("TOOL_CALL_PARSER", tool_call_parser, TOOL_FORMATS)
         _check("REASONING_PARSER", reasoning_parser, {**REASONING_FORMATS, OFF: None})
@@ -94,7 +94,7 @@ class AnswerFormats:
         include_reasoning: bool = True,
         skip_special_tokens: bool = True,
     ) -> OutputFormat:
-        """Returns the format of the answers to a prompt. `prefill` as in `ReasoningFormat.state`."""
+        """Returns the format of the responses to a prompt. `prefill` as in `ReasoningFormat.state`."""
         state = self.reasoning_format.state(prompt, prefill) if self.reasoning_format else None
         needs_markers = skip_special_tokens and (tools or state)
         return OutputFormat(
@@ -109,4 +109,6 @@ class AnswerFormats:
 
 def _check(setting: str, value: str, allowed: Mapping[str, object]) -> None:
     if value and value not in allowed:
-        raise ConfigError(f"{setting}={value!r}: allowed: {', '.join(allowed)}, or empty for the chat template's")
+        raise ConfigError(
+            f"{setting}={value!r}: allowed: {', '.join(allowed)}, or empty for the format that the chat template uses"
+        )

@@ -1,4 +1,4 @@
-"""Splits what a model thinks from what it answers."""
+"""Separates the reasoning (chain of thought) from the rest of the output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ ReasoningState = Literal["inside", "optional"]
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """One way in which models mark their reasoning.
+    """A format in which models mark their reasoning.
 
     name     the value of REASONING_PARSER
-    always   whether the model reasons even if neither the prompt nor the model itself opens the reasoning
+    always   whether the output begins with reasoning even if neither the prompt nor the model opens it
     """
 
     name: str
@@ -25,10 +25,10 @@ class ReasoningFormat:
     always: bool = False
 
     def state(self, prompt: str, prefill: str | None = None) -> ReasoningState | None:
-        """Returns where an answer begins: inside the reasoning, perhaps with some, or after it (None).
+        """Returns the state at the start of the output: inside the reasoning, possibly before it, or after it (None).
 
         prompt   the rendered prompt
-        prefill  the assistant's text at its end that the model continues, None if a new turn begins
+        prefill  the assistant's text at the end of the prompt that the model continues; None if a new turn begins
         """
         tail = prompt.rstrip()
         if tail.endswith(self.open) or (prefill and prefill.rfind(self.open) > prefill.rfind(self.close)):
@@ -39,7 +39,7 @@ class ReasoningFormat:
 
 
 class ReasoningParser(ScanningParser):
-    """Splits off the reasoning, and gives the rest to another parser. Whitespace next to the markers is dropped."""
+    """Separates the reasoning and passes the rest to another parser. Drops whitespace next to the markers."""
 
     def __init__(
         self, reasoning_format: ReasoningFormat, state: ReasoningState, inner: OutputParser, is_shown: bool = True
@@ -88,7 +88,7 @@ REASONING_FORMATS = {reasoning_format.name: reasoning_format for reasoning_forma
 
 
 def detect(template: str) -> ReasoningFormat | None:
-    """Returns the format that a chat template uses, None if it knows of no reasoning."""
+    """Returns the format that a chat template uses; None if it does not mention reasoning."""
     if "[THINK]" in template:
         return REASONING_FORMATS["mistral"]
     if "</think>" not in template:

@@ -1,4 +1,4 @@
-"""The prompt with which Qwen3-Reranker judges a document, as its model card on the Hugging Face hub gives it."""
+"""The prompt with which Qwen3-Reranker rates a document, as in its model card on the Hugging Face hub."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ _MARKERS = ("<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class RerankFormat:
-    """The fixed tokens of the prompt, and the two that answer it.
+    """The fixed tokens of the prompt, and the tokens of "yes" and "no".
 
-    A document's prompt is `start`, `question(…)`, a space and the document, and `end`. The parts are encoded one by
-    one: all documents of a query share what precedes them, and no token spans a joint, as the pre-tokenizer splits
+    The prompt for a document is `start`, `question(…)`, a space and the document, and `end`. The parts are encoded
+    separately: all documents of a query share the prefix, and no token spans two parts, as the pre-tokenizer splits
     there.
     """
 
@@ -30,7 +30,7 @@ class RerankFormat:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "RerankFormat":
-        """Raises CheckpointError if the tokenizer lacks a token of the format."""
+        """Returns the format with this tokenizer's ids. Raises CheckpointError if it lacks a token of the format."""
         missing = [token for token in (*_MARKERS, "yes", "no") if tokenizer.token_id(token) is None]
         if missing:
             raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Lets clients use roles that a chat template does not know.
+"""Supports message roles that a chat template does not handle.
 
-Templates refuse such a role, drop its text in silence, or write its name, which the model may never have seen. What a
-template does with each role is found by rendering short chats.
+Templates raise an error for such a role, silently drop its text, or write its name, which the model may never have seen
+in training. Rendering short test chats shows how a template handles each role.
 """
 
 import time
@@ -19,18 +19,18 @@ SEPARATOR = "\n\n"  # between turns that become one
 
 
 class Roles:
-    """What one template does with each role.
+    """How one template handles each role.
 
     renamed          {role: the role that the template gets instead}
-    leading_system   whether it accepts a system turn at the start
+    leading_system   whether it accepts a system message at the start
     leading_systems  whether it accepts two of them
-    lone_system      whether it accepts a system turn and no other
-    later_system     whether it accepts a system turn after other turns
-    repeated_user    whether it accepts two user turns in a row
+    lone_system      whether it accepts a system message as the only message
+    later_system     whether it accepts a system message after other messages
+    repeated_user    whether it accepts two user messages in a row
     """
 
     def __init__(self, render: Render):
-        """`render` returns the text of messages and tools. Raises TemplateError if the template refuses them."""
+        """`render`: renders messages and tools to text. Raises TemplateError if the template refuses them."""
         probe = _Probe(render)
         self.renamed: dict[str, str] = {}
         self.leading_system = self.leading_systems = self.lone_system = self.later_system = self.repeated_user = True
@@ -48,9 +48,9 @@ class Roles:
         self.renamed["developer"] = "developer" if probe.knows("developer", [([], [_USER])]) else "system"
 
     def adapt(self, messages: Iterable[Message]) -> list[Message]:
-        """Returns the messages with roles, in an order of roles, that the template accepts as far as possible.
+        """Returns the messages with roles, in an order that the template accepts as far as possible.
 
-        No text moves past another turn, so that the beginning of a growing chat stays the same.
+        No text moves past another message, so that the prompt of a growing chat keeps its prefix (prefix caching).
         """
         turns: list[_Turn] = []
         is_leading = True
@@ -73,7 +73,7 @@ class Roles:
         return _Turn(message) if role == sent else _Turn({**message, "role": role}, is_converted=True)
 
     def _merges(self, previous: "_Turn", turn: "_Turn", is_leading: bool) -> bool:
-        """Returns whether two turns become one. Turns that clients send as they are merge only where they must."""
+        """Returns whether two messages are merged into one; messages with unchanged roles only if necessary."""
         if previous.role != turn.role:
             return False
         is_converted = previous.is_converted or turn.is_converted
@@ -114,18 +114,18 @@ _RESULT_CONTEXTS: list[_Context] = [([_USER, _CALLS], []), ([_USER, _ASSISTANT],
 
 
 class _Probe:
-    """Tries how a template renders a role in any of some contexts, with tools and without."""
+    """Renders a role in several contexts, with and without tools, to see what a template does with it."""
 
     def __init__(self, render: Render):
         self._render = render
         self._deadline = time.monotonic() + PROBE_SECONDS
 
     def shows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template writes the turn in its place, and keeps the others."""
+        """Returns whether the template renders the message in its place, without losing the others."""
         return self._is_late() or any(_has_in_order(text, chat) for chat, text in self._rendered(role, contexts))
 
     def knows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template shows the turn, and otherwise than that of a role which nobody knows."""
+        """Returns whether the template renders this role, and not just like an arbitrary unknown role."""
         if self._is_late():
             return True
         unknown = [text.replace(UNKNOWN_ROLE, role) for _, text in self._rendered(UNKNOWN_ROLE, contexts)]
@@ -138,7 +138,7 @@ class _Probe:
         return time.monotonic() > self._deadline
 
     def _rendered(self, role: str, contexts: list[_Context]) -> list[tuple[list[Message], str]]:
-        """Returns each chat and what the template makes of it, "" if it refuses."""
+        """Returns each test chat and its rendered text; "" if the template refuses it."""
         turn = {"role": role, "content": TEXT, "name": "f", "tool_call_id": _CALL_ID}
         chats = [[*before, turn, *after] for before, after in contexts]
         return [(chat, self._text(chat, tools)) for chat in chats for tools in ([], _TOOLS)]

@@ -1,7 +1,7 @@
-"""Reads a text in order while it arrives, for parsers that are written as if all of it were there.
+"""Reads a text while it arrives, for parsers that are written as if the whole text were there.
 
-A method that needs more text than has arrived yields, and goes on at the next call of the generator. So a parser is a
-generator whose state is where it waits, and its result cannot depend on how the text is split.
+A method that needs more text than has arrived yields, and continues when its generator is resumed. So a parser is a
+generator, and its result cannot depend on how the text is split into chunks.
 """
 
 import re
@@ -16,11 +16,11 @@ SPACE = re.compile(r"\s*")
 
 
 class Malformed(Exception):
-    """Raised where the text is not what the parser reads."""
+    """The text does not match the format that the parser reads."""
 
 
 class Scanner:
-    """The text that has arrived and the position up to which it is read. Keeps no text before position and mark."""
+    """The text that has arrived and the current read position. Discards text before both the position and the mark."""
 
     def __init__(self) -> None:
         self._text, self._at = "", 0
@@ -34,15 +34,15 @@ class Scanner:
         self._mark = None if self._mark is None else 0
 
     def end(self) -> None:
-        """Says that no more text follows."""
+        """Signals that no more text follows."""
         self._ended = True
 
     def mark(self) -> None:
-        """Remembers the text from here on, until `unmark`."""
+        """Marks the current position; `unmark` returns the text since then."""
         self._mark = self._at
 
     def unmark(self) -> str:
-        """Returns the text that was read since `mark`; "" without a mark."""
+        """Removes the mark and returns the text that was read since it; "" without a mark."""
         text = "" if self._mark is None else self._text[self._mark : self._at]
         self._mark = None
         return text
@@ -79,7 +79,7 @@ class Scanner:
         return found
 
     def is_cut_off(self, *literals: str) -> Reading[bool]:
-        """Returns whether the text ends here or within one of `literals`, a part of which it then reads."""
+        """Returns whether the text ends here, or within one of `literals`; reads the incomplete literal."""
         while any(literal.startswith(self._text[self._at :]) for literal in literals):
             if self._ended:
                 self.rest()
@@ -88,12 +88,12 @@ class Scanner:
         return False
 
     def rest(self) -> str:
-        """Reads all that has arrived."""
+        """Reads all text that has arrived."""
         text, self._at = self._text[self._at :], len(self._text)
         return text
 
     def expect(self, literal: str) -> Reading[None]:
-        """Reads whitespace and `literal`. Raises Malformed if something else follows."""
+        """Reads whitespace and `literal`. Raises Malformed if other text follows."""
         yield from self.skip_space()
         if not (yield from self.skip(literal)):
             raise Malformed
@@ -102,7 +102,7 @@ class Scanner:
         yield from self.run(SPACE, _ignore)
 
     def run(self, pattern: re.Pattern[str], sink: Sink) -> Reading[None]:
-        """Reads a run of characters, `pattern` being such as `[a-z]*`. Gives it to `sink` as it arrives."""
+        """Reads the longest run that matches `pattern`, such as `[a-z]*`. Passes it to `sink` as it arrives."""
         while True:
             match = pattern.match(self._text, self._at)
             if match and match.group():
@@ -113,7 +113,7 @@ class Scanner:
             yield
 
     def word(self, pattern: re.Pattern[str], max_length: int = 256) -> Reading[str]:
-        """Reads a run as one text. Raises Malformed if it is empty or longer than `max_length`."""
+        """Returns the text that matches `pattern`. Raises Malformed if it is empty or longer than `max_length`."""
         text = ""
 
         def add(piece: str) -> None:
@@ -128,9 +128,10 @@ class Scanner:
         return text
 
     def until(self, markers: Sequence[str], sink: Sink) -> Reading[str]:
-        """Reads up to the first of the markers, which it does not read but returns; "" if there is none up to the end.
+        """Reads up to the first of the markers and returns that marker without reading it; "" if there is none up to
+        the end.
 
-        No marker may begin with another one.
+        No marker may be a prefix of another one.
         """
         pattern = re.compile("|".join(map(re.escape, markers)))
         while True:

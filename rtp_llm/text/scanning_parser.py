@@ -1,4 +1,4 @@
-"""What output parsers have in common that read the text with a scanner."""
+"""Base of output parsers that read the text with a scanner."""
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -8,7 +8,7 @@ from rtp_llm.text.scanner import Reading, Scanner
 
 
 class ScanningParser(ABC):
-    """An `OutputParser` whose state is where its generator `read` waits for text."""
+    """An `OutputParser` that runs the generator `read`, which waits whenever it needs more text."""
 
     in_reasoning = False
 
@@ -19,7 +19,7 @@ class ScanningParser(ABC):
 
     @abstractmethod
     def read(self) -> Reading[None]:
-        """Reads the whole text and emits its pieces."""
+        """Reads the whole text and emits its deltas."""
 
     def push(self, text: str) -> list[OutputDelta]:
         self.scanner.feed(text)
@@ -35,7 +35,7 @@ class ScanningParser(ABC):
         return deltas
 
     def emit(self, delta: OutputDelta) -> None:
-        """Adds a piece to those that `push` returns, or to the last of them if it continues that one."""
+        """Adds a delta to those that `push` returns; merges it with the last one if it continues that."""
         merged = _merged(self._deltas[-1], delta) if self._deltas else None
         if merged:
             self._deltas[-1] = merged

@@ -27,9 +27,9 @@ class StopChecker:
         self.matched: str | None = None
 
     def push_exempt(self, text: str) -> str:
-        """Returns the text that can be sent. No match ends within `text`, but one may begin there.
+        """Returns the text that can be sent. No match may end within `text`, but one may begin there.
 
-        For the text before min_tokens; call it before the first `push` only.
+        Used for the text before min_tokens; call it before the first `push` only.
         """
         self._buffer += text
         self._exempt = len(self._buffer)

@@ -1,6 +1,6 @@
 """Renders chat messages to prompt text with the checkpoint's Jinja template.
 
-Templates expect Hugging Face's documented environment: its sandbox, whitespace rules and functions.
+Provides the environment that Hugging Face documents for templates: sandbox, whitespace rules and functions.
 """
 
 import json
@@ -32,7 +32,7 @@ __all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat. A control token within one of the `pieces` is the template's; no other one is a token."""
+    """A rendered chat. A control token within one of the `pieces` has its effect; across pieces it is plain text."""
 
     pieces: tuple[str, ...]
 
@@ -42,7 +42,7 @@ class Prompt:
 
 
 class ChatTemplate:
-    """The templates of one server: the default, and optionally one for requests with tools."""
+    """The chat templates of one server: the default one, and optionally one for requests with tools."""
 
     def __init__(self, name: str, source: str | None, tool_source: str | None, tokenizer: Tokenizer):
         """Raises TemplateError if a template has a syntax error."""
@@ -56,7 +56,7 @@ class ChatTemplate:
         self._words = frozenset(re.findall(r"\w+", self.source))
 
     def reads(self, name: str) -> bool:
-        """Returns whether a field of that name can have an effect, judged from the words of the templates."""
+        """Returns whether the template's source contains `name`, so that a variable of this name can have an effect."""
         return name in self._words
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,10 +73,11 @@ class ChatTemplate:
         tool_key: str = "tool_use",
         model_type: str = "",
     ) -> "ChatTemplate":
-        """Returns the first of: `explicit` (a built-in name or a path), the checkpoint's, a built-in for `model_type`.
+        """Returns the first of: `explicit` (a built-in name or a path), the checkpoint's, the built-in one for
+        `model_type`.
 
-        Raises TemplateError if `explicit` does not exist or a template has a syntax error. Without any template,
-        `render` raises.
+        Raises TemplateError if `explicit` does not exist or a template has a syntax error. If there is no template,
+        `render` raises TemplateError.
         """
         if explicit:
             return cls(*_explicit_template(explicit), None, tokenizer)
@@ -98,10 +99,10 @@ class ChatTemplate:
         allow_special_tokens: bool = False,
         **kwargs: Any,
     ) -> Prompt:
-        """Returns the prompt, for `encode`.
+        """Returns the prompt; `encode` returns its token ids.
 
-        continue_final_message  leaves the last turn open, so that the model goes on with it
-        allow_special_tokens    lets messages spell control tokens
+        continue_final_message  leaves the last message open, so that the model continues it
+        allow_special_tokens    gives control tokens in messages their effect; otherwise they are plain text
         kwargs                  further variables of the template (a request's chat_template_kwargs)
 
         Raises TemplateError.
@@ -110,7 +111,7 @@ class ChatTemplate:
         if template is None:
             raise TemplateError(
                 "this checkpoint has no chat template: set MODEL_TEMPLATE_TYPE to one of "
-                f"{', '.join(BUILT_IN)} or to the path of a .jinja file, or send a ready prompt to /v1/completions"
+                f"{', '.join(BUILT_IN)} or to the path of a .jinja file, or send a rendered prompt to /v1/completions"
             )
         normalized = template.normalize(messages)
         variables = {**kwargs, "tools": list(tools) if tools else None}
@@ -132,11 +133,11 @@ class ChatTemplate:
         return Prompt(tuple((_cut(text, end) if continue_final_message else text).split(mark)))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Returns the ids of a prompt. No bos token is added: the template writes it."""
+        """Returns the token ids of a prompt. Adds no bos token: the template writes it."""
         return self._control_tokens.encode(prompt.pieces)
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the ids of a text from a client in which no control token may be spelled, without special tokens."""
+        """Returns the token ids of a client's text, without special tokens. Control tokens in it are plain text."""
         mark = new_mark()
         return self._control_tokens.encode(self._control_tokens.marked(text, mark).split(mark))
 
@@ -158,7 +159,7 @@ class _CompiledTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"the chat template ({name}) has an error in line {error.lineno}: {error.message}; "
-                "MODEL_TEMPLATE_TYPE can name another one"
+                "set MODEL_TEMPLATE_TYPE to use another one"
             ) from error
         self._variables = {**tokenizer.special_tokens, "documents": None}
         self._format = MessageFormat(source, tree)
@@ -167,7 +168,7 @@ class _CompiledTemplate:
             log.info("the chat template (%s) gets turns of the roles %s", name, ", ".join(mapped))
 
     def normalize(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Returns the messages in the form that this template reads. Raises TemplateError."""
+        """Returns the messages in the format that this template reads. Raises TemplateError."""
         for message in messages:
             if not isinstance(message, Mapping):  # not all callers validate it
                 raise TemplateError(
@@ -199,7 +200,7 @@ def _with_end(message: dict[str, Any], end: str) -> dict[str, Any]:
 
 
 def _cut(text: str, end: str) -> str:
-    """Returns the text before `end`, whose space shows whether the template strips the message."""
+    """Returns the text before `end`. The space in `end` shows whether the template strips the message."""
     before, found, after = text.rpartition(end.rstrip())
     if not found:
         raise TemplateError("continue_final_message: the chat template leaves out the end of the last message")

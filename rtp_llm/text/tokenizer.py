@@ -32,12 +32,12 @@ class Tokenizer:
 
     vocab_size      number of ids, including added tokens; the model's embedding may have more or fewer rows
     eos_ids         ids that end a response: those of the tokenizer, generation_config.json and config.json
-    added_tokens    {id: token} of those that the backend looks for before all others
+    added_tokens    {id: token} of the tokens that the backend matches before it splits the text
     special_ids     ids that `skip_special_tokens` omits
     special_tokens  text of each named token ("bos_token", "eos_token" …), the variables of chat templates
     templates       chat templates by name; a single one is called "default"
     byte_level      True if tokens use the byte-level alphabet, so that the text is the concatenation of their bytes
-    byte_ids        ids of the `<0xNN>` tokens, runs of which the decoder combines to characters; often empty
+    byte_ids        ids of the `<0xNN>` tokens, which the decoder combines to characters; often empty
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Reads the tokenizer in the directory `path`. Raises CheckpointError with the file and a fix."""
+        """Reads the tokenizer in the directory `path`. Raises CheckpointError, which names the file and a fix."""
         file_names = _list_files(path)
         if "tokenizer.json" not in file_names:
             raise CheckpointError(_missing_file_message(path, file_names))
@@ -102,13 +102,13 @@ class Tokenizer:
         return (Tokenizer.load, (self._path,)) if self._path else super().__reduce__()
 
     def to_json(self) -> str:
-        """Returns the content of a tokenizer.json with all tokens, those included that other files declare."""
+        """Returns the content of a tokenizer.json with all tokens, including those that only other files declare."""
         return self._backend.to_str()
 
     def split_markers(self, text: str) -> list[str | int]:
-        """Returns the parts of a text: the ids of markers, and what stands between them.
+        """Splits a text into the ids of markers and the strings between them.
 
-        Markers are the special tokens and all added ones in angle brackets, as llguidance has it.
+        Markers are the special tokens and all added tokens in angle brackets, as llguidance defines them.
         """
         ids = {
             token.content: token_id
@@ -120,13 +120,13 @@ class Tokenizer:
         return [ids.get(part, part) for part in parts if part]
 
     def token_id(self, token: str) -> int | None:
-        """Returns the id of a token of the vocabulary, None if it does not exist."""
+        """Returns the id of a token of the vocabulary; None if it does not exist."""
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of `text`; `add_special_tokens` runs the checkpoint's post-processor, which may add bos.
+        """Returns the ids of `text`. `add_special_tokens`: run the checkpoint's post-processor, which may add bos.
 
-        Raises ValueError if `text` has an unpaired surrogate, which JSON can represent and UTF-8 cannot.
+        Raises ValueError if `text` has an unpaired surrogate, which JSON can represent but UTF-8 cannot.
         """
         try:
             # As a batch of one: `encode` holds the GIL, this one does not. It computes no offsets, which take longest.
@@ -135,7 +135,7 @@ class Tokenizer:
             raise ValueError(SURROGATE_MESSAGE) from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns the ids of a ready prompt, with the bos token that the checkpoint adds, if `text` lacks it."""
+        """Returns the ids of a rendered prompt. Adds the checkpoint's bos token unless `text` begins with it."""
         ids = self.encode(text)
         return ids[1:] if self._has_two_bos(ids) else ids
 
@@ -143,20 +143,23 @@ class Tokenizer:
         return len(ids) > 1 and ids[0] == ids[1] == self._added_bos_id
 
     def is_word(self, token: str) -> bool:
-        """Returns whether `token` is in the vocabulary besides the added tokens."""
+        """Returns whether the vocabulary has `token` as an ordinary token, besides the added tokens."""
         return self._backend.model.token_to_id(token) is not None
 
     def normalize(self, text: str) -> str:
-        """Returns the text that the backend looks up. Unpaired surrogates become question marks."""
+        """Returns the text after the backend's normalizer. Unpaired surrogates become question marks."""
         if self._backend.normalizer is None:
             return text
         return str(self._backend.normalizer.normalize_str(text.encode(errors="replace").decode()))
 
     def renamed(self, names: Mapping[str, str]) -> Callable[[str], list[int]]:
-        """Returns a function that encodes as this tokenizer, but finds some added tokens by other names.
+        """Returns a function that encodes like this tokenizer, except that it finds some added tokens under other
+        names.
 
-        names  {token: its name}; texts with the token itself are plain text, and -1 stands for one found in it
-        The function adds no special tokens. It shares the vocabulary, so it needs little memory.
+        names  {added token: its new name}. The function treats the original token in a text as plain text; if the
+        vocabulary
+               has it as an ordinary token too, the function returns -1 for it.
+        It adds no special tokens. It shares the vocabulary, so it needs little memory.
         """
         backend = Backend(self._backend.model)
         if self._backend.normalizer is not None:
@@ -183,10 +186,10 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def min_tokens(self, text: str, enough: int) -> int:
-        """Returns a lower bound for the number of tokens of `text`, with no more work than it takes to exceed `enough`.
+        """Returns a lower bound for the number of tokens of `text`. Stops working once it exceeds `enough`.
 
-        A very long text is so refused before it costs gigabytes: first by its length and the longest token, then by
-        the tokens of its pieces. A cut between two pieces adds a few tokens, for which `CUT_TOKENS` are subtracted.
+        So a very long text is refused before it takes gigabytes: first by its length and the longest token, then by the
+        tokens of its pieces. A cut between two pieces adds a few tokens, for which `CUT_TOKENS` are subtracted.
         """
         if len(text) <= PIECE_CHARACTERS:
             return 0
@@ -205,7 +208,7 @@ class Tokenizer:
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
     ) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-        """Returns the ids of a ready prompt, the text of each token and its (start, end) in characters of `text`."""
+        """Returns the ids of a rendered prompt, the text of each token and its (start, end) in characters of `text`."""
         encoding = self._encoding(text, add_special_tokens)
         start = int(self._has_two_bos(encoding.ids))
         ids = encoding.ids[start:]
@@ -230,9 +233,7 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the UTF-8 bytes that a token adds to a text, the name of a special token, or b"" outside the
-        vocabulary.
-        """
+        """Returns the UTF-8 bytes that a token adds to a text; a special token's name; b"" for an unknown id."""
         cached = self._bytes.get(token_id)
         if cached is not None:
             return cached

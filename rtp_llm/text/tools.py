@@ -1,4 +1,4 @@
-"""The functions that a request offers to the model."""
+"""The functions that the model may call (`tools` of a request)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,16 +25,16 @@ class Tool:
     strict: bool = False
 
     def types(self, parameter: str) -> frozenset[str]:
-        """Returns the JSON types that a parameter may have, as far as its schema says; empty if it says nothing."""
+        """Returns the JSON types that the schema allows for a parameter; empty if it does not restrict them."""
         properties = self.parameters.get("properties")
         return self.types_of(properties.get(parameter) if isinstance(properties, Mapping) else None)
 
     def types_of(self, schema: Any) -> frozenset[str]:
-        """Returns the JSON types that a part of the schema allows, as `types` does."""
+        """Returns the JSON types that this part of the schema allows, like `types`."""
         return frozenset(_types(schema, self.parameters, set()))
 
     def resolved(self, schema: Any) -> Any:
-        """Returns the part of the schema to which a part that is a mere reference leads."""
+        """Returns the part of the schema that a `$ref` points to; other parts unchanged."""
         for _ in range(_MAX_DEPTH):
             if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
                 break
@@ -43,7 +43,7 @@ class Tool:
 
 
 def json_types(value: object) -> tuple[str, ...]:
-    """Returns JSON schema's names of the types of a parsed JSON value."""
+    """Returns the JSON schema type names of a parsed JSON value."""
     return _JSON_TYPES.get(type(value), ("null",))
 
 

@@ -8,9 +8,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
-from rtp_llm.api import http_protocol
+from rtp_llm.api import http_protocol, tls_handshake
 from rtp_llm.api.connection_limit import ConnectionLimit
 from rtp_llm.api.http_protocol import HttpProtocol
 from rtp_llm.api.listen import listening_sockets
@@ -191,6 +192,58 @@ def test_tls(start_api: StartApi, certificate: tuple[str, str]) -> None:
     with context.wrap_socket(connect(api.url)) as sock:
         sock.sendall(b"GET /liveness HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert read_to_end(sock).startswith(b"HTTP/1.1 200 ")
+
+
+def client_hello() -> bytes:
+    """Returns the first message of a TLS handshake."""
+    sent = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+    return sent.read()
+
+
+def test_tls_handshakes_that_never_end(
+    start_api: StartApi, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count as connections, are closed at the deadline of the headers, and so are those that are no TLS."""
+    monkeypatch.setattr(tls_handshake, "PROGRESS_SECONDS", 1.0)
+    api = start_api(ssl_certfile=certificate[0], ssl_keyfile=certificate[1])
+    with ExitStack() as stack:
+        for sent in (b"", client_hello()[:20], client_hello()):
+            sock = stack.enter_context(connect(api.url))
+            sock.sendall(sent)
+            api.wait_until(lambda: api.num_connections == 1)
+            read_to_end(sock)
+            api.wait_until(lambda: api.num_connections == 0)
+        with connect(api.url) as sock:
+            sock.sendall(HEAD + b"\r\n")
+            read_to_end(sock)
+    api.wait_until(lambda: api.num_connections == 0)
+
+
+def test_tls_handshakes_count_against_the_limit(
+    start_api: StartApi, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HttpProtocol, "limit", ConnectionLimit(10))
+    api = start_api(ssl_certfile=certificate[0], ssl_keyfile=certificate[1])
+    with ExitStack() as stack:
+        silent = [stack.enter_context(connect(api.url)) for _ in range(30)]
+        with httpx.Client(verify=False, trust_env=False) as client:
+            assert client.get(api.url.replace("http:", "https:") + "/v1/models").status_code == 200
+        assert read_to_end(silent[0]) == b""
+        api.wait_until(lambda: api.num_connections <= 10)
+
+
+def test_what_a_tls_client_has_sent_before_it_is_accepted_counts(
+    start_api: StartApi, certificate: tuple[str, str]
+) -> None:
+    api = start_api(ssl_certfile=certificate[0], ssl_keyfile=certificate[1])
+    with ExitStack() as stack:
+        with api.blocked_event_loop():
+            clients = [stack.enter_context(connect(api.url)) for _ in range(50)]
+            for sock in clients:
+                sock.sendall(client_hello())
+        assert [sock.recv(1) for sock in clients] == [b"\x16"] * 50  # a record of the handshake (RFC 8446, 5.1)
 
 
 def test_certificates_that_cannot_be_used(start_api: StartApi, certificate: tuple[str, str]) -> None:

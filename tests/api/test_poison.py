@@ -68,7 +68,7 @@ def verdicts(api: ApiServer) -> dict[str, str]:
 
 
 def clear_expected_errors(api: ApiServer) -> None:
-    assert "was alone in a step that failed" in api.errors.lines.pop()
+    assert "was alone in a failed step" in api.errors.lines.pop()
     assert not api.errors.lines
 
 

@@ -55,7 +55,7 @@ def test_a_saved_report_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"runs": 3}'])
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"a\.json: is no report"):
+    with pytest.raises(ConfigError, match=r"a\.json: is not a report"):
         Report.read(tmp_path / "a.json")
 
 

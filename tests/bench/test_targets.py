@@ -16,7 +16,7 @@ from rtp_llm.bench.checkpoint import write_checkpoint
 from rtp_llm.bench.cli import main
 from rtp_llm.bench.peers import gguf_file, worker
 from rtp_llm.bench.report import Report
-from rtp_llm.bench.target import EngineTarget, ServerTarget, free_port
+from rtp_llm.bench.target import EngineTarget, ServerTarget, free_port, own_server
 from rtp_llm.bench.worker_process import WorkerError, WorkerProcess
 from rtp_llm.bench.workload import Request, Traffic
 from rtp_llm.errors import ConfigError
@@ -172,3 +172,8 @@ def test_errors_name_what_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 64
     errors = capsys.readouterr().err.splitlines()
     assert [error.count("allowed") for error in errors[:3]] == [1, 1, 1], errors
+
+
+def test_servers_that_have_not_started_yet_do_not_share_a_port(tmp_path: Path) -> None:
+    servers = [own_server(name, tmp_path, tmp_path / name, {}) for name in ("ours-bf16", "ours-w8a8", "ours-int8")]
+    assert len({server.endpoint.url for server in servers}) == 3

@@ -14,7 +14,8 @@ from tests.chaos.faults import Fault, NotHereError
 from tests.chaos.load import undisturbed_texts
 from tests.chaos.rig import Rig, running_rig
 
-FAULTS_PER_START = 3  # the delay before a restart doubles with each
+MAX_PER_START = 10
+RESTARTS_PER_START = 3  # the delay before a restart doubles with each
 
 
 class Records:
@@ -55,7 +56,7 @@ def run(
                     open_faults.remove(fault)
                     continue
                 try:
-                    _run_start(fault, checkpoint, texts, records, min(missing, FAULTS_PER_START), seed)
+                    _run_start(fault, checkpoint, texts, records, min(missing, MAX_PER_START), seed)
                 except NotHereError as reason:
                     skipped[fault.name] = str(reason)
                     print(f"{fault.name}: skipped: {reason}", flush=True)
@@ -66,7 +67,7 @@ def run(
 def _run_start(
     fault: Fault, checkpoint: Path, texts: dict[str, dict[int, str]], records: Records, num_injections: int, seed: int
 ) -> None:
-    """Starts a gang and injects a fault so often. Raises NotHereError."""
+    """Starts a gang and injects a fault so often, or until restarts become slow. Raises NotHereError."""
     if not fault.plain and os.geteuid() != 0:
         raise NotHereError("needs root, for namespaces, mounts and cgroups")
     with running_rig(fault.layout, checkpoint, fault.settings()) as rig:
@@ -80,7 +81,8 @@ def _run_start(
             texts.update(undisturbed_texts(rig.endpoint))
         for index in range(num_injections):
             record = inject(fault, rig, texts, seed, len(records.of(fault)))
-            if index == num_injections - 1 or not rig.is_running():
+            restarts_slowly = index >= RESTARTS_PER_START - 1 and rig.num_restarts() >= RESTARTS_PER_START
+            if index == num_injections - 1 or restarts_slowly or not rig.is_running():
                 record.problems += rig.stop()
             _add(records, record, rig)
             if not rig.is_running():
@@ -93,7 +95,8 @@ def describe(record: Injection) -> str:
     lines = [
         f"{record.fault} {record.number}: {record.target or '-'}, {record.in_flight} in flight, lasted"
         f" {record.lasted:.1f} s: pause {record.pause:.2f} s, /health noticed {noticed}, was well after"
-        f" {record.healthy:.2f} s, wrong for {record.wrong:.2f} s, late for {record.late:.2f} s; {record.outcomes}",
+        f" {record.healthy:.2f} s, wrong for {record.wrong:.2f} s, late for {record.late:.2f} s; took"
+        f" {record.took:.1f} s; {record.outcomes}",
         *(f"  {problem}" for problem in record.problems),
     ]
     return "\n".join(lines)

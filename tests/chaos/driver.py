@@ -27,7 +27,7 @@ class Injection:
     fault: str
     seed: int
     number: int
-    moment: float = 0.0  # after the streams flow
+    moment: float = 0.0  # after the streams flow, or the gang is idle
     lasted: float = 0.0  # until the repair
     target: str = ""
     in_flight: int = 0
@@ -39,6 +39,7 @@ class Injection:
     healthy: float = 0.0
     wrong: float = 0.0
     late: float = 0.0
+    took: float = 0.0  # the whole injection, without starting the gang
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,25 +51,34 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
     Raises NotHereError if the fault cannot be injected.
     """
     record, rng = Injection(fault.name, seed, number), random.Random(f"{seed} {fault.name} {number}")
+    begun_at = time.monotonic()
     if missing := rig.wait_steady():
         record.problems.append(missing)
-    load, watch, scene = Load(rig.endpoint, rng, NUM_CLIENTS), HealthWatch(rig.endpoint), Scene(rig, rng)
+    load, watch = Load(rig.endpoint, rng, NUM_CLIENTS), HealthWatch(rig.endpoint)
+    scene = Scene(rig, rng, load)
     watch.start()
-    load.start()
     injected_at = time.monotonic()
     try:
-        load.wait_flowing(NUM_CLIENTS // 2, FLOW_SECONDS)
+        if not fault.idle:
+            load.start()
+            load.wait_flowing(NUM_CLIENTS // 2, FLOW_SECONDS)
         record.moment = round(rng.uniform(0.0, 1.0), 3)
         time.sleep(record.moment)
         record.lasted = round(rng.uniform(*fault.seconds), 3)
         injected_at = time.monotonic()
         with fault.inject(scene):
             record.target = scene.target
+            if fault.idle:
+                load.start()
             time.sleep(record.lasted)
         _wait_recovered(rig, watch)
         time.sleep(GRACE_SECONDS)
     except AssertionError as error:
         record.problems.append(str(error).splitlines()[0])
+    except SystemExit:  # told to end, perhaps within a fault that nobody repairs: there is nothing to wait for
+        for part in rig.parts:
+            part.kill_all()
+        raise
     finally:
         load.stop(SETTLE_SECONDS if rig.is_running() else GRACE_SECONDS)
         watch.stop()
@@ -78,6 +88,7 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
     record.problems += [problem for entry in scene.marked if (problem := judge_marked(entry))]
     truth = watch.truth(injected_at)
     record.noticed, record.healthy, record.wrong, record.late = truth.noticed, truth.healthy, truth.wrong, truth.late
+    record.took = round(time.monotonic() - begun_at, 1)
     return record
 
 

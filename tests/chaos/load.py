@@ -69,8 +69,10 @@ class Load:
         """Sends no further requests, and waits up to `seconds` for the open ones to end."""
         self._stop.set()
         deadline = time.monotonic() + seconds
-        for thread in self._threads:
+        for thread in (thread for thread in self._threads if thread.ident):
             thread.join(max(0.0, deadline - time.monotonic()))
+        while any(entry.response.is_open for entry in self.entries) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def wait_flowing(self, num_streams: int, seconds: float) -> None:
         """Waits until this many open streams have sent text. Raises AssertionError after `seconds`."""
@@ -78,6 +80,10 @@ class Load:
         while self._num_flowing() < num_streams:
             assert time.monotonic() < deadline, f"not {num_streams} streams with text within {seconds:g} s"
             time.sleep(0.01)
+
+    def send_long_prompt(self) -> Entry:
+        """Sends a request whose prompt takes a while to be computed, besides those of the clients."""
+        return self._open(next(r for r in self._requests if r.name.startswith("long")))
 
     def _num_flowing(self) -> int:
         with self._lock:

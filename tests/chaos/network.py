@@ -69,8 +69,14 @@ def join_by_veth(pair: list[Namespace]) -> None:
 
 def _set_addresses(pair: list[Namespace]) -> None:
     for namespace, address in zip(pair, ADDRESSES, strict=True):
-        _ip("-n", namespace.name, "addr", "add", f"{address}/24", "dev", DEVICE)
+        set_address(namespace, address)
         _ip("-n", namespace.name, "link", "set", DEVICE, "up")
+
+
+def set_address(namespace: Namespace, address: str) -> None:
+    """Gives a namespace this address instead of the one that it has."""
+    _ip("-n", namespace.name, "addr", "flush", "dev", DEVICE)
+    _ip("-n", namespace.name, "addr", "add", f"{address}/24", "dev", DEVICE)
 
 
 class Relay:

@@ -75,9 +75,13 @@ class Rig:
         """Kills all processes of a part at once, as the loss of its machine does."""
         self.places[index].part.kill_all()
 
-    def restart_part(self, index: int) -> None:
-        """Starts a part again that was killed, on an empty disk."""
+    def restart_part(self, index: int, address: str = "") -> None:
+        """Starts a part again that was killed, on an empty disk, and under another address if one is given."""
         place = self.places[index]
+        if address:
+            members = json.loads(place.env["JSON_GANG_PARTS"])
+            members[f"x_part{index}"]["ip"] = place.address = address
+            place.env = {**place.env, "JSON_GANG_PARTS": json.dumps(members)}
         place.part.destroy()
         for left in place.sandbox.folder.iterdir():
             shutil.rmtree(left, ignore_errors=True)
@@ -104,6 +108,11 @@ class Rig:
             time.sleep(0.1)
         self._num_processes = number
         return ""
+
+    def num_restarts(self) -> int:
+        """Returns how many processes the guards have restarted."""
+        paths = [part.run_dir / "guard.json" for part in self.parts if part.is_running]
+        return sum(sum(json.loads(path.read_text())["restarts"].values()) for path in paths if path.exists())
 
     def is_running(self) -> bool:
         """True while no part has ended."""

@@ -16,14 +16,16 @@ HELPERS = {
 ENGINE = re.compile(r" -m rtp_llm\.engine\.main ")
 
 
-def rank_pids(part: Part) -> dict[int, int]:
-    """Returns the pids of this part's ranks by rank, from gang.json; without the dead ones."""
+def rank_pids(part: Part, phase: str = "") -> dict[int, int]:
+    """Returns the pids of this part's ranks by rank, from gang.json; without the dead ones, and those of another phase
+    than `phase`, if that is given."""
     try:
         ranks = json.loads((part.run_dir / "gang.json").read_text())["ranks"]
     except (OSError, ValueError, AssertionError):  # not written yet
         return {}
     running = part.processes()
-    return {int(rank): int(status["pid"]) for rank, status in ranks.items() if int(status["pid"]) in running}
+    alive = {rank: status for rank, status in ranks.items() if int(status["pid"]) in running}
+    return {int(rank): int(status["pid"]) for rank, status in alive.items() if phase in ("", status["phase"])}
 
 
 def spare_pids(part: Part) -> list[int]:

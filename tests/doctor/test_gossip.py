@@ -5,20 +5,27 @@ import asyncio
 import contextlib
 import socket
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from doctor.context import CheckContext
 from doctor.gang.connections import serve_ports
 from doctor.gang.gossip import GossipSession
-from doctor.gang.part_report import PartReport
+from doctor.gang.part_report import LinkResult, PartReport
+from doctor.gang_service import _Examiner
+from rtp_llm.errors import GangError
 from rtp_llm.parallel.members import Member
+from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, Plan
 
 SESSION_SECONDS = 8.0
 
 
-def make_session(members: tuple[Member, ...], part: int) -> GossipSession:
+def make_session(
+    members: tuple[Member, ...], part: int, secret: bytes = b"", facts: dict[str, str] | None = None
+) -> GossipSession:
     """The exchange of reports, for a part that listens only on the doctor's port, not on its other planned ports."""
     port = members[part].port
     part_report = PartReport(
@@ -29,7 +36,7 @@ def make_session(members: tuple[Member, ...], part: int) -> GossipSession:
         start_port=port,
         interface="lo",
         mtu=65536,
-        facts={},
+        facts=facts or {},
         identity={},
         planned_ports={port + DOCTOR_PORT_OFFSET: "doctor"},
         ephemeral_ports=[],
@@ -37,7 +44,7 @@ def make_session(members: tuple[Member, ...], part: int) -> GossipSession:
         problems={},
         listening=True,
     )
-    return GossipSession(Plan(members, part, 2, 2, 1, port, 9, "cpu"), part_report, b"")
+    return GossipSession(Plan(members, part, 2, 2, 1, port, 9, "cpu"), part_report, secret)
 
 
 def bound_socket() -> socket.socket:
@@ -89,3 +96,87 @@ def test_serve_ports_with_open_connection_exits_without_asyncio_errors(data: byt
         greeting = asyncio.run(connect_once(make_session(members, 0), responder))
     assert b"rtp-llm-doctor" in greeting
     assert errors == []
+
+
+# Forged reports
+
+
+def examine_forged(
+    secret: bytes, facts: dict[str, str], *, is_reachable: bool, forge: bool = True
+) -> tuple[GossipSession, BaseException | None]:
+    """Lets part 0 examine the reports, which says that the parts disagree if the facts of part 1 are other ones.
+
+    `facts`: of part 1 itself. `forge`: a stranger has sent other ones in its name. Returns the session of part 0 and
+    the error that ends this part.
+    """
+
+    async def enforce(session: GossipSession, peer: GossipSession, responder: socket.socket) -> BaseException | None:
+        ctx = cast(CheckContext, SimpleNamespace(peers=[session.plan.members[1]]))
+        examiner = _Examiner(cast(PartSpec, None), ctx, session, [])
+
+        def examine() -> None:
+            if session.part_reports[1].facts:
+                raise GangError("the parts of the gang disagree")
+
+        async with serve_ports(1, peer.serve, responder if is_reachable else None, []):
+            if not forge:
+                await session.confirm(ctx.peers)
+            try:
+                await examiner.enforce(examine)
+                await examiner.enforce(examine)
+            except GangError as error:
+                return error
+        return None
+
+    with bound_socket() as port0, bound_socket() as port1:
+        ports = [sock.getsockname()[1] - DOCTOR_PORT_OFFSET for sock in (port0, port1)]
+        members = tuple(Member(n, f"x_part{n}", "127.0.0.1", port) for n, port in enumerate(ports))
+        session, peer = make_session(members, 0, secret), make_session(members, 1, secret, facts)
+        if forge:
+            forged = make_session(members, 1, facts={"config.TP_SIZE": "3"}).part_report
+            forged.run_id = "forged"
+            session.merge_reports([forged.to_json()])
+        return session, asyncio.run(enforce(session, peer, port1))
+
+
+def test_a_forged_report_ends_no_part() -> None:
+    session, error = examine_forged(b"", {}, is_reachable=True)
+    assert error is None
+    assert session.part_reports[1].run_id == "1"
+
+
+def test_a_report_that_its_part_cannot_confirm_ends_no_part(caplog: pytest.LogCaptureFixture) -> None:
+    _, error = examine_forged(b"", {}, is_reachable=False)
+    assert error is None
+    assert [record.getMessage()[:30] for record in caplog.records] == ["part1 sent a report but does n"]
+
+
+@pytest.mark.parametrize("forge", [True, False])
+def test_a_disagreement_that_the_part_confirms_ends_this_one(forge: bool) -> None:
+    _, error = examine_forged(b"", {"config.TP_SIZE": "4"}, is_reachable=True, forge=forge)
+    assert isinstance(error, GangError)
+
+
+def test_signed_reports_need_no_confirmation() -> None:
+    _, error = examine_forged(b"secret", {}, is_reachable=False)
+    assert isinstance(error, GangError)
+
+
+@pytest.mark.parametrize(("address", "unconfirmed"), [("127.0.0.1", []), ("localhost", []), ("192.0.2.1", [1])])
+def test_a_report_from_the_address_of_its_part_is_confirmed(address: str, unconfirmed: list[int]) -> None:
+    """Part 0 cannot connect to part 1, whose request comes from 127.0.0.1."""
+
+    async def send_and_confirm(session: GossipSession, peer: GossipSession, responder: socket.socket) -> list[int]:
+        async with serve_ports(0, session.serve, responder, []):
+            assert await peer._exchange_reports(peer.plan.members[0], LinkResult()) == "replied"
+            for _ in range(1000):
+                if session._direct_reports or unconfirmed:
+                    break
+                await asyncio.sleep(0.01)
+            return await session.confirm([])
+
+    with bound_socket() as responder:
+        port = responder.getsockname()[1] - DOCTOR_PORT_OFFSET
+        members = (Member(0, "x_part0", "127.0.0.1", port), Member(1, "x_part1", address, port))
+        session, peer = make_session(members, 0), make_session(members, 1)
+        assert asyncio.run(send_and_confirm(session, peer, responder)) == unconfirmed

@@ -70,7 +70,7 @@ def test_gives_up_if_nothing_arrives(monkeypatch: pytest.MonkeyPatch, blob: Path
     ("number", "message"),
     [
         (errno.ENOSPC, r"org/demo: the disk of /.* is full; free 1\.0 MB, or set HF_HOME"),
-        (errno.EROFS, r"/.*: cannot be written: Read-only file system; allowed: a writable folder"),
+        (errno.EROFS, r"/.*: cannot be written: Read-only file system; set HF_HOME or HF_HUB_CACHE"),
     ],
 )
 def test_a_disk_that_fails_is_final(

@@ -231,7 +231,7 @@ def test_no_log_line_has_the_token(downloader: Downloader, hub: FakeHub) -> None
     hub.models["org/demo"].access = "hf_secret"
     assert "hf_secret" not in downloader.start(HF_TOKEN="hf_secret", LOG_LEVEL="DEBUG").wait()
     log = downloader.start(HF_TOKEN="hf_other", HF_HUB_CACHE=str(downloader.home / "other")).wait(code=64)
-    assert "org/demo: needs permission, and HF_TOKEN has no access" in log
+    assert "org/demo: needs permission, but HF_TOKEN has no access" in log
     assert "hf_other" not in log
 
 

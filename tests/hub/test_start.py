@@ -60,6 +60,6 @@ def test_a_wrong_name_exits_64_and_says_both_readings(hub: FakeHub, tmp_path: Pa
     command = [sys.executable, "-m", "rtp_llm.start_server"]
     process = subprocess.run(command, env=environ, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert process.returncode == 64, process.stdout
-    assert "org/dmeo: no folder of this name is here" in process.stdout
+    assert "org/dmeo: is not an existing folder" in process.stdout
     assert f"{hub.url} has no such model" in process.stdout
     assert "did you mean org/demo?" in process.stdout

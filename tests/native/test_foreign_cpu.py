@@ -11,7 +11,7 @@ import pytest
 from rtp_llm.native.build import PACKAGE, build, find_compiler
 
 PROGRAM = Path(__file__).with_name("foreign_cpu.cpp")
-FLAGS = ("-std=c++17", "-O2", "-fopenmp", '-DRTP_LEVEL="portable"')
+FLAGS = ("-std=c++17", "-O2", "-pthread", '-DRTP_LEVEL="portable"')
 
 
 def run_program(folder: Path, compiler: list[str], emulator: list[str]) -> None:

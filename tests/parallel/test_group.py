@@ -96,7 +96,7 @@ def check_collectives(group: Communicator) -> None:
 def test_an_unbound_axis_has_no_peers() -> None:
     mesh = Mesh.of(local_plan(4, 20000), 3)
     assert [(axis.rank, axis.size) for axis in (mesh.tp, mesh.ep, mesh.pp, mesh.dp)] == [(3, 4), (0, 1), (0, 1), (0, 1)]
-    with pytest.raises(CommunicationError, match="rank 3 of 4 is in no epoch"):
+    with pytest.raises(CommunicationError, match="rank 3 of 4 has no communicator"):
         mesh.tp.all_reduce(torch.ones(1))
     assert mesh.dp.min(7) == 7
     single = MeshAxis()

@@ -38,6 +38,7 @@ STRANGERS: dict[str, Any] = {
     "rank out of range": {**JOIN, "rank": 2},
     "with a secret": {**JOIN, "secret": True, "mac": "0" * 64},
 }
+NESTED = pack_frame(FrameType.JOIN, b"[" * 60_000)
 
 
 @pytest.fixture
@@ -86,8 +87,8 @@ def join_and_check(dial: Dial, spec: PartSpec, accepting: Any) -> None:
 
 @pytest.mark.parametrize(
     "noise",
-    [*NOISE.values(), *(pack_json(FrameType.JOIN, message) for message in STRANGERS.values())],
-    ids=[*NOISE, *(f"join, {name}" for name in STRANGERS)],
+    [*NOISE.values(), NESTED, *(pack_json(FrameType.JOIN, message) for message in STRANGERS.values())],
+    ids=[*NOISE, "nested deeply", *(f"join, {name}" for name in STRANGERS)],
 )
 def test_stranger_is_dropped(dial: Dial, spec: PartSpec, listener: socket.socket, noise: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
@@ -131,6 +132,34 @@ def test_silent_connection_is_dropped_after_a_timeout(
         read_challenge(silent)
         assert is_closed(silent)
         monkeypatch.undo()
+        join_and_check(dial, spec, accepting)
+
+
+def test_silent_and_slow_strangers_delay_no_rank(
+    dial: Dial, spec: PartSpec, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come first and stay, within the time that each may take for its JOIN."""
+    monkeypatch.setattr(step_connections, "JOIN_TIMEOUT_SECONDS", DEADLINE)
+    strangers = [dial() for _ in range(20)]
+    with ThreadPoolExecutor(1) as pool:
+        accepting = pool.submit(accept_ranks, listener, spec, LEADER)
+        for stranger in strangers:
+            read_challenge(stranger)
+            stranger.sendall(pack_json(FrameType.JOIN, JOIN)[:9])
+        join_and_check(dial, spec, accepting)
+    assert all(is_closed(stranger) for stranger in strangers)
+
+
+def test_a_crowd_of_strangers_displaces_the_oldest(
+    dial: Dial, spec: PartSpec, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_connections, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(step_connections, "JOIN_TIMEOUT_SECONDS", DEADLINE)
+    with ThreadPoolExecutor(1) as pool:
+        accepting = pool.submit(accept_ranks, listener, spec, LEADER)
+        first, *_ = [dial() for _ in range(4)]
+        read_challenge(first)
+        assert is_closed(first)
         join_and_check(dial, spec, accepting)
 
 

@@ -102,7 +102,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 
 def process(name: str, group: str, statename: str = "RUNNING", exitstatus: int = 0, pid: int = 0) -> dict[str, Any]:
-    return {"name": name, "group": group, "statename": statename, "exitstatus": exitstatus, "pid": pid}
+    return {"name": name, "group": group, "statename": statename, "exitstatus": exitstatus, "pid": pid, "stop": 0}
 
 
 def part() -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def part() -> list[dict[str, Any]]:
 
 def exited(processes: list[dict[str, Any]], name: str, status: int = SIGNAL) -> None:
     info = next(i for i in processes if i["name"] == name)
-    info |= {"statename": "EXITED", "exitstatus": status}
+    info |= {"statename": "EXITED", "exitstatus": status, "stop": info["stop"] + 1}
 
 
 def make_guard(tmp_path: Path, supervisor: FakeSupervisor, **settings: Any) -> Guard:
@@ -179,10 +179,43 @@ def test_restart_history_survives_the_guard(tmp_path: Path) -> None:
         exited(supervisor.processes, "worker0", 71)
         exited(supervisor.processes, "api", 1)
         part_guard.step()
-    assert json.loads((tmp_path / "guard.json").read_text()) == {
-        "restarts": {"rank1 signal": 2, "rank0 communication": 2, "api other": 2},
-        "last_exit": {"rank0": 71, "rank1": SIGNAL, "api": 1},
-    }
+    record = json.loads((tmp_path / "guard.json").read_text())
+    assert record["restarts"] == {"rank1 signal": 2, "rank0 communication": 2, "api other": 2}
+    assert record["last_exit"] == {"rank0": 71, "rank1": SIGNAL, "api": 1}
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(10, True), (601, False)])
+def test_budgets_survive_the_guard(tmp_path: Path, clock: FakeClock, seconds: float, ends: bool) -> None:
+    """The guard is killed after each failure: a part that keeps failing ends all the same."""
+    supervisor = FakeSupervisor(part())
+    for epoch in (1, 2):
+        part_guard = make_guard(tmp_path, supervisor, restart_limit=1)
+        part_guard.watch.served_at = clock.now
+        lose(part_guard, supervisor, "worker1", epoch)
+        clock.now += seconds
+    make_guard(tmp_path, supervisor, restart_limit=1).step()
+    assert ("shutdown" in supervisor.calls) == ends
+
+
+def test_a_new_guard_counts_no_end_twice(tmp_path: Path, clock: FakeClock) -> None:
+    """The guard is killed before it has restarted the API process, which has exited for the second time."""
+    supervisor = FakeSupervisor(part())
+    exited(supervisor.processes, "api")
+    make_guard(tmp_path, supervisor, restart_limit=2).step()
+    exited(supervisor.processes, "api")
+    for _ in range(3):
+        make_guard(tmp_path, supervisor, restart_limit=2).step()
+    assert supervisor.calls == ["start service:api"]
+
+
+def test_a_new_guard_knows_the_role_of_a_rank_that_has_ended(tmp_path: Path) -> None:
+    """It reads gang.json of the guard before it, in which the rank still has its place."""
+    supervisor = FakeSupervisor(part())
+    status = {"epoch": 7, "ranks": {"1": {"part": 0, "pid": 101}, "0": {"part": 3, "pid": 100}}}
+    part_spec = make_guard(tmp_path, supervisor).part_spec
+    assert GangWatch(part_spec).roles == {}
+    part_spec.gang_status_path.write_text(json.dumps(status))
+    assert GangWatch(part_spec).roles == {101: (1, 7)}
 
 
 def test_all_ranks_that_end_in_an_epoch_are_one_failure(tmp_path: Path, clock: FakeClock) -> None:

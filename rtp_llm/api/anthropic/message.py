@@ -1,4 +1,4 @@
-"""The answer of the Messages API: content blocks, built delta by delta, and the events that stream them."""
+"""Builds the response of the Messages API: content blocks, delta by delta, and the events that stream them."""
 
 import json
 import secrets
@@ -13,7 +13,7 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 
 class MessageBuilder:
-    """One message. `blocks` is its content so far; the arguments of a call are JSON text until `message` parses it."""
+    """Builds one message. `blocks`: its content so far. `message` parses the JSON arguments of tool calls."""
 
     def __init__(self, model: str, choice: ChatChoice):
         self.id = f"msg_{secrets.token_hex(12)}"
@@ -23,12 +23,12 @@ class MessageBuilder:
         self._call_index = -1  # of the newest block; -1 if it is no call
 
     def start(self) -> Iterator[Event]:
-        """Yields the first event. The first chunk must have arrived: it says how many tokens were cached."""
+        """Yields `message_start`. Call it after the first chunk arrived, which has the number of cached tokens."""
         message = self._header() | {"content": [], "stop_reason": None, "stop_sequence": None}
         yield {"type": "message_start", "message": message | {"usage": self._usage()}}
 
     def add(self, delta: OutputDelta) -> Iterator[Event]:
-        """Yields the events of a delta: a new block, if it does not continue the newest one, and its text."""
+        """Yields the events of a delta: its text, after a new block if the delta does not continue the current one."""
         if delta.call:
             if delta.call.index != self._call_index:
                 yield from self._open(_call_block(delta.call), delta.call.index)
@@ -43,13 +43,13 @@ class MessageBuilder:
             yield from self._append("text_delta", "text", delta.content)
 
     def finish(self) -> Iterator[Event]:
-        """Yields the last events."""
+        """Yields the last events: content_block_stop, message_delta, message_stop."""
         yield from self._close()
         yield {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
     def message(self) -> dict[str, Any]:
-        """Returns the whole message, after `finish`."""
+        """Returns the whole message. Call `finish` first."""
         return self._header() | {"content": self.blocks} | self._stop() | {"usage": self._usage()}
 
     def _is_open(self, block_type: str) -> bool:
@@ -103,7 +103,9 @@ def _call_block(call: ToolCallDelta) -> dict[str, Any]:
 
 
 def _parse_arguments(text: str) -> dict[str, Any]:
-    """Returns the arguments of a call. Text that max_tokens has cut is kept under a name that says so."""
+    """Returns the arguments of a call. Invalid JSON, for example truncated by max_tokens, is returned as
+    {"INVALID_JSON": text}.
+    """
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Prepares requests to /v1/messages: as the chats that they are translated to. See `api.preparation`."""
+"""Prepares requests to /v1/messages as chat requests. See `api.preparation`."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from rtp_llm.api.schema import ChatRequest
 
 
 def prepare_message(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[ChatRequest]:
-    """Raises RequestError."""
+    """Prepares a request to /v1/messages. Raises RequestError."""
     with renamed_field("response_format", "output_config.format"):
         chat = preparation.chat_body(validate(ChatRequest, to_chat(parse_body(MessagesRequest, raw))), limits)
     return replace(chat, constraint="output_config.format") if chat.constraint == "response_format" else chat

@@ -8,7 +8,7 @@ from rtp_llm.api.schema import MAX_ITEMS, Finite, RequestBody, Stops
 
 
 class Block(BaseModel):
-    """A content block. Which fields count depends on `type`."""
+    """A content block. `type` determines which fields are used."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -34,7 +34,7 @@ class Message(RequestBody):
 
 
 class Tool(RequestBody):
-    """A tool of the client. One with another `type` than "custom" runs at Anthropic, or has a built-in schema."""
+    """A tool of the client. A `type` other than "custom" means a tool that Anthropic runs or defines."""
 
     type: str | None = None
     name: str = Field(min_length=1)
@@ -65,7 +65,7 @@ class OutputConfig(RequestBody):
 
 
 class CountTokensRequest(RequestBody):
-    """Body of POST /v1/messages/count_tokens: what the prompt is made from."""
+    """Body of POST /v1/messages/count_tokens: the fields from which the prompt is rendered."""
 
     model: str | None = None
     messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_ITEMS)] = Field(min_length=1)

@@ -15,7 +15,7 @@ _THOUGHT = ("thinking", "redacted_thinking")
 
 
 def to_chat(body: CountTokensRequest) -> dict[str, Any]:
-    """Returns the fields of a ChatRequest. Raises RequestError 400 for blocks that a language model cannot read."""
+    """Returns the fields of a ChatRequest. Raises RequestError 400 for content blocks other than text (images, …)."""
     messages = [*_system_turns(body.system)]
     for index, message in enumerate(body.messages):
         messages += _turns(message, f"messages.{index}")
@@ -26,7 +26,7 @@ def to_chat(body: CountTokensRequest) -> dict[str, Any]:
     if output_format:
         json_schema = {"name": "output", "schema": output_format.json_schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": json_schema}
-    if body.messages[-1].role == "assistant":  # the client has begun the answer
+    if body.messages[-1].role == "assistant":  # the client has written the start of the response
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if isinstance(body, MessagesRequest):
         fields |= {n: getattr(body, n) for n in ("max_tokens", "stream", "temperature", "top_p", "top_k")}
@@ -41,7 +41,7 @@ def _system_turns(system: str | Sequence[Block] | None) -> list[dict[str, Any]]:
 
 
 def _turns(message: Message, where: str) -> Iterator[dict[str, Any]]:
-    """Yields the turns that one message becomes: each result of a tool is a turn of its own in OpenAI's API."""
+    """Yields the chat messages for one message: each tool result is a message of its own in OpenAI's API."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
     elif message.role == "assistant":
@@ -98,7 +98,7 @@ def _tool_fields(tools: Sequence[Tool], choice: ToolChoice | None) -> dict[str, 
     runnable = [tool for tool in tools if tool.type in (None, "custom")]
     dropped = sorted({tool.type for tool in tools if tool.type not in (None, "custom")})
     if dropped:
-        log.info("tools of a kind that this server cannot run were left out: %s", ", ".join(dropped)[:200])
+        log.info("left out tools of types that this server cannot run: %s", ", ".join(dropped)[:200])
     fields: dict[str, Any] = {"tools": [_function(tool) for tool in runnable] or None}
     if choice:
         named = {"type": "function", "function": {"name": choice.name or ""}}
@@ -118,7 +118,7 @@ def _function(tool: Tool) -> dict[str, Any]:
 
 
 def _thinking_fields(body: CountTokensRequest) -> dict[str, Any]:
-    """Anthropic's models think only if a request enables it; so do ours whose template has a switch."""
+    """Returns the fields that switch reasoning on or off. As with Anthropic's models, it is off unless requested."""
     thinks = body.thinking is not None and body.thinking.type != "disabled"
     fields: dict[str, Any] = {"enable_thinking": thinks}
     if body.thinking and body.thinking.budget_tokens and thinks:

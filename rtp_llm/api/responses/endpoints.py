@@ -75,7 +75,7 @@ class ResponsesEndpoints:
     async def retrieve(
         self, request: Request, response_id: str, stream: bool = False, starting_after: int = -1
     ) -> Response:
-        """Returns a stored response, or its events with a higher number than `starting_after`."""
+        """Returns a stored response; with `stream`, its events numbered above `starting_after`."""
         stored = self.store.get(response_id, _owner(request))
         if not stream:
             return _json_response(stored.to_json())
@@ -97,7 +97,7 @@ class ResponsesEndpoints:
         return Response(f'{{"object":"list","data":{items},"has_more":false}}', media_type="application/json")
 
     async def _prepare(self, request: Request) -> PreparedResponse:
-        """Prepares a request. Its body is parsed first on its own if it may continue a stored response."""
+        """Prepares a request. If it may continue a stored response, first parses its body for the id."""
         async with self.service.read_body(request) as raw:
             history = ""
             if b"previous_response_id" in raw:
@@ -137,7 +137,7 @@ class ResponsesEndpoints:
         generation: GenerationRequest[ChatChoice],
         stored: StoredResponse | None = None,
     ) -> AsyncGenerator[str]:
-        """Yields the events. The response is stored before its last event, with whose id its client may come back."""
+        """Yields the events. Stores the response before its last event, after which the client may refer to its id."""
         [choice] = generation.sequences
         for frame in builder.start():
             yield frame
@@ -159,7 +159,7 @@ class ResponsesEndpoints:
 
 
 def _owner(request: Request) -> str:
-    """Returns the name of the key that the request came with; empty without keys."""
+    """Returns the name of the request's API key; empty if no keys are configured."""
     name: str = request.state.key_name
     return name
 

@@ -1,4 +1,4 @@
-"""Prepares requests to /v1/responses: as the chats that they are translated to. See `api.preparation`."""
+"""Prepares requests to /v1/responses as chat requests. See `api.preparation`."""
 
 import json
 from dataclasses import replace
@@ -19,9 +19,10 @@ from rtp_llm.errors import invalid_params, unsupported
 def prepare_response(
     preparation: Preparation, raw: bytes, limits: PromptLimits, *, stores: bool, history: str = ""
 ) -> PreparedResponse:
-    """`history`: JSON array of the messages of the response that this one continues; empty: it continues none.
+    """Prepares a request to /v1/responses. Raises RequestError.
 
-    `stores`: whether responses can be stored. Raises RequestError.
+    `history`: JSON array of the messages of the response that it continues; empty if it continues none. `stores`:
+    whether responses can be stored.
     """
     body = parse_body(ResponsesRequest, raw)
     if body.previous_response_id and not history:
@@ -44,5 +45,5 @@ def prepare_response(
 
 
 def previous_response_id(preparation: Preparation, raw: bytes, limits: PromptLimits) -> str | None:
-    """Returns the id of the response that a body for /v1/responses continues. Raises RequestError."""
+    """Returns the id of the response that a request continues; None if it continues none. Raises RequestError."""
     return parse_body(ResponsesRequest, raw).previous_response_id

@@ -1,4 +1,4 @@
-"""The answer of the Responses API: output items, built delta by delta, and the events that stream them."""
+"""Builds the response of the Responses API: output items, delta by delta, and the events that stream them."""
 
 import secrets
 import time
@@ -13,7 +13,7 @@ Fields = dict[str, Any]
 
 
 class ResponseBuilder:
-    """One response. Its methods yield events as server-sent frames, which are numbered in order."""
+    """Builds one response. Its methods yield server-sent events, which are numbered in order."""
 
     def __init__(self, model: str, choice: ChatChoice, echo: str, *, is_stored: bool):
         """`echo`: JSON object with the fields of the request that the response repeats."""
@@ -33,7 +33,7 @@ class ResponseBuilder:
             yield self._response_event(f"response.{status}")
 
     def add(self, deltas: list[OutputDelta], logprobs: list[Fields]) -> Iterator[str]:
-        """Yields the events of a chunk. Its logprobs go to its first piece of text."""
+        """Yields the events of a chunk. All logprobs of the chunk go to its first text delta."""
         for delta in deltas:
             if delta.call:
                 if delta.call.index != self._call_index:
@@ -53,20 +53,20 @@ class ResponseBuilder:
                 logprobs = []
 
     def finish(self) -> Iterator[str]:
-        """Yields the last events."""
+        """Yields the last events of a completed or incomplete response."""
         status = "incomplete" if self._choice.finish_reason == "length" else "completed"
         yield from self._close(status)
         self._end(status)
         yield self._response_event(f"response.{status}")
 
     def fail(self, code: str, message: str) -> Iterator[str]:
-        """Yields the last events of a response that ends with an error."""
+        """Yields the last events of a response that failed."""
         yield from self._close("incomplete")
         self._end("failed", {"code": code, "message": message})
         yield self._response_event("response.failed")
 
     def cancel(self) -> Iterator[str]:
-        """Ends a response that generates in the background; as in OpenAI's API, no event says so."""
+        """Ends a cancelled background response. As in OpenAI's API, no event announces it."""
         yield from self._close("incomplete")
         self._end("cancelled")
 
@@ -75,11 +75,11 @@ class ResponseBuilder:
         return str(self._fields["status"])
 
     def to_json(self) -> str:
-        """Returns the response as JSON, as far as it is generated."""
+        """Returns the response so far, as JSON."""
         return f"{compact_json(self._fields)[:-1]},{self._echo[1:]}"
 
     def message(self) -> Fields:
-        """Returns the answer as an assistant's message of a chat."""
+        """Returns the output as a chat message with role assistant."""
         answer = self._choice.answer
         message: Fields = {"role": "assistant", "content": answer.content}
         message |= {"reasoning_content": answer.reasoning} if answer.reasoning else {}

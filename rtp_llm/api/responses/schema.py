@@ -10,7 +10,7 @@ Effort = Annotated[str, Field(max_length=32)]
 
 
 class Part(RequestBody):
-    """A part of a message: `input_text`, `output_text`, `text`, `reasoning_text`, `summary_text` or `refusal`."""
+    """A content part of a message: `input_text`, `output_text`, `text`, `reasoning_text`, `summary_text`, `refusal`."""
 
     type: str
     text: str | None = None
@@ -23,7 +23,7 @@ Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 
 class InputItem(RequestBody):
-    """A turn of the conversation, a call of a tool, its output, or reasoning. Which fields count depends on `type`."""
+    """A message, a tool call, the output of a tool, or reasoning. `type` determines which fields are used."""
 
     type: str = "message"
     id: str | None = None
@@ -39,7 +39,7 @@ class InputItem(RequestBody):
 
 
 class Tool(RequestBody):
-    """A function, or a tool of another kind, which this server cannot run."""
+    """A function, or a tool of another type, which this server cannot run."""
 
     type: str
     name: str | None = None

@@ -1,4 +1,4 @@
-"""Stored responses: read again by their id, continued by `previous_response_id`, or generated without a client."""
+"""Stored responses: retrieved by id, continued by `previous_response_id`, or generated in the background."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ CONTINUED = ("completed", "incomplete")  # statuses of responses that another on
 
 
 class StoredResponse:
-    """One response, and what its continuation needs. It belongs to the API key `owner` (its name).
+    """One response and the data to continue it. `owner`: name of the API key that may access it.
 
     conversation  JSON array of the messages of its prompt, without instructions
     input_items   JSON array of the input as the client sent it
@@ -32,7 +32,7 @@ class StoredResponse:
 
     @property
     def size(self) -> int:
-        """Returns the characters that it needs, about bytes. The tokens of one that runs are counted by the engine."""
+        """Returns the characters of its text, roughly bytes. Tokens of a running response are not included."""
         return len(self._conversation) + len(self.input_items) + len(self._final) + self._frames_size
 
     @property
@@ -40,11 +40,11 @@ class StoredResponse:
         return self._task is not None and not self._task.done()
 
     def to_json(self) -> str:
-        """Returns the response as JSON, as far as it is generated."""
+        """Returns the response so far, as JSON."""
         return self._builder.to_json() if self._builder else self._final
 
     def settle(self) -> None:
-        """Keeps what was generated, and forgets how: its tokens take a hundred times as much memory as its text."""
+        """Replaces the builder of an ended response by its text: tokens take a hundred times as much memory."""
         if self._builder:
             self._final, self._status = self._builder.to_json(), self._builder.status
             message = json.dumps(self._builder.message(), ensure_ascii=False)
@@ -52,7 +52,7 @@ class StoredResponse:
             self._builder = None
 
     def run(self, frames: AsyncGenerator[str]) -> None:
-        """Generates the response in a task, which no client ends."""
+        """Generates the response in a background task, which continues if the client disconnects."""
         self._task = asyncio.create_task(self._collect(frames), name=self.id)
 
     async def follow(self, start: int) -> AsyncGenerator[str]:
@@ -76,7 +76,7 @@ class StoredResponse:
     def conversation(self) -> str:
         """Returns the messages up to and including this response, as a JSON array.
 
-        Raises RequestError 400 if the response is not whole.
+        Raises RequestError 400 unless the response is completed or incomplete.
         """
         if self._status not in CONTINUED:
             status = self._status or "in_progress"
@@ -103,7 +103,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The newest responses, of at most `max_bytes`; 0 stores none. The oldest give way, running ones never."""
+    """Keeps the newest responses within `max_bytes`; 0 stores none. Evicts the oldest, but no running ones."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
@@ -114,7 +114,7 @@ class ResponseStore:
         return self._max_bytes > 0
 
     def require(self, param: str) -> None:
-        """Raises RequestError 400 if nothing is stored."""
+        """Raises RequestError 400 if the store is disabled."""
         if not self.is_enabled:
             raise unsupported(f"{param} needs stored responses: set RESPONSES_STORE_MB", param)
 
@@ -124,7 +124,7 @@ class ResponseStore:
         self.make_room()
 
     def make_room(self) -> None:
-        """Drops responses until the rest fits."""
+        """Evicts finished responses, oldest first, until the store is within `max_bytes`."""
         total = sum(response.size for response in self._responses.values())
         for response in [r for r in self._responses.values() if not r.is_running]:
             if total <= self._max_bytes:
@@ -133,7 +133,7 @@ class ResponseStore:
             del self._responses[response.id]
 
     def get(self, response_id: str, owner: str) -> StoredResponse:
-        """Raises RequestError 404 for an unknown id, or for one of another key."""
+        """Returns a stored response. Raises RequestError 404 for an unknown id, or if another API key owns it."""
         response = self._responses.get(response_id)
         if response is None or response.owner != owner:
             message = f"response {response_id[:64]!r} is not stored: it is unknown, of another key, or was dropped"

@@ -1,4 +1,4 @@
-"""Translates a request of the Responses API into a chat request, and prepares the fields that its answer repeats."""
+"""Translates a request of the Responses API into a chat request, and collects the fields that its response repeats."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_t
 
 
 def to_chat(body: ResponsesRequest, history: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Returns the fields of a ChatRequest. `history`: messages of the previous response. Raises RequestError 400."""
+    """Returns the fields of a ChatRequest. `history`: the chat up to the previous response. Raises RequestError 400."""
     for name in ("conversation", "prompt"):
         if getattr(body, name):
             raise unsupported(f"{name} is not supported: send the whole conversation as input", name)
@@ -35,7 +35,7 @@ def to_chat(body: ResponsesRequest, history: Sequence[dict[str, Any]] = ()) -> d
 
 
 def input_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Returns the messages of `input`. Reasoning and calls of tools become parts of an assistant's turn."""
+    """Returns the messages of `input`. Reasoning and tool calls become parts of an assistant message."""
     if isinstance(body.input, str):
         return [{"role": "user", "content": body.input}]
     messages: list[dict[str, Any]] = []
@@ -70,11 +70,11 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem, where: str) -> No
     elif item.type == "item_reference":
         raise unsupported(f"{where}: an item_reference is not supported: send the item itself", where)
     else:
-        log.info("an input item of type %.64r was left out: this server has no such tool", item.type)
+        log.info("left out an input item of type %.64r: this server has no such tool", item.type)
 
 
 def _assistant_turn(messages: list[dict[str, Any]], continues: str) -> dict[str, Any]:
-    """Returns the assistant's turn to which an item belongs: the last one, unless it has `continues` already."""
+    """Returns the assistant message for an item: the last message, or a new one if that has `continues` already."""
     if not messages or messages[-1]["role"] != "assistant" or (continues and messages[-1].get(continues)):
         messages.append({"role": "assistant", "content": None})
     return messages[-1]
@@ -98,7 +98,7 @@ def _tool_fields(tools: Sequence[Tool], choice: str | ToolChoice | None) -> dict
     functions = [tool for tool in tools if tool.type == "function"]
     dropped = sorted({tool.type for tool in tools} - {"function"})
     if dropped:
-        log.info("tools of a kind that this server cannot run were left out: %s", ", ".join(dropped)[:200])
+        log.info("left out tools of types that this server cannot run: %s", ", ".join(dropped)[:200])
     if isinstance(choice, ToolChoice) and choice.type == "allowed_tools":
         names = {tool.get("name") for tool in choice.tools or ()}
         functions = [tool for tool in functions if tool.name in names]
@@ -133,7 +133,7 @@ def _format_fields(body: ResponsesRequest) -> dict[str, Any]:
 
 
 def echoed_fields(body: ResponsesRequest) -> dict[str, Any]:
-    """Returns the fields of the request that its answer repeats."""
+    """Returns the request's fields that the response repeats."""
     raw = body.model_dump(by_alias=True, exclude_unset=True)
     text_format = (raw.get("text") or {}).get("format") or {"type": "text"}
     return {

@@ -1,3 +1,3 @@
-"""Engines that run in a process of their own, perhaps in another Python. Nothing here imports the rest of rtp_llm but
-`offline`, which is our own engine.
+"""Engines that run in processes of their own, possibly with another Python. Modules here do not import the rest of
+rtp_llm, except `offline`, which is this project's engine.
 """

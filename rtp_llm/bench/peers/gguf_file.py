@@ -1,8 +1,8 @@
-"""`python -m rtp_llm.bench.peers.gguf_file CHECKPOINT FILE TYPE`: writes a checkpoint of the families Qwen2, Qwen3 and
-Llama as a GGUF file, for peers that read no safetensors. TYPE: f16, q8_0 or q4_0. Needs the package `gguf`.
+"""`python -m rtp_llm.bench.peers.gguf_file CHECKPOINT FILE TYPE`: converts a checkpoint of the families Qwen2, Qwen3
+and Llama to a GGUF file, for engines that cannot read safetensors. TYPE: f16, q8_0 or q4_0. Needs the package `gguf`.
 
-Only for checkpoints whose tokenizer is a byte-level BPE. Llama's query and key weights are permuted as llama.cpp wants
-them (its rotary embedding pairs neighbours, that of transformers halves).
+Only for checkpoints with a byte-level BPE tokenizer. Permutes Llama's query and key weights for llama.cpp, whose rotary
+embedding pairs adjacent elements; that of transformers pairs the two halves of a head.
 """
 
 import json
@@ -33,7 +33,7 @@ _FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in _T
 
 
 def convert(checkpoint: Path, file: Path, type_name: str) -> None:
-    """Writes the GGUF file. Matrices have the type named, vectors float32."""
+    """Writes the GGUF file: matrices in the type `type_name`, vectors in float32."""
     config = json.loads((checkpoint / "config.json").read_text())
     family = config["model_type"]
     writer = gguf.GGUFWriter(file, family)

@@ -1,4 +1,4 @@
-"""Our own engine on one rank, without HTTP and tokenizer. The first argument is a checkpoint."""
+"""This project's engine on one rank, without HTTP and tokenizer. The first argument is a checkpoint."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""transformers with static batches: all waiting requests of one length start together and end together."""
+"""transformers with static batches: all waiting requests of equal prompt length start and end together."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""Runs an engine inside this process and answers commands on stdin with lines of JSON on stdout.
+"""Runs an engine in this process. Reads commands from stdin and writes results to stdout, one JSON object per line.
 
-The modules of this package that call `serve` are run by `rtp_llm.bench.worker_target`. They import the engine they
-drive, `rtp_llm.bench.record` and this file, so that any Python which has that engine can run them.
+Modules of this package that call `serve` are started by `rtp_llm.bench.worker_process`. They import only their engine,
+`rtp_llm.bench.record` and this file, so that any Python with that engine can run them.
 
     {"requests": [{"prompt": [1, 2], "output_tokens": 8}, …], "concurrency": 4, "arrivals": []}
     {"records": [{…}, …]}
@@ -19,19 +19,19 @@ from rtp_llm.bench.record import Record
 
 
 class Engine(Protocol):
-    """An engine that computes one step for all its requests at a time."""
+    """An engine that computes one step for all its requests at a time (continuous batching)."""
 
     def add(self, id: int, prompt: list[int], output_tokens: int) -> None: ...
 
     def step(self) -> dict[int, int]:
-        """Returns how many tokens the step gave, by id of the request."""
+        """Computes a step. Returns the number of new tokens by request id."""
         ...
 
 
 def serve(load: Callable[[str, dict[str, Any]], tuple[Engine, str]]) -> None:
-    """Loads the engine and answers commands until stdin ends.
+    """Loads the engine and executes commands until stdin is closed.
 
-    `load`: gets the folder of the model and the settings (both from the command line), and returns the engine and a
+    `load`: function of the model's folder and the settings (both from the command line) that returns the engine and a
     description of it.
     """
     answers = os.fdopen(os.dup(1), "w")
@@ -48,7 +48,7 @@ def serve(load: Callable[[str, dict[str, Any]], tuple[Engine, str]]) -> None:
 def run(engine: Engine, requests: list[dict[str, Any]], concurrency: int, arrivals: list[float]) -> list[Record]:
     """Runs all requests, at most `concurrency` at a time, and returns their records.
 
-    `arrivals`: when each is due, in seconds; empty: at once.
+    `arrivals`: when each is due, in seconds; empty: all at once.
     """
     records = [Record(len(request["prompt"]), 0.0) for request in requests]
     next_number, running = 0, set[int]()

@@ -1,8 +1,9 @@
 // Collectives between CPU ranks through a shared-memory segment, see rtp_llm/parallel/shared_memory.py for its layout.
 #include <sched.h>
-#include <time.h>
 
 #include "lanes.h"
+#include "spin.h"
+#include "team.h"
 
 // `native_exchange.GroupState`: one rank's view of the segment. The segment: a counter for each rank, then two
 // alternating buffers with a slot for each rank.
@@ -19,26 +20,12 @@ namespace {
 
 constexpr double SPIN_SECONDS = 20e-6, YIELD_SECONDS = 2e-3;
 constexpr long SLEEP_NANOSECONDS = 50'000;
-constexpr int CHECKS_PER_LOOK = 32;  // at the counters, between looks at the clock
 // Up to this size every rank adds up all slots. Above, each adds up its part, and a second meeting shares the parts, so
 // that the bytes a rank reads do not grow with the number of ranks.
 constexpr int64_t MAX_DIRECT_BYTES = 32 << 10;
 constexpr int64_t MIN_PARALLEL_BYTES = 256 << 10;
 constexpr int64_t LINE_BYTES = 128;
-
-double now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-inline void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
+constexpr int64_t RUN = 1 << 10;  // vectors that a thread adds up at once
 
 class Group {
  public:
@@ -66,11 +53,11 @@ class Group {
     if (is_aborted()) return false;
     if (all_are_here()) return true;
     double start = now(), waited = 0;
-    for (bool here = false; !here; waited = now() - start) {
+    for (bool here = spin_until([this] { return all_are_here(); }, SPIN_SECONDS); !here; here = yield(waited)) {
+      waited = now() - start;
       if (is_aborted() || waited > state_.timeout) return false;
-      here = waited < SPIN_SECONDS ? spin() : yield(waited);
     }
-    state_.wait_seconds += waited;
+    state_.wait_seconds += now() - start;
     return true;
   }
 
@@ -85,14 +72,6 @@ class Group {
     for (int rank = 0; rank < state_.size; rank++)
       if (__atomic_load_n(counter(rank), __ATOMIC_ACQUIRE) < state_.sequence) return false;
     return true;
-  }
-
-  bool spin() const {
-    for (int i = 0; i < CHECKS_PER_LOOK; i++) {
-      if (all_are_here()) return true;
-      pause_cpu();
-    }
-    return false;
   }
 
   bool yield(double waited) const {
@@ -110,13 +89,12 @@ template <typename T>
 void add_slots(const Group& group, T* out, int64_t begin, int64_t end, int threads) {
   const T* first = reinterpret_cast<const T*>(group.slot(0));
   int64_t stride = group.slot_bytes() / static_cast<int64_t>(sizeof(T)), count = end - begin;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && count * 4 > MIN_PARALLEL_BYTES)
-  for (int64_t i = begin; i < end; i += LANES) {
-    int64_t lanes = end - i < LANES ? end - i : LANES;
+  for_runs(div_up(count, LANES), RUN, count * 4 > MIN_PARALLEL_BYTES ? threads : 1, [&](int64_t vector) {
+    int64_t i = begin + vector * LANES, lanes = end - i < LANES ? end - i : LANES;
     Floats sum = load(first + i, lanes);
     for (int rank = 1; rank < group.size(); rank++) sum += load(first + rank * stride + i, lanes);
     store(out + i, sum, lanes);
-  }
+  });
 }
 
 // Sums `count` elements, which fit a slot, in place.

@@ -5,15 +5,16 @@
 // whether its token is a decode or one of a chunk, whoever computes beside it, and however the work is divided: tiles
 // of rows only share the packed keys and values, and threads either fold the splits of a tile as they compute them or
 // leave them to be folded by another. So a row's bits depend on its sequence alone.
-#include <omp.h>
-
-#include <atomic>
+#include <deque>
 
 #include "attention_worker.h"
 #include "replay.h"
+#include "team.h"
 
 namespace attention {
 namespace {
+
+constexpr int64_t RUN_TOKENS = 64;  // whose keys and values a thread writes at once
 
 // Writes the keys and values of a token to its slot.
 template <class T>
@@ -35,23 +36,16 @@ void attend(const Call& call) {
   const Plan plan = make_plan(call, step.workspace + used, step.workspace_bytes / 4 - used);
   auto num_tasks = static_cast<int64_t>(plan.tasks.size()), num_folded = static_cast<int64_t>(plan.folded.size());
   int threads = static_cast<int>(std::min(step.threads, num_tasks));
-  std::atomic<int64_t> next_task{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for
-    for (int64_t token = 0; token < step.num_tokens; token++) write_token<typename F::Element>(call, token);
-    Worker<F> worker(call, step.workspace + omp_get_thread_num() * scratch);
-    int64_t task = next_task++;
-    if (task < num_tasks) worker.begin(plan.tasks[task]);
-    while (task < num_tasks) {
-      int64_t next = next_task++;
-      worker.run(plan.tasks[task], next < num_tasks ? &plan.tasks[next] : nullptr);
-      task = next;
-    }
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < num_folded; i++) worker.finish(plan.folded[i]);
-  }
+  for_runs(step.num_tokens, RUN_TOKENS, threads,
+           [&](int64_t token) { write_token<typename F::Element>(call, token); });
+  std::deque<Worker<F>> workers;
+  for (int thread = 0; thread < threads; thread++) workers.emplace_back(call, step.workspace + thread * scratch);
+  for_tasks(num_tasks, threads, [&](const Turn& turn) {
+    Worker<F>& worker = workers[turn.thread];
+    if (turn.is_first) worker.begin(plan.tasks[turn.task]);
+    worker.run(plan.tasks[turn.task], turn.next < 0 ? nullptr : &plan.tasks[turn.next]);
+  });
+  for_tasks(num_folded, threads, [&](const Turn& turn) { workers[turn.thread].finish(plan.folded[turn.task]); });
 }
 
 #if defined(__AVX512BF16__)

@@ -5,12 +5,13 @@
 #include <cmath>
 
 #include "native.h"
+#include "team.h"
 
 namespace {
 
 constexpr int64_t WORD = 64;     // tokens whose bits are read at once
 constexpr int64_t CHUNK = 4096;  // logits that are read again to find which one is the highest
-constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 16;
+constexpr int64_t RUN_ELEMENTS = 1 << 15;  // that a thread computes at once
 constexpr uint64_t ALL = ~uint64_t{0};
 
 // As wide as the CPU's vectors: gcc splits the sums of wider ones, but compares them lane by lane.
@@ -99,11 +100,10 @@ int64_t find_token(const float* logits, const uint8_t* mask, int64_t vocab) {
 // Calls call(row, mask) for each row; the mask is null where mask_of_row is -1 or null.
 template <typename Call>
 void for_rows(int64_t rows, int64_t vocab, const uint8_t* masks, const int64_t* mask_of_row, int threads, Call call) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1 && rows * vocab >= MIN_PARALLEL_ELEMENTS)
-  for (int64_t row = 0; row < rows; row++) {
+  for_runs(rows, div_up(RUN_ELEMENTS, vocab), threads, [&](int64_t row) {
     int64_t index = mask_of_row ? mask_of_row[row] : -1;
     call(row, index < 0 ? nullptr : masks + index * div_up(vocab, 8));
-  }
+  });
 }
 
 }  // namespace

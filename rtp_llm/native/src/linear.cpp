@@ -4,18 +4,18 @@
 // gated, a block of gates and the block of the ups that belong to them. A block is [steps][BLOCK][inputs of a step]: see
 // linear_tile.h. So a thread that computes a unit reads one sequential stream.
 //
-// Threads take units as they are ready, one ahead, since cores are uneven. While a part of a block is multiplied with
+// Threads take units as they are ready, since cores are uneven. While a part of a block is multiplied with
 // one tile of rows after the other, the next part comes from memory, a share of it in each tile: so the time is the
 // longer of reading and computing, not their sum. More rows than MAX_CHUNK_ROWS are computed in chunks.
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "linear_amx.h"
 #include "linear_tile.h"
-#include "silu.h"
 #include "replay.h"
+#include "silu.h"
+#include "team.h"
 
 namespace {
 
@@ -23,6 +23,7 @@ constexpr int64_t PART_BYTES = 128 << 10;  // of weights; two parts and the inpu
 constexpr int64_t MAX_CHUNK_ROWS = 96;
 constexpr int64_t STREAM_DISTANCE = 4096;  // how far ahead a single tile prefetches
 constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 17;
+constexpr int64_t RUN_ELEMENTS = 1 << 14;  // that a thread copies at once
 
 // Returns how many steps k inputs take.
 template <class Step>
@@ -107,23 +108,17 @@ template <class Step, class X, class Y>
 void compute(const Linear& linear, int threads) {
   int64_t units = linear.units(), tasks = units * linear.chunks(), chunk_rows = linear.chunk_rows();
   int64_t block_bytes = linear.steps * Step::BYTES, unit_bytes = linear.halves() * block_bytes;
-  std::atomic<int64_t> next_task{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for_tasks(tasks, threads, [&](const Turn& turn) {
     alignas(64) float sums[2 * MAX_CHUNK_ROWS * BLOCK];
-    int64_t next = next_task++;
-    for (bool cold = true; next < tasks; cold = false) {
-      int64_t task = next, first_row = task / units * chunk_rows, rows = std::min(chunk_rows, linear.m - first_row);
-      next = next_task++;
-      const char* w = linear.weights + task % units * unit_bytes;
-      const char* ahead = next < tasks ? linear.weights + next % units * unit_bytes : w;
-      for (int64_t half = 0; half < linear.halves(); half++)
-        compute_block<Step>(linear, w + half * block_bytes, linear.x + first_row * linear.ldx, rows,
-                            sums + half * rows * BLOCK, half + 1 < linear.halves() ? w + block_bytes : ahead,
-                            cold && half == 0);
-      finish_unit<X, Y>(linear, sums, first_row, rows, task % units * BLOCK);
-    }
-  }
+    int64_t first_row = turn.task / units * chunk_rows, rows = std::min(chunk_rows, linear.m - first_row);
+    const char* w = linear.weights + turn.task % units * unit_bytes;
+    const char* ahead = turn.next < 0 ? w : linear.weights + turn.next % units * unit_bytes;
+    for (int64_t half = 0; half < linear.halves(); half++)
+      compute_block<Step>(linear, w + half * block_bytes, linear.x + first_row * linear.ldx, rows,
+                          sums + half * rows * BLOCK, half + 1 < linear.halves() ? w + block_bytes : ahead,
+                          turn.is_first && half == 0);
+    finish_unit<X, Y>(linear, sums, first_row, rows, turn.task % units * BLOCK);
+  });
 }
 
 // Memory that a thread keeps from call to call.
@@ -146,8 +141,7 @@ const uint32_t* to_words(const X* x, int64_t* ldx, int64_t m, int64_t k, int thr
     return reinterpret_cast<const uint32_t*>(x);
   }
   uint32_t* words = scratch(m * steps);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < m; row++) {
+  for_runs(m, div_up(RUN_ELEMENTS, k), threads, [&](int64_t row) {
     const X* from = x + row * source_ldx;
     uint32_t* to = words + row * steps;
     if constexpr (Step::INPUTS == 1) {
@@ -157,7 +151,7 @@ const uint32_t* to_words(const X* x, int64_t* ldx, int64_t m, int64_t k, int thr
       std::memcpy(to, from, static_cast<size_t>(k) * sizeof(X));
       std::memset(reinterpret_cast<X*>(to) + k, 0, static_cast<size_t>(steps * Step::INPUTS - k) * sizeof(X));
     }
-  }
+  });
   *ldx = steps;
   return words;
 }
@@ -174,8 +168,7 @@ void run(int y_dtype, Linear linear, const void* x, int64_t k, int threads) {
 template <class Step, class Weight>
 void pack(const Weight* weight, Weight* packed, int64_t n, int64_t k, bool gated, int threads) {
   int64_t halves = gated ? 2 : 1, columns = n / halves, steps = count_steps<Step>(k);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t block = 0; block < div_up(columns, BLOCK) * halves; block++) {
+  for_runs(div_up(columns, BLOCK) * halves, 1, threads, [&](int64_t block) {
     int64_t column = block / halves * BLOCK, rows = std::min(BLOCK, columns - column);
     const Weight* from = weight + (block % halves * columns + column) * k;
     Weight* to = packed + block * steps * BLOCK * Step::INPUTS;
@@ -184,7 +177,7 @@ void pack(const Weight* weight, Weight* packed, int64_t n, int64_t k, bool gated
       for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < std::min<int64_t>(Step::INPUTS, k - input); i++)
           to[row * Step::INPUTS + i] = from[row * k + input + i];
-  }
+  });
 }
 
 #if defined(__AVX512BF16__)

@@ -1,10 +1,11 @@
 // RMSNorm, and the end of a sub-block of the decoder: the addition to the residual and the norms around it.
 #include "norm.h"
 #include "replay.h"
+#include "team.h"
 
 namespace {
 
-constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 15;  // below, waking threads costs more than they save
+constexpr int64_t RUN_ELEMENTS = 1 << 14;  // that a thread computes at once: fewer cost more than they save
 
 template <typename T>
 struct SubBlockEnd {
@@ -29,10 +30,10 @@ RTP_API void rtp_rms_norm(int dtype, const void* x, int64_t ldx, const void* wei
                           int64_t size, float eps, int threads) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size >= MIN_PARALLEL_ELEMENTS)
-    for (int64_t row = 0; row < rows; row++)
+    for_runs(rows, div_up(RUN_ELEMENTS, size), threads, [&](int64_t row) {
       norm_row(static_cast<const T*>(x) + row * ldx, static_cast<const T*>(weight), static_cast<T*>(y) + row * size,
                size, eps);
+    });
   });
 }
 RTP_REPLAYABLE(rtp_rms_norm)
@@ -44,9 +45,9 @@ RTP_API void rtp_add_rms_norm(int dtype, void* x, void* residual, const void* po
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     SubBlockEnd<T> end{static_cast<const T*>(post_weight), static_cast<const T*>(pre_weight), size, eps};
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size >= MIN_PARALLEL_ELEMENTS)
-    for (int64_t row = 0; row < rows; row++)
+    for_runs(rows, div_up(RUN_ELEMENTS, size), threads, [&](int64_t row) {
       end.compute(static_cast<T*>(x) + row * size, static_cast<T*>(residual) + row * size);
+    });
   });
 }
 RTP_REPLAYABLE(rtp_add_rms_norm)

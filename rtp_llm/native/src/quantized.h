@@ -5,13 +5,13 @@
 // block of the same columns of up. Every output has one accumulator that runs over the inputs in one order, whatever
 // the number of rows: the bits of a row do not depend on the other rows, nor on the number of threads.
 #pragma once
-#include <omp.h>
-
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <type_traits>
 
 #include "silu.h"
+#include "team.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -161,10 +161,12 @@ struct Scale {
 
 // ---- The product of a tile
 
-// Where the weights lie that are needed next: what each step prefetches.
+// Where the weights lie that are needed next: what each step prefetches, from step `split` on at `later`.
 struct Prefetch {
   const uint8_t* at;
   int64_t stride;  // bytes per step
+  int64_t split;
+  const uint8_t* later;
 };
 
 #define FOR_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
@@ -182,6 +184,7 @@ void multiply_tile(const uint8_t* w, const int32_t* x, int64_t ldx, int64_t step
   constexpr int64_t VECTOR = WIDTH * Dot::CELL_BYTES;
   for (int64_t step = 0; step < steps; step++) {
     IntVector w0 = Dot::load(w), w1 = Dot::load(w + VECTOR), w2 = Dot::load(w + 2 * VECTOR);
+    if (step == next.split) next.at = next.later;
     for (int64_t line = 0; line < 3 * VECTOR; line += 64) __builtin_prefetch(next.at + line, 0, 3);
     w += 3 * VECTOR;
     next.at += next.stride;
@@ -253,10 +256,14 @@ inline void finish_row(const Linear& l, const float* values, const float* bias, 
 // reads its block from memory, so each prefetches its share of the next block.
 inline Prefetch next_weights(const uint8_t* cells, int64_t step_bytes, int64_t steps, const uint8_t* next_block,
                              int64_t t, int64_t tiles) {
-  if (tiles == 1) return {cells + 4096, step_bytes};
+  constexpr int64_t DISTANCE = 4096;
+  if (tiles == 1) {
+    int64_t ahead = DISTANCE / step_bytes;
+    return {cells + DISTANCE, step_bytes, steps > ahead ? steps - ahead : 0, next_block};
+  }
   int64_t stride = div_up(div_up(step_bytes, tiles), 64) * 64, done = t * steps * stride;
-  if (done >= steps * step_bytes) return {cells, 0};
-  return {next_block + done, stride};
+  if (done >= steps * step_bytes) return {cells, 0, steps, nullptr};
+  return {next_block + done, stride, steps, nullptr};
 }
 
 // The place of a tile: `row` is its first, `t` its number.
@@ -266,42 +273,53 @@ struct TileRows {
   int64_t t, tiles;
 };
 
+constexpr int64_t RUN_INPUTS = 1 << 14;   // of rows that a thread prepares at once
+constexpr int64_t RUN_BYTES = 128 << 10;  // of weights that a thread takes at once
+
 // Computes a linear. Scheme: how its weights and rows of x are kept:
 //
 // ROWS: of a tile. block_bytes(k): of a block. row_bytes(l): of a prepared row of x, 0 if x is read as it is.
-// prepare(l, row, out): writes a prepared row. open(l, block, part, tiles): gets ready for the tiles of a block.
+// prepare(l, row, out): writes a prepared row. open(l, block, part, tiles, next): gets ready for the tiles of a block;
+// `next` is read after it.
 // compute(rows, tile, values): writes the products of a tile with the block, [ROWS][2 * BLOCK].
+template <class Scheme>
+void compute_unit(const Linear& l, const uint8_t* rows, int64_t unit, const uint8_t* next_unit) {
+  const int64_t parts = l.parts(), tiles = div_up(l.m, Scheme::ROWS), block_bytes = Scheme::block_bytes(l.k);
+  const int64_t first = unit * BLOCK, count = std::min(BLOCK, l.outputs() - first);
+  const uint8_t* block = l.packed + unit * parts * block_bytes;
+  Tile tile;
+  Scheme schemes[2];
+  read_bias(l, first, count, tile);
+  for (int64_t part = 0; part < parts; part++) {
+    // One tile reads the parts one after the other. With several, tiles of a part prefetch the same part.
+    const uint8_t* next = tiles > 1 ? next_unit + part * block_bytes : part + 1 < parts ? block + block_bytes : next_unit;
+    schemes[part].open(l, block + part * block_bytes, part, tiles, next);
+  }
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t row = t * Scheme::ROWS;
+    const TileRows at{row, static_cast<int>(std::min(Scheme::ROWS, l.m - row)), t, tiles};
+    for (int64_t part = 0; part < parts; part++) schemes[part].compute(l, rows, at, tile.values[0] + part * BLOCK);
+    for (int r = 0; r < at.rows; r++) finish_row(l, tile.values[r], tile.bias, row + r, first, count);
+  }
+}
+
 template <class Scheme>
 void run(const Linear& l) {
   thread_local Scratch scratch;
   const int64_t row_bytes = Scheme::row_bytes(l), block_bytes = Scheme::block_bytes(l.k);
   uint8_t* rows = row_bytes ? static_cast<uint8_t*>(scratch.reserve(l.m * row_bytes)) : nullptr;
-  const bool prepares = row_bytes > 0, is_small = l.m * l.k < (1 << 14);  // less than a barrier costs
-  if (prepares && is_small)
-    for (int64_t row = 0; row < l.m; row++) Scheme::prepare(l, row, rows + row * row_bytes);
-  const int64_t units = div_up(l.outputs(), BLOCK), parts = l.parts(), tiles = div_up(l.m, Scheme::ROWS);
-#pragma omp parallel num_threads(l.threads) if (l.threads > 1)
-  {
-    if (prepares && !is_small) {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < l.m; row++) Scheme::prepare(l, row, rows + row * row_bytes);
+  if (rows)
+    for_runs(l.m, div_up(RUN_INPUTS, l.k), l.threads,
+             [&](int64_t row) { Scheme::prepare(l, row, rows + row * row_bytes); });
+  const int64_t units = div_up(l.outputs(), BLOCK), parts = l.parts(), unit_bytes = parts * block_bytes;
+  const int64_t run = std::min(div_up(RUN_BYTES, unit_bytes), div_up(units, 2 * l.threads));
+  for_tasks(div_up(units, run), l.threads, [&](const Turn& turn) {
+    const int64_t begin = turn.task * run, end = std::min(begin + run, units);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t next = unit + 1 < end ? unit + 1 : turn.next < 0 ? unit : turn.next * run;
+      compute_unit<Scheme>(l, rows, unit, l.packed + next * unit_bytes);
     }
-    Tile tile;
-    Scheme schemes[2];
-#pragma omp for schedule(static) nowait
-    for (int64_t unit = 0; unit < units; unit++) {
-      const uint8_t* block = l.packed + unit * parts * block_bytes;
-      const int64_t first = unit * BLOCK, count = l.outputs() - first < BLOCK ? l.outputs() - first : BLOCK;
-      read_bias(l, first, count, tile);
-      for (int64_t part = 0; part < parts; part++) schemes[part].open(l, block + part * block_bytes, part, tiles);
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = t * Scheme::ROWS, left = l.m - row;
-        const TileRows at{row, static_cast<int>(left < Scheme::ROWS ? left : Scheme::ROWS), t, tiles};
-        for (int64_t part = 0; part < parts; part++) schemes[part].compute(l, rows, at, tile.values[0] + part * BLOCK);
-        for (int r = 0; r < at.rows; r++) finish_row(l, tile.values[r], tile.bias, row + r, first, count);
-      }
-    }
-  }
+  });
 }
 
 // Returns the bytes of W [n, k] in blocks.
@@ -316,12 +334,11 @@ template <class Scheme>
 void pack(const int8_t* w, const float* scales, int64_t groups, uint8_t* out, int64_t n, int64_t k, bool gated,
           int threads) {
   int64_t parts = gated ? 2 : 1, outputs = n / parts, units = div_up(outputs, BLOCK);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < units * parts; i++) {
+  for_runs(units * parts, 1, threads, [&](int64_t i) {
     int64_t first = i / parts * BLOCK, row = i % parts * outputs + first;
     int64_t count = outputs - first < BLOCK ? outputs - first : BLOCK;
     uint8_t* block = out + i * Scheme::block_bytes(k);
     std::memset(block, 0, Scheme::block_bytes(k));
     Scheme::pack_block(w + row * k, scales + row * groups, count, k, block);
-  }
+  });
 }

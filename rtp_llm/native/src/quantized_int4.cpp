@@ -60,6 +60,7 @@ void multiply_tile(const uint8_t* w, const RowStep* x, int64_t steps, Prefetch n
 #define DECLARE(r) FloatVector f##r##0 = {}, f##r##1 = {}, f##r##2 = {};
   FOR_TILE(DECLARE)
   for (int64_t step = 0; step < steps; step++) {
+    if (step == next.split) next.at = next.later;
     for (int64_t line = 0; line < STEP_BYTES; line += 64) __builtin_prefetch(next.at + line, 0, 3);
     next.at += next.stride;
     const uint8_t* cells = w + 3 * WIDTH * 4;
@@ -104,7 +105,7 @@ void multiply_tile(const uint8_t* w, const RowStep* x, int64_t steps, Prefetch n
 struct Int4 {
   static constexpr int64_t ROWS = MAX_ROWS / 2;
 
-  const uint8_t* block;
+  const uint8_t *block, *next_block;
 
   static int64_t steps(int64_t k) { return div_up(k, STEP); }
   static int64_t block_bytes(int64_t k) { return steps(k) * STEP_BYTES; }
@@ -134,12 +135,11 @@ struct Int4 {
     }
   }
 
-  void open(const Linear&, const uint8_t* at, int64_t, int64_t) { block = at; }
+  void open(const Linear&, const uint8_t* at, int64_t, int64_t, const uint8_t* next) { block = at, next_block = next; }
 
   void compute(const Linear& l, const uint8_t* rows, TileRows tile, float* values) const {
     const RowStep* x = reinterpret_cast<const RowStep*>(rows + tile.row * row_bytes(l));
-    Prefetch next = next_weights(block, STEP_BYTES, steps(l.k), block + l.parts() * block_bytes(l.k), tile.t,
-                                 tile.tiles);
+    Prefetch next = next_weights(block, STEP_BYTES, steps(l.k), next_block, tile.t, tile.tiles);
     FloatVector sums[3 * ROWS] = {};
     switch (tile.rows) {
       case 1: multiply_tile<1>(block, x, steps(l.k), next, sums); break;

@@ -36,8 +36,7 @@ template <class Dot>
 struct Int8 {
   static constexpr int64_t ROWS = MAX_ROWS, INPUTS = Dot::INPUTS, HEAD = 4 * BLOCK;
 
-  const uint8_t* block;
-  const uint8_t* widened;
+  const uint8_t *block, *next_block, *widened;
 
   static int64_t steps(int64_t k) { return div_up(k, INPUTS); }
   static int64_t block_bytes(int64_t k) { return HEAD + steps(k) * BLOCK * INPUTS; }
@@ -58,9 +57,9 @@ struct Int8 {
     }
   }
 
-  void open(const Linear& l, const uint8_t* at, int64_t part, int64_t tiles) {
+  void open(const Linear& l, const uint8_t* at, int64_t part, int64_t tiles, const uint8_t* next) {
     thread_local Scratch scratch[2];
-    block = at, widened = nullptr;
+    block = at, next_block = next, widened = nullptr;
     if (tiles < 2) return;
     uint8_t* panel = static_cast<uint8_t*>(scratch[part].reserve(steps(l.k) * BLOCK * 4));
     for (int64_t i = 0; i < 3 * steps(l.k); i++)
@@ -72,8 +71,7 @@ struct Int8 {
     const uint8_t* cells = block + HEAD;
     const int64_t ldx = row_bytes(l) ? row_bytes(l) / 4 : l.ldx / INPUTS;
     const int32_t* x = (row_bytes(l) ? reinterpret_cast<const int32_t*>(rows) : static_cast<const int32_t*>(l.x));
-    Prefetch next = next_weights(cells, BLOCK * INPUTS, steps(l.k), block + l.parts() * block_bytes(l.k), tile.t,
-                                 tile.tiles);
+    Prefetch next = next_weights(cells, BLOCK * INPUTS, steps(l.k), next_block, tile.t, tile.tiles);
     FloatVector start[3] = {}, sums[3 * MAX_ROWS];
     x += tile.row * ldx;
     if (widened) multiply_rows<Widened<Dot>>(tile.rows, widened, x, ldx, steps(l.k), next, start, sums);

@@ -31,7 +31,7 @@ struct DotInt8 {
 struct W8A8 {
   static constexpr int64_t ROWS = MAX_ROWS, INPUTS = DotInt8::INPUTS, HEAD = 8 * BLOCK;
 
-  const uint8_t* block;
+  const uint8_t *block, *next_block;
 
   static int64_t steps(int64_t k) { return div_up(k, INPUTS); }
   static int64_t block_bytes(int64_t k) { return HEAD + steps(k) * BLOCK * INPUTS; }
@@ -50,16 +50,16 @@ struct W8A8 {
       words[i] = static_cast<Word>(round_to_int(x[i] * scale.inverse) + DotInt8::X_OFFSET);
   }
 
-  void open(const Linear&, const uint8_t* at, int64_t, int64_t) { block = at; }
+  void open(const Linear&, const uint8_t* at, int64_t, int64_t, const uint8_t* next) { block = at, next_block = next; }
 
   void compute(const Linear& l, const uint8_t* rows, TileRows tile, float* values) const {
-    const int64_t step_bytes = BLOCK * INPUTS, next = l.parts() * block_bytes(l.k);
     const uint8_t* cells = block + HEAD;
     const uint8_t* x = rows + tile.row * row_bytes(l);
     IntVector start[3], sums[3 * MAX_ROWS];
     for (int i = 0; i < 3; i++) start[i] = load<IntVector>(block + 4 * (BLOCK + i * WIDTH));
     multiply_rows<DotInt8>(tile.rows, cells, reinterpret_cast<const int32_t*>(x + 4), row_bytes(l) / 4, steps(l.k),
-                           next_weights(cells, step_bytes, steps(l.k), block + next, tile.t, tile.tiles), start, sums);
+                           next_weights(cells, BLOCK * INPUTS, steps(l.k), next_block, tile.t, tile.tiles), start,
+                           sums);
     for (int r = 0; r < tile.rows; r++) {
       float scale;
       std::memcpy(&scale, x + r * row_bytes(l), 4);

@@ -1,10 +1,11 @@
 // What precedes attention, in place on the output of the qkv projection: norms of query and key heads, rotary embedding.
 #include "norm.h"
 #include "replay.h"
+#include "team.h"
 
 namespace {
 
-constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 15;
+constexpr int64_t RUN_ELEMENTS = 1 << 14;  // that a thread computes at once
 
 // Rotates the pairs (i, i + dim / 2) of a head by the angles of its position. Rounds as `ops.apply_rotary_emb` does.
 template <typename T>
@@ -27,8 +28,7 @@ RTP_API void rtp_norm_rope(int dtype, void* qkv, int64_t ld, const void* q_weigh
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     int64_t rotated = heads + kv_heads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * rotated * dim >= MIN_PARALLEL_ELEMENTS)
-    for (int64_t row = 0; row < rows; row++)
+    for_runs(rows, div_up(RUN_ELEMENTS, rotated * dim), threads, [&](int64_t row) {
       for (int64_t i = 0; i < rotated; i++) {
         T* head = static_cast<T*>(qkv) + row * ld + i * dim;
         const T* weight = static_cast<const T*>(i < heads ? q_weight : k_weight);
@@ -36,6 +36,7 @@ RTP_API void rtp_norm_rope(int dtype, void* qkv, int64_t ld, const void* q_weigh
         if (weight) norm_row(head, weight, head, dim, eps);
         if (cos) rotate(head, static_cast<const T*>(cos) + angles, static_cast<const T*>(sin) + angles, dim);
       }
+    });
   });
 }
 RTP_REPLAYABLE(rtp_norm_rope)

@@ -3,12 +3,13 @@
 #include <vector>
 
 #include "silu.h"
+#include "team.h"
 
 namespace {
 
 constexpr int64_t GROUP = 128;  // logits whose maximum is looked at first
 constexpr int64_t BLOCK = 512;  // tokens whose weights are added up first
-constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 16;
+constexpr int64_t RUN_ELEMENTS = 1 << 15;  // that a thread computes at once
 
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int64_t Longs __attribute__((vector_size(64)));
@@ -162,8 +163,7 @@ int64_t sample_by_id(const float* logits, int64_t vocab, float highest, double t
 
 template <typename Row>
 void for_rows(int64_t rows, int64_t vocab, int threads, Row row) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1 && rows * vocab >= MIN_PARALLEL_ELEMENTS)
-  for (int64_t i = 0; i < rows; i++) row(i);
+  for_runs(rows, div_up(RUN_ELEMENTS, vocab), threads, row);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The formats in which models write tool calls, one module each."""
+"""The formats in which models write tool calls, one module per format."""
 
 from rtp_llm.text.tool_formats.hermes import HermesFormat
 from rtp_llm.text.tool_formats.llama3_json import Llama3JsonFormat
@@ -13,6 +13,6 @@ TOOL_FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_fo
 
 
 def detect(template: str) -> ToolFormat | None:
-    """Returns the format that a chat template uses, None if it is none of these."""
+    """Returns the format that a chat template uses; None if it uses none of these."""
     plain = template.replace('\\"', '"')  # in Jinja's strings
     return next((tool_format for tool_format in _FORMATS if tool_format.is_used_by(plain)), None)

@@ -1,4 +1,4 @@
-"""Parts of the grammars of tool calls that the formats share. Their rules are in llguidance's dialect of Lark."""
+"""Grammar rules that several tool call formats share, in llguidance's variant of Lark."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ _ROOT_KEYS = ("$defs", "definitions")
 
 
 def arguments(tool: Tool) -> str:
-    """Returns the expression of a call's arguments as a JSON object. Raises GrammarError as `value` does."""
+    """Returns the expression for the arguments of a call, a JSON object. Raises GrammarError like `value`."""
     return value({"type": "object", **parameters(tool)}, tool.strict)
 
 
 def json_object(tool: Tool, arguments_key: str = "arguments") -> str:
-    """Returns the expression of a call that is a JSON object."""
+    """Returns the expression for a call that is a JSON object with the function's name and arguments."""
     begin = quote(f'{{"name": "{tool.name}", "{arguments_key}": ')
     return f"{begin} {arguments(tool)} {quote('}')}"
 
 
 def parameters(tool: Tool) -> Mapping[str, Any]:
-    """Returns the schema of a tool's arguments. A tool without one has no parameters, as in OpenAI's API."""
+    """Returns the schema of a function's arguments. A function without one has no parameters, as in OpenAI's API."""
     return closed(tool.parameters) if tool.parameters else {"properties": {}, "additionalProperties": False}
 
 
 def value(schema: Any, strict: bool) -> str:
-    """Returns the expression of a JSON value. Unless `strict`, keywords that cannot be enforced are left out.
+    """Returns the expression for a JSON value. Unless `strict`, ignores keywords that cannot be enforced.
 
     Raises GrammarError for a strict schema that cannot be enforced.
     """
@@ -45,19 +45,21 @@ def value(schema: Any, strict: bool) -> str:
 
 
 def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
-    """Returns (name, schema, whether it is required) of each parameter, for formats that write them one by one.
+    """Returns (name, schema, is required) of each parameter, for formats that write parameters one by one.
 
-    Raises GrammarError if a strict tool's schema says more than that.
+    Raises GrammarError if a strict function's schema has keywords besides the properties.
     """
     schema = parameters(tool)
     by_name, required = schema.get("properties") or {}, schema.get("required") or ()
     known = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", *_ROOT_KEYS}
     if tool.strict and (unknown := sorted(schema.keys() - known)):
-        raise GrammarError(f"the JSON schema's keyword {unknown[0]} cannot be enforced in this model's format of calls")
+        raise GrammarError(
+            f"the JSON schema's keyword {unknown[0]} cannot be enforced in this model's tool call format"
+        )
     root = {key: schema[key] for key in _ROOT_KEYS if key in schema}
     if len(by_name) * len(json.dumps(root)) > MAX_CHARACTERS or len(by_name) > MAX_PARAMETERS:
         raise GrammarError(
-            f"a tool has {len(by_name)} parameters, with each of which its grammar repeats the schema's $defs; allowed:"
+            f"a tool has {len(by_name)} parameters, and its grammar repeats the schema's $defs for each; allowed:"
             f" at most {MAX_PARAMETERS} parameters and {MAX_CHARACTERS} characters"
         )
     return [
@@ -66,16 +68,16 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
 
 
 def alternatives(bodies: Sequence[str]) -> list[str]:
-    """Returns the rules of `call_body`, which is one of the expressions."""
+    """Returns the rules of `call_body`, which matches any of the expressions."""
     names = [f"call_{index}" for index in range(len(bodies))]
     return [f"call_body: {' | '.join(names)}", *(f"{name}: {body}" for name, body in zip(names, bodies, strict=True))]
 
 
 def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bool, tokenizer: Tokenizer) -> str:
-    """Returns the rules of a `ToolFormat.grammar` for calls that begin with a marker each.
+    """Returns the rules for `ToolFormat.grammar` if each call begins with the marker `start`.
 
-    bodies     of each tool: what follows the marker
-    separator  between two calls
+    bodies     for each function, the expression after the marker
+    separator  text between two calls
     """
     return "\n".join(
         (
@@ -88,7 +90,7 @@ def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bo
 
 
 def line_start_answer(first: str) -> list[str]:
-    """Returns the rules of an `answer` whose calls begin with the character `first` at the start of a line only."""
+    """Returns the rules of an `answer` in which calls start with the character `first` at the start of a line."""
     return [
         rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
         r'CALL_TEXT: CALL_LINE ("\n" CALL_LINE)*',
@@ -97,5 +99,5 @@ def line_start_answer(first: str) -> list[str]:
 
 
 def repeated(expression: str, separator: str, parallel: bool) -> str:
-    """Returns the expression of one call or, with `parallel`, several ones."""
+    """Returns the expression for one call; with `parallel`, for one or more calls."""
     return f"{expression} ({quote(separator)} {expression})*" if parallel else expression

@@ -1,4 +1,4 @@
-"""Calls that are JSON objects with the name and the arguments of a function, which several formats share."""
+"""Tool calls that are JSON objects with the name and arguments of a function. Several formats use them."""
 
 import json
 import re
@@ -20,15 +20,15 @@ class JsonCallParser(ToolCallParser, ABC):
     """Reads `{"name": …, "arguments": {…}}`.
 
     end         text that ends a call even if its JSON is incomplete
-    is_strict   whether an object without arguments or with other keys is content, since no marker says it is a call
+    is_strict   treat an object without arguments or with other keys as content, since no marker identifies calls
     """
 
     end: ClassVar[str] = ""
     is_strict: ClassVar[bool] = False
 
     def read_object(self, is_open: bool = False) -> Reading[None]:
-        """Reads one call, after its brace if it `is_open`. Raises Malformed; if the call is announced by then, what
-        follows is content.
+        """Reads one call; with `is_open`, its opening brace has been read. Raises Malformed if the text is not a call;
+        if the call has been announced by then, the rest is content.
         """
         scanner, name, arguments, is_announced = self.scanner, "", "", False
         if not is_open:
@@ -60,7 +60,7 @@ class JsonCallParser(ToolCallParser, ABC):
         yield from scanner.run(_BRACES, lambda _: None)  # models add or forget a brace at times
 
     def _begin_late(self, name: str, arguments: str) -> None:
-        """Announces a call whose arguments came before its name, are no object, or are missing."""
+        """Announces a call whose arguments came before its name, are not an object, or are missing."""
         try:
             value = json.loads(arguments or "null")
             if isinstance(value, str):  # JSON text in a string
@@ -88,9 +88,9 @@ class JsonCallParser(ToolCallParser, ABC):
         return value
 
     def read_value(self, sink: Sink) -> Reading[None]:
-        """Reads a JSON value and gives it to `sink` as it comes. Ends early where `self.end` follows.
+        """Reads a JSON value and passes it to `sink` as it arrives. Stops early at `self.end`.
 
-        It checks nothing but brackets and strings: the client sees what the model wrote.
+        Checks only brackets and strings, so that the client gets what the model wrote.
         """
         scanner, depth = self.scanner, 0
         while char := (yield from scanner.peek()):

@@ -1,4 +1,4 @@
-"""Llama 3.1 to 3.3: JSON objects at the start of an answer or of a line, after `<|python_tag|>` or without any marker
+"""Llama 3.1 to 3.3: JSON objects at the start of the output or of a line, with or without `<|python_tag|>` before them
 (github.com/meta-llama/llama-models, models/llama3_1/prompt_format.md).
 """
 

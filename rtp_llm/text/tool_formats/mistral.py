@@ -58,7 +58,7 @@ class MistralParser(JsonCallParser):
 
     @staticmethod
     def new_id() -> str:
-        """Returns nine letters and digits: Mistral's templates refuse other ids in a history."""
+        """Returns nine random letters and digits: Mistral's templates reject other ids in the chat history."""
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 

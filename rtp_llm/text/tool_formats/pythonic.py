@@ -45,7 +45,7 @@ class PythonicParser(ToolCallParser):
             yield from scanner.skip("<|python_end|>")
 
     def _read_call(self) -> Reading[None]:
-        """Reads `name(key=value, …)`. It is announced at its first key or bracket: `[see(2024)]` is none."""
+        """Reads `name(key=value, …)`. Announces it at its first key or closing bracket: `[see(2024)]` is not a call."""
         scanner = self.scanner
         yield from scanner.skip_space()
         name = yield from scanner.word(_NAME)
@@ -74,7 +74,7 @@ class PythonicParser(ToolCallParser):
         self.add_arguments(text)
 
     def _read_value(self, sink: Sink, depth: int = 0) -> Reading[None]:
-        """Reads a Python literal and gives its JSON to `sink`. Raises Malformed."""
+        """Reads a Python literal and passes its JSON to `sink`. Raises Malformed."""
         scanner = self.scanner
         yield from scanner.skip_space()
         char = yield from scanner.peek()
@@ -186,7 +186,7 @@ def _call_expression(tool: Tool, index: int) -> str:
 
 
 def _parameter_rules(tool: Tool, index: int) -> list[str]:
-    """Returns a rule per parameter: an expression would stand in the grammar as often as there are parameters."""
+    """Returns one rule per parameter, so that the grammar does not repeat its expression for each position."""
     return [
         f"{_rule_name(index, number)}: {quote(name + '=')} {_literal(schema, tool.strict)}"
         for number, (name, schema, _) in enumerate(properties(tool))

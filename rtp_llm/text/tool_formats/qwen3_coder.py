@@ -1,4 +1,4 @@
-"""Qwen3-Coder: XML tags for the function and for each parameter, whose value is bare text
+"""Qwen3-Coder: XML tags for the function and for each parameter; values are text without quotes
 (huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct, chat_template.jinja).
 """
 
@@ -73,7 +73,7 @@ class Qwen3CoderParser(ToolCallParser):
 
 
 def _json_value(text: str, types: frozenset[str]) -> str:
-    """Returns the JSON of a value that may have these types; empty: any type. What fits none of them is text."""
+    """Returns the text as JSON of one of these types (empty: any type); as a string if it fits none of them."""
     word = text.strip()
     try:
         value = _PYTHON_WORDS[word] if word in _PYTHON_WORDS else json.loads(word, parse_constant=_refuse)
@@ -116,9 +116,10 @@ class Qwen3CoderFormat(ToolFormat):
 
 
 def _value_expression(tool: Tool, schema: Any, end: str, depth: int = 0) -> str:
-    """Returns the Lark expression of a parameter's value with its end. Texts are bare, all else is JSON.
+    """Returns the Lark expression of a parameter's value with its end tag. Strings have no quotes; other types are
+    JSON.
 
-    Raises GrammarError for a keyword of a strict tool that cannot be enforced on bare text.
+    Raises GrammarError for a keyword of a strict tool that cannot be enforced on text without quotes.
     """
     schema = tool.resolved(schema)
     if isinstance(schema, Mapping) and isinstance(schema.get("anyOf"), list):

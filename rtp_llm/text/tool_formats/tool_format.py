@@ -1,4 +1,4 @@
-"""What a format of tool calls has to offer, and what the parsers of all formats have in common."""
+"""Interface of tool call formats, and the base class of their parsers."""
 
 import secrets
 from abc import ABC, abstractmethod
@@ -13,22 +13,23 @@ from rtp_llm.text.tools import Tool
 
 
 class ToolCallParser(ScanningParser):
-    """Splits an answer into content and tool calls.
+    """Splits the output into content and tool calls.
 
-    A call is announced as soon as its name is known and it cannot be anything else. What proves to be no call before
-    that is content, as the model wrote it. After that its arguments are passed on as they come, whether or not they
-    turn out to be valid JSON; OpenAI's clients expect that too. The name of a call may be unknown: only the client can
-    tell the model so, and text would end its loop. Whitespace next to a call is dropped, as templates add their own.
+    A call is announced (sent to the client) as soon as its name is known and the text cannot be anything else. Text
+    that turns out not to be a call before that is content, unchanged. After that, its arguments are passed on as they
+    arrive, even if they turn out not to be valid JSON; OpenAI's clients expect that. Calls of unknown functions are
+    passed on too, since only the client can tell the model about its mistake. Whitespace next to a call is dropped, as
+    templates add their own.
 
     starts       texts with which a call can begin
-    line_starts  those that count only where nothing precedes them on their line
+    line_starts  those of them that count only at the start of a line
     """
 
     starts: ClassVar[tuple[str, ...]]
     line_starts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tools: Sequence[Tool], hidden: Collection[str] = ()):
-        """`hidden`: markers that are special tokens, which content must not show."""
+        """`hidden`: markers that are special tokens and must not appear in content."""
         super().__init__()
         self.tools = {tool.name: tool for tool in tools}
         self._hidden = frozenset(hidden)
@@ -38,12 +39,12 @@ class ToolCallParser(ScanningParser):
 
     @abstractmethod
     def read_calls(self, start: str) -> Reading[None]:
-        """Reads one or more calls after `start`. Raises Malformed."""
+        """Reads one or more calls after the marker `start`. Raises Malformed if the text is not a call."""
 
     # For `read_calls`
 
     def begin_call(self, name: str, call_id: str = "") -> None:
-        """Announces a call. From here on the text cannot become content."""
+        """Announces a call to the client. From here on, the text cannot become content."""
         self.scanner.unmark()
         self._space = ""
         self.emit(OutputDelta(call=ToolCallDelta(self._num_calls, call_id or self.new_id(), name)))
@@ -96,10 +97,10 @@ class ToolCallParser(ScanningParser):
 
 
 class ToolFormat(ABC):
-    """One way in which models write tool calls.
+    """A format in which models write tool calls.
 
     name     the value of TOOL_CALL_PARSER
-    markers  texts that delimit calls. Those that are special tokens must reach the parser.
+    markers  texts that delimit calls. Markers that are special tokens must not be removed before parsing.
     """
 
     name: ClassVar[str]
@@ -112,10 +113,10 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def grammar(self, tools: Sequence[Tool], parallel: bool, tokenizer: Tokenizer) -> str:
-        """Returns Lark rules for `text.grammar.combine`: of `calls`, one or with `parallel` more of them, and of
-        `answer`, any text with such calls. Raises GrammarError if a strict tool's schema cannot be enforced.
+        """Returns Lark rules for `text.grammar.combine`: `calls`, one call or, with `parallel`, several; and `answer`,
+        any text with such calls in it. Raises GrammarError if a strict tool's schema cannot be enforced.
         """
 
     def parser(self, tools: Sequence[Tool], hidden: Collection[str] = ()) -> ToolCallParser:
-        """Returns a parser for one answer; `hidden` as in `ToolCallParser`."""
+        """Returns a parser for one sequence; `hidden` as in `ToolCallParser`."""
         return self.parser_class(tools, hidden)

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 
 from tests.chaos.faults.registry import Scene, fault, send_signal
-from tests.chaos.network import ADDRESSES, DEVICE, Namespace
+from tests.chaos.network import ADDRESSES, DEVICE, Namespace, set_address
 from tests.chaos.rig import Layout
 
 OUTAGE = (0.5, 25.0)  # seconds: shorter and longer than what makes a part count as lost
@@ -77,3 +77,16 @@ def lose_part1(scene: Scene) -> Iterator[None]:
     scene.rig.kill_part(1)
     yield
     scene.rig.restart_part(1)
+
+
+@fault(
+    "the machine of part 1 is lost, and back under another address after 1 to 15 s",
+    layout=Layout.TWO_PARTS,
+    seconds=(1.0, 15.0),
+)
+def move_part1(scene: Scene) -> Iterator[None]:
+    scene.target = f"10.77.0.{scene.rng.randrange(10, 250)}"
+    scene.rig.kill_part(1)
+    yield
+    set_address(_namespaces(scene)[1], scene.target)
+    scene.rig.restart_part(1, scene.target)

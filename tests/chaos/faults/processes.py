@@ -17,6 +17,13 @@ DEATHS = {
     "abort_rank": ("SIGABRT in a rank", signal.SIGABRT),
     "exit_rank": ("a rank exits with 0", signal.SIGUSR2),  # see inside/sitecustomize.py
 }
+MAX_LONG_PROMPTS = 20
+LOADING_SECONDS = 1.0
+DEADLINE_SECONDS = 30.0
+
+
+def _slow_loading() -> dict[str, str]:
+    return {"CHAOS_LOADING_SECONDS": f"{LOADING_SECONDS}"}  # see inside/sitecustomize.py
 
 
 def _death(number: signal.Signals) -> Injector:
@@ -32,6 +39,33 @@ for name, (text, number) in DEATHS.items():
 fault("kill -9 of a rank of either of two parts", name="kill_rank_of_two_parts", layout=Layout.TWO_PARTS, in_ci=True)(
     _death(signal.SIGKILL)
 )
+
+
+fault("kill -9 of a rank without any request", name="kill_idle_rank", idle=True, plain=True)(_death(signal.SIGKILL))
+
+
+@fault("kill -9 of a rank while a long prompt is computed", plain=True)
+def kill_rank_in_prefill(scene: Scene) -> Iterator[None]:
+    for _ in range(MAX_LONG_PROMPTS):
+        entry = scene.load.send_long_prompt()
+        time.sleep(scene.rng.uniform(0.0, 0.02))
+        if not entry.response.arrivals:
+            break
+    assert not entry.response.arrivals, "each long prompt had a token before its rank was killed"
+    send_signal(scene.random_rank(), signal.SIGKILL)
+    yield
+
+
+@fault("kill -9 of a rank while it loads the weights of a lost one", settings=_slow_loading, plain=True)
+def kill_loading_rank(scene: Scene) -> Iterator[None]:
+    send_signal(scene.random_rank(), signal.SIGKILL)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (pids := [pid for part in scene.rig.parts for pid in rank_pids(part, phase="loading").values()]):
+        assert time.monotonic() < deadline, "no rank loads weights"
+        time.sleep(0.005)
+    time.sleep(scene.rng.uniform(0.0, 0.8 * LOADING_SECONDS))
+    send_signal(pids[0], signal.SIGKILL)
+    yield
 
 
 @fault("kill -9 of all ranks at once", plain=True)
@@ -104,8 +138,13 @@ def kill_coordinator(scene: Scene) -> Iterator[None]:
 
 @fault("SIGSTOP of the coordinator, for ever", plain=True)
 def stop_coordinator(scene: Scene) -> Iterator[None]:
-    send_signal(scene.helper("coordinator"), signal.SIGSTOP)
+    pid = scene.helper("coordinator")
+    send_signal(pid, signal.SIGSTOP)
     yield
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while pid in scene.rig.parts[0].processes():  # requests do not need it, so nobody else waits for its end
+        assert time.monotonic() < deadline, f"the coordinator still stands after {DEADLINE_SECONDS:g} s"
+        time.sleep(0.1)
 
 
 @fault("kill -9 of the coordinator and a rank at once", plain=True)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from tests.chaos.ledger import Outcome
-from tests.chaos.load import Entry
+from tests.chaos.load import Entry, Load
 from tests.chaos.rig import Layout, Rig
 from tests.chaos.roles import helper_pid, rank_pids, spare_pids
 from tests.parallel.parts import Part
@@ -28,6 +28,7 @@ class Scene:
 
     rig: Rig
     rng: random.Random
+    load: Load
     target: str = ""
     marked: list[Entry] = field(default_factory=list)
 
@@ -66,6 +67,7 @@ class Fault:
     seconds   that it lasts before it is repaired: a range; (0, 0) if nothing is repaired
     allowed   outcomes of requests in flight besides their undisturbed text
     settings  environment variables of the parts
+    idle      hits a gang without requests; the load begins right after it
     plain     needs neither root nor anything that only Linux with namespaces has
     in_ci     belongs to the short run
     """
@@ -77,6 +79,7 @@ class Fault:
     seconds: tuple[float, float] = (0.0, 0.0)
     allowed: frozenset[Outcome] = frozenset()
     settings: Callable[[], dict[str, str]] = dict
+    idle: bool = False
     plain: bool = False
     in_ci: bool = False
 
@@ -92,6 +95,7 @@ def fault(
     seconds: tuple[float, float] = (0.0, 0.0),
     allowed: frozenset[Outcome] = frozenset(),
     settings: Callable[[], dict[str, str]] = dict,
+    idle: bool = False,
     plain: bool = False,
     in_ci: bool = False,
 ) -> Callable[[Injector], Injector]:
@@ -106,6 +110,7 @@ def fault(
             seconds,
             allowed,
             settings,
+            idle,
             plain,
             in_ci,
         )

@@ -1,6 +1,7 @@
 """Runs at the start of every Python process of a part under test, because PYTHONPATH names this folder.
 
-In an engine process, SIGUSR2 is an exit with code 0, and a prompt with POISON kills rank 0 in the step that reads it.
+In an engine process, SIGUSR2 is an exit with code 0, a prompt with POISON kills rank 0 in the step that reads it, and
+loading weights takes CHAOS_LOADING_SECONDS more.
 """
 
 import importlib.abc
@@ -12,12 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 POISON, REPEATS = 900, 4  # a token that stands so often in a row
-RUNNER = "rtp_llm.runner.model_runner"
 
 
 def _exit_when_told() -> None:
@@ -25,8 +25,36 @@ def _exit_when_told() -> None:
     os._exit(0)
 
 
-class _PoisonedLoader(importlib.abc.Loader):
-    """Loads a module as another loader does, then makes its model runner die of POISON."""
+def _die_of_poison(runner_module: Any) -> None:
+    forward = runner_module.ModelRunner.forward
+
+    def poisoned_forward(runner: Any, inputs: Any) -> Any:
+        text = ",".join(map(str, inputs.token_ids.tolist()))
+        if ",".join([str(POISON)] * REPEATS) in text and runner.residency.mesh.tp.rank == 0:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return forward(runner, inputs)
+
+    runner_module.ModelRunner.forward = poisoned_forward
+
+
+def _load_slowly(weights_module: Any) -> None:
+    load = weights_module.load_weights
+
+    def slow_load(*arguments: Any, **options: Any) -> Any:
+        time.sleep(float(os.environ.get("CHAOS_LOADING_SECONDS", "0")))
+        return load(*arguments, **options)
+
+    weights_module.load_weights = slow_load
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "rtp_llm.runner.model_runner": _die_of_poison,
+    "rtp_llm.model.weights": _load_slowly,
+}
+
+
+class _ChangingLoader(importlib.abc.Loader):
+    """Loads a module as another loader does, then changes it."""
 
     def __init__(self, loader: importlib.abc.Loader):
         self._loader = loader
@@ -36,27 +64,19 @@ class _PoisonedLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        forward = module.ModelRunner.forward
-
-        def poisoned_forward(runner: Any, inputs: Any) -> Any:
-            text = ",".join(map(str, inputs.token_ids.tolist()))
-            if ",".join([str(POISON)] * REPEATS) in text and runner.residency.mesh.tp.rank == 0:
-                os.kill(os.getpid(), signal.SIGSEGV)
-            return forward(runner, inputs)
-
-        module.ModelRunner.forward = poisoned_forward
+        CHANGES[module.__name__](module)
 
 
-class _PoisonFinder(importlib.abc.MetaPathFinder):
+class _ChangingFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != RUNNER:
+        if name not in CHANGES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec
         assert spec.loader
-        spec.loader = _PoisonedLoader(spec.loader)
+        spec.loader = _ChangingLoader(spec.loader)
         return spec
 
 
@@ -67,4 +87,4 @@ if "FAKETIME_TIMESTAMP_FILE" in os.environ:
 if "rtp_llm.engine.main" in sys.orig_argv:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # inherited by all threads
     threading.Thread(target=_exit_when_told, name="chaos", daemon=True).start()
-    sys.meta_path.insert(0, _PoisonFinder())
+    sys.meta_path.insert(0, _ChangingFinder())
