@@ -19,7 +19,14 @@ LAYERS = (
 BASE = {"rtp_llm", "config", "errors", "files", "garbage", "log", "metrics"}
 TORCH_FREE_MODEL = {"model.spec", "model.checkpoint", "model.footprint", "model.kv_cache_specs", "model.task"}
 SCHEDULING = {
-    *("engine.admission_control", "engine.block_hash", "engine.block_pool", "engine.engine", "engine.kv_cache_manager"),
+    *(
+        "engine.admission_control",
+        "engine.block_hash",
+        "engine.block_pool",
+        "engine.engine",
+        "engine.forced_tokens",
+        "engine.kv_cache_manager",
+    ),
     *("engine.grammar_compiler", "engine.itl_budget", "engine.memory_budget", "engine.prompt_budget"),
     *("engine.proposer", "engine.scheduler", "engine.scheduler_config", "engine.scheduler_output"),
     *("engine.step_builder", "engine.step_cost"),

@@ -31,7 +31,7 @@ def json_body(model: type[Model], policy: FieldPolicy) -> Callable[[Request], Aw
             message = f"the body has {len(raw)} bytes; at most {MAX_SMALL_BYTES} are allowed for {request.url.path}"
             raise RequestError(413, 507, "ERROR_INPUT_FORMAT_ERROR", message)
         with recording() as record:
-            body = validate(model, parse_object(raw))
+            body = parse_body(model, raw)
         policy.apply(record)
         return body
 
@@ -53,6 +53,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise invalid_format(f"the body is a JSON {_json_type_name(data)}: send a JSON object")
     return data
+
+
+def parse_body(model: type[Model], raw: bytes) -> Model:
+    """Returns the JSON object in `raw` as an instance of `model`. Raises RequestError 400."""
+    return validate(model, parse_object(raw))
 
 
 def validate(model: type[Model], data: dict[str, Any]) -> Model:

@@ -10,9 +10,10 @@ from typing import Any
 
 from rtp_llm.api.generation import Choice, GenerationRequest, make_generation
 from rtp_llm.api.params import StopWords, merge_extra_configs, sampling_params
-from rtp_llm.api.preparation import Prepared
+from rtp_llm.api.prepared import Prepared
 from rtp_llm.api.schema import ChatRequest
-from rtp_llm.api.service import OutputChunk, Service
+from rtp_llm.api.service import Service
+from rtp_llm.api.text_stream import OutputChunk
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import invalid_params
 from rtp_llm.text.output import ContentParser, OutputDelta, OutputParser, ToolCallDelta

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from functools import partial
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -48,8 +49,9 @@ class DownloadState:
             return Health(False, "download", 0.0, "download: asking the hub")
         return Health(False, "download", self.progress.share(), f"download: {self.progress.describe()}")
 
-    def doctor_report(self) -> None:
-        """Returns None: the doctor runs after the download."""
+    def doctor_report(self) -> NoReturn:
+        """Raises RequestError 503: the part's doctor runs after the download."""
+        raise engine_gone(f"the doctor runs after the download; {self.health().detail}")
 
 
 def main(arguments: list[str]) -> None:

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from rtp_llm.api.chat import ChatChoice
 from rtp_llm.api.generation import Choice, GenerationRequest
-from rtp_llm.api.service import OutputChunk
 from rtp_llm.api.stream import coalesced, json_parts
+from rtp_llm.api.text_stream import OutputChunk
 from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.text.output import OutputDelta
 from rtp_llm.text.tokenizer import Tokenizer

@@ -9,8 +9,9 @@ from starlette.requests import Request
 
 from rtp_llm.api.params import StopWords, text_params
 from rtp_llm.api.schema import OpenAIRequest
-from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
+from rtp_llm.api.service import Service, SlotReservation
 from rtp_llm.api.stream import cancel_on_disconnect, merge
+from rtp_llm.api.text_stream import OutputChunk, TextParams
 from rtp_llm.contract.sampling_params import SamplingParams
 
 

@@ -16,10 +16,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from rtp_llm.api import tokenization
 from rtp_llm.api.body import body_schema
 from rtp_llm.api.compact_json import compact_json
+from rtp_llm.api.native_preparation import merged_config, prepare_batch, prepare_native
 from rtp_llm.api.params import StopWords, native_to_openai, sampling_params, text_params
-from rtp_llm.api.preparation import Preparation, Prepared, merged_config
+from rtp_llm.api.prepared import Prepared
 from rtp_llm.api.schema import (
     BatchInferRequest,
     DetokenizeRequest,
@@ -28,7 +30,7 @@ from rtp_llm.api.schema import (
     NativeRequest,
     TokenizeRequest,
 )
-from rtp_llm.api.service import OutputChunk, Service, SlotReservation, TextParams
+from rtp_llm.api.service import Service, SlotReservation
 from rtp_llm.api.stream import (
     EventStream,
     cancel_on_disconnect,
@@ -37,6 +39,7 @@ from rtp_llm.api.stream import (
     json_response,
     merge,
 )
+from rtp_llm.api.text_stream import OutputChunk, TextParams
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, invalid_format
 
@@ -181,7 +184,7 @@ class NativeEndpoints:
         self.service, self.stop_words = service, stop_words
 
     async def generate(self, request: Request) -> Response:
-        prepared = await self.service.prepare(Preparation.native, request)
+        prepared = await self.service.prepare(prepare_native, request)
         body, config = prepared.body, merged_config(prepared.body)
         yield_generator = body.yield_generator or config.yield_generator
         is_stream = yield_generator or body.stream or config.is_streaming
@@ -195,20 +198,20 @@ class NativeEndpoints:
         return json_response(response.to_json())
 
     async def batch_infer(self, request: Request) -> Response:
-        prepared = await self.service.prepare(Preparation.batch_infer, request)
+        prepared = await self.service.prepare(prepare_batch, request)
         config = merged_config(prepared.body)
         response = await self._make_response(prepared, config)
         await cancel_on_disconnect(request, self._collect(response), response.reservation)
         return json_response(response.to_json())
 
     async def tokenize(self, request: Request) -> Response:
-        return Response(await self.service.prepare(Preparation.tokenize, request), media_type="application/json")
+        return Response(await self.service.prepare(tokenization.tokenize, request), media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
-        return Response(await self.service.prepare(Preparation.detokenize, request), media_type="application/json")
+        return Response(await self.service.prepare(tokenization.detokenize, request), media_type="application/json")
 
     async def encode(self, request: Request) -> Response:
-        return Response(await self.service.prepare(Preparation.encode, request), media_type="application/json")
+        return Response(await self.service.prepare(tokenization.encode, request), media_type="application/json")
 
     async def _make_response(self, prepared: Prepared[NativeRequest], config: GenerateConfig) -> NativeResponse:
         prompts = await prepared.prompts()

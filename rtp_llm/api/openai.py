@@ -15,7 +15,8 @@ from rtp_llm.api.compact_json import compact_json
 from rtp_llm.api.formatters import ChatFormatter, ChoiceFormatter, CompletionFormatter, ResponseHeader, prompt_logprobs
 from rtp_llm.api.generation import AnyChoice, Choice, GenerationRequest, make_generation
 from rtp_llm.api.params import StopWords, sampling_params
-from rtp_llm.api.preparation import Preparation, Prepared
+from rtp_llm.api.preparation import Preparation
+from rtp_llm.api.prepared import Prepared
 from rtp_llm.api.schema import ChatRequest, CompletionRequest, OpenAIRequest
 from rtp_llm.api.service import Service
 from rtp_llm.api.stream import EventStream, json_response

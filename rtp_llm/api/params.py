@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rtp_llm.api.schema import GenerateConfig, OpenAIRequest
-from rtp_llm.api.service import Service, TextParams
+from rtp_llm.api.service import Service
+from rtp_llm.api.text_stream import TextParams
 from rtp_llm.config import Config
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import ConfigError, invalid_params

@@ -4,16 +4,17 @@ Like `api.preparation`: synchronous functions of the body, which can run in anot
 """
 
 import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from rtp_llm.api.body import parse_object, validate
+from rtp_llm.api.body import parse_body
+from rtp_llm.api.field_names import named_field
 from rtp_llm.api.pooling_schema import MAX_INPUTS, EmbeddingRequest, SimilarityRequest
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.api.schema import RequestBody
-from rtp_llm.errors import RequestError, empty_prompt, invalid_params, unsupported
+from rtp_llm.errors import empty_prompt, invalid_params, unsupported
 from rtp_llm.parallel.part_spec import EmbeddingInfo
 
 Body = TypeVar("Body", bound=RequestBody)
@@ -47,7 +48,7 @@ class EmbeddingPreparation:
     info: EmbeddingInfo
 
     def embedding(self, preparation: Preparation, raw: bytes, limits: PromptLimits) -> PreparedInputs[EmbeddingRequest]:
-        body = validate(EmbeddingRequest, parse_object(raw))
+        body = parse_body(EmbeddingRequest, raw)
         limits.check_engine()
         prefix, truncate = self._prefix(body), body.truncate_prompt_tokens
         one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
@@ -64,14 +65,14 @@ class EmbeddingPreparation:
         for index, item in enumerate(inputs):
             with named_field("input" if one else f"input[{index}]"):
                 text = prefix + item if item and isinstance(item, str) else item
-                prompts.append(PackedPrompt(pack(preparation.encode_input(text, limits, truncate))))
+                prompts.append(PackedPrompt(pack(preparation.encoder.encode_input(text, limits, truncate))))
         return PreparedInputs(body.model_copy(update={"input": ""}), prompts)
 
     def similarity(
         self, preparation: Preparation, raw: bytes, limits: PromptLimits
     ) -> PreparedInputs[SimilarityRequest]:
         """Returns the prompts of all `left` texts, then of all `right` texts. `body.left` keeps its length only."""
-        body = validate(SimilarityRequest, parse_object(raw))
+        body = parse_body(SimilarityRequest, raw)
         if body.return_response:
             raise unsupported("return_response is not supported: send the texts to /v1/embeddings", "return_response")
         if len(body.left) + len(body.right) > MAX_INPUTS:
@@ -81,7 +82,7 @@ class EmbeddingPreparation:
         for name in ("left", "right"):
             for index, text in enumerate(getattr(body, name)):
                 with named_field(f"{name}[{index}]"):
-                    prompts.append(PackedPrompt(pack(preparation.encode_input(text and prefix + text, limits))))
+                    prompts.append(PackedPrompt(pack(preparation.encoder.encode_input(text and prefix + text, limits))))
         return PreparedInputs(body.model_copy(update={"left": [""] * len(body.left), "right": []}), prompts)
 
     def _prefix(self, body: EmbeddingRequest) -> str:
@@ -97,13 +98,3 @@ class EmbeddingPreparation:
 
 def pack(ids: Sequence[int]) -> bytes:
     return array.array("i", ids).tobytes()
-
-
-@contextmanager
-def named_field(name: str) -> Iterator[None]:
-    """Context manager that adds `name`, the field of the invalid input, to each RequestError."""
-    try:
-        yield
-    except RequestError as error:
-        error.message, error.param = f"{name}: {error.message}", name
-        raise

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rtp_llm.api.fields import FieldRecord, recording
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.errors import RequestError, execution_failed, timed_out
 from rtp_llm.machine.process import die_with_parent
 from rtp_llm.text.output_format import AnswerFormats

@@ -10,8 +10,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from rtp_llm.api.fields import FieldRecord
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
 from rtp_llm.api.preparation_process import PreparationProcess, T, Work, prepare_recorded
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.errors import engine_gone, overloaded
 from rtp_llm.text.output_format import AnswerFormats
 from rtp_llm.text.template import ChatTemplate
@@ -42,7 +43,7 @@ class Preparer:
     async def prepare(
         self, work: Work[T], raw: bytes, limits: PromptLimits, extra_bytes: int = 0
     ) -> tuple[T, FieldRecord]:
-        """Returns the result of `work`, a method of `Preparation`, and a record of the body's fields.
+        """Returns the result of `work` and a record of the body's fields.
 
         `extra_bytes`: bytes that `work` reads besides the body.
 

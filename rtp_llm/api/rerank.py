@@ -14,11 +14,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from rtp_llm.api.body import body_schema, parse_object, validate
+from rtp_llm.api.body import body_schema, parse_body
+from rtp_llm.api.field_names import named_field
 from rtp_llm.api.pooling import final_outputs
-from rtp_llm.api.pooling_preparation import PackedPrompt, PreparedInputs, named_field, pack
+from rtp_llm.api.pooling_preparation import PackedPrompt, PreparedInputs, pack
 from rtp_llm.api.pooling_schema import RerankRequest
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.api.service import Service
 from rtp_llm.api.stream import json_response
 from rtp_llm.contract.engine_output import EngineOutput
@@ -85,19 +87,19 @@ class RerankPreparation:
 
     def rerank(self, preparation: Preparation, raw: bytes, limits: PromptLimits) -> PreparedInputs[RerankRequest]:
         """Returns one prompt per document, with a common prefix. `body` keeps documents only if they are returned."""
-        body = validate(RerankRequest, parse_object(raw))
+        body = parse_body(RerankRequest, raw)
         limits.check_engine()
         end = pack(self.format.end)
         with named_field("query"):
             text = self.format.question(body.query, body.instruction or DEFAULT_INSTRUCTION)
-            start = [*self.format.start, *encode_start(preparation.encode_text, text, limits.max_seq_len)]
+            start = [*self.format.start, *encode_start(preparation.encoder.encode_text, text, limits.max_seq_len)]
             room = limits.max_seq_len - 1 - len(start) - len(self.format.end)
             limits.check_length(limits.max_seq_len - room, prefix="at least ")  # a document needs a token, too
         prompts, head = [], pack(start)
         for index, document in enumerate(body.documents):
             with named_field(f"documents[{index}]"):
                 ids = encode_start(
-                    preparation.encode_text, f" {document}", min(room + 1, body.max_tokens_per_doc or room + 1)
+                    preparation.encoder.encode_text, f" {document}", min(room + 1, body.max_tokens_per_doc or room + 1)
                 )
                 if body.truncation is False:
                     limits.check_length(len(start) + len(ids) + len(self.format.end), prefix="at least ")

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence, Sized
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -17,49 +16,23 @@ from rtp_llm.api.client import EngineClient
 from rtp_llm.api.disconnect import until_disconnect
 from rtp_llm.api.fields import FieldPolicy, FieldRecord
 from rtp_llm.api.grammar_checker import GrammarChecker
-from rtp_llm.api.preparation import Prepared, PreparedResponse, PromptLimits
 from rtp_llm.api.preparation_process import T, Work
+from rtp_llm.api.prepared import Prepared, PreparedResponse
 from rtp_llm.api.preparer import THREAD_BYTES, Preparer
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.api.sampling_defaults import SamplingDefaults
+from rtp_llm.api.text_stream import OutputChunk, TextParams, TextStream
 from rtp_llm.config import Config
 from rtp_llm.contract.engine_info import EngineInfo
-from rtp_llm.contract.engine_output import EngineOutput, FinishReason, Logprob
+from rtp_llm.contract.engine_output import EngineOutput
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.errors import RequestError, engine_gone, timed_out
 from rtp_llm.metrics import Metrics
-from rtp_llm.text.detokenizer import Detokenizer
 from rtp_llm.text.output_format import AnswerFormats
-from rtp_llm.text.stop import StopChecker
 from rtp_llm.text.template import ChatTemplate
 from rtp_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextParams:
-    """Parameters that the API process applies, not the engine: stop strings, detokenization, timeouts."""
-
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    skip_special_tokens: bool = True
-    visible_ids: frozenset[int] = frozenset()  # special tokens that are not skipped
-    timeout_ms: int = 0  # 0 or less: MAX_RPC_TIMEOUT_MS applies
-    ttft_timeout_ms: int = 0  # until the first token; 0 or less: TTFT_TIMEOUT_MS applies
-
-
-@dataclass
-class OutputChunk:
-    """New text of one sequence. Only the last chunk has a finish reason and perhaps a stop string."""
-
-    text: str
-    tokens: list[int]
-    logprobs: Sequence[Logprob] = field(default_factory=list)
-    prompt_logprobs: Sequence[Logprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    cached_tokens: int = 0
-    queue_ms: float = 0.0
-    stop_string: str | None = None  # that ended the sequence
 
 
 class SlotReservation:
@@ -146,7 +119,7 @@ class Service:
             self._prompt_limits().check_count(sequences)
 
     async def prepare(self, work: Work[T], request: Request) -> T:
-        """Runs `work`, a method of `Preparation`, on the request's body and returns the result.
+        """Runs `work` on the request's body and returns the result.
 
         Raises RequestError 400; 404 for another model if STRICT_MODEL_NAME is set; 429 if a batch has more sequences
         than there are free slots, or too many large requests wait; 503 while loading; 504 if a large request waits too
@@ -226,69 +199,33 @@ class Service:
         """
         reservation.start_one()  # no await until `client.generate` counts it: another request could take the slot
         timer = RequestTimer(self.metrics, prompt, params)
-        detokenizer = Detokenizer(self.tokenizer, text_params.skip_special_tokens, prompt, text_params.visible_ids)
-        checker = StopChecker(text_params.stop, text_params.include_stop)
+        stream = TextStream(self.tokenizer, prompt, params, text_params)
         outputs = self.client.generate(secrets.token_hex(8), prompt, params)
         timeout, ttft_timeout = self._timeouts(text_params)
         started_at = access_log.current().body_read  # the event loop has the same clock
-        num_tokens = 0
         try:
             while True:
-                limit = timeout if num_tokens else min(timeout, ttft_timeout)
+                limit = timeout if stream.num_tokens else min(timeout, ttft_timeout)
                 async with asyncio.timeout_at(started_at + limit if limit < math.inf else None):
                     output = await anext(outputs)
-                timer.on_output(output)
-                num_tokens += len(output.tokens)
-                chunk = self._chunk(output, detokenizer, checker, params, text_params, num_tokens)
+                chunk = stream.push(output)
+                timer.on_output(chunk)
                 yield chunk
                 if chunk.finish_reason:
-                    timer.on_finish(chunk.finish_reason, num_tokens)
+                    timer.on_finish(chunk.finish_reason, stream.num_tokens)
                     return
         except TimeoutError:
-            timer.on_finish("error", num_tokens)
-            result = "was not finished" if num_tokens or timeout <= ttft_timeout else "got no token"
+            timer.on_finish("error", stream.num_tokens)
+            result = "was not finished" if stream.num_tokens or timeout <= ttft_timeout else "got no token"
             raise timed_out(f"the request {result} within {limit:g} s") from None
         except RequestError:
-            timer.on_finish("error", num_tokens)
+            timer.on_finish("error", stream.num_tokens)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            timer.on_finish("abort", num_tokens)
+            timer.on_finish("abort", stream.num_tokens)
             raise
         finally:
             await outputs.aclose()
-
-    def _chunk(
-        self,
-        output: EngineOutput,
-        detokenizer: Detokenizer,
-        checker: StopChecker,
-        params: SamplingParams,
-        text_params: TextParams,
-        num_tokens: int,
-    ) -> OutputChunk:
-        """Returns the text chunk for `output`. `num_tokens`: tokens of the sequence so far, including this output."""
-        tokens = output.tokens
-        if output.finish == "stop" and not text_params.include_stop:
-            tokens = tokens[:-1]  # without the stop token
-        # A stop string may begin before min_tokens, but ends the text only if at least so many tokens are kept.
-        num_exempt = max(0, params.min_tokens - 1 - (num_tokens - len(output.tokens)))
-        text = checker.push_exempt(detokenizer.push(tokens[:num_exempt])) if num_exempt else ""
-        new_text = detokenizer.push(tokens[num_exempt:]) + (detokenizer.flush() if output.finish else "")
-        sendable, matched = checker.push(new_text)
-        text += sendable
-        if output.finish and not matched:
-            text += checker.flush()
-            matched = checker.matched
-        return OutputChunk(
-            text,
-            output.tokens,
-            output.logprobs,
-            output.prompt_logprobs,
-            "stop" if matched else output.finish,
-            output.cached_tokens,
-            output.queue_ms,
-            matched,
-        )
 
     def _timeouts(self, text_params: TextParams) -> tuple[float, float]:
         """Returns the seconds until the last and until the first token; infinity if there is no limit."""
@@ -312,7 +249,7 @@ class RequestTimer:
         metrics.request_prompt_tokens.observe(len(prompt))
         metrics.params_max_tokens.observe(params.max_tokens)
 
-    def on_output(self, output: EngineOutput) -> None:
+    def on_output(self, output: EngineOutput | OutputChunk) -> None:
         now = time.monotonic()
         if output.tokens:
             self.metrics.generation_tokens.inc(len(output.tokens))

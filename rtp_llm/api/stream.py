@@ -13,7 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rtp_llm.api.compact_json import compact_json
 from rtp_llm.api.disconnect import until_disconnect
-from rtp_llm.api.service import OutputChunk, SlotReservation
+from rtp_llm.api.service import SlotReservation
+from rtp_llm.api.text_stream import OutputChunk
 
 T = TypeVar("T")
 PIECE_CHARACTERS = 1 << 16

@@ -17,6 +17,7 @@ class Request:
     id: chosen by the API process, unique while the request runs.
     tokens: known token ids of prompt and output; the first `num_prompt_tokens` are the prompt.
     num_pending_tokens: tokens after `tokens` that steps in flight sample; draft tokens count until they are rejected.
+    num_draft_tokens: how many of those are drafts; no step of this request is scheduled until their result is known.
     num_computed_tokens: number of computed tokens once all steps in flight have run.
     num_in_flight: scheduled steps with tokens of this request whose results are not known yet.
     num_tokens_at_start: number of tokens when the request last entered the batch. The ranks sampled the tokens after
@@ -33,6 +34,7 @@ class Request:
         only if their extra keys are equal.
     skip_prefix_cache: the request computes all of its tokens.
     matcher: `params.grammar`, compiled, before the first token of the output; None without a grammar.
+    forced_tokens: (position, tokens): from this position on, the grammar allows only these tokens.
     error: why no token can follow, if a logits processor found that; otherwise empty.
     prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
     arrival_time: time.monotonic() when the scheduler received it, in seconds.
@@ -46,12 +48,14 @@ class Request:
         "cached_tokens",
         "error",
         "extra_keys",
+        "forced_tokens",
         "has_ended",
         "id",
         "last_turn",
         "matcher",
         "must_wait_for_result",
         "num_computed_tokens",
+        "num_draft_tokens",
         "num_in_flight",
         "num_pending_tokens",
         "num_prompt_tokens",
@@ -69,7 +73,7 @@ class Request:
         self.id, self.params = id, params
         self.tokens = prompt + (output or [])
         self.num_prompt_tokens = len(prompt)
-        self.num_computed_tokens = self.num_pending_tokens = self.num_in_flight = 0
+        self.num_computed_tokens = self.num_pending_tokens = self.num_draft_tokens = self.num_in_flight = 0
         self.num_tokens_at_start = self.last_turn = self.cached_tokens = 0
         self.slot = -1
         self.has_ended = self.must_wait_for_result = self.skip_prefix_cache = False
@@ -77,6 +81,7 @@ class Request:
         self.block_hashes: dict[int, list[bytes]] = {}
         self.extra_keys: tuple[str | bytes, ...] = ()
         self.matcher: LLMatcher | None = None
+        self.forced_tokens: tuple[int, list[int]] = (0, [])
         self.error = ""
         self.prompt_logprobs: list[Logprob] = []
         self.arrival_time = 0.0

@@ -12,6 +12,7 @@ import torch
 from rtp_llm.contract.engine_info import EngineInfo
 from rtp_llm.engine.block_pool import BlockPool
 from rtp_llm.engine.engine import Engine, EngineCallbacks
+from rtp_llm.engine.forced_tokens import ForcedTokens
 from rtp_llm.engine.grammar_compiler import GrammarCompiler
 from rtp_llm.engine.kv_cache_manager import KVCacheManager
 from rtp_llm.engine.loop import FollowerConnections, LeaderLoop, follower_loop
@@ -148,7 +149,7 @@ class Epoch:
             self.part_spec.engine_sockets[self.mesh.dp.rank], asdict(self._engine_info(residency))
         )
         engine = Engine(
-            make_scheduler(residency, memory_budget=self._memory_budget(residency)),
+            make_scheduler(residency, ForcedTokens(), self._memory_budget(residency)),
             runner,
             residency.max_seq_len,
             self.number,

@@ -1,4 +1,8 @@
-"""Compiles the grammars of requests on rank 0, in threads, so that a request waits for its own grammar only."""
+"""Compiles the grammars of requests on rank 0, in threads, so that a request waits for its own grammar only.
+
+The API process has compiled each grammar before, for a tokenizer of bytes, to validate it. Each of the two takes 40 ms
+for a schema of 86 kB and has a cache, so it would not pay to share the work.
+"""
 
 from collections import OrderedDict
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait

@@ -6,11 +6,18 @@ from rtp_llm.contract.request import Request
 
 
 class DraftProposer(Protocol):
-    """Guesses the next tokens of requests, which one step then verifies together."""
+    """Guesses the next tokens of requests, which one step then verifies together.
+
+    needs_result: whether `propose` needs all tokens of the request. The scheduler then waits for the result of each
+        step before it schedules the next step of the request.
+    """
+
+    needs_result: bool
 
     def propose(self, request: Request) -> list[int]:
-        """Returns draft tokens that may follow `request.tokens`, or an empty list. Called before each decode.
+        """Returns draft tokens from position `request.num_computed_tokens` on, or an empty list.
 
-        The scheduler may drop the last ones, or all of them.
+        Called for each decode, after its own token has been counted as computed. The scheduler may drop the last draft
+        tokens, or all of them.
         """
         ...

@@ -30,6 +30,7 @@ from rtp_llm.engine.step_cost import StepWork
 
 log = logging.getLogger(__name__)
 
+MIN_DRAFT_BUDGET = 16  # drafts of a step, if it has fewer chunks: so few rows more hardly delay other requests
 STARVING_SECONDS = 10.0  # that a request waits for memory while no other one runs
 
 
@@ -53,7 +54,7 @@ class Scheduler:
         proposer: DraftProposer | None = None,
         memory_budget: MemoryBudget | None = None,
     ):
-        """`proposer`: proposes draft tokens; requests then wait for the result of each step.
+        """`proposer`: proposes draft tokens. A request then waits for the result of a step with draft tokens.
 
         `memory_budget`: needed if the KV cache does not hold its memory from the start.
         """
@@ -226,8 +227,8 @@ class Scheduler:
         """Returns whether the request can be computed before the results of the steps in flight are known."""
         if not request.num_pending_tokens:
             return request.num_uncomputed_tokens > 0
-        must_wait = request.must_wait_for_result or self.proposer
-        return not must_wait and not request.has_reached_limit(self.config.max_seq_len)
+        must_wait = request.must_wait_for_result or (self.proposer and self.proposer.needs_result)
+        return not must_wait and not request.num_draft_tokens and not request.has_reached_limit(self.config.max_seq_len)
 
     def _take_turns(self, requests: list[Request]) -> tuple[list[Request], int]:
         """Returns the requests that may be computed, and the number of tokens of the step for them.
@@ -309,7 +310,7 @@ class Scheduler:
 
     def _add_drafts(self, chunks: list[ScheduledChunk], proposer: DraftProposer) -> None:
         """Adds draft tokens to decodes if tokens and free blocks are left. Never preempts a request for a draft."""
-        budget = self._budget(chunks)
+        budget = min(self._budget(chunks), max(MIN_DRAFT_BUDGET, len(chunks)))
         for index, chunk in enumerate(chunks):
             if chunk.num_tokens == chunk.num_sampled == 1:
                 chunks[index] = self._with_drafts(chunk, proposer.propose(chunk.request), budget)
@@ -322,14 +323,16 @@ class Scheduler:
         """
         request = chunk.request
         num_tokens_left = min(
-            request.params.max_tokens - request.num_output_tokens, self.config.max_seq_len - len(request.tokens)
+            request.params.max_tokens + request.num_prompt_tokens - request.num_tokens,
+            self.config.max_seq_len - request.num_tokens,
         )
-        drafts = drafts[: min(budget, num_tokens_left - 1)]  # the step samples one more
+        drafts = drafts[: min(budget, num_tokens_left)]
         new_blocks = self.kv_cache_manager.allocate_slots(request, len(drafts))
         if new_blocks is None:
             return chunk
         request.num_computed_tokens += len(drafts)
         request.num_pending_tokens += len(drafts)
+        request.num_draft_tokens = len(drafts)
         return replace(
             chunk,
             num_tokens=chunk.num_tokens + len(drafts),
@@ -398,6 +401,7 @@ class Scheduler:
     def _apply_result(self, chunk: ScheduledChunk, sampled: list[int] | None) -> RequestUpdate:
         request = chunk.request
         request.num_pending_tokens -= chunk.num_sampled
+        request.num_draft_tokens -= len(chunk.draft_tokens)
         if request.has_ended:
             return RequestUpdate(request, [], None)
         if sampled is None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from threading import Lock
 
 import numpy as np
@@ -112,6 +113,7 @@ class _ConstrainedSequence:
         self._request, self._matcher = request, matcher.deep_copy()
         self._lock = Lock()
         self._mask: _Mask | None = None  # of the next token, once it is computed
+        self._position, self._vocab_size = request.num_prompt_tokens, vocab_size
         self._num_after_end = 0  # tokens from the one on that ended the output; the matcher has not seen them
         self._stop_ids = frozenset(request.params.stop_token_ids)
         self._stop_bits, self._vocabulary_bits = _pack(list(self._stop_ids), vocab_size), _pack(slice(None), vocab_size)
@@ -141,14 +143,25 @@ class _ConstrainedSequence:
                     self._num_after_end += 1
                 else:
                     self._matcher.consume_token(token)
-            self._mask = None
+            self._move(len(token_ids))
 
     def rollback(self, num_tokens: int) -> None:
         with self._lock:
             num_unseen = min(num_tokens, self._num_after_end)
             self._num_after_end -= num_unseen
             self._matcher.rollback(num_tokens - num_unseen)
-            self._mask = None
+            self._move(-num_tokens)
+
+    def _move(self, num_tokens: int) -> None:
+        """Finds what the grammar forces after so many more tokens of the output. It takes some microseconds."""
+        self._mask = None
+        self._position += num_tokens
+        forced = [] if self._num_after_end else self._matcher.compute_ff_tokens()
+        self._request.forced_tokens = self._position, list(takewhile(self._goes_on, forced))
+
+    def _goes_on(self, token: int) -> bool:
+        """Returns whether the output can continue after a token. The tokenizer may know more tokens than the model."""
+        return token < self._vocab_size and token not in self._stop_ids
 
     def _compute_mask(self) -> _Mask:
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: len(self._vocabulary_bits)]

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tests.api.pooling_checkpoints import QUERY_PROMPT, write_embedding
 from tests.api.servers import ServerProcess, running_server
+from tests.sdk_clients import openai_client
 
 TEXTS = ["The matrices", "Who decides what happens next? Only rank 0.", "naïve 数据 🚀\n", "the " * 300]
 Embed = Callable[[str], NDArray[np.float32]]
@@ -39,8 +40,7 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=transport) as client:
+    with openai_client(server.url) as client:
         yield client
 
 

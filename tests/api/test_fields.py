@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 
 from rtp_llm.api.app import BODY_MODELS
 from rtp_llm.api.fields import HINTS, MAX_LOGGED_NAMES, MAX_NAMES, REFUSALS, FieldRecord, recording, set_fields
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.api.schema import ChatRequest, CompletionRequest, GenerateConfig
 from rtp_llm.errors import RequestError
 from rtp_llm.text.output_format import AnswerFormats
@@ -27,6 +28,7 @@ from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
+from tests.sdk_clients import openai_client
 
 CHAT, COMPLETION, NATIVE = "/v1/chat/completions", "/v1/completions", "/"
 HI: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "Hi"}]
@@ -489,7 +491,7 @@ def test_the_end_of_a_long_prompt_is_read(api: ApiServer, byte_model: ByteModel)
 
 @pytest.fixture
 def client(api: ApiServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(api.url) as client:
         yield client
 
 

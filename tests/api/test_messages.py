@@ -7,10 +7,10 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import Script, ScriptedOutput
+from tests.sdk_clients import anthropic_client
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -22,14 +22,9 @@ def answering(byte_model: ByteModel, text: str, finish: str = "stop", step: int 
     return lambda _: [ScriptedOutput(p, finish if i == len(pieces) - 1 else None) for i, p in enumerate(pieces)]
 
 
-def client_of(api: ApiServer) -> anthropic.Anthropic:
-    transport = anthropic.DefaultHttpxClient(trust_env=False)
-    return anthropic.Anthropic(base_url=api.url, api_key="none", max_retries=0, timeout=30, http_client=transport)
-
-
 @pytest.fixture
 def client(start_api: StartApi, byte_model: ByteModel) -> Iterator[anthropic.Anthropic]:
-    with client_of(start_api(answering(byte_model, "Grüße"))) as client:
+    with anthropic_client(start_api(answering(byte_model, "Grüße")).url) as client:
         yield client
 
 
@@ -56,7 +51,7 @@ def test_a_stream_gives_the_same_message(client: anthropic.Anthropic) -> None:
 
 
 def test_the_length_limit(start_api: StartApi, byte_model: ByteModel) -> None:
-    with client_of(start_api(answering(byte_model, "abc", finish="length"))) as client:
+    with anthropic_client(start_api(answering(byte_model, "abc", finish="length")).url) as client:
         message = client.messages.create(model="any", max_tokens=3, messages=HI)
     assert message.stop_reason == "max_tokens"
 
@@ -127,7 +122,7 @@ def test_errors_have_anthropics_shape(client: anthropic.Anthropic) -> None:
 
 def test_a_wrong_key(start_api: StartApi) -> None:
     api = start_api(api_key="right")
-    with client_of(api) as client, pytest.raises(anthropic.AuthenticationError) as caught:
+    with anthropic_client(api.url) as client, pytest.raises(anthropic.AuthenticationError) as caught:
         client.messages.create(model="any", max_tokens=5, messages=HI)
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["error"]["type"] == "authentication_error"
@@ -137,7 +132,7 @@ def test_an_error_in_a_stream(start_api: StartApi, byte_model: ByteModel) -> Non
     outputs = [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput([], "error", error="broken")]
     api = start_api(lambda _: outputs)
     with (
-        client_of(api) as client,
+        anthropic_client(api.url) as client,
         pytest.raises(anthropic.APIStatusError),
         client.messages.stream(model="any", max_tokens=5, messages=HI) as stream,
     ):

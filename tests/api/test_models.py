@@ -13,6 +13,7 @@ from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput, Submission
+from tests.sdk_clients import openai_client
 
 CHAT, COMPLETION, NATIVE = "/v1/chat/completions", "/v1/completions", "/"
 BODIES: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ def api(start_api: StartApi) -> ApiServer:
 
 @pytest.fixture
 def client(api: ApiServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(api.url) as client:
         yield client
 
 

@@ -11,8 +11,9 @@ import pytest
 from rtp_llm.api.compact_json import compact_json
 from rtp_llm.api.native import NativeResponse, NativeSequence
 from rtp_llm.api.schema import GenerateConfig
-from rtp_llm.api.service import OutputChunk, SlotReservation, TextParams
+from rtp_llm.api.service import SlotReservation
 from rtp_llm.api.stream import PIECE_CHARACTERS
+from rtp_llm.api.text_stream import OutputChunk, TextParams
 from rtp_llm.contract.sampling_params import SamplingParams
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel

@@ -19,6 +19,7 @@ from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
+from tests.sdk_clients import openai_client
 
 TOLERANCE = 1e-3  # the order of additions depends on the batch
 
@@ -27,13 +28,8 @@ HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who decides
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with make_client(server.url) as openai_client:
-        yield openai_client
-
-
-def make_client(url: str) -> openai.OpenAI:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, http_client=transport)
+    with openai_client(server.url) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +323,7 @@ def test_invalid_requests_are_exceptions(client: openai.OpenAI) -> None:
 
 def test_server_errors_are_exceptions(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(lambda s: [ScriptedOutput(byte_model.tokens("so far"))], concurrency_limit=1, queue_limit=0)
-    with make_client(api.url) as client:
+    with openai_client(api.url) as client:
         with client.chat.completions.create(model="demo", messages=HI, stream=True) as stream:
             next(stream)
             with pytest.raises(openai.RateLimitError, match="CONCURRENCY_LIMIT"):
@@ -357,7 +353,7 @@ LINE_BREAKS = "a\u0085b\u2028c\u2029d"
 def test_line_breaks_of_unicode_do_not_split_events(start_api: StartApi, byte_model: ByteModel) -> None:
     """The SDK's line reader also ends lines at U+0085, U+2028 and U+2029, so no event may hold one as it is."""
     api = start_api(lambda s: [ScriptedOutput(byte_model.tokens(LINE_BREAKS), "length")])
-    with make_client(api.url) as client:
+    with openai_client(api.url) as client:
         completion = client.completions.create(model="demo", prompt=LINE_BREAKS, echo=True, stream=True)
         assert "".join(chunk.choices[0].text for chunk in completion) == LINE_BREAKS * 2
         chat_stream = client.chat.completions.create(model="demo", messages=HI, stream=True)

@@ -16,13 +16,7 @@ from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import FakeEngine, ScriptedOutput, Submission
-
-
-def sdk(api: ApiServer) -> openai.OpenAI:
-    """Returns a client with the SDK's default retries."""
-    return openai.OpenAI(
-        base_url=f"{api.url}/v1", api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False)
-    )
+from tests.sdk_clients import openai_client
 
 
 def prompt_of(api: ApiServer, submission: Submission) -> str:
@@ -80,7 +74,10 @@ def test_the_sdk_sends_a_poison_request_once(start_api: StartApi, byte_model: By
         response, innocent = start_innocent(api, pool, tokens)
 
         def send_poison() -> openai.APIError:
-            with sdk(api) as client, pytest.raises(openai.APIError) as error:
+            with (
+                openai_client(api.url, max_retries=openai.DEFAULT_MAX_RETRIES) as client,
+                pytest.raises(openai.APIError) as error,
+            ):
                 list(client.completions.create(model="fake", prompt="poison", stream=streamed))
             return error.value
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from rtp_llm.api import grammar_checker, preparation_process, preparer
-from rtp_llm.api.preparation import Preparation, PromptLimits
+from rtp_llm.api.preparation import Preparation
 from rtp_llm.api.preparer import THREAD_BYTES, Preparer
+from rtp_llm.api.prompt_limits import PromptLimits
 from rtp_llm.errors import RequestError
 from rtp_llm.text.output_format import AnswerFormats
 from rtp_llm.text.template import ChatTemplate

@@ -11,7 +11,7 @@ from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.test_messages import answering
-from tests.api.test_responses import client_of
+from tests.sdk_clients import openai_client
 
 
 def prompt_of(api: ApiServer, byte_model: ByteModel) -> str:
@@ -20,7 +20,7 @@ def prompt_of(api: ApiServer, byte_model: ByteModel) -> str:
 
 def test_a_response_is_continued(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(answering(byte_model, "b"), responses_store_mb=1)
-    with client_of(api) as client:
+    with openai_client(api.url) as client:
         first = client.responses.create(model="any", input="a", instructions="once")
         second = client.responses.create(model="any", input="c", previous_response_id=first.id)
         assert second.previous_response_id == first.id
@@ -35,7 +35,7 @@ def test_a_response_is_continued(start_api: StartApi, byte_model: ByteModel) -> 
 
 def test_nothing_is_stored_by_default(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(answering(byte_model, "b"))
-    with client_of(api) as client:
+    with openai_client(api.url) as client:
         response = client.responses.create(model="any", input="a")
         for request in (
             lambda: client.responses.create(model="any", input="c", previous_response_id=response.id),
@@ -48,7 +48,7 @@ def test_nothing_is_stored_by_default(start_api: StartApi, byte_model: ByteModel
 
 
 def test_store_false(start_api: StartApi, byte_model: ByteModel) -> None:
-    with client_of(start_api(answering(byte_model, "b"), responses_store_mb=1)) as client:
+    with openai_client(start_api(answering(byte_model, "b"), responses_store_mb=1).url) as client:
         response = client.responses.create(model="any", input="a", store=False)
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(response.id)
@@ -56,7 +56,7 @@ def test_store_false(start_api: StartApi, byte_model: ByteModel) -> None:
 
 def test_a_response_belongs_to_its_key(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(answering(byte_model, "b"), responses_store_mb=1, api_key="ann:1,bob:2")
-    with client_of(api) as client:
+    with openai_client(api.url) as client:
         ann, bob = client.with_options(api_key="1"), client.with_options(api_key="2")
         response = ann.responses.create(model="any", input="a")
         assert ann.responses.retrieve(response.id).id == response.id
@@ -76,7 +76,7 @@ def test_a_background_response_goes_on_without_its_client(start_api: StartApi, b
         event = next(chunks).decode().partition("\n")
         assert event[0] == "event: response.created"
         response_id = json.loads(event[2].partition("\n")[0].removeprefix("data: "))["response"]["id"]
-    with client_of(api) as client:
+    with openai_client(api.url) as client:
         api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("bc")))
         api.engine.send_outputs(submission, ScriptedOutput(byte_model.tokens("d"), "length"))
         again = list(client.responses.retrieve(response_id, stream=True, starting_after=0))
@@ -89,7 +89,7 @@ def test_a_background_response_goes_on_without_its_client(start_api: StartApi, b
 
 def test_a_background_response_is_cancelled(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(responses_store_mb=1)
-    with client_of(api) as client:
+    with openai_client(api.url) as client:
         response = client.responses.create(model="any", input="a", background=True)
         assert response.status == "in_progress"
         submission = api.engine.next_submission()
@@ -99,7 +99,7 @@ def test_a_background_response_is_cancelled(start_api: StartApi, byte_model: Byt
 
 def test_old_responses_give_way(start_api: StartApi, byte_model: ByteModel) -> None:
     long_text: Any = "x" * 1500
-    with client_of(start_api(answering(byte_model, "b"), responses_store_mb=1)) as client:
+    with openai_client(start_api(answering(byte_model, "b"), responses_store_mb=1).url) as client:
         ids = [client.responses.create(model="any", input=long_text).id for _ in range(300)]
         assert client.responses.retrieve(ids[-1]).id == ids[-1]
         with pytest.raises(openai.NotFoundError):
@@ -108,7 +108,7 @@ def test_old_responses_give_way(start_api: StartApi, byte_model: ByteModel) -> N
 
 def test_only_a_whole_response_is_continued(start_api: StartApi, byte_model: ByteModel) -> None:
     api = start_api(responses_store_mb=1)
-    with client_of(api) as client:
+    with openai_client(api.url) as client:
         response = client.responses.create(model="any", input="a", background=True)
         for _ in range(2):  # while it runs, and after it was cancelled
             with pytest.raises(openai.BadRequestError, match="previous_response_id"):
@@ -118,7 +118,7 @@ def test_only_a_whole_response_is_continued(start_api: StartApi, byte_model: Byt
 
 
 def test_a_stream_is_stored_before_its_last_event(start_api: StartApi, byte_model: ByteModel) -> None:
-    with client_of(start_api(answering(byte_model, "b"), responses_store_mb=1)) as client:
+    with openai_client(start_api(answering(byte_model, "b"), responses_store_mb=1).url) as client:
         for event in client.responses.create(model="any", input="a", stream=True):
             if event.type == "response.completed":
                 assert client.responses.retrieve(event.response.id).status == "completed"
@@ -126,7 +126,7 @@ def test_a_stream_is_stored_before_its_last_event(start_api: StartApi, byte_mode
 
 def test_what_a_stream_with_another_ending_generated_is_not_stored(start_api: StartApi, byte_model: ByteModel) -> None:
     outputs = [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput([], "error", error="broken")]
-    with client_of(start_api(lambda _: outputs, responses_store_mb=1)) as client:
+    with openai_client(start_api(lambda _: outputs, responses_store_mb=1).url) as client:
         last = list(client.responses.create(model="any", input="a", stream=True))[-1]
         assert last.type == "response.failed"
         with pytest.raises(openai.NotFoundError):

@@ -6,21 +6,16 @@ from typing import Any
 import openai
 import pytest
 
-from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import ScriptedOutput
 from tests.api.test_messages import answering
-
-
-def client_of(api: ApiServer) -> openai.OpenAI:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    return openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0, timeout=30, http_client=transport)
+from tests.sdk_clients import openai_client
 
 
 @pytest.fixture
 def client(start_api: StartApi, byte_model: ByteModel) -> Iterator[openai.OpenAI]:
-    with client_of(start_api(answering(byte_model, "Grüße"))) as client:
+    with openai_client(start_api(answering(byte_model, "Grüße")).url) as client:
         yield client
 
 
@@ -60,7 +55,7 @@ def test_a_stream_gives_the_same_response(client: openai.OpenAI) -> None:
 
 
 def test_the_length_limit(start_api: StartApi, byte_model: ByteModel) -> None:
-    with client_of(start_api(answering(byte_model, "abc", finish="length"))) as client:
+    with openai_client(start_api(answering(byte_model, "abc", finish="length")).url) as client:
         response = client.responses.create(model="any", input="Hi", max_output_tokens=16)
     assert response.status == "incomplete"
     assert response.incomplete_details
@@ -88,7 +83,7 @@ def test_input_items_become_turns(start_api: StartApi, byte_model: ByteModel) ->
 def test_logprobs(start_api: StartApi, byte_model: ByteModel) -> None:
     token = byte_model.tokens("a")[0]
     outputs = [ScriptedOutput([token], "length", logprobs=[(-0.5, 1, [(token, -0.5)])])]
-    with client_of(start_api(lambda _: outputs)) as client:
+    with openai_client(start_api(lambda _: outputs).url) as client:
         include: Any = ["message.output_text.logprobs"]
         response = client.responses.create(model="any", input="Hi", include=include, top_logprobs=1)
     [item] = response.output
@@ -117,7 +112,7 @@ def test_what_is_not_supported(client: openai.OpenAI, fields: dict[str, Any], pa
 
 def test_an_error_ends_a_stream_with_failed(start_api: StartApi, byte_model: ByteModel) -> None:
     outputs = [ScriptedOutput(byte_model.tokens("a")), ScriptedOutput([], "error", error="broken")]
-    with client_of(start_api(lambda _: outputs)) as client:
+    with openai_client(start_api(lambda _: outputs).url) as client:
         events = list(client.responses.create(model="any", input="Hi", stream=True))
     assert events[-1].type == "response.failed"
     assert events[-1].response.error

@@ -120,6 +120,24 @@ def test_a_stop_string_that_ends_with_the_last_token_allowed(api: ApiServer, byt
     assert chat_text(api, {"stop": "STOP"}) == ("one ", "stop", 8)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 8, [8], [3, 5], [5, 3]], ids=str)
+def test_tokens_after_a_stop_string_do_not_count(sizes: list[int], api: ApiServer, byte_model: ByteModel) -> None:
+    """A step that verifies draft tokens gives several tokens at once."""
+    tokens = byte_model.tokens("one.more")
+    logprobs: list[Logprob] = [(-float(i), 0, []) for i in range(8)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    set_script(
+        api,
+        [
+            ScriptedOutput(tokens[start : start + size], logprobs=logprobs[start : start + size])
+            for start, size in zip(starts, sizes, strict=True)
+        ],
+    )
+    assert chat_text(api, {"stop": "."}) == ("one", "stop", 4)
+    answer = api.post("/v1/chat/completions", {**CHAT, "stop": ".", "logprobs": True}).json()
+    assert [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]] == [0, -1, -2, -3]
+
+
 def test_a_stop_string_inside_a_character_does_not_match(api: ApiServer, byte_model: ByteModel) -> None:
     set_script(api, [ScriptedOutput([token]) for token in byte_model.tokens("éÃ")] + [ScriptedOutput([], "length")])
     assert chat_text(api, {"stop": "Ã"}) == ("é", "stop", 4)
@@ -151,7 +169,7 @@ def test_a_stop_string_may_begin_before_min_tokens(
     set_script(api, [*steps, ScriptedOutput([], "length")])
     text, finish, num_tokens = chat_text(api, {"stop": stop, "min_tokens": min_tokens, "max_tokens": 9})
     assert (text, finish) == (expected[0], "length" if expected[0] == "abcdef" else "stop")
-    assert num_tokens >= expected[1]
+    assert num_tokens == expected[1]
 
 
 def test_special_tokens_are_skipped_by_default(api: ApiServer, byte_model: ByteModel) -> None:

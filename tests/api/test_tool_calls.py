@@ -4,11 +4,9 @@ one byte each.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
@@ -22,6 +20,7 @@ from tests.api.fake_engine import ScriptedOutput
 from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
 from tests.api.test_messages import answering
+from tests.sdk_clients import openai_client
 
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -39,13 +38,6 @@ HERMES = (
     '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 )
 CALLS = [("get_weather", '{"city": "Zürich"}'), ("now", "{}")]
-
-
-@contextmanager
-def client_of(api: ApiServer) -> Iterator[openai.OpenAI]:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0, http_client=transport) as client:
-        yield client
 
 
 @pytest.fixture
@@ -150,7 +142,10 @@ def test_a_call_that_max_tokens_cuts_off_before_its_name_stays_text(api: ApiServ
 def test_the_openai_client_accumulates_a_stream(api: ApiServer) -> None:
     api.engine.script = answering(api.model, HERMES, step=1)
     tools: list[Any] = [WEATHER, NOW]
-    with client_of(api) as client, client.chat.completions.stream(model="m", messages=MESSAGES, tools=tools) as stream:
+    with (
+        openai_client(api.url) as client,
+        client.chat.completions.stream(model="m", messages=MESSAGES, tools=tools) as stream,
+    ):
         deltas = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
         [choice] = stream.get_final_completion().choices
     assert len(deltas) > len('{"city": "Z"}')  # they come as they are written
@@ -310,8 +305,7 @@ def test_a_real_engine_makes_the_forced_calls(server: ServerProcess) -> None:
     places: dict[str, Any] = {"type": "object", "properties": properties, "required": ["city"]}
     places["additionalProperties"] = False
     tools: list[Any] = [{"type": "function", "function": {"name": "get_weather", "parameters": places}}, NOW]
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=transport) as client:
+    with openai_client(server.url) as client:
         for seed in range(4):
             options: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "tools": tools, "seed": seed}
             options |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200}

@@ -8,6 +8,7 @@ import pytest
 
 from tests.clients import two_tools
 from tests.clients.scripted_model import ScriptedServer
+from tests.sdk_clients import anthropic_client
 
 TOOLS: list[Any] = [
     {"name": f["name"], "description": f["description"], "input_schema": f["parameters"]} for f in two_tools.FUNCTIONS
@@ -16,9 +17,7 @@ TOOLS: list[Any] = [
 
 @pytest.fixture(scope="module")
 def client(two_tools_server: ScriptedServer) -> Iterator[anthropic.Anthropic]:
-    transport = anthropic.DefaultHttpxClient(trust_env=False)
-    url = two_tools_server.url
-    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=60, http_client=transport) as client:
+    with anthropic_client(two_tools_server.url) as client:
         yield client
 
 

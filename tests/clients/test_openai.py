@@ -8,6 +8,7 @@ import pytest
 
 from tests.clients import two_tools
 from tests.clients.scripted_model import ScriptedServer
+from tests.sdk_clients import openai_client
 
 CHAT_TOOLS: list[Any] = [{"type": "function", "function": function} for function in two_tools.FUNCTIONS]
 RESPONSE_TOOLS: list[Any] = [{"type": "function", **function} for function in two_tools.FUNCTIONS]
@@ -15,9 +16,7 @@ RESPONSE_TOOLS: list[Any] = [{"type": "function", **function} for function in tw
 
 @pytest.fixture(scope="module")
 def client(two_tools_server: ScriptedServer) -> Iterator[openai.OpenAI]:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    url = f"{two_tools_server.url}/v1"
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60, http_client=transport) as client:
+    with openai_client(two_tools_server.url) as client:
         yield client
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import openai
 import pytest
 from pydantic import BaseModel
 
 from image.demo.train import MODEL
 from tests.api.servers import ServerProcess, running_server
+from tests.sdk_clients import openai_client
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def test_openai_parses_a_model(server: ServerProcess) -> None:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=transport) as client:
+    with openai_client(server.url) as client:
         completion = client.chat.completions.parse(
             model="any", messages=[{"role": "user", "content": "Report."}], response_format=Report, max_tokens=200
         )

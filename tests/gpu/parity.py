@@ -151,6 +151,8 @@ def test_cached_prompts(window_oracle: Oracle, device: torch.device, pipeline_de
 class OracleDrafts:
     """Proposes the next three tokens of the oracle, half of the time with a wrong one among them."""
 
+    needs_result = True
+
     def __init__(self, oracle: Oracle):
         self.oracle = oracle
 

@@ -183,6 +183,9 @@ def test_serves_health_meanwhile(downloader: Downloader, hub: FakeHub) -> None:
     assert download.get("/liveness").status_code == 200
     assert download.get("/metrics").status_code == 200
     assert download.get("/doctor", via="1.1 proxy").status_code == 403, "an admin route answers this machine only"
+    doctor = download.get("/doctor")
+    assert (doctor.status_code, doctor.headers["Retry-After"]) == (503, "1")
+    assert "the doctor runs after the download; download: org/demo: " in doctor.text
     chat = httpx.post(f"http://127.0.0.1:{download.port}/v1/chat/completions", json={}, trust_env=False)
     assert (chat.status_code, chat.headers["Retry-After"]) == (503, "1")
     assert chat.json()["error"]["message"].startswith("download: org/demo: ")

@@ -12,6 +12,7 @@ from tests.parallel.parts import Part
 from tests.parallel.poison.sitecustomize import POISON
 from tests.parallel.stream import Stream
 from tests.ports import free_start_port
+from tests.sdk_clients import openai_client
 
 INNOCENTS = [{**GREEDY, "prompt": f"{n} matrices and", "max_tokens": 120} for n in range(8)]
 
@@ -27,10 +28,9 @@ def verdicts(part: Part) -> dict[str, str]:
 
 def send_poison(part: Part) -> openai.APIError:
     """Sends the poison request with the SDK's default retries. Returns the error with which it ends."""
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    url = f"http://127.0.0.1:{part.port}/v1"
+    url = f"http://127.0.0.1:{part.port}"
     with (
-        openai.OpenAI(base_url=url, api_key="none", http_client=transport) as client,
+        openai_client(url, max_retries=openai.DEFAULT_MAX_RETRIES) as client,
         pytest.raises(openai.APIError) as error,
     ):
         client.completions.create(model="any", prompt=POISON)

@@ -35,6 +35,8 @@ def oracle(oracles: Oracles) -> Oracle:
 class FixedProposer:
     """Proposes the next tokens of known texts, one of three wrong in a fixed pattern."""
 
+    needs_result = True
+
     def __init__(self, texts: dict[str, list[int]]):
         self.texts = texts
         self.num_proposed = 0

@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from rtp_llm.contract.request import Request
 from rtp_llm.contract.sampling_params import SamplingParams
 from rtp_llm.engine.engine import Engine
+from rtp_llm.engine.forced_tokens import ForcedTokens
 from rtp_llm.engine.grammar_compiler import GrammarCompiler
 from rtp_llm.engine.vocabulary import open_vocabulary
 from rtp_llm.text import grammar
@@ -28,12 +29,12 @@ from tests.structured.schemas import SCHEMAS
 NAMES = ("weather call", "invoice", "several types", "expression", "colour")
 MAX_TOKENS = 120
 FEW_BLOCKS = {"test_block_num": 14, "seq_size_per_block": 16}
-SETTINGS: list[dict[str, Any]] = [{}, {"rtp_pipeline_depth": 0}, FEW_BLOCKS, {"max_batch_tokens_size": 7}]
+SETTINGS: list[dict[str, Any]] = [{}, {"rtp_pipeline_depth": 1}, FEW_BLOCKS, {"max_batch_tokens_size": 7}]
 
 
 @contextmanager
-def running_engine(checkpoint: Path, tp_size: int = 1, **settings: Any) -> Iterator[Engine]:
-    with thread_ranks(checkpoint, tp_size, **settings) as (engine, ranks):
+def running_engine(checkpoint: Path, tp_size: int = 1, *, has_drafts: bool = True, **settings: Any) -> Iterator[Engine]:
+    with thread_ranks(checkpoint, tp_size, ForcedTokens() if has_drafts else None, **settings) as (engine, ranks):
         residency = ranks[0][0].residency
         engine.compiler = GrammarCompiler(open_vocabulary(residency.config, residency.spec.vocab_size))
         yield engine
@@ -63,9 +64,9 @@ def generate(engine: Engine, requests: Sequence[Request]) -> dict[str, drive.Com
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, vocabulary: Vocabulary) -> dict[str, list[int]]:
-    """The tokens of each request, generated alone."""
+    """The tokens of each request, generated alone and without drafts."""
     texts = {}
-    with running_engine(checkpoint) as engine:
+    with running_engine(checkpoint, has_drafts=False) as engine:
         for request in make_requests(vocabulary.tokenizer):
             texts[request.id] = generate(engine, [request])[request.id].tokens
     return texts

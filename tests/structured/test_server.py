@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema_rs
-import openai
 import pytest
 from pydantic import BaseModel, Field
 
 from tests.api.servers import ServerProcess, running_server
+from tests.sdk_clients import openai_client
 from tests.structured.schemas import closed
 
 SCHEMA = closed({"n": {"type": "integer", "minimum": 10, "maximum": 99}, "kind": {"enum": ["a", "b"]}})
@@ -208,8 +208,7 @@ class Plan(BaseModel):
 
 
 def test_the_openai_sdk_parses_into_a_model(server: ServerProcess) -> None:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=transport) as client:
+    with openai_client(server.url) as client:
         for seed in range(2):
             completion = client.chat.completions.parse(
                 model="any",

@@ -285,6 +285,12 @@ def test_arguments_come_as_they_are_written(name: str) -> None:
     [
         ("query", "12", "12"),
         ("query", "  a\n\nb ", "  a\n\nb "),
+        ("query", '{"a": [1]}', '{"a": [1]}'),
+        ("query", "[1, 2]", "[1, 2]"),
+        ("query", '"quoted"', '"quoted"'),
+        ("query", "null", "null"),
+        ("query", "true", "true"),
+        ("query", "03106", "03106"),
         ("limit", "12", 12),
         ("limit", "twelve", "twelve"),
         ("exact", "True", True),

@@ -26,11 +26,12 @@ class AdmitAll(AdmissionControl):
 class FixedProposer:
     """Proposes the same draft tokens each time."""
 
-    def __init__(self, drafts: list[int]):
-        self.drafts = drafts
+    def __init__(self, drafts: list[int], needs_result: bool = True):
+        self.drafts, self.needs_result = drafts, needs_result
 
     def propose(self, request: Request) -> list[int]:
-        assert request.num_pending_tokens == 1, "asked for drafts before the last token is known"
+        is_known = request.num_pending_tokens == 1
+        assert is_known or not self.needs_result, "asked for drafts before the last token is known"
         return list(self.drafts)
 
 

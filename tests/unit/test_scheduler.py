@@ -510,6 +510,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         admit_all=st.booleans(),
         depth=st.integers(0, 2),
         drafts=st.sampled_from([[], [], [1, 0, 1]]),
+        needs_result=st.booleans(),
     )
     def start(
         self,
@@ -522,6 +523,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         admit_all: bool,
         depth: int,
         drafts: list[int],
+        needs_result: bool,
     ) -> None:
         self.scheduler = make_scheduler(
             blocks,
@@ -534,7 +536,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_seq_len=blocks * BLOCK_SIZE,
         )
         self.config, self.pool = self.scheduler.config, self.scheduler.kv_cache_manager.pool
-        self.scheduler.proposer = FixedProposer(drafts) if drafts else None
+        self.scheduler.proposer = FixedProposer(drafts, needs_result) if drafts else None
         self.depth = depth
         self.in_flight: deque[SchedulerOutput] = deque()
         self.requests: list[Request] = []

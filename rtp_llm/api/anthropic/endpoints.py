@@ -9,13 +9,13 @@ from fastapi.responses import Response
 
 from rtp_llm.api.anthropic.errors import error_body
 from rtp_llm.api.anthropic.message import Event, MessageBuilder
+from rtp_llm.api.anthropic.preparation import count_tokens, prepare_message
 from rtp_llm.api.anthropic.schema import CountTokensRequest, MessagesRequest
 from rtp_llm.api.body import body_schema
 from rtp_llm.api.chat import ChatChoice, start_chat
 from rtp_llm.api.compact_json import compact_json
 from rtp_llm.api.generation import GenerationRequest
 from rtp_llm.api.params import StopWords
-from rtp_llm.api.preparation import Preparation
 from rtp_llm.api.service import Service
 from rtp_llm.api.stream import EventStream, json_response
 from rtp_llm.errors import RequestError
@@ -41,7 +41,7 @@ class MessagesEndpoints:
         self.service, self.stop_words = service, stop_words
 
     async def create(self, request: Request) -> Response:
-        prepared = await self.service.prepare(Preparation.messages, request)
+        prepared = await self.service.prepare(prepare_message, request)
         generation = await start_chat(prepared, self.service, self.stop_words, TEMPERATURE)
         builder = MessageBuilder(self.service.model_name, generation.sequences[0])
         if prepared.body.stream:
@@ -54,7 +54,7 @@ class MessagesEndpoints:
         return json_response(builder.message())
 
     async def count_tokens(self, request: Request) -> Response:
-        return Response(await self.service.prepare(Preparation.count_tokens, request), media_type="application/json")
+        return Response(await self.service.prepare(count_tokens, request), media_type="application/json")
 
     async def _stream(self, builder: MessageBuilder, generation: GenerationRequest[ChatChoice]) -> AsyncGenerator[str]:
         [choice] = generation.sequences

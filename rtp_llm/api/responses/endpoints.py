@@ -13,12 +13,14 @@ from rtp_llm.api.chat import ChatChoice, start_chat
 from rtp_llm.api.formatters import chat_logprobs
 from rtp_llm.api.generation import GenerationRequest
 from rtp_llm.api.params import StopWords
-from rtp_llm.api.preparation import Preparation, PreparedResponse
+from rtp_llm.api.prepared import PreparedResponse
+from rtp_llm.api.responses.preparation import prepare_response, previous_response_id
 from rtp_llm.api.responses.response import ResponseBuilder
 from rtp_llm.api.responses.schema import ResponsesRequest
 from rtp_llm.api.responses.store import ResponseStore, StoredResponse
-from rtp_llm.api.service import OutputChunk, Service
+from rtp_llm.api.service import Service
 from rtp_llm.api.stream import EventStream
+from rtp_llm.api.text_stream import OutputChunk
 from rtp_llm.errors import RequestError, invalid_params
 
 TEMPERATURE = 1.0  # OpenAI's default
@@ -99,9 +101,9 @@ class ResponsesEndpoints:
         async with self.service.read_body(request) as raw:
             history = ""
             if b"previous_response_id" in raw:
-                previous = await self.service.prepare_body(Preparation.previous_response_id, request, raw)
+                previous = await self.service.prepare_body(previous_response_id, request, raw)
                 history = self._history(previous, _owner(request))
-            work = partial(Preparation.responses, stores=self.store.is_enabled, history=history)
+            work = partial(prepare_response, stores=self.store.is_enabled, history=history)
             return await self.service.prepare_body(work, request, raw, len(history))
 
     def _history(self, response_id: str | None, owner: str) -> str:

@@ -1,0 +1,67 @@
+"""Requests with the token ids of their prompts. They are small, whatever the client sent, except for the prompts."""
+
+import array
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel
+
+from rtp_llm.api.schema import ChatRequest
+from rtp_llm.text.output_format import OutputFormat
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[Model]):
+    """A request with the token ids of its prompts. `body` no longer has the prompts themselves.
+
+    text      the rendered chat, for /chat/render; empty for other requests
+    is_batch  whether a native request has `prompt_batch`, or several prompts
+    output_format  format of the response to a chat
+    bad_words  token ids of each forbidden word
+    grammar, constraint  grammar for the whole output, and the field that requests it; empty: any text
+    """
+
+    body: Model
+    packed_prompts: list[bytes]  # int32 ids: bytes are copied between processes at once, a list item by item
+    text: str = ""
+    is_batch: bool = False
+    output_format: OutputFormat = field(default_factory=OutputFormat)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
+    constraint: str = ""
+
+    @classmethod
+    def pack(cls, body: Model, prompts: Sequence[Sequence[int]], text: str = "") -> "Prepared[Model]":
+        return cls(body, [array.array("i", prompt).tobytes() for prompt in prompts], text)
+
+    async def prompts(self) -> list[list[int]]:
+        """Returns the token ids of each prompt. Other tasks run between two prompts."""
+        prompts = []
+        for packed in self.packed_prompts:
+            prompts.append(array.array("i", packed).tolist())
+            await asyncio.sleep(0)
+        return prompts
+
+
+@dataclass(frozen=True)
+class PreparedResponse:
+    """A request to /v1/responses with the token ids of its prompt.
+
+    echo          JSON object: the fields of the request that the response repeats
+    conversation  JSON array of messages, from which the next response continues; empty if it is not stored
+    input_items   JSON array of the input, for clients that retrieve it; empty if it is not stored
+    """
+
+    chat: Prepared[ChatRequest]
+    echo: str
+    is_background: bool = False
+    conversation: str = ""
+    input_items: str = ""
+
+    @property
+    def body(self) -> ChatRequest:
+        return self.chat.body
