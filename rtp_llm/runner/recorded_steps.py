@@ -23,7 +23,7 @@ from rtp_llm.parallel.mesh import MeshAxis
 
 log = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 16  # with more, the work of a step outweighs its calls
+MAX_SEQUENCES = 32  # with more, the work of a step outweighs its calls
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 64
 # Functions that compute nothing if what they return is a part of an argument. `__get__`: properties.

@@ -31,12 +31,12 @@ def recorded_steps(engine: drive.Engine) -> RecordedSteps:
 
 
 def make_requests() -> list[Request]:
-    return [greedy_request([5 + i, 9, *range(3, 3 + 2 * i)], 30 + 3 * i, id=str(i)) for i in range(NUM_REQUESTS)]
+    return [greedy_request([5 + i, 9, *range(3, 3 + 2 * i)], 90 + 2 * i, id=str(i)) for i in range(NUM_REQUESTS)]
 
 
 def complete(path: Path, *, records: bool) -> tuple[drive.Completions, int]:
     """Returns the completions of requests that end one after the other, and how many steps were recorded."""
-    engine = drive.make_single_rank_engine(path, test_block_num=400, max_batch_size=NUM_REQUESTS + 1)
+    engine = drive.make_single_rank_engine(path, test_block_num=800, max_batch_size=NUM_REQUESTS + 1)
     steps = recorded_steps(engine)
     steps._is_possible = records
     return drive.run(engine, make_requests()), len(steps._steps)
@@ -62,7 +62,7 @@ def test_two_ranks_replay_the_kernels_between_their_sums(rank_pool: RankPool, co
     case = next(case for case in CASES if case.name == "qwen2-14-heads")
     save_checkpoint(make_model(case, 0), case, tmp_path)
     called, _ = complete(tmp_path, records=False)
-    settings = {"test_block_num": 400, "max_batch_size": NUM_REQUESTS + 1}
+    settings = {"test_block_num": 800, "max_batch_size": NUM_REQUESTS + 1}
     report = rank_pool.run(tmp_path, [make_requests()], collectives, **settings)
     assert [reply["num_recorded"] for reply in report.replies] == [MAX_SEQUENCES] * 2
     for id, completion in called.items():
