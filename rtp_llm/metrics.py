@@ -132,8 +132,8 @@ class Metrics:
         self._epoch_totals: dict[str, float] = {}
 
     def record_step(self, stats: Mapping[str, Any], block_size: int, num_blocks: int) -> None:
-        """Records the statistics that rank 0 sends with each step. Totals in `stats` restart at 0 in each epoch (after
-        a restart of the ranks); the exported counters add up over epochs.
+        """Records the statistics that rank 0 sends with each step. Totals in `stats` restart at 0 when the ranks form a
+        new communicator (an epoch); the exported counters add up over all epochs.
         """
         self.running.set(stats["running"])
         self.waiting.set(stats["waiting"])
@@ -155,7 +155,9 @@ class Metrics:
             self.step_seconds.observe(stats["step_seconds"])
 
     def start_epoch(self, block_size: int, num_blocks: int, prefix_caching: bool) -> None:
-        """Handles a new engine: its totals start at 0 again, and its KV cache may have another size."""
+        """Handles the first connection to ranks with a new communicator: their totals start at 0 again, and their KV
+        cache may have another size.
+        """
         self._epoch_totals.clear()
         self.kv_capacity_tokens.set(block_size * num_blocks)
         self.cache_config.clear()
@@ -170,7 +172,9 @@ class Metrics:
         self.waiting_by_reason.labels(reason="capacity").set(0)
 
     def set_deferred_function(self, count: Callable[[], int]) -> None:
-        """Sets the function that returns the number of sequences waiting for lost ranks; called at each scrape."""
+        """Sets the function, called at each scrape, that returns the current number of sequences that wait for lost
+        ranks.
+        """
         self.waiting_by_reason.labels(reason="deferred").set_function(count)
 
 

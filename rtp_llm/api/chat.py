@@ -92,7 +92,8 @@ class ChatChoice(Choice):
 async def start_chat(
     prepared: Prepared[ChatRequest], service: Service, stop_words: StopWords, temperature: float = CHAT_TEMPERATURE
 ) -> GenerationRequest[ChatChoice]:
-    """Admits a prepared chat and returns its generation. Raises RequestError 400, 429 or 503.
+    """Reserves slots for the sequences of a chat that has been validated and tokenized. Returns its generation, not yet
+    started. Raises RequestError 400, 429 or 503.
 
     temperature  used if neither the request nor generation_config.json sets one
     """

@@ -34,7 +34,7 @@ MAX_UNREAD_OUTPUTS, RESUME_UNREAD_OUTPUTS = 256, 64
 
 @dataclass(eq=False)
 class InFlightSequence:
-    """One accepted sequence that has not finished, with its output so far."""
+    """One accepted sequence (a request has n of them per prompt) that has not finished, with its output so far."""
 
     id: str
     prompt: list[int]
@@ -53,7 +53,9 @@ class InFlightSequence:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Returns a digest of the engine's input, without the seed, which is random by default."""
+        """Returns a digest of the prompt and the sampling parameters, which is equal for repetitions of a request.
+        Leaves out the seed, which is random unless the client sets it.
+        """
         content = json.dumps([self.prompt, {**self.params.to_json(), "seed": 0}], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -71,7 +73,7 @@ class EngineClient:
 
     paths           unix sockets of the engines
     resume_timeout  seconds that sequences wait for a lost engine
-    verdicts_path   file that records for each lost epoch whether a request or the engine caused the loss
+    verdicts_path   file that records, for each time that the engine was lost, whether a request or the engine caused it
     """
 
     def __init__(self, paths: Sequence[Path], metrics: Metrics, resume_timeout: float, verdicts_path: Path):
@@ -88,12 +90,14 @@ class EngineClient:
 
     @property
     def is_connected(self) -> bool:
-        """True once all engines have sent READY on their current connections."""
+        """True once each engine has sent READY, its first frame, on its current connection."""
         return all(engine.is_connected for engine in self._engines)
 
     @property
     def info(self) -> EngineInfo | None:
-        """Returns the properties that all engines share, as the first one reported them; None before READY."""
+        """Returns the properties that all engines share, as the first one reported them; None before the first READY
+        frame.
+        """
         return self._engines[0].info
 
     @property

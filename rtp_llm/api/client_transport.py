@@ -11,8 +11,8 @@ PROGRESS_SECONDS = 30.0  # in which a client must read or send something, or it 
 
 
 class ClientTransport:
-    """Wraps the methods of asyncio.Transport that uvicorn uses. `close` lingers, as in nginx, if `expects_input` is
-    set.
+    """The asyncio.Transport of one client's connection, with the methods that uvicorn uses. If `expects_input` is set
+    (the client may still send), `close` lingers as in nginx.
 
     Closing a socket that has unread input sends a reset, and the client's kernel then discards the response (RFC 9112,
     section 9.6). So `close` first shuts down the sending side, then discards input for a while.

@@ -15,7 +15,7 @@ LOG_SECONDS = 60.0
 
 
 class Connection(Protocol):
-    """What the limit needs of a connection."""
+    """The interface of a connection that `ConnectionLimit` can close."""
 
     transport: asyncio.Transport
 

@@ -46,7 +46,7 @@ class EngineConnection:
 
     @property
     def is_connected(self) -> bool:
-        """True once the engine has sent READY on this connection. No message may be sent before."""
+        """True once the engine has sent READY, its first frame, on this connection. No message may be sent before."""
         return self._writer is not None
 
     def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:

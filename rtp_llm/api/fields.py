@@ -99,8 +99,8 @@ MESSAGE_HINTS = frozenset({"tool_call_id", "refusal", "annotations", "reasoning"
 
 @dataclass
 class FieldRecord:
-    """The fields of one body that need a decision later: its `model`, and the names of ignored fields, such as
-    `messages.id`.
+    """What is known about a body before it is decided whether to reject it: its `model`, and the names of fields that
+    have no effect, such as `messages.id`.
 
     Keeps the first `MAX_NAMES` names.
     """
@@ -127,7 +127,7 @@ _current: ContextVar[FieldRecord | None] = ContextVar("field_record", default=No
 
 @contextmanager
 def recording() -> Iterator[FieldRecord]:
-    """Context manager that collects what `set_fields` and `ignore` record in this thread."""
+    """Context manager that collects the names of ignored fields which `set_fields` and `ignore` find in this thread."""
     record = FieldRecord()
     token = _current.set(record)
     try:

@@ -17,7 +17,9 @@ from rtp_llm.contract.sampling_params import SamplingParams
 
 @dataclass
 class Choice:
-    """One entry of `choices` in the response: its prompt, its sampling parameters and the output so far."""
+    """One entry of `choices` in the response, which is one sequence: its prompt, its sampling parameters and its output
+    so far.
+    """
 
     prompt: list[int]
     params: SamplingParams

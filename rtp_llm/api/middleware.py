@@ -15,7 +15,9 @@ UNMEASURED_PATHS = {"/metrics", "/health", "/liveness"}
 
 
 class BodySizeMiddleware:
-    """Rejects bodies of more than `limit` bytes with 413 as they arrive, with or without a Content-Length."""
+    """Rejects request bodies of more than `limit` bytes with 413 as they arrive, with or without a Content-Length
+    header.
+    """
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit

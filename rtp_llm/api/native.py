@@ -50,7 +50,7 @@ PING = b": ping\r\n\r\n"  # with the line ends of the other events
 
 @dataclass
 class NativeSequence:
-    """One sequence of a prompt, and its output so far."""
+    """One sequence (a prompt has num_return_sequences of them) and its output so far."""
 
     prompt: list[int]
     params: SamplingParams

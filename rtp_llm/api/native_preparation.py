@@ -21,7 +21,9 @@ _LIST_FIELDS = {"guided_choice", "stop_words_str", "stop_words_list"}
 
 
 def prepare_native(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
-    """Prepares a native request. `generate_config` of the result has the generation fields from all places."""
+    """Validates and tokenizes a request in alibaba/rtp-llm's native format. `generate_config` of the result has the
+    generation fields from all places where the body may have them.
+    """
     body = parse_body(NativeRequest, raw)
     config = merged_config(body)
     if body.urls or body.images:
@@ -31,7 +33,7 @@ def prepare_native(preparation: Preparation, raw: bytes, limits: PromptLimits) -
 
 
 def prepare_batch(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
-    """Prepares a request to /batch_infer as a native request."""
+    """Validates and tokenizes a request to /batch_infer. Returns it as a native request."""
     batch = parse_body(BatchInferRequest, raw)
     config = merged_config(validate(NativeRequest, batch.model_dump()))
     limits.check_engine()
@@ -39,7 +41,9 @@ def prepare_batch(preparation: Preparation, raw: bytes, limits: PromptLimits) ->
 
 
 def merged_config(body: NativeRequest) -> GenerateConfig:
-    """Merges generate_config, generation_config and top-level fields; later ones win. Raises RequestError 400."""
+    """Merges the three places where a native request may have generation fields: `generate_config`, `generation_config`
+    and the top level. If a field is in several, the last of these wins. Raises RequestError 400.
+    """
     nested = (body.generate_config or {}) | (body.generation_config or {})
     top_level = body.model_extra or {}
     merged: dict[str, Any] = {}

@@ -20,7 +20,7 @@ GENERATION_PATHS = {
 
 
 class OverloadMiddleware:
-    """Rejects generation requests while not even one more sequence can be accepted."""
+    """Rejects generation requests with 429 while the server has no free slot, not even for one more sequence."""
 
     def __init__(
         self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[str, RequestError], Response]

@@ -38,7 +38,9 @@ class Health:
 
 
 class PartState:
-    """Reads the state of the part's processes, and the gang status (state of all ranks) that the guard writes."""
+    """Reads the state of the processes of this part (container), and the gang status (state of all ranks of all parts)
+    that the guard process writes.
+    """
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""

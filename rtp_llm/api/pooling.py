@@ -17,7 +17,8 @@ from rtp_llm.errors import RequestError, timed_out
 async def final_outputs(
     request: Request, service: Service, prompts: Sequence[PackedPrompt], params: SamplingParams, timeout_ms: int | None
 ) -> list[EngineOutput]:
-    """Returns the last output of each prompt, in order. There may be more prompts than slots: they run in turn.
+    """Returns the last output of each prompt, in order. There may be more prompts than slots (places for accepted
+    sequences): they run in turn.
 
     Uses up to twice as many slots as sequences fit in a step, so that each step is full, but only free ones.
 

@@ -35,7 +35,9 @@ class PackedPrompt:
 
 @dataclass(frozen=True)
 class PreparedInputs(Generic[Body]):
-    """An embedding request with the token ids of its inputs. `body` no longer has the texts."""
+    """A validated embedding or rerank request, with the token ids of its inputs in `prompts`. `body` no longer has the
+    texts.
+    """
 
     body: Body
     prompts: list[PackedPrompt]
@@ -43,7 +45,9 @@ class PreparedInputs(Generic[Body]):
 
 @dataclass(frozen=True)
 class EmbeddingPreparation:
-    """Prepares requests to an embedding model. Pass its methods to `Service.prepare`."""
+    """Turns the body of an embedding request into prompts: validates it and tokenizes its texts. Pass a method of this
+    class as `work` to `Service.prepare`, which decides in which thread or process it runs.
+    """
 
     info: EmbeddingInfo
 
@@ -71,7 +75,9 @@ class EmbeddingPreparation:
     def similarity(
         self, preparation: Preparation, raw: bytes, limits: PromptLimits
     ) -> PreparedInputs[SimilarityRequest]:
-        """Returns the prompts of all `left` texts, then of all `right` texts. `body.left` keeps its length only."""
+        """Returns the prompts of all `left` texts, then of all `right` texts. `body.left` keeps only its length, to
+        split the embeddings again.
+        """
         body = parse_body(SimilarityRequest, raw)
         if body.return_response:
             raise unsupported("return_response is not supported: send the texts to /v1/embeddings", "return_response")

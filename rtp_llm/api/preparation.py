@@ -28,7 +28,8 @@ Body = TypeVar("Body", bound=OpenAIRequest)
 
 
 class Preparation:
-    """Prepares OpenAI's chats and completions. Holds the tokenizer, the template and the formats of responses.
+    """Turns the JSON body of a chat, completion or tokenization request into a `Prepared` request: validates it,
+    renders the chat template and tokenizes. Holds the tokenizer, the template and the formats of responses.
 
     All methods raise RequestError.
     """
@@ -38,7 +39,7 @@ class Preparation:
         self.renderer, self.encoder = ChatRenderer(template), PromptEncoder(tokenizer, template)
 
     def grammar_error(self, raw: bytes, limits: PromptLimits) -> str:
-        """Returns why a grammar cannot be enforced; empty if it can."""
+        """Returns why the grammar in `raw` cannot be enforced on the output; empty if it can."""
         try:
             check(raw.decode())
         except GrammarError as error:
@@ -51,7 +52,9 @@ class Preparation:
     def chat_body(
         self, body: ChatRequest, limits: PromptLimits, prompt_field: str = "messages"
     ) -> Prepared[ChatRequest]:
-        """Prepares a chat request, which may be the translation of a request of another chat API."""
+        """Validates, renders and tokenizes a chat request, which may be the translation of a request of another chat
+        API.
+        """
         if body.top_logprobs and not body.logprobs:
             raise invalid_params(f"top_logprobs={body.top_logprobs} needs logprobs: true", "top_logprobs")
         _check_prompt_logprobs(body)

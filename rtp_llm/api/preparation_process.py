@@ -31,7 +31,9 @@ OOM_SCORE = 1000  # the kernel kills this process before the ranks if memory run
 
 
 class PreparationProcess:
-    """Starts the process at the first `run`. If the process dies, only the request that it prepares fails."""
+    """A child process that validates and tokenizes large requests, one at a time, so that this process can go on.
+    Starts at the first `run`. If it dies, only the request that it has then fails.
+    """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
         self._arguments = (tokenizer, template, formats)
@@ -42,7 +44,8 @@ class PreparationProcess:
     def run(
         self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None = None
     ) -> tuple[T, FieldRecord]:
-        """Returns the result of `work` and a record of the body's fields.
+        """Calls `work` (a method that validates and tokenizes a body) with `raw` in the process. Returns its result and
+        a record of the body's ignored fields.
 
         max_seconds: time limit in seconds, to which a limit for the size of `raw` is added; then the process is killed.
 
@@ -110,7 +113,9 @@ class PreparationProcess:
 def prepare_recorded(
     work: Work[T], preparation: Preparation, raw: bytes, limits: PromptLimits
 ) -> tuple[T, FieldRecord]:
-    """Returns the result of `work` and a record of the body's fields."""
+    """Calls `work` (a method that validates and tokenizes a body) with `raw`. Returns its result and a record of the
+    body's ignored fields.
+    """
     with recording() as record:
         return work(preparation, raw, limits), record
 

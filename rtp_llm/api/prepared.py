@@ -16,7 +16,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Prepared(Generic[Model]):
-    """A request with the token ids of its prompts. `body` no longer has the prompts themselves.
+    """A validated request with the token ids of its prompts, ready for the engine. `body` no longer has the prompts
+    themselves.
 
     text      the rendered chat, for /chat/render; empty for other requests
     is_batch  whether a native request has `prompt_batch`, or several prompts
@@ -49,7 +50,7 @@ class Prepared(Generic[Model]):
 
 @dataclass(frozen=True)
 class PreparedResponse:
-    """A request to /v1/responses with the token ids of its prompt.
+    """A validated request to /v1/responses, with the token ids of its prompt.
 
     echo          JSON object: the fields of the request that the response repeats
     conversation  JSON array of messages, from which the next response continues; empty if it is not stored

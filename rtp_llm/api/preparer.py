@@ -25,9 +25,10 @@ IDLE_SECONDS = 600.0  # after which the process ends and returns its memory
 
 
 class Preparer:
-    """Prepares each request where its size allows it, and those of the thread or the process in order of arrival.
+    """Validates and tokenizes requests: small ones on the event loop, larger ones in a thread, the largest in another
+    process. The thread and the process take them in order of arrival.
 
-    num_large  requests that the process prepares, or that wait for it
+    num_large  number of requests that the process has or that wait for it
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
@@ -43,7 +44,8 @@ class Preparer:
     async def prepare(
         self, work: Work[T], raw: bytes, limits: PromptLimits, extra_bytes: int = 0
     ) -> tuple[T, FieldRecord]:
-        """Returns the result of `work` and a record of the body's fields.
+        """Calls `work` (a method that validates and tokenizes a body) with `raw`, where its size allows. Returns its
+        result and a record of the body's ignored fields.
 
         `extra_bytes`: bytes that `work` reads besides the body.
 
@@ -59,7 +61,7 @@ class Preparer:
         return await self._run_in_process(work, raw, limits)
 
     async def run_in_process(self, work: Work[T], raw: bytes, max_seconds: float) -> T:
-        """Runs `work`, which must not depend on PromptLimits, in the other process whatever the size of `raw`.
+        """Calls `work`, which must not depend on PromptLimits, in the other process, however small `raw` is.
 
         Raises RequestError: 504 if it takes longer than `max_seconds`, and those of `prepare`.
         """
@@ -82,7 +84,7 @@ class Preparer:
                 self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._process.end)
 
     def stop(self) -> None:
-        """Fails all waiting and running preparations with 503: their requests could not start any more."""
+        """Fails all requests that wait or are being tokenized with 503: they could not be generated any more."""
         self._is_stopping = True
         for future in self._futures:
             future.cancel()

@@ -10,7 +10,7 @@ class PromptLimits:
     """The current limits of prompts. `max_seq_len` is 0 until the model has been loaded.
 
     max_seq_len_reason, slots_reason  what limits `max_seq_len` and `slots`
-    slots, used_slots  maximum number of sequences, and number of open sequences
+    slots, used_slots  maximum number of accepted sequences that have not ended, and their current number
     prompt_field  the body's field that errors about the prompt name
     """
 
@@ -27,7 +27,7 @@ class PromptLimits:
         return self.slots - self.used_slots
 
     def check_engine(self) -> None:
-        """Raises RequestError 503 until the ranks have first loaded."""
+        """Raises RequestError 503 until the ranks have loaded the model for the first time."""
         if not self.max_seq_len:
             raise engine_gone("the model is still loading: see /health")
 

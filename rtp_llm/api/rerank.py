@@ -81,12 +81,16 @@ class RerankEndpoints:
 
 @dataclass(frozen=True)
 class RerankPreparation:
-    """Prepares requests to a reranking model."""
+    """Turns the body of a rerank request into the prompts of a reranking model: validates it and tokenizes each pair of
+    query and document.
+    """
 
     format: RerankFormat
 
     def rerank(self, preparation: Preparation, raw: bytes, limits: PromptLimits) -> PreparedInputs[RerankRequest]:
-        """Returns one prompt per document, with a common prefix. `body` keeps documents only if they are returned."""
+        """Returns one prompt per document; all begin with the same tokens (the query). `body` keeps the documents only
+        if the response must repeat them.
+        """
         body = parse_body(RerankRequest, raw)
         limits.check_engine()
         end = pack(self.format.end)

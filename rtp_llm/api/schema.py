@@ -52,7 +52,9 @@ Stop = Annotated[Text | Stops | None, BeforeValidator(_none_if_empty)]
 
 
 class RequestBody(BaseModel):
-    """A request body or an object in it."""
+    """Base class of request bodies and of the objects in them. Unknown fields are dropped; `api.fields` decides first
+    which of them to refuse.
+    """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 

@@ -119,7 +119,8 @@ class Service:
             self._prompt_limits().check_count(sequences)
 
     async def prepare(self, work: Work[T], request: Request) -> T:
-        """Runs `work` on the request's body and returns the result.
+        """Reads the request's body and calls `work` with it, a method that validates and tokenizes it. Returns the
+        result.
 
         Raises RequestError 400; 404 for another model if STRICT_MODEL_NAME is set; 429 if a batch has more sequences
         than there are free slots, or too many large requests wait; 503 while loading; 504 if a large request waits too
@@ -237,7 +238,9 @@ class Service:
 
 
 class RequestTimer:
-    """Records the metrics and the access log fields of one sequence."""
+    """Measures one sequence (a request has n of them per prompt): its token counts and times go to the metrics and to
+    the request's line in the access log.
+    """
 
     def __init__(self, metrics: Metrics, prompt: Sized, params: SamplingParams):
         self.metrics, self._record = metrics, access_log.current().add_sequence(prompt)

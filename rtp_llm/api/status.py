@@ -28,7 +28,9 @@ ADMIN = [Depends(require_admin)]
 
 
 class HasHealth(Protocol):
-    """An object that reports its health: a part, or the download that precedes it."""
+    """The interface of an object whose health /health reports: the part (this container's server), or before the part
+    starts, the download of its model.
+    """
 
     def health(self) -> Health: ...
 
@@ -87,7 +89,9 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     page, policy = chat_page()
 
     async def home(request: Request) -> Response:
-        """Returns the chat page to browsers, and to other clients the same JSON as alibaba/rtp-llm."""
+        """Returns the page for chatting with the model to browsers; to other clients the same JSON as
+        alibaba/rtp-llm.
+        """
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page, headers={"Content-Security-Policy": policy})
         return JSONResponse({"status": "home"})

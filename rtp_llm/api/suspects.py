@@ -25,14 +25,14 @@ MAX_VERDICTS = 100  # kept, of the latest epochs
 
 
 class Suspect(Protocol):
-    """One sequence in flight that may have crashed the engine. Hashable by identity."""
+    """One sequence in the engine that may have crashed it. Hashable by identity."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """A digest that is equal for requests with equal engine input."""
+        """A digest of prompt and sampling parameters, equal for repetitions of the same request."""
         ...
 
 
@@ -40,11 +40,14 @@ R = TypeVar("R", bound=Suspect)
 
 
 class SuspectTracker(Generic[R]):
-    """The requests of one engine: which are on probation or on trial, and what caused each lost epoch.
+    """Finds the sequence that crashes an engine, by running the suspects in smaller and smaller groups. Here "request"
+    means one sequence. It knows which requests are on probation (they were in a step that failed) or on trial (their
+    group runs while all others wait), and what caused each loss.
 
-    `verdicts`: by epoch number, "investigating", "request" or "engine". "investigating" becomes "request" once a
-    culprit is convicted and another request has then finished a step; "engine" if no culprit is found. A loss that a
-    request caused does not count against RESTART_LIMIT.
+    An epoch is the time between two losses of the engine; they are numbered. `verdicts`: what ended each epoch:
+    "investigating", "request" or "engine". "investigating" becomes "request" once a culprit is convicted and another
+    request has then finished a step; "engine" if no culprit is found. A loss that a request caused does not count
+    against RESTART_LIMIT.
     """
 
     def __init__(self) -> None:
@@ -57,14 +60,16 @@ class SuspectTracker(Generic[R]):
 
     @property
     def is_investigating(self) -> bool:
-        """True while a group is on trial and all other requests are held."""
+        """True while one group of suspects is on trial and all other requests wait."""
         return bool(self._groups)
 
     def may_run(self, request: R) -> bool:
         return not self._groups or request in self._groups[0]
 
     def is_known_culprit(self, request: R, now: float) -> bool:
-        """Returns whether an equal request was convicted recently. `now`: seconds, of a monotonic clock."""
+        """Returns whether a request with the same fingerprint was recently found to crash the engine. `now`: seconds,
+        of a monotonic clock.
+        """
         self._forget_culprits(now)
         return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
 

@@ -24,7 +24,9 @@ class TextParams:
 
 @dataclass
 class OutputChunk:
-    """New text of one sequence. Only the last chunk has a finish reason and perhaps a stop string."""
+    """New text of one sequence. Only the sequence's last chunk has a finish reason, and perhaps the stop string that
+    ended it.
+    """
 
     text: str
     tokens: list[int]
@@ -37,7 +39,7 @@ class OutputChunk:
 
 
 class TextStream:
-    """Turns the outputs of one sequence into text, up to a stop string."""
+    """Turns the output tokens of one sequence into text, which ends at the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams, text_params: TextParams):
         self._params, self._text_params = params, text_params

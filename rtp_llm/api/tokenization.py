@@ -10,7 +10,7 @@ from rtp_llm.errors import RequestError, invalid_params
 
 
 def tokenize(preparation: Preparation, raw: bytes, limits: PromptLimits) -> bytes:
-    """Returns the response of /tokenize."""
+    """Returns the JSON response of /tokenize: the token ids of a prompt or of a rendered chat."""
     body = parse_body(TokenizeRequest, raw)
     if body.messages and body.prompt is not None:
         raise invalid_params("prompt and messages exclude each other: send one of them", "messages")
@@ -29,7 +29,7 @@ def tokenize(preparation: Preparation, raw: bytes, limits: PromptLimits) -> byte
 
 
 def detokenize(preparation: Preparation, raw: bytes, limits: PromptLimits) -> bytes:
-    """Returns the response of /detokenize, in vLLM's format."""
+    """Returns the JSON response of /detokenize, the text of the given token ids, in vLLM's format."""
     body = parse_body(DetokenizeRequest, raw)
     if len(body.tokens) > MAX_COUNTED_TOKENS:
         message = f"tokens has {len(body.tokens)} ids; this route decodes at most {MAX_COUNTED_TOKENS}"
@@ -38,7 +38,7 @@ def detokenize(preparation: Preparation, raw: bytes, limits: PromptLimits) -> by
 
 
 def encode(preparation: Preparation, raw: bytes, limits: PromptLimits) -> bytes:
-    """Returns the response of /tokenizer/encode."""
+    """Returns the JSON response of /tokenizer/encode: the token ids of a prompt, in alibaba/rtp-llm's format."""
     body = parse_body(EncodeRequest, raw)
     preparation.encoder.check_countable(body.prompt, limits)
     ids, tokens, offsets = preparation.tokenizer.encode_with_offsets(body.prompt)

@@ -29,7 +29,7 @@ class Endpoint:
     """A model at a URL.
 
     model    its name in requests
-    as_text  send prompts as text, for servers that accept no token ids: one word per token
+    as_text  send prompts as text, for servers that accept no token ids: one made-up word (`word`) per token
     """
 
     url: str
@@ -46,7 +46,7 @@ class Endpoint:
         return parts.hostname, parts.port or 80
 
     def post(self, path: str, content: dict[str, Any]) -> bytes:
-        """Returns the bytes of a POST request with this JSON body."""
+        """Returns the bytes of an HTTP POST request whose body is this object as JSON."""
         body = json.dumps(content, separators=(",", ":")).encode()
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         host, port = self.address
@@ -74,7 +74,9 @@ class Endpoint:
 
 
 def word(token: int) -> str:
-    """Returns a word that is unique for the token id."""
+    """Returns a made-up word of lower-case letters, different for each token id: stands for that token in a prompt that
+    must be text. A server's own tokenizer splits it as it likes, so the number of tokens can differ.
+    """
     letters = ""
     while token or not letters:
         token, letter = divmod(token, 26)

@@ -26,9 +26,10 @@ TOP_TOKEN = np.dtype([("id", "i4"), ("value", "f4")])
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Statistics of the engine after a step. Counters start at 0 in each epoch.
+    """Statistics of the engine after a step. Counters start at 0 when the ranks form a new communicator (a new epoch).
 
-    running, waiting: number of requests. kv_used: referenced KV blocks. flops, read_bytes, write_bytes: estimates of
+    running, waiting: current number of requests, each one sequence. kv_used: KV blocks in use by requests. flops,
+    read_bytes, write_bytes: estimates of
     `runner.cost`. step_tokens, step_seconds: tokens and duration of the last step; 0 if there was none.
     """
 
@@ -112,7 +113,9 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
 
 
 class PackedLogprobs(Sequence[Logprob]):
-    """A sequence of logprobs that are decoded one by one: as Python objects they take ten times the memory."""
+    """A sequence of logprobs, kept as bytes and decoded one by one: as Python objects they take ten times the
+    memory.
+    """
 
     def __init__(self, data: bytes, start: int, num_rows: int, num_top: int):
         self._rows = np.frombuffer(data, LOGPROB, num_rows, start)

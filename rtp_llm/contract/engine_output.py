@@ -12,7 +12,7 @@ Logprob = tuple[float, int, list[tuple[int, float]]]
 
 @dataclass
 class EngineOutput:
-    """Output of one step for one request. The last output of a request has `finish` set."""
+    """New tokens of one request (one sequence) after a step. The last output of a request has `finish` set."""
 
     request_id: str
     tokens: list[int] = field(default_factory=list)  # new token ids

@@ -53,18 +53,22 @@ class KVCacheGroup:
     block_size: int
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Returns the block table length of a sequence of `num_tokens` tokens, with blocks outside the window."""
+        """Returns the length of the block table of a sequence with `num_tokens` tokens, which includes blocks outside
+        the window.
+        """
         return 1 if self.spec.per_sequence else -(-num_tokens // self.block_size)
 
     def max_resident_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Returns the maximum number of blocks that such a sequence holds, if steps compute up to `chunk` tokens."""
+        """Returns the maximum number of blocks that a sequence of `num_tokens` tokens holds at a time, without those
+        outside the window, if steps compute up to `chunk` tokens.
+        """
         if not self.spec.window:
             return self.num_blocks(num_tokens)
         return min(self.num_blocks(num_tokens), -(-(self.spec.window + chunk - 2) // self.block_size) + 1)
 
     @property
     def num_bytes(self) -> int:
-        """Returns how many bytes of a block the group uses."""
+        """Returns the size in bytes of this group's content of a block; the rest of the block is unused."""
         return len(self.layers) * sum(self._tensor_bytes())
 
     def tensor_offsets(self) -> Iterator[tuple[int, str, int]]:

@@ -7,7 +7,8 @@ from rtp_llm.contract.sampling_params import SamplingParams
 
 
 class Request:
-    """State of one request on rank 0.
+    """State of one request on rank 0. For the engine a request is one sequence: the API process submits n of them if
+    the client asks for n choices.
 
     A token is computed when its keys and values are in the KV cache. Each step computes some tokens of the request;
     once all are computed, the next token is sampled and appended. A step may be scheduled before the result of the
@@ -99,7 +100,9 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        """Returns the number of known generated tokens, including those generated before a restart of the ranks."""
+        """Returns the number of known generated tokens, including those generated before a rank was lost and the
+        request was submitted again.
+        """
         return len(self.tokens) - self.num_prompt_tokens
 
     @property

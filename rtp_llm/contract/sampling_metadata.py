@@ -93,7 +93,7 @@ class SampledTokens:
 
 @dataclass
 class StepResult:
-    """Result of a step on rank 0; empty on the other ranks.
+    """The sampled tokens of a step, on rank 0; empty on the other ranks.
 
     tokens: the new tokens of each sequence with sampled rows, in order.
     prompt_logprobs: one entry per entry of `Step.logprob_indices`.

@@ -8,7 +8,7 @@ TUPLES = ("stop_token_ids", "logprob_token_ids", "reasoning_start", "reasoning_e
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of one request. The API process has validated them; the engine does not check them again."""
+    """Sampling parameters of one sequence. The API process has validated them; the engine does not check them again."""
 
     max_tokens: int  # of output
     temperature: float = 1.0  # 0: greedy

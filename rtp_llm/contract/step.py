@@ -15,19 +15,21 @@ ROW_SIZES = {"new_sequences": 3, "rewinds": 2, "new_blocks": 4}
 
 @dataclass(frozen=True)
 class Step:
-    """A step computes T tokens of S sequences. Ranks keep each sequence under its slot (`runner.input_batch`).
+    """A step computes T tokens of S sequences. Ranks keep each sequence under its slot, its index in the batch
+    (`runner.input_batch`).
 
     A sequence whose token was sampled in its last step continues with that token, which ranks hold on the device and no
     step transfers. Sequences with one token come first, so that an attention backend can compute them together.
 
-    epoch: number of the epoch, which rises with every restart of all ranks.
+    epoch: number of the communicator that the ranks have formed, which rises whenever one of them is lost and replaced.
     number: number of the step in the epoch, counted from 1.
     digest: checksum of the arrays that rank 0 computes from this step, see `InputBatch.prepare`.
     ended_slots: [E] int32, slots of the sequences that have left the batch since the last step; applied first.
     new_sequences: [N, 3] int32, (slot, tokens of the prompt, computed tokens) of the sequences that enter.
     rewinds: [X, 2] int32, (slot, computed tokens) of the sequences with fewer computed tokens than were scheduled,
         because draft tokens were rejected.
-    retired_blocks: [R] int32, KV blocks whose memory every rank returns to the kernel, before it uses new blocks.
+    retired_blocks: [R] int32, KV blocks that save memory: every rank returns their pages to the kernel, before it uses
+    new blocks.
     new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
     slots: [S] int32, slots of the sequences in this step.
     counts: [S] int32, number of tokens of each sequence.
@@ -57,7 +59,9 @@ class Step:
         return int(self.counts.sum())
 
     def to_bytes(self) -> bytes:
-        """Returns the payload of a STEP frame: epoch, number, digest, the number of rows of each array, the arrays."""
+        """Returns the payload of a STEP frame, which rank 0 sends: epoch, number, digest, the number of rows of each
+        array, the arrays.
+        """
         arrays = [getattr(self, name) for name in ARRAYS]
         lengths = np.array([len(array) for array in arrays], np.int32)
         header = HEADER.pack(self.epoch, self.number, self.digest)

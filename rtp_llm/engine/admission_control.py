@@ -21,7 +21,9 @@ MIN_GROWTH = 16  # tokens that a request is expected to get in any case, unless 
 
 
 class AdmissionControl:
-    """Predicts the peak number of blocks that a set of requests will use."""
+    """Predicts the peak number of KV blocks that a set of requests will use, so that a request is admitted only if it
+    need not be preempted later.
+    """
 
     def __init__(self, kv_cache_manager: KVCacheManager):
         self._kv_cache_manager = kv_cache_manager

@@ -11,9 +11,11 @@ from rtp_llm.contract.kv_cache import NULL_BLOCK
 
 
 class BlockPool:
-    """Pool of the KV blocks 1 … `num_blocks` - 1. Block 0 is the null block, which is neither allocated nor counted.
+    """Pool of the KV blocks 1 … `num_blocks` - 1 of the paged KV cache. Block 0 is the null block, which is neither
+    allocated nor counted.
 
-    Methods that take blocks skip null blocks. A block is backed (has physical memory) from its first allocation until
+    Methods that take blocks skip null blocks. A block is backed (occupies physical memory) from its first allocation
+    until
     it is retired, that is until its memory is returned to the kernel. `growth`: number of unbacked blocks that may be
     allocated; each such allocation lowers it.
     """
@@ -39,12 +41,14 @@ class BlockPool:
 
     @property
     def num_retired(self) -> int:
-        """Returns the number of blocks whose memory was returned to the kernel."""
+        """Returns the current number of blocks whose memory was returned to the kernel (retired)."""
         return len(self._retired)
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Returns whether there are blocks that cannot be allocated because `growth` is too small."""
+        """Returns whether some free blocks cannot be allocated, because `growth` is less than the number of free blocks
+        that occupy no memory yet.
+        """
         return self.growth < self._num_unbacked
 
     @property
@@ -66,7 +70,7 @@ class BlockPool:
         return self._block_of_hash.get(block_hash)
 
     def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """Returns how many of these cached blocks no request references. `num_free` counts them too."""
+        """Returns how many of these cached blocks no running request uses. `num_free` counts them too."""
         return sum(1 for block in blocks if block != NULL_BLOCK and not self._ref_counts[block])
 
     def acquire(self, blocks: Sequence[int]) -> None:
@@ -91,7 +95,8 @@ class BlockPool:
         return blocks
 
     def retire(self, num_blocks: int) -> list[int]:
-        """Retires up to `num_blocks` free blocks: first uncached ones, then the least recently used.
+        """Takes up to `num_blocks` free blocks out of use to save memory (CPU only): first blocks without cached
+        tokens, then the least recently used ones.
 
         Returns the blocks; the ranks must then return their memory to the kernel.
         """
@@ -101,7 +106,9 @@ class BlockPool:
         return blocks
 
     def mark_populated(self, num_blocks: int) -> None:
-        """Marks the first `num_blocks` blocks, except retired ones, as backed even if they were never allocated."""
+        """Counts the first `num_blocks` blocks, except retired ones, as occupying memory even if they were never
+        allocated: a thread has pre-faulted their pages.
+        """
         for block in range(self._num_populated, num_blocks):
             if block in self._untouched:
                 del self._untouched[block]

@@ -26,7 +26,9 @@ class StepExecutor(Protocol):
     """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
 
     def prepare(self, step: Step) -> Any:
-        """Applies a step to the batch of rank 0. Returns the step's inputs, which have a `digest()`."""
+        """Applies a step to rank 0's table of sequences. Returns the arrays that `execute` needs; their `digest()` is
+        compared on all ranks.
+        """
         ...
 
     def execute(self, inputs: Any, sampling_metadata: SamplingMetadata) -> StepResult:
@@ -60,7 +62,8 @@ class LaunchedStep:
 
 
 class Engine:
-    """Schedules and executes steps.
+    """Schedules and executes steps, on rank 0. A request here is one sequence; the API process splits a request with n
+    > 1.
 
     With a pipeline depth of 1, a thread computes a step while the engine processes the result of the previous step and
     schedules the next one. With 0, each step is computed and processed before the next one is scheduled.
@@ -88,7 +91,9 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "step") if pipeline_depth else None
 
     def close(self) -> None:
-        """Waits for the step that the thread computes and drops later ones. Abort the communicator first."""
+        """Waits for the step that the thread computes and drops later ones. Abort the communicator first, so that this
+        does not wait forever.
+        """
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
@@ -111,7 +116,7 @@ class Engine:
         return bool(self.compiler and self.compiler.is_busy)
 
     def add(self, request: Request) -> EngineOutput | None:
-        """Queues a request and returns None.
+        """Queues a request, which is one sequence, and returns None.
 
         If the request has no token left to generate (a resumed request that was complete), returns its final output
         instead.

@@ -44,7 +44,8 @@ MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the par
 
 
 class Epoch:
-    """The communicator, step sockets and main loop of one epoch. Binds the mesh to the communicator.
+    """One epoch: the time from a rendezvous of all ranks until one of them is lost and a new communicator is formed.
+    Holds the epoch's communicator, its sockets for steps and its main loop, and binds the mesh to the communicator.
 
     A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from any
     call that waits. Leaving the context suppresses that error and frees all ports and connections.
@@ -62,7 +63,7 @@ class Epoch:
         self._communicator: Communicator = self._formation
 
     def form(self) -> None:
-        """Forms the communicator. Collective: all ranks must call it. Raises CommunicationError."""
+        """Forms the communicator of all ranks. Collective: all ranks must call it. Raises CommunicationError."""
         self.gang.check_epoch()
         communicator = init_group(
             self.part_spec.plan,
@@ -100,7 +101,9 @@ class Epoch:
         return True
 
     def abort(self, reason: str) -> None:
-        """Ends the epoch; any thread may call it. Interrupts a collective even if the other ranks do not respond."""
+        """Ends the epoch (the life of this communicator); any thread may call it. Interrupts a collective even if the
+        other ranks do not respond.
+        """
         with self._lock:
             if self._is_closed:
                 return
@@ -111,7 +114,7 @@ class Epoch:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the epoch from its own thread, and unbinds the mesh."""
+        """Closes the communicator and its connections, from the thread that uses them, and unbinds the mesh."""
         with self._lock:
             self._is_closed = True
             self.mesh.tp.unbind()
@@ -120,7 +123,9 @@ class Epoch:
                 sock.close()
 
     def serve(self, residency: Residency) -> None:
-        """Connects the ranks and runs their loops. Raises CommunicationError when the epoch ends."""
+        """Connects the ranks and runs their loops. Raises CommunicationError when a rank is lost, which ends the
+        epoch.
+        """
         residency.agree_on_steps()
         runner = ModelRunner(residency)
         residency.populate_kv_memory()
@@ -234,7 +239,9 @@ class Epoch:
 def make_scheduler(
     residency: Residency, proposer: DraftProposer | None = None, memory_budget: MemoryBudget | None = None
 ) -> Scheduler:
-    """Returns a scheduler for the KV cache of `residency`. `proposer` generates draft tokens."""
+    """Returns a scheduler for the KV cache of `residency` (this rank's weights and KV memory). `proposer` generates
+    draft tokens.
+    """
     config = residency.config
     pool = BlockPool(residency.num_blocks + 1, is_backed=memory_budget is None)
     manager = KVCacheManager(pool, residency.layout.groups, config.reuse_cache)

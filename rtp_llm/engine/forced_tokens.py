@@ -6,7 +6,9 @@ MIN_DRAFTS = 2  # fewer save less than a step with drafts costs more
 
 
 class ForcedTokens:
-    """Proposes forced tokens. A draft is rejected only where the reasoning budget forces another token."""
+    """Proposes as draft tokens those that a grammar forces, the only ones that it allows. One is rejected only where
+    the reasoning budget forces another token.
+    """
 
     needs_result = False
 

@@ -18,7 +18,9 @@ LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
 class GrammarCompiler:
-    """Compiles a request's grammar into its `matcher`. Used from one thread."""
+    """Compiles the grammars of requests in background threads into their `matcher`, which masks the tokens. Its methods
+    are called from one thread.
+    """
 
     def __init__(self, tokenizer: "Future[LLTokenizer]"):
         """`tokenizer`: the model's vocabulary, with the model's number of token ids."""

@@ -21,7 +21,9 @@ FULL_STEP = 8  # times the seconds to read the weights: a step without decodes t
 
 
 class Demand(NamedTuple):
-    """Work of requests: rows and keys of their prompts (see `StepWork`), and the expected number of output tokens."""
+    """Work of requests: `rows` and `keys` of their prompts (tokens to compute, and tokens that these attend to, see
+    `StepWork`), and the expected number of output tokens.
+    """
 
     rows: float
     prompt_keys: float
@@ -40,7 +42,9 @@ class Demand(NamedTuple):
 
 
 class ItlBudget:
-    """Computes the prompt budget of each step from the learned cost of steps and the recent load."""
+    """Limits the prompt tokens that a step computes beside decodes, so that the inter-token latency (ITL) stays low.
+    Computes this prompt budget for each step from the learned cost of steps and the recent load.
+    """
 
     def __init__(self, config: SchedulerConfig):
         self._config = config
@@ -48,11 +52,11 @@ class ItlBudget:
         self.cost = StepCost()
 
     def record_admission(self, demand: Demand) -> None:
-        """Adds a request that enters the batch for the first time to the recent load."""
+        """Adds a request, which enters the batch for the first time, to the statistics of the recent load."""
         self._latest.append(demand)
 
     def prompt_budget(self, decodes: Sequence[Request], streams: Iterable[Demand]) -> PromptBudget:
-        """Returns the budget for prompt tokens of a step with these decodes.
+        """Returns what a step with these decodes may spend on prompts: tokens per prompt, and seconds for all prompts.
 
         `streams`: the requests that decode, compute their prompt, or wait and will fit into the batch; includes the
         decodes.

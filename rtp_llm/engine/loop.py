@@ -46,7 +46,9 @@ class FollowerConnections:
         self._send(pack_frame(FrameType.SNAPSHOT, snapshot))
 
     def send_keepalive(self) -> None:
-        """Sends a KEEPALIVE frame to all other ranks. Raises CommunicationError if one of them is lost."""
+        """Sends a KEEPALIVE frame to all other ranks while no step runs. Raises CommunicationError if one of them is
+        lost.
+        """
         self._send(pack_frame(FrameType.KEEPALIVE))
 
     def _send(self, frame: bytes) -> None:
@@ -58,7 +60,9 @@ class FollowerConnections:
 
 
 class LeaderLoop:
-    """Rank 0's loop. Receives requests between steps, and blocks for them only if the engine is idle."""
+    """The main loop of rank 0, which schedules for all ranks. Receives requests between steps, and blocks for them only
+    if the engine is idle.
+    """
 
     def __init__(
         self,
@@ -79,10 +83,7 @@ class LeaderLoop:
         self._client_of_request: dict[str, ClientConnection] = {}
 
     def run(self) -> None:
-        """Runs until the epoch ends.
-
-        Raises CommunicationError if the epoch is aborted or another rank is lost.
-        """
+        """Runs until another rank is lost or `Epoch.abort` is called, either of which raises CommunicationError."""
         next_keepalive = 0.0
         while True:
             idle_seconds = STALL_SECONDS if self.engine.has_work else KEEPALIVE_INTERVAL_SECONDS
@@ -182,10 +183,10 @@ class LeaderLoop:
 
 
 def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankStatus, epoch: int) -> None:
-    """Computes the steps that rank 0 sends.
+    """Main loop of every rank but rank 0: computes the steps that rank 0 sends.
 
-    Raises CommunicationError if rank 0 is lost, if the step belongs to another epoch (rank 0 has restarted without this
-    rank), or if the batch of rank 0 differs from this rank's.
+    Raises CommunicationError if rank 0 is lost, if the step belongs to another epoch (rank 0 has formed a new
+    communicator without this rank), or if the batch of rank 0 differs from this rank's.
     """
     while True:
         rank_status.is_waiting = True

@@ -13,7 +13,8 @@ from rtp_llm.parallel.rank_status import RankStatus
 
 
 def main(run_dir: Path, index: int) -> None:
-    """Joins the gang, then serves epochs until the process ends. `index`: number of the worker within the part.
+    """Main function of a worker process: joins the gang, then serves as a rank, again after each loss of another rank,
+    until the process ends. `index`: number of the worker within the part.
 
     Raises FatalError, for example if the settings of the parts differ.
     """

@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class MemoryBudget:
-    """available_bytes: measures the memory that the ranks of the host can still use.
+    """Compares the free memory of a host with the size of a KV block. CPU only: the ranks of a host share its main
+    memory.
 
-    reserve_bytes: the part of it that KV blocks must not use. block_bytes: size of a block, summed over the host's
-    ranks.
-    num_populated: returns how many of the first blocks have pages although no step has written them.
-    interval_seconds: between measurements; long enough for a measurement to show the effect of retired blocks.
+    available_bytes: function that measures how many bytes the ranks of the host can still allocate.
+    reserve_bytes: how many of these bytes KV blocks must not use.
+    block_bytes: size of a KV block in bytes, summed over the host's ranks.
+    num_populated: function that returns how many blocks, from the first on, already occupy memory although no step has
+    written to them (pre-faulted).
+    interval_seconds: time between two measurements; long enough for the second to show the memory of KV blocks that
+    were returned to the kernel (retired) after the first.
     """
 
     available_bytes: Callable[[], int]
@@ -27,9 +31,10 @@ class MemoryBudget:
     _measured_at: float = field(default=float("-inf"), init=False)
 
     def measure(self) -> int | None:
-        """Returns how many blocks without pages may be written until the next measurement.
+        """Returns how many KV blocks that occupy no memory yet may be written until the next measurement.
 
-        If negative, so many blocks with pages must be retired. Returns None if the last measurement is recent.
+        If negative, memory is short: so many KV blocks must give their memory back to the kernel. Returns None if the
+        last measurement is more recent than `interval_seconds`.
         """
         now = time.monotonic()
         if now - self._measured_at < self.interval_seconds:

@@ -10,7 +10,9 @@ PROMPT_LOGPROB_CHUNK = 256  # tokens per step of a request with prompt logprobs,
 
 
 class PromptBudget:
-    """The remaining budget of a step for prompts: tokens per prompt, and seconds for all prompts."""
+    """What a step can still spend on prompts: a maximum number of tokens per prompt, and seconds for all prompts
+    together.
+    """
 
     def __init__(
         self,
@@ -33,10 +35,11 @@ class PromptBudget:
         self._has_prompt = False  # several tokens of the step are a prompt's
 
     def chunk_size(self, request: Request, start: int, limit: int) -> int:
-        """Returns how many tokens from `start` on the step computes, at most `limit`; 0 or less: none.
+        """Returns how many tokens of a prompt the step computes from position `start` on, at most `limit`; 0 or less:
+        none.
 
-        Chunks end at a multiple of the tile. If the step already has a chunk of another prompt, a chunk that would not
-        reach one is postponed.
+        Chunks end at a multiple of the tile (a number of tokens for which kernels are efficient). If the step already
+        has a chunk of another prompt, a chunk that would not reach one is postponed.
         """
         num_tokens = min(request.num_tokens - start, limit, self._max_tokens(request, start))
         if start + num_tokens == request.num_tokens:

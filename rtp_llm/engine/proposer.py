@@ -6,7 +6,7 @@ from rtp_llm.contract.request import Request
 
 
 class DraftProposer(Protocol):
-    """Guesses the next tokens of requests, which one step then verifies together.
+    """Guesses the next tokens of requests (speculative decoding); one step then verifies several of them together.
 
     needs_result: whether `propose` needs all tokens of the request. The scheduler then waits for the result of each
         step before it schedules the next step of the request.

@@ -17,7 +17,9 @@ from rtp_llm.runner.residency import Residency
 
 
 def serve_rank(part_spec: PartSpec, gang: GangClient) -> None:
-    """Runs one rank until the process ends. Raises FatalError, for example if a peer is lost."""
+    """Loads the model and runs one rank until the process ends. Raises FatalError, for example if the settings of the
+    parts differ.
+    """
     try:
         _serve(part_spec, gang)
     except torch.AcceleratorError as error:

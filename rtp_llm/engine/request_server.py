@@ -35,7 +35,9 @@ class ClientMessage:
 
 
 class RequestServer:
-    """Accepts clients (API processes), sends each a READY frame, and does all I/O without blocking."""
+    """Rank 0's server for requests. Accepts clients (API processes), sends each a READY frame with the engine's
+    properties, and does all I/O without blocking.
+    """
 
     def __init__(self, path: Path, engine_info: dict[str, Any]):
         """`path`: path of the socket; an existing file is replaced.
@@ -55,7 +57,9 @@ class RequestServer:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
     def close(self) -> None:
-        """Closes the socket and all connections. Clients keep their requests and resubmit them in the next epoch."""
+        """Closes the socket and all connections. Clients keep their requests, and submit them again once the ranks have
+        formed their next communicator.
+        """
         self._selector.close()
         for sock in (self._listener, *(connection.sock for connection in self.connections)):
             sock.close()

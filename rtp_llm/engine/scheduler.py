@@ -45,7 +45,9 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Holds the waiting and the running requests, each in order of arrival, and chooses the chunks of each step."""
+    """Holds the waiting and the running requests (each one sequence), both in order of arrival, and chooses which
+    tokens (chunks) of which requests each step computes.
+    """
 
     def __init__(
         self,
@@ -104,7 +106,9 @@ class Scheduler:
             self.waiting.remove(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Returns the next step. It has no chunks if all requests must wait for the result of a step in flight."""
+        """Returns the next step. It has no chunks, and is not run, if all requests must wait for the result of a step
+        in flight.
+        """
         self._is_short_of_blocks = False
         self._fit_memory()
         chunks = self._schedule_running()

@@ -23,5 +23,7 @@ class SchedulerConfig:
 
     @property
     def chunk_tile(self) -> int:
-        """Returns the number whose multiples chunks end at; 1 if steps are smaller than CHUNK_TILE."""
+        """Returns the tile: chunks of prompts end at its multiples, for which kernels are efficient. 1 if steps are
+        smaller than CHUNK_TILE.
+        """
         return CHUNK_TILE if min(self.mixed_prefill_chunk, self.max_num_batched_tokens) >= CHUNK_TILE else 1

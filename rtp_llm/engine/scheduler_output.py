@@ -43,7 +43,8 @@ class SchedulerOutput:
     chunks: at most one per request; those of one token (decodes) first, each kind in order of arrival.
     ended_slots: slots of the requests that have left the batch since the last step; new requests may reuse them.
     rewinds: (slot, computed tokens) of requests whose draft tokens were rejected in their last step.
-    retired_blocks: KV blocks whose memory all ranks return to the kernel before the step.
+    retired_blocks: KV blocks whose memory all ranks return to the kernel before the step, because the host is short of
+    memory (CPU only).
     starved: requests that were ended because there is no memory for their KV blocks; the only field that is not kept
     for
         the next output.

@@ -18,7 +18,7 @@ MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of th
 
 
 class StepWork(NamedTuple):
-    """The amounts of work that determine the duration of a step.
+    """The amounts of work from which the duration of a step is predicted. A row is a token of the step.
 
     In a chunk of a prompt, a token attends to half of the chunk on average.
 
@@ -55,8 +55,8 @@ IDLE = StepWork(0)
 
 
 class StepCost:
-    """Seconds per unit of each kind of work. The duration of a step is the larger of `steps` and the rows, plus the
-    keys.
+    """Predicts the duration of steps. Learns the seconds per unit of each kind of work in `StepWork`. The duration of a
+    step is the larger of `steps` and the rows, plus the keys.
 
     An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So they
     stay positive, and the scale does not matter, which is 100 times smaller on a GPU. A step does not change the cost

@@ -25,7 +25,9 @@ class LayerKVCache:
 
 
 def carve(memory: Tensor, layout: KVCacheLayout) -> list[LayerKVCache]:
-    """Returns the caches of all layers, as views of `memory`: [num_blocks, block_bytes] uint8, contiguous."""
+    """Returns the KV caches of all layers, as views of `memory`, the KV memory of this rank: [num_blocks, block_bytes]
+    uint8, contiguous.
+    """
     caches: dict[int, dict[str, Tensor]] = {}
     for group in layout.groups:
         flat, shapes = memory.flatten().view(DTYPES[group.spec.dtype]), dict(group.spec.tensors)

@@ -23,7 +23,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """A tensor of a checkpoint that holds the weight W [out_size, in_size] of a linear layer, or a part of it.
+    """A tensor of a checkpoint that holds the weight matrix W [out_size, in_size] of a linear layer, or a part of it.
 
     dims: for each dimension of the tensor, the axis of W that it corresponds to (0: out, 1: in), and how many rows or
     columns of W one index covers: 8 for 4-bit values packed into int32, 128 for the scales of fp8 blocks.
@@ -33,22 +33,23 @@ class WeightTensor:
     dims: tuple[tuple[int, int], ...] = ((0, 1), (1, 1))
 
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Returns the tensor's shape for a W of `size`."""
+        """Returns the shape of this tensor in the checkpoint, for a weight matrix W of `size` (out_size, in_size)."""
         return tuple(-(-size[axis] // step) for axis, step in self.dims)
 
     def box(self, box: Sequence[range]) -> tuple[range, ...]:
-        """Returns the ranges of the tensor that hold the rows and columns `box` of W."""
+        """Returns the ranges of this tensor that hold the rows and columns `box` of the weight matrix W."""
         ranges = [(box[axis], step) for axis, step in self.dims]
         return tuple(r if step == 1 else range(r.start // step, -(-r.stop // step)) for r, step in ranges)
 
 
 class LinearMethod(ABC):
-    """Reads, stores and multiplies weights W [out_size, in_size]; one instance serves all layers of the same size.
+    """Reads, stores and multiplies the weight matrix W [out_size, in_size] of a linear layer y = x Wᵀ + bias; one
+    instance serves all layers of the same size.
 
     shard_granularity: the bounds of a shard of W are multiples of these numbers of (output, input) features.
     gated: W stacks a gate and an up projection of equal size, and the layer computes silu(gate) * up.
-    dtype: of x. output_dtype: of y, None for `dtype`. batch_invariant: whether the bits of a row of y are independent
-    of the other rows and of their number; None until `measure_batch_invariance`.
+    dtype: of the input x. output_dtype: of the output y, None for `dtype`. batch_invariant: whether the bits of a row
+    of y are independent of the other rows and of their number; None until `measure_batch_invariance`.
     """
 
     name: ClassVar[str]
@@ -68,17 +69,21 @@ class LinearMethod(ABC):
 
     @property
     def tensors(self) -> dict[str, WeightTensor]:
-        """Returns the tensors to read from the checkpoint, by the last component of their names."""
+        """Returns the tensors to read from the checkpoint, by the last component of their names, such as `weight`."""
         return {"weight": WeightTensor(self.dtype)}
 
     @property
     def weight_bytes(self) -> int:
-        """Returns the bytes that W takes after `transform`."""
+        """Returns the size of a layer's weight matrix in bytes, as it is kept after loading (`transform` may repack or
+        quantize it).
+        """
         size = (self.out_size, self.in_size)
         return sum(prod(tensor.shape(size)) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
     def transform(self, loaded: Weights) -> Weights:
-        """Returns the tensors for `apply`, computed from the loaded ones; the caller frees those not returned."""
+        """Returns the tensors that `apply` uses, computed from the tensors `loaded` from the checkpoint: for example a
+        repacked weight matrix. The caller frees the loaded ones that are not returned.
+        """
         return loaded
 
     def forward(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
@@ -88,14 +93,20 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns x Wᵀ + bias, [num_rows, out_size]. x: [num_rows, in_size]. bias: [out_size]."""
+        """Returns x Wᵀ + bias, [num_rows, out_size]. x: the layer's input [num_rows, in_size]. W: its weight matrix.
+        bias: [out_size].
+        """
 
     def apply_gated(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns silu(gate) * up, [num_rows, out_size / 2]; gate and up are the halves of x Wᵀ + bias."""
+        """Returns silu(gate) * up, [num_rows, out_size / 2]. gate and up are the halves of x Wᵀ + bias, where x
+        [num_rows, in_size] is the input and W the weight matrix.
+        """
         return silu_and_mul(self.apply(x, weights, bias))
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Measures `batch_invariant` on the first call. It depends on the size of W, not on its values."""
+        """Measures `batch_invariant` on the first call: whether the other rows change the bits of a row's result. That
+        depends on the size of the weight matrix, not on its values.
+        """
         if self.batch_invariant is None:
             self.batch_invariant = not self._differing_row_counts(weights)
 
@@ -116,7 +127,9 @@ class LinearMethod(ABC):
 
 
 class Plain(LinearMethod):
-    """Keeps W unchanged."""
+    """A linear layer without any change: keeps the weight matrix as it is in the checkpoint and multiplies with
+    torch.
+    """
 
     name = "plain"
 
@@ -126,7 +139,7 @@ class Plain(LinearMethod):
 
 
 class Prepacked(LinearMethod):
-    """Stores W in oneDNN's layout, for CPU: reordered once at load instead of at every call.
+    """Stores the weight matrix W in oneDNN's layout, for CPU: reordered once after loading instead of at every call.
 
     Speedup on one core (AMD EPYC, AVX-512 BF16, torch 2.13, W 4096 x 2048): bf16 with 1 row of input 2.1 to 5.2 times,
     fp32 with 8 rows 2.6 times. If oneDNN uses another kernel for one row than for several, a single row is padded to

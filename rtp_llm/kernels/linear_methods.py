@@ -18,7 +18,9 @@ LINEAR_METHODS: dict[str, type[LinearMethod]] = {
 
 
 def shard_granularity(name: str) -> int:
-    """Returns the granularity of a method's shards: outputs and inputs are split at multiples of so many features."""
+    """Returns where weight matrices can be cut into shards of ranks: at multiples of so many output and input
+    features.
+    """
     return lcm(*LINEAR_METHODS[name].shard_granularity) if name else 1
 
 
@@ -31,7 +33,8 @@ def select_linear_method(
     gated: bool = False,
     output_dtype: torch.dtype | None = None,
 ) -> LinearMethod:
-    """Returns the method for weights W [out_size, in_size]; `name`: a key of LINEAR_METHODS, or "" for the fastest.
+    """Returns the method for a layer with the weight matrix [out_size, in_size]; `name`: a key of LINEAR_METHODS, or ""
+    for the fastest.
 
     gated, output_dtype: see `LinearMethod`.
     """

@@ -19,7 +19,7 @@ Bits = NDArray[np.uint8]
 
 
 def mask_logits(logits: Tensor, masks: Bits, rows: Sequence[int]) -> None:
-    """Sets the logits of forbidden tokens to -inf, in place."""
+    """Sets the logits of tokens that the mask forbids to -inf, in place."""
     kernels = library() if logits.is_cpu else None
     if kernels:
         mask_of_row = _mask_of_row(rows, len(logits))

@@ -17,7 +17,7 @@ PARTIAL_BYTES = 16 << 20  # for the splits of long contexts that several threads
 
 
 class Step(ctypes.Structure):
-    """The C struct `AttentionStep` of src/attention.cpp."""
+    """A step as the attention kernels get it: the C struct `AttentionStep` of src/attention.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query_start_loc", "seq_lens", "block_tables", "slots")),
@@ -44,7 +44,9 @@ class NativeMetadata:
 
 
 class NativeBackend:
-    """Implements `AttentionBackend`. A row's bits depend neither on the number of threads nor on the block size."""
+    """Implements `AttentionBackend` with kernels in C++ for CPUs. The bits of a row (the result for one token) depend
+    neither on the number of threads nor on the block size.
+    """
 
     batch_invariant = True
 
@@ -66,7 +68,7 @@ class NativeBackend:
         )
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> NativeMetadata:
-        """Returns a struct that points to the tensors of the batch, see `AttentionBackend`."""
+        """Returns the metadata of a step: a struct that points to the tensors of the batch, see `AttentionBackend`."""
         kv_heads, head_dim = spec.tensors[0][1]
         tensors = (batch.query_start_loc, batch.seq_lens, batch.block_tables[group], batch.slot_mapping[group])
         table = batch.block_tables[group]

@@ -13,7 +13,9 @@ MAX_PROBED_OUTPUTS = 1 << 13
 
 
 class Packed(LinearMethod):
-    """Stores W in blocks that are read sequentially, see src/linear.cpp. A row's bits never depend on others."""
+    """Stores the weight matrix of a linear layer, after loading, in blocks that the kernel reads sequentially
+    (src/linear.cpp). The bits of a row of the result never depend on the other rows.
+    """
 
     name = "packed"
 
@@ -32,7 +34,7 @@ class Packed(LinearMethod):
 
     @property
     def weight_bytes(self) -> int:
-        """Returns the bytes that W takes after `transform`."""
+        """Returns the size of a layer's weight matrix in bytes, as it is kept after loading, in blocks."""
         return int(self._library.rtp_linear_packed_bytes(self._dtype, self.gated, self.out_size, self.in_size))
 
     def transform(self, loaded: Weights) -> Weights:
@@ -51,7 +53,7 @@ class Packed(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`. If W is gated, does the same as `apply_gated`."""
+        """Implements `LinearMethod`. If the layer is gated, does the same as `apply_gated`."""
         if x.stride(-1) != 1:
             x = x.contiguous()
         num_columns = self.out_size // 2 if self.gated else self.out_size
@@ -77,7 +79,9 @@ class Packed(LinearMethod):
     apply_gated = apply
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Implements `LinearMethod`. Measures only the first blocks of a large W, as blocks are independent."""
+        """Implements `LinearMethod`. Measures only the first blocks of a large weight matrix, as blocks are
+        independent.
+        """
         if self.gated or self.out_size <= MAX_PROBED_OUTPUTS:
             super().measure_batch_invariance(weights)
             return

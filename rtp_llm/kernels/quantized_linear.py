@@ -19,7 +19,9 @@ _ROWS_AT_ONCE = 256  # of W that are quantized together, so that the intermediat
 
 
 class Quantized(LinearMethod):
-    """Reads W in the model's dtype and stores it as integers with scales."""
+    """Reads the weight matrix of a linear layer in the model's dtype, and quantizes it after loading to integers with
+    scales.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -30,16 +32,18 @@ class Quantized(LinearMethod):
     @staticmethod
     @abstractmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (integers [out, in] int8, scales [out, groups] float32). weight: [out, in]."""
+        """Returns the quantized weight matrix: (integers [out, in] int8, scales [out, groups] float32). weight: [out,
+        in].
+        """
 
     @staticmethod
     @abstractmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Returns x as the kernel rounds it before it multiplies, float32. x: [num_rows, in_size]."""
+        """Returns the layer's input x [num_rows, in_size] as the kernel rounds it before it multiplies, float32."""
 
     @property
     def weight_bytes(self) -> int:
-        """Returns the bytes that W takes after `transform`."""
+        """Returns the size of a layer's weight matrix in bytes, as it is kept after loading: integers and scales."""
         if self._library is None:
             return self.out_size * (self.in_size + 4 * self.num_groups(self.in_size))
         return int(getattr(self._library, f"rtp_{self.name}_packed_bytes")(self._dtype, *self._size))
@@ -67,7 +71,7 @@ class Quantized(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`. If W is gated, does the same as `apply_gated`."""
+        """Implements `LinearMethod`. If the layer is gated, does the same as `apply_gated`."""
         if self._library is None:
             return self._multiply_with_torch(x, weights, bias)
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -160,7 +164,9 @@ class Int4(Quantized):
 
 
 def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
-    """Returns integers [rows, in] times the scales of their groups, float32. scales: [rows, groups]."""
+    """Returns a quantized matrix as float32: integers [rows, in] times the scales of their groups. scales: [rows,
+    groups].
+    """
     if scales.shape[1] > 1:
         scales = scales.repeat_interleave(GROUP_SIZE, 1)[:, : integers.shape[1]]
     return integers * scales

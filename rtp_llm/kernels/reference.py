@@ -66,7 +66,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Wave:
-    """Tiles that are computed before their items are combined; bounds the memory of partial outputs.
+    """A number of tiles (tokens of a sequence whose attention is computed together), computed before their items are
+    combined; bounds the memory of partial outputs. An item is a tile with some of the keys.
 
     tile: queries per tile. tile_of_item: [items], ascending; items of a tile are in order of position.
     rows: [queries of the step], rows of the tiles [num_tiles * tile]; the other rows are padding.
@@ -91,7 +92,7 @@ class ReferenceMetadata:
 
 
 class ReferenceBackend:
-    """Implements `AttentionBackend`.
+    """Implements `AttentionBackend` with operations of torch, on any device.
 
     Not batch-invariant on a GPU, where the order of additions in `_combine` is not fixed.
     """

@@ -21,7 +21,9 @@ def _kernels_for(logits: Tensor) -> Library | None:
 
 
 def argmax_finite(logits: Tensor) -> Tensor:
-    """Returns the first token with the highest logit per row, [R] int64; FAILED if that logit is NaN or infinite."""
+    """Returns the first token with the highest logit of each row, [R] int64; FAILED for a row if that logit is NaN or
+    infinite.
+    """
     kernels = _kernels_for(logits)
     if kernels is None:
         highest, tokens = logits.max(-1)

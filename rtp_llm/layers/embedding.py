@@ -29,7 +29,7 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_start = group.rank * num_rows
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids: [num_tokens] int64. Returns [num_tokens, hidden_size], equal on all ranks."""
+        """Returns the embeddings [num_tokens, hidden_size], equal on all ranks. token_ids: [num_tokens] int64."""
         if self.group.size == 1:
             return embedding(token_ids, self.weight)
         local_ids = token_ids - self.vocab_start

@@ -24,7 +24,8 @@ FullSizes = dict[str, tuple[int, int]]  # (output, input) features of whole laye
 
 
 class ParallelLinear(nn.Module):
-    """y = x Wᵀ + b, where W [out_size, in_size] is one rank's shard of one or several linear layers of the checkpoint.
+    """y = x Wᵀ + b, where the weight matrix W [out_size, in_size] is one rank's shard of one or several linear layers
+    of the checkpoint.
 
     slices: the slices of checkpoint tensors that make up W. linear_method, gated, output_dtype: see
     `select_linear_method`.
@@ -50,7 +51,9 @@ class ParallelLinear(nn.Module):
         self.weights: Weights = {}
 
     def process_weights_after_loading(self) -> None:
-        """Transforms the loaded parameters to the tensors for `forward`, and frees the others (as in vLLM)."""
+        """Lets the linear method repack or quantize the loaded weights for `forward`, and frees the loaded tensors (as
+        in vLLM).
+        """
         loaded = self._loaded_weights()
         self.weights = self.method.transform(loaded)
         for suffix, parameter in loaded.items():
@@ -62,7 +65,9 @@ class ParallelLinear(nn.Module):
         return {suffix: self.get_parameter(suffix) for suffix in self.method.tensors}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, in_size]. Returns [num_tokens, out_size], or [num_tokens, out_size / 2] if gated."""
+        """Returns y [num_tokens, out_size], or [num_tokens, out_size / 2] if gated. x: the input [num_tokens,
+        in_size].
+        """
         return self.method.forward(x, self.weights, self.bias)
 
 

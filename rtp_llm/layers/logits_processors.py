@@ -23,7 +23,9 @@ from rtp_llm.layers.reasoning_budget import ReasoningBudget
 
 
 class LogitsProcessor(Protocol):
-    """Changes the logits of sequences. `slot`: a sequence's slot, 0 or more. Methods may be called for any slot."""
+    """Changes the logits of sequences before tokens are sampled. `slot`: index of a sequence in the batch, 0 or more.
+    Methods may be called for any slot.
+    """
 
     def reset(self, slot: int, request: Request) -> None:
         """Replaces the state of the slot: `request` starts, resumes or is recomputed, with `request.tokens` so far."""

@@ -8,7 +8,9 @@ from rtp_llm.parallel.group import Group
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension. `name`: name of the checkpoint tensor, without ".weight"."""
+    """Root mean square norm of x: x / rms(x) * weight over the last dimension. `name`: name of the checkpoint tensor,
+    without ".weight".
+    """
 
     def __init__(self, name: str, size: int, eps: float):
         super().__init__()
@@ -16,7 +18,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size]. Returns the same shape and dtype."""
+        """Returns the normalized x, of the same shape and dtype. x: [..., size]."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -34,7 +36,9 @@ class ResidualNorm(nn.Module):
         self.eps = next((norm.eps for norm in (post_norm, pre_norm) if norm is not None), 0.0)
 
     def forward(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """partial, residual: [num_tokens, size]. Returns (input of the next sub-block, residual) of the same shape."""
+        """Returns (input of the next sub-block, residual), both of the same shape. partial, residual: [num_tokens,
+        size]; `partial` is this rank's share of the sub-block's output.
+        """
         post, pre = self.post_norm, self.pre_norm
         post_weight, pre_weight = None if post is None else post.weight, None if pre is None else pre.weight
         return all_reduce_add_rms_norm(partial, residual, self.group, post_weight, pre_weight, self.eps)

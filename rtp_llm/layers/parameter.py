@@ -38,7 +38,9 @@ class ShardedParameter(nn.Parameter):
     target_device: torch.device
 
     def materialize(self) -> "ShardedParameter":
-        """Returns the parameter in memory: zeroed, or uninitialized if the slices cover it completely."""
+        """Returns the parameter with memory on `target_device`: zeroed, or uninitialized if the slices cover it
+        completely.
+        """
         is_filled = sum(weight_slice.num_elements for weight_slice in self.slices) == self.numel()
         allocate = torch.empty if is_filled else torch.zeros
         data = allocate(self.shape, dtype=self.dtype, device=self.target_device)
@@ -59,7 +61,9 @@ def sharded_parameter(
     full_shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype | None = None,
 ) -> ShardedParameter:
-    """Returns a parameter without memory, for torch's default device. dtype: None means torch's default dtype."""
+    """Returns a `ShardedParameter`, still without memory, for torch's default device. dtype: None means torch's default
+    dtype.
+    """
     data = torch.empty(tuple(shape), dtype=dtype, device="meta")
     return _make_parameter(data, slices, full_shapes, torch.get_default_device())
 

@@ -12,7 +12,9 @@ MAX_DRAFTS = 64
 
 
 class ReasoningBudget:
-    """Logits processor for `SamplingParams.reasoning_budget`: forces the tokens that end the reasoning."""
+    """Logits processor for `SamplingParams.reasoning_budget` (maximum number of reasoning tokens): beyond it, forces
+    the tokens that end the reasoning.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._sequences: dict[int, _BudgetedSequence] = {}

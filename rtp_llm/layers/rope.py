@@ -13,7 +13,7 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class RotaryEmbedding:
-    """Computes cos and sin for the positions of a step."""
+    """Rotary position embedding (RoPE): computes cos and sin for the positions of a step."""
 
     def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device, dtype: torch.dtype):
         self.spec, self.head_dim, self.dtype = spec, head_dim, dtype

@@ -31,7 +31,7 @@ _SLOT_PARAMS = np.dtype([*((n, FILTER_PARAMS[n]) for n in _FILTERS), ("seed", "u
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """The sampled tokens of R rows.
+    """The sampled tokens of R rows (rows of logits; a sequence has one per token to sample).
 
     tokens: [R] int64 on the device of the logits. FAILED if the highest logit, before or after processing, is NaN or
         infinite, that is if any logit is NaN or +inf, or all are -inf.
@@ -43,7 +43,9 @@ class SamplerOutput:
 
 
 class Sampler:
-    """Samples for all sequences of the engine. A sequence has a slot from `reset` to `remove`."""
+    """Samples the next tokens of all sequences of the engine. Keeps the state of a sequence (penalties, grammar) under
+    its slot, from `reset` to `remove`.
+    """
 
     def __init__(
         self,
@@ -87,7 +89,8 @@ class Sampler:
         return SamplerOutput(tokens, self._compute_logprobs(logits, tokens, rows))
 
     def accept_drafts(self, output: SamplerOutput, rows: SampledRows) -> list[SampledTokens]:
-        """Returns the new tokens of every sequence, in order of the rows, and appends them to the sequences.
+        """Returns the new tokens of every sequence, in order of the rows, and appends them to the sequences: drafts
+        that agree with what was sampled, then one sampled token.
 
         The token at draft offset j is accepted if the one before it is accepted and equals the j-th draft.
         """
@@ -150,7 +153,9 @@ class Sampler:
 
 
 def uniform(seed: int, position: int) -> float:
-    """Returns a number in [0, 1) that depends on seed and position only, and is the same on all machines."""
+    """Returns a random number in [0, 1) for sampling one token. It depends on seed and position only, and is the same
+    on all machines.
+    """
     digest = hashlib.blake2b(struct.pack("<QQ", seed & (2**64 - 1), position), digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11) / float(1 << 53)
 

@@ -33,7 +33,8 @@ FILTER_PARAMS = np.dtype([("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"
 
 
 def sample_filtered(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    """Returns token ids [R] int64; FAILED for a row whose highest logit is NaN or infinite.
+    """Samples a token per row after top-k, top-p and min-p. Returns token ids [R] int64; FAILED for a row whose highest
+    logit is NaN or infinite.
 
     logits: [R, vocab_size] float32. params: [R] FILTER_PARAMS, temperature above 0.
     """

@@ -54,7 +54,9 @@ class GroupedQueryAttention(nn.Module):
         return self.backend.workspace_bytes(group.spec, self.num_heads, max_tokens, max_seq_len)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x: [T, hidden_size], equal on all ranks. Returns this rank's partial result, of the same shape."""
+        """Returns this rank's partial result, [T, hidden_size]; the sum over all ranks is the output. x: the input [T,
+        hidden_size], equal on all ranks.
+        """
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         cos_sin = context.cos_sin(self.rope) if self.rope else None
         q, k, v = norm_rope(self.qkv_proj(x), self.num_heads, self.num_kv_heads, norms, self.norm_eps, cos_sin)

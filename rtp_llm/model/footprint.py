@@ -12,7 +12,7 @@ QUANTIZED_BYTES = {"int8": 1, "w8a8": 1, "int4": 0.5625}
 
 
 def weight_bytes(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the bytes of the weights on the rank with the largest shard.
+    """Returns the size in bytes of the weights on the rank with the largest shard.
 
     Includes padding of heads and vocabulary; excludes norms and biases (some kilobytes).
     """
@@ -28,7 +28,7 @@ def _weight_size(spec: ModelSpec, linear_method: str) -> float:
 
 
 def layer_weights(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the number of matrix elements in all layers together, on the rank with the largest shard."""
+    """Returns the number of weights (matrix elements) of all layers together, on the rank with the largest shard."""
     return max(_rank_layer_weights(spec, tp_size, rank) for rank in range(tp_size))
 
 
@@ -45,7 +45,7 @@ def head_weights(spec: ModelSpec, tp_size: int) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp_size: int) -> int:
-    """Returns the bytes that all layers store per token in the KV cache, on the rank with the most KV heads."""
+    """Returns the size in bytes of one token in the KV cache, over all layers, on the rank with the most KV heads."""
     return max(
         sum(s.num_bytes for s in kv_cache_specs(spec, tp_size, rank) if not s.per_sequence) for rank in range(tp_size)
     )

@@ -19,7 +19,7 @@ class Attention(Protocol):
     """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
-        """Returns the metadata for all layers of this KV cache group, once per step. index: index of the group."""
+        """Returns the metadata that all layers of this KV cache group share in a step. index: index of the group."""
         ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
@@ -40,7 +40,7 @@ class ForwardContext:
 
     caches: the KV cache of each layer. group_of_layer: the index of each layer's KV cache group.
     metadata: the result of `Attention.prepare` for each KV cache group.
-    on_layer: called after each layer.
+    on_layer: called after each layer, to report progress.
     """
 
     batch: ForwardBatch
@@ -76,7 +76,9 @@ class ForwardContext:
 
     @property
     def ropes(self) -> list[RotaryEmbedding]:
-        """Returns the rotary embeddings whose cosines and sines layers have used."""
+        """Returns the RotaryEmbeddings for which a layer has called `cos_sin` in this step. `runner.recorded_steps`
+        computes them anew before it replays the step.
+        """
         return [rope for rope, *_ in self._rotations.values()]
 
     def update(self, newer: "ForwardContext") -> None:

@@ -10,7 +10,9 @@ from rtp_llm.parallel.sharding import shard_mlp
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), with this rank's shard of gate, up and down."""
+    """Feed-forward network down(silu(gate(x)) * up(x)) of the input x, with this rank's shard of the matrices gate, up
+    and down.
+    """
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()
@@ -32,5 +34,7 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size], equal on all ranks. Returns this rank's partial result, of the same shape."""
+        """Returns this rank's partial result, [num_tokens, hidden_size]; the sum over all ranks is the output. x: the
+        input, of the same shape, equal on all ranks.
+        """
         return self.down_proj(self.gate_up_proj(x))

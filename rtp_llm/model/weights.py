@@ -26,17 +26,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LoadStats:
-    """Bytes that one rank has read from the checkpoint, and the duration in seconds, including transformations."""
+    """How many bytes one rank has read from the checkpoint, and in how many seconds, including repacking and
+    quantization.
+    """
 
     bytes: int
     seconds: float
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
-    """Loads all parameters of the model, and transforms each linear layer's weight as soon as it is read.
+    """Loads all parameters of the model. Repacks or quantizes each linear layer's weight matrix as soon as it is read.
 
-    So the peak memory is the transformed model plus one weight as it was read. Raises CheckpointError, before it reads
-    any data, if tensors are missing or have unexpected shapes.
+    So the peak memory is the model as it is kept plus one weight matrix as it was read. Raises CheckpointError, before
+    it reads any data, if tensors are missing or have unexpected shapes.
     """
     started = time.monotonic()
     layout = _CheckpointLayout(model, spec, _tensor_names(checkpoint, spec))

@@ -28,7 +28,7 @@ LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,now")
 
 
 def library_path(level: str, folder: Path = LIBRARY_FOLDER) -> Path:
-    """Returns the path of a level's library."""
+    """Returns the path of the shared library with the kernels compiled for an instruction set (a level)."""
     return folder / f"rtp_native-{level}.so"
 
 

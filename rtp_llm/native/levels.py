@@ -10,7 +10,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Level:
-    """One build of the kernels. compiler_flags: for g++ and clang. cpu_flags: flags of /proc/cpuinfo that it needs."""
+    """An instruction set for which the kernels are compiled, such as AVX-512. compiler_flags: for g++ and clang.
+    cpu_flags: flags of /proc/cpuinfo that it needs.
+    """
 
     name: str
     compiler_flags: tuple[str, ...] = ()

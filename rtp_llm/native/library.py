@@ -71,7 +71,8 @@ REPLAYABLE = {
 
 
 class Library(ctypes.CDLL):
-    """The kernel functions of one level. They release the GIL. They do not check their arguments.
+    """The kernel functions compiled for one instruction set (a level). They release the GIL. They do not check their
+    arguments.
 
     path: the shared library. is_right: whether a test product equals plain sums on this CPU. has_amx: whether AMX
     computes it.
@@ -88,7 +89,7 @@ class Library(ctypes.CDLL):
         self.is_right, self.has_amx = bool(self.rtp_linear_start(ctypes.byref(amx))), bool(amx.value)
 
     def replay_address(self, name: str) -> int:
-        """Returns the address of the function that replays a recorded call of `name`."""
+        """Returns the address of the C function that repeats a recorded call of the kernel `name`."""
         return ctypes.cast(getattr(self, f"{name}_replay"), ctypes.c_void_p).value or 0
 
 

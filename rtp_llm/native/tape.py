@@ -18,7 +18,8 @@ SLOT_BYTES = 8
 
 
 class Tape:
-    """Recorded calls in order, which `replay` repeats. The owner must keep the memory that their arguments point to.
+    """Recorded calls of kernels, in order, which `replay` repeats without Python. The owner must keep the memory that
+    their arguments point to.
 
     unrecorded: names of library functions that were called and cannot be replayed.
     is_on_host: a Python function of `call_on_host` is running; the calls that it makes are not recorded.

@@ -4,7 +4,7 @@ from rtp_llm.errors import CommunicationError
 
 
 class AbortFlag:
-    """Any thread can set it, once. All loops that wait for peers check it."""
+    """A flag that any thread sets, once, to end a communicator. All loops that wait for other ranks check it."""
 
     def __init__(self) -> None:
         self.reason = ""

@@ -79,7 +79,9 @@ class _Peer:
 
 
 class Coordinator:
-    """Serves the rendezvous port of part 0."""
+    """The process of part 0 that forms the gang: serves the rendezvous port, assigns ranks, notices lost ranks and
+    tells all others.
+    """
 
     def __init__(self, part_spec: PartSpec, listener: socket.socket, gang_secret: bytes = b""):
         self.part_spec, self.listener = part_spec, listener

@@ -34,7 +34,8 @@ SPARE_POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Assignment:
-    """The rank of a worker in one epoch, and what it needs to connect.
+    """The rank of a worker in one epoch (the life of one communicator), and what it needs to connect to the other
+    ranks.
 
     address: this machine's address for other parts. kv_cache: size of the KV cache that other ranks have; zeros if
     none.
@@ -48,7 +49,7 @@ class Assignment:
 
 
 class GangClient:
-    """One worker's connection to the coordinator."""
+    """A worker's connection to the coordinator, the process of part 0 that assigns ranks and notices lost ones."""
 
     def __init__(self, part_spec: PartSpec, index: int, rank_status: RankStatus):
         """`index`: number of this worker within the part."""
@@ -73,7 +74,9 @@ class GangClient:
         threading.Thread(target=self._stay_connected, name="gang", daemon=True).start()
 
     def wait_for_work(self) -> None:
-        """Blocks until this process has a rank, or is a spare and the gang serves. Raises GangError."""
+        """Blocks until this process has a rank, or is the spare (which replaces a lost rank) and the gang serves.
+        Raises GangError.
+        """
         with self._changed:
             while not (self._assignment or self._serves()):
                 self._check_rejection()
@@ -88,27 +91,32 @@ class GangClient:
         self.rank_status.is_importing = False
 
     def epochs(self) -> Iterator[Assignment]:
-        """Yields this process's assignment in each epoch, and waits between epochs. Raises GangError.
+        """Waits for each rendezvous of all ranks, and yields this process's assignment in it. Raises GangError.
 
-        Before the caller asks for the next assignment, it must have left the last epoch. It keeps the loaded weights.
+        An epoch is the time until a rank is lost. Before the caller asks for the next assignment, it must have closed
+        the communicator of the last one. It keeps the loaded weights.
         """
         while True:
             yield self._wait_for_rank()
             self._leave_epoch()
 
     def fail_epoch(self, reason: str) -> None:
-        """Tells the coordinator that this rank cannot continue, which ends the epoch for all ranks."""
+        """Tells the coordinator that this rank cannot continue, so that all ranks drop the communicator and meet
+        again.
+        """
         epoch = self._assignment.epoch if self._assignment else 0
         self._send(FrameType.EPOCH_ENDED, {"epoch": epoch, "reason": reason})
         self._recover_by_restart(reason)
 
     def check_epoch(self) -> None:
-        """Raises CommunicationError if the epoch has ended, even if that was before `abort_epoch` was set."""
+        """Raises CommunicationError if the coordinator has ended the current epoch (a rank is lost), even if that was
+        before `abort_epoch` was set.
+        """
         if self._is_leaving:
             raise CommunicationError("the epoch has ended before this rank was connected to the others")
 
     def wait_until_loaded(self) -> None:
-        """Blocks until all ranks have loaded their weights. Raises CommunicationError if the epoch ends first.
+        """Blocks until all ranks have loaded their weights. Raises CommunicationError if a rank is lost first.
 
         Otherwise a rank with a fast disk would enter the first collective early and exceed its timeout there. This wait
         has no timeout, because the coordinator detects a rank that makes no progress.

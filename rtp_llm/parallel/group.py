@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Group(Protocol):
-    """A process group of `size` ranks; this process is `rank`.
+    """The collectives of a process group of `size` ranks; this process is `rank`.
 
     All ranks must make the same calls in the same order. A call fails after a timeout.
     """
@@ -73,7 +73,8 @@ class Group(Protocol):
 
 
 class Communicator(Group, Protocol):
-    """The group of one epoch, with connections to the other ranks.
+    """The process group of all ranks from one rendezvous to the loss of a rank (an epoch), with the connections between
+    them.
 
     is_waiting: True while this rank is in a collective. On GPUs, collectives return at once and the rank waits later.
     """
@@ -122,7 +123,7 @@ class SingleRankGroup:
 
 
 class Formation(SingleRankGroup):
-    """Lets another thread abort `init_group` while the communicator is still being formed.
+    """Lets another thread abort `init_group`, while the ranks still wait for each other to form their communicator.
 
     torch waits for the peers in C++. Shutting down the sockets that it has opened is the only way to end these waits.
     """
@@ -252,8 +253,8 @@ def init_group(
 ) -> Communicator:
     """Returns the communicator of all ranks. Every rank must call this, after closing its previous communicator.
 
-    `epoch`: identifies the epoch of the gang. `host`: address of part 0. `address`: this machine's address for other
-    parts.
+    `epoch`: number of the rendezvous after which the ranks form this communicator. `host`: address of part 0.
+    `address`: this machine's address for other parts.
     `timeout`: seconds for the initialization and for every collective. `shm_prefix`: prefix of file names in /dev/shm;
     if empty, all collectives on CPU use gloo. `formation`: lets another thread abort this call. Raises
     CommunicationError.

@@ -10,11 +10,13 @@ from rtp_llm.parallel.plan import Plan
 
 
 class MeshAxis(Group):
-    """The ranks that differ from this rank in one dimension of the mesh only. `size`: their number. `rank`: this one's
-    index.
+    """One dimension of the mesh of ranks, such as tensor parallelism: the ranks that differ from this rank in this
+    dimension only.
 
-    Layers keep the axis; each epoch binds it to a new communicator. If an axis with several ranks is not bound, a
-    collective raises CommunicationError.
+    size: number of these ranks, this one included. rank: this one's index among them.
+
+    Layers keep the axis for good. When a rank was lost, the ranks form a new communicator, and the axis is bound to
+    that. If an axis of several ranks has none at the moment, a collective raises CommunicationError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -31,7 +33,7 @@ class MeshAxis(Group):
 
     @property
     def communicator(self) -> Communicator:
-        """Returns the communicator of the current epoch. Raises CommunicationError if there is none."""
+        """Returns the current communicator of these ranks. Raises CommunicationError if there is none."""
         if self._communicator is None:
             raise CommunicationError(
                 f"rank {self.rank} of {self.size} has no communicator, because no epoch is running"
@@ -60,7 +62,9 @@ class MeshAxis(Group):
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of one rank. tp: tensor, ep: expert, pp: pipeline, dp: data parallel."""
+    """The arrangement of all ranks in four dimensions (axes), as seen from one rank. tp: tensor, ep: expert, pp:
+    pipeline, dp: data parallel.
+    """
 
     tp: MeshAxis
     ep: MeshAxis = field(default_factory=MeshAxis)

@@ -27,7 +27,7 @@ class GroupState(ctypes.Structure):
 
 
 class NativeExchange:
-    """Implements `shared_memory.Exchange`.
+    """Implements `shared_memory.Exchange` with kernels in C++.
 
     Large sums (from some KiB on) are split: each rank sums one chunk for all ranks, so that the bytes that a rank reads
     do not grow with the number of ranks. Orders its memory accesses explicitly, so it works on any processor.

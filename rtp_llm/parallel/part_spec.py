@@ -73,7 +73,9 @@ class PartSpec:
 
     @property
     def verdicts_path(self) -> Path:
-        """Returns the path of the file in which the API process records whether a request ended an epoch."""
+        """Returns the path of the file in which the API process records, for each loss of a rank, whether a request
+        caused it.
+        """
         return self.run_dir / "verdicts.json"
 
     @property

@@ -20,7 +20,11 @@ DOCTOR_PORT_OFFSET = 3
 
 @dataclass(frozen=True)
 class PlannedPort:
-    """A TCP port on which a part listens. `host`: HOST for HTTP; otherwise "0.0.0.0", or loopback for a single part."""
+    """A TCP port on which a part (container) listens.
+
+    `host`: the address to listen on. For HTTP that of the setting HOST; for other ports all addresses ("0.0.0.0"), or
+    if the gang has a single part, the loopback address.
+    """
 
     port: int
     purpose: str
@@ -29,8 +33,8 @@ class PlannedPort:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout of the gang, and which part this is. Ranks are 0 … world_size-1 over all parts; rank = part x
-    local_world_size + local rank.
+    """The layout of the gang (all parts, that is containers, of one server), and which part this is. Ranks are 0 …
+    world_size-1 over all parts; rank = part x local_world_size + local rank.
     """
 
     members: tuple[Member, ...]
@@ -107,7 +111,9 @@ class Plan:
         return self.ports(member or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:
-        """Returns all ports reserved for a part, used or unused. `member`: its entry in the member list."""
+        """Returns all ports that no other part at the same address may have, used or unused. `member`: the part's entry
+        in the member list.
+        """
         below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 

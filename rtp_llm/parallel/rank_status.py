@@ -52,7 +52,7 @@ class RankStatus:
         self._last_progress = time.monotonic()
 
     def count_progress(self) -> None:
-        """Counts a computed layer (on CPU) or step.
+        """Counts one computed layer (on CPU) or step (on GPU) of this rank.
 
         Ranks that compute the same step reach the same count, so if they hang, the rank that the others wait for has
         the lowest.
@@ -87,7 +87,7 @@ class RankStatus:
         self.phase_changed.set()
 
     def begin_epoch(self, rank: int) -> None:
-        """Records that this process takes part in a new epoch as `rank`."""
+        """Records that this process now serves as `rank`, in the communicator with the number `epoch`."""
         self.rank, self.progress_count, self.is_waiting, self.is_in_collective = rank, 0, False, bool
         self.set_phase("rendezvous")
 

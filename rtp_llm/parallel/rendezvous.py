@@ -23,10 +23,11 @@ class KVCacheSize:
 
 @dataclass(eq=False)
 class Worker:
-    """A process that can serve as a rank.
+    """A process that can serve as a rank; a part has one more of them than ranks.
 
     index: number among the workers of its part. resident_rank: the rank whose weights it has in memory. rank: its rank
-    in the current or last epoch. is_waiting: it waits for a rank; otherwise it is in an epoch or still leaving one.
+    in the current or last communicator. is_waiting: it waits for a rank; otherwise it is in a communicator or still
+    leaving one.
     """
 
     part: int
@@ -55,7 +56,9 @@ class Worker:
 
 
 class Rendezvous:
-    """The workers of a gang, and the assignment of ranks to them."""
+    """The workers of a gang (the processes of all parts), and the assignment of ranks to them whenever they form a
+    communicator.
+    """
 
     def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
         """`fingerprint`: fingerprint of part 0, which distinguishes members of this gang from other programs."""
@@ -77,7 +80,8 @@ class Rendezvous:
         return next((w for w in self.workers if w is not worker and (w.part, w.index) == place), None)
 
     def assign(self) -> dict[int, Worker] | None:
-        """Returns the worker of each rank; None if there are too few workers or one is still leaving an epoch.
+        """Returns the worker of each rank; None if there are too few workers, or one has not left the last communicator
+        yet.
 
         A worker keeps the rank whose weights it has. The remaining ranks go to the workers with the lowest index;
         workers without a rank are spares.
@@ -98,7 +102,9 @@ class Rendezvous:
         return assigned
 
     def begin_epoch(self, assigned: dict[int, Worker]) -> None:
-        """Assigns the ranks. The size of the KV cache is that of workers that already have one."""
+        """Assigns the ranks for the next communicator. The size of its KV cache is that of workers which already have
+        one.
+        """
         sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
         self.kv_cache = sizes[0] if sizes else self.kv_cache
         for worker in self.workers:

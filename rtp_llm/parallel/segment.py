@@ -23,7 +23,9 @@ NAME = re.compile(r"rtp-llm-[0-9a-f]{12}-[0-9a-f]{8}\Z")  # PartSpec.shm_prefix 
 
 
 def is_supported() -> bool:
-    """Returns whether ranks can use a segment: with the native kernels, or on x86, which does not reorder stores."""
+    """Returns whether the CPU ranks of one machine can exchange tensors through a shared memory segment: with the
+    native kernels, or on x86, which does not reorder stores.
+    """
     return platform.machine() in ("x86_64", "AMD64") or library() is not None
 
 
@@ -33,8 +35,8 @@ def segment_bytes(size: int) -> int:
 
 
 def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
-    """Creates the segment's file and reserves its pages, so that a full /dev/shm is an error here instead of SIGBUS
-    later.
+    """Creates the file in /dev/shm through which the ranks of a machine exchange tensors, and allocates its memory, so
+    that a full /dev/shm is an error here instead of SIGBUS later.
 
     Removes files with the same prefix, which killed ranks may have left. Returns the path and a file descriptor that
     holds a shared lock on the file; `is_orphaned` tests for this lock. Raises CommunicationError.
@@ -73,6 +75,8 @@ def is_orphaned(path: Path) -> bool:
 
 
 def orphan_bytes() -> int:
-    """Returns how many bytes of memory the orphaned segments in /dev/shm use, including those of other parts."""
+    """Returns how many bytes of memory the segments of killed servers in /dev/shm still use, including those of other
+    parts.
+    """
     orphans = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
     return sum(path.stat().st_blocks * 512 for path in orphans if path.exists())

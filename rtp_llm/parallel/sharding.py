@@ -30,12 +30,16 @@ class HeadShard:
         return len(self.groups) * self.group_size
 
     def slots(self) -> list[tuple[int, int]]:
-        """Returns (index on this rank, index in the model) of every query head of this rank, without padding."""
+        """Returns (index among this rank's heads, index in the model) of every query head of this rank, without
+        padding.
+        """
         return [(i * self.group_size + j, head) for i, group in enumerate(self.groups) for j, head in enumerate(group)]
 
 
 def even_split(total: int, num_ranges: int, index: int) -> range:
-    """Splits `total` items into contiguous ranges whose sizes differ by at most one. Returns range `index`."""
+    """Splits `total` items into `num_ranges` contiguous ranges whose sizes differ by at most one. Returns the range
+    with this `index`.
+    """
     base, extra = divmod(total, num_ranges)
     start = index * base + min(index, extra)
     return range(start, start + base + (index < extra))

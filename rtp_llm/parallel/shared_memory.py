@@ -29,7 +29,8 @@ SLEEP_SECONDS = 50e-6
 
 
 class Exchange(Protocol):
-    """Access of one rank to the segment. Tensors must be contiguous, and of the same size on all ranks.
+    """Access of one rank to the shared memory segment through which ranks exchange tensors. Tensors must be contiguous,
+    and of the same size on all ranks.
 
     A collective returns False if another rank does not join within the timeout, or after `abort`.
     """

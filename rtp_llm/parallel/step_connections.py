@@ -27,7 +27,8 @@ CHALLENGE_TIMEOUT_SECONDS = 60.0
 
 
 def accept_ranks(listener: socket.socket, part_spec: PartSpec, assignment: Assignment) -> dict[int, socket.socket]:
-    """Accepts the connections of the other ranks on rank 0. Returns their sockets by rank.
+    """Accepts, on rank 0, the connections over which it sends the steps to the other ranks. Returns their sockets by
+    rank.
 
     Raises CommunicationError if a rank does not connect within DIST_COMM_TIMEOUT, or if the listener is shut down.
     """
@@ -144,8 +145,8 @@ class _JoinServer:
 
 
 def connect_to_leader(part_spec: PartSpec, check_aborted: Callable[[], None]) -> socket.socket:
-    """Returns a connection to rank 0, retrying until it listens. `check_aborted`: called before each attempt; may raise
-    an error to give up.
+    """Returns a connection to rank 0, over which it sends the steps; retries until it listens. `check_aborted`: called
+    before each attempt; may raise an error to give up.
 
     Raises CommunicationError after DIST_COMM_TIMEOUT.
     """

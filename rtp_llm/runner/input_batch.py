@@ -18,7 +18,7 @@ from rtp_llm.errors import CommunicationError
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The arrays of one step in host memory. S, T: see `Step`.
+    """The arrays of one step in host memory, from which the device's tensors are made. S, T: see `Step`.
 
     token_ids: [T] int32; 0 for tokens whose ids are on the device.
     device_indices, device_slots: [D] int32, indices into T of the tokens on the device, and the slots that hold them.
@@ -73,7 +73,7 @@ class StepInputs:
 
 
 class InputBatch:
-    """State of all sequences of a rank, by slot.
+    """State of all sequences of a rank, by slot: equal on all ranks, and changed only by steps.
 
     num_computed: [slots] int32, tokens in the KV cache after the last step.
     prompt_lens: [slots] int32, tokens of the prompt.

@@ -38,7 +38,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class KVMemory:
-    """`blocks`: uint8 [num_blocks, block_bytes] on `device`; zero until written."""
+    """The memory of one rank's KV cache. `blocks`: uint8 [num_blocks, block_bytes] on `device`; zero until written. On
+    CPU, a block occupies memory only once its pages are written or pre-faulted.
+    """
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
         """Raises ConfigError if the system cannot provide the memory or address space."""
@@ -62,7 +64,7 @@ class KVMemory:
         self._thread: threading.Thread | None = None
 
     def populate_in_background(self) -> None:
-        """Starts a thread that makes the kernel allocate all pages, including those that no step has written yet.
+        """Starts a thread that pre-faults all blocks: makes the kernel allocate their pages before a step writes them.
 
         Steps may write to the same pages meanwhile. The thread stops with a warning if memory is short.
         """
@@ -71,10 +73,10 @@ class KVMemory:
             self._thread.start()
 
     def begin_epoch(self) -> None:
-        """Discards the content and starts to populate the pages. Only the first `num_populated` blocks are known to
-        have pages.
+        """Discards the content for a new communicator of the ranks, and starts to pre-fault the pages.
 
-        If not all pages exist, it is unknown which have been written, so all are returned to the kernel first.
+        Only the first `num_populated` blocks are known to occupy memory. If some do not, it is unknown which others
+        have been written, so all pages are returned to the kernel first.
         """
         if self._is_paged and (self.num_populated < len(self.blocks) or self._retired.any()):
             self.close()
@@ -85,13 +87,14 @@ class KVMemory:
         self.populate_in_background()
 
     def close(self) -> None:
-        """Stops the thread. The memory is freed with the last tensor that refers to it."""
+        """Stops the thread that pre-faults. The memory is freed with the last tensor that refers to it."""
         self._stopping.set()
         if self._thread:
             self._thread.join()
 
     def retire(self, blocks: NDArray[np.integer]) -> None:
-        """Returns the pages of these blocks to the kernel, on CPU. Call `reuse` before the blocks are written again.
+        """Returns the memory pages of these blocks to the kernel, on CPU (retires them). Call `reuse` before the blocks
+        are written again.
 
         A page that a retired block shares with another block is kept.
         """

@@ -19,7 +19,8 @@ from rtp_llm.runner.residency import Residency
 
 
 class ModelRunner:
-    """Holds the sequences of an epoch, and executes its steps with the weights and KV cache of a residency.
+    """Executes steps on one rank's device, with the weights and KV cache of its `Residency`. Holds the state of all
+    sequences until a rank is lost (for one epoch).
 
     For each step, call `prepare`, which uses the host only, then `execute`, which another thread may run.
     """
@@ -41,7 +42,7 @@ class ModelRunner:
         self._newest_tokens = torch.zeros(num_slots, dtype=torch.int64, device=residency.device)
 
     def prepare(self, step: Step) -> StepInputs:
-        """Applies a step to the batch of this rank. Returns the arrays that `execute` needs."""
+        """Applies a step to this rank's table of sequences. Returns the arrays that `execute` needs."""
         memory = self.residency.kv_memory
         assert memory, "allocate_kv_cache comes first"
         memory.retire(step.retired_blocks)
@@ -50,7 +51,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, inputs: StepInputs, sampling_metadata: SamplingMetadata | None = None) -> StepResult:
-        """Computes a step and samples. Rank 0 needs the metadata. Other ranks return an empty result."""
+        """Computes a step and samples. `metadata`: what rank 0 needs to sample. Other ranks return an empty result."""
         hidden = self.forward(inputs)
         return self.sample(hidden, inputs, sampling_metadata or SamplingMetadata())
 

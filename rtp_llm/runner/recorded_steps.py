@@ -69,7 +69,8 @@ class RecordedStep:
 
 
 class RecordedSteps:
-    """Records the layers of a decoder at the first step with each number of sequences, except the very first step.
+    """Records the kernel calls of a decoder's layers at the first step with each number of sequences, except the very
+    first step, so that later steps replay them without Python.
 
     Steps do not overlap, so all recordings use the same memory. If a layer calls anything other than replayable kernels
     and sums over ranks, nothing is recorded.
@@ -84,7 +85,9 @@ class RecordedSteps:
         self._is_possible = True
 
     def covers(self, batch: ForwardBatch) -> bool:
-        """Returns whether a step consists of at most MAX_SEQUENCES decodes and nothing else."""
+        """Returns whether this step may be recorded or replayed: it consists of at most MAX_SEQUENCES decodes and
+        nothing else.
+        """
         num_tokens = len(batch.token_ids)
         return self._is_possible and num_tokens == batch.num_decodes and 0 < num_tokens <= MAX_SEQUENCES
 

@@ -38,7 +38,8 @@ CPU_WARM_UP_TOKENS = 16
 
 
 class Residency:
-    """Weights and KV cache of one tensor-parallel rank. They outlive the epoch in which they were loaded.
+    """Weights and KV cache of one tensor-parallel rank. They stay in memory when another rank is lost and the ranks
+    form a new communicator (the next epoch).
 
     Call `load`, then `allocate_kv_cache`. The weights are slices for one (tp_rank, tp_size), so a gang with another TP
     size cannot use them.
@@ -63,12 +64,14 @@ class Residency:
 
     @property
     def kv_bytes(self) -> int:
-        """Returns the bytes of the KV cache."""
+        """Returns the size of this rank's KV cache in bytes."""
         return (self.num_blocks + 1) * self.layout.block_bytes
 
     @property
     def max_seq_len_reason(self) -> str:
-        """Returns what limits the tokens of a sequence: MAX_SEQ_LEN if it is set, the checkpoint or the KV cache."""
+        """Returns what limits the number of tokens per sequence: MAX_SEQ_LEN if it is set, the checkpoint or the KV
+        cache.
+        """
         if self.config.max_seq_len:
             return f"MAX_SEQ_LEN={self.max_seq_len}"
         if self.max_seq_len == self.spec.max_positions:
@@ -92,7 +95,8 @@ class Residency:
             torch.set_default_dtype(default_dtype)
 
     def load(self, checkpoint: Checkpoint, on_progress: Callable[[float], None]) -> LoadStats:
-        """Loads this rank's weights. Returns the bytes read and the time. Raises CheckpointError.
+        """Loads this rank's weights. Returns the number of bytes read and the seconds that it took. Raises
+        CheckpointError.
 
         `on_progress` is called with the fraction loaded, 0 … 1.
         """
@@ -185,7 +189,9 @@ class Residency:
         return memory
 
     def halve_steps(self) -> None:
-        """Halves the maximum number of tokens per step from the next epoch on, because a step ran out of memory."""
+        """Halves the maximum number of tokens per step, because a step ran out of memory. Takes effect once the ranks
+        have formed their next communicator.
+        """
         self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -195,7 +201,7 @@ class Residency:
         self.max_num_batched_tokens = self.mesh.tp.min(self.max_num_batched_tokens)
 
     def populate_kv_memory(self) -> None:
-        """Starts a thread that populates the memory of the KV cache, see `KVMemory`."""
+        """Starts a thread that pre-faults the memory of the KV cache, see `KVMemory`."""
         assert self.kv_memory, "allocate_kv_cache comes first"
         self.kv_memory.begin_epoch()
 

@@ -9,7 +9,11 @@ MAX_DELAY_SECONDS = 60.0
 
 @dataclass
 class Failure:
-    """Processes that ended together. key: the epoch that they ended, or a unique text if they were in no epoch."""
+    """Processes that ended together, which count as one failure.
+
+    key: number of the epoch that they ended (the life of one communicator of the ranks), or a unique text if they had
+    no communicator.
+    """
 
     key: str
     time: float
@@ -18,7 +22,8 @@ class Failure:
 
 @dataclass
 class RestartBudget:
-    """Allows at most `limit` failures in ten minutes. While the gang does not serve, failures never expire.
+    """Allows at most `limit` failures of ranks in ten minutes; beyond that, the part ends. While the gang does not
+    serve, failures never expire.
 
     Failures that a request caused do not count.
     """
@@ -40,7 +45,9 @@ class RestartBudget:
             self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
-        """Returns the number of failures that count. verdicts: by epoch, "investigating", "request" or "engine"."""
+        """Returns the number of failures that count. verdicts: by epoch, what ended it: "request", "engine" or not
+        known yet ("investigating").
+        """
         return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 
     def is_spent(self, now: float, verdicts: dict[str, str]) -> bool:

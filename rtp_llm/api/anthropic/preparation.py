@@ -14,14 +14,14 @@ from rtp_llm.api.schema import ChatRequest
 
 
 def prepare_message(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[ChatRequest]:
-    """Prepares a request to /v1/messages. Raises RequestError."""
+    """Validates and tokenizes a request to /v1/messages. Raises RequestError."""
     with renamed_field("response_format", "output_config.format"):
         chat = preparation.chat_body(validate(ChatRequest, to_chat(parse_body(MessagesRequest, raw))), limits)
     return replace(chat, constraint="output_config.format") if chat.constraint == "response_format" else chat
 
 
 def count_tokens(preparation: Preparation, raw: bytes, limits: PromptLimits) -> bytes:
-    """Returns the response of /v1/messages/count_tokens. Raises RequestError."""
+    """Returns the JSON response of /v1/messages/count_tokens: the number of prompt tokens. Raises RequestError."""
     prompt = preparation.renderer.render_chat(validate(ChatRequest, to_chat(parse_body(CountTokensRequest, raw))))
     preparation.encoder.check_countable(prompt.text, limits)
     return compact_json({"input_tokens": len(preparation.template.encode(prompt))}).encode()

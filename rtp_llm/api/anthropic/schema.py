@@ -8,7 +8,9 @@ from rtp_llm.api.schema import MAX_ITEMS, Finite, RequestBody, Stops
 
 
 class Block(BaseModel):
-    """A content block. `type` determines which fields are used."""
+    """An entry of a message's `content`: text, an image, a tool call, its result or reasoning. `type` determines which
+    of the fields are used.
+    """
 
     model_config = ConfigDict(extra="ignore")
 

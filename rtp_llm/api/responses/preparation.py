@@ -19,7 +19,7 @@ from rtp_llm.errors import invalid_params, unsupported
 def prepare_response(
     preparation: Preparation, raw: bytes, limits: PromptLimits, *, stores: bool, history: str = ""
 ) -> PreparedResponse:
-    """Prepares a request to /v1/responses. Raises RequestError.
+    """Validates and tokenizes a request to /v1/responses. Raises RequestError.
 
     `history`: JSON array of the messages of the response that it continues; empty if it continues none. `stores`:
     whether responses can be stored.
