@@ -55,7 +55,9 @@ def _run_rank(task: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs one rank in this process. Imports torch, which the doctor's own process never does."""
+    """Runs one rank of the measurement in this process, which `measure_all_reduce` starts. Imports torch, which the
+    doctor's own process never does.
+    """
     import torch
 
     from rtp_llm.parallel.group import init_group

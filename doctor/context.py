@@ -68,7 +68,8 @@ class PlanResult:
 class CheckContext:
     """The input of every check.
 
-    `tier`: 1 if checks may compute on GPUs and read from the disk, else 0. `argv`: the server's flags.
+    `tier`: 1 (with --tier 1) if checks may load the hardware: compute on GPUs and read from the disk; else 0. `argv`:
+    the server's flags.
     """
 
     host: Host

@@ -23,7 +23,7 @@ FAREWELL_SECONDS = 5.0  # a part that starts at the same time has its doctor lis
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of the command line.
+    """Options of the doctor's command line.
 
     `gang`: exchange reports with the other parts. `only`: checks to run, None for all. `wait`: seconds to wait for
     other parts. `starting`: the server starts next, so a part that already runs is a conflict.

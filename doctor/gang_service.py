@@ -59,7 +59,9 @@ def effective_environment(config: Config) -> dict[str, str]:
 
 
 async def serve(part_spec: PartSpec, ctx: CheckContext) -> None:
-    """Exchanges reports, runs the gang checks and then serves forever. Raises FatalError if the part must stop."""
+    """The doctor of a part of several: exchanges reports with the other parts, runs the gang checks and then serves its
+    report forever. Raises FatalError if the part must stop.
+    """
     plan = part_spec.plan
     startup_findings = _startup_findings(part_spec.doctor_report_path)
     session = open_session(ctx, plan, errors_by_id(startup_findings), listening=False, persistent=True)

@@ -23,7 +23,9 @@ MIN_AGE_SECONDS = 10.0  # a rank may be interrupted between creating a file and 
 
 @dataclass(frozen=True)
 class Orphan:
-    """An orphaned file. `ours`: it provably belongs to this server, so it can be removed."""
+    """A file in /dev/shm that no process uses any more. `ours`: it provably belongs to this server, so it can be
+    removed.
+    """
 
     name: str
     bytes: int

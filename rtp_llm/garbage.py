@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Context manager without garbage collections. Reference counts still free objects, but not reference cycles."""
+    """Context manager during which Python's cyclic garbage collector does not run. Reference counts still free
+    objects.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -22,5 +24,5 @@ def paused() -> Iterator[None]:
 
 
 def keep_all() -> None:
-    """Exempts all existing objects from later collections, which would otherwise delay steps or requests."""
+    """Exempts all objects that exist now from later garbage collections, whose length would delay steps or requests."""
     gc.freeze()

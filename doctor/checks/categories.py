@@ -30,7 +30,8 @@ def used_gpu_check(
 
 
 def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFunction], GangCheckFunction]:
-    """Registers a check of tier 2 (the checks that `rtp-llm-doctor gang` adds), which gets the reports of all parts.
+    """Registers a check of tier 2 (checks that compare the parts, which `rtp-llm-doctor gang` adds). The check gets the
+    reports of all parts.
 
     The check is skipped if the parts have not exchanged reports.
 

@@ -43,7 +43,8 @@ def disks_have_free_space(ctx: CheckContext) -> Reading:
 @model_check("M-10", "the checkpoint is read fast enough", severity=Status.WARN, needs=("M-06", "M-08"), timeout=12)
 def weights_load_fast(ctx: CheckContext) -> CheckResult | Reading:
     """Tier 1 reads 64 MiB of the checkpoint, bypassing the page cache, and predicts the time to load all of it. If the
-    disk does not respond at all, the check is killed after its timeout."""
+    disk does not respond at all, the check is killed after its timeout. Tests of tier 1 load the hardware, and run only
+    with `--tier 1`."""
     checkpoint = ctx.checkpoint
     if checkpoint is None:
         return skip(NO_MODEL)

@@ -62,7 +62,7 @@ def compute_mode_is_default(ctx: CheckContext) -> CheckResult:
     for gpu in ctx.used_gpus:
         fix = f"nvidia-smi -i {gpu.index} -c 0"
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_PROHIBITED:
-            return error(f"{gpu.label} is in compute mode PROHIBITED", "DEFAULT", fix)
+            return error(f"{gpu.label} is in compute mode PROHIBITED (no process may use it)", "DEFAULT", fix)
         if gpu.compute_mode == pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS:
             used_by = f", and pid {gpu.processes[0].pid} uses it" if gpu.processes else ""
             make_result = error if gpu.processes else warn

@@ -20,7 +20,8 @@ from doctor.context import CheckContext
 @symptoms("Error 802: system not yet initialized", "CUDA error: an illegal memory access was encountered")
 def gpus_compute(ctx: CheckContext) -> CheckResult:
     """On NVSwitch machines CUDA starts only after the fabric manager, of the same version as the driver, has set up the
-    switches. With `--tier 1`, a process computes on each GPU, and is killed if it hangs."""
+    switches. With `--tier 1` (active tests that load the hardware), a process computes on each GPU, and is killed if it
+    hangs."""
     for gpu in ctx.used_gpus:
         if gpu.fabric_state not in (None, 0, pynvml.NVML_GPU_FABRIC_STATE_COMPLETED):
             fix = f"on the host: systemctl restart nvidia-fabricmanager (version {ctx.gpus.driver})"
@@ -40,8 +41,8 @@ def gpus_compute(ctx: CheckContext) -> CheckResult:
     "with CUDA capability sm_… is not compatible with the current PyTorch installation",
 )
 def torch_has_kernels(ctx: CheckContext) -> CheckResult:
-    """A build of torch contains kernels for a fixed list of GPU architectures (sm_80, sm_90, …). With `--tier 1`,
-    the check reads the list from torch and compares it with the GPUs."""
+    """A build of torch contains kernels for a fixed list of GPU architectures (sm_80, sm_90, …). With `--tier 1`
+    (active tests), the check reads the list from torch and compares it with the GPUs."""
     if ctx.tier < 1:
         return skip("needs --tier 1, which reads torch's list of GPU architectures")
     compiled = probes.architectures()

@@ -155,8 +155,8 @@ def gpudirect_is_available(ctx: CheckContext) -> CheckResult:
 def peer_writes_arrive(ctx: CheckContext) -> CheckResult:
     """Access control (ACS) on PCIe bridges, or an IOMMU that translates addresses, can lose peer writes: the first
     all-reduce then hangs with the GPUs at 100 %, or results are silently wrong. The driver still reports "supported",
-    so with `--tier 1` a process that can be killed writes a pattern from each GPU to each other GPU and reads it
-    back."""
+    so with `--tier 1` (active tests that load the hardware) a process that can be killed writes a pattern from each GPU
+    to each other GPU and reads it back."""
     if not _pairs(ctx):
         return skip(FEWER_THAN_TWO_GPUS)
     if ctx.tier < 1:

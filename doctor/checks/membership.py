@@ -52,7 +52,7 @@ def doctors_are_compatible(ctx: CheckContext, view: GangView) -> CheckResult:
     if refusals or differences:
         actual = refusals[0] if refusals else format_differences(differences)
         fix = "use the same image, by digest, and the same GANG_SECRET on every part"
-        return error(actual, "the same version and GANG_SECRET on all parts", fix)
+        return error(actual, "the same release of rtp-llm and the same GANG_SECRET on all parts", fix)
     return ok(f"all parts have version {next(iter(view.part_reports.values())).facts['version.rtp-llm']}")
 
 

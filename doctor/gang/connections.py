@@ -153,8 +153,8 @@ async def _serve_socket(handle: Handler, sock: socket.socket) -> AsyncIterator[N
 
 
 def bind_ephemeral(address: str) -> list[socket.socket]:
-    """Returns NUM_EPHEMERAL_PORTS sockets on ports that the kernel chooses at this address, as NCCL does for its
-    listeners."""
+    """Returns NUM_EPHEMERAL_PORTS sockets that are bound to ports of this address which the kernel chooses, as NCCL's
+    listeners are."""
     sockets = []
     for _ in range(NUM_EPHEMERAL_PORTS):
         sock = socket.socket()

@@ -95,10 +95,10 @@ def _local_address(ctx: CheckContext, plan: Plan) -> str:
 
 
 def local_part_report(ctx: CheckContext, plan: Plan, problems: dict[str, str], listening: bool) -> PartReport:
-    """Returns this part's report before any link is probed.
+    """Returns the report of this part (container) for the other parts, before any link to them is probed.
 
-    `problems`: errors of this part's checks, by id. `listening`: placeholder sockets listen on the planned ports.
-    Raises OSError if there is no route to another part.
+    `problems`: errors that this part's own checks found, by check id. `listening`: whether the doctor listens on the
+    ports that the server will use, so that others can probe them. Raises OSError if there is no route to another part.
     """
     member = next((m for m in plan.members if m.index == plan.part), None)
     address = _local_address(ctx, plan)

@@ -6,7 +6,8 @@ from typing import Any
 
 @dataclass
 class LinkResult:
-    """Results of one part's probes of another part, in one direction. Speeds in bytes/s, times in seconds.
+    """What one part found when it probed the connection to another part, in one direction. Speeds in bytes/s, times in
+    seconds.
 
     `ports`: result by port: open, refused, timeout, unreachable, reset or not_doctor. If the other part's report is
     missing, the only entry is the port of its doctor, whose result may also be protocol_error, reply_timeout or
@@ -29,7 +30,7 @@ class LinkResult:
 
 @dataclass
 class PartReport:
-    """The report of one part.
+    """What one part (container) tells the doctors of the others about itself.
 
     `facts`: values to compare, by dotted name. `identity`: values that show which parts share a machine, a namespace or
     a GPU. `probing_done`: this part has probed all its links, so the report is final. `received_from`: parts whose

@@ -54,15 +54,15 @@ def open_session(
     observe_only: bool = False,
     persistent: bool = False,
 ) -> GossipSession:
-    """Returns a GossipSession, not yet started. `listening`: placeholder sockets listen on this part's planned
-    ports."""
+    """Returns a GossipSession (exchange of reports between parts), not yet started. `listening`: whether the doctor
+    listens on the ports that this part's server will use."""
     part_report = local_part_report(ctx, plan, problems, listening)
     return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only, persistent=persistent)
 
 
 def greeting_sockets(session: GossipSession) -> list[socket.socket]:
-    """Returns sockets on ephemeral ports of the address that the collectives use, and adds their ports to the part's
-    report."""
+    """Returns sockets on which other parts can probe whether ephemeral ports are reachable, at the address that the
+    collectives use. Adds their ports to the part's report."""
     sockets = bind_ephemeral(session.part_report.address)
     session.part_report.ephemeral_ports = [sock.getsockname()[1] for sock in sockets]
     return sockets

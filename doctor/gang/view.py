@@ -14,8 +14,8 @@ Identity = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class GangView:
-    """The reports of all parts. `part_reports`: by part number; absent parts have none. `plan`: the plan of this
-    part."""
+    """The reports of all parts (containers), which gang checks compare. `part_reports`: by part number; absent parts
+    have none. `plan`: the plan of this part."""
 
     part_reports: Mapping[int, PartReport]
     plan: Plan
@@ -83,7 +83,9 @@ class GangView:
         return self._link_errors(lambda link: link.wrong_part)
 
     def stalled(self) -> list[str]:
-        """Returns "part0 -> part1: error" for links that deliver short messages but lose long ones."""
+        """Returns "part0 -> part1: error" for pairs of parts between which short messages arrive and long ones do
+        not.
+        """
 
         def error_of(link: LinkResult) -> str:
             no_reply = "the doctor sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""
@@ -92,7 +94,7 @@ class GangView:
         return self._link_errors(error_of)
 
     def unprobed(self) -> list[tuple[PartReport, PartReport]]:
-        """Returns (source, target) of links that were not probed before the deadline."""
+        """Returns (source part, target part) of connections that were not probed before the deadline."""
         return [
             (source, target)
             for source in self.comparable

@@ -37,7 +37,7 @@ class ToolCall:
 
 @dataclass
 class Answer:
-    """The parsed output of one sequence: all its deltas, in order."""
+    """The parsed output of one sequence: content, reasoning and tool calls, as deltas in order."""
 
     deltas: list[OutputDelta] = field(default_factory=list)
 

@@ -159,7 +159,12 @@ class EngineClient:
         sequences = self._sequences(engine)
         if sequences:
             num_submitted = sum(sequence.is_submitted for sequence in sequences)
-            log.info("epoch %d of the engine: resumed %d of %d sequences", info.epoch, num_submitted, len(sequences))
+            log.info(
+                "the engine is back in epoch %d (the gang's starts so far): resumed %d of the %d unfinished sequences",
+                info.epoch,
+                num_submitted,
+                len(sequences),
+            )
 
     def on_outputs(self, engine: EngineConnection, outputs: list[EngineOutput]) -> None:
         if engine.info:
@@ -192,7 +197,8 @@ class EngineClient:
         self._write_verdicts()
 
     def on_lost(self, engine: EngineConnection, reason: object) -> None:
-        """Handles a lost engine: keeps its sequences in flight and resubmits them when the engine returns.
+        """Handles a lost engine (a rank has failed): keeps its sequences, and submits them again when the engine
+        returns.
 
         Fails a sequence that is found to have crashed the engine.
         """
@@ -224,7 +230,9 @@ class EngineClient:
         sequences = self._sequences(engine)
         if sequences and time.monotonic() - engine.lost_at > self._resume_timeout:
             log.error(
-                "no engine for %.0f s (RESUME_TIMEOUT): failing %d sequences", self._resume_timeout, len(sequences)
+                "no engine for %.0f s, the maximum (RESUME_TIMEOUT): failing the %d sequences that wait for it",
+                self._resume_timeout,
+                len(sequences),
             )
             for sequence in sequences:
                 self._fail(sequence, engine_gone(f"the engine did not come back within {self._resume_timeout:.0f} s"))
@@ -232,7 +240,9 @@ class EngineClient:
     # The end of the server
 
     def drain(self, seconds: float) -> None:
-        """Rejects new sequences from now on. Fails the others after `seconds`, or at once if no engine is connected."""
+        """Rejects new sequences from now on. Fails those that have not ended after `seconds`, or at once if no engine
+        is connected.
+        """
         self._draining = True
         loop = asyncio.get_running_loop()
         loop.call_later(max(0.0, seconds), self.fail_all, "the server is stopping")

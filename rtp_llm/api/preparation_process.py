@@ -58,17 +58,19 @@ class PreparationProcess:
         except (EOFError, OSError):
             if self._is_closed:
                 raise
-            log.warning("the process that prepares large requests died, perhaps out of memory; restarting it")
+            log.warning(
+                "the process that tokenizes large requests died, perhaps out of memory; trying the request in a new one"
+            )
             self.end()
         try:
             return self._try(work, raw, limits, max_seconds)
         except (EOFError, OSError):
             log.warning(
-                "the process that prepares large requests died again; rejecting the request (body of %d bytes)",
+                "the process that tokenizes large requests died again; rejecting the request (body of %d bytes)",
                 len(raw),
             )
             self.end()
-            raise execution_failed("the request could not be prepared: it may need too much memory") from None
+            raise execution_failed("the request could not be tokenized: that may need too much memory") from None
 
     def end(self) -> None:
         """Kills the process, which frees its memory. If another thread is in `run`, its request fails."""
@@ -93,7 +95,7 @@ class PreparationProcess:
         seconds = (max_seconds or MAX_SECONDS) + MAX_SECONDS_PER_MIB * len(raw) / 2**20
         if not self._connection.poll(seconds):
             self.end()
-            raise timed_out(f"the request was not prepared within {seconds:.0f} s")
+            raise timed_out(f"the request was not validated and tokenized within {seconds:.0f} s")
         result, error = self._connection.recv()
         if error:
             raise error

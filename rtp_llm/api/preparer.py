@@ -72,7 +72,7 @@ class Preparer:
         self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None = None
     ) -> tuple[T, FieldRecord]:
         if self.num_large >= MAX_LARGE:
-            raise overloaded(f"{self.num_large} large requests are being prepared, no more may wait: try again later")
+            raise overloaded(f"{self.num_large} large requests wait to be tokenized, the maximum: try again later")
         self.num_large += 1
         if self._idle_timer:
             self._idle_timer.cancel()

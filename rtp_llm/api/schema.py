@@ -160,8 +160,8 @@ Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITE
 
 
 class PromptOptions(RequestBody):
-    """Fields of all bodies with chat messages: how the messages become a prompt. `allow_special_tokens`: control tokens
-    that the messages spell, such as <|im_start|>, have their effect; otherwise they are plain text.
+    """Fields that say how chat messages become a prompt, in all bodies with messages. `allow_special_tokens`: control
+    tokens that the messages spell, such as <|im_start|>, have their effect; otherwise they are plain text.
     """
 
     add_generation_prompt: bool | None = None

@@ -155,7 +155,7 @@ class Service:
             async with asyncio.timeout(timeout if timeout < math.inf else None):
                 return await until_disconnect(request, preparing)
         except TimeoutError:
-            raise timed_out(f"the request was not prepared within {timeout:g} s") from None
+            raise timed_out(f"the request was not validated and tokenized within {timeout:g} s") from None
 
     @property
     def num_open(self) -> int:

@@ -23,7 +23,9 @@ PING = b": ping\n\n"  # a comment, which clients ignore
 
 
 def coalesced(parts: Iterable[str]) -> Iterator[str]:
-    """Yields the concatenation of `parts` in pieces of about `PIECE_CHARACTERS`."""
+    """Yields the concatenation of the texts `parts`, in pieces of about `PIECE_CHARACTERS`, so that few writes are
+    needed.
+    """
     pending: list[str] = []
     size = 0
     for part in parts:

@@ -122,8 +122,8 @@ class SuspectTracker(Generic[R]):
         middle = (len(suspects) + 1) // 2
         self._groups[:0] = [_group(half) for half in (suspects[:middle], suspects[middle:]) if half]
         log.warning(
-            "epoch %d was lost. Suspects: %d of the %d requests in its step; the first %d of them run next, all other"
-            " requests wait",
+            "the engine was lost in epoch %d. Suspects: %d of the %d requests in its last step; the first %d suspects"
+            " run next, all other requests wait",
             epoch,
             len(suspects),
             len(launched),
@@ -136,7 +136,7 @@ class SuspectTracker(Generic[R]):
         self._explained += self._unexplained
         self._unexplained = []
         self._probation = {r: steps for r, steps in self._probation.items() if steps == 1}  # the rest is explained
-        log.error("request %s was alone in a failed step: failing it, the other requests continue", culprit.id)
+        log.error("request %s was alone in a failed step: it gets an error, the other requests continue", culprit.id)
         if self._blames_engine:
             log.error(
                 "%d different requests have failed alone within ten minutes: the cause is the engine, not a request;"
@@ -154,7 +154,9 @@ class SuspectTracker(Generic[R]):
                 self._probation.pop(request, None)
         if not self._groups:
             if self._unexplained:
-                log.warning("no request fails alone: the cause is the engine, not a request")
+                log.warning(
+                    "none of the suspected requests makes the engine fail alone: the cause is the engine, not a request"
+                )
             self._settle(self._unexplained, "engine")
 
     def _settle(self, epochs: list[int], verdict: Verdict) -> None:
@@ -171,7 +173,7 @@ class SuspectTracker(Generic[R]):
 
     def _log_engine_loss(self, epoch: int, num_launched: int) -> None:
         reason = f"all {num_launched} requests of its step had run before" if num_launched else "it computed no request"
-        log.warning("epoch %d was lost, but %s: the cause is the engine, not a request", epoch, reason)
+        log.warning("the engine was lost in epoch %d, but %s: the cause is the engine, not a request", epoch, reason)
 
     @property
     def _blames_engine(self) -> bool:

@@ -25,7 +25,9 @@ def serves_text(served: TaskType) -> Any:
 
 
 def refusing_router(paths: Iterable[str], task: TaskType, served: TaskType) -> APIRouter:
-    """Returns a router that rejects `paths`, which need `task`, with 400 because `served` is another task."""
+    """Returns a router that rejects `paths` with 400: they need the task `task`, but the served model's task is
+    `served`.
+    """
     router = APIRouter()
 
     async def refuse(request: Request) -> None:

@@ -110,7 +110,9 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Bound:
-    """Upper bounds of the rates in a `summary.Summary`, in tokens per second."""
+    """The rates of a `summary.Summary`, in tokens per second, that the machine's memory and arithmetic allow at
+    most.
+    """
 
     output_rate: float
     input_rate: float
@@ -118,7 +120,7 @@ class Bound:
 
     @classmethod
     def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
-        """Returns the bounds for a workload. `concurrency`: number of concurrent requests.
+        """Returns these maximum rates for a workload. `concurrency`: number of concurrent requests.
 
         A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
         bytes and total operations count.

@@ -23,7 +23,9 @@ OPEN_CONCURRENCY = 1024  # of an open loop: more than any server takes
 
 @dataclass(frozen=True)
 class Case:
-    """A load: a workload with either a number of concurrent requests or a rate in requests per second (`rate`)."""
+    """A load to measure: a workload with either a number of concurrent requests or a rate in requests per second
+    (`rate`).
+    """
 
     name: str
     workload: Workload
@@ -45,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a target on a case.
+    """One measurement of a target (an engine or server) with a case (a load).
 
     bound     None if the model is not known, or if the load has a fixed request rate
     requests  summaries of the records

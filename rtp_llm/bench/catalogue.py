@@ -36,12 +36,12 @@ DEFAULT_NAMES = tuple(name for name in ALL_NAMES if name not in ("ours-fp32", "o
 
 
 class AbsentError(Exception):
-    """A peer is not installed. The message names what is missing."""
+    """A peer (another engine to compare with) is not installed. The message names what is missing."""
 
 
 @dataclass(frozen=True)
 class TargetName:
-    """A target's name, parsed."""
+    """The name of a target (an engine to measure, with its precision), parsed."""
 
     text: str
     kind: str
@@ -157,7 +157,9 @@ class Catalogue:
 
 
 def weight_precision(name: TargetName) -> str:
-    """Returns a target's key of `bound.PRECISIONS`. OpenVINO quantizes activations to 8 bits, as llama.cpp does."""
+    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO quantizes activations to 8 bits, as llama.cpp
+    does.
+    """
     if name.kind == "openvino" and name.precision == "int8":
         return "q8_0"
     return {"f16": "bf16"}.get(name.precision, name.precision)

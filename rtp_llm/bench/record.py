@@ -37,7 +37,7 @@ class Record:
         return [later - earlier for earlier, later in pairwise(self.events)]
 
     def summary(self) -> dict[str, Any]:
-        """Returns the fields that the JSON of a run contains: all except the times of the events."""
+        """Returns the fields of this request for the JSON file of a run: all except the times of the events."""
         summary = {key: value for key, value in asdict(self).items() if key != "events"}
         times = {"ttft": self.ttft, "e2e": self.e2e, "itl_max": max(self.gaps, default=0.0)} if self.events else {}
         return summary | {"num_events": len(self.events)} | {name: round(value, 6) for name, value in times.items()}

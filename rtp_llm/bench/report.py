@@ -150,7 +150,7 @@ def table(report: Report) -> str:
 
 def _row(report: Report, case: Case, target: str) -> tuple[str, ...]:
     def number(value: Value, digits: int = 0) -> str:
-        """Returns the median as text; empty if it is 0."""
+        """Returns the median of numbers as text for a table; empty if it is 0."""
         result = report.median(case, target, value)
         return f"{result:.{digits}f}" if result else ""
 

@@ -29,8 +29,8 @@ class EngineStats:
     """Statistics of the engine after a step. Counters start at 0 when the ranks form a new communicator (a new epoch).
 
     running, waiting: current number of requests, each one sequence. kv_used: KV blocks in use by requests. flops,
-    read_bytes, write_bytes: estimates of
-    `runner.cost`. step_tokens, step_seconds: tokens and duration of the last step; 0 if there was none.
+    read_bytes, write_bytes: estimates of `runner.cost`. step_tokens, step_seconds: tokens and duration of the last
+    step; 0 if there was none.
     """
 
     running: int = 0

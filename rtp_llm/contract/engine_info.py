@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Properties of the engine that stay constant during an epoch, that is until all ranks restart.
+    """Properties of the engine that stay constant during an epoch, that is until a rank is lost and the ranks form a
+    new communicator.
 
     The field names are the JSON keys of the READY frame, the first frame that rank 0 sends to the API process.
     """

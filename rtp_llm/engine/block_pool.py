@@ -15,9 +15,8 @@ class BlockPool:
     allocated nor counted.
 
     Methods that take blocks skip null blocks. A block is backed (occupies physical memory) from its first allocation
-    until
-    it is retired, that is until its memory is returned to the kernel. `growth`: number of unbacked blocks that may be
-    allocated; each such allocation lowers it.
+    until it is retired, that is until its memory is returned to the kernel. `growth`: number of unbacked blocks that
+    may be allocated; each such allocation lowers it.
     """
 
     def __init__(self, num_blocks: int, is_backed: bool = True):

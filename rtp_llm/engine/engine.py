@@ -38,7 +38,7 @@ class StepExecutor(Protocol):
 
 @dataclass(frozen=True)
 class EngineCallbacks:
-    """Functions that the engine calls before rank 0 computes a step.
+    """Functions that the engine calls before rank 0 computes a step, for communication with other processes.
 
     broadcast: sends the step to the other ranks.
     on_launch: gets the ids of the requests in this step and in the unfinished steps before it.

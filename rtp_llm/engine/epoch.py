@@ -95,7 +95,9 @@ class Epoch:
         self.close()
         if not isinstance(error, CommunicationError):
             return False
-        log.warning("leaving epoch %d, keeping the loaded weights: %s", self.number, error)
+        log.warning(
+            "leaving epoch %d (until the ranks start again), keeping the loaded weights: %s", self.number, error
+        )
         if not self._abort_reason:
             self.gang.fail_epoch(str(error))
         return True
@@ -168,7 +170,8 @@ class Epoch:
         rope = residency.spec.rope
         cache_salt_above = rope.original_max if rope.kind == "dynamic" else 0
         log.info(
-            "serving in epoch %d of the gang: prompt and output of a request may have up to %d tokens",
+            "serving in epoch %d of the gang (its starts so far): prompt and output of a sequence may have up to %d"
+            " tokens",
             self.number,
             residency.max_seq_len,
         )
@@ -187,7 +190,10 @@ class Epoch:
         if residency.device.type != "cpu":
             return None
         reserve = min(MIN_RESERVE_BYTES + num_ranks * residency.step_bytes, available_memory() // 4)
-        log.info("memory: keeping %d MiB of each machine free; if less is free, fewer requests run", reserve >> 20)
+        log.info(
+            "memory: keeping at least %d MiB of each machine free; if less is free, fewer sequences run at a time",
+            reserve >> 20,
+        )
         return MemoryBudget(
             gang.available_bytes if plan.is_multi_part else available_memory,
             reserve,
@@ -233,7 +239,7 @@ class Epoch:
 
     def _check_aborted(self) -> None:
         if self._abort_reason:
-            raise CommunicationError(f"the epoch was aborted: {self._abort_reason}")
+            raise CommunicationError(f"the communicator was aborted: {self._abort_reason}")
 
 
 def make_scheduler(

@@ -27,7 +27,7 @@ class CachedPrefix:
 
 
 class KVCacheManager:
-    """Allocates, shares, caches and frees the blocks of requests.
+    """Allocates, shares, caches and frees the KV blocks of requests (each one sequence).
 
     A block of a group holds the group's `block_size` tokens of all its layers, or the state of one sequence. A prefix
     is shared only if every group has it in the prefix cache. Models with a per-sequence state share no prefixes, since
@@ -73,7 +73,8 @@ class KVCacheManager:
         return len(blocks) - self.pool.num_unreferenced(blocks)
 
     def start_request(self, request: Request, prefix: CachedPrefix, num_tokens: int) -> NewBlocks | None:
-        """Gives a request the blocks of a cached prefix, and new blocks for `num_tokens` more tokens.
+        """Gives a request, which enters the batch, the blocks of a cached prefix, and new blocks for `num_tokens` more
+        tokens.
 
         Returns all of its blocks except null blocks, or None if too few are free.
         """

@@ -125,7 +125,7 @@ class LeaderLoop:
         elif frame_type == FrameType.ABORT:
             self._abort(str(body["id"]))
         else:
-            raise ValueError(f"unexpected {frame_type.name} frame; allowed: SUBMIT, ABORT")
+            raise ValueError(f"unexpected {frame_type.name} frame from an API process; allowed: SUBMIT, ABORT")
 
     def _abort_requests_of(self, connection: ClientConnection) -> None:
         for request_id in [r for r, client in self._client_of_request.items() if client is connection]:

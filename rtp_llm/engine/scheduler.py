@@ -167,7 +167,9 @@ class Scheduler:
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
             state = "is short: requests wait or are preempted" if room < 0 else "is sufficient again"
-            log.warning("memory %s (room for %+d KV blocks, %d in use)", state, room, pool.num_used)
+            log.warning(
+                "the host's memory %s (room for %+d more KV blocks; %d are in use now)", state, room, pool.num_used
+            )
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:
             self._retired_blocks += pool.retire(num_missing)

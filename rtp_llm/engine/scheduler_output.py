@@ -18,8 +18,7 @@ class ScheduledChunk:
     num_prompt_logprobs: number of rows, from the first, that return the logprob of the prompt token after them.
     is_new: the request enters the batch with this chunk: it was admitted, or resumed after a preemption.
     new_blocks: (KV cache group, index in the block table, block id) of the blocks that the request got for this chunk;
-    if
-        it is new, of all its blocks except null blocks.
+        if it is new, of all its blocks except null blocks.
     """
 
     request: Request
@@ -46,8 +45,7 @@ class SchedulerOutput:
     retired_blocks: KV blocks whose memory all ranks return to the kernel before the step, because the host is short of
     memory (CPU only).
     starved: requests that were ended because there is no memory for their KV blocks; the only field that is not kept
-    for
-        the next output.
+        for the next output.
     """
 
     chunks: list[ScheduledChunk]
@@ -67,8 +65,7 @@ class RequestUpdate:
     """The effect of one chunk's result on its request, if the chunk samples tokens or is pooled.
 
     tokens: the tokens that were appended, up to the end of the request; empty if the request is pooled, has failed, or
-    had
-        ended before (its result is then discarded).
+        had ended before (its result is then discarded).
     finish: why the request ended with this step; None if it continues, or had ended before.
     """
 

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def open_vocabulary(config: Config, vocab_size: int, delay: float = 0.0) -> "Future[LLTokenizer]":
-    """Starts to read the model's tokenizer after `delay` seconds, once per process. Returns a future of the vocabulary.
+    """Starts to read the model's tokenizer for grammars after `delay` seconds, once per process. Returns a future of
+    the vocabulary.
 
     `vocab_size`: the model's number of token ids; a grammar never allows ids that the tokenizer lacks. Reading 150,000
     tokens takes a second, in which the process does little else, and 120 MB of memory.

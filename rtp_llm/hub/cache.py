@@ -74,7 +74,8 @@ def free_bytes() -> int:
 
 
 def bytes_on_disk(repo: str, sizes: Mapping[str, int]) -> int:
-    """Returns how many bytes of these blobs are in the cache, whichever process wrote them. `sizes`: bytes by etag.
+    """Returns how many bytes of these files (blobs) of a model are in the cache, whichever process wrote them. `sizes`:
+    size in bytes by etag.
 
     Counts allocated disk blocks, because a download can fill a file from several places at once.
     """

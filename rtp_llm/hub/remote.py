@@ -40,7 +40,9 @@ disable_progress_bars()  # which count files, and only those of this process
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model's files at one commit. `blobs`: bytes by etag, which names the content of a file in the cache."""
+    """A model's files on the hub, at one commit. `blobs`: size in bytes of each file, by its etag, which names the
+    content in the cache.
+    """
 
     name: ModelName
     commit: str
@@ -78,8 +80,8 @@ def look_up(name: ModelName) -> RemoteModel:
         if "config.json" not in needed or not any(file.endswith(".safetensors") for file in needed):
             found = ", ".join(sorted(files)[:8]) or "nothing"
             raise ConfigError(
-                f"{name}: has no config.json or no *.safetensors file, but {found}; allowed: a model in"
-                " transformers' format",
+                f"{name}: has no config.json or no *.safetensors file; its files on the hub: {found}; allowed: a model"
+                " in transformers' format",
                 check=MODEL_EXISTS,
             )
         # The list of a gated model is public, its files are not.
@@ -164,5 +166,5 @@ def near_names(name: ModelName) -> list[str]:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Formats a size in powers of ten, as hubs do: "15.2 GB"."""
+    """Returns a size in bytes as text, in powers of ten as on hubs: "15.2 GB"."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

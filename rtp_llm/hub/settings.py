@@ -21,7 +21,9 @@ def missing_models(config: Config) -> list[ModelName]:
 
 
 def localized(config: Config) -> Config:
-    """Returns the settings with the names of models replaced by their snapshots in the cache, if the cache has them."""
+    """Returns the settings with names of models replaced by the folders of their files in the cache, for models that
+    the cache has.
+    """
     changes = {}
     for field in ("checkpoint_path", "tokenizer_path"):
         name = ModelName.parse(getattr(config, field))

@@ -18,7 +18,8 @@ class AttentionParams:
 
 
 class AttentionBackend(Protocol):
-    """Paged causal attention: `prepare` once per step and KV cache group, then `forward` for each layer of the group.
+    """Paged causal attention. `prepare` computes, once per step and KV cache group (layers that store the same), what
+    all layers of the group need; then `forward` computes each layer.
 
     batch_invariant: whether the bits of a row depend neither on its chunk nor on the other sequences of the step.
     """
@@ -41,15 +42,14 @@ class AttentionBackend(Protocol):
         q: [T, heads, head_dim], T as in ForwardBatch; head j attends to KV head j // (heads / kv_heads).
         k, v: [T, kv_heads, head_dim]. heads, kv_heads: numbers of heads on this rank.
         cache: has the tensors `keys` and `values`. A query attends to the newest `spec.window` keys up to its own
-        position; if
-            the window is 0, to all of them.
+            position; if the window is 0, to all of them.
         Returns [T, heads, head_dim]. Never waits for the device.
         """
         ...
 
     def workspace_bytes(self, spec: KVCacheSpec, num_heads: int, max_tokens: int, max_seq_len: int) -> int:
-        """Returns an upper bound of the memory that metadata and `forward` need besides q, k, v and the cache, in
-        bytes.
+        """Returns an upper bound, in bytes, of the memory that metadata and `forward` need besides q, k, v and the
+        cache.
 
         num_heads: query heads on this rank. max_tokens: tokens of a step. max_seq_len: tokens of a sequence.
         """

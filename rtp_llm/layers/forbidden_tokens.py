@@ -14,7 +14,7 @@ from rtp_llm.kernels.logits_mask import Bits, mask_logits
 
 
 class AllowedTokens:
-    """Logits processor for `SamplingParams.allowed_token_ids`."""
+    """Logits processor for `SamplingParams.allowed_token_ids`: forbids all other tokens."""
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._vocab_size = vocab_size

@@ -22,7 +22,7 @@ MIN_OPEN_FILES = 1024  # supervisord does not start with a lower limit (its minf
 
 
 def die_with_parent() -> None:
-    """Makes the kernel kill this process when its parent exits, so that no orphan holds a port or a GPU."""
+    """Makes the kernel kill this process when its parent process exits, so that no orphan holds a port or a GPU."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

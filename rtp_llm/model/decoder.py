@@ -21,7 +21,7 @@ FFNS: dict[str, Callable[[ModelSpec, int, Group], nn.Module]] = {"gated_mlp": Ga
 
 
 class LayerNorms(NamedTuple):
-    """Names of a layer's norms in the checkpoint; "": no norm at this place."""
+    """Names of the norms of one decoder layer in the checkpoint; "": the model has no norm at this place."""
 
     before_attention: str
     after_attention: str
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Computes hidden states with `forward`, and logits of selected tokens with `logits`.
+    """A transformer decoder. Computes hidden states with `forward`, and logits of selected tokens with `logits`.
 
     Its parameters have no memory until `model.weights.load_weights`.
     """

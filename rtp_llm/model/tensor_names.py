@@ -20,7 +20,9 @@ class FusedTensor:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """renames: component of a Llama tensor name -> this family's name. fused: Llama-style name -> fused tensor."""
+    """How a model family names the tensors of its checkpoints. renames: component of a Llama tensor name -> this
+    family's name. fused: Llama-style name -> fused tensor.
+    """
 
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, FusedTensor] = field(default_factory=dict)

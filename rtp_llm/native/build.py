@@ -33,7 +33,8 @@ def library_path(level: str, folder: Path = LIBRARY_FOLDER) -> Path:
 
 
 def build(selection: str, folder: Path = LIBRARY_FOLDER) -> list[Path]:
-    """Compiles the libraries of the selected levels that are missing or out of date. Returns their paths.
+    """Compiles the kernel libraries of the selected instruction sets (levels) that are missing or out of date. Returns
+    their paths.
 
     selection: "best" (the fastest level of this CPU), "supported" (all levels of this CPU) or "all". Raises ValueError
     for another selection, CalledProcessError if the compiler fails.

@@ -42,7 +42,7 @@ def levels(machine: str = platform.machine()) -> tuple[Level, ...]:
 
 
 def supported_levels() -> tuple[Level, ...]:
-    """Returns the levels that this CPU can run, from the slowest to the fastest."""
+    """Returns the instruction sets (levels) that this CPU has, from the slowest to the fastest."""
     flags = _cpu_flags()
     return tuple(level for level in levels() if level.cpu_flags <= flags)
 

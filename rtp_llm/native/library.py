@@ -97,7 +97,8 @@ _selection = "auto"
 
 
 def select_kernels(selection: str) -> None:
-    """Sets the kernels that `library` returns from now on: "auto" (the fastest), "off", or a level's name.
+    """Sets the kernels that `library` returns from now on: "auto" (the fastest), "off" (torch instead), or the name of
+    an instruction set (a level).
 
     Raises ConfigError if this CPU does not support the level or it was not built.
     """
@@ -112,7 +113,7 @@ def library() -> Library | None:
 
 
 def built_levels() -> list[str]:
-    """Returns the levels of this CPU whose libraries exist, from the slowest to the fastest."""
+    """Returns the instruction sets of this CPU for which kernels were built, from the slowest to the fastest."""
     return [level.name for level in supported_levels() if library_path(level.name).exists()]
 
 

@@ -32,7 +32,7 @@ class Tape:
         self._parts: list[_Kernels | Callable[[], Any]] = []
 
     def note(self, name: str, arguments: Sequence[Any]) -> None:
-        """Records a call of a function of the library."""
+        """Records a call of a kernel of the library."""
         if self.is_on_host:
             return
         if name in REPLAYABLE:

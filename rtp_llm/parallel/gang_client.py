@@ -113,7 +113,9 @@ class GangClient:
         before `abort_epoch` was set.
         """
         if self._is_leaving:
-            raise CommunicationError("the epoch has ended before this rank was connected to the others")
+            raise CommunicationError(
+                "the epoch has ended (a rank is lost) before this rank was connected to the others"
+            )
 
     def wait_until_loaded(self) -> None:
         """Blocks until all ranks have loaded their weights. Raises CommunicationError if a rank is lost first.

@@ -44,7 +44,9 @@ class Group(Protocol):
 
     @property
     def wait_seconds(self) -> float | None:
-        """Returns how many seconds this rank has waited for others in collectives of steps; None if not measured."""
+        """Returns how many seconds this rank has waited so far for others in the collectives of steps; None if not
+        measured.
+        """
         ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Group(Protocol):
         ...
 
     def check_aborted(self) -> None:
-        """Raises CommunicationError if the group was aborted.
+        """Raises CommunicationError if another thread has aborted the group, because a rank is lost.
 
         On GPUs an aborted collective ends without an error, and its result is arbitrary. So call this before a rank
         sends the results of a step.
@@ -82,7 +84,9 @@ class Communicator(Group, Protocol):
     is_waiting: bool
 
     def abort(self, reason: str) -> None:
-        """Makes the pending collective and all later ones raise CommunicationError. Any thread may call it."""
+        """Makes the pending collective and all later ones of this rank raise CommunicationError. Any thread may call
+        it.
+        """
         ...
 
     def close(self) -> None:

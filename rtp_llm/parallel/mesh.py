@@ -36,7 +36,7 @@ class MeshAxis(Group):
         """Returns the current communicator of these ranks. Raises CommunicationError if there is none."""
         if self._communicator is None:
             raise CommunicationError(
-                f"rank {self.rank} of {self.size} has no communicator, because no epoch is running"
+                f"rank {self.rank} of {self.size} has no communicator now: a rank is lost or has not joined"
             )
         return self._communicator
 

@@ -248,7 +248,9 @@ def _part_index(config: Config, world: int, local: int, tp: int) -> int:
         rank = config.world_index * local
     elif rank is not None and config.world_index is not None and rank != config.world_index * local:
         raise ConfigError(
-            f"WORLD_RANK={rank} and WORLD_INDEX={config.world_index} disagree: set one of them", check="C-01"
+            f"WORLD_RANK={rank} (this part's first rank) and WORLD_INDEX={config.world_index} (this part's number)"
+            f" differ: part {config.world_index} begins with rank {config.world_index * local}; set one of the two",
+            check="C-01",
         )
     if rank is None:
         rank = config.tp_rank or 0

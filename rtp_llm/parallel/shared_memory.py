@@ -37,7 +37,7 @@ class Exchange(Protocol):
 
     @property
     def wait_seconds(self) -> float:
-        """Returns the total time spent waiting for other ranks."""
+        """Returns how many seconds this rank has waited for other ranks so far."""
         ...
 
     @property
@@ -121,7 +121,9 @@ class SharedMemoryGroup:
         if not is_complete:
             self._abort_flag.check()
             late_ranks = (self._counters < self._exchange.sequence).nonzero()[0].tolist()
-            raise CommunicationError(f"ranks {late_ranks} did not join a collective within {self.timeout:.0f} s")
+            raise CommunicationError(
+                f"ranks {late_ranks} did not join a collective within {self.timeout:.0f} s (DIST_COMM_TIMEOUT)"
+            )
         self.is_waiting = False
 
 

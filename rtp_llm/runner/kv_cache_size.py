@@ -47,7 +47,9 @@ def plan_num_blocks(
         budget, source = config.kv_cache_mem_mb * MIB, f"KV_CACHE_MEM_MB={config.kv_cache_mem_mb}"
         useful = config.max_sequences * longest
         if min(budget, useful * block_bytes) > free:
-            log.warning("%s exceeds the free memory of %d MiB: the server may run out of memory", source, free // MIB)
+            log.warning(
+                "%s exceeds the %d MiB that each rank has free: the server may run out of memory", source, free // MIB
+            )
     elif device.type == "cuda":
         reserve = config.reserver_runtime_mem_mb * MIB + workspace_bytes
         # `free` excludes the peak memory of the warm-up step, which torch's caching allocator keeps for later steps.
@@ -63,16 +65,19 @@ def plan_num_blocks(
         plausible = blocks_per_sequence(min(max_seq_len, PLAUSIBLE_SEQ_LEN))
         useful = longest + (config.max_sequences - 1) * plausible
     log.info(
-        "KV cache: %s; a block takes %.1f KiB: %d blocks fit, the running sequences use at most %d",
+        "KV cache of this rank: %s; a block takes %.1f KiB: %d blocks fit, and %d running sequences, the maximum, need"
+        " at most %d",
         source,
         block_bytes / 1024,
         max(0, budget // block_bytes),
+        config.max_sequences,
         useful,
     )
     if budget < block_bytes:
         raise ConfigError(
-            f"not enough memory for the KV cache: {source} is less than one block of {block_bytes / MIB:.1f} MiB;"
-            " raise KV_CACHE_MEM_MB if it is set; otherwise lower RESERVER_RUNTIME_MEM_MB, raise TP_SIZE or free memory"
+            f"not enough memory for the KV cache: {source} is less than one block of {block_bytes / MIB:.1f} MiB per"
+            " rank; raise KV_CACHE_MEM_MB if it is set; otherwise lower RESERVER_RUNTIME_MEM_MB, raise TP_SIZE or free"
+            " memory"
         )
     return group.min(min(budget // block_bytes, useful))
 

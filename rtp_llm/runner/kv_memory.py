@@ -133,19 +133,19 @@ class KVMemory:
                 unchecked_bytes = 0
                 if available_memory() < MIN_AVAILABLE_BYTES:
                     megabytes = start * self.blocks.shape[1] >> 20, self.blocks.nbytes >> 20
-                    log.warning("memory is short: populated only %d of %d MiB of the KV cache", *megabytes)
+                    log.warning("memory is short: pre-faulted only %d of %d MiB of this rank's KV cache", *megabytes)
                     return
             started = time.perf_counter()
             if not self._populate(start, start + blocks_per_piece):
                 log.warning(
-                    "this kernel cannot populate the KV cache in advance: unwritten blocks do not count as used memory"
+                    "this kernel cannot populate (pre-fault) the KV cache: its blocks take memory as they are written"
                 )
                 return
             self.num_populated = min(start + blocks_per_piece, len(self.blocks))
             unchecked_bytes += blocks_per_piece * self.blocks.shape[1]
             if self._stopping.wait((time.perf_counter() - started) * (1 / POPULATE_SHARE - 1)):
                 return
-        log.info("KV cache: populated %.1f MiB", self.blocks.nbytes / 2**20)
+        log.info("KV cache: pre-faulted all %.1f MiB of this rank", self.blocks.nbytes / 2**20)
 
     def _populate(self, start: int, stop: int) -> bool:
         """Populates the blocks start … stop - 1 that are not retired. Returns False if the kernel cannot."""

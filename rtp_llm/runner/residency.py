@@ -128,7 +128,7 @@ class Residency:
         self.num_blocks = num_blocks
         num_tokens = self._max_tokens()
         log.info(
-            "KV cache: %d blocks, %.1f MiB on this rank; a sequence can have up to %d tokens",
+            "KV cache: %d blocks, %.1f MiB on this rank; a sequence (prompt and output) can have up to %d tokens",
             self.num_blocks,
             self.kv_bytes / 2**20,
             num_tokens,
@@ -162,7 +162,7 @@ class Residency:
         except ConfigError as error:
             raise FatalError(f"the KV cache of the other ranks has {num_blocks} blocks: {error}") from None
         self.num_blocks, self.max_seq_len = num_blocks, max_seq_len
-        log.info("KV cache: %d blocks, %.1f MiB, the size of the other ranks", num_blocks, self.kv_bytes / 2**20)
+        log.info("KV cache: %d blocks, %.1f MiB on this rank, as on the other ranks", num_blocks, self.kv_bytes / 2**20)
 
     def _workspace_bytes(self) -> int:
         """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time."""

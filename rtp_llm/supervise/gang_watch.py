@@ -27,7 +27,9 @@ MAX_KNOWN_PIDS = 1000
 
 
 class GangWatch:
-    """Receives the status of the gang and KILL frames in a thread."""
+    """The guard's connection to the coordinator: a thread that receives the status of all ranks, and orders to kill a
+    hung rank of this part (KILL frames).
+    """
 
     def __init__(self, part_spec: PartSpec):
         self.part_spec = part_spec

@@ -91,7 +91,9 @@ class RestartHistory:
 
 
 class Watchdog:
-    """Measures for how long processes have been inactive. Ignores clock changes and pauses of the whole machine."""
+    """Measures for how long each process of the part has shown no sign of activity. Ignores clock changes and pauses of
+    the whole machine.
+    """
 
     def __init__(self) -> None:
         self._now = self._awake_since = time.monotonic()
@@ -111,7 +113,9 @@ class Watchdog:
 
 
 class Guard:
-    """Restarts processes, or ends the part, through supervisord's RPC interface."""
+    """Process that watches the other processes of the part. Restarts those that end, kills those that hang, or ends the
+    part, through supervisord's RPC interface.
+    """
 
     def __init__(self, part_spec: PartSpec, rpc: Any, watch: GangWatch):
         self.part_spec, self.rpc, self.watch = part_spec, rpc, watch

@@ -32,7 +32,7 @@ class RestartBudget:
     failures: list[Failure] = field(default_factory=list)
 
     def charge(self, now: float, key: str, code: int, served_at: float) -> None:
-        """Records the end of a process. Processes with the same key count once.
+        """Counts the end of a process against the limit. Processes with the same key count once.
 
         code: exit code; -1 for killed by a signal. served_at: when the gang last served (failures since then never
         expire).

@@ -20,7 +20,8 @@ MARK_DIGITS = 20
 
 
 def new_mark() -> str:
-    """Returns a mark: random digits, which clients cannot guess and which the filters of a template do not change.
+    """Returns a mark, a text that ControlTokens inserts into texts of clients to break control tokens: random digits,
+    which clients cannot guess and which the filters of a template do not change.
 
     Only its first digit is 0, so a mark cannot overlap another one or itself.
     """
@@ -51,7 +52,8 @@ class ControlTokens:
         self._encode, self._encode_renamed = tokenizer.encode, tokenizer.renamed(self._names)
 
     def marked(self, value: Any, mark: str, *, is_answer: bool = False) -> Any:
-        """Returns JSON `value` with `mark` inserted into the control tokens that its strings and keys contain.
+        """Returns the JSON value with `mark` inserted into the control tokens that its strings and keys contain, so
+        that they have no effect.
 
         `is_answer`: the strings are from an assistant message.
         """

@@ -13,7 +13,7 @@ from rtp_llm.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text stream of one sequence.
+    """Turns the token ids of one sequence into text as they arrive.
 
     The results of all `push` calls and of `flush` together are the text that the pushed ids add to the text of
     `prompt_ids`. A character that starts in the prompt is returned whole when it is complete.
@@ -34,7 +34,7 @@ class Detokenizer:
         self._stream: _Stream = stream(tokenizer, self._ids_with_text(reversed(prompt_ids)))
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Returns the text that is final after these ids. It contains no incomplete character."""
+        """Returns the text that is complete after these new ids. It contains no incomplete character."""
         return self._stream.push(self._ids_with_text(token_ids))
 
     def flush(self) -> str:

@@ -40,7 +40,7 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Tag:
-    """JSON between a begin tag and an end tag."""
+    """JSON between a begin tag and an end tag, in free text; `grammar.from_tags` enforces it."""
 
     begin: str
     schema: Any

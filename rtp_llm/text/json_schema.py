@@ -36,7 +36,8 @@ class GrammarError(ValueError):
 
 
 def prepare(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]:
-    """Returns a schema (an object, a boolean or its JSON text) in the form that llguidance reads. Raises GrammarError.
+    """Returns a JSON schema (an object, a boolean or its JSON text) as an object that llguidance reads. Raises
+    GrammarError.
 
     `whitespace`: regular expression for optional whitespace between two JSON tokens; empty: none is allowed.
     """
@@ -51,13 +52,14 @@ def prepare(schema: Any, whitespace: str = WHITESPACE) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise GrammarError(f"the JSON schema is not JSON: {error}") from None
     if prepared is False:
-        raise GrammarError("the JSON schema is false, which allows nothing")
+        raise GrammarError("the JSON schema is false, which no JSON value matches; allowed: an object or true")
     options = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
     return {**({} if prepared is True else prepared), "x-guidance": options}
 
 
 def closed(schema: Any) -> Any:
-    """Returns a copy of the schema in which objects have only declared properties, unless it says otherwise.
+    """Returns a copy of the JSON schema in which objects have only declared properties, unless the schema says
+    otherwise.
 
     The model knows only the declared ones. Without this, it could invent property names until it runs out of tokens.
     """

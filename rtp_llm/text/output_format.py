@@ -23,7 +23,7 @@ OFF = "none"  # value of REASONING_PARSER
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """The format of the responses to one request. Small, since it is sent between processes.
+    """How to parse the responses to one request. Small, since it is sent between processes.
 
     tools              the functions that the model may call, in `tool_format`; if empty, calls are not parsed
     reasoning_state    whether the response begins inside the reasoning; None: it has no reasoning
@@ -58,7 +58,7 @@ class OutputFormat:
 
 
 class AnswerFormats:
-    """The tool call format and the reasoning format of the served model."""
+    """How the served model writes tool calls and reasoning."""
 
     def __init__(self, tokenizer: Tokenizer, tool_format: ToolFormat, reasoning_format: ReasoningFormat | None):
         self.tool_format, self.reasoning_format = tool_format, reasoning_format

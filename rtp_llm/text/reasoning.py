@@ -13,7 +13,7 @@ ReasoningState = Literal["inside", "optional"]
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """A format in which models mark their reasoning.
+    """The markers with which a family of models delimits its reasoning.
 
     name     the value of REASONING_PARSER
     always   whether the output begins with reasoning even if neither the prompt nor the model opens it

@@ -16,7 +16,8 @@ _MARKERS = ("<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class RerankFormat:
-    """The fixed tokens of the prompt, and the tokens of "yes" and "no".
+    """The prompt format of a reranking model: its fixed tokens, and the tokens of "yes" and "no", whose probabilities
+    are the score.
 
     The prompt for a document is `start`, `question(…)`, a space and the document, and `end`. The parts are encoded
     separately: all documents of a query share the prefix, and no token spans two parts, as the pre-tokenizer splits

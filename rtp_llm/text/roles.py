@@ -19,7 +19,7 @@ SEPARATOR = "\n\n"  # between turns that become one
 
 
 class Roles:
-    """How one template handles each role.
+    """How a chat template handles each role, found out by rendering test messages.
 
     renamed          {role: the role that the template gets instead}
     leading_system   whether it accepts a system message at the start
@@ -48,7 +48,7 @@ class Roles:
         self.renamed["developer"] = "developer" if probe.knows("developer", [([], [_USER])]) else "system"
 
     def adapt(self, messages: Iterable[Message]) -> list[Message]:
-        """Returns the messages with roles, in an order that the template accepts as far as possible.
+        """Returns the messages of a chat with roles, in an order that the template accepts as far as possible.
 
         No text moves past another message, so that the prompt of a growing chat keeps its prefix (prefix caching).
         """

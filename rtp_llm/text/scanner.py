@@ -20,7 +20,9 @@ class Malformed(Exception):
 
 
 class Scanner:
-    """The text that has arrived and the current read position. Discards text before both the position and the mark."""
+    """A reader of a model's output for parsers: the text that has arrived, and the read position. Discards text before
+    both the position and the mark.
+    """
 
     def __init__(self) -> None:
         self._text, self._at = "", 0

@@ -8,7 +8,9 @@ from rtp_llm.text.scanner import Reading, Scanner
 
 
 class ScanningParser(ABC):
-    """An `OutputParser` that runs the generator `read`, which waits whenever it needs more text."""
+    """An `OutputParser` (splits the output of a model) that is written as one generator, `read`, which waits whenever
+    it needs more text.
+    """
 
     in_reasoning = False
 
@@ -35,7 +37,7 @@ class ScanningParser(ABC):
         return deltas
 
     def emit(self, delta: OutputDelta) -> None:
-        """Adds a delta to those that `push` returns; merges it with the last one if it continues that."""
+        """Adds a delta to those that `push` returns; merges it with the last one if it continues the same field."""
         merged = _merged(self._deltas[-1], delta) if self._deltas else None
         if merged:
             self._deltas[-1] = merged

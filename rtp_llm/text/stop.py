@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class StopChecker:
-    """Truncates the text of one request at the first stop string.
+    """Truncates the text of one sequence at the first stop string.
 
     The earliest match wins; among matches with the same start, the longest. The result does not depend on how the
     text is split: with the stop strings "a" and "ab", the text "a" stays buffered until the next `push` or `flush`.

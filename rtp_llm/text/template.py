@@ -32,7 +32,9 @@ __all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat. A control token within one of the `pieces` has its effect; across pieces it is plain text."""
+    """A rendered chat, in pieces. A control token within one of the `pieces` has its effect; one that spans two pieces
+    is plain text.
+    """
 
     pieces: tuple[str, ...]
 

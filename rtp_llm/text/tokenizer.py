@@ -157,8 +157,7 @@ class Tokenizer:
         names.
 
         names  {added token: its new name}. The function treats the original token in a text as plain text; if the
-        vocabulary
-               has it as an ordinary token too, the function returns -1 for it.
+               vocabulary has it as an ordinary token too, the function returns -1 for it.
         It adds no special tokens. It shares the vocabulary, so it needs little memory.
         """
         backend = Backend(self._backend.model)

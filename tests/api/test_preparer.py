@@ -171,7 +171,7 @@ def test_the_time_of_the_preparation_counts(start_api: StartApi, monkeypatch: py
     limited = start_api(max_rpc_timeout_ms=100)
     Paused(limited, monkeypatch)
     response = limited.post("/v1/completions", LARGE_BODY)
-    assert (response.status_code, "not prepared within 0.1 s" in response.text) == (504, True)
+    assert (response.status_code, "not validated and tokenized within 0.1 s" in response.text) == (504, True)
 
 
 def test_a_request_that_is_prepared_takes_a_slot(start_api: StartApi, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,4 +73,4 @@ def test_a_killed_rank_convicts_nobody(settings: dict[str, str]) -> None:
         part.kill("rank1", signal.SIGKILL)
         assert [stream.text() for stream in streams] == texts
         assert verdicts(part) == {"1": "engine"}
-        assert "resumed 8 of 8 sequences" in part.log
+        assert "resumed 8 of the 8 unfinished sequences" in part.log

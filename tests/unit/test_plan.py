@@ -148,7 +148,8 @@ def test_different_plans_have_different_fingerprints(difference: dict[str, Any])
         ({"tp_size": 2, "world_rank": 0, "tp_rank": 1}, "TP_RANK=1: WORLD_RANK=0 means TP_RANK=0; leave TP_RANK unset"),
         (
             {"tp_size": 4, "local_world_size": 2, "world_rank": 2, "world_index": 0},
-            "WORLD_RANK=2 and WORLD_INDEX=0 disagree",
+            "WORLD_RANK=2 (this part's first rank) and WORLD_INDEX=0 (this part's number) differ:"
+            " part 0 begins with rank 0",
         ),
         (
             {"tp_size": 2, "local_world_size": 1},

@@ -8,8 +8,8 @@ from rtp_llm.api.schema import MAX_ITEMS, Finite, RequestBody, Stops
 
 
 class Block(BaseModel):
-    """An entry of a message's `content`: text, an image, a tool call, its result or reasoning. `type` determines which
-    of the fields are used.
+    """An entry of a message's `content`, such as text, a tool call or the result of one. `type` determines which of the
+    fields are used.
     """
 
     model_config = ConfigDict(extra="ignore")

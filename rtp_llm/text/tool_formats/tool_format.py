@@ -97,7 +97,7 @@ class ToolCallParser(ScanningParser):
 
 
 class ToolFormat(ABC):
-    """A format in which models write tool calls.
+    """The syntax in which a family of models writes tool calls.
 
     name     the value of TOOL_CALL_PARSER
     markers  texts that delimit calls. Markers that are special tokens must not be removed before parsing.
