@@ -291,7 +291,9 @@ class Config(BaseModel):
 
     @property
     def drain_seconds(self) -> int:
-        """Returns SHUTDOWN_TIMEOUT in seconds. -1 (no limit in alibaba/rtp-llm) means 600, so that a stop ends."""
+        """Returns SHUTDOWN_TIMEOUT, how long accepted requests may go on after SIGTERM, in seconds. -1 (no limit in
+        alibaba/rtp-llm) means 600, so that a stop ends.
+        """
         return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
 
     def shared(self) -> dict[str, Any]:

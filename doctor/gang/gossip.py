@@ -377,7 +377,7 @@ class GossipSession:
             await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
 
     async def confirm(self, members: list[Member]) -> list[int]:
-        """Asks each of `members` for its own report, and puts it in the place of what others have told about it.
+        """Asks each of `members` for its own report, which replaces the one that other parts have passed on.
 
         Without GANG_SECRET anybody can send reports, but only a part has its address. Returns the parts whose stored
         reports did not come from there, and so may be forged.

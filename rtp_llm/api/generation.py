@@ -76,7 +76,9 @@ class GenerationRequest(Generic[AnyChoice]):
         await cancel_on_disconnect(request, run(), self.reservation)
 
     def usage(self) -> dict[str, Any]:
-        """Returns OpenAI's usage object. Each prompt counts once, however many choices it has."""
+        """Returns the `usage` object of OpenAI's API: token counts of the request. Each prompt counts once, however
+        many choices it has.
+        """
         prompt_tokens = sum(len(p) for p in self.prompts)
         completion_tokens = 0 if self.prompt_only else sum(s.num_tokens for s in self.sequences)
         choices_per_prompt = max(1, len(self.sequences) // len(self.prompts))
@@ -100,7 +102,9 @@ def make_generation(
     prompts: list[list[int]],
     params: Sequence[SamplingParams],
 ) -> GenerationRequest[AnyChoice]:
-    """Admits a request with `body.n` choices per prompt, each with its own seed. Raises RequestError 429 or 503."""
+    """Reserves slots for a request with `body.n` choices (sequences) per prompt, each with its own seed, and returns
+    its generation, not yet started. Raises RequestError 429 or 503.
+    """
     n = body.n or 1
     choices = [
         make_choice(prompt, replace(prompt_params, seed=prompt_params.seed + i))

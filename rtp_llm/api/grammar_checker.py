@@ -17,7 +17,9 @@ MAX_CHECKED = 1024  # grammars whose results are kept
 
 
 class GrammarChecker:
-    """Compiles each grammar once: in a thread, or in `preparer`'s process if the time to compile it has no bound."""
+    """Checks each grammar of the requests once, by compiling it: in a thread, or in `preparer`'s process if the time to
+    compile it has no bound.
+    """
 
     def __init__(self, preparer: Preparer) -> None:
         self._preparer = preparer

@@ -122,7 +122,9 @@ class NativeSequence:
 
 @dataclass
 class NativeResponse:
-    """The response to one request. `groups`: the sequences of each prompt, one or num_return_sequences of them."""
+    """The response to one request in alibaba/rtp-llm's own format. `groups`: the sequences of each prompt, one or
+    num_return_sequences of them.
+    """
 
     groups: list[list[NativeSequence]]
     text_params: TextParams
@@ -178,7 +180,7 @@ def native_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class NativeEndpoints:
-    """The native endpoints of one served model."""
+    """The endpoints with alibaba/rtp-llm's own request format (POST / and others) of one served model."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words

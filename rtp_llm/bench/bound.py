@@ -51,7 +51,9 @@ class MachineRates:
 
 
 class Probe:
-    """Measures the rates of the machine, which takes about two seconds. A context manager."""
+    """Context manager that measures the machine's rates (bytes read and operations per second), which takes about two
+    seconds.
+    """
 
     def __init__(self) -> None:
         self._worker = WorkerProcess("rtp_llm.bench.probe", str(usable_cores()))

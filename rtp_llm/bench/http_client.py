@@ -189,7 +189,9 @@ class Answer:
             )
         count = usage["completion_tokens"]
         if count != request.output_tokens:
-            raise AnswerError(f"{count} tokens instead of {request.output_tokens}; the server must support ignore_eos")
+            raise AnswerError(
+                f"the server sent {count} tokens instead of {request.output_tokens}; it must support ignore_eos"
+            )
         return Record(len(request.prompt), start - origin, [at - origin for at in times], count)
 
 

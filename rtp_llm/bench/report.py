@@ -57,7 +57,7 @@ class Report:
             raise ConfigError(f"{file}: is not a report of rtp-llm-bench: {error}") from None
 
     def runs_of(self, case: str, target: str) -> list[Run]:
-        """Returns the runs of a target on a case, in order."""
+        """Returns the runs of a target (an engine or server) on a case (a load), in order."""
         return [run for run in self.runs if (run.case, run.target) == (case, target)]
 
     def median(self, case: Case, target: str, value: Callable[[Run], float]) -> float:

@@ -52,7 +52,9 @@ STATS = struct.Struct(f"={len(STATS_FIELDS)}d")  # counters beyond 2**53 lose th
 
 
 def pack_events(outputs: Sequence[EngineOutput], stats: EngineStats) -> bytes:
-    """Returns the payload of an EVENTS frame."""
+    """Returns the payload of an EVENTS frame, with which rank 0 sends a step's outputs and statistics to the API
+    process.
+    """
     ids = [output.request_id.encode() for output in outputs]
     table = np.array(
         [

@@ -32,12 +32,12 @@ class KVCacheSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Returns the bytes per token, or per sequence."""
+        """Returns the size in bytes of what the layer stores per token, or per sequence."""
         return sum(self.row_bytes)
 
     @property
     def row_bytes(self) -> list[int]:
-        """Returns the bytes per token, or per sequence, of each tensor."""
+        """Returns, for each tensor, the size in bytes of what the layer stores per token, or per sequence."""
         return [prod(shape) * ITEM_BYTES[self.dtype] for _, shape in self.tensors]
 
 
@@ -100,7 +100,7 @@ class KVCacheLayout:
 
     @property
     def group_of_layer(self) -> list[int]:
-        """Returns the index of the group of each layer."""
+        """Returns, for each layer, the index of its KV cache group."""
         return [index for _, index in sorted((layer, i) for i, g in enumerate(self.groups) for layer in g.layers)]
 
 

@@ -107,7 +107,7 @@ class Request:
 
     @property
     def output(self) -> list[int]:
-        """Returns a copy of the generated tokens."""
+        """Returns a copy of the token ids generated so far."""
         return self.tokens[self.num_prompt_tokens :]
 
     @property

@@ -57,7 +57,7 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        """Returns the number of referenced blocks."""
+        """Returns the number of blocks that running requests use (referenced blocks)."""
         return self._num_blocks - 1 - len(self._free_blocks) - self._num_unbacked
 
     @property

@@ -104,7 +104,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Returns the number of requests that have not started."""
+        """Returns the current number of requests that wait for their start."""
         return len(self.scheduler.waiting) + (self.compiler.num_waiting if self.compiler else 0)
 
     @property

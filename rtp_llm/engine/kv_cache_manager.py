@@ -41,7 +41,9 @@ class KVCacheManager:
         self._prefix_alignment = lcm(*(group.block_size for group in groups if group.block_size))
 
     def num_blocks_for(self, num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns how many blocks sequences of these lengths hold at the end of a step, elementwise."""
+        """Returns how many KV blocks sequences hold at the end of a step: for each given number of tokens, the number
+        of blocks.
+        """
         total = np.zeros_like(num_tokens)
         for group in self.groups:
             if group.spec.per_sequence:

@@ -134,7 +134,7 @@ class Plain(LinearMethod):
     name = "plain"
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`."""
+        """Returns the layer's output, computed by torch (implements `LinearMethod`)."""
         return linear(x, weights["weight"], bias)
 
 
@@ -162,18 +162,20 @@ class Prepacked(LinearMethod):
         return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
     def transform(self, loaded: Weights) -> Weights:
-        """Implements `LinearMethod`."""
+        """Reorders the loaded weight matrix to oneDNN's layout (implements `LinearMethod`)."""
         return {"weight": torch.ops.mkldnn._reorder_linear_weight(loaded["weight"].detach(), None)}
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Implements `LinearMethod`. If only a single row gives other bits, single rows are padded from now on."""
+        """Measures whether the other rows change the bits of a row (implements `LinearMethod`). If only a single row
+        gives other bits, single rows are padded from now on.
+        """
         if self.batch_invariant is None:
             differing = self._differing_row_counts(weights)
             self._pads_single_row = differing == [1]
             self.batch_invariant = not differing or self._pads_single_row
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`."""
+        """Returns the layer's output, computed by oneDNN (implements `LinearMethod`)."""
         is_padded = self._pads_single_row and len(x) == 1
         if is_padded:
             x = torch.cat((x, x))

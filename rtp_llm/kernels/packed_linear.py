@@ -38,7 +38,7 @@ class Packed(LinearMethod):
         return int(self._library.rtp_linear_packed_bytes(self._dtype, self.gated, self.out_size, self.in_size))
 
     def transform(self, loaded: Weights) -> Weights:
-        """Implements `LinearMethod`."""
+        """Copies the loaded weight matrix into blocks for the kernel (implements `LinearMethod`)."""
         weight = loaded["weight"].detach().contiguous()
         packed = WEIGHTS.allocate(self.weight_bytes)
         self._library.rtp_linear_pack(
@@ -53,7 +53,9 @@ class Packed(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`. If the layer is gated, does the same as `apply_gated`."""
+        """Returns the layer's output, computed from the blocks (implements `LinearMethod`). If the layer is gated, does
+        the same as `apply_gated`.
+        """
         if x.stride(-1) != 1:
             x = x.contiguous()
         num_columns = self.out_size // 2 if self.gated else self.out_size
@@ -79,8 +81,8 @@ class Packed(LinearMethod):
     apply_gated = apply
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Implements `LinearMethod`. Measures only the first blocks of a large weight matrix, as blocks are
-        independent.
+        """Measures whether the other rows change the bits of a row (implements `LinearMethod`). Measures only the first
+        blocks of a large weight matrix, as blocks are independent.
         """
         if self.gated or self.out_size <= MAX_PROBED_OUTPUTS:
             super().measure_batch_invariance(weights)

@@ -54,7 +54,7 @@ class Quantized(LinearMethod):
         return 1
 
     def transform(self, loaded: Weights) -> Weights:
-        """Implements `LinearMethod`."""
+        """Quantizes the loaded weight matrix and packs it for the kernel (implements `LinearMethod`)."""
         rows = loaded["weight"].detach().split(_ROWS_AT_ONCE)
         integers, scales = (torch.cat(parts) for parts in zip(*map(self.quantize, rows), strict=True))
         if self._library is None:
@@ -71,7 +71,9 @@ class Quantized(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Implements `LinearMethod`. If the layer is gated, does the same as `apply_gated`."""
+        """Returns the layer's output, computed with quantized weights (implements `LinearMethod`). If the layer is
+        gated, does the same as `apply_gated`.
+        """
         if self._library is None:
             return self._multiply_with_torch(x, weights, bias)
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -110,12 +112,12 @@ class Int8(Quantized):
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Implements `Quantized`."""
+        """Quantizes a weight matrix to 8 bits, one scale per row (implements `Quantized`)."""
         return _round_to_scale(weight.float(), 127)
 
     @staticmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Implements `Quantized`."""
+        """Returns the layer's input as float32: this method does not quantize activations (implements `Quantized`)."""
         return x.float()
 
 
@@ -126,7 +128,7 @@ class W8A8(Int8):
 
     @staticmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Implements `Quantized`."""
+        """Returns the layer's input, rounded to 8 bits with one scale per row (implements `Quantized`)."""
         return dequantize(*_round_to_scale(x.float(), 127))
 
 
@@ -140,13 +142,13 @@ class Int4(Quantized):
 
     @staticmethod
     def num_groups(in_size: int) -> int:
-        """Implements `Quantized`."""
+        """Returns the number of scales per output feature: one for GROUP_SIZE inputs (implements `Quantized`)."""
         return -(-in_size // GROUP_SIZE)
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Implements `Quantized`. The value with the largest magnitude of a group becomes -8; scales can be
-        negative.
+        """Quantizes a weight matrix to 4 bits, one scale per group (implements `Quantized`). The value with the largest
+        magnitude of a group becomes -8; scales can be negative.
         """
         groups = _split_groups(weight.float())
         low, high = groups.aminmax(dim=-1, keepdim=True)
@@ -157,7 +159,7 @@ class Int4(Quantized):
 
     @staticmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Implements `Quantized`."""
+        """Returns the layer's input, rounded to 8 bits with one scale per group (implements `Quantized`)."""
         groups = _split_groups(x.float())
         integers, scales = _round_to_scale(groups.flatten(0, 1), 127)
         return dequantize(integers, scales).reshape(len(x), -1)[:, : x.shape[1]]

@@ -109,20 +109,24 @@ class _UnsortedTokens:
         self.vocab_size = len(logits)
 
     def mass(self, end: _End) -> float:
-        """Returns the sum of the weights of a prefix of the sorted tokens."""
+        """Returns the sum of the weights (unnormalized probabilities) of a prefix of the tokens, sorted by weight."""
         if end == self.end:
             return float(self._weights.sum())
         bin, count = end
         return float(self._sorted_bin(bin)[1][count - 1]) if count else self._mass_before(bin)
 
     def end_of_count(self, count: int) -> _End:
-        """Returns the end of the prefix of `count` tokens, or of all tokens if there are fewer."""
+        """Returns where a prefix of the sorted tokens ends that has `count` of them, or all if there are fewer
+        (top-k).
+        """
         ends = self._bins.bincount(minlength=NUM_BINS).cumsum(0).cpu().numpy()
         bin = int(ends.searchsorted(count))
         return bin, count - int(ends[bin - 1] if bin else 0)
 
     def end_of_mass(self, mass: float) -> _End:
-        """Returns the end of the prefix of tokens whose predecessors weigh less than `mass` together."""
+        """Returns where the prefix of those sorted tokens ends whose predecessors weigh less than `mass` together
+        (top-p).
+        """
         bin = int(self._mass_ends.searchsorted(mass))
         if bin == NUM_BINS:
             return self.end
@@ -130,13 +134,15 @@ class _UnsortedTokens:
         return bin, int((starts < mass).sum())
 
     def end_of_weight(self, weight: float) -> _End:
-        """Returns the end of the prefix of tokens that weigh at least `weight` each. `weight` is at most 1."""
+        """Returns where the prefix of those sorted tokens ends that weigh at least `weight` each (min-p). `weight` is
+        at most 1.
+        """
         bins = self._bins[self._weights >= weight]
         bin = int(bins.max())
         return bin, int((bins == bin).sum())
 
     def token_at(self, mass: float) -> int:
-        """Returns the first token at which the cumulative weight exceeds `mass`."""
+        """Returns the first of the sorted tokens at which the sum of the weights exceeds `mass`: the sampled one."""
         # Rounding can make `mass` the weight of all tokens: the last bin that adds to it is the last one to look at.
         bin = min(int(self._mass_ends.searchsorted(mass, "right")), int(self._mass_ends.argmax()))
         ids, ends = self._sorted_bin(bin)

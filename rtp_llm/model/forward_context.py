@@ -23,7 +23,8 @@ class Attention(Protocol):
         ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
-        """Returns an upper bound of the memory that a step needs besides x, its projections and the cache, in bytes.
+        """Returns an upper bound, in bytes, of the memory that a step needs besides the layer's input, its projections
+        and the KV cache.
 
         max_tokens: of the step. max_seq_len: tokens of its longest sequence.
         """

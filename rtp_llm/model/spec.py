@@ -20,7 +20,7 @@ _DTYPES: dict[str, DType] = {"float32": "fp32", "bfloat16": "bf16", "float16": "
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes (in elements) and flags of a decoder."""
+    """The architecture of a decoder model: sizes (in elements) and flags."""
 
     family: str
     vocab_size: int
@@ -53,7 +53,7 @@ class ModelSpec:
         return self.sliding_window if self.sliding_window and self.window_layers[layer] else 0
 
     def attention_kind(self, layer: int) -> str:
-        """Returns the kind of attention of this layer."""
+        """Returns which implementation of attention this layer uses, a key of `decoder.ATTENTIONS`."""
         return self.attention[layer] if self.attention else "gqa"
 
     def ffn_kind(self, layer: int) -> str:

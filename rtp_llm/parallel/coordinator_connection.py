@@ -68,7 +68,7 @@ class CoordinatorConnection:
             elif self.is_accepted:
                 return frame_type, message
             else:
-                raise WireError(f"the peer sent {frame_type.name} before ACCEPTED")
+                raise WireError(f"the coordinator sent {frame_type.name} before ACCEPTED")
 
     def close(self) -> None:
         self._sock.close()

@@ -23,7 +23,9 @@ def read_secret(config: Config) -> bytes:
 
 
 class Challenge:
-    """The listening side's half of the authentication of one connection."""
+    """The half of the listening side in the authentication of a connection by GANG_SECRET, the secret that all parts
+    share.
+    """
 
     def __init__(self, gang_secret: bytes):
         self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
@@ -42,12 +44,14 @@ class Challenge:
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 
     def proof(self, message: dict[str, Any]) -> str:
-        """Returns the HMAC that proves to the sender of a checked message that this side knows the secret."""
+        """Returns the HMAC that proves to the connecting side that this side knows GANG_SECRET, too."""
         return _sign(self._secret, str(message["nonce"]), "proof") if self._secret else ""
 
 
 class Answer:
-    """The connecting side's half of the authentication: signs its first message for the received challenge."""
+    """The half of the connecting side in the authentication of a connection by GANG_SECRET: signs its first message for
+    the received challenge.
+    """
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""
@@ -72,7 +76,7 @@ class Answer:
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 
     def check_proof(self, proof: str) -> None:
-        """Raises WireError if the other side has not proved that it knows the secret."""
+        """Raises WireError if the listening side has not proved that it knows GANG_SECRET."""
         if self._secret and not hmac.compare_digest(_sign(self._secret, self._nonce, "proof"), proof):
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 

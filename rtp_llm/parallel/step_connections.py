@@ -124,11 +124,13 @@ class _JoinServer:
     def _check_join(self, stranger: _Stranger, frame_type: FrameType, payload: bytes) -> int:
         """Returns the rank that opened this connection. Raises if it is not one of this epoch that is still missing."""
         if frame_type != FrameType.JOIN:
-            raise WireError(f"the peer sent {frame_type.name} instead of JOIN")
+            raise WireError(f"a process that connected for steps sent {frame_type.name} instead of JOIN")
         message, assignment = json.loads(payload), self._assignment
         stranger.challenge.check(message)
         if (message["incarnation"], message["epoch"]) != (assignment.incarnation, assignment.epoch):
-            raise WireError(f"the peer is a rank of epoch {message['epoch']}, this is epoch {assignment.epoch}")
+            raise WireError(
+                f"the peer is a rank of the gang's epoch (start number) {message['epoch']}, this is {assignment.epoch}"
+            )
         rank = int(message["rank"])
         if rank in self.ranks or not 0 < rank < self._part_spec.plan.world_size:
             raise WireError(f"the peer claims to be rank {rank}, which is already connected or does not exist")

@@ -59,7 +59,7 @@ class RestartBudget:
         return 0.0 if count <= 1 else min(MAX_DELAY_SECONDS, 0.5 * 2 ** min(count - 2, 10))
 
     def last_codes(self) -> list[int]:
-        """Returns the exit codes of the last failure."""
+        """Returns the exit codes of the processes that ended together in the last failure."""
         return self.failures[-1].codes if self.failures else []
 
     def _counts(self, failure: Failure, now: float, verdicts: dict[str, str]) -> bool:

@@ -40,7 +40,7 @@ class Scanner:
         self._ended = True
 
     def mark(self) -> None:
-        """Marks the current position; `unmark` returns the text since then."""
+        """Remembers the current position; `unmark` returns the text that was read since then."""
         self._mark = self._at
 
     def unmark(self) -> str:

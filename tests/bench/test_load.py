@@ -107,7 +107,7 @@ def test_failures_are_records_and_the_others_go_on() -> None:
     ("server", "error"),
     [
         (FakeServer(status=429), 'HTTP 429: {"error":{"message":"no"}}'),
-        (FakeServer(missing_tokens=1), "4 tokens instead of 5"),
+        (FakeServer(missing_tokens=1), "the server sent 4 tokens instead of 5"),
         (FakeServer(has_usage=False), "no usage"),
     ],
 )
