@@ -50,7 +50,11 @@ def tp_size_is_valid(ctx: CheckContext) -> CheckResult:
     even = ", ".join(map(str, even_sizes))
     if plan.tp_size not in valid_sizes:
         actual = f"TP_SIZE={plan.tp_size}, the model has {spec.num_heads} query heads"
-        return error(actual, f"1 to {valid_sizes[-1]}; no padding with {even}", f"TP_SIZE={max(even_sizes)}")
+        return error(
+            actual,
+            f"TP_SIZE from 1 to {valid_sizes[-1]}; heads need no padding with {even}",
+            f"TP_SIZE={max(even_sizes)}",
+        )
     padded = f"; {spec.num_heads} heads need padding, TP {even} none" if spec.num_heads % plan.tp_size else ""
     return ok(f"TP {plan.tp_size}; the maximum is {valid_sizes[-1]}{padded}")
 

@@ -42,7 +42,7 @@ def openai_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class OpenAIEndpoints:
-    """The OpenAI endpoints of one served model."""
+    """The endpoints of OpenAI's chat and completion APIs for one served model."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words

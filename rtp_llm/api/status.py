@@ -84,7 +84,7 @@ def status_router(state: HasHealth, metrics: Metrics, *, hides_detail: bool) -> 
 
 
 def engine_router(service: Service, state: PartState) -> APIRouter:
-    """Returns the router of the engine's status endpoints, which part 0 serves."""
+    """Returns the router of the endpoints that report the engine's state, which only part 0 serves."""
     router = APIRouter()
     page, policy = chat_page()
 

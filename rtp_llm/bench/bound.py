@@ -80,7 +80,7 @@ class ModelCost:
 
     @classmethod
     def of(cls, checkpoint: Path, precision: Precision) -> "ModelCost":
-        """Reads the checkpoint's headers. Raises CheckpointError or ConfigError."""
+        """Returns the sizes of a model, from the headers of its checkpoint. Raises CheckpointError or ConfigError."""
         spec = read_spec(checkpoint)
         return cls(
             layer_weights(spec, 1),

@@ -77,7 +77,9 @@ class Campaign:
     seed: int
 
     def run(self, targets: Sequence[Target], probe: Probe | None) -> Iterator[tuple[Run, MachineRates | None]]:
-        """Yields each run and the machine's rates measured before it. The targets' contexts must have been entered."""
+        """Measures all targets on all cases: yields each run, and the machine's rates measured just before it. The
+        targets' contexts must have been entered.
+        """
         seed = self.seed
         for case in self.cases:
             for target in targets:

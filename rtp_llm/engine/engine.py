@@ -137,7 +137,8 @@ class Engine:
         return EngineOutput(request_id, finish="abort") if request else None
 
     def step(self) -> list[EngineOutput]:
-        """Launches the next step, if any. If the pipeline is full, processes the result of the oldest step.
+        """Launches the next step, if any. If the maximum number of steps is then in flight, processes the result of the
+        oldest one.
 
         Returns one output per request that got tokens or failed.
         """

@@ -67,7 +67,9 @@ class RemoteModel:
 
 
 def look_up(name: ModelName) -> RemoteModel:
-    """Asks the hub for the model and its files. Raises ConfigError if this machine cannot get them."""
+    """Asks the hub for the model, and returns the list of its files at the commit of its revision. Raises ConfigError
+    if this machine cannot get them.
+    """
     if constants.is_offline_mode():
         problem = f"is neither an existing folder nor complete in the cache {cache_folder()}, and HF_HUB_OFFLINE=1"
         raise ConfigError(f"{name}: {problem} forbids the download", check=HUB_ANSWERS)

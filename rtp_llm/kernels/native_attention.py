@@ -31,13 +31,15 @@ class Step(ctypes.Structure):
 
 @dataclass
 class NativeMetadata:
-    """The step as a C struct for the kernels, and the tensors that it points to."""
+    """One step for the attention kernels: the C struct `Step`, and the tensors that it points to."""
 
     step: Step
     tensors: tuple[Tensor, ...]
 
     def update(self, newer: "NativeMetadata") -> None:
-        """Points the struct, at the same address, to the tensors of another step of the same size."""
+        """Points the struct, at the same address, to the tensors of another step of the same size, so that recorded
+        kernel calls can be replayed for that step.
+        """
         for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "table_width"):
             setattr(self.step, name, getattr(newer.step, name))
         self.tensors = newer.tensors

@@ -162,7 +162,8 @@ def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
 
 
 def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int) -> Columns:
-    """Returns the output features of this rank's query, key and value heads, stacked in this order.
+    """Returns which output features of the checkpoint's q_proj, k_proj and v_proj this rank has (its heads), stacked in
+    this order.
 
     The query heads of each KV head are padded to an equal number, see `HeadShard`.
     """

@@ -49,7 +49,9 @@ class Tape:
         return last
 
     def call_on_host(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a Python function now and in each replay: for example a collective, which can fail and waits."""
+        """Calls a Python function now, and again in each replay of the recorded kernel calls: for example a collective,
+        which can fail and waits.
+        """
         self._parts.append(partial(function, *arguments))
         self.is_on_host = True
         try:

@@ -48,7 +48,7 @@ class RankStatus:
         self.phase_changed = threading.Event()  # wakes the heartbeat thread: other ranks may wait for the phase
 
     def mark_progress(self) -> None:
-        """Records that the main thread made progress."""
+        """Records that this rank's main thread made progress: without that for long, it is killed as hung."""
         self._last_progress = time.monotonic()
 
     def count_progress(self) -> None:
@@ -63,7 +63,9 @@ class RankStatus:
 
     @property
     def idle_seconds(self) -> float:
-        """Returns the seconds since the main thread made progress; 0 while it waits for rank 0's next step."""
+        """Returns for how many seconds the main thread has made no progress; 0 while it waits for rank 0's next
+        step.
+        """
         return 0.0 if self.is_waiting else time.monotonic() - self._last_progress
 
     def record_step(self, number: int, total_wait_seconds: float | None) -> None:

@@ -86,6 +86,8 @@ def shard_vocab(vocab_size: int, tp_size: int, tp_rank: int) -> range:
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
-    """Returns the vocabulary size rounded up to a multiple of 8 rows per rank."""
+    """Returns the vocabulary size rounded up to a multiple of 8 rows per rank, so that all ranks have shards of equal
+    size.
+    """
     unit = 8 * tp_size
     return -(-vocab_size // unit) * unit

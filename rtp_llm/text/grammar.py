@@ -31,7 +31,9 @@ _BYTES = LLTokenizer("byte")  # has a token per byte: compiles a grammar without
 
 @dataclass(frozen=True)
 class Reasoning:
-    """The reasoning's markers, and whether the prompt has opened it ("inside") or the model may do so ("optional")."""
+    """The reasoning that a response's grammar must allow: its markers, and whether the prompt has opened it ("inside")
+    or the model may do so ("optional").
+    """
 
     open: str
     close: str
@@ -128,7 +130,7 @@ def check(grammar: str) -> None:
 
 
 def quote(text: str) -> str:
-    """Returns a text as a Lark string literal."""
+    """Returns a text as a quoted string literal of Lark, the language of llguidance's grammars."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -115,7 +115,9 @@ class Scanner:
             yield
 
     def word(self, pattern: re.Pattern[str], max_length: int = 256) -> Reading[str]:
-        """Returns the text that matches `pattern`. Raises Malformed if it is empty or longer than `max_length`."""
+        """Reads the text that matches `pattern` and returns it. Raises Malformed if it is empty or longer than
+        `max_length`.
+        """
         text = ""
 
         def add(piece: str) -> None:

@@ -27,7 +27,7 @@ class StopChecker:
         self.matched: str | None = None
 
     def push_exempt(self, text: str) -> str:
-        """Returns the text that can be sent. No match may end within `text`, but one may begin there.
+        """Returns the part of the text that can be sent, for text in which no stop string may end, but one may begin.
 
         Used for the text before min_tokens; call it before the first `push` only.
         """

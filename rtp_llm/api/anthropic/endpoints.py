@@ -35,7 +35,7 @@ def anthropic_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class MessagesEndpoints:
-    """The Messages API of one served model."""
+    """The endpoints of Anthropic's Messages API for one served model."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words

@@ -40,7 +40,7 @@ def responses_router(service: Service, stop_words: StopWords) -> APIRouter:
 
 
 class ResponsesEndpoints:
-    """The Responses API of one served model."""
+    """The endpoints of OpenAI's Responses API for one served model."""
 
     def __init__(self, service: Service, stop_words: StopWords):
         self.service, self.stop_words = service, stop_words
