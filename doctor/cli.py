@@ -195,9 +195,8 @@ def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
         raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
     excluded = [c for checks in matches.values() if all(c.tier not in tiers for c in checks) for c in checks]
     if excluded:
-        raise UsageError(
-            f"to run {', '.join(c.id for c in excluded)}, use {_command_for_tier(min(c.tier for c in excluded))}"
-        )
+        ids = {tier: ", ".join(c.id for c in excluded if c.tier == tier) for tier in sorted({c.tier for c in excluded})}
+        raise UsageError("; ".join(f"to run {ids[tier]}, use {_command_for_tier(tier)}" for tier in ids))
     return with_dependencies([c for checks in matches.values() for c in checks])
 
 

@@ -338,9 +338,9 @@ class SignalForwarder:
                 signal.signal(number, self._stop)
 
     def defer(self) -> None:
-        """From now on only counts signals; `set_child` forwards them later.
+        """Counts the signals that arrive from now on, instead of acting on them. `set_child` forwards them.
 
-        A handler must not exit while the child is forked, because an exception in it would be ignored.
+        For the time in which Python forks: it ignores an exception that a signal handler raises then, even SystemExit.
         """
         self._deferred = True
 

@@ -52,8 +52,10 @@ class Preparation:
     def chat_body(
         self, body: ChatRequest, limits: PromptLimits, prompt_field: str = "messages"
     ) -> Prepared[ChatRequest]:
-        """Validates, renders and tokenizes a chat request, which may be the translation of a request of another chat
-        API.
+        """Validates a chat request, applies the chat template and tokenizes. Requests of other chat APIs are translated
+        to one first.
+
+        `prompt_field`: the field that error messages blame for a prompt that is too long.
         """
         if body.top_logprobs and not body.logprobs:
             raise invalid_params(f"top_logprobs={body.top_logprobs} needs logprobs: true", "top_logprobs")

@@ -138,7 +138,11 @@ class Service:
                 yield raw
 
     async def prepare_body(self, work: Work[T], request: Request, raw: bytes, extra_bytes: int = 0) -> T:
-        """Like `prepare`, for a body that has been read already. `extra_bytes` as in `Preparer.prepare`."""
+        """Calls `work`, a method that validates and tokenizes a request, with a body that has been read already.
+        Returns its result. Raises what `prepare` raises.
+
+        `extra_bytes`: size in bytes of what `work` reads besides the body. Large requests wait for their turn.
+        """
         result, record = await self._prepare(work, request, raw, extra_bytes)
         self.field_policy.apply(record)
         prepared = result.chat if isinstance(result, PreparedResponse) else result
