@@ -40,7 +40,10 @@ class StructuralTag(BaseModel):
     triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)]
 
     def grammar(self, tokenizer: Tokenizer) -> str:
-        """Returns the grammar for such a text, as a string for llguidance. Raises GrammarError."""
+        """Returns the grammar of the text that this tag describes, as a string for llguidance.
+
+        Raises GrammarError if a schema has a keyword that cannot be enforced.
+        """
         tags = [grammar.Tag(tag.begin, tag.schema_, tag.end) for tag in self.structures]
         return grammar.from_tags(tags, self.triggers, tokenizer)
 

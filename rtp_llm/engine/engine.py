@@ -137,8 +137,8 @@ class Engine:
         return EngineOutput(request_id, finish="abort") if request else None
 
     def step(self) -> list[EngineOutput]:
-        """Launches the next step, if any. If the maximum number of steps is then in flight, processes the result of the
-        oldest one.
+        """Launches the next step, if any. Then processes the result of the oldest step in flight, if the maximum number
+        is in flight or nothing could be launched.
 
         Returns one output per request that got tokens or failed.
         """

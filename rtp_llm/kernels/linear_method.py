@@ -104,8 +104,8 @@ class LinearMethod(ABC):
         return silu_and_mul(self.apply(x, weights, bias))
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Measures `batch_invariant` on the first call: whether the other rows change the bits of a row's result. That
-        depends on the size of the weight matrix, not on its values.
+        """Measures `batch_invariant` on the first call: whether a row's result has the same bits whatever rows are
+        in the batch with it. That depends on the size of the weight matrix, not on its values.
         """
         if self.batch_invariant is None:
             self.batch_invariant = not self._differing_row_counts(weights)

@@ -57,7 +57,7 @@ class ModelSpec:
         return self.attention[layer] if self.attention else "gqa"
 
     def ffn_kind(self, layer: int) -> str:
-        """Returns the kind of feed-forward network of this layer."""
+        """Returns the kind of feed-forward network of this layer: a key of `decoder.FFNS`, such as "gated_mlp"."""
         return self.ffn[layer] if self.ffn else "gated_mlp"
 
     def layer_rope(self, layer: int) -> RopeSpec | None:
