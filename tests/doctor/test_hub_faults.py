@@ -30,7 +30,13 @@ FAULTS: dict[str, tuple[str, str, dict[str, str], str, str]] = {
     "another organization": ("M-18", "orgs/demo", {}, "did you mean org/demo?", "correct the name"),
     "an unknown name": ("M-18", "nobody/nothing", {}, "has no such model (a private one needs HF_TOKEN);", "correct"),
     "an unknown revision": ("M-18", "org/demo@v7", {}, "org/demo has no revision 'v7'; allowed: a branch", "correct"),
-    "another format": ("M-18", "org/pickled", {}, "*.safetensors file, but config.json, pytorch_model.bin", "correct"),
+    "another format": (
+        "M-18",
+        "org/pickled",
+        {},
+        "*.safetensors file; its files on the hub: config.json, pytorch_model.bin",
+        "correct",
+    ),
     "no token": ("M-19", "org/gated", {}, "needs permission, but no token is set", "HF_TOKEN"),
     "an expired token": (
         "M-19",
