@@ -190,7 +190,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"$ref": "http://example.com/schema.json"}, "example.com"),
     ({"type": "strin"}, "strin"),
     ({"enum": []}, "nsatisfiable"),
-    (False, "nothing"),
+    (False, "is false"),
     ([1], "list"),
     ("{", "not JSON"),
     ({"const": "\ud800"}, "escape"),
