@@ -257,7 +257,9 @@ class Part:
         run_dirs = re.findall(r"HTTP on port \d+, state in (\S+)", self.log)
         own_prefixes = (*(shm_prefix(Path(path)) for path in run_dirs), f"rtp-llm-{self.port:012x}-")
         orphaned = orphaned_shm_files() - self._orphaned_before
-        foreign_prefixes = ("rtp-llm-", "rtp-test-")  # of other parts, and of groups that tests open without a part
+        # Of other parts, of groups that tests open without a part, and semaphores of the multiprocessing of such tests,
+        # which no process maps by name.
+        foreign_prefixes = ("rtp-llm-", "rtp-test-", "sem.mp-")
         return {name for name in orphaned if not name.startswith(foreign_prefixes) or name.startswith(own_prefixes)}
 
     def __enter__(self) -> Self:
