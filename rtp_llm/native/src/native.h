@@ -1,4 +1,4 @@
-// What all kernels share: dtypes and the conversions between them. See DESIGN notes in rtp_llm/native/library.py.
+// What all kernels share: dtypes, and the conversions between them. `library.SIGNATURES` lists the functions.
 #pragma once
 #include <cstddef>
 #include <cstdint>
