@@ -37,10 +37,10 @@ class NativeMetadata:
     tensors: tuple[Tensor, ...]
 
     def update(self, newer: "NativeMetadata") -> None:
-        """Points the struct, at the same address, to the tensors of another step of the same size, so that recorded
+        """Points the struct, at the same address, to the tensors of another step of as many tokens, so that recorded
         kernel calls can be replayed for that step.
         """
-        for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "table_width"):
+        for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "num_sequences", "table_width"):
             setattr(self.step, name, getattr(newer.step, name))
         self.tensors = newer.tensors
 
