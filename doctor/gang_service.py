@@ -109,8 +109,8 @@ class _Examiner:
         """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
         links.
 
-        Raises GangError if the parts disagree and the rendezvous, which some may be unable to reach, has not ended
-        them.
+        Raises GangError if RTP_DOCTOR=enforce and the parts disagree for DISAGREE_SECONDS, unless gang.json has ranks:
+        they have reached the rendezvous, which ends these parts.
         """
         evidence = self._read_evidence()
         if evidence != self._evidence:

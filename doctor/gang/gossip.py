@@ -313,8 +313,8 @@ class GossipSession:
         return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
     async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
-        """Probes the parts in `members`, then exchanges reports until `converged`, at most until `deadline` (monotonic
-        seconds).
+        """Probes the parts in `members`, then exchanges reports until every part has those of all (`converged`), at
+        most until `deadline` (monotonic seconds).
 
         If this part has not probed all links by then, `probing_done` of its report remains unset.
         """

@@ -47,8 +47,8 @@ class ClientTransport:
         self.watch_writing()
 
     def discard_input(self) -> None:
-        """Called for each input on a lingering connection. Restarts the linger timer, up to a total of
-        PROGRESS_SECONDS.
+        """Called for each input after `close`, which is discarded. Restarts the timer of LINGER_SECONDS that ends the
+        connection, until PROGRESS_SECONDS after `close`.
         """
         if self._linger_timer:
             self._linger_timer.cancel()

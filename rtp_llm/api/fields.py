@@ -38,15 +38,15 @@ class Refusal(NamedTuple):
     default: Any = None
 
     def is_neutral(self, value: Any) -> bool:
-        """Returns whether a client that sends this value for the refused field means "not set". If the field's default
-        is true, false does not.
+        """Returns whether a client that sends this value for the refused field means "not set": the field's default,
+        or, unless that is true, an empty value, false or 0.
         """
         defaults = self.default if isinstance(self.default, tuple) else (self.default,)
         return value in defaults or (not value and self.default is not True)
 
     def is_empty(self, value: Any) -> bool:
-        """Returns whether this value means "not set" whatever the type of the refused field. 0 does not: it may be a
-        request.
+        """Returns whether this value means "not set" for a field of any type: it is empty, or it is false and the
+        default is not true. 0 does not: the client may want 0.
         """
         return value in ("", [], {}) or (value is False and self.default is not True)
 

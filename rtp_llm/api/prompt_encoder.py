@@ -49,7 +49,9 @@ class PromptEncoder:
         return self._template.encode_text(text)
 
     def encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Returns the token ids of each word that must not occur, at the start of a text and after a space."""
+        """Returns the token ids of forbidden words. A word has two forms, as tokens differ at the start of a text and
+        after a space; one is enough if the second ends with the first.
+        """
         found: list[tuple[int, ...]] = []
         for word in words:
             _check_unicode(word)
@@ -57,7 +59,6 @@ class PromptEncoder:
             alone, later = (
                 tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")
             )
-            # Where the second ends with the first, the first excludes both.
             found += [alone] if later[-len(alone) :] == alone else [alone, later]
         return tuple(found)
 

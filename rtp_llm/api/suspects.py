@@ -74,11 +74,11 @@ class SuspectTracker(Generic[R]):
         return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
 
     def add(self, request: R) -> None:
-        """Adds an accepted request."""
+        """Adds an accepted request: a suspect if the engine is lost before the request has finished a step."""
         self._probation[request] = 1
 
     def remove(self, request: R) -> None:
-        """Removes a request that has finished, failed or was cancelled by its client."""
+        """Removes a request that has finished, failed or was cancelled by its client: it is no suspect any more."""
         self._probation.pop(request, None)
         for group in self._groups:
             group.pop(request, None)

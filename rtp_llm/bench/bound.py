@@ -122,7 +122,8 @@ class Bound:
 
     @classmethod
     def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
-        """Returns these maximum rates for a workload. `concurrency`: number of concurrent requests.
+        """Returns the highest rates that a machine with the measured `rates` allows for a workload. `concurrency`:
+        number of concurrent requests.
 
         A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
         bytes and total operations count.

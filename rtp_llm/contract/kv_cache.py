@@ -86,7 +86,9 @@ class KVCacheGroup:
 
 @dataclass(frozen=True)
 class KVCacheLayout:
-    """All groups of a model, ordered by their first layer, and the size of a block in bytes, equal for all groups."""
+    """The KV cache groups of a model (layers that share a block table), ordered by their first layer, and the size of
+    a block in bytes, equal for all groups.
+    """
 
     groups: tuple[KVCacheGroup, ...]
     block_bytes: int

@@ -90,7 +90,9 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Returns the number of tokens of prompt and output, pending ones included."""
+        """Returns the number of tokens of prompt and output, including the pending ones, which steps in flight
+        sample.
+        """
         return len(self.tokens) + self.num_pending_tokens
 
     @property

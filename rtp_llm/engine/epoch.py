@@ -116,7 +116,9 @@ class Epoch:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the communicator and its connections, from the thread that uses them, and unbinds the mesh."""
+        """Closes the communicator and the sockets for steps, and unbinds the mesh, which layers use for collectives,
+        from the communicator. Call it in the thread that uses them.
+        """
         with self._lock:
             self._is_closed = True
             self.mesh.tp.unbind()

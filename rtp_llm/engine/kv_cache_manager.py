@@ -99,9 +99,10 @@ class KVCacheManager:
         return cached + (self.allocate_slots(request, num_tokens) or [])
 
     def allocate_slots(self, request: Request, num_tokens: int) -> NewBlocks | None:
-        """Allocates blocks for `num_tokens` tokens after the computed ones. Returns them, or None if too few are free.
+        """Allocates the blocks that a request lacks for `num_tokens` tokens after its computed ones. Returns the new
+        blocks, or None if too few are free.
 
-        First uses blocks that are empty because draft tokens were rejected.
+        Blocks that rejected draft tokens left empty in the request's block tables are used first.
         """
         end = request.num_computed_tokens + num_tokens
         counts = [

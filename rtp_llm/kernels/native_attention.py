@@ -37,8 +37,8 @@ class NativeMetadata:
     tensors: tuple[Tensor, ...]
 
     def update(self, newer: "NativeMetadata") -> None:
-        """Points the struct, at the same address, to the tensors of another step of the same size, so that recorded
-        kernel calls can be replayed for that step.
+        """Points the C struct, which stays at its address, to the tensors of another step with as many sequences and
+        tokens, so that recorded kernel calls can be replayed for that step.
         """
         for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "table_width"):
             setattr(self.step, name, getattr(newer.step, name))

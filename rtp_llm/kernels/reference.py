@@ -35,13 +35,13 @@ MASKED = -1e30  # finite: a query that sees no key of a split gets the weight ex
 
 @dataclass(frozen=True)
 class Call:
-    """Items of a wave that have the same number of keys.
+    """One call of the attention operation, for items of a `Wave` that have the same number of keys. An item is a tile
+    (some queries of one sequence; one in a decode) with a split of the sequence's keys.
 
-    places: [items], index of each item in the wave. queries: [items * tile], rows of q. blocks: [items, blocks per
-    item].
+    places: [items], index of each item in the wave. queries: [items * tile], rows of q.
+    blocks: [items, blocks per item], ids of the blocks with the keys.
     unused: slots of the gathered keys, in blocks that also have used slots, that the tile must not see. They may hold
-    NaN,
-        which a mask does not remove: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
+        NaN, which a mask does not remove: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
     mask: [items, tile, keys] float32, 0 or MASKED; None if every query sees every key.
     """
 
@@ -101,7 +101,9 @@ class ReferenceBackend:
         self.batch_invariant = device.type == "cpu"
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> ReferenceMetadata:
-        """Splits the attention of a group into waves, see `AttentionBackend`."""
+        """Splits the attention of a KV cache group into waves, which are computed one after another to bound their
+        memory (implements `AttentionBackend`).
+        """
         slots = batch.slot_mapping[group]
         waves = _Planner(batch, batch.block_tables[group], spec, block_size).waves()
         return ReferenceMetadata(slots // block_size, slots % block_size, list(waves))
@@ -162,7 +164,7 @@ class _Planner:
         self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
 
     def waves(self) -> Iterator[Wave]:
-        """Yields the waves of the decodes, then those of the chunks."""
+        """Yields the waves (work whose partial outputs are in memory together) of the decodes, then of the chunks."""
         sequences = np.arange(len(self.seq_lens))
         for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):
             tiles = self._tiles(indices, size)

@@ -92,7 +92,8 @@ class Sampler:
         """Returns the new tokens of every sequence, in order of the rows, and appends them to the sequences: drafts
         that agree with what was sampled, then one sampled token.
 
-        The token at draft offset j is accepted if the one before it is accepted and equals the j-th draft.
+        The token that was sampled after j drafts is accepted if j is 0, or if the token that was sampled after j - 1
+        drafts is accepted and equals the j-th draft.
         """
         sequences: list[SampledTokens] = []
         previous = FAILED  # the token that the next draft must equal; FAILED equals none

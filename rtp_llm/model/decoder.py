@@ -98,7 +98,9 @@ class Decoder(nn.Module):
         return residual if self.input_norm is None else self.input_norm(residual), residual
 
     def run_layers(self, x: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        """Returns the same as `forward`. x, residual: results of `embed`; may be overwritten."""
+        """Returns the hidden states [T, hidden_size] after the last norm, as `forward` does. x, residual: results of
+        `embed`; may be overwritten.
+        """
         for layer in self.layers:
             x, residual = layer(x, residual, context)
             context.on_layer()

@@ -14,8 +14,8 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """The attention of one layer, or its replacement (such as a recurrent layer): the interface of
-    `decoder.ATTENTIONS`.
+    """Interface of a layer's attention, or of its replacement (such as a recurrent layer). `decoder.ATTENTIONS` lists
+    the implementations by name.
     """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:

@@ -73,8 +73,8 @@ class RecordedSteps:
     """Records the kernel calls of a decoder's layers at the first step with each number of sequences, except the very
     first step, so that later steps replay them without Python.
 
-    Steps do not overlap, so all recordings use the same memory. If a layer calls anything other than replayable kernels
-    and sums over ranks, nothing is recorded.
+    Steps do not overlap, so all recordings use the same memory. Nothing is recorded if a layer calls anything other
+    than replayable kernels and all-reduces. The very first step shows which rotary embeddings the layers use.
     """
 
     def __init__(self, decoder: Decoder, kernels: Library, ranks: MeshAxis):

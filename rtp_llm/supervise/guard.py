@@ -100,7 +100,9 @@ class Watchdog:
         self._changed_at: dict[str, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
-        """Call it every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
+        """Sets the current time; call it every POLL_SECONDS. A much longer pause does not count as silence: this
+        process, and perhaps all others, were stopped.
+        """
         if now - self._now > FROZEN_SECONDS:
             self._awake_since = now
         self._now = now

@@ -55,7 +55,7 @@ class ControlTokens:
         """Returns the JSON value with `mark` inserted into the control tokens that its strings and keys contain, so
         that they have no effect.
 
-        `is_answer`: the strings are from an assistant message.
+        `is_answer`: the strings are from an assistant message, in which only special tokens lose their effect.
         """
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 

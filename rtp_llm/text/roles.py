@@ -48,9 +48,9 @@ class Roles:
         self.renamed["developer"] = "developer" if probe.knows("developer", [([], [_USER])]) else "system"
 
     def adapt(self, messages: Iterable[Message]) -> list[Message]:
-        """Returns the messages of a chat with roles, in an order that the template accepts as far as possible.
+        """Returns the messages of a chat, with roles replaced and neighbours merged as far as the template needs it.
 
-        No text moves past another message, so that the prompt of a growing chat keeps its prefix (prefix caching).
+        Messages keep their order, so that the prompt of a growing chat keeps its prefix (prefix caching).
         """
         turns: list[_Turn] = []
         is_leading = True

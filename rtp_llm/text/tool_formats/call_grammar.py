@@ -14,12 +14,15 @@ _ROOT_KEYS = ("$defs", "definitions")
 
 
 def arguments(tool: Tool) -> str:
-    """Returns the expression for the arguments of a call, a JSON object. Raises GrammarError like `value`."""
+    """Returns the Lark expression for the arguments of a call, a JSON object.
+
+    Raises GrammarError if the tool is strict and its schema cannot be enforced.
+    """
     return value({"type": "object", **parameters(tool)}, tool.strict)
 
 
 def json_object(tool: Tool, arguments_key: str = "arguments") -> str:
-    """Returns the expression for a call that is a JSON object with the function's name and arguments."""
+    """Returns the Lark expression for a call that is a JSON object with the function's name and arguments."""
     begin = quote(f'{{"name": "{tool.name}", "{arguments_key}": ')
     return f"{begin} {arguments(tool)} {quote('}')}"
 
@@ -30,7 +33,7 @@ def parameters(tool: Tool) -> Mapping[str, Any]:
 
 
 def value(schema: Any, strict: bool) -> str:
-    """Returns the expression for a JSON value. Unless `strict`, ignores keywords that cannot be enforced.
+    """Returns the Lark expression for a JSON value. Unless `strict`, ignores keywords that cannot be enforced.
 
     Raises GrammarError for a strict schema that cannot be enforced.
     """
@@ -68,13 +71,13 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
 
 
 def alternatives(bodies: Sequence[str]) -> list[str]:
-    """Returns the rules of `call_body`, which matches any of the expressions."""
+    """Returns the Lark rules of `call_body`, which matches any of the expressions."""
     names = [f"call_{index}" for index in range(len(bodies))]
     return [f"call_body: {' | '.join(names)}", *(f"{name}: {body}" for name, body in zip(names, bodies, strict=True))]
 
 
 def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bool, tokenizer: Tokenizer) -> str:
-    """Returns the rules for `ToolFormat.grammar` if each call begins with the marker `start`.
+    """Returns the Lark rules for `ToolFormat.grammar` if each call begins with the marker `start`.
 
     bodies     for each function, the expression after the marker
     separator  text between two calls
@@ -90,7 +93,7 @@ def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bo
 
 
 def line_start_answer(first: str) -> list[str]:
-    """Returns the rules of an `answer` in which calls start with the character `first` at the start of a line."""
+    """Returns the Lark rules of an `answer` in which calls start with the character `first` at the start of a line."""
     return [
         rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
         r'CALL_TEXT: CALL_LINE ("\n" CALL_LINE)*',
@@ -99,5 +102,5 @@ def line_start_answer(first: str) -> list[str]:
 
 
 def repeated(expression: str, separator: str, parallel: bool) -> str:
-    """Returns the expression for one call; with `parallel`, for one or more calls."""
+    """Returns the Lark expression for one call; with `parallel`, for one or more calls."""
     return f"{expression} ({quote(separator)} {expression})*" if parallel else expression

@@ -88,7 +88,7 @@ class JsonCallParser(ToolCallParser, ABC):
         return value
 
     def read_value(self, sink: Sink) -> Reading[None]:
-        """Reads a JSON value and passes it to `sink` as it arrives. Stops early at `self.end`.
+        """Reads a JSON value and passes it to `sink` as it arrives. Stops early at the call's end marker (`self.end`).
 
         Checks only brackets and strings, so that the client gets what the model wrote.
         """
