@@ -92,7 +92,9 @@ class _Examiner:
         self._unconfirmed: list[int] = []
 
     async def enforce(self, examine: Callable[[], None]) -> None:
-        """Runs `compare` or `conclude`. Raises their errors if the parts themselves confirm what they are based on."""
+        """Runs `compare` or `conclude`. Raises its FatalError only if it remains after all parts have confirmed their
+        reports at their addresses: without GANG_SECRET, reports can be forged.
+        """
         try:
             await asyncio.to_thread(examine)
         except FatalError as error:

@@ -427,12 +427,12 @@ async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeti
 
     Raises NotADoctorError if no greeting arrives, and WrongPartError if it comes from a different part.
     """
+    address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             greeting = await Greeting.read(reader)
     except (TimeoutError, ConnectionResetError) as error:
-        raise NotADoctorError("the program that listens on the doctor's port sends no greeting") from error
+        raise NotADoctorError(f"the program at {address} sends no greeting of a doctor") from error
     if greeting.part != member.index:
-        address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
         raise WrongPartError(f"part{greeting.part} instead of part{member.index} answers at {address}")
     return greeting

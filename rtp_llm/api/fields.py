@@ -150,10 +150,10 @@ def ignore(path: str, names: Iterable[str]) -> None:
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Returns the fields of a body, or of an object in it, that are set.
 
-    Drops null fields, and empty values of declared fields that constrain the text. Refuses or ignores fields that
-    `model` does not declare, in nested models too. Raises RequestError 400 for a field that constrains the text; in a
-    nested model only if it declares `refusals`. A model with extra="allow" keeps its extra fields, which the caller
-    must check.
+    Drops null fields, and empty values of declared fields that constrain the text. Of the fields that `model` does not
+    declare, those in its `refusals` (by default REFUSALS for the body, none for an object in it) raise RequestError 400
+    unless their value means "not set"; others are ignored. Nested models, too. A model with extra="allow" keeps its
+    extra fields, which the caller must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

@@ -23,7 +23,9 @@ class PromptEncoder:
         return limits.checked(_tail(self._template.encode(prompt), last))
 
     def encode_prompt(self, prompt: str | list[int], limits: PromptLimits, last: int | None = None) -> list[int]:
-        """Returns the ids of a text or token ids; of the `last` tokens only, unless that is None."""
+        """Returns the token ids of a prompt, which is a text or token ids; only the `last` ones unless that is None.
+        Raises RequestError 400 if they exceed the `limits`.
+        """
         if isinstance(prompt, list):
             return limits.checked(_tail(prompt, last))
         self._check_text(prompt, limits, last)
@@ -64,7 +66,7 @@ class PromptEncoder:
 
     def check_countable(self, text: str, limits: PromptLimits) -> None:
         """Raises RequestError 400 if a text is not Unicode, or has more tokens than /tokenize and similar endpoints
-        count.
+        accept.
         """
         _check_unicode(text)
         limit = max(MAX_COUNTED_TOKENS, limits.max_seq_len)

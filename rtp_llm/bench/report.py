@@ -29,7 +29,7 @@ class Report:
     environment  machine, commit, command, date
     targets      by name, in the order of the table
     absent       {target name: why it could not be measured}
-    rates        rates of the machine, measured between the runs
+    rates        bytes and operations per second of the machine, measured between the runs
     """
 
     environment: dict[str, Any]

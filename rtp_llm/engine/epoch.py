@@ -45,7 +45,8 @@ MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the par
 
 class Epoch:
     """One epoch: the time from a rendezvous of all ranks until one of them is lost and a new communicator is formed.
-    Holds the epoch's communicator, its sockets for steps and its main loop, and binds the mesh to the communicator.
+    Holds the epoch's communicator, its sockets for steps and its main loop, and binds the mesh, with which layers
+    sum over ranks, to the communicator.
 
     A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from any
     call that waits. Leaving the context suppresses that error and frees all ports and connections.
@@ -96,7 +97,9 @@ class Epoch:
         if not isinstance(error, CommunicationError):
             return False
         log.warning(
-            "leaving epoch %d (until the ranks start again), keeping the loaded weights: %s", self.number, error
+            "epoch %d (start of the gang) has ended: %s; this rank keeps its weights for the next one",
+            self.number,
+            error,
         )
         if not self._abort_reason:
             self.gang.fail_epoch(str(error))

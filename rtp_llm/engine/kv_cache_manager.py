@@ -131,7 +131,9 @@ class KVCacheManager:
                     self.pool.cache_block(block, _cache_key(block_hash, index))
 
     def free_outside_windows(self, request: Request, num_tokens: int) -> int:
-        """Frees the blocks outside the window of all tokens from position `num_tokens` on. Returns their number."""
+        """Frees the blocks that no token from position `num_tokens` on attends to, because its window ends before them.
+        Returns the number of blocks.
+        """
         num_freed = 0
         for group, table in zip(self.groups, request.block_tables, strict=True):
             end = index = _first_block_in_window(group, num_tokens)

@@ -60,7 +60,9 @@ class NativeBackend:
 
     @staticmethod
     def is_supported(spec: KVCacheSpec) -> bool:
-        """Returns whether this machine has kernels for such a KV cache."""
+        """Returns whether this machine has kernels for a KV cache with these tensors: `keys` and `values` of equal
+        shapes, with at most MAX_HEAD_DIM numbers per head.
+        """
         shapes = dict(spec.tensors)
         return (
             library() is not None

@@ -53,9 +53,10 @@ class Call:
     _row_masks: dict[int, Tensor] = field(default_factory=dict)
 
     def row_mask(self, group_size: int) -> Tensor | None:
-        """Returns the mask of all rows [items, 1, rows, keys], computed once for all layers.
+        """Returns `mask` for all heads, [items, 1, rows, keys], computed once for all layers; None if there is no mask.
 
-        The rows of a tile are its queries times the `group_size` heads of a KV head; the row of a decode is broadcast.
+        The rows of a tile are its queries times the `group_size` query heads of a KV head. The tile of a decode, a
+        single query, has one row, which is broadcast to the heads.
         """
         if self.mask is None or self.mask.shape[1] == 1:
             return self.mask if self.mask is None else self.mask[:, None]
@@ -66,12 +67,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Wave:
-    """A number of tiles (tokens of a sequence whose attention is computed together), computed before their items are
-    combined; bounds the memory of partial outputs. An item is a tile with some of the keys.
+    """Some tiles (queries of one sequence that are computed together) of a step. A tile with a split of its keys is an
+    item; the outputs of a wave's items are in memory until those of each tile are combined.
 
     tile: queries per tile. tile_of_item: [items], ascending; items of a tile are in order of position.
-    rows: [queries of the step], rows of the tiles [num_tiles * tile]; the other rows are padding.
-    tokens: [queries of the step], rows of q.
+    rows: [queries], index of each query in the tiles [num_tiles * tile], whose other rows are padding.
+    tokens: [queries], index of each query in q.
     """
 
     tile: int
@@ -84,7 +85,9 @@ class Wave:
 
 @dataclass(frozen=True)
 class ReferenceMetadata:
-    """The metadata of one step for all layers of a KV cache group: the slots of the T new tokens, and the waves."""
+    """The metadata of one step for all layers of a KV cache group: the slots of the T new tokens, and the
+    waves (work that is in memory at once, see `Wave`).
+    """
 
     write_blocks: Tensor  # [T]
     write_offsets: Tensor  # [T]

@@ -175,14 +175,14 @@ class _EditTable:
             self._count(token, output[token])
 
     def append(self, token_ids: Sequence[int]) -> None:
-        """Appends tokens to the output."""
+        """Counts tokens that were appended to the sequence's output, for its penalties."""
         if _has_penalty(self._params):
             self._appended += token_ids
             for token in token_ids:
                 self._count(token, 1)
 
     def pop(self, num_tokens: int) -> None:
-        """Removes the newest `num_tokens` tokens of the output."""
+        """Stops counting the newest `num_tokens` tokens of the output, which were rejected."""
         if _has_penalty(self._params):
             for _ in range(num_tokens):
                 self._count(self._appended.pop(), -1)

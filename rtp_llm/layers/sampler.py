@@ -79,7 +79,7 @@ class Sampler:
     def sample(self, logits: Tensor, rows: SampledRows) -> SamplerOutput:
         """Returns a token per row. Does not change the state of the sequences; `accept_drafts` does.
 
-        logits: [len(rows), vocab_size] float32; not changed. Needs up to twice their memory again.
+        logits: [len(rows), vocab_size] float32; not changed. Allocates up to twice their size in addition.
         """
         active = [p for p in self._processors if any(map(p.is_active, set(rows.slots.tolist())))]
         if len(active) == 1 and isinstance(active[0], GrammarMask) and self._are_greedy(rows):

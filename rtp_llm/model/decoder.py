@@ -60,9 +60,8 @@ class DecoderLayer(nn.Module):
         self.ffn_residual = ResidualNorm(group, _make_norm(spec, layer, names.after_ffn), next_norm)
 
     def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """x: input of attention, after its norm if there is one; residual: both [num_tokens, hidden_size].
-
-        Returns (x, residual) for the next layer.
+        """Returns (x, residual) for the next layer. x: input of this layer's attention, normed if the model has a norm
+        there. residual: sum to which this layer adds its outputs. Each is [num_tokens, hidden_size].
         """
         x, residual = self.attention_residual(self.self_attn(x, context), residual)
         x, residual = self.ffn_residual(self.mlp(x), residual)

@@ -108,7 +108,7 @@ class Coordinator:
             self.serve_once()
 
     def serve_once(self) -> None:
-        """Waits for the next events and handles them."""
+        """Waits for connections or frames of workers, at most until heartbeats are due, and handles them."""
         for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
             if key.data is None:
                 self._accept()
@@ -290,7 +290,8 @@ class Coordinator:
             last = max(last, int(path.read_text()) if path.exists() else 0)
             path.write_text(str(last + 1))
         except OSError as error:
-            log.error("cannot write the epoch number to %s: %s", path, error.strerror)
+            text = "cannot write the number of this start of the gang (epoch) to %s: %s; a restart may use it again"
+            log.error(text, path, error.strerror)
         return last + 1
 
     def _part0_address(self) -> str:

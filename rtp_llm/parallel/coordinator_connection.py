@@ -69,7 +69,9 @@ class CoordinatorConnection:
             elif self.is_accepted:
                 return frame_type, message
             else:
-                raise WireError(f"the coordinator sent {frame_type.name} before ACCEPTED")
+                raise WireError(
+                    f"the coordinator sent {frame_type.name} instead of ACCEPTED; do all parts run the same release?"
+                )
 
     def close(self) -> None:
         self._sock.close()

@@ -15,7 +15,9 @@ MIN_EQUAL_SHARE = 0.5  # of the fingerprint's values that a member of this gang 
 
 @dataclass(frozen=True)
 class KVCacheSize:
-    """The size of the KV cache, equal on all ranks: blocks, and tokens of the longest sequence. 0: not known yet."""
+    """The size of the KV cache, equal on all ranks: number of blocks, and the most tokens that a sequence may have. 0:
+    not known yet.
+    """
 
     num_blocks: int = 0
     max_seq_len: int = 0

@@ -64,7 +64,10 @@ class Exchange(Protocol):
         ...
 
     def broadcast(self, tensor: Tensor) -> bool:
-        """Copies rank 0's tensor into those of the others, in place."""
+        """Copies rank 0's tensor into those of the others, in place.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
 

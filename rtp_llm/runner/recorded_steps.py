@@ -47,8 +47,8 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """The recorded kernel calls of a step of one number of sequences, and the tensors at fixed addresses that they read
-    and write.
+    """The recorded kernel calls of decode steps with T sequences, and the tensors at fixed addresses that these calls
+    read and write.
 
     x, residual: [T, hidden_size], input of the first layer. hidden: [T, hidden_size], output of the last layer.
     context: attention metadata and rotary embeddings.

@@ -71,7 +71,9 @@ class RestartHistory:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def recent_failures(self, budget: str, now: float) -> list[Failure]:
-        """Returns the failures of a budget's window. Their times are of the same clock: a reboot ends the part."""
+        """Returns the failures of a budget in the last WINDOW_SECONDS. `now`: monotonic seconds, comparable with the
+        times in the file, since a reboot ends the part.
+        """
         failures = [Failure(**values) for values in self.failures.get(budget, [])]
         return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
 

@@ -46,8 +46,8 @@ class RestartBudget:
             self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
-        """Returns the number of failures that count. verdicts: by epoch, what ended it: "request", "engine" or not
-        known yet ("investigating").
+        """Returns the number of failures, without those that a request caused or may have caused. verdicts: by epoch,
+        what ended it: "request", "engine" or not known yet ("investigating").
         """
         return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 

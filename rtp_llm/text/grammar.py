@@ -110,7 +110,9 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer
 
 
 def is_bounded(grammar: str) -> bool:
-    """Returns whether llguidance limits the work of `check` for this grammar, to some tenths of a second."""
+    """Returns whether `check` takes at most some tenths of a second for this grammar: whether llguidance limits its own
+    work on it.
+    """
     return not _UNBOUNDED.search(grammar)
 
 
@@ -163,7 +165,8 @@ def combine(
     """Returns the grammar for a whole response; empty if any text is allowed.
 
     content: grammar of the content; empty: any text.
-    calls: Lark rules of tool calls. `calls` matches one or more calls, `answer` any text and calls. May use TEXT.
+    calls: Lark rules of tool calls. The rule `calls` matches one or more calls, the rule `answer` any text and calls.
+        They may use the terminal TEXT (any text), which this function defines.
     choice: "required": only calls are allowed; "auto": calls or content.
     reasoning: the reasoning that may precede.
     """

@@ -121,11 +121,15 @@ class _Probe:
         self._deadline = time.monotonic() + PROBE_SECONDS
 
     def shows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template renders the message in its place, without losing the others."""
+        """Returns whether the template renders a test message of this role in its place, without losing the messages
+        around it, in one of `contexts`.
+        """
         return self._is_late() or any(_has_in_order(text, chat) for chat, text in self._rendered(role, contexts))
 
     def knows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template renders this role, and not just like an arbitrary unknown role."""
+        """Returns whether the template renders this role in one of `contexts` (messages around it), and not just like
+        an arbitrary unknown role.
+        """
         if self._is_late():
             return True
         unknown = [text.replace(UNKNOWN_ROLE, role) for _, text in self._rendered(UNKNOWN_ROLE, contexts)]

@@ -143,7 +143,7 @@ class Tokenizer:
         return len(ids) > 1 and ids[0] == ids[1] == self._added_bos_id
 
     def is_word(self, token: str) -> bool:
-        """Returns whether the vocabulary has `token` as an ordinary token, besides the added tokens."""
+        """Returns whether `token` is an ordinary token of the vocabulary, even if it is an added token too."""
         return self._backend.model.token_to_id(token) is not None
 
     def normalize(self, text: str) -> str:

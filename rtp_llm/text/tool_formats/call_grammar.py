@@ -57,13 +57,14 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
     known = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", *_ROOT_KEYS}
     if tool.strict and (unknown := sorted(schema.keys() - known)):
         raise GrammarError(
-            f"the JSON schema's keyword {unknown[0]} cannot be enforced in this model's tool call format"
+            f"tool {tool.name}: the JSON schema's keyword {unknown[0]} cannot be enforced in this model's tool call"
+            " format; leave it out, or set strict to false"
         )
     root = {key: schema[key] for key in _ROOT_KEYS if key in schema}
     if len(by_name) * len(json.dumps(root)) > MAX_CHARACTERS or len(by_name) > MAX_PARAMETERS:
         raise GrammarError(
-            f"a tool has {len(by_name)} parameters, and its grammar repeats the schema's $defs for each; allowed:"
-            f" at most {MAX_PARAMETERS} parameters and {MAX_CHARACTERS} characters"
+            f"tool {tool.name} has {len(by_name)} parameters, and its grammar repeats the schema's $defs for each;"
+            f" allowed: at most {MAX_PARAMETERS} parameters, and {MAX_CHARACTERS} characters of all $defs together"
         )
     return [
         (name, {**item, **root} if isinstance(item, dict) else item, name in required) for name, item in by_name.items()
@@ -71,7 +72,7 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
 
 
 def alternatives(bodies: Sequence[str]) -> list[str]:
-    """Returns the Lark rules of `call_body`, which matches any of the expressions."""
+    """Returns the Lark rules that define `call_body` as any one of the expressions `bodies`."""
     names = [f"call_{index}" for index in range(len(bodies))]
     return [f"call_body: {' | '.join(names)}", *(f"{name}: {body}" for name, body in zip(names, bodies, strict=True))]
 
@@ -93,7 +94,9 @@ def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bo
 
 
 def line_start_answer(first: str) -> list[str]:
-    """Returns the Lark rules of an `answer` in which calls start with the character `first` at the start of a line."""
+    """Returns the Lark rules that define `answer` as text, then calls. The first line that starts with the character
+    `first` begins the calls.
+    """
     return [
         rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
         r'CALL_TEXT: CALL_LINE ("\n" CALL_LINE)*',
