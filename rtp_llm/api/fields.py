@@ -152,8 +152,8 @@ def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") 
 
     Drops null fields, and empty values of declared fields that constrain the text. Of the fields that `model` does not
     declare, those in its `refusals` (by default REFUSALS for the body, none for an object in it) raise RequestError 400
-    unless their value means "not set"; others are ignored. Nested models, too. A model with extra="allow" keeps its
-    extra fields, which the caller must check.
+    unless their value means "not set"; others are ignored. Does the same in nested models. A model with
+    extra="allow" keeps its extra fields, which the caller must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

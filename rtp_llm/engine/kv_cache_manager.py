@@ -131,8 +131,8 @@ class KVCacheManager:
                     self.pool.cache_block(block, _cache_key(block_hash, index))
 
     def free_outside_windows(self, request: Request, num_tokens: int) -> int:
-        """Frees the blocks that no token from position `num_tokens` on attends to, because its window ends before them.
-        Returns the number of blocks.
+        """Frees the blocks that no token from position `num_tokens` on attends to, because its window begins after
+        them. Returns the number of blocks.
         """
         num_freed = 0
         for group, table in zip(self.groups, request.block_tables, strict=True):

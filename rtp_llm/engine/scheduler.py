@@ -134,7 +134,7 @@ class Scheduler:
         `results`: for each chunk with `num_sampled` > 0, the sampled tokens: accepted draft tokens and the token after
         them. None ends the request with an error: its logits are invalid, so its keys and values may be, too.
 
-        Returns an update for each chunk with `num_sampled` > 0, and for each that ends the prompt of an embedding.
+        Returns an update for each chunk with `num_sampled` > 0, and for each that ends a pooled (embedding) request.
         """
         updates, remaining = [], iter(results)
         for chunk in output.chunks:

@@ -59,7 +59,7 @@ class StepCost:
 
     An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So costs
     stay positive, and those of GPUs, 100 times smaller, are learned alike. A step does not change the cost of work that
-    it does not have, or that other work hides (rows take less time than reading the weights).
+    it does not have, or that other work hides (the smaller of fixed cost and rows).
     """
 
     def __init__(self) -> None:

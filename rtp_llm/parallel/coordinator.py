@@ -108,7 +108,7 @@ class Coordinator:
             self.serve_once()
 
     def serve_once(self) -> None:
-        """Waits for connections or frames of workers, at most until heartbeats are due, and handles them."""
+        """Waits for connections and frames of workers and guards, at most until heartbeats are due. Handles them."""
         for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
             if key.data is None:
                 self._accept()

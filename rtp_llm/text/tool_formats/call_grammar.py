@@ -94,8 +94,8 @@ def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bo
 
 
 def line_start_answer(first: str) -> list[str]:
-    """Returns the Lark rules that define `answer` as text, then calls. The first line that starts with the character
-    `first` begins the calls.
+    """Returns the Lark rules that define `answer` as text, calls, or text before calls. The first line that starts with
+    the character `first` begins the calls.
     """
     return [
         rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
