@@ -132,9 +132,9 @@ class Scheduler:
         """Applies the results of a step. Must be called once for each step with chunks, in order.
 
         `results`: for each chunk with `num_sampled` > 0, the sampled tokens: accepted draft tokens and the token after
-        them. None ends the request with an error, because its logits, and thus its keys and values, are invalid.
+        them. None ends the request with an error: its logits are invalid, so its keys and values may be, too.
 
-        Returns an update for each chunk with `num_sampled` > 0 and for each pooled one.
+        Returns an update for each chunk with `num_sampled` > 0, and for each that ends a pooled (embedding) request.
         """
         updates, remaining = [], iter(results)
         for chunk in output.chunks:
@@ -167,8 +167,9 @@ class Scheduler:
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
             state = "is short: requests wait or are preempted" if room < 0 else "is sufficient again"
+            demand = "must return their memory" if room < 0 else "more fit into it"
             log.warning(
-                "the host's memory %s (room for %+d more KV blocks; %d are in use now)", state, room, pool.num_used
+                "the host's memory %s (KV blocks: %d are in use, %d %s)", state, pool.num_used, abs(room), demand
             )
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:

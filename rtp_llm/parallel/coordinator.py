@@ -108,7 +108,7 @@ class Coordinator:
             self.serve_once()
 
     def serve_once(self) -> None:
-        """Waits for the next events and handles them."""
+        """Waits for connections and frames of workers and guards, at most until heartbeats are due. Handles them."""
         for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
             if key.data is None:
                 self._accept()
@@ -173,19 +173,24 @@ class Coordinator:
                 self._failure = f"rank {peer.worker.rank}: {message['reason']}"
                 self._failed_at = time.monotonic()
         else:
-            raise WireError(f"the peer sent an unexpected {frame_type.name} frame")
+            raise WireError(
+                f"the peer sent {frame_type.name}; allowed: HELLO, after that HEARTBEAT, and EPOCH_ENDED from a worker;"
+                " do all parts run the same release?"
+            )
         peer.last_seen = time.monotonic()
 
     def _on_hello(self, peer: _Peer, message: dict[str, Any]) -> None:
         """Accepts a worker that asks for a rank, or a guard. Raises an error if the sender is not part of this gang."""
         peer.challenge.check(message)
-        if not self.rendezvous.is_member(int(message["part"]), dict(message["fingerprint"])):
-            raise WireError(
-                f"the peer is not a part of this gang, which has parts 0-{self.part_spec.plan.num_parts - 1} and the"
-                f" fingerprint of part 0, version {self.part_spec.fingerprint.get('version')}"
-            )
+        part, last_part = int(message["part"]), self.part_spec.plan.num_parts - 1
+        if not self.rendezvous.is_member(part, dict(message["fingerprint"])):
+            reason = f"it says that it is part {part}, allowed: 0 to {last_part}"
+            if 0 <= part <= last_part:
+                version = self.part_spec.fingerprint.get("version")
+                reason = f"most of its settings, model and version differ from those of part 0 (version {version})"
+            raise WireError(f"the peer is not a part of this gang: {reason}; should it connect to another gang?")
         if message["kind"] == "guard":
-            peer.guarded_part = int(message["part"])
+            peer.guarded_part = part
         else:
             worker = Worker.from_hello(message, peer.address)
             if peer.worker:
@@ -285,7 +290,8 @@ class Coordinator:
             last = max(last, int(path.read_text()) if path.exists() else 0)
             path.write_text(str(last + 1))
         except OSError as error:
-            log.error("cannot write the epoch number to %s: %s", path, error.strerror)
+            text = "cannot write the number of this start of the gang (epoch) to %s: %s; a restart may use it again"
+            log.error(text, path, error.strerror)
         return last + 1
 
     def _part0_address(self) -> str:
@@ -403,7 +409,7 @@ class Coordinator:
         }
 
     def _verdicts(self) -> dict[str, str]:
-        """Returns the API process's verdicts on lost epochs, see `api.suspects`."""
+        """Returns the API process's verdicts by epoch: whether a request ended it ("request", "engine", …)."""
         try:
             verdicts: dict[str, str] = json.loads(self.part_spec.verdicts_path.read_text())
         except (OSError, ValueError):

@@ -50,15 +50,24 @@ class Exchange(Protocol):
         ...
 
     def all_reduce(self, tensor: Tensor) -> bool:
-        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
+        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
-        """Writes the tensors of all ranks to `gathered`: [size, elements] on rank 0, None on the others."""
+        """Writes the tensors of all ranks to `gathered`: [number of ranks, elements] on rank 0, None on the others.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
     def broadcast(self, tensor: Tensor) -> bool:
-        """Copies rank 0's tensor into those of the others, in place."""
+        """Copies rank 0's tensor into those of the others, in place.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
 

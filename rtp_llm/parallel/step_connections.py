@@ -52,6 +52,7 @@ class _Stranger:
     sock: socket.socket
     challenge: Challenge
     expires_at: float
+    address: str
     buffer: FrameBuffer = field(default_factory=lambda: FrameBuffer(MAX_JOIN_BYTES))
 
 
@@ -82,14 +83,14 @@ class _JoinServer:
             self._drop(stranger, f"no JOIN frame within {JOIN_TIMEOUT_SECONDS:g} s")
 
     def close(self) -> None:
-        """Closes the connections that are of no rank."""
+        """Closes the connections that have sent no valid JOIN, but not the listener."""
         for stranger in self._strangers:
             stranger.sock.close()
         self._selector.close()
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, (host, *_) = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):  # the peer has closed the connection
             return
         except OSError as error:
@@ -97,7 +98,7 @@ class _JoinServer:
         if len(self._strangers) >= MAX_STRANGERS:
             self._drop(next(iter(self._strangers)), f"more than {MAX_STRANGERS} connections without a JOIN frame")
         sock.settimeout(JOIN_TIMEOUT_SECONDS)
-        stranger = _Stranger(sock, Challenge(self._secret), time.monotonic() + JOIN_TIMEOUT_SECONDS)
+        stranger = _Stranger(sock, Challenge(self._secret), time.monotonic() + JOIN_TIMEOUT_SECONDS, host)
         self._strangers[stranger] = None
         self._selector.register(sock, selectors.EVENT_READ, stranger)
         try:
@@ -124,12 +125,13 @@ class _JoinServer:
     def _check_join(self, stranger: _Stranger, frame_type: FrameType, payload: bytes) -> int:
         """Returns the rank that opened this connection. Raises if it is not one of this epoch that is still missing."""
         if frame_type != FrameType.JOIN:
-            raise WireError(f"a process that connected for steps sent {frame_type.name} instead of JOIN")
+            raise WireError(f"the peer sent {frame_type.name} first; allowed: JOIN, from ranks of the same release")
         message, assignment = json.loads(payload), self._assignment
         stranger.challenge.check(message)
         if (message["incarnation"], message["epoch"]) != (assignment.incarnation, assignment.epoch):
             raise WireError(
-                f"the peer is a rank of the gang's epoch (start number) {message['epoch']}, this is {assignment.epoch}"
+                f"the peer is a rank of epoch {message['epoch']} (number of the gang's start) or of another"
+                f" coordinator; rank 0 is in epoch {assignment.epoch}"
             )
         rank = int(message["rank"])
         if rank in self.ranks or not 0 < rank < self._part_spec.plan.world_size:
@@ -139,7 +141,8 @@ class _JoinServer:
     def _drop(self, stranger: _Stranger, reason: str) -> None:
         self._forget(stranger)
         stranger.sock.close()
-        log.warning("port for steps from rank 0: closed a connection that is not from a rank: %s", reason)
+        text = "port for steps from rank 0: closed the connection from %s, which is not a rank: %s"
+        log.warning(text, stranger.address, reason)
 
     def _forget(self, stranger: _Stranger) -> None:
         del self._strangers[stranger]

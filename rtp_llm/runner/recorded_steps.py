@@ -51,8 +51,8 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """The recorded kernel calls of a step of one number of tokens, and the tensors at fixed addresses that they read
-    and write.
+    """The recorded kernel calls of steps with T tokens, and the tensors at fixed addresses that these calls read and
+    write.
 
     x, residual: [T, hidden_size], input of the first layer. hidden: [T, hidden_size], output of the last layer.
     context: attention metadata and rotary embeddings.
@@ -75,11 +75,11 @@ class RecordedStep:
 
 class RecordedSteps:
     """Records the kernel calls of a decoder's layers at the first step with each number of tokens, except the very
-    first step, so that later steps replay them without Python. Decodes and chunks of prompts may be mixed: only the
-    contents of the attention metadata depend on it.
+    first step, so that later steps replay them without Python. A step may mix decodes and chunks of prompts: only the
+    contents of the attention metadata differ.
 
-    Steps do not overlap, so all recordings use the same memory. If a layer calls anything other than replayable kernels
-    and sums over ranks, nothing is recorded.
+    Steps do not overlap, so all recordings use the same memory. Nothing is recorded if a layer calls anything other
+    than replayable kernels and all-reduces. The very first step shows which rotary embeddings the layers use.
     """
 
     def __init__(self, decoder: Decoder, kernels: Library, ranks: MeshAxis):
