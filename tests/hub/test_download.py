@@ -208,6 +208,7 @@ def test_goes_on_from_xet_storage(downloader: Downloader, hub: FakeHub, tmp_path
     log = downloader.start().wait()
     assert "trying again in 2 s" in log
     assert log.count("continuing model.safetensors at 10 MB") == 2
+    assert "SHA-256" not in log, "only the missing bytes were asked for"
     assert hub.bytes_sent[LARGE] == 0
     assert (downloader.snapshot / LARGE).read_bytes() == weights
     assert not unfinished.exists()
