@@ -41,6 +41,9 @@ class SchedulerStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
+    drafts: int = 0  # chunks with draft tokens whose result was used
+    draft_tokens: int = 0
+    accepted_tokens: int = 0  # draft tokens that equal the sampled ones
     window_freed: int = 0  # blocks of running requests that were freed because they lay outside the window
 
 
@@ -417,6 +420,10 @@ class Scheduler:
             return RequestUpdate(request, [], "error")
         tokens, finish = self._append(request, sampled)
         num_rejected = chunk.num_sampled - len(sampled)
+        if num_drafts := len(chunk.draft_tokens):
+            self.stats.drafts += 1
+            self.stats.draft_tokens += num_drafts
+            self.stats.accepted_tokens += num_drafts - num_rejected
         end = chunk.start + chunk.num_tokens - num_rejected
         self._publish(request, chunk.start, min(end, len(request.tokens)))
         if finish:
