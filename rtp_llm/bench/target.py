@@ -136,7 +136,7 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise WorkerError("no range of free ports between 18100 and 30000")
+    raise WorkerError(f"no {NUM_PORTS} consecutive free ports between 18100 and 30000")
 
 
 class EngineTarget:

@@ -97,7 +97,7 @@ class Epoch:
         if not isinstance(error, CommunicationError):
             return False
         log.warning(
-            "epoch %d (start of the gang) has ended: %s; this rank keeps its weights for the next one",
+            "epoch %d has ended: %s; this rank keeps its weights and waits until the ranks start again",
             self.number,
             error,
         )

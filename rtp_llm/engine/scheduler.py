@@ -169,11 +169,10 @@ class Scheduler:
             return
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
-            state = "is short: requests wait or are preempted" if room < 0 else "is sufficient again"
-            demand = "must return their memory" if room < 0 else "more fit into it"
-            log.warning(
-                "the host's memory %s (KV blocks: %d are in use, %d %s)", state, pool.num_used, abs(room), demand
-            )
+            if room < 0:
+                log.warning("the host has too little memory: requests wait until %d KV blocks are returned", -room)
+            else:
+                log.warning("the host has memory again: %d more KV blocks fit", room)
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:
             self._retired_blocks += pool.retire(num_missing)

@@ -20,7 +20,8 @@ MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of th
 class StepWork(NamedTuple):
     """The amounts of work from which the duration of a step is predicted. A row is a token of the step.
 
-    steps: 1, the fixed cost of a step: reading the weights, starting kernels. The rows are computed at the same time.
+    steps: 1, the fixed cost of a step: reading the weights, starting kernels. Weights are read while rows are computed,
+        so a step takes the longer of the two.
     logit_rows: tokens that have logits: decodes, ends of prompts, prompt tokens with logprobs.
     other_rows: tokens without logits.
     decode_keys: tokens that decodes attend to, summed over the decodes.

@@ -142,7 +142,7 @@ class Int4(Quantized):
 
     @staticmethod
     def num_groups(in_size: int) -> int:
-        """Returns the number of scales per output feature: one for GROUP_SIZE inputs (implements `Quantized`)."""
+        """Returns the number of scales per output feature: one per GROUP_SIZE inputs (implements `Quantized`)."""
         return -(-in_size // GROUP_SIZE)
 
     @staticmethod

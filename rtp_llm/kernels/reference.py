@@ -167,7 +167,9 @@ class _Planner:
         self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
 
     def waves(self) -> Iterator[Wave]:
-        """Yields the waves (work whose partial outputs are in memory together) of the decodes, then of the chunks."""
+        """Yields the attention work in waves, first that of decodes, then of chunks of prompts. The partial outputs of a
+        wave (one for each part of a context) fit the workspace.
+        """
         sequences = np.arange(len(self.seq_lens))
         for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):
             tiles = self._tiles(indices, size)

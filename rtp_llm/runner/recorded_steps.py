@@ -185,7 +185,7 @@ class _Memory:
         free = self._free[num_bytes]
         block = free.pop() if free else self._carve(num_bytes)
         memory = block[:]  # an object that lives as long as the tensors of this memory
-        weakref.finalize(memory, free.append, block).atexit = False
+        weakref.finalize(memory, free.append, block)
         return torch.from_numpy(memory).view(dtype).view(tuple(shape))
 
     def _carve(self, num_bytes: int) -> NDArray[np.uint8]:

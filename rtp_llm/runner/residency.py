@@ -165,7 +165,7 @@ class Residency:
                 " memory, or restart all parts"
             ) from None
         self.num_blocks, self.max_seq_len = num_blocks, max_seq_len
-        log.info("KV cache: %d blocks, %.1f MiB on this rank, as on the other ranks", num_blocks, self.kv_bytes / 2**20)
+        log.info("KV cache: %d blocks, as on the other ranks; %.1f MiB on this rank", num_blocks, self.kv_bytes / 2**20)
 
     def _workspace_bytes(self) -> int:
         """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time."""
