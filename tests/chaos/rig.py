@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.chaos.client import Endpoint
 from tests.chaos.network import ADDRESSES, Relay, join_by_veth, namespaces
-from tests.chaos.sandbox import Sandbox
+from tests.chaos.sandbox import Sandbox, can_isolate
 from tests.parallel.parts import DEADLINE, Part
 from tests.ports import busy_ports, free_start_port, reserved_ports
 
@@ -26,7 +26,7 @@ SETTINGS = {
     "RTP_DOCTOR": "warn",
     "PYTHONPATH": str(Path(__file__).with_name("inside")),
 }
-PORT = 10000  # of both parts, in their own namespaces
+PORT = 10000  # of every part in a namespace of its own
 
 
 class Layout(StrEnum):
@@ -167,11 +167,12 @@ def running_rig(layout: Layout, checkpoint: Path, settings: Mapping[str, str]) -
     env = {**SETTINGS, "CHECKPOINT_PATH": str(checkpoint), "TOKENIZER_PATH": str(checkpoint), **settings}
     with ExitStack() as stack:
         if layout == Layout.ONE_PART:
-            rig, port, sandbox = Rig(), free_start_port(2), Sandbox()
+            namespace = stack.enter_context(namespaces(1))[0] if can_isolate() else None
+            rig, port, sandbox = Rig(), PORT if namespace else free_start_port(2), Sandbox(namespace)
             stack.callback(_destroy, rig, [sandbox])
             rig.start_part(sandbox, {**env, "START_PORT": str(port)}, port, 2, "127.0.0.1")
         else:
-            pair = stack.enter_context(namespaces())
+            pair = stack.enter_context(namespaces(2))
             relay = Relay(pair) if layout == Layout.RELAYED else None
             if relay:
                 stack.callback(relay.close)
