@@ -115,6 +115,11 @@ class Engine:
     def _is_compiling(self) -> bool:
         return bool(self.compiler and self.compiler.is_busy)
 
+    @property
+    def _is_still_stalled(self) -> bool:
+        """Returns whether the next request would wait as the last one did, which has been ended or aborted."""
+        return self.is_stalled and not self.scheduler.kv_cache_manager.pool.num_free
+
     def add(self, request: Request) -> EngineOutput | None:
         """Queues a request, which is one sequence, and returns None.
 
@@ -161,7 +166,8 @@ class Engine:
         output = self.scheduler.schedule()
         if output.starved:
             return [_make_starved(request) for request in output.starved]
-        self.is_stalled = not output.chunks and not self._launched and not self._is_compiling
+        is_idle = not output.chunks and not self._launched and not self._is_compiling
+        self.is_stalled = is_idle and (bool(self.scheduler.waiting) or self._is_still_stalled)
         if output.chunks:
             self._launch(output, start)
         if self._launched and (len(self._launched) > self.pipeline_depth or not output.chunks):

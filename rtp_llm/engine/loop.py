@@ -92,7 +92,7 @@ class LeaderLoop:
                 self._handle_message(message)
             now = time.monotonic()
             self.runner.residency.mesh.tp.check_aborted()
-            if self.engine.has_work:
+            if self.engine.has_work or self.engine.is_stalled:  # then it looks whether there is more memory
                 outputs = self.engine.step()
                 self.runner.residency.mesh.tp.check_aborted()  # the outputs of an aborted step are arbitrary
                 if self.engine.num_steps % SNAPSHOT_INTERVAL_STEPS == 0:
@@ -105,6 +105,7 @@ class LeaderLoop:
                 self.followers.send_keepalive()
                 self._send_outputs([], 0.0)
             self.rank_status.open = len(self._client_of_request)
+            self.rank_status.record_stall(self.engine.is_stalled)
             self.rank_status.mark_progress()
 
     def _handle_message(self, message: ClientMessage) -> None:

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rtp_llm.machine.memory import available_memory
+from rtp_llm.machine.memory import available_memory, return_free_heap
 
 WAIT_WINDOW_STEPS = 12  # number of steps over which `wait_s` is averaged
+SHORT_BYTES = 64 << 20  # of available memory: with less, the kernel evicts the code of processes while they run it
+STALL_SECONDS = 0.2  # without memory for any request; retired blocks are returned within 0.1 s
+EVICTED_SECONDS = 1.0  # without progress in a step while memory is short
 Phase = Literal["rendezvous", "loading", "warmup", "serving"]
 
 
@@ -44,6 +47,7 @@ class RankStatus:
 
     def __post_init__(self) -> None:
         self.is_waiting = False  # for a step: the others' progress counts
+        self._stalled_since = float("inf")
         self.is_in_collective: Callable[[], bool] = bool  # of the current epoch
         self.phase_changed = threading.Event()  # wakes the heartbeat thread: other ranks may wait for the phase
 
@@ -68,6 +72,10 @@ class RankStatus:
         """
         return 0.0 if self.is_waiting else time.monotonic() - self._last_progress
 
+    def record_stall(self, is_stalled: bool) -> None:
+        """Records on rank 0 whether its requests can compute nothing until the machine has more memory."""
+        self._stalled_since = min(self._stalled_since, time.monotonic()) if is_stalled else float("inf")
+
     def record_step(self, number: int, total_wait_seconds: float | None) -> None:
         """Records a finished step.
 
@@ -91,13 +99,27 @@ class RankStatus:
     def begin_epoch(self, rank: int) -> None:
         """Records that this process serves as `rank` from now on, in a new communicator of the ranks."""
         self.rank, self.progress_count, self.is_waiting, self.is_in_collective = rank, 0, False, bool
+        self.record_stall(False)
         self.set_phase("rendezvous")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a heartbeat: the public fields, `idle_s` (seconds since the last progress),
-        `in_collective` (whether this rank waits for others) and `available_bytes` (memory of the machine).
+        `in_collective` (whether this rank waits for others), `available_bytes` (memory of the machine) and
+        `lacks_memory` (whether it computes nothing for want of memory).
+
+        If memory is short, frees what it can: the main thread may hang in its step, evicted again and again.
         """
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]
         data["in_collective"] = self.is_in_collective()
-        return data | {"available_bytes": available_memory(), "idle_s": round(self.idle_seconds, 3)}
+        available_bytes, idle_seconds = available_memory(), self.idle_seconds
+        is_short = available_bytes < SHORT_BYTES
+        if is_short:
+            return_free_heap()
+        is_stalled = time.monotonic() - self._stalled_since > STALL_SECONDS
+        lacks_memory = is_stalled or (is_short and idle_seconds > EVICTED_SECONDS)
+        return data | {
+            "available_bytes": available_bytes,
+            "idle_s": round(idle_seconds, 3),
+            "lacks_memory": lacks_memory,
+        }

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from rtp_llm.errors import ConfigError
-from rtp_llm.machine.memory import available_memory
+from rtp_llm.machine.memory import available_memory, return_free_heap
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +113,7 @@ class KVMemory:
                 num_bytes = self._address(stop) // mmap.PAGESIZE * mmap.PAGESIZE - first_page
                 if num_bytes > 0:
                     _advise(first_page, num_bytes, mmap.MADV_DONTNEED)
-        if hasattr(_libc, "malloc_trim"):  # glibc: what steps have freed is short too, but not returned by itself
-            _libc.malloc_trim(ctypes.c_size_t(0))
+        return_free_heap()
 
     def reuse(self, blocks: NDArray[np.integer]) -> None:
         """Marks these blocks as in use again; the kernel allocates their pages at the first write."""

@@ -201,6 +201,8 @@ class ApiServer:
             "steps": 7,
             "silent_s": 0.1,
             "idle_s": 0.2,
+            "lacks_memory": False,
+            "available_bytes": 7 << 20,
             "wait_s": None,
             "weight_bytes": 1000,
             "kv_bytes": 2000,

@@ -44,6 +44,7 @@ UNHEALTHY = {
     "warmup": {"phase": "warmup"},
     "no heartbeat": {"silent_s": 1000.0},
     "made no progress": {"idle_s": 1000.0},
+    "out_of_memory": {"lacks_memory": True},
 }
 
 
@@ -63,10 +64,25 @@ def test_health_of_a_part_that_is_not_ready(name: str, api: ApiServer) -> None:
     if rank_status and "progress" in rank_status:
         assert response.json()["phase"] == rank_status["phase"]
         assert response.json()["progress"] == rank_status["progress"]
+    if rank_status and "lacks_memory" in rank_status:
+        detail = "rank 0 waits for memory: its machine or container has 7 MiB left"
+        assert response.json() == {"detail": detail, "phase": "out_of_memory", "progress": 1.0}
     for path in LIVENESS:
         assert api.get(path).content == b'"ok"'
     assert api.metric("rtp_llm_ready") == 0
     assert api.metric("rtp_llm_live") == 1
+
+
+@pytest.mark.parametrize(("epoch", "phase"), [(0, "rendezvous"), (3, "recovering")])
+def test_the_phase_between_two_epochs_is_not_that_of_the_last(epoch: int, phase: str, api: ApiServer) -> None:
+    """A rank has died: the last heartbeats of the others are no statement about the next epoch."""
+    api.write_gang_status(phase="warmup")
+    status = json.loads(api.part_spec.gang_status_path.read_text())
+    status |= {"epoch": epoch, "in_epoch": False, "message": "rank 1 is lost"}
+    api.part_spec.gang_status_path.write_text(json.dumps(status))
+    response = api.get("/health")
+    assert response.status_code == 503
+    assert response.json() == {"detail": "rank 1 is lost", "phase": phase, "progress": 0.0}
 
 
 def test_a_stale_gang_status_is_unhealthy(api: ApiServer) -> None:

@@ -1,21 +1,19 @@
-"""Runs injections of many faults one after the other; what an earlier run has recorded is not run again."""
+"""Runs injections of many faults, in lanes side by side; what an earlier run has recorded is not run again."""
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from tests import random_model
-from tests.chaos.driver import Injection, inject
-from tests.chaos.faults import Fault, NotHereError
-from tests.chaos.load import undisturbed_texts
-from tests.chaos.rig import Rig, running_rig
+from tests.chaos.driver import Injection
+from tests.chaos.faults import Fault
+from tests.chaos.lane import Ended, Skipped, Start, log_path, running_lane
 
-MAX_PER_START = 10
-RESTARTS_PER_START = 3  # the delay before a restart doubles with each
+MAX_PER_START = 3  # few, so that all faults have about the same number whenever a campaign is stopped
 
 
 class Records:
@@ -34,59 +32,79 @@ class Records:
             with self._path.open("a") as file:
                 file.write(f"{json.dumps(injection.to_json())}\n")
 
-    def of(self, fault: Fault) -> list[Injection]:
-        return [injection for injection in self.injections if injection.fault == fault.name]
+    def numbers(self, fault: str) -> list[int]:
+        return [injection.number for injection in self.injections if injection.fault == fault]
+
+
+class Plan:
+    """Which injections come next: those of the fault with the fewest. `skipped`: reasons by name of the fault."""
+
+    def __init__(self, faults: Iterable[str], records: Records, num_injections: int, seed: int):
+        numbers = {name: records.numbers(name) for name in faults}
+        self.skipped: dict[str, str] = {}
+        self._num_planned = {name: len(found) for name, found in numbers.items()}  # recorded or under way
+        self._next_number = {name: max(found, default=-1) + 1 for name, found in numbers.items()}
+        self._num_injections, self._seed = num_injections, seed
+
+    def next_start(self) -> Start | None:
+        """Returns what a free lane does; None if no fault needs more than is under way."""
+        name = min(self._num_planned, key=self._num_planned.__getitem__, default="")
+        missing = self._num_injections - self._num_planned.get(name, self._num_injections)
+        if missing <= 0:
+            return None
+        first, count = self._next_number[name], min(missing, MAX_PER_START)
+        self._num_planned[name] += count
+        self._next_number[name] += count
+        return Start(name, self._seed, range(first, first + count))
+
+    def end(self, start: Start, num_recorded: int) -> None:
+        """Plans again what a start has not reached."""
+        if start.fault in self._num_planned:
+            self._num_planned[start.fault] -= len(start.numbers) - num_recorded
+
+    def skip(self, fault: str, reason: str) -> None:
+        self.skipped[fault] = reason
+        self._num_planned.pop(fault, None)
 
 
 def run(
-    faults: Iterable[Fault], records: Records, num_injections: int, seed: int, deadline: float = float("inf")
+    faults: Iterable[Fault],
+    records: Records,
+    num_injections: int,
+    seed: int,
+    *,
+    deadline: float = float("inf"),
+    num_lanes: int = 1,
+    pause_file: Path | None = None,
 ) -> dict[str, str]:
-    """Brings every fault to `num_injections`, a start of each in turn, until `deadline` (monotonic seconds).
+    """Brings every fault to `num_injections`. From `deadline` (monotonic seconds) on, no gang is started any more.
 
-    Returns why faults were skipped, by name.
+    No lane begins an injection while `pause_file` exists. Returns why faults were skipped, by name.
     """
-    skipped: dict[str, str] = {}
-    texts: dict[str, dict[int, str]] = {}  # undisturbed, from the first gang
-    open_faults = list(faults)
-    with _tiny_checkpoint() as checkpoint:
-        while open_faults and time.monotonic() < deadline:
-            for fault in list(open_faults):
-                missing = num_injections - len(records.of(fault))
-                if missing <= 0 or time.monotonic() > deadline:
-                    open_faults.remove(fault)
-                    continue
-                try:
-                    _run_start(fault, checkpoint, texts, records, min(missing, MAX_PER_START), seed)
-                except NotHereError as reason:
-                    skipped[fault.name] = str(reason)
-                    print(f"{fault.name}: skipped: {reason}", flush=True)
-                    open_faults.remove(fault)
-    return skipped
+    plan = Plan([fault.name for fault in faults], records, num_injections, seed)
+    with _tiny_checkpoint() as checkpoint, ExitStack() as stack:
+        lanes = [stack.enter_context(running_lane(checkpoint, pause_file)) for _ in range(num_lanes)]
+        while True:
+            for lane in lanes:
+                if not lane.is_busy and time.monotonic() < deadline and (start := plan.next_start()):
+                    lane.begin(start)
+            busy = {lane.connection: lane for lane in lanes if lane.is_busy}
+            if not busy:
+                return plan.skipped
+            for connection in wait(list(busy)):
+                _note(busy[connection].receive(), plan, records)  # type: ignore[index]
 
 
-def _run_start(
-    fault: Fault, checkpoint: Path, texts: dict[str, dict[int, str]], records: Records, num_injections: int, seed: int
-) -> None:
-    """Starts a gang and injects a fault so often, or until restarts become slow. Raises NotHereError."""
-    if not fault.plain and os.geteuid() != 0:
-        raise NotHereError("needs root, for namespaces, mounts and cgroups")
-    with running_rig(fault.layout, checkpoint, fault.settings()) as rig:
-        try:
-            rig.wait_healthy()
-        except AssertionError as error:
-            problems = [f"at the start: {str(error).splitlines()[0]}"]
-            _add(records, Injection(fault.name, seed, len(records.of(fault)), problems=problems), rig)
-            return
-        if not texts:
-            texts.update(undisturbed_texts(rig.endpoint))
-        for index in range(num_injections):
-            record = inject(fault, rig, texts, seed, len(records.of(fault)))
-            restarts_slowly = index >= RESTARTS_PER_START - 1 and rig.num_restarts() >= RESTARTS_PER_START
-            if index == num_injections - 1 or restarts_slowly or not rig.is_running():
-                record.problems += rig.stop()
-            _add(records, record, rig)
-            if not rig.is_running():
-                return
+def _note(message: Injection | Skipped | Ended, plan: Plan, records: Records) -> None:
+    match message:
+        case Injection():
+            records.add(message)
+            print(describe(message), flush=True)
+        case Skipped(fault, reason):
+            plan.skip(fault, reason)
+            print(f"{fault}: skipped: {reason}", flush=True)
+        case Ended(start):
+            plan.end(start, len(set(start.numbers) & set(records.numbers(start.fault))))
 
 
 def describe(record: Injection) -> str:
@@ -99,19 +117,9 @@ def describe(record: Injection) -> str:
         f" {record.took:.1f} s; {record.outcomes}",
         *(f"  {problem}" for problem in record.problems),
     ]
+    if record.problems:
+        lines.append(f"  log: {log_path(record)}")
     return "\n".join(lines)
-
-
-def _add(records: Records, record: Injection, rig: Rig) -> None:
-    """Adds a record, and keeps the log of the parts if there are problems."""
-    records.add(record)
-    print(describe(record), flush=True)
-    if not record.problems:
-        return
-    path = Path("build/chaos") / f"{record.fault}-{record.number}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(rig.log())
-    print(f"  log: {path}", flush=True)
 
 
 @contextmanager

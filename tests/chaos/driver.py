@@ -22,7 +22,7 @@ MAX_PROBLEMS = 12  # of one injection that are recorded in words
 
 @dataclass
 class Injection:
-    """The record of one fault. Times are seconds; `number` is the n-th fault of its kind."""
+    """The record of one fault. Times are seconds; `number` tells the faults of one kind apart."""
 
     fault: str
     seed: int

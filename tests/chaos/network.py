@@ -24,7 +24,7 @@ class Namespace(AbstractContextManager[None]):
     """A network namespace. As a context manager, it is entered by the calling thread only."""
 
     def __init__(self, name: str):
-        self.name, self.prefix = name, ("ip", "netns", "exec", name)
+        self.name, self.prefix = name, ("nsenter", f"--net=/run/netns/{name}")  # `ip netns exec` hides the cgroups
         self._outside = threading.local()
 
     def run(self, *command: str) -> None:
@@ -50,9 +50,9 @@ def _setns(fd: int) -> None:
 
 
 @contextmanager
-def namespaces() -> Iterator[list[Namespace]]:
-    """Creates two namespaces without a link between them."""
-    names = [f"rtp{os.getpid()}{secrets.token_hex(2)}{side}" for side in "ab"]
+def namespaces(number: int) -> Iterator[list[Namespace]]:
+    """Creates namespaces without a link between them."""
+    names = [f"rtp{os.getpid()}{secrets.token_hex(2)}{index}" for index in range(number)]
     with ExitStack() as stack:
         for name in names:
             _ip("netns", "add", name)

@@ -1,8 +1,10 @@
 """The parts under test: started fresh in sandboxes of their own, and watched for what they leave behind."""
 
 import json
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from tests.chaos.client import Endpoint
 from tests.chaos.network import ADDRESSES, Relay, join_by_veth, namespaces
-from tests.chaos.sandbox import Sandbox
+from tests.chaos.sandbox import Sandbox, can_isolate
 from tests.parallel.parts import DEADLINE, Part
 from tests.ports import busy_ports, free_start_port, reserved_ports
 
@@ -26,7 +28,9 @@ SETTINGS = {
     "RTP_DOCTOR": "warn",
     "PYTHONPATH": str(Path(__file__).with_name("inside")),
 }
-PORT = 10000  # of both parts, in their own namespaces
+RUN_DIR = re.compile(r"/rtp-llm-\w+")
+SETTLED_SECONDS = 1.0
+PORT = 10000  # of every part in a namespace of its own
 
 
 class Layout(StrEnum):
@@ -57,7 +61,7 @@ class Rig:
     def __init__(self, relay: Relay | None = None):
         self.places: list[Place] = []
         self.relay = relay
-        self._num_processes = 0
+        self._commands: Counter[str] = Counter()  # after the first start
 
     @property
     def parts(self) -> list[Part]:
@@ -100,14 +104,29 @@ class Rig:
             place.sandbox.attach(place.part.pid("start_server"))
 
     def wait_steady(self) -> str:
-        """Waits until as many processes run as after the first start, spares included. Returns what is missing."""
+        """Waits until all processes run that ran after the first start, spares included. Returns what is missing."""
+        if not self._commands:
+            self._commands = self._settled_commands()
         deadline = time.monotonic() + DEADLINE
-        while (number := sum(len(part.processes()) for part in self.parts)) < self._num_processes:
+        while missing := self._commands - self._running_commands():
             if time.monotonic() > deadline:
-                return f"{self._num_processes - number} of {self._num_processes} processes never came back"
+                return f"never came back: {', '.join(missing.elements())}"
             time.sleep(0.1)
-        self._num_processes = number
         return ""
+
+    def _settled_commands(self) -> Counter[str]:
+        """Returns the command lines once they have not changed for a while: the doctor's checks end soon."""
+        commands, since = self._running_commands(), time.monotonic()
+        deadline = since + DEADLINE
+        while time.monotonic() < min(since + SETTLED_SECONDS, deadline):
+            time.sleep(0.1)
+            if (now := self._running_commands()) != commands:
+                commands, since = now, time.monotonic()
+        return commands
+
+    def _running_commands(self) -> Counter[str]:
+        """Returns the command lines of all parts' processes, without the name of the run directory, which is random."""
+        return Counter(RUN_DIR.sub("", c) for part in self.parts for c in part.processes().values())
 
     def num_restarts(self) -> int:
         """Returns how many processes the guards have restarted."""
@@ -167,11 +186,12 @@ def running_rig(layout: Layout, checkpoint: Path, settings: Mapping[str, str]) -
     env = {**SETTINGS, "CHECKPOINT_PATH": str(checkpoint), "TOKENIZER_PATH": str(checkpoint), **settings}
     with ExitStack() as stack:
         if layout == Layout.ONE_PART:
-            rig, port, sandbox = Rig(), free_start_port(2), Sandbox()
+            namespace = stack.enter_context(namespaces(1))[0] if can_isolate() else None
+            rig, port, sandbox = Rig(), PORT if namespace else free_start_port(2), Sandbox(namespace)
             stack.callback(_destroy, rig, [sandbox])
             rig.start_part(sandbox, {**env, "START_PORT": str(port)}, port, 2, "127.0.0.1")
         else:
-            pair = stack.enter_context(namespaces())
+            pair = stack.enter_context(namespaces(2))
             relay = Relay(pair) if layout == Layout.RELAYED else None
             if relay:
                 stack.callback(relay.close)

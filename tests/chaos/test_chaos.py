@@ -6,13 +6,16 @@
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.chaos.campaign import Records, describe, run
+from tests.chaos.campaign import Plan, Records, describe, run
 from tests.chaos.client import Request, Response
+from tests.chaos.driver import Injection
 from tests.chaos.faults import FAULTS
 from tests.chaos.health import HealthWatch, Sample
+from tests.chaos.lane import Start
 from tests.chaos.ledger import Outcome, judge
 from tests.chaos.load import Entry
 
@@ -34,7 +37,7 @@ def test_faults_lose_no_request() -> None:
     print(f"CHAOS_SEED={seed}")
     records = Records(None)
     faults = [fault for fault in FAULTS.values() if fault.in_ci and (fault.plain or os.geteuid() == 0)]
-    run(faults, records, 1, seed, time.monotonic() + 150)
+    run(faults, records, 1, seed, deadline=time.monotonic() + 150)
     bad = [describe(injection) for injection in records.injections if injection.problems]
     assert not bad, f"CHAOS_SEED={seed}\n" + "\n".join(bad)
     assert records.injections
@@ -79,3 +82,28 @@ def test_the_watch_measures_how_long_health_was_wrong() -> None:
     assert truth.healthy == pytest.approx(5.06)
     assert truth.wrong == pytest.approx(0.95)
     assert truth.late == pytest.approx(0.7, abs=0.05)
+
+
+def test_a_campaign_gives_all_faults_about_the_same_number() -> None:
+    records = Records(None)
+    for name, number in [("a", 0), ("a", 1), ("b", 0), ("b", 4)]:
+        records.add(Injection(name, 1, number))
+    plan = Plan(["a", "b", "c"], records, num_injections=6, seed=7)
+    starts = [plan.next_start() for _ in range(3)]
+    assert starts == [Start("c", 7, range(3)), Start("a", 7, range(2, 5)), Start("b", 7, range(5, 8))]
+
+    plan.skip("b", "no root")
+    records.add(Injection("c", 7, 0))
+    plan.end(Start("c", 7, range(3)), num_recorded=1)  # restarts became slow: two are planned again, as new ones
+    assert plan.next_start() == Start("c", 7, range(3, 6))
+    assert [plan.next_start() for _ in range(3)] == [Start("c", 7, range(6, 8)), Start("a", 7, range(5, 6)), None]
+    assert plan.skipped == {"b": "no root"}
+
+
+def test_records_are_kept_and_continued(tmp_path: Path) -> None:
+    injection = Injection("kill_rank", 5, 2, outcomes={"complete": 3}, noticed=0.5)
+    Records(tmp_path / "new" / "records.jsonl").add(injection)
+    found = Records(tmp_path / "new" / "records.jsonl")
+    assert found.injections == [injection]
+    assert found.numbers("kill_rank") == [2]
+    assert found.numbers("kill_api") == []

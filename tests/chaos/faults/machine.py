@@ -45,9 +45,15 @@ def fill_disk_and_kill_rank(scene: Scene) -> Iterator[None]:
 @fault("the memory limit of the container falls to 8 MiB above its use, 2 to 10 s", seconds=(2.0, 10.0))
 def limit_memory(scene: Scene) -> Iterator[None]:
     sandbox = scene.rig.places[0].sandbox
-    used = sandbox.used_memory()
+    for is_last in (*[False] * 9, True):
+        used = sandbox.used_memory()
+        try:
+            sandbox.limit_memory(used + 8 * MIB)
+            break
+        except OSError:  # v1: more is used by now, and the kernel cannot reclaim it
+            if is_last:
+                raise
     scene.target = f"{used / MIB:.0f} MiB used"
-    sandbox.limit_memory(used + 8 * MIB)
     yield
     sandbox.limit_memory(-1)
 

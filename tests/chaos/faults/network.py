@@ -19,10 +19,10 @@ def _drop(scene: Scene, *sources: int) -> Iterator[None]:
     """Loses everything that these parts send to the other one."""
     rules = [(_namespaces(scene)[part], ("OUTPUT", "-d", ADDRESSES[1 - part], "-j", "DROP")) for part in sources]
     for namespace, rule in rules:
-        namespace.run("iptables", "-I", *rule)
+        namespace.run("iptables", "--wait", "-I", *rule)
     yield
     for namespace, rule in rules:
-        namespace.run("iptables", "-D", *rule)
+        namespace.run("iptables", "--wait", "-D", *rule)
 
 
 @fault("the network loses all packets between two parts, 0.5 to 25 s", layout=Layout.TWO_PARTS, seconds=OUTAGE)

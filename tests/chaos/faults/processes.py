@@ -149,6 +149,7 @@ def stop_coordinator(scene: Scene) -> Iterator[None]:
 
 @fault("kill -9 of the coordinator and a rank at once", plain=True)
 def kill_coordinator_and_rank(scene: Scene) -> Iterator[None]:
+    rank = scene.random_rank()  # before the guards write that there is none
     send_signal(scene.helper("coordinator"), signal.SIGKILL)
-    send_signal(scene.random_rank(), signal.SIGKILL)
+    send_signal(rank, signal.SIGKILL)
     yield
