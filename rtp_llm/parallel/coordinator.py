@@ -9,7 +9,6 @@ coordinator could not push errors to waiting parts, and would notice a lost rank
 reports EOF at once.
 """
 
-import json
 import logging
 import os
 import secrets
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.machine.process import exit_with_supervisord, run_main, stopping_file
 from rtp_llm.parallel.gang_port import Connection, GangPort
@@ -63,9 +63,7 @@ class _Peer:
 
 
 class Coordinator:
-    """The process of part 0 that forms the gang: serves the rendezvous port, assigns ranks, notices lost ranks and
-    tells all others.
-    """
+    """Forms the gang: serves the rendezvous port, assigns ranks, notices lost ranks and tells all others."""
 
     def __init__(self, part_spec: PartSpec, listener: socket.socket, gang_secret: bytes = b""):
         self.part_spec, self._listener = part_spec, listener
@@ -332,17 +330,9 @@ class Coordinator:
             "in_epoch": self._in_epoch,
             "ranks": ranks,
             "message": message,
-            "verdicts": self._verdicts(),
+            "verdicts": files.read_state(self.part_spec.verdicts_path),  # of the API process, see `api.suspects`
             "pid": os.getpid(),
         }
-
-    def _verdicts(self) -> dict[str, str]:
-        """Returns the API process's verdicts on lost epochs, see `api.suspects`."""
-        try:
-            verdicts: dict[str, str] = json.loads(self.part_spec.verdicts_path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return verdicts
 
     def _check_liveness(self, now: float) -> None:
         """Drops the peers without heartbeats, and ranks without progress; the guards of their parts kill them."""
