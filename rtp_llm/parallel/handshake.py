@@ -23,9 +23,7 @@ def read_secret(config: Config) -> bytes:
 
 
 class Challenge:
-    """The half of the listening side in the authentication of a connection by GANG_SECRET, the secret that all parts
-    share.
-    """
+    """The listening side's half of the authentication of a connection by GANG_SECRET."""
 
     def __init__(self, gang_secret: bytes):
         self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
@@ -49,9 +47,7 @@ class Challenge:
 
 
 class Answer:
-    """The half of the connecting side in the authentication of a connection by GANG_SECRET: signs its first message for
-    the received challenge.
-    """
+    """The connecting side's half: signs its first message for the challenge that it has received."""
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""

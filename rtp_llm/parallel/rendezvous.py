@@ -56,9 +56,7 @@ class Worker:
 
 
 class Rendezvous:
-    """The workers of a gang (the processes of all parts), and the assignment of ranks to them whenever they form a
-    communicator.
-    """
+    """The workers (processes) of a gang, and the assignment of ranks to them for each communicator."""
 
     def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
         """`fingerprint`: fingerprint of part 0, which distinguishes members of this gang from other programs."""
@@ -102,9 +100,7 @@ class Rendezvous:
         return assigned
 
     def begin_epoch(self, assigned: dict[int, Worker]) -> None:
-        """Assigns the ranks for the next communicator. The size of its KV cache is that of workers which already have
-        one.
-        """
+        """Assigns the ranks of the next communicator. Workers that have a KV cache determine its size."""
         sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
         self.kv_cache = sizes[0] if sizes else self.kv_cache
         for worker in self.workers:

@@ -38,28 +38,22 @@ class Exchange(Protocol):
     @property
     def wait_seconds(self) -> float:
         """Returns how many seconds this rank has waited for other ranks so far."""
-        ...
 
     @property
     def sequence(self) -> int:
         """Returns this rank's counter: the number of operations that it has started."""
-        ...
 
     def abort(self) -> None:
         """Ends the pending collective and all later ones. Any thread may call it."""
-        ...
 
     def all_reduce(self, tensor: Tensor) -> bool:
         """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
-        ...
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
         """Writes the tensors of all ranks to `gathered`: [size, elements] on rank 0, None on the others."""
-        ...
 
     def broadcast(self, tensor: Tensor) -> bool:
         """Copies rank 0's tensor into those of the others, in place."""
-        ...
 
 
 class SharedMemoryGroup:
@@ -128,9 +122,7 @@ class SharedMemoryGroup:
 
 
 class TorchExchange:
-    """Implements `Exchange` without the native kernels. Needs a CPU that does not reorder stores, see
-    `segment.is_supported`.
-    """
+    """An `Exchange` without native kernels. Needs a CPU that does not reorder stores: `segment.is_supported`."""
 
     def __init__(self, memory: Tensor, rank: int, size: int, timeout: float):
         """`memory`: the segment, uint8."""
