@@ -40,9 +40,7 @@ disable_progress_bars()  # which count files, and only those of this process
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model's files on the hub, at one commit. `blobs`: size in bytes of each file, by its etag, which names the
-    content in the cache.
-    """
+    """A model's files on the hub, at one commit. `blobs`: bytes of each file, by etag, its name in the cache."""
 
     name: ModelName
     commit: str

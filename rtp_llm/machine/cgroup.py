@@ -1,5 +1,4 @@
-"""Limits of the container, from cgroup v2 if it is mounted, otherwise v1 (kernel documentation,
-admin-guide/cgroup-v2)."""
+"""Limits of the container, from cgroup v2 or, if it is not mounted, v1 (kernel's admin-guide/cgroup-v2)."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence

@@ -14,13 +14,10 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """The attention of one layer, or its replacement (such as a recurrent layer): the interface of
-    `decoder.ATTENTIONS`.
-    """
+    """The attention of a layer, or its replacement (a recurrent layer): the interface of `decoder.ATTENTIONS`."""
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
         """Returns the metadata that all layers of this KV cache group share in a step. index: index of the group."""
-        ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
         """Returns an upper bound, in bytes, of the memory that a step needs besides the layer's input, its projections
@@ -28,11 +25,9 @@ class Attention(Protocol):
 
         max_tokens: of the step. max_seq_len: tokens of its longest sequence.
         """
-        ...
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """x: [T, hidden_size]. Returns this rank's partial result, of the same shape."""
-        ...
 
 
 @dataclass(frozen=True)
