@@ -47,7 +47,9 @@ class ClientTransport:
         self.watch_writing()
 
     def discard_input(self) -> None:
-        """Restarts the timer of a lingering connection at each input, up to a total of PROGRESS_SECONDS."""
+        """Called for each input on a lingering connection. Restarts the linger timer, up to a total of
+        PROGRESS_SECONDS.
+        """
         if self._linger_timer:
             self._linger_timer.cancel()
         end = min(self._loop.time() + LINGER_SECONDS, self._linger_until)

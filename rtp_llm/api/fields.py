@@ -38,12 +38,16 @@ class Refusal(NamedTuple):
     default: Any = None
 
     def is_neutral(self, value: Any) -> bool:
-        """Returns whether this value of a refused field means "not set". If its default is true, false does not."""
+        """Returns whether a client that sends this value for the refused field means "not set". If the field's default
+        is true, false does not.
+        """
         defaults = self.default if isinstance(self.default, tuple) else (self.default,)
         return value in defaults or (not value and self.default is not True)
 
     def is_empty(self, value: Any) -> bool:
-        """Returns whether this value means "not set" for any type of field. 0 does not: it may be a request."""
+        """Returns whether this value means "not set" whatever the type of the refused field. 0 does not: it may be a
+        request.
+        """
         return value in ("", [], {}) or (value is False and self.default is not True)
 
 

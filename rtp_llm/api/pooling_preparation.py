@@ -73,7 +73,9 @@ class EmbeddingPreparation:
     def similarity(
         self, preparation: Preparation, raw: bytes, limits: PromptLimits
     ) -> PreparedInputs[SimilarityRequest]:
-        """Returns the prompts of all `left` texts, then of all `right` ones. `body.left` keeps only its length."""
+        """Returns the prompts of all `left` texts, then of all `right` texts. `body.left` keeps only its length, to
+        split the embeddings again.
+        """
         body = parse_body(SimilarityRequest, raw)
         if body.return_response:
             raise unsupported("return_response is not supported: send the texts to /v1/embeddings", "return_response")

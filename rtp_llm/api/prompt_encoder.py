@@ -62,7 +62,9 @@ class PromptEncoder:
         return tuple(found)
 
     def check_countable(self, text: str, limits: PromptLimits) -> None:
-        """Raises RequestError 400 if a text is not Unicode, or has more tokens than /tokenize and the like count."""
+        """Raises RequestError 400 if a text is not Unicode, or has more tokens than /tokenize and similar endpoints
+        count.
+        """
         _check_unicode(text)
         limit = max(MAX_COUNTED_TOKENS, limits.max_seq_len)
         num_tokens = self._tokenizer.min_tokens(text, limit)

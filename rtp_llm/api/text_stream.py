@@ -48,7 +48,9 @@ class TextStream:
         self.num_tokens = 0  # so far
 
     def push(self, output: EngineOutput) -> OutputChunk:
-        """Returns an output's chunk, without the tokens after a stop string that a step with drafts may return."""
+        """Returns the chunk of an output, without the tokens after a stop string: how many tokens one step returns
+        depends on draft tokens.
+        """
         num_tokens, text = self._read(output)
         self.num_tokens += num_tokens
         stop_string = self._checker.matched

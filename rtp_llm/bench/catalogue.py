@@ -144,7 +144,9 @@ class Catalogue:
 
 
 def weight_precision(name: TargetName) -> str:
-    """Returns a target's key of `bound.PRECISIONS`. OpenVINO quantizes activations to 8 bits, as llama.cpp does."""
+    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO quantizes activations to 8 bits, as llama.cpp
+    does.
+    """
     if name.kind == "openvino" and name.precision == "int8":
         return "q8_0"
     return {"f16": "bf16"}.get(name.precision, name.precision)

@@ -14,7 +14,9 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """The attention of a layer, or its replacement (a recurrent layer): the interface of `decoder.ATTENTIONS`."""
+    """The attention of one layer, or its replacement (such as a recurrent layer): the interface of
+    `decoder.ATTENTIONS`.
+    """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
         """Returns the metadata that all layers of this KV cache group share in a step. index: index of the group."""

@@ -51,11 +51,8 @@ class Answer:
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""
-        self._secret, self._challenge, self._nonce = (
-            gang_secret,
-            str(challenge["nonce"]),
-            secrets.token_hex(NONCE_BYTES),
-        )
+        self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
+        self._challenge = str(challenge["nonce"])
         self._peer_has_secret = bool(challenge["secret"])
 
     def explain(self, error: OSError) -> OSError:

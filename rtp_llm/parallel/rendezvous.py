@@ -100,7 +100,9 @@ class Rendezvous:
         return assigned
 
     def begin_epoch(self, assigned: dict[int, Worker]) -> None:
-        """Assigns the ranks of the next communicator. Workers that have a KV cache determine its size."""
+        """Assigns the ranks for the next communicator. The size of its KV cache is that of workers which already have
+        one.
+        """
         sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
         self.kv_cache = sizes[0] if sizes else self.kv_cache
         for worker in self.workers:

@@ -45,7 +45,9 @@ class RestartBudget:
             self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
-        """Returns how many failures count. verdicts: by epoch, what ended it: request, engine or investigating."""
+        """Returns the number of failures that count. verdicts: by epoch, what ended it: "request", "engine" or not
+        known yet ("investigating").
+        """
         return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 
     def is_spent(self, now: float, verdicts: dict[str, str]) -> bool:

@@ -32,7 +32,9 @@ class StoredResponse:
 
     @property
     def size(self) -> int:
-        """Returns the characters of its text, roughly its bytes. Excludes what a response still generates."""
+        """Returns the number of characters of its text, which is roughly its size in bytes. Excludes the tokens of a
+        response that is still generated.
+        """
         return len(self._conversation) + len(self.input_items) + len(self._final) + self._frames_size
 
     @property
