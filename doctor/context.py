@@ -39,8 +39,8 @@ ANY_GPUS = 1 << 20
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """The settings as the server parses them. `config`: the valid settings, with typos corrected in the names of
-    variables that determine the plan (PLAN_VARIABLES).
+    """The settings as the server parses them. `config`: the settings, with the default where one is invalid, and with
+    typos corrected in the names of variables that determine the plan (PLAN_VARIABLES).
 
     `config_errors`: one error per invalid setting. `misspelled`: pairs of (name that is set, name that was probably
     meant).
@@ -89,7 +89,9 @@ class CheckContext:
 
     @cached_property
     def config(self) -> Config:
-        """Returns the valid settings. Names of models that the cache has are replaced by their folders in it."""
+        """Returns the settings, the default where one is invalid. Names of models that the cache has are replaced by
+        their folders in it.
+        """
         return localized(self.parsed_config.config)
 
     @cached_property
@@ -266,7 +268,9 @@ class CheckContext:
 
 
 def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
-    """Parses flags and environment. Returns the valid settings and an error for each invalid one."""
+    """Parses flags and environment. Returns the settings, without the invalid ones, and an error for each of those. If
+    a flag is invalid, ignores all flags.
+    """
     errors: list[ConfigError] = []
     corrected: set[str] = set()
     misspelled: tuple[tuple[str, str], ...] = ()

@@ -91,7 +91,9 @@ class _Examiner:
         self._unconfirmed: list[int] = []
 
     async def enforce(self, examine: Callable[[], None]) -> None:
-        """Runs `compare` or `conclude`. Raises their errors if the parts themselves confirm what they are based on."""
+        """Runs `compare` or `conclude`. Raises its FatalError only if it remains after all parts have confirmed their
+        reports at their addresses: without GANG_SECRET, reports can be forged.
+        """
         try:
             await asyncio.to_thread(examine)
         except FatalError as error:
@@ -108,8 +110,8 @@ class _Examiner:
         """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
         links.
 
-        Raises GangError if the parts disagree and the rendezvous, which some may be unable to reach, has not ended
-        them.
+        Raises GangError if RTP_DOCTOR=enforce and the parts disagree for DISAGREE_SECONDS, unless gang.json has ranks:
+        they have reached the rendezvous, which ends these parts.
         """
         evidence = self._read_evidence()
         if evidence != self._evidence:

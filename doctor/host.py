@@ -118,8 +118,8 @@ class Host:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """Returns the container runtime: RTP_RUNTIME if it is set, otherwise the one that files and variables indicate.
-        Never returns compose, which cannot be detected.
+        """Returns the container runtime: RTP_RUNTIME if it names one, otherwise kubernetes, docker or host, as files
+        and variables indicate; compose cannot be detected.
         """
         name = self.environ.get("RTP_RUNTIME", "")
         if name in list(Runtime):

@@ -65,7 +65,7 @@ def check_regular(path: Path, max_bytes: int | None = None) -> None:
 
 
 def _too_large(path: Path, max_bytes: int) -> NotRegularFileError:
-    return NotRegularFileError(0, f"it is larger than {max_bytes >> 20} MiB, the maximum", str(path))
+    return NotRegularFileError(0, f"the file is larger than {max_bytes >> 20} MiB, the maximum", str(path))
 
 
 def explain_missing(path: Path) -> str:

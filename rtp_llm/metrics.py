@@ -64,6 +64,9 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
         self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache")
         self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache")
+        self.drafts = counter("spec_decode_num_drafts", "Times that a step verified draft tokens of a sequence")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens verified, such as a grammar's")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted")
         self.preemptions = counter("num_preemptions", "Sequences returned to the queue because the KV cache was full")
         self.success = counter("request_success", "Finished sequences", "finished_reason")
         self.rejections = counter("admission_rejections", "Requests rejected with 429", "reason")
@@ -140,6 +143,9 @@ class Metrics:
             ("preemptions", self.preemptions),
             ("prefix_queries", self.prefix_queries),
             ("prefix_hits", self.prefix_hits),
+            ("drafts", self.drafts),
+            ("draft_tokens", self.draft_tokens),
+            ("accepted_tokens", self.accepted_tokens),
             ("flops", self.flops),
             ("read_bytes", self.read_bytes),
             ("write_bytes", self.write_bytes),

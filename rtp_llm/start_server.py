@@ -314,7 +314,7 @@ def _tail(path: Path, lines: int = 10) -> str:
 class SignalForwarder:
     """Forwards SIGTERM, SIGINT and SIGHUP to supervisord.
 
-    The first two signals that arrive are forwarded as SIGTERM, which stops the part in order; the third as SIGKILL.
+    The first two signals that arrive are forwarded as SIGTERM, which stops the part gracefully; the third as SIGKILL.
     """
 
     def __init__(self) -> None:

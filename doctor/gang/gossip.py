@@ -312,8 +312,8 @@ class GossipSession:
         return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
     async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
-        """Probes the parts in `members`, then exchanges reports until `converged`, at most until `deadline` (monotonic
-        seconds).
+        """Probes the parts in `members`, then exchanges reports until every part has those of all (`converged`), at
+        most until `deadline` (monotonic seconds).
 
         If this part has not probed all links by then, `probing_done` of its report remains unset.
         """
@@ -424,12 +424,12 @@ async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeti
 
     Raises NotADoctorError if no greeting arrives, and WrongPartError if it comes from a different part.
     """
+    address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             greeting = await Greeting.read(reader)
     except (TimeoutError, ConnectionResetError) as error:
-        raise NotADoctorError("the program that listens on the doctor's port sends no greeting") from error
+        raise NotADoctorError(f"the program at {address} sends no greeting of a doctor") from error
     if greeting.part != member.index:
-        address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
         raise WrongPartError(f"part{greeting.part} instead of part{member.index} answers at {address}")
     return greeting

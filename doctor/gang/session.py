@@ -54,8 +54,12 @@ def open_session(
     observe_only: bool = False,
     persistent: bool = False,
 ) -> GossipSession:
-    """Returns a GossipSession (exchange of reports between parts), not yet started. `listening`: whether the doctor
-    listens on the ports that this part's server will use."""
+    """Returns a GossipSession (exchange of reports between parts), not yet started.
+
+    `problems`: errors that this part's own checks found, by check id. `listening`: whether the doctor listens on the
+    ports that this part's server will use. `observe_only`: receives reports and sends none. `persistent`: keeps waiting
+    for parts that gave up.
+    """
     part_report = local_part_report(ctx, plan, problems, listening)
     return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only, persistent=persistent)
 

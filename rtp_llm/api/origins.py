@@ -114,7 +114,7 @@ def host_name(authority: str) -> str:
 
 
 def is_local_host(host: str) -> bool:
-    """Returns whether `host` is an IP address or a loopback name, which no DNS server can point elsewhere."""
+    """Returns whether `host` is safe from DNS rebinding: any IP address, or a loopback name."""
     return _is_ip(host) or is_loopback_name(host)
 
 

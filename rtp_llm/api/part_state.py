@@ -49,8 +49,8 @@ class PartState:
         self._status_written_at, self._status_seen_at = 0, 0.0
 
     def gang_status(self) -> dict[str, Any]:
-        """Returns the gang status (state of all ranks) that the guard wrote last, and its `age` in seconds. It has no
-        ranks if the file is missing or stale.
+        """Returns the gang status (state of all ranks) that the guard, the process that watches this part's others,
+        wrote last, and its `age` in seconds. It has no ranks if the file is missing or stale.
         """
         path = self.part_spec.gang_status_path
         try:

@@ -62,7 +62,9 @@ class Probe(WorkerProcess):
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Sizes of a model, from which its costs follow. `head_weights` are read and multiplied per sampled token only."""
+    """Numbers of a model from which the time of its steps follows. `head_weights` (of the output head) are read and
+    multiplied per sampled token only.
+    """
 
     layer_weights: int
     head_weights: int
@@ -72,7 +74,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, checkpoint: Path, precision: Precision) -> "ModelCost":
-        """Returns the sizes of a model, from the headers of its checkpoint. Raises CheckpointError or ConfigError."""
+        """Returns the numbers of weights, bytes per token in the KV cache and operations per key of a model, from the
+        headers of its checkpoint. Raises CheckpointError or ConfigError.
+        """
         spec = read_spec(checkpoint)
         return cls(
             layer_weights(spec, 1),
@@ -112,7 +116,8 @@ class Bound:
 
     @classmethod
     def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
-        """Returns these maximum rates for a workload. `concurrency`: number of concurrent requests.
+        """Returns the highest rates that a machine with the measured `rates` allows for a workload. `concurrency`:
+        number of concurrent requests.
 
         A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
         bytes and total operations count.

@@ -45,8 +45,9 @@ class Case:
 class Run:
     """One measurement of a target (an engine or server) with a case (a load).
 
-    bound     None if the model is not known, or if the load has a fixed request rate
-    requests  summaries of the records
+    bound     the highest rates that the machine allows; None if the model is not known, or if the load has a fixed
+              request rate
+    requests  a summary of each request
     """
 
     case: str

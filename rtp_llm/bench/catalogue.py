@@ -62,9 +62,9 @@ class TargetName:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Creates targets by name.
+    """Creates targets (engines to measure) by name.
 
-    pythons  Python interpreters in which to look for peers, in this order
+    pythons  Python interpreters in which to look for peers (other engines), in this order
     folder   for converted weights and logs; they can be reused
     """
 
@@ -73,7 +73,7 @@ class Catalogue:
     folder: Path
 
     def make(self, name: TargetName) -> Target:
-        """Returns the target; enter its context to start it. Raises AbsentError if the peer is not installed."""
+        """Returns the target; enter its context to start it. Raises AbsentError if its engine is not installed."""
         makers = {
             "ours": self._ours,
             "offline": self._offline,
@@ -144,8 +144,8 @@ class Catalogue:
 
 
 def weight_precision(name: TargetName) -> str:
-    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO quantizes activations to 8 bits, as llama.cpp
-    does.
+    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO's int8 is "q8_0" there, llama.cpp's 8-bit format:
+    both quantize activations, too.
     """
     if name.kind == "openvino" and name.precision == "int8":
         return "q8_0"

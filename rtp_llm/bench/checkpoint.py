@@ -56,7 +56,10 @@ CHAT_TEMPLATE = (
 
 
 def find_shape(name: str) -> dict[str, Any]:
-    """Returns the config.json of a model shape. Raises ConfigError if the name is unknown."""
+    """Returns the config.json of a shape: the sizes of a known model, for which weights are made up.
+
+    Raises ConfigError if the name is not one of SHAPES.
+    """
     if name not in SHAPES:
         raise ConfigError(f"--shape {name}: unknown; allowed: {', '.join(SHAPES)}")
     return SHAPES[name]

@@ -29,7 +29,7 @@ class Report:
     environment  machine, commit, command, date
     targets      by name, in the order of the table
     absent       {target name: why it could not be measured}
-    rates        rates of the machine, measured between the runs
+    rates        bytes and operations per second of the machine, measured between the runs
     """
 
     environment: dict[str, Any]
@@ -69,7 +69,7 @@ class Report:
         return self.median(case, target, rate_of(case))
 
     def bound(self, case: Case, target: str) -> float:
-        """Returns the upper bound of `rate`; 0 if it is not known."""
+        """Returns the highest `rate` that the machine allows for a case, in tokens per second; 0 if it is not known."""
         return self.median(case, target, lambda run: getattr(run.bound, _rate_name(case), 0.0))
 
 

@@ -111,9 +111,9 @@ class ServerTarget(UrlTarget):
             connection.close()
             time.sleep(POLL_SECONDS)
         code = self._process.poll()
-        state = "is not ready" if code is None else f"ended with exit code {code}"
+        state = "was not ready" if code is None else f"ended with exit code {code}"
         end = self.log.read_text(errors="replace")[-2000:]
-        raise WorkerError(f"{self.name} {state} after {START_SECONDS:.0f} s at most; end of its log:\n{end}")
+        raise WorkerError(f"{self.name} {state} within {START_SECONDS:.0f} s of its start; end of its log:\n{end}")
 
 
 def own_server(

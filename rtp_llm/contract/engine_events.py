@@ -39,6 +39,9 @@ class EngineStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
+    drafts: int = 0  # times that a step verified draft tokens of a request
+    draft_tokens: int = 0  # draft tokens verified
+    accepted_tokens: int = 0  # of these
     flops: int = 0
     read_bytes: int = 0
     write_bytes: int = 0

@@ -28,8 +28,8 @@ class Step:
     new_sequences: [N, 3] int32, (slot, tokens of the prompt, computed tokens) of the sequences that enter.
     rewinds: [X, 2] int32, (slot, computed tokens) of the sequences with fewer computed tokens than were scheduled,
         because draft tokens were rejected.
-    retired_blocks: [R] int32, KV blocks that save memory: every rank returns their pages to the kernel, before it uses
-    new blocks.
+    retired_blocks: [R] int32, free KV blocks that are given up to save memory: every rank returns their pages to the
+        kernel, before it uses new blocks.
     new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
     slots: [S] int32, slots of the sequences in this step.
     counts: [S] int32, number of tokens of each sequence.

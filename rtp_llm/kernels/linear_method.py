@@ -166,8 +166,8 @@ class Prepacked(LinearMethod):
         return {"weight": torch.ops.mkldnn._reorder_linear_weight(loaded["weight"].detach(), None)}
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Measures whether the other rows change the bits of a row (implements `LinearMethod`). If only a single row
-        gives other bits, single rows are padded from now on.
+        """Measures whether the result for a row (token) depends on the other rows of the batch (implements
+        `LinearMethod`). If only a row that is alone in its batch gets other bits, such rows are padded from now on.
         """
         if self.batch_invariant is None:
             differing = self._differing_row_counts(weights)

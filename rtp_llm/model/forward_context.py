@@ -14,8 +14,8 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """The attention of one layer, or its replacement (such as a recurrent layer): the interface of
-    `decoder.ATTENTIONS`.
+    """Interface of a layer's attention, or of its replacement (such as a recurrent layer). `decoder.ATTENTIONS` lists
+    the implementations by name.
     """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
@@ -57,7 +57,9 @@ class ForwardContext:
         attentions: Sequence[Attention],
         on_layer: Callable[[], None] = lambda: None,
     ) -> "ForwardContext":
-        """Returns the context of a step. attentions: of all layers; the first of each group prepares its metadata."""
+        """Returns the context of a step. attentions: the attention of each layer; the first one of each KV cache group
+        prepares the metadata of the group.
+        """
         metadata = [attentions[group.layers[0]].prepare(batch, i, group) for i, group in enumerate(layout.groups)]
         return cls(batch, caches, layout.group_of_layer, metadata, on_layer)
 

@@ -86,7 +86,7 @@ class Coordinator:
             self.serve_once()
 
     def serve_once(self) -> None:
-        """Waits for the next events and handles them."""
+        """Waits for connections and frames of workers and guards, at most until heartbeats are due. Handles them."""
         self._port.serve_once(self._send_at)
         if time.monotonic() >= self._send_at:
             self._send_at = time.monotonic() + HEARTBEAT_INTERVAL_SECONDS
@@ -112,7 +112,10 @@ class Coordinator:
                 self._failure = f"rank {peer.worker.rank}: {message['reason']}"
                 self._failed_at = time.monotonic()
         else:
-            raise WireError(f"the peer sent an unexpected {frame_type.name} frame")
+            raise WireError(
+                f"the peer sent {frame_type.name}; allowed: HELLO, after that HEARTBEAT, and EPOCH_ENDED from a worker;"
+                " do all parts run the same release?"
+            )
         if peer:
             peer.last_seen = time.monotonic()
 
@@ -124,17 +127,19 @@ class Coordinator:
             host = connection.address.rpartition(":")[0]
             self._refusal, self._refused_at = f"{host}: {error}", time.monotonic()
             raise
-        if not self.rendezvous.is_member(int(message["part"]), dict(message["fingerprint"])):
-            raise WireError(
-                f"the peer is not a part of this gang, which has parts 0-{self.part_spec.plan.num_parts - 1} and the"
-                f" fingerprint of part 0, version {self.part_spec.fingerprint.get('version')}"
-            )
+        part, last_part = int(message["part"]), self.part_spec.plan.num_parts - 1
+        if not self.rendezvous.is_member(part, dict(message["fingerprint"])):
+            reason = f"it says that it is part {part}, allowed: 0 to {last_part}"
+            if 0 <= part <= last_part:
+                version = self.part_spec.fingerprint.get("version")
+                reason = f"most of its settings, model and version differ from those of part 0 (version {version})"
+            raise WireError(f"the peer is not a part of this gang: {reason}; should it connect to another gang?")
         # A machine that loses power does not close its connections: with this timeout, unacknowledged data is an error.
         heartbeat_ms = round(self.part_spec.config.heartbeat_timeout * 1000)
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, heartbeat_ms)
         peer = self._peers.get(connection) or _Peer(connection)
         if message["kind"] == "guard":
-            peer.guarded_part = int(message["part"])
+            peer.guarded_part = part
         else:
             worker = Worker.from_hello(message, connection.address)
             if peer.worker:
@@ -218,7 +223,8 @@ class Coordinator:
             last = max(last, int(path.read_text()) if path.exists() else 0)
             path.write_text(str(last + 1))
         except OSError as error:
-            log.error("cannot write the epoch number to %s: %s", path, error.strerror)
+            text = "cannot write the number of this start of the gang (epoch) to %s: %s; a restart may use it again"
+            log.error(text, path, error.strerror)
         return last + 1
 
     def _part0_address(self) -> str:

@@ -105,8 +105,8 @@ class GangClient:
         self._recover_by_restart(reason)
 
     def check_epoch(self) -> None:
-        """Raises CommunicationError if the coordinator has ended the current epoch (a rank is lost), even if that was
-        before `abort_epoch` was set.
+        """Raises CommunicationError if the coordinator has ended the current epoch (a rank is lost), even if it did so
+        before there was a callback `abort_epoch` to call.
         """
         if self._is_leaving:
             raise CommunicationError(
@@ -223,7 +223,9 @@ class GangClient:
                 self._rejection = str(message["message"])
                 self._changed.notify_all()
         else:
-            raise WireError(f"the coordinator sent an unexpected {frame_type.name} frame")
+            raise WireError(
+                f"the coordinator sent an unexpected {frame_type.name} frame; do all parts run the same release?"
+            )
 
     def _begin_epoch(self, connection: CoordinatorConnection, message: dict[str, Any]) -> None:
         rank, is_part0 = int(message["rank"]), self.part_spec.plan.part == 0

@@ -18,7 +18,9 @@ NONCE_BYTES = 16
 
 
 def read_secret(config: Config) -> bytes:
-    """Returns GANG_SECRET, from the environment if the settings were read from part.json; empty if not set."""
+    """Returns GANG_SECRET of the settings, or of the environment if they are from part.json, which has no secrets;
+    empty if not set.
+    """
     return secret(config) or os.environ.get("GANG_SECRET", "").strip().encode()
 
 
@@ -64,7 +66,7 @@ class Answer:
         return SecretError(f"{error}: GANG_SECRET {state}; set the same on all parts")
 
     def sign(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns the message with a nonce and its HMAC."""
+        """Returns the message with a nonce, and an HMAC over this message and the challenge."""
         message = message | {"nonce": self._nonce, "secret": bool(self._secret)}
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 
@@ -75,7 +77,7 @@ class Answer:
 
 
 class SecretError(WireError):
-    """The parts have different secrets."""
+    """GANG_SECRET is not the same on both parts."""
 
 
 def _sign(gang_secret: bytes, nonce: str, message: Any) -> str:

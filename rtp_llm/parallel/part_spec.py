@@ -86,7 +86,9 @@ class PartSpec:
 
     @property
     def exit_code_file(self) -> Path:
-        """Returns the path of the file with the part's exit code, which the guard writes and start_server reads."""
+        """Returns the path of the file with the part's exit code. The guard, which watches the part's processes, writes
+        it before it ends the part; start_server reads it.
+        """
         return self.run_dir / "exit_code"
 
     @property

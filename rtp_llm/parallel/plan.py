@@ -232,8 +232,8 @@ def _local_world_size(config: Config, world: int, gpus: int, members: int) -> in
         raise _inconsistent(f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {allowed}")
     if not config.local_world_size and members > 1 and world // local != members:
         raise _inconsistent(
-            f"the member list has {members} members, but LOCAL_WORLD_SIZE is unset and would be {local};"
-            f" set LOCAL_WORLD_SIZE={max(1, world // members)}",
+            f"the member list has {members} members, but WORLD_SIZE={world} with the default"
+            f" LOCAL_WORLD_SIZE={local} needs {world // local}; set LOCAL_WORLD_SIZE={max(1, world // members)}",
             fix=f"set LOCAL_WORLD_SIZE={max(1, world // members)}",
         )
     return local

@@ -85,13 +85,13 @@ class RankStatus:
         self.phase_changed.set()
 
     def begin_epoch(self, rank: int) -> None:
-        """Records that this process now serves as `rank`, in the communicator with the number `epoch`."""
+        """Records that this process serves as `rank` from now on, in a new communicator of the ranks."""
         self.rank, self.progress_count, self.is_waiting, self.is_in_collective = rank, 0, False, bool
         self.set_phase("rendezvous")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the content of a heartbeat: the public fields, `idle_s`, the seconds since the last progress, and
-        `in_collective`, whether this rank waits for others.
+        """Returns the content of a heartbeat: the public fields, `idle_s` (seconds since the last progress),
+        `in_collective` (whether this rank waits for others) and `available_bytes` (memory of the machine).
         """
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]

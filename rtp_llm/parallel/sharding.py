@@ -59,9 +59,9 @@ def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -
 def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int, granularity: int = 1) -> range:
     """Returns the columns of gate_proj and up_proj, and thus the rows of down_proj, that belong to one rank.
 
-    Boundaries are multiples of 64, since matrix units compute in tiles of that size, or of a smaller power of two if 64
-    does not divide the size or would leave a rank without columns. They are multiples of `granularity` too, which must
-    divide the size. Raises ConfigError if there are not enough multiples for all ranks.
+    Boundaries are multiples of 64 (the tile size of matrix units), or of a smaller power of two if 64 does not divide
+    `intermediate_size` or would leave a rank without columns. They are multiples of `granularity` too, which must
+    divide `intermediate_size`. Raises ConfigError if there are not enough multiples for all ranks.
     """
     candidates = (lcm(u, granularity) for u in (64, 32, 16, 8, 4, 2, 1))
     unit = next((u for u in candidates if intermediate_size % u == 0 and intermediate_size // u >= tp_size), 0)

@@ -50,15 +50,24 @@ class Exchange(Protocol):
         ...
 
     def all_reduce(self, tensor: Tensor) -> bool:
-        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
+        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
-        """Writes the tensors of all ranks to `gathered`: [size, elements] on rank 0, None on the others."""
+        """Writes the tensors of all ranks to `gathered`: [number of ranks, elements] on rank 0, None on the others.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
     def broadcast(self, tensor: Tensor) -> bool:
-        """Copies rank 0's tensor into those of the others, in place."""
+        """Copies rank 0's tensor into those of the others, in place.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
 
@@ -156,7 +165,7 @@ class TorchExchange:
         """Calls `use` with each piece of the tensor that fits a slot, and with those of all ranks, [size, elements].
         Returns False if one is missing.
         """
-        for chunk in torch.split(tensor.view(-1), SLOT_BYTES // tensor.element_size()):
+        for chunk in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
             chunks = self._share(chunk)
             if chunks is None:
                 return False

@@ -31,11 +31,12 @@ def accept_ranks(listener: socket.socket, part_spec: PartSpec, assignment: Assig
 
     def on_frame(connection: Connection, frame_type: FrameType, message: dict[str, Any]) -> None:
         if frame_type != FrameType.JOIN:
-            raise WireError(f"a process that connected for steps sent {frame_type.name} instead of JOIN")
+            raise WireError(f"the peer sent {frame_type.name} first; allowed: JOIN, from ranks of the same release")
         connection.challenge.check(message)
         if (message["incarnation"], message["epoch"]) != (assignment.incarnation, assignment.epoch):
             raise WireError(
-                f"the peer is a rank of the gang's epoch (start number) {message['epoch']}, this is {assignment.epoch}"
+                f"the peer is a rank of epoch {message['epoch']} (number of the gang's start) or of another"
+                f" coordinator; rank 0 is in epoch {assignment.epoch}"
             )
         rank = int(message["rank"])
         if rank in ranks or not 0 < rank < size:

@@ -28,8 +28,8 @@ MAX_KNOWN_PIDS = 1000
 
 
 class GangWatch:
-    """The guard's connection to the coordinator: a thread that receives the status of all ranks, and orders to kill a
-    hung rank of this part (KILL frames).
+    """The guard's connection to the coordinator: a thread that receives the status of all ranks, and kills a hung rank
+    of this part when the coordinator says so (KILL frame).
     """
 
     def __init__(self, part_spec: PartSpec):

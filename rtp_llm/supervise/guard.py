@@ -72,7 +72,9 @@ class RestartHistory:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def recent_failures(self, budget: str, now: float) -> list[Failure]:
-        """Returns the failures of a budget's window. Their times are of the same clock: a reboot ends the part."""
+        """Returns the failures of a budget in the last WINDOW_SECONDS. `now`: monotonic seconds, comparable with the
+        times in the file, since a reboot ends the part.
+        """
         failures = [Failure(**values) for values in self.failures.get(budget, [])]
         return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
 
@@ -97,7 +99,9 @@ class Watchdog:
         self._changed_at: dict[str, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
-        """Call it every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
+        """Sets the current time; call it every POLL_SECONDS. A much longer pause does not count as silence: this
+        process, and perhaps all others, were stopped.
+        """
         if now - self._now > FROZEN_SECONDS:
             self._awake_since = now
         self._now = now

@@ -32,8 +32,8 @@ class ControlTokens:
     """The control tokens of a tokenizer and of chat templates with the sources `templates`.
 
     These are the special tokens, and the added tokens in angle brackets that a template writes: `<tool_call>` is not
-    special in Qwen's tokenizers. The latter keep their effect in assistant messages, because clients get them as text
-    and send them back. Clients never get the text of a special token.
+    special in Qwen's tokenizers. In messages they become plain text, except for the latter in assistant messages,
+    because clients get them as text and send them back. Clients never get the text of a special token.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: Collection[str]):
@@ -55,7 +55,7 @@ class ControlTokens:
         """Returns the JSON value with `mark` inserted into the control tokens that its strings and keys contain, so
         that they have no effect.
 
-        `is_answer`: the strings are from an assistant message.
+        `is_answer`: the strings are from an assistant message, in which only special tokens lose their effect.
         """
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 

@@ -130,8 +130,8 @@ class Scanner:
         return text
 
     def until(self, markers: Sequence[str], sink: Sink) -> Reading[str]:
-        """Reads up to the first of the markers and returns that marker without reading it; "" if there is none up to
-        the end.
+        """Passes the text up to the first of the markers to `sink`, as it arrives. Returns that marker, which is not
+        read yet; "" if there is none up to the end.
 
         No marker may be a prefix of another one.
         """

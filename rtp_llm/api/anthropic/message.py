@@ -28,7 +28,9 @@ class MessageBuilder:
         yield {"type": "message_start", "message": message | {"usage": self._usage()}}
 
     def add(self, delta: OutputDelta) -> Iterator[Event]:
-        """Yields the events of a delta: its text, after a new block if the delta does not continue the current one."""
+        """Yields the events of a delta (content, reasoning or a tool call). If it does not continue the current content
+        block, they first end that block and start another.
+        """
         if delta.call:
             if delta.call.index != self._call_index:
                 yield from self._open(_call_block(delta.call), delta.call.index)
