@@ -158,8 +158,7 @@ class CheckContext:
 
     @property
     def on_gpu(self) -> bool:
-        """Returns whether the ranks run on GPUs: from the plan, or without a plan from RTP_DEVICE and the visible
-        GPUs."""
+        """Returns whether the ranks run on GPUs: from the plan, else from RTP_DEVICE and the visible GPUs."""
         if self.plan:
             return self.plan.device == "cuda"
         return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
@@ -180,13 +179,12 @@ class CheckContext:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Returns the parts of the gang whose addresses are configured, with name, address and port; empty without a
-        plan."""
+        """Returns the parts of the gang whose addresses are configured; empty without a plan."""
         return self.plan.members if self.plan else ()
 
     @property
     def local_member(self) -> Member | None:
-        return next((m for m in self.members if self.plan and m.index == self.plan.part), None)
+        return self.plan.member(self.plan.part) if self.plan else None
 
     @property
     def peers(self) -> list[Member]:
@@ -298,9 +296,7 @@ def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
 
 
 def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
-    """Returns the plan. If the settings are inconsistent, returns a guess of the plan, and the error with which the
-    server would exit.
-    """
+    """Returns the plan, or a guess if the settings are inconsistent, and the error with which the server would exit."""
     try:
         plan = make_plan(config, num_gpus)
         return PlanResult(plan, nat=check_address(plan, addresses) or "")

@@ -76,9 +76,7 @@ class OriginPolicy:
 
 
 class OriginMiddleware(CORSMiddleware):
-    """CORS, and rejection of requests that `policy` refuses. `policy` is None if requests need an API key: then any
-    origin is allowed.
-    """
+    """CORS, and rejection of what `policy` refuses. None, if requests need an API key, allows any origin."""
 
     def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[str, RequestError], Response]):
         origins: Collection[str] = () if policy else ("*",)

@@ -38,9 +38,7 @@ class Health:
 
 
 class PartState:
-    """Reads the state of the processes of this part (container), and the gang status (state of all ranks of all parts)
-    that the guard process writes.
-    """
+    """Reads the state of this part's processes, and the gang status (all ranks of all parts) from the guard's file."""
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""

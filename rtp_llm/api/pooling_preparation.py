@@ -35,9 +35,7 @@ class PackedPrompt:
 
 @dataclass(frozen=True)
 class PreparedInputs(Generic[Body]):
-    """A validated embedding or rerank request, with the token ids of its inputs in `prompts`. `body` no longer has the
-    texts.
-    """
+    """A validated embedding or rerank request: `prompts` are the token ids of its inputs, `body` lacks their texts."""
 
     body: Body
     prompts: list[PackedPrompt]

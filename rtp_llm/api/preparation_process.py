@@ -116,9 +116,7 @@ class PreparationProcess:
 def prepare_recorded(
     work: Work[T], preparation: Preparation, raw: bytes, limits: PromptLimits
 ) -> tuple[T, FieldRecord]:
-    """Calls `work` (a method that validates and tokenizes a body) with `raw`. Returns its result and a record of the
-    body's ignored fields.
-    """
+    """Calls `work`, which validates and tokenizes a body. Returns its result and the record of ignored fields."""
     with recording() as record:
         return work(preparation, raw, limits), record
 

@@ -81,9 +81,7 @@ class RerankEndpoints:
 
 @dataclass(frozen=True)
 class RerankPreparation:
-    """Turns the body of a rerank request into the prompts of a reranking model: validates it and tokenizes each pair of
-    query and document.
-    """
+    """Turns a rerank request into a reranking model's prompts: one of tokens per pair of query and document."""
 
     format: RerankFormat
 

@@ -248,9 +248,7 @@ class Service:
 
 
 class RequestTimer:
-    """Measures one sequence (a request has n of them per prompt): its token counts and times go to the metrics and to
-    the request's line in the access log.
-    """
+    """Adds the token counts and times of one sequence to the metrics and to the request's access log line."""
 
     def __init__(self, metrics: Metrics, prompt: Sized, params: SamplingParams):
         self.metrics, self._record = metrics, access_log.current().add_sequence(prompt)

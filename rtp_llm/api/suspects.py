@@ -67,9 +67,7 @@ class SuspectTracker(Generic[R]):
         return not self._groups or request in self._groups[0]
 
     def is_known_culprit(self, request: R, now: float) -> bool:
-        """Returns whether a request with the same fingerprint was recently found to crash the engine. `now`: seconds,
-        of a monotonic clock.
-        """
+        """Returns whether a request of this fingerprint recently crashed the engine. `now`: monotonic seconds."""
         self._forget_culprits(now)
         return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
 

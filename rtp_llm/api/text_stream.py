@@ -24,9 +24,7 @@ class TextParams:
 
 @dataclass
 class OutputChunk:
-    """New text of one sequence. Only the sequence's last chunk has a finish reason, and perhaps the stop string that
-    ended it.
-    """
+    """New text of one sequence. Only its last chunk has a finish reason, and perhaps the stop string that ended it."""
 
     text: str
     tokens: list[int]

@@ -50,22 +50,14 @@ class MachineRates:
     operations: dict[str, float]
 
 
-class Probe:
-    """Context manager that measures the machine's rates (bytes read and operations per second), which takes about two
-    seconds.
-    """
+class Probe(WorkerProcess):
+    """Context manager that measures the machine's rates, bytes read and operations per second. Takes two seconds."""
 
     def __init__(self) -> None:
-        self._worker = WorkerProcess("rtp_llm.bench.probe", str(usable_cores()))
-
-    def __enter__(self) -> "Probe":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.__exit__()
+        super().__init__("rtp_llm.bench.probe", str(usable_cores()))
 
     def measure(self) -> MachineRates:
-        return MachineRates(**self._worker.ask({}))
+        return MachineRates(**self.ask({}))
 
 
 @dataclass(frozen=True)
@@ -116,9 +108,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Bound:
-    """The rates of a `summary.Summary`, in tokens per second, that the machine's memory and arithmetic allow at
-    most.
-    """
+    """The rates of a `summary.Summary`, in tokens per second, that memory and arithmetic allow at most."""
 
     output_rate: float
     input_rate: float
@@ -158,15 +148,8 @@ def machine() -> dict[str, object]:
     """Returns what identifies the machine in a report: CPU model, CPU flags that kernels use, cores, memory."""
     fields = dict(_cpuinfo())
     wanted = (
-        "avx2",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_bf16",
-        "amx_int8",
-        "bf16",
+        *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+        *("amx_tile", "amx_bf16", "amx_int8", "bf16"),
     )
     flags = fields.get("flags", fields.get("Features", "")).split()
     return {

@@ -30,6 +30,7 @@ PRECISIONS_OF = {
     "vllm": ("bf16",),
     "transformers": ("bf16",),
 }
+# Bits per weight; targets with the same number are compared.
 GROUPS = {"fp32": "fp32", "bf16": "16", "f16": "16", "int8": "8", "w8a8": "8", "q8_0": "8", "int4": "4", "q4_0": "4"}
 ALL_NAMES = tuple(f"{kind}-{precision}" for kind, all_of in PRECISIONS_OF.items() for precision in all_of)
 DEFAULT_NAMES = tuple(name for name in ALL_NAMES if name not in ("ours-fp32", "ours-int8") and "offline" not in name)
@@ -57,11 +58,6 @@ class TargetName:
             raise ConfigError(f"--targets {text}: unknown; allowed: {', '.join(ALL_NAMES)}")
         pairs = [pair.partition("=") for pair in settings.split("+") if pair]
         return cls(text, kind, precision, {key: value for key, _, value in pairs})
-
-    @property
-    def group(self) -> str:
-        """Returns the number of bits per weight; targets with the same number are compared."""
-        return GROUPS[self.precision]
 
 
 @dataclass(frozen=True)
@@ -112,16 +108,7 @@ class Catalogue:
 
     def _vllm(self, name: TargetName) -> Target:
         port = free_port()
-        options = [
-            "--port",
-            str(port),
-            "--dtype",
-            "bfloat16",
-            "--served-model-name",
-            "bench",
-            "--max-model-len",
-            "10240",
-        ]
+        options = ["--dtype=bfloat16", "--served-model-name=bench", "--max-model-len=10240", f"--port={port}"]
         program = str(Path(self._python("vllm")).with_name("vllm"))
         command = [program, "serve", str(self.checkpoint), *options]
         return ServerTarget(name.text, command, port, self._log(name), {"VLLM_CPU_KVCACHE_SPACE": "2"})

@@ -107,20 +107,8 @@ def _fairness(case: Case) -> Value:
 
 
 HEADER: tuple[str, ...] = (
-    *(
-        "case",
-        "target",
-        "tok/s",
-        "decode",
-        "TTFT p50",
-        "TTFT p99",
-        "ITL p50",
-        "ITL p99",
-        "x fair",
-        "E2E p50",
-        "E2E p99",
-    ),
-    *("goodput", "bound", "ours / it", "errors"),
+    *("case", "target", "tok/s", "decode", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "x fair"),
+    *("E2E p50", "E2E p99", "goodput", "bound", "ours / it", "errors"),
 )
 LEGEND = """\
 tok/s: of output, or of the prompt where an answer has one token. decode: of one request after its first token. Times in

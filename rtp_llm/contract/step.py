@@ -59,9 +59,7 @@ class Step:
         return int(self.counts.sum())
 
     def to_bytes(self) -> bytes:
-        """Returns the payload of a STEP frame, which rank 0 sends: epoch, number, digest, the number of rows of each
-        array, the arrays.
-        """
+        """Returns the payload of a STEP frame: epoch, number, digest, the number of rows of each array, the arrays."""
         arrays = [getattr(self, name) for name in ARRAYS]
         lengths = np.array([len(array) for array in arrays], np.int32)
         header = HEADER.pack(self.epoch, self.number, self.digest)

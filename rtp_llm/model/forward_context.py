@@ -20,7 +20,6 @@ class Attention(Protocol):
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
         """Returns the metadata that all layers of this KV cache group share in a step. index: index of the group."""
-        ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
         """Returns an upper bound, in bytes, of the memory that a step needs besides the layer's input, its projections
@@ -28,11 +27,9 @@ class Attention(Protocol):
 
         max_tokens: of the step. max_seq_len: tokens of its longest sequence.
         """
-        ...
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """x: [T, hidden_size]. Returns this rank's partial result, of the same shape."""
-        ...
 
 
 @dataclass(frozen=True)

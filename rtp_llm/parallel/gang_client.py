@@ -74,9 +74,7 @@ class GangClient:
         threading.Thread(target=self._stay_connected, name="gang", daemon=True).start()
 
     def wait_for_work(self) -> None:
-        """Blocks until this process has a rank, or is the spare (which replaces a lost rank) and the gang serves.
-        Raises GangError.
-        """
+        """Blocks until this process has a rank, or is the spare of a gang that serves. Raises GangError."""
         with self._changed:
             while not (self._assignment or self._serves()):
                 self._check_rejection()
@@ -101,9 +99,7 @@ class GangClient:
             self._leave_epoch()
 
     def fail_epoch(self, reason: str) -> None:
-        """Tells the coordinator that this rank cannot continue, so that all ranks drop the communicator and meet
-        again.
-        """
+        """Tells the coordinator that this rank cannot continue, so that all ranks meet again."""
         epoch = self._assignment.epoch if self._assignment else 0
         self._send(FrameType.EPOCH_ENDED, {"epoch": epoch, "reason": reason})
         self._recover_by_restart(reason)

@@ -25,9 +25,7 @@ def read_secret(config: Config) -> bytes:
 
 
 class Challenge:
-    """The half of the listening side in the authentication of a connection by GANG_SECRET, the secret that all parts
-    share.
-    """
+    """The listening side's half of the authentication of a connection by GANG_SECRET."""
 
     def __init__(self, gang_secret: bytes):
         self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
@@ -51,17 +49,12 @@ class Challenge:
 
 
 class Answer:
-    """The half of the connecting side in the authentication of a connection by GANG_SECRET: signs its first message for
-    the received challenge.
-    """
+    """The connecting side's half: signs its first message for the challenge that it has received."""
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""
-        self._secret, self._challenge, self._nonce = (
-            gang_secret,
-            str(challenge["nonce"]),
-            secrets.token_hex(NONCE_BYTES),
-        )
+        self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
+        self._challenge = str(challenge["nonce"])
         self._peer_has_secret = bool(challenge["secret"])
 
     def explain(self, error: OSError) -> OSError:

@@ -43,9 +43,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """The content of `part.json` in the run directory, and the paths of the sockets and state files in that
-    directory.
-    """
+    """The content of `part.json` in the run directory, and the paths of the other files and sockets there."""
 
     run_dir: Path
     config: Config
@@ -73,9 +71,7 @@ class PartSpec:
 
     @property
     def verdicts_path(self) -> Path:
-        """Returns the path of the file in which the API process records, for each loss of a rank, whether a request
-        caused it.
-        """
+        """Returns the file in which the API process records, for each loss of a rank, whether a request caused it."""
         return self.run_dir / "verdicts.json"
 
     @property

@@ -33,9 +33,7 @@ class RankStatus:
     open: int = 0  # unfinished requests, on rank 0
     weight_bytes: int = 0
     kv_bytes: int = 0
-    wait_s: float | None = (
-        None  # seconds per step spent waiting for other ranks in collectives, moving average; None if not measured
-    )
+    wait_s: float | None = None  # per step, for other ranks in collectives, moving average; None if not measured
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase
     progress_count: int = 0  # layers (on CPU) or steps computed in this epoch
     longest_s: float = 0.0  # the longest time between two of these
@@ -67,9 +65,7 @@ class RankStatus:
 
     @property
     def idle_seconds(self) -> float:
-        """Returns for how many seconds the main thread has made no progress; 0 while it waits for rank 0's next
-        step.
-        """
+        """Returns the seconds without progress of the main thread; 0 while it waits for rank 0's next step."""
         return 0.0 if self.is_waiting else time.monotonic() - self._last_progress
 
     def record_stall(self, is_stalled: bool) -> None:

@@ -58,9 +58,7 @@ class Worker:
 
 
 class Rendezvous:
-    """The workers of a gang (the processes of all parts), and the assignment of ranks to them whenever they form a
-    communicator.
-    """
+    """The workers (processes) of a gang, and the assignment of ranks to them for each communicator."""
 
     def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
         """`fingerprint`: fingerprint of part 0, which distinguishes members of this gang from other programs."""

@@ -76,8 +76,6 @@ def is_orphaned(path: Path) -> bool:
 
 
 def orphan_bytes() -> int:
-    """Returns how many bytes of memory the segments of killed servers in /dev/shm still use, including those of other
-    parts.
-    """
+    """Returns the bytes of memory that segments of killed servers, of any part, still use in /dev/shm."""
     orphans = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
     return sum(path.stat().st_blocks * 512 for path in orphans if path.exists())

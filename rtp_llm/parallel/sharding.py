@@ -30,16 +30,12 @@ class HeadShard:
         return len(self.groups) * self.group_size
 
     def slots(self) -> list[tuple[int, int]]:
-        """Returns (index among this rank's heads, index in the model) of every query head of this rank, without
-        padding.
-        """
+        """Returns (index among this rank's heads, index in the model) of every query head here, without padding."""
         return [(i * self.group_size + j, head) for i, group in enumerate(self.groups) for j, head in enumerate(group)]
 
 
 def even_split(total: int, num_ranges: int, index: int) -> range:
-    """Splits `total` items into `num_ranges` contiguous ranges whose sizes differ by at most one. Returns the range
-    with this `index`.
-    """
+    """Splits `total` items into `num_ranges` ranges as equal as possible. Returns the one with this `index`."""
     base, extra = divmod(total, num_ranges)
     start = index * base + min(index, extra)
     return range(start, start + base + (index < extra))
@@ -86,8 +82,6 @@ def shard_vocab(vocab_size: int, tp_size: int, tp_rank: int) -> range:
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
-    """Returns the vocabulary size rounded up to a multiple of 8 rows per rank, so that all ranks have shards of equal
-    size.
-    """
+    """Returns the vocabulary size rounded up, so that the shards of all ranks have equal multiples of 8 rows."""
     unit = 8 * tp_size
     return -(-vocab_size // unit) * unit

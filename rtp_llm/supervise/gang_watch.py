@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from rtp_llm import files
 from rtp_llm.parallel.coordinator_connection import (
     CONNECT_RETRY_SECONDS,
     REFUSED_RETRY_SECONDS,
@@ -113,10 +114,8 @@ class GangWatch:
         if status["message"]:
             self._log_waiting(str(status["message"]))
         path = self.part_spec.gang_status_path
-        temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(status))
-            os.replace(temporary, path)
+            files.replace(path, json.dumps(status))
         except OSError as error:  # on a full disk the ranks continue, and /health reports a stale status
             log.error("cannot write %s (status of all ranks): %s", path, error.strerror)
 

@@ -23,6 +23,7 @@ from typing import Any
 from supervisor import childutils
 from supervisor.xmlrpc import Faults, SupervisorTransport
 
+from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
 from rtp_llm.machine.process import exit_with_supervisord, run_main
@@ -84,18 +85,14 @@ class RestartHistory:
         self.last_exit[name] = status
         self.failures = {name: [asdict(f) for f in budget.failures] for name, budget in budgets.items()}
         content = {"restarts": self.restarts, "last_exit": self.last_exit, "failures": self.failures}
-        temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content))
-            temporary.replace(self.path)
+            files.replace(self.path, json.dumps(content))
         except OSError as error:  # a full disk must not prevent restarts
             log.error("cannot write %s, so the restart metrics are out of date: %s", self.path, error.strerror)
 
 
 class Watchdog:
-    """Measures for how long each process of the part has shown no sign of activity. Ignores clock changes and pauses of
-    the whole machine.
-    """
+    """Measures how long each process has shown no activity. Ignores clock changes and pauses of the machine."""
 
     def __init__(self) -> None:
         self._now = self._awake_since = time.monotonic()

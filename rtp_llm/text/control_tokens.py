@@ -60,9 +60,7 @@ class ControlTokens:
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 
     def encode(self, pieces: Sequence[str]) -> list[int]:
-        """Returns the ids of the concatenated pieces. A control token within a piece has its effect; one that spans
-        pieces is plain text.
-        """
+        """Returns the ids of the concatenated pieces. A control token has its effect only within a piece."""
         if len(pieces) == 1:
             return self._encode(pieces[0], add_special_tokens=False)
         # With the whole text, words at the cuts are encoded as if there were none.

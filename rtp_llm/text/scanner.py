@@ -115,9 +115,7 @@ class Scanner:
             yield
 
     def word(self, pattern: re.Pattern[str], max_length: int = 256) -> Reading[str]:
-        """Reads the text that matches `pattern` and returns it. Raises Malformed if it is empty or longer than
-        `max_length`.
-        """
+        """Returns the text that matches `pattern`. Raises Malformed if it is empty or longer than `max_length`."""
         text = ""
 
         def add(piece: str) -> None:

@@ -32,9 +32,7 @@ __all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat, in pieces. A control token within one of the `pieces` has its effect; one that spans two pieces
-    is plain text.
-    """
+    """A rendered chat, in `pieces`. A control token within a piece has its effect; across two it is plain text."""
 
     pieces: tuple[str, ...]
 

@@ -388,9 +388,7 @@ def _replacements_of_step(step: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's alphabet, {character: byte}: printable Latin-1 bytes map to themselves, the others to U+0100 and
-    above in order.
-    """
+    """Returns GPT-2's alphabet, {character: byte}: printable Latin-1 is itself, others are from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     unprintable = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(unprintable)}

@@ -105,9 +105,7 @@ def _call_block(call: ToolCallDelta) -> dict[str, Any]:
 
 
 def _parse_arguments(text: str) -> dict[str, Any]:
-    """Returns the arguments of a call. Invalid JSON, for example truncated by max_tokens, is returned as
-    {"INVALID_JSON": text}.
-    """
+    """Returns the arguments of a call. Invalid JSON, such as a truncated one, becomes {"INVALID_JSON": text}."""
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
