@@ -155,7 +155,7 @@ class TorchExchange:
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
         if gathered is None:
             return self._exchange(tensor, lambda chunk, chunks: None)
-        targets = iter(gathered.view(len(gathered), -1).split(SLOT_BYTES // tensor.element_size(), 1))
+        targets = iter(_split(gathered.view(len(gathered), -1)))
         return self._exchange(tensor, lambda chunk, chunks: next(targets).copy_(chunks))
 
     def broadcast(self, tensor: Tensor) -> bool:
@@ -165,7 +165,7 @@ class TorchExchange:
         """Calls `use` with each piece of the tensor that fits a slot, and with those of all ranks, [size, elements].
         Returns False if one is missing.
         """
-        for chunk in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
+        for chunk in _split(tensor.view(-1)):
             chunks = self._share(chunk)
             if chunks is None:
                 return False
@@ -212,3 +212,8 @@ def _counters(memory: Tensor, size: int) -> np.ndarray[tuple[int], np.dtype[np.i
         memory[: size * COUNTER_BYTES].numpy().view(np.int64).reshape(size, -1)[:, 0]
     )
     return counters
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Returns the parts of a tensor along its last dimension; the elements of a part, of one rank, fit a slot."""
+    return tensor.split(SLOT_BYTES // tensor.element_size(), -1)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,6 +1,7 @@
 """Decode steps that are replayed give the same logits, bit for bit, as steps whose layers are called one by one."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ if library() is None:
 # Biases, q/k norm, a window, norms after the sub-blocks, rotations that depend on the length, 16-bit weights.
 NAMES = [case.name for case in CASES]
 NUM_REQUESTS = 35
-SETTINGS = {"test_block_num": 800, "max_batch_size": NUM_REQUESTS + 1}
+SETTINGS: dict[str, Any] = {"test_block_num": 800, "max_batch_size": NUM_REQUESTS + 1}
 
 
 def recorded_steps(engine: drive.Engine) -> RecordedSteps:
