@@ -44,7 +44,7 @@ class Endpoint:
         if parts.scheme != "http" or not parts.hostname:
             raise ConfigError(
                 f"--url {self.url}: is not an http:// URL with a host; allowed: http://HOST:PORT or"
-                " http://HOST:PORT/PATH, without the /v1/completions that each request adds"
+                " http://HOST:PORT/PATH, with or without /v1 at the end"
             )
         return parts.hostname, parts.port or 80
 
@@ -53,8 +53,9 @@ class Endpoint:
         body = json.dumps(content, separators=(",", ":")).encode()
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         host, port = self.address
+        prefix = urlsplit(self.url).path.rstrip("/").removesuffix("/v1")  # clients of OpenAI name it in their URL
         head = (
-            f"POST {urlsplit(self.url).path.rstrip('/')}{path} HTTP/1.1\r\nHost: {host}:{port}\r\n{key}"
+            f"POST {prefix}{path} HTTP/1.1\r\nHost: {host}:{port}\r\n{key}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body

@@ -132,7 +132,7 @@ def test_no_server_is_an_error() -> None:
 def test_text_prompts_have_a_word_per_token_and_the_key_is_sent() -> None:
     server = FakeServer()
     with listening(server) as url:
-        endpoint = Endpoint(url + "/prefix", "fake", api_key="secret", as_text=True)
+        endpoint = Endpoint(url + "/prefix/v1/", "fake", api_key="secret", as_text=True)
         [record] = send(endpoint, Traffic([Request([0, 1, 700, 1], 2)], 1), ignore)
     assert not record.error
     words = server.bodies[0]["prompt"].split()
