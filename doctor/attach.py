@@ -52,8 +52,7 @@ class _RankStatusView(BaseModel):
 
 
 class _GangStatusView(BaseModel):
-    """The fields of gang.json, the state of all ranks, that `attach` prints. `age`: seconds since the file was
-    written."""
+    """The fields of gang.json that `attach` prints. `age`: seconds since the file was written."""
 
     epoch: int
     ranks: dict[str, _RankStatusView]
@@ -62,9 +61,7 @@ class _GangStatusView(BaseModel):
 
 
 def find_run_dirs() -> list[Path]:
-    """Returns the run directories of the parts that run on this machine, newest first. Finds them in the command lines
-    of the API processes.
-    """
+    """Returns the run directories of this machine's parts, newest first, from the API processes' command lines."""
     started: dict[Path, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
         for module, argument in pairwise(process.info["cmdline"] or []):
@@ -181,8 +178,7 @@ def _gang_status(part_spec: PartSpec) -> _GangStatusView:
 
 
 def _ranks(world_size: int, gang_status: _GangStatusView) -> tuple[list[str], list[str]]:
-    """Returns (lines to print, texts of the problems) about the ranks. `world_size`: the number of ranks that the gang
-    should have."""
+    """Returns (lines to print, problems) about the ranks. `world_size`: how many ranks the gang should have."""
     age = gang_status.age
     is_stale = age > STALE_SECONDS
     lines = [

@@ -37,7 +37,8 @@ NON_SECRET_VALUES = {"true", "false", "none", "null", "auto"}  # of switches who
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
-    """Writes a gzipped tar archive to `path`, and returns the sorted names of the files in it.
+    """Writes report, settings and files of the system to a gzipped tar archive at `path`, without secrets. Returns the
+    sorted names of the files in it.
 
     `run_dir`: adds the state files of the part with this run directory. Raises OSError if `path` cannot be written.
     """

@@ -40,8 +40,7 @@ class _DoctorParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command in `arguments` (default: sys.argv) and returns the exit code. Results go to stdout, errors and
-    progress to stderr."""
+    """Runs the command in `arguments` (default: sys.argv). Returns the exit code. Errors and progress go to stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _ensure_standard_streams()
     try:
@@ -74,8 +73,7 @@ def _ensure_standard_streams() -> None:
 
 
 def parse_seconds(text: str) -> float:
-    """Parses the value of --wait, in seconds. Raises argparse.ArgumentTypeError if it is negative, infinite or not a
-    number."""
+    """Parses --wait, in seconds. Raises argparse.ArgumentTypeError unless it is a number, 0 or more."""
     try:
         value = float(text)
     except ValueError:

@@ -39,8 +39,8 @@ ANY_GPUS = 1 << 20
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """The settings as the server parses them. `config`: the valid settings, with typos corrected in the names of
-    variables that determine the plan (PLAN_VARIABLES).
+    """The settings as the server parses them. `config`: the settings, with the default where one is invalid, and with
+    typos corrected in the names of variables that determine the plan (PLAN_VARIABLES).
 
     `config_errors`: one error per invalid setting. `misspelled`: pairs of (name that is set, name that was probably
     meant).
@@ -89,7 +89,9 @@ class CheckContext:
 
     @cached_property
     def config(self) -> Config:
-        """Returns the valid settings. Names of models that the cache has are replaced by their folders in it."""
+        """Returns the settings, the default where one is invalid. Names of models that the cache has are replaced by
+        their folders in it.
+        """
         return localized(self.parsed_config.config)
 
     @cached_property
@@ -156,8 +158,7 @@ class CheckContext:
 
     @property
     def on_gpu(self) -> bool:
-        """Returns whether the ranks run on GPUs: from the plan, or without a plan from RTP_DEVICE and the visible
-        GPUs."""
+        """Returns whether the ranks run on GPUs: from the plan, else from RTP_DEVICE and the visible GPUs."""
         if self.plan:
             return self.plan.device == "cuda"
         return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
@@ -178,13 +179,12 @@ class CheckContext:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Returns the parts of the gang whose addresses are configured, with name, address and port; empty without a
-        plan."""
+        """Returns the parts of the gang whose addresses are configured; empty without a plan."""
         return self.plan.members if self.plan else ()
 
     @property
     def local_member(self) -> Member | None:
-        return next((m for m in self.members if self.plan and m.index == self.plan.part), None)
+        return self.plan.member(self.plan.part) if self.plan else None
 
     @property
     def peers(self) -> list[Member]:
@@ -268,7 +268,9 @@ class CheckContext:
 
 
 def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
-    """Parses flags and environment. Returns the valid settings and an error for each invalid one."""
+    """Parses flags and environment. Returns the settings, without the invalid ones, and an error for each of those. If
+    a flag is invalid, ignores all flags.
+    """
     errors: list[ConfigError] = []
     corrected: set[str] = set()
     misspelled: tuple[tuple[str, str], ...] = ()
@@ -294,9 +296,7 @@ def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
 
 
 def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
-    """Returns the plan. If the settings are inconsistent, returns a guess of the plan, and the error with which the
-    server would exit.
-    """
+    """Returns the plan, or a guess if the settings are inconsistent, and the error with which the server would exit."""
     try:
         plan = make_plan(config, num_gpus)
         return PlanResult(plan, nat=check_address(plan, addresses) or "")

@@ -39,8 +39,7 @@ class RunOptions:
 
 
 def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress: Callable[[str], None]) -> Report:
-    """Runs the checks and returns the report. `argv`: the server's flags. `on_progress`: called with each message for
-    the user."""
+    """Runs the checks. `argv`: the server's flags. `on_progress`: called with each message for the user."""
     started = time.time()
     ctx = CheckContext(host, argv, 1 if options.tier in (1, 3) else 0)
     ctx.ignored = frozenset(options.ignore)

@@ -35,8 +35,7 @@ class _Worker:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def next_finding(self, timeout: float) -> dict[str, Any] | None:
-        """Returns the next finding, or None if the forked process has died or closed the pipe. Raises TimeoutError
-        after `timeout` seconds."""
+        """Returns the next finding, None if the pipe is closed. Raises TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(self.pipe, selectors.EVENT_READ)

@@ -7,9 +7,7 @@ from doctor.runtime import Runtime
 
 @dataclass(frozen=True)
 class Fix:
-    """The fix of a problem: what to type on each container runtime. If the text of a runtime is empty, `host` is
-    used.
-    """
+    """The fix of a problem: what to type on each container runtime. An empty text falls back to `host`."""
 
     host: str = ""
     docker: str = ""
@@ -73,8 +71,7 @@ DISK_SPACE = Fix(
 
 
 def checkpoint_path(path: str, download: str) -> Fix:
-    """Returns how to set CHECKPOINT_PATH=`path`. `download`: a command to run first, which ends with " then ", or
-    empty."""
+    """Returns how to set CHECKPOINT_PATH=`path`. `download`: a command before it, which ends in " then "."""
     return Fix(
         host=f"{download}CHECKPOINT_PATH={path}",
         docker=f"{download}docker run -v {path}:{path}:ro -e CHECKPOINT_PATH={path} …",

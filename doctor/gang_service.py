@@ -7,7 +7,6 @@ keeps serving reports, for parts that restart and for `rtp-llm-doctor gang` on a
 """
 
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from doctor import checks as _checks  # noqa: F401  # registers all checks
 from doctor.check import REGISTRY, Check, Status
@@ -32,6 +30,7 @@ from doctor.gang.view import GangView
 from doctor.host import Host
 from doctor.render import Style, problem_lines
 from doctor.report import Finding, Report, make_report
+from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.config import SECRET_FIELDS, Config
 from rtp_llm.errors import DoctorError, FatalError, GangError
@@ -92,7 +91,9 @@ class _Examiner:
         self._unconfirmed: list[int] = []
 
     async def enforce(self, examine: Callable[[], None]) -> None:
-        """Runs `compare` or `conclude`. Raises their errors if the parts themselves confirm what they are based on."""
+        """Runs `compare` or `conclude`. Raises its FatalError only if it remains after all parts have confirmed their
+        reports at their addresses: without GANG_SECRET, reports can be forged.
+        """
         try:
             await asyncio.to_thread(examine)
         except FatalError as error:
@@ -109,8 +110,8 @@ class _Examiner:
         """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
         links.
 
-        Raises GangError if the parts disagree and the rendezvous, which some may be unable to reach, has not ended
-        them.
+        Raises GangError if RTP_DOCTOR=enforce and the parts disagree for DISAGREE_SECONDS, unless gang.json has ranks:
+        they have reached the rendezvous, which ends these parts.
         """
         evidence = self._read_evidence()
         if evidence != self._evidence:
@@ -120,7 +121,7 @@ class _Examiner:
                 self._log(report)
         assert self.ctx.gang
         differences = {k: v for prefix in SHARED_FACTS for k, v in self.ctx.gang.differences(prefix).items()}
-        if not differences or _gang_status(self.part_spec).get("ranks"):
+        if not differences or files.read_state(self.part_spec.gang_status_path).get("ranks"):
             self._disagree_since = 0.0
             return
         self._disagree_since = self._disagree_since or time.monotonic()
@@ -172,15 +173,6 @@ class _Examiner:
             log.info("the parts no longer disagree")
         self._logged = text if problems else ""
         return problems
-
-
-def _gang_status(part_spec: PartSpec) -> dict[str, Any]:
-    """Returns gang.json, the state of all ranks; empty if there is none."""
-    try:
-        status: dict[str, Any] = json.loads(part_spec.gang_status_path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return status
 
 
 def _startup_findings(path: Path) -> list[Finding]:

@@ -41,8 +41,7 @@ MAX_KERNEL_RECORDS = 50_000  # more than the kernel's buffer holds
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Size and free space of a file system, in bytes. `inodes`: number of free inodes, or -1 if the file system does
-    not count them."""
+    """Size and free space of a file system, in bytes. `inodes`: free inodes, -1 if it does not count them."""
 
     size: int
     free: int
@@ -61,8 +60,7 @@ class Interface:
 
 
 class Host:
-    """One machine. `root`: folder that contains /proc, /sys, /etc and /dev. `environ`: the environment of the
-    server."""
+    """One machine. `root`: folder that contains /proc, /sys, /etc and /dev. `environ`: the server's environment."""
 
     def __init__(self, root: Path = Path("/"), environ: Mapping[str, str] | None = None):
         self.root = root
@@ -120,8 +118,8 @@ class Host:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """Returns the container runtime: RTP_RUNTIME if it is set, otherwise the one that files and variables indicate.
-        Never returns compose, which cannot be detected.
+        """Returns the container runtime: RTP_RUNTIME if it names one, otherwise kubernetes, docker or host, as files
+        and variables indicate; compose cannot be detected.
         """
         name = self.environ.get("RTP_RUNTIME", "")
         if name in list(Runtime):
@@ -143,8 +141,7 @@ class Host:
 
     @cached_property
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """Returns (soft, hard) by name of the limit, such as "nofile", for the limits in RLIMITS; RLIM_INFINITY for
-        "unlimited"."""
+        """Returns (soft, hard) of each limit in RLIMITS, by name, such as "nofile"; RLIM_INFINITY for "unlimited"."""
         limits = {}
         for line in (self.read("/proc/self/limits") or "").splitlines():
             name = next((n for n in RLIMITS if line.startswith(n)), None)
@@ -166,8 +163,7 @@ class Host:
         return Cgroup.read(self.read)
 
     def space(self, path: str) -> DiskSpace:
-        """Returns size and free space of the file system that contains `path`. Raises OSError if it cannot be
-        queried."""
+        """Returns the space of the file system that contains `path`. Raises OSError if it cannot be queried."""
         stat = os.statvfs(self.path(path))
         inodes = stat.f_favail if stat.f_files else -1
         return DiskSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, inodes)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of /proc/self/mountinfo. `device`: "major:minor". `root`: the mounted subfolder of the file system.
-    `point`: the mount point."""
+    """One line of /proc/self/mountinfo. `device`: "major:minor". `root`: mounted subfolder. `point`: mount point."""
 
     device: str
     root: str

@@ -23,9 +23,7 @@ MIN_AGE_SECONDS = 10.0  # a rank may be interrupted between creating a file and 
 
 @dataclass(frozen=True)
 class Orphan:
-    """A file in /dev/shm that no process uses any more. `ours`: it provably belongs to this server, so it can be
-    removed.
-    """
+    """A file in /dev/shm that no process uses. `ours`: it is provably of this server, so it can be removed."""
 
     name: str
     bytes: int
@@ -83,8 +81,7 @@ def remove_orphans(host: Host) -> list[Orphan]:
 
 
 def _in_use(host: Host, names: Sequence[str]) -> tuple[set[str], int]:
-    """Returns the names of the files that a process has mapped or open, and the number of processes that cannot be
-    inspected."""
+    """Returns the names of the files that processes have mapped or open, and how many cannot be inspected."""
     used: set[str] = set()
     unreadable = 0
     for pid in (n for n in host.list_dir("/proc") if n.isdigit()):

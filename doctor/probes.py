@@ -48,8 +48,7 @@ for target_gpu in range(count):
 
 
 def run_probe(program: str, *arguments: object) -> tuple[list[Any], str]:
-    """Runs a Python program in a process. Returns (its output lines as JSON values, error message; empty if it exited
-    with 0)."""
+    """Runs a Python program. Returns (its output lines as JSON values, error message, which is empty if it is well)."""
     command = [sys.executable, "-c", PROBE_PREAMBLE + program, *map(str, arguments)]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)

@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TextIO
+from typing import NamedTuple, TextIO
 from xml.etree import ElementTree
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
@@ -17,14 +17,30 @@ from doctor.report import Finding, Report
 
 DEFAULT_WIDTH = 118  # if the output is not a terminal
 MIN_WIDTH, MAX_WIDTH = 72, 140
-STATUS_NUMBERS = {
-    Status.SKIP: -1,
-    Status.OK: 0,
-    Status.WARN: 1,
-    Status.ERROR: 2,
-    Status.UNKNOWN: 3,
-    Status.CRASH: 3,
+
+
+class _Look(NamedTuple):
+    """How a status is shown: symbols, ANSI colour, number in metrics, and words for one finding and for several."""
+
+    unicode: str
+    ascii: str
+    colour: str
+    number: int
+    singular: str
+    plural: str
+
+
+LOOKS = {  # by severity
+    Status.ERROR: _Look("×", "XX", "31", 2, "error", "errors"),  # noqa: RUF001
+    Status.CRASH: _Look("!", "##", "35", 3, "crashed", "crashed"),
+    Status.UNKNOWN: _Look("?", "??", "35", 3, "unknown", "unknown"),
+    Status.WARN: _Look("‼", "!!", "33", 1, "warning", "warnings"),
+    Status.OK: _Look("√", "ok", "32", 0, "ok", "ok"),
+    Status.SKIP: _Look("-", "--", "2", -1, "skipped", "skipped"),
 }
+UNICODE = {status: look.unicode for status, look in LOOKS.items()}
+ASCII = {status: look.ascii for status, look in LOOKS.items()}
+STATUS_NUMBERS = {status: look.number for status, look in LOOKS.items()}
 
 
 @dataclass(frozen=True)
@@ -48,42 +64,7 @@ class Style:
         return f"\033[{code}m{text}\033[0m" if self.colour else text
 
     def symbol(self, status: Status) -> str:
-        return self.colorize(self.symbols[status], COLOURS[status])
-
-
-UNICODE = {
-    Status.OK: "√",
-    Status.WARN: "‼",
-    Status.ERROR: "×",  # noqa: RUF001
-    Status.UNKNOWN: "?",
-    Status.CRASH: "!",
-    Status.SKIP: "-",
-}
-ASCII = {
-    Status.OK: "ok",
-    Status.WARN: "!!",
-    Status.ERROR: "XX",
-    Status.UNKNOWN: "??",
-    Status.CRASH: "##",
-    Status.SKIP: "--",
-}
-COLOURS = {
-    Status.OK: "32",
-    Status.WARN: "33",
-    Status.ERROR: "31",
-    Status.UNKNOWN: "35",
-    Status.CRASH: "35",
-    Status.SKIP: "2",
-}
-BY_SEVERITY = (Status.ERROR, Status.CRASH, Status.UNKNOWN, Status.WARN, Status.OK, Status.SKIP)
-STATUS_NAMES = (
-    (Status.ERROR, "error", "errors"),
-    (Status.CRASH, "crashed", "crashed"),
-    (Status.UNKNOWN, "unknown", "unknown"),
-    (Status.WARN, "warning", "warnings"),
-    (Status.OK, "ok", "ok"),
-    (Status.SKIP, "skipped", "skipped"),
-)
+        return self.colorize(self.symbols[status], LOOKS[status].colour)
 
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
@@ -91,7 +72,7 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
     lines = [*(style.colorize(line, "1") for line in _header(report, style)), ""]
     for category in dict.fromkeys(f.category for f in report.checks):
         findings = [f for f in report.checks if f.category == category]
-        worst = min((f.status for f in findings), key=BY_SEVERITY.index)
+        worst = min((f.status for f in findings), key=list(LOOKS).index)
         lines.append(f"{style.symbol(worst)} {category:<16} {_counts(findings)}")
         for finding in findings:
             if verbose or finding.status not in (Status.OK, Status.SKIP):
@@ -225,8 +206,8 @@ def _wrap(head: str, text: str, style: Style) -> list[str]:
 def _counts(findings: list[Finding]) -> str:
     counts = Counter(f.status for f in findings)
     return ", ".join(
-        f"{counts[status]} {singular if counts[status] == 1 else plural}"
-        for status, singular, plural in STATUS_NAMES
+        f"{counts[status]} {look.singular if counts[status] == 1 else look.plural}"
+        for status, look in LOOKS.items()
         if counts[status]
     )
 

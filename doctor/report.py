@@ -1,6 +1,5 @@
 """The report: findings, verdict and exit code. Its JSON form is versioned; docs/doctor-schema.json is its schema."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from doctor.check import Check, CheckResult, Repair, Status
 from doctor.context import CheckContext
 from doctor.host import format_bytes
 from doctor.runtime import Runtime
-from rtp_llm import __version__
+from rtp_llm import __version__, files
 
 SCHEMA: Literal["rtp-llm-doctor/1"] = "rtp-llm-doctor/1"
 # The schema lists fields with defaults as required, because the JSON always contains them.
@@ -118,15 +117,11 @@ class Report(BaseModel):
         return self.model_dump_json(indent=1, by_alias=True)
 
     def save(self, path: Path) -> None:
-        """Writes the JSON to `path` atomically, because the API process may read it at any time."""
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(self.to_json())
-        scratch.replace(path)
+        files.replace(path, self.to_json())
 
 
 def escape_unprintable(text: str) -> str:
-    """Returns text with unprintable characters escaped. A path may contain bytes that terminals, XML or UTF-8 cannot
-    represent."""
+    """Escapes unprintable characters: paths may contain bytes that terminals, XML or UTF-8 cannot represent."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -156,7 +151,8 @@ def make_report(
 ) -> Report:
     """Returns the report. `started`: Unix time in seconds. `ignored`: ids of checks whose errors count as warnings.
     `strict`: a warning sets exit code 1 in the report."""
-    checks = [_as_warning(f) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
+    warning = {"status": Status.WARN}
+    checks = [f.model_copy(update=warning) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
     part_is_absent = any(f.id == "C-09" and f.status == Status.ERROR for f in checks)
     verdict, code = _verdict({f.status for f in checks}, part_is_absent, strict)
     view = ctx.gang
@@ -170,10 +166,6 @@ def make_report(
         members=view.present_names if view else [],
         drift=[Drift(key=key, values=values) for key, values in (view.differences("") if view else {}).items()],
     )
-
-
-def _as_warning(finding: Finding) -> Finding:
-    return finding.model_copy(update={"status": Status.WARN})
 
 
 Verdict = Literal["ok", "warn", "error", "incomplete"]
@@ -195,7 +187,7 @@ def _verdict(statuses: set[Status], part_is_absent: bool, strict: bool) -> tuple
 
 def make_node_info(ctx: CheckContext) -> NodeInfo:
     plan, host = ctx.plan, ctx.host
-    member = next((m for m in plan.members if m.index == plan.part), None) if plan else None
+    member = plan.member(plan.part) if plan else None
     cgroup = host.cgroup
     facts = {
         "cores": str(host.cores),

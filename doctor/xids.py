@@ -22,7 +22,7 @@ XID_LINE = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 
 
 def xids_of_gpu(log: str, bus: str) -> list[int]:
-    """Returns the listed Xids of the GPU with this PCI address ("0000:3b:00.0"), in the order of the log.
+    """Returns the Xids in MEANINGS of the GPU with this PCI address ("0000:3b:00.0"), in the order of the log.
 
     The driver writes the address without the function: "PCI:0000:3b:00".
     """

@@ -456,8 +456,8 @@ def _parse_flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) 
     args, unknown = parser.parse_known_args(list(argv))
     exposed = [field for field in SECRET_FIELDS if getattr(args, field) is not None]
     if exposed:
-        fixes = ", ".join(f"--{field}; set {field.upper()} or {field.upper()}_FILE instead" for field in exposed)
-        raise ConfigError(f"command line: all users of this machine can read the secret {fixes}", check="M-14")
+        fixes = "; ".join(f"set {field.upper()} or {field.upper()}_FILE instead of --{field}" for field in exposed)
+        raise ConfigError(f"command line: all users of this machine can read secrets in it; {fixes}", check="M-14")
     unknown = [argument for argument in unknown if argument.startswith("-")] or unknown
     if unknown:
         names = [f"--{n}" for n in Config.model_fields] + [f"--{v.flag}" for v in upstream.values()]

@@ -1,10 +1,12 @@
-"""Reads files with a size limit, and only regular ones: reading a FIFO without a writer, or an endless device, would
-block the start.
+"""Reads regular files, with a size limit: a FIFO without a writer, or an endless device, would block the start. Reads
+and replaces files of state.
 """
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 MAX_FILE_BYTES = 16 << 20  # of a settings file; the member list of 4096 parts takes less than 1 MiB
 _FILE_TYPES = {
@@ -31,6 +33,22 @@ def read(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     return data
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the JSON object that another process writes; empty if the file does not exist, or is not valid."""
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return state
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file that other processes may read at any time: they see the old or the new text. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def check_regular(path: Path, max_bytes: int | None = None) -> None:
     """Raises OSError if the path is not a regular file of at most `max_bytes`.
 
@@ -47,7 +65,7 @@ def check_regular(path: Path, max_bytes: int | None = None) -> None:
 
 
 def _too_large(path: Path, max_bytes: int) -> NotRegularFileError:
-    return NotRegularFileError(0, f"it is larger than {max_bytes >> 20} MiB, the maximum", str(path))
+    return NotRegularFileError(0, f"the file is larger than {max_bytes >> 20} MiB, the maximum", str(path))
 
 
 def explain_missing(path: Path) -> str:

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Context manager during which Python's cyclic garbage collector does not run. Reference counts still free
-    objects.
-    """
+    """Context manager that pauses Python's cyclic garbage collector. Reference counts still free objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -5,6 +5,7 @@ Names, labels and buckets follow vLLM's: its dashboards work after replacing `vl
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -39,20 +40,15 @@ class Metrics:
         token_buckets = build_1_2_5_buckets(max_seq_len)
         model_label = {"model_name": model_name}
 
-        def counter(name: str, description: str, *labels: str) -> Any:
-            metric = Counter(f"rtp_llm_{name}", description, ["model_name", *labels], registry=self.registry)
-            return _with_model_label(metric, model_label, labels)
-
-        def gauge(name: str, description: str, *labels: str) -> Any:
-            metric = Gauge(f"rtp_llm_{name}", description, ["model_name", *labels], registry=self.registry)
-            return _with_model_label(metric, model_label, labels)
+        def make(kind: Any, name: str, description: str, *labels: str, **options: Any) -> Any:
+            names = ["model_name", *labels]
+            metric = kind(f"rtp_llm_{name}", description, names, registry=self.registry, **options)
+            return _PartialLabels(metric, model_label) if labels else metric.labels(**model_label)
 
         def histogram(name: str, description: str, buckets: Iterable[float]) -> Any:
-            metric = Histogram(
-                f"rtp_llm_{name}", description, ["model_name"], buckets=tuple(buckets), registry=self.registry
-            )
-            return metric.labels(**model_label)
+            return make(Histogram, name, description, buckets=tuple(buckets))
 
+        counter, gauge = partial(make, Counter), partial(make, Gauge)
         self.running = gauge("num_requests_running", "Sequences in the running batch")
         self.waiting = gauge("num_requests_waiting", "Sequences in the queue")
         self.waiting_by_reason = gauge(
@@ -68,6 +64,9 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
         self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache")
         self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache")
+        self.drafts = counter("spec_decode_num_drafts", "Times that a step verified draft tokens of a sequence")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens verified, such as a grammar's")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted")
         self.preemptions = counter("num_preemptions", "Sequences returned to the queue because the KV cache was full")
         self.success = counter("request_success", "Finished sequences", "finished_reason")
         self.rejections = counter("admission_rejections", "Requests rejected with 429", "reason")
@@ -144,6 +143,9 @@ class Metrics:
             ("preemptions", self.preemptions),
             ("prefix_queries", self.prefix_queries),
             ("prefix_hits", self.prefix_hits),
+            ("drafts", self.drafts),
+            ("draft_tokens", self.draft_tokens),
+            ("accepted_tokens", self.accepted_tokens),
             ("flops", self.flops),
             ("read_bytes", self.read_bytes),
             ("write_bytes", self.write_bytes),
@@ -172,15 +174,8 @@ class Metrics:
         self.waiting_by_reason.labels(reason="capacity").set(0)
 
     def set_deferred_function(self, count: Callable[[], int]) -> None:
-        """Sets the function, called at each scrape, that returns the current number of sequences that wait for lost
-        ranks.
-        """
+        """Sets the function that returns how many sequences wait for lost ranks. It is called at each scrape."""
         self.waiting_by_reason.labels(reason="deferred").set_function(count)
-
-
-def _with_model_label(metric: Any, model_label: dict[str, str], extra_labels: tuple[str, ...]) -> Any:
-    """Returns the metric with `model_name` set; if there are `extra_labels`, its `.labels(…)` still has to set them."""
-    return _PartialLabels(metric, model_label) if extra_labels else metric.labels(**model_label)
 
 
 class _PartialLabels:

@@ -212,16 +212,8 @@ def _run_dir(config: Config) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"RTP_RUN_DIR={path}: cannot be created: {error.strerror}") from None
     for stale in (
-        "exit_code",
-        "doctor.json",
-        "gang.json",
-        "guard.json",
-        "epoch",
-        "verdicts.json",
-        "api.alive",
-        "stopping",
-        "engine.sock",
-        "supervisor.sock",
+        *("exit_code", "doctor.json", "gang.json", "guard.json", "epoch", "verdicts.json", "api.alive", "stopping"),
+        *("engine.sock", "supervisor.sock"),
     ):
         (path / stale).unlink(missing_ok=True)
     yield path
@@ -279,9 +271,7 @@ def _supervise(part_spec: PartSpec, forwarder: "SignalForwarder") -> int:
     _remove_stale_segments(part_spec.shm_prefix)
     if part_spec.exit_code_file.exists():
         return int(part_spec.exit_code_file.read_text())
-    if (
-        forwarder.num_signals and code <= 0
-    ):  # code < 0: killed by a signal before its handlers were set, or by the third
+    if forwarder.num_signals and code <= 0:  # < 0: by a signal before its handlers were set, or by the third
         return ExitCode.OK
     log.critical(
         "supervisord exited with %d without a stop signal; end of its log:\n%s",
@@ -324,7 +314,7 @@ def _tail(path: Path, lines: int = 10) -> str:
 class SignalForwarder:
     """Forwards SIGTERM, SIGINT and SIGHUP to supervisord.
 
-    The first two signals that arrive are forwarded as SIGTERM, which stops the part in order; the third as SIGKILL.
+    The first two signals that arrive are forwarded as SIGTERM, which stops the part gracefully; the third as SIGKILL.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,8 @@ def no_service_links(ctx: CheckContext) -> CheckResult:
     if not errors:
         return ok("no setting holds a Service's address")
     names = ", ".join(errors[0].names)
-    return error(f"{names} was set by Kubernetes for a Service", "a value that you set", fixes.SERVICE_LINKS)
+    actual = f"{names}: set by Kubernetes to the address of a Service"
+    return error(actual, "a value that you set", fixes.SERVICE_LINKS)
 
 
 @configuration_check("M-13", "no variable is a misspelled setting")

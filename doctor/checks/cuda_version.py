@@ -22,7 +22,8 @@ def no_old_libcuda(ctx: CheckContext) -> CheckResult:
     for folder, name, libcuda in _libcudas(ctx, folders):
         if libcuda < _version_tuple(ctx.gpus.driver):
             fix = f"remove {folder}, or set LD_LIBRARY_PATH=/usr/local/nvidia/lib64"
-            return error(f"{folder}/{name} is older than driver {ctx.gpus.driver}", "the driver's own libcuda", fix)
+            actual = f"{folder}/{name} (cuda-compat) is older than driver {ctx.gpus.driver}, so CUDA may not start"
+            return error(actual, "the driver's own libcuda", fix)
     return ok("no cuda-compat libcuda is older than the driver")
 
 

@@ -103,7 +103,7 @@ def ephemeral_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckRes
         actual = f"{'; '.join(_describe_link(*link) for link in links)}; {_probable_cause(view, *links[0])}"
         low, _, high = target.port_range.partition("-")
         fix = fixes.open_ephemeral_ports(low, high, source.address)
-        return error(actual, f"tcp {target.port_range} open between the parts", fix)
+        return error(actual, f"TCP ports {target.port_range} must be open between the parts", fix)
     if not any(port in target.ephemeral_ports for _, target, link in view.links() for port in link.ports):
         return skip("no ephemeral port was tried")
     return ok("all ephemeral ports that were tried accept connections")

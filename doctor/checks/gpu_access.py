@@ -68,7 +68,8 @@ def driver_versions_match(ctx: CheckContext) -> CheckResult:
     if not library:
         return skip("NVML does not report a driver version")
     if module and module != library:
-        return error(f"kernel module {module}, library {library}", "the same version of both", "reboot the host")
+        actual = f"the driver's kernel module has version {module}, its library {library}"
+        return error(actual, "the same version of both", "reboot the host")
     return ok(f"driver {library}")
 
 
@@ -88,5 +89,5 @@ def visible_devices_exist(ctx: CheckContext) -> CheckResult:
     if problem:
         indices = ",".join(str(gpu.index) for gpu in ctx.gpus.all)
         actual, fix = f"CUDA_VISIBLE_DEVICES={value!r}: {problem}", f"CUDA_VISIBLE_DEVICES={indices}"
-        return error(actual, f"GPU indices from {indices}, or GPU UUIDs", fix)
+        return error(actual, f"CUDA_VISIBLE_DEVICES with GPU indices from {indices}, or with GPU UUIDs", fix)
     return ok(f"CUDA_VISIBLE_DEVICES={value}: {len(ctx.gpus.visible)} GPUs")

@@ -20,8 +20,8 @@ from doctor.context import CheckContext
 @symptoms("Error 802: system not yet initialized", "CUDA error: an illegal memory access was encountered")
 def gpus_compute(ctx: CheckContext) -> CheckResult:
     """On NVSwitch machines CUDA starts only after the fabric manager, of the same version as the driver, has set up the
-    switches. With `--tier 1` (active tests that load the hardware), a process computes on each GPU, and is killed if it
-    hangs."""
+    switches. Starts CUDA in a process; with `--tier 1` (active tests that load the hardware), the process also computes
+    on each GPU. It is killed if it hangs."""
     for gpu in ctx.used_gpus:
         if gpu.fabric_state not in (None, 0, pynvml.NVML_GPU_FABRIC_STATE_COMPLETED):
             fix = f"on the host: systemctl restart nvidia-fabricmanager (version {ctx.gpus.driver})"

@@ -22,7 +22,7 @@ def nccl_host_ids_match(ctx: CheckContext, view: GangView) -> CheckResult:
     if sharing := view.hosts_sharing_nccl_id():
         a, b = sharing[0]
         actual = f"NCCL considers {a} and {b} one machine, but they do not share /dev/shm"
-        return error(actual, "different NCCL host ids for parts that do not share /dev/shm", fixes.NCCL_HOSTID)
+        return error(actual, "a different NCCL_HOSTID for each part with its own /dev/shm", fixes.NCCL_HOSTID)
     if separated := view.separated_hosts():
         a, b = separated[0]
         actual = f"{a} and {b} are on one machine, but NCCL will use the network between them"

@@ -77,8 +77,8 @@ def fabric_is_ready(ctx: CheckContext) -> CheckResult:
     num_ready = sum(state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED for state in states)
     if num_ready < len(states):
         fix = "on the host: systemctl restart nvidia-fabricmanager"
-        return error(f"{num_ready} of {len(states)} GPUs have joined the fabric", "all GPUs", fix)
-    return ok(f"{num_ready} GPUs have joined the fabric")
+        return error(f"{num_ready} of {len(states)} GPUs have joined the NVSwitch fabric", "all GPUs", fix)
+    return ok(f"{num_ready} GPUs have joined the NVSwitch fabric")
 
 
 @interconnect_check("P-05", "the GPUs are on one CPU socket, or connected by NVLink", severity=Status.WARN)

@@ -41,7 +41,8 @@ def rdma_can_lock_memory(ctx: CheckContext) -> CheckResult:
     text = "unlimited" if limit == INFINITY else format_bytes(limit)
     if limit == INFINITY or ctx.host.has_capability("IPC_LOCK"):
         return ok(f"memlock is {text}")
-    return error(f"memlock is {text}, but NCCL uses RDMA cards", "unlimited", fixes.LOCKED_MEMORY)
+    actual = f"memlock (ulimit -l) is {text}, too little for the RDMA cards that NCCL uses"
+    return error(actual, "memlock unlimited", fixes.LOCKED_MEMORY)
 
 
 @limits_check("L-02", "the limit of open files is high enough", preconditions=(rlimit_readable("nofile"),))

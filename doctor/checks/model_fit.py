@@ -22,12 +22,16 @@ def architecture_is_supported(ctx: CheckContext) -> CheckResult:
     model, sentence-transformers' files must say that an embedding is the state of the last token."""
     spec, spec_error = ctx.spec, ctx.spec_error
     if spec_error and spec_error.check in ("", "M-12"):
-        return error(str(spec_error), "a model family of the README, not quantized", "choose another checkpoint")
+        return error(
+            str(spec_error), "an unquantized model of a family in rtp-llm's README", "choose another checkpoint"
+        )
     if spec is None:
         return skip(NO_MODEL)
     if ctx.embedding_error:
         fix = "choose another checkpoint, or TASK_TYPE=LANGUAGE_MODEL to use it for text"
-        return error(str(ctx.embedding_error), "the state of the last token, normalized or not", fix)
+        return error(
+            str(ctx.embedding_error), "an embedding that is the state of the last token, normalized or not", fix
+        )
     too_old = next((g for g in ctx.gpus.visible if ctx.on_gpu and g.capability and g.capability < (8, 0)), None)
     if too_old and spec.dtype == "bf16":
         capability = ".".join(map(str, too_old.capability or ()))

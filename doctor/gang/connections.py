@@ -1,5 +1,4 @@
-"""TCP connections between the doctors of the parts: connect, serve, transfer, and close without waiting for lost
-packets."""
+"""TCP connections between doctors: connect, serve, transfer, and close without waiting for lost packets."""
 
 import asyncio
 import contextlib
@@ -47,9 +46,7 @@ async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """Closes a connection. Aborts it if unsent bytes remain after CLOSE_SECONDS, since a link that drops large packets
-    never delivers them.
-    """
+    """Closes a connection; aborts it after CLOSE_SECONDS, as some links never deliver large packets."""
     writer.close()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -153,8 +150,7 @@ async def _serve_socket(handle: Handler, sock: socket.socket) -> AsyncIterator[N
 
 
 def bind_ephemeral(address: str) -> list[socket.socket]:
-    """Returns NUM_EPHEMERAL_PORTS sockets that are bound to ports of this address which the kernel chooses, as NCCL's
-    listeners are."""
+    """Returns NUM_EPHEMERAL_PORTS sockets on ports which the kernel chooses, as NCCL's listeners are."""
     sockets = []
     for _ in range(NUM_EPHEMERAL_PORTS):
         sock = socket.socket()

@@ -100,7 +100,7 @@ def local_part_report(ctx: CheckContext, plan: Plan, problems: dict[str, str], l
     `problems`: errors that this part's own checks found, by check id. `listening`: whether the doctor listens on the
     ports that the server will use, so that others can probe them. Raises OSError if there is no route to another part.
     """
-    member = next((m for m in plan.members if m.index == plan.part), None)
+    member = plan.member(plan.part)
     address = _local_address(ctx, plan)
     interface = ctx.host.interface_of(address)
     port_range = (ctx.host.read("/proc/sys/net/ipv4/ip_local_port_range") or "32768 60999").split()

@@ -284,8 +284,7 @@ class GossipSession:
             await close(writer)
 
     async def _compare_clocks(self, member: Member, link: LinkResult) -> None:
-        """Measures the clock offset of another part as NTP does (RFC 5905, section 8). Uses the round with the shortest
-        round-trip time."""
+        """Measures the clock offset of another part as NTP does (RFC 5905, section 8), in the fastest round."""
         samples: list[tuple[float, float]] = []
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
@@ -313,8 +312,8 @@ class GossipSession:
         return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
     async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
-        """Probes the parts in `members`, then exchanges reports until `converged`, at most until `deadline` (monotonic
-        seconds).
+        """Probes the parts in `members`, then exchanges reports until every part has those of all (`converged`), at
+        most until `deadline` (monotonic seconds).
 
         If this part has not probed all links by then, `probing_done` of its report remains unset.
         """
@@ -332,8 +331,7 @@ class GossipSession:
             await self._linger(members, final)
 
     async def _run_session(self, members: list[Member], absent_deadline: float) -> None:
-        """Probes the other parts, then exchanges reports. Waits for absent parts until `absent_deadline` (monotonic
-        seconds)."""
+        """Probes the other parts, then exchanges reports. Waits for absent ones until `absent_deadline` (monotonic)."""
         unlisted = set(range(self.plan.num_parts)) - {m.index for m in self.plan.members} - {self.plan.part}
         await asyncio.gather(
             *(self.probe_member(member, absent_deadline) for member in members),
@@ -406,8 +404,7 @@ class GossipSession:
         await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     async def _gossip(self, members: list[Member], include_unresponsive: bool = False) -> None:
-        """Exchanges reports once with each other part that has replied before; with `include_unresponsive`, with every
-        other part."""
+        """Exchanges reports once with each part that has replied before, or with `include_unresponsive` with all."""
         links = self.part_report.links
         targets = [m for m in members if include_unresponsive or (m.index in links and links[m.index].replied)]
         await asyncio.gather(
@@ -427,12 +424,12 @@ async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeti
 
     Raises NotADoctorError if no greeting arrives, and WrongPartError if it comes from a different part.
     """
+    address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             greeting = await Greeting.read(reader)
     except (TimeoutError, ConnectionResetError) as error:
-        raise NotADoctorError("the program that listens on the doctor's port sends no greeting") from error
+        raise NotADoctorError(f"the program at {address} sends no greeting of a doctor") from error
     if greeting.part != member.index:
-        address = f"{member.ip}:{member.port + DOCTOR_PORT_OFFSET}"
         raise WrongPartError(f"part{greeting.part} instead of part{member.index} answers at {address}")
     return greeting

@@ -44,20 +44,21 @@ def say_farewell(ctx: CheckContext, errors: dict[str, str], wait_seconds: float)
     peers = [m for m in plan.members if m.index != plan.part] if plan else []
     if plan is None or not peers:
         return
-    part_report = local_part_report(ctx, plan, errors, listening=False)
-    part_report.has_valid_plan = False
-    session = GossipSession(plan, part_report, secret(ctx.config))
-    asyncio.run(session.say_farewell(peers, time.monotonic() + wait_seconds))
+    asyncio.run(_session(ctx, plan, errors).say_farewell(peers, time.monotonic() + wait_seconds))
 
 
 async def _send_errors(ctx: CheckContext, plan: Plan, errors: dict[str, str], wait_seconds: float) -> None:
-    part_report = local_part_report(ctx, plan, errors, listening=False)
-    part_report.has_valid_plan = False
-    session = GossipSession(plan, part_report, secret(ctx.config))
+    session = _session(ctx, plan, errors)
     with listen("0.0.0.0", plan.start_port + DOCTOR_PORT_OFFSET) as responder:
         async with serve_ports(plan.part, session.serve, responder, []):
             peers = [member for member in plan.members if member.index != plan.part]
             await session.report_errors(peers, time.monotonic() + wait_seconds)
+
+
+def _session(ctx: CheckContext, plan: Plan, errors: dict[str, str]) -> GossipSession:
+    part_report = local_part_report(ctx, plan, errors, listening=False)
+    part_report.has_valid_plan = False
+    return GossipSession(plan, part_report, secret(ctx.config))
 
 
 def _plan_of_local_member(ctx: CheckContext) -> Plan | None:

@@ -66,8 +66,7 @@ def pack_signed(message: dict[str, Any], nonce: str, secret: bytes) -> bytes:
 
 
 async def read_signed(reader: asyncio.StreamReader, nonce: str, secret: bytes) -> dict[str, Any]:
-    """Reads a message that was signed together with `nonce`. Raises ProtocolError if it was signed with another
-    secret."""
+    """Reads a message that was signed together with `nonce`. Raises ProtocolError if the secret is another."""
     data = await _receive(reader)
     signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _sign(body, nonce, secret)):

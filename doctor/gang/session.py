@@ -54,8 +54,12 @@ def open_session(
     observe_only: bool = False,
     persistent: bool = False,
 ) -> GossipSession:
-    """Returns a GossipSession (exchange of reports between parts), not yet started. `listening`: whether the doctor
-    listens on the ports that this part's server will use."""
+    """Returns a GossipSession (exchange of reports between parts), not yet started.
+
+    `problems`: errors that this part's own checks found, by check id. `listening`: whether the doctor listens on the
+    ports that this part's server will use. `observe_only`: receives reports and sends none. `persistent`: keeps waiting
+    for parts that gave up.
+    """
     part_report = local_part_report(ctx, plan, problems, listening)
     return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only, persistent=persistent)
 
@@ -69,8 +73,7 @@ def greeting_sockets(session: GossipSession) -> list[socket.socket]:
 
 
 def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
-    """Returns the parts that this part probes: all others, or, in a large gang, part 0 and the parts numbered
-    directly before and after this one."""
+    """Returns the parts that this one probes: all others or, in a large gang, part 0 and the two neighbours."""
     if plan.num_parts <= MAX_FULL_MESH_PARTS:
         return ctx.peers
     parts = {0, (plan.part + 1) % plan.num_parts, (plan.part - 1) % plan.num_parts}
@@ -79,8 +82,7 @@ def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
 
 @contextlib.contextmanager
 def _planned_sockets(plan: Plan) -> Iterator[tuple[socket.socket | None, list[socket.socket]]]:
-    """Listens on this part's planned ports. Yields (socket of the doctor's port, sockets of the others); skips ports in
-    use."""
+    """Listens on the free ones of this part's planned ports. Yields (socket of the doctor's port, other sockets)."""
     responder: socket.socket | None = None
     placeholders: list[socket.socket] = []
     with contextlib.ExitStack() as stack:

@@ -31,9 +31,7 @@ class GangView:
 
     @property
     def absent(self) -> list[int]:
-        """Returns the numbers of the parts that sent no report. Excludes parts at whose address any program answers:
-        other checks report those.
-        """
+        """Returns the parts that sent no report, without those at whose address anything answers (other checks)."""
         answering = {
             part
             for part_report in self.part_reports.values()
@@ -43,8 +41,7 @@ class GangView:
         return [part for part in range(self.plan.num_parts) if part not in self.part_reports and part not in answering]
 
     def _links_to_missing(self) -> Iterable[tuple[PartReport, int, LinkResult]]:
-        """Yields (source part's report, number of the target part, result of the link) for target parts that sent no
-        report."""
+        """Yields (source part's report, target part's number, result of the link) for targets that sent no report."""
         for _, source in sorted(self.part_reports.items()):
             for part, link in sorted(source.links.items()):
                 if part not in self.part_reports:
@@ -83,9 +80,7 @@ class GangView:
         return self._link_errors(lambda link: link.wrong_part)
 
     def stalled(self) -> list[str]:
-        """Returns "part0 -> part1: error" for pairs of parts between which short messages arrive and long ones do
-        not.
-        """
+        """Returns "part0 -> part1: error" for pairs between which only short messages arrive."""
 
         def error_of(link: LinkResult) -> str:
             no_reply = "the doctor sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""

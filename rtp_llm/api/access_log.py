@@ -20,9 +20,7 @@ SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 
 @dataclass(eq=False)
 class SequenceRecord:
-    """Fields of one sequence (a request has n of them per prompt) for the request's access log line. `prompt_key` is
-    equal for sequences of the same prompt.
-    """
+    """Fields of one sequence for its request's access log line. `prompt_key`: equal for sequences of one prompt."""
 
     prompt_key: int
     prompt_tokens: int

@@ -217,9 +217,7 @@ def _add_error_handlers(app: FastAPI, config: Config) -> None:
 
 
 def _extend_openapi(app: FastAPI) -> None:
-    """Adds the schemas of request bodies and errors to the OpenAPI document. FastAPI cannot infer them, since
-    `json_body` reads the raw request.
-    """
+    """Adds the schemas of bodies and errors to the OpenAPI document, since `json_body` reads the raw request."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -16,7 +16,9 @@ _RESERVED_KWARGS = {"messages", "tools", "add_generation_prompt", "continue_fina
 
 
 class ChatRenderer:
-    """The chat template of the model. All methods raise RequestError 400."""
+    """Renders chats with the model's chat template. All methods raise RequestError 400 if the template cannot render
+    the messages, or options exclude each other.
+    """
 
     def __init__(self, template: ChatTemplate):
         self._template = template

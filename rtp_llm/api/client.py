@@ -95,9 +95,7 @@ class EngineClient:
 
     @property
     def info(self) -> EngineInfo | None:
-        """Returns the properties that all engines share, as the first one reported them; None before the first READY
-        frame.
-        """
+        """Returns the properties that all engines share, as the first one reported; None before the first READY."""
         return self._engines[0].info
 
     @property
@@ -160,7 +158,7 @@ class EngineClient:
         if sequences:
             num_submitted = sum(sequence.is_submitted for sequence in sequences)
             log.info(
-                "the engine is back in epoch %d (the gang's starts so far): resumed %d of the %d unfinished sequences",
+                "the engine is back (epoch %d: start of the gang): resumed %d of the %d unfinished sequences",
                 info.epoch,
                 num_submitted,
                 len(sequences),
@@ -240,9 +238,7 @@ class EngineClient:
     # The end of the server
 
     def drain(self, seconds: float) -> None:
-        """Rejects new sequences from now on. Fails those that have not ended after `seconds`, or at once if no engine
-        is connected.
-        """
+        """Rejects new sequences. Fails those that remain after `seconds`, or at once if no engine is connected."""
         self._draining = True
         loop = asyncio.get_running_loop()
         loop.call_later(max(0.0, seconds), self.fail_all, "the server is stopping")

@@ -47,8 +47,8 @@ class ClientTransport:
         self.watch_writing()
 
     def discard_input(self) -> None:
-        """Called for each input on a lingering connection. Restarts the linger timer, up to a total of
-        PROGRESS_SECONDS.
+        """Called for each input after `close`, which is discarded. Restarts the timer of LINGER_SECONDS that ends the
+        connection, until PROGRESS_SECONDS after `close`.
         """
         if self._linger_timer:
             self._linger_timer.cancel()
@@ -56,7 +56,9 @@ class ClientTransport:
         self._linger_timer = self._loop.call_at(end, self._transport.close)
 
     def watch_writing(self, unsent_before: float = math.inf) -> None:
-        """Aborts the connection if its client reads none of the unsent bytes for PROGRESS_SECONDS."""
+        """Aborts the connection if its client reads none of the unsent bytes for PROGRESS_SECONDS. Calls itself at this
+        interval. `unsent_before`: unsent bytes at the last call.
+        """
         self.stop_watching()
         unsent = self._transport.get_write_buffer_size() and self.num_unsent_bytes()
         if unsent and unsent >= unsent_before:
@@ -78,7 +80,7 @@ class ClientTransport:
     def num_unsent_bytes(self) -> int:
         """Returns the bytes that the client has not received, those in the kernel's send buffer included.
 
-        That buffer takes megabytes at once. Without it, a slow client would seem to make no progress.
+        That buffer takes megabytes at once: if it did not count, a slow client would seem to make no progress.
         """
         in_kernel = bytearray(4)
         try:

@@ -21,7 +21,8 @@ class Connection(Protocol):
 
 
 class ConnectionLimit:
-    """The number of connections that the limit on open files allows. Logs refusals, at most one line a minute.
+    """Limits HTTP connections to the number that the limit on open files allows: closes the one that waits longest for
+    a request, or the new one. Logs that, at most one line a minute.
 
     waiting  connections without a request, the longest waiting first
     """
@@ -41,8 +42,9 @@ class ConnectionLimit:
         return cls(max(8, wanted - len(os.listdir("/proc/self/fd")) - 2 * RESERVED_DESCRIPTORS))
 
     def admit(self, connection: Connection, num_open: int) -> None:
-        """Lets a new connection wait for a request. Beyond the limit, closes the one that waits longest; if no other
-        waits and the reserve is used up, the new one. `num_open`: connections, the new one included.
+        """Lets a new connection wait for a request. Beyond the limit, closes the one that waits longest. If only the
+        new one waits, closes that, but only beyond RESERVED_DESCRIPTORS more. `num_open`: connections, the new one
+        included.
         """
         self.waiting[connection] = None
         if num_open <= self.limit:

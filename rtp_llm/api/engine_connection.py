@@ -64,8 +64,8 @@ class EngineConnection:
                 if self.is_connected:
                     self._on_lost(error)
             except Exception:  # without this task, requests would never end
-                log.exception("the engine sent frames that cannot be decoded")
-                self._on_lost("unreadable frames")
+                log.exception("the engine sent a frame that cannot be decoded; connecting again")
+                self._on_lost("it sent a frame that cannot be decoded")
             finally:
                 self._writer = None
                 if writer:

@@ -38,15 +38,15 @@ class Refusal(NamedTuple):
     default: Any = None
 
     def is_neutral(self, value: Any) -> bool:
-        """Returns whether a client that sends this value for the refused field means "not set". If the field's default
-        is true, false does not.
+        """Returns whether a client that sends this value for the refused field means "not set": the field's default,
+        or, unless that is true, an empty value, false or 0.
         """
         defaults = self.default if isinstance(self.default, tuple) else (self.default,)
         return value in defaults or (not value and self.default is not True)
 
     def is_empty(self, value: Any) -> bool:
-        """Returns whether this value means "not set" whatever the type of the refused field. 0 does not: it may be a
-        request.
+        """Returns whether this value means "not set" for a field of any type: it is empty, or it is false and the
+        default is not true. 0 does not: the client may want 0.
         """
         return value in ("", [], {}) or (value is False and self.default is not True)
 
@@ -150,10 +150,10 @@ def ignore(path: str, names: Iterable[str]) -> None:
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Returns the fields of a body, or of an object in it, that are set.
 
-    Drops null fields, and empty values of declared fields that constrain the text. Refuses or ignores fields that
-    `model` does not declare, in nested models too. Raises RequestError 400 for a field that constrains the text; in a
-    nested model only if it declares `refusals`. A model with extra="allow" keeps its extra fields, which the caller
-    must check.
+    Drops null fields, and empty values of declared fields that constrain the text. Of the fields that `model` does not
+    declare, those in its `refusals` (by default REFUSALS for the body, none for an object in it) raise RequestError 400
+    unless their value means "not set"; others are ignored. Does the same in nested models. A model with
+    extra="allow" keeps its extra fields, which the caller must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

@@ -215,7 +215,9 @@ class _LogprobTable:
         return values
 
     def to_json(self) -> dict[str, Iterator[Any]]:
-        """Returns the lists as iterators; `api.stream.json_parts` encodes them, each once and in this order."""
+        """Returns the `logprobs` object with an iterator in place of each list, for `api.stream.json_parts`: each can
+        be read once, and in the order of the keys.
+        """
         return {
             "tokens": (self.tokenizer.token_text(token) for token in self._tokens),
             "token_logprobs": (max(logprob[0], MIN_LOGPROB) if logprob else None for _, logprob in self._rows),

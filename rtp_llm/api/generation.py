@@ -17,9 +17,7 @@ from rtp_llm.contract.sampling_params import SamplingParams
 
 @dataclass
 class Choice:
-    """One entry of `choices` in the response, which is one sequence: its prompt, its sampling parameters and its output
-    so far.
-    """
+    """One entry of `choices` in the response: one sequence, with its prompt, sampling parameters and output so far."""
 
     prompt: list[int]
     params: SamplingParams
@@ -76,9 +74,7 @@ class GenerationRequest(Generic[AnyChoice]):
         await cancel_on_disconnect(request, run(), self.reservation)
 
     def usage(self) -> dict[str, Any]:
-        """Returns the `usage` object of OpenAI's API: token counts of the request. Each prompt counts once, however
-        many choices it has.
-        """
+        """Returns OpenAI's `usage` object. Each prompt counts once, however many choices it has."""
         prompt_tokens = sum(len(p) for p in self.prompts)
         completion_tokens = 0 if self.prompt_only else sum(s.num_tokens for s in self.sequences)
         choices_per_prompt = max(1, len(self.sequences) // len(self.prompts))

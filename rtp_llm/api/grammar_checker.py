@@ -17,9 +17,7 @@ MAX_CHECKED = 1024  # grammars whose results are kept
 
 
 class GrammarChecker:
-    """Checks each grammar of the requests once, by compiling it: in a thread, or in `preparer`'s process if the time to
-    compile it has no bound.
-    """
+    """Compiles each grammar once to check it: in a thread, or in `preparer`'s process if that may take long."""
 
     def __init__(self, preparer: Preparer) -> None:
         self._preparer = preparer

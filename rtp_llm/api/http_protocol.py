@@ -18,9 +18,7 @@ PROBE_PATHS = {b"/liveness", b"/health"}
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One HTTP connection. Beyond the connection limit, the longest idle connection is closed; if none is idle, only
-    probes are served.
-    """
+    """One HTTP connection. Beyond the limit, the longest idle one is closed; without one, only probes are served."""
 
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it
 

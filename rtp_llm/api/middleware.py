@@ -16,9 +16,7 @@ UNMEASURED_PATHS = {"/metrics", "/health", "/liveness"}
 
 
 class BodySizeMiddleware:
-    """Rejects request bodies of more than `limit` bytes with 413 as they arrive, with or without a Content-Length
-    header.
-    """
+    """Rejects request bodies of more than `limit` bytes with 413 as they arrive, whatever Content-Length says."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit

@@ -122,9 +122,7 @@ class NativeSequence:
 
 @dataclass
 class NativeResponse:
-    """The response to one request in alibaba/rtp-llm's own format. `groups`: the sequences of each prompt, one or
-    num_return_sequences of them.
-    """
+    """A response in alibaba/rtp-llm's own format. `groups`: of each prompt, its num_return_sequences sequences."""
 
     groups: list[list[NativeSequence]]
     text_params: TextParams
@@ -143,9 +141,7 @@ class NativeResponse:
         return {"response_batch": bodies} if self.is_batch else bodies[0]
 
     def event(self, prefix: str) -> Iterator[str]:
-        """Yields one server-sent event with the response so far, in pieces if large; ends in CRLF as in
-        alibaba/rtp-llm.
-        """
+        """Yields the response so far as one event, in pieces if large; ends in CRLF as in alibaba/rtp-llm."""
         is_large = sum(len(s.tokens) + len(s.prompt) for s in self.sequences) > SMALL_TOKENS
         parts = json_parts(self.to_json()) if is_large else (compact_json(self.to_json()),)
         yield from coalesced(itertools.chain((prefix,), parts, ("\r\n\r\n",)))

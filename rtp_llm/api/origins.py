@@ -76,9 +76,7 @@ class OriginPolicy:
 
 
 class OriginMiddleware(CORSMiddleware):
-    """CORS, and rejection of requests that `policy` refuses. `policy` is None if requests need an API key: then any
-    origin is allowed.
-    """
+    """CORS, and rejection of what `policy` refuses. None, if requests need an API key, allows any origin."""
 
     def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[str, RequestError], Response]):
         origins: Collection[str] = () if policy else ("*",)
@@ -116,7 +114,7 @@ def host_name(authority: str) -> str:
 
 
 def is_local_host(host: str) -> bool:
-    """Returns whether `host` is an IP address or a loopback name, which no DNS server can point elsewhere."""
+    """Returns whether `host` is safe from DNS rebinding: any IP address, or a loopback name."""
     return _is_ip(host) or is_loopback_name(host)
 
 

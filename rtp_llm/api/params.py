@@ -157,7 +157,9 @@ def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequ
 
 
 def merge_extra_configs(body: OpenAIRequest, config: GenerateConfig | None, tokenizer: Tokenizer) -> OpenAIRequest:
-    """Returns a copy of the chat request; the fields that the client sent in `extra_configs` override its own."""
+    """Returns a copy of the chat request in which the fields that the client set in `config`, the request's
+    `extra_configs`, override those of the request.
+    """
     if config is None:
         return body
     overrides = native_to_openai(config, tokenizer)

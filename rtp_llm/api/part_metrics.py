@@ -34,9 +34,7 @@ def register(metrics: Metrics, state: PartState, config: Config) -> None:
 
 
 class PartCollector(Collector):
-    """Prometheus collector of the metrics of one part (one container). `read` returns their values
-    (`PartState.metrics_snapshot`).
-    """
+    """Prometheus collector of the metrics of one part. `read`: returns `PartState.metrics_snapshot`."""
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read

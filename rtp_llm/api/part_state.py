@@ -38,9 +38,7 @@ class Health:
 
 
 class PartState:
-    """Reads the state of the processes of this part (container), and the gang status (state of all ranks of all parts)
-    that the guard process writes.
-    """
+    """Reads the state of this part's processes, and the gang status (all ranks of all parts) from the guard's file."""
 
     def __init__(self, part_spec: PartSpec, client: EngineClient | None):
         """`client`: the connection to rank 0 on part 0, None on the other parts."""
@@ -51,8 +49,8 @@ class PartState:
         self._status_written_at, self._status_seen_at = 0, 0.0
 
     def gang_status(self) -> dict[str, Any]:
-        """Returns the gang status (state of all ranks) that the guard wrote last, and its `age` in seconds. It has no
-        ranks if the file is missing or stale.
+        """Returns the gang status (state of all ranks) that the guard, the process that watches this part's others,
+        wrote last, and its `age` in seconds. It has no ranks if the file is missing or stale.
         """
         path = self.part_spec.gang_status_path
         try:

@@ -35,9 +35,7 @@ class PackedPrompt:
 
 @dataclass(frozen=True)
 class PreparedInputs(Generic[Body]):
-    """A validated embedding or rerank request, with the token ids of its inputs in `prompts`. `body` no longer has the
-    texts.
-    """
+    """A validated embedding or rerank request: `prompts` are the token ids of its inputs, `body` lacks their texts."""
 
     body: Body
     prompts: list[PackedPrompt]
@@ -75,8 +73,8 @@ class EmbeddingPreparation:
     def similarity(
         self, preparation: Preparation, raw: bytes, limits: PromptLimits
     ) -> PreparedInputs[SimilarityRequest]:
-        """Returns the prompts of all `left` texts, then of all `right` texts. `body.left` keeps only its length, to
-        split the embeddings again.
+        """Returns the prompts of all `left` texts, then of all `right` texts. In the returned body, `left` has as many
+        empty texts, to split the embeddings again.
         """
         body = parse_body(SimilarityRequest, raw)
         if body.return_response:

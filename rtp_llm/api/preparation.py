@@ -39,7 +39,7 @@ class Preparation:
         self.renderer, self.encoder = ChatRenderer(template), PromptEncoder(tokenizer, template)
 
     def grammar_error(self, raw: bytes, limits: PromptLimits) -> str:
-        """Returns why the grammar in `raw` cannot be enforced on the output; empty if it can."""
+        """Returns why the grammar `raw` cannot be enforced on the output; empty if it can. `limits`: not used."""
         try:
             check(raw.decode())
         except GrammarError as error:

@@ -47,7 +47,8 @@ class PreparationProcess:
         """Calls `work` (a method that validates and tokenizes a body) with `raw` in the process. Returns its result and
         a record of the body's ignored fields.
 
-        max_seconds: time limit in seconds, to which a limit for the size of `raw` is added; then the process is killed.
+        max_seconds: time limit in seconds (None: MAX_SECONDS), to which time in proportion to the size of `raw` is
+        added; then the process is killed.
 
         Raises the RequestError of `work`, or one if it takes too long or kills the process.
 
@@ -115,9 +116,7 @@ class PreparationProcess:
 def prepare_recorded(
     work: Work[T], preparation: Preparation, raw: bytes, limits: PromptLimits
 ) -> tuple[T, FieldRecord]:
-    """Calls `work` (a method that validates and tokenizes a body) with `raw`. Returns its result and a record of the
-    body's ignored fields.
-    """
+    """Calls `work`, which validates and tokenizes a body. Returns its result and the record of ignored fields."""
     with recording() as record:
         return work(preparation, raw, limits), record
 

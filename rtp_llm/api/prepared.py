@@ -20,7 +20,8 @@ class Prepared(Generic[Model]):
     themselves.
 
     text      the rendered chat, for /chat/render; empty for other requests
-    is_batch  whether a native request has `prompt_batch`, or several prompts
+    is_batch  a native request (of alibaba/rtp-llm's API) has `prompt_batch` or several prompts, so its response is a
+              list
     output_format  format of the response to a chat
     bad_words  token ids of each forbidden word
     grammar, constraint  grammar for the whole output, and the field that requests it; empty: any text

@@ -44,8 +44,8 @@ class Preparer:
     async def prepare(
         self, work: Work[T], raw: bytes, limits: PromptLimits, extra_bytes: int = 0
     ) -> tuple[T, FieldRecord]:
-        """Calls `work` (a method that validates and tokenizes a body) with `raw`, where its size allows. Returns its
-        result and a record of the body's ignored fields.
+        """Calls `work` (a method that validates and tokenizes a body) with `raw`: depending on its size, on the event
+        loop, in a thread or in another process. Returns the result and a record of the body's ignored fields.
 
         `extra_bytes`: bytes that `work` reads besides the body.
 
@@ -61,7 +61,8 @@ class Preparer:
         return await self._run_in_process(work, raw, limits)
 
     async def run_in_process(self, work: Work[T], raw: bytes, max_seconds: float) -> T:
-        """Calls `work`, which must not depend on PromptLimits, in the other process, however small `raw` is.
+        """Calls `work`, which must not depend on PromptLimits, in the process for large requests, even if `raw` is
+        small.
 
         Raises RequestError: 504 if it takes longer than `max_seconds`, and those of `prepare`.
         """

@@ -23,7 +23,9 @@ class PromptEncoder:
         return limits.checked(_tail(self._template.encode(prompt), last))
 
     def encode_prompt(self, prompt: str | list[int], limits: PromptLimits, last: int | None = None) -> list[int]:
-        """Returns the ids of a text or token ids; of the `last` tokens only, unless that is None."""
+        """Returns the token ids of a prompt, which is a text or token ids; only the `last` ones unless that is None.
+        Raises RequestError 400 if they exceed the `limits`.
+        """
         if isinstance(prompt, list):
             return limits.checked(_tail(prompt, last))
         self._check_text(prompt, limits, last)
@@ -49,7 +51,9 @@ class PromptEncoder:
         return self._template.encode_text(text)
 
     def encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Returns the token ids of each word that must not occur, at the start of a text and after a space."""
+        """Returns the token ids of forbidden words. A word has two forms, as tokens differ at the start of a text and
+        after a space; one is enough if the second ends with the first.
+        """
         found: list[tuple[int, ...]] = []
         for word in words:
             _check_unicode(word)
@@ -57,13 +61,12 @@ class PromptEncoder:
             alone, later = (
                 tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")
             )
-            # Where the second ends with the first, the first excludes both.
             found += [alone] if later[-len(alone) :] == alone else [alone, later]
         return tuple(found)
 
     def check_countable(self, text: str, limits: PromptLimits) -> None:
         """Raises RequestError 400 if a text is not Unicode, or has more tokens than /tokenize and similar endpoints
-        count.
+        accept.
         """
         _check_unicode(text)
         limit = max(MAX_COUNTED_TOKENS, limits.max_seq_len)

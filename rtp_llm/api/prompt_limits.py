@@ -9,9 +9,9 @@ from rtp_llm.errors import empty_prompt, engine_gone, invalid_params, long_promp
 class PromptLimits:
     """The current limits of prompts. `max_seq_len` is 0 until the model has been loaded.
 
-    max_seq_len_reason, slots_reason  what limits `max_seq_len` and `slots`
+    max_seq_len_reason, slots_reason  what limits `max_seq_len` and `slots`, for errors
     slots, used_slots  maximum number of accepted sequences that have not ended, and their current number
-    prompt_field  the body's field that errors about the prompt name
+    prompt_field  name of the body's field to which errors about the prompt refer
     """
 
     max_seq_len: int

@@ -81,15 +81,13 @@ class RerankEndpoints:
 
 @dataclass(frozen=True)
 class RerankPreparation:
-    """Turns the body of a rerank request into the prompts of a reranking model: validates it and tokenizes each pair of
-    query and document.
-    """
+    """Turns a rerank request into a reranking model's prompts: one of tokens per pair of query and document."""
 
     format: RerankFormat
 
     def rerank(self, preparation: Preparation, raw: bytes, limits: PromptLimits) -> PreparedInputs[RerankRequest]:
-        """Returns one prompt per document; all begin with the same tokens (the query). `body` keeps the documents only
-        if the response must repeat them.
+        """Returns one prompt per document; all begin with the same tokens (the query). The result's
+        `body` (the request) keeps the documents only if the response must repeat them.
         """
         body = parse_body(RerankRequest, raw)
         limits.check_engine()

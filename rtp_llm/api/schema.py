@@ -225,7 +225,7 @@ class NativeRequest(BaseModel):
 
 
 class BatchInferRequest(BaseModel):
-    """Body of POST /batch_infer, and the fields of generate_config."""
+    """Body of POST /batch_infer. Fields of `generate_config` may also be at the top level of the body."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 

@@ -53,7 +53,7 @@ class SlotReservation:
         self._release(1)
 
     def return_one(self) -> None:
-        """Reserves the slot of an ended sequence again, for the next sequence of the request."""
+        """Takes the slot of a sequence that has just ended back into the reservation, for the request's next one."""
         self._release(-1)
 
     def release(self) -> None:
@@ -107,7 +107,9 @@ class Service:
         return SlotReservation(self, sequences)
 
     def admit_up_to(self, sequences: int) -> SlotReservation:
-        """Reserves as many of the slots as are free, at least one. Raises the same errors as `admit(1)`."""
+        """Reserves up to `sequences` slots, as many as are free. Raises RequestError 429 if none is, 503 if the server
+        is stopping.
+        """
         self.check_capacity(1)
         return SlotReservation(self, min(sequences, self._prompt_limits().free_slots))
 
@@ -117,7 +119,9 @@ class Service:
         return not self.client.is_draining and self.num_open >= self._num_slots
 
     def check_capacity(self, sequences: int) -> None:
-        """Raises the same errors as `admit`, but reserves nothing."""
+        """Raises RequestError 429 if fewer than `sequences` slots are free, 400 if the server has fewer in total, 503
+        if it is stopping.
+        """
         if self.client.is_draining:
             raise engine_gone("the server is stopping: retry, or use another server")
         with self._counted_rejections():
@@ -168,7 +172,9 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Returns the number of open sequences and requests, for which a graceful shutdown waits."""
+        """Returns the number of slots in use, one per sequence or large request that is being prepared. A graceful
+        shutdown waits until it is 0.
+        """
         return self.client.num_in_flight + self.reserved_slots + self.preparer.num_large
 
     def drain(self, seconds: float) -> None:
@@ -251,9 +257,7 @@ class Service:
 
 
 class RequestTimer:
-    """Measures one sequence (a request has n of them per prompt): its token counts and times go to the metrics and to
-    the request's line in the access log.
-    """
+    """Adds the token counts and times of one sequence to the metrics and to the request's access log line."""
 
     def __init__(self, metrics: Metrics, prompt: Sized, params: SamplingParams):
         self.metrics, self._record = metrics, access_log.current().add_sequence(prompt)

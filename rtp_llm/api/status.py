@@ -28,9 +28,7 @@ ADMIN = [Depends(require_admin)]
 
 
 class HasHealth(Protocol):
-    """The interface of an object whose health /health reports: the part (this container's server), or before the part
-    starts, the download of its model.
-    """
+    """What /health reports on: the part or, before it starts, the download of its model."""
 
     def health(self) -> Health: ...
 
@@ -89,9 +87,7 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     page, policy = chat_page()
 
     async def home(request: Request) -> Response:
-        """Returns the page for chatting with the model to browsers; to other clients the same JSON as
-        alibaba/rtp-llm.
-        """
+        """Returns the page for chatting with the model to browsers, to others alibaba/rtp-llm's JSON."""
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page, headers={"Content-Security-Policy": policy})
         return JSONResponse({"status": "home"})

@@ -23,9 +23,7 @@ PING = b": ping\n\n"  # a comment, which clients ignore
 
 
 def coalesced(parts: Iterable[str]) -> Iterator[str]:
-    """Yields the concatenation of the texts `parts`, in pieces of about `PIECE_CHARACTERS`, so that few writes are
-    needed.
-    """
+    """Yields the concatenated texts `parts` in pieces of about `PIECE_CHARACTERS`, so that writes are few."""
     pending: list[str] = []
     size = 0
     for part in parts:

@@ -60,25 +60,23 @@ class SuspectTracker(Generic[R]):
 
     @property
     def is_investigating(self) -> bool:
-        """True while one group of suspects is on trial and all other requests wait."""
+        """True while some requests that may have crashed the engine run alone and all other requests wait."""
         return bool(self._groups)
 
     def may_run(self, request: R) -> bool:
         return not self._groups or request in self._groups[0]
 
     def is_known_culprit(self, request: R, now: float) -> bool:
-        """Returns whether a request with the same fingerprint was recently found to crash the engine. `now`: seconds,
-        of a monotonic clock.
-        """
+        """Returns whether a request of this fingerprint recently crashed the engine. `now`: monotonic seconds."""
         self._forget_culprits(now)
         return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
 
     def add(self, request: R) -> None:
-        """Adds an accepted request."""
+        """Adds an accepted request: a suspect if the engine is lost before the request has finished a step."""
         self._probation[request] = 1
 
     def remove(self, request: R) -> None:
-        """Removes a request that has finished, failed or was cancelled by its client."""
+        """Removes a request that has finished, failed or was cancelled by its client: it is no suspect any more."""
         self._probation.pop(request, None)
         for group in self._groups:
             group.pop(request, None)
@@ -122,8 +120,8 @@ class SuspectTracker(Generic[R]):
         middle = (len(suspects) + 1) // 2
         self._groups[:0] = [_group(half) for half in (suspects[:middle], suspects[middle:]) if half]
         log.warning(
-            "the engine was lost in epoch %d. Suspects: %d of the %d requests in its last step; the first %d suspects"
-            " run next, all other requests wait",
+            "the engine was lost in epoch %d; %d of the %d requests in its last step may have caused that. To find out"
+            " which, the first %d of them run next, and all other requests wait",
             epoch,
             len(suspects),
             len(launched),
@@ -139,8 +137,8 @@ class SuspectTracker(Generic[R]):
         log.error("request %s was alone in a failed step: it gets an error, the other requests continue", culprit.id)
         if self._blames_engine:
             log.error(
-                "%d different requests have failed alone within ten minutes: the cause is the engine, not a request;"
-                " further losses count against RESTART_LIMIT",
+                "%d different requests, each running alone, have made the engine fail within ten minutes: the cause is"
+                " the engine, not a request; its further failures count against RESTART_LIMIT",
                 len(self._culprits),
             )
         return culprit

@@ -25,9 +25,7 @@ def serves_text(served: TaskType) -> Any:
 
 
 def refusing_router(paths: Iterable[str], task: TaskType, served: TaskType) -> APIRouter:
-    """Returns a router that rejects `paths` with 400: they need the task `task`, but the served model's task is
-    `served`.
-    """
+    """Returns a router that rejects `paths`, which need the task `task`, with 400, as the model's is `served`."""
     router = APIRouter()
 
     async def refuse(request: Request) -> None:

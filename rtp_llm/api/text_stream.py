@@ -24,9 +24,7 @@ class TextParams:
 
 @dataclass
 class OutputChunk:
-    """New text of one sequence. Only the sequence's last chunk has a finish reason, and perhaps the stop string that
-    ended it.
-    """
+    """New text of one sequence. Only its last chunk has a finish reason, and perhaps the stop string that ended it."""
 
     text: str
     tokens: list[int]
@@ -50,8 +48,8 @@ class TextStream:
         self.num_tokens = 0  # so far
 
     def push(self, output: EngineOutput) -> OutputChunk:
-        """Returns the chunk of an output, without the tokens after a stop string: how many tokens one step returns
-        depends on draft tokens.
+        """Returns the chunk of an output. Drops the tokens after a stop string, which a step with draft tokens may
+        return.
         """
         num_tokens, text = self._read(output)
         self.num_tokens += num_tokens

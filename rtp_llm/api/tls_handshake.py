@@ -43,7 +43,7 @@ class TlsHandshake(asyncio.Protocol):
         self._task.cancel()
 
     def shutdown(self) -> None:
-        """Is called by uvicorn when the server ends."""
+        """Aborts the connection; uvicorn calls this when the server ends."""
         self.transport.abort()
 
     async def _handshake(self) -> None:

@@ -15,6 +15,7 @@ VLLM_NAMES = {
     for name in (
         *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
         *("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"),
+        *("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
         *("num_preemptions", "request_success", "admission_rejections", "corrupted_requests", "cache_config_info"),
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
         *("request_time_per_output_token_seconds", "request_queue_time_seconds", "request_prefill_time_seconds"),

@@ -50,27 +50,21 @@ class MachineRates:
     operations: dict[str, float]
 
 
-class Probe:
-    """Context manager that measures the machine's rates (bytes read and operations per second), which takes about two
-    seconds.
-    """
+class Probe(WorkerProcess):
+    """Context manager that measures the machine's rates, bytes read and operations per second. Takes two seconds."""
 
     def __init__(self) -> None:
-        self._worker = WorkerProcess("rtp_llm.bench.probe", str(usable_cores()))
-
-    def __enter__(self) -> "Probe":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.__exit__()
+        super().__init__("rtp_llm.bench.probe", str(usable_cores()))
 
     def measure(self) -> MachineRates:
-        return MachineRates(**self._worker.ask({}))
+        return MachineRates(**self.ask({}))
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Sizes of a model, from which its costs follow. `head_weights` are read and multiplied per sampled token only."""
+    """Numbers of a model from which the time of its steps follows. `head_weights` (of the output head) are read and
+    multiplied per sampled token only.
+    """
 
     layer_weights: int
     head_weights: int
@@ -80,7 +74,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, checkpoint: Path, precision: Precision) -> "ModelCost":
-        """Returns the sizes of a model, from the headers of its checkpoint. Raises CheckpointError or ConfigError."""
+        """Returns the numbers of weights, bytes per token in the KV cache and operations per key of a model, from the
+        headers of its checkpoint. Raises CheckpointError or ConfigError.
+        """
         spec = read_spec(checkpoint)
         return cls(
             layer_weights(spec, 1),
@@ -112,9 +108,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Bound:
-    """The rates of a `summary.Summary`, in tokens per second, that the machine's memory and arithmetic allow at
-    most.
-    """
+    """The rates of a `summary.Summary`, in tokens per second, that memory and arithmetic allow at most."""
 
     output_rate: float
     input_rate: float
@@ -122,7 +116,8 @@ class Bound:
 
     @classmethod
     def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
-        """Returns these maximum rates for a workload. `concurrency`: number of concurrent requests.
+        """Returns the highest rates that a machine with the measured `rates` allows for a workload. `concurrency`:
+        number of concurrent requests.
 
         A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
         bytes and total operations count.
@@ -153,15 +148,8 @@ def machine() -> dict[str, object]:
     """Returns what identifies the machine in a report: CPU model, CPU flags that kernels use, cores, memory."""
     fields = dict(_cpuinfo())
     wanted = (
-        "avx2",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_bf16",
-        "amx_int8",
-        "bf16",
+        *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+        *("amx_tile", "amx_bf16", "amx_int8", "bf16"),
     )
     flags = fields.get("flags", fields.get("Features", "")).split()
     return {

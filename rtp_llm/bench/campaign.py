@@ -15,17 +15,13 @@ from rtp_llm.bench.summary import Slo, Summary
 from rtp_llm.bench.target import Target
 from rtp_llm.bench.workload import Traffic, Workload, poisson_arrivals
 
-WARM_UP_TOKENS = (
-    64  # output tokens of the requests before the first run of a case, in which some engines compile kernels
-)
+WARM_UP_TOKENS = 64  # output of the requests before the first run of a case, in which some engines compile kernels
 OPEN_CONCURRENCY = 1024  # of an open loop: more than any server takes
 
 
 @dataclass(frozen=True)
 class Case:
-    """A load to measure: a workload with either a number of concurrent requests or a rate in requests per second
-    (`rate`).
-    """
+    """A load to measure: a workload with a number of concurrent requests, or with a `rate` in requests per second."""
 
     name: str
     workload: Workload
@@ -49,8 +45,9 @@ class Case:
 class Run:
     """One measurement of a target (an engine or server) with a case (a load).
 
-    bound     None if the model is not known, or if the load has a fixed request rate
-    requests  summaries of the records
+    bound     the highest rates that the machine allows; None if the model is not known, or if the load has a fixed
+              request rate
+    requests  a summary of each request
     """
 
     case: str

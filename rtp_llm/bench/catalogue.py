@@ -30,6 +30,7 @@ PRECISIONS_OF = {
     "vllm": ("bf16",),
     "transformers": ("bf16",),
 }
+# Bits per weight; targets with the same number are compared.
 GROUPS = {"fp32": "fp32", "bf16": "16", "f16": "16", "int8": "8", "w8a8": "8", "q8_0": "8", "int4": "4", "q4_0": "4"}
 ALL_NAMES = tuple(f"{kind}-{precision}" for kind, all_of in PRECISIONS_OF.items() for precision in all_of)
 DEFAULT_NAMES = tuple(name for name in ALL_NAMES if name not in ("ours-fp32", "ours-int8") and "offline" not in name)
@@ -58,17 +59,12 @@ class TargetName:
         pairs = [pair.partition("=") for pair in settings.split("+") if pair]
         return cls(text, kind, precision, {key: value for key, _, value in pairs})
 
-    @property
-    def group(self) -> str:
-        """Returns the number of bits per weight; targets with the same number are compared."""
-        return GROUPS[self.precision]
-
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Creates targets by name.
+    """Creates targets (engines to measure) by name.
 
-    pythons  Python interpreters in which to look for peers, in this order
+    pythons  Python interpreters in which to look for peers (other engines), in this order
     folder   for converted weights and logs; they can be reused
     """
 
@@ -77,7 +73,7 @@ class Catalogue:
     folder: Path
 
     def make(self, name: TargetName) -> Target:
-        """Returns the target; enter its context to start it. Raises AbsentError if the peer is not installed."""
+        """Returns the target; enter its context to start it. Raises AbsentError if its engine is not installed."""
         makers = {
             "ours": self._ours,
             "offline": self._offline,
@@ -112,16 +108,7 @@ class Catalogue:
 
     def _vllm(self, name: TargetName) -> Target:
         port = free_port()
-        options = [
-            "--port",
-            str(port),
-            "--dtype",
-            "bfloat16",
-            "--served-model-name",
-            "bench",
-            "--max-model-len",
-            "10240",
-        ]
+        options = ["--dtype=bfloat16", "--served-model-name=bench", "--max-model-len=10240", f"--port={port}"]
         program = str(Path(self._python("vllm")).with_name("vllm"))
         command = [program, "serve", str(self.checkpoint), *options]
         return ServerTarget(name.text, command, port, self._log(name), {"VLLM_CPU_KVCACHE_SPACE": "2"})
@@ -157,8 +144,8 @@ class Catalogue:
 
 
 def weight_precision(name: TargetName) -> str:
-    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO quantizes activations to 8 bits, as llama.cpp
-    does.
+    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO's int8 is "q8_0" there, llama.cpp's 8-bit format:
+    both quantize activations, too.
     """
     if name.kind == "openvino" and name.precision == "int8":
         return "q8_0"

@@ -19,31 +19,23 @@ _QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_th
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 
 
-def _shape(
-    family: dict[str, Any],
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head: int,
-    vocab: int,
-) -> dict[str, Any]:
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size"),
+)
+
+
+def _shape(family: dict[str, Any], *sizes: int) -> dict[str, Any]:
+    """Returns a config.json. sizes: in the order of _SIZES."""
     return {
         **family,
+        **dict(zip(_SIZES, sizes, strict=True)),
         "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head,
-        "vocab_size": vocab,
         "max_position_embeddings": 40960,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
-        "bos_token_id": vocab - 3,
-        "eos_token_id": vocab - 1,
+        "bos_token_id": sizes[-1] - 3,
+        "eos_token_id": sizes[-1] - 1,
     }
 
 
@@ -64,7 +56,10 @@ CHAT_TEMPLATE = (
 
 
 def find_shape(name: str) -> dict[str, Any]:
-    """Returns the config.json of a model shape. Raises ConfigError if the name is unknown."""
+    """Returns the config.json of a shape: the sizes of a known model, for which weights are made up.
+
+    Raises ConfigError if the name is not one of SHAPES.
+    """
     if name not in SHAPES:
         raise ConfigError(f"--shape {name}: unknown; allowed: {', '.join(SHAPES)}")
     return SHAPES[name]

@@ -182,10 +182,8 @@ def _table(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint or args.folder / args.shape
     if not (checkpoint / "model.safetensors").exists() and not args.checkpoint:
         write_checkpoint(checkpoint, args.shape)
-    catalogue, report = (
-        Catalogue(checkpoint, (*args.peer_python, sys.executable), args.folder),
-        Report(environment(sys.argv)),
-    )
+    catalogue = Catalogue(checkpoint, (*args.peer_python, sys.executable), args.folder)
+    report = Report(environment(sys.argv))
     targets, costs = [], {}
     for name in names:
         try:

@@ -42,7 +42,10 @@ class Endpoint:
     def address(self) -> tuple[str, int]:
         parts = urlsplit(self.url)
         if parts.scheme != "http" or not parts.hostname:
-            raise ConfigError(f"--url {self.url}: allowed: http://HOST:PORT, optionally with a path before /v1")
+            raise ConfigError(
+                f"--url {self.url}: is not an http:// URL with a host; allowed: http://HOST:PORT or"
+                " http://HOST:PORT/PATH, without the /v1/completions that each request adds"
+            )
         return parts.hostname, parts.port or 80
 
     def post(self, path: str, content: dict[str, Any]) -> bytes:
@@ -101,7 +104,7 @@ class Connection(asyncio.Protocol):
         try:
             _, connection = await asyncio.get_running_loop().create_connection(cls, *address)
         except OSError as error:
-            raise AnswerError(f"no connection: {error.strerror or error}") from None
+            raise AnswerError(f"no connection to {address[0]}:{address[1]}: {error.strerror or error}") from None
         return connection
 
     def close(self) -> None:

@@ -17,9 +17,7 @@ SECONDS = 0.15  # of each measurement
 
 
 def best_rate(amount: float, operation: Callable[[], object]) -> float:
-    """Calls `operation`, which does `amount` of work, several times. Returns the amount per second of the fastest
-    call.
-    """
+    """Calls `operation`, which does `amount` of work, several times. Returns the fastest call's amount per second."""
     operation()
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:

@@ -29,7 +29,7 @@ class Report:
     environment  machine, commit, command, date
     targets      by name, in the order of the table
     absent       {target name: why it could not be measured}
-    rates        rates of the machine, measured between the runs
+    rates        bytes and operations per second of the machine, measured between the runs
     """
 
     environment: dict[str, Any]
@@ -69,7 +69,7 @@ class Report:
         return self.median(case, target, rate_of(case))
 
     def bound(self, case: Case, target: str) -> float:
-        """Returns the upper bound of `rate`; 0 if it is not known."""
+        """Returns the highest `rate` that the machine allows for a case, in tokens per second; 0 if it is not known."""
         return self.median(case, target, lambda run: getattr(run.bound, _rate_name(case), 0.0))
 
 
@@ -107,20 +107,8 @@ def _fairness(case: Case) -> Value:
 
 
 HEADER: tuple[str, ...] = (
-    *(
-        "case",
-        "target",
-        "tok/s",
-        "decode",
-        "TTFT p50",
-        "TTFT p99",
-        "ITL p50",
-        "ITL p99",
-        "x fair",
-        "E2E p50",
-        "E2E p99",
-    ),
-    *("goodput", "bound", "ours / it", "errors"),
+    *("case", "target", "tok/s", "decode", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "x fair"),
+    *("E2E p50", "E2E p99", "goodput", "bound", "ours / it", "errors"),
 )
 LEGEND = """\
 tok/s: of output, or of the prompt where an answer has one token. decode: of one request after its first token. Times in

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Self
 
 from rtp_llm.bench.http_client import Endpoint
 from rtp_llm.bench.load import OnEnd, send
@@ -25,78 +26,79 @@ NUM_PORTS = 20  # that a part with few ranks reserves: half of them below START_
 _PORTS = iter(range(18100, 30000, NUM_PORTS))  # each is handed out once, because its server starts later
 
 
-class Target(Protocol):
+class Target(ABC):
     """A server or engine that runs requests while its context is entered."""
 
-    name: str
-    description: str  # version and settings; known inside
-    start_seconds: float  # from its start until it was ready; 0 if this did not start it
+    def __init__(self, name: str, description: str = ""):
+        """`description`: version and settings; of some targets known only inside."""
+        self.name, self.description = name, description
+        self.start_seconds = 0.0  # from its start until it was ready
 
-    def __enter__(self) -> "Target": ...
-    def __exit__(self, *_: object) -> None: ...
-
-    def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
-        """Runs all requests. Calls `on_end` with each record."""
-        ...
-
-
-class UrlTarget:
-    """A server that is already running."""
-
-    def __init__(self, name: str, endpoint: Endpoint):
-        self.name, self.description, self.endpoint, self.start_seconds = name, endpoint.url, endpoint, 0.0
-
-    def __enter__(self) -> "UrlTarget":
+    def __enter__(self) -> Self:
+        start = time.perf_counter()
+        with ExitStack() as resources:
+            self._start(resources)
+            self._resources = resources.pop_all()
+        self.start_seconds = time.perf_counter() - start
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._resources.close()
+
+    @abstractmethod
+    def _start(self, resources: ExitStack) -> None:
+        """Starts the target and waits until it is ready. `resources`: closed with the context, or if this fails."""
+
+    @abstractmethod
+    def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
+        """Runs all requests. Calls `on_end` with each record."""
+
+
+class UrlTarget(Target):
+    """A server that is already running."""
+
+    def __init__(self, name: str, endpoint: Endpoint, description: str = ""):
+        super().__init__(name, description or endpoint.url)
+        self.endpoint = endpoint
+
+    def _start(self, resources: ExitStack) -> None:
+        """Starts nothing."""
 
     def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
         return send(self.endpoint, traffic, on_end)
 
 
-class ServerTarget:
+class ServerTarget(UrlTarget):
     """A server that runs as a child process; ended with SIGTERM."""
 
     def __init__(self, name: str, command: list[str], port: int, log: Path, environment: dict[str, str] | None = None):
         """`command`: starts a server with a /health on `port`. `environment`: variables added to this process's own."""
-        self.name, self.start_seconds, self.log = name, 0.0, log
         settings = " ".join(f"{key}={value}" for key, value in (environment or {}).items())
-        self.description = f"{settings} {' '.join(command)}".strip()
-        self.endpoint = Endpoint(f"http://127.0.0.1:{port}", "bench")
-        self._command, self._port, self._environment = command, port, {**os.environ, **(environment or {})}
+        endpoint = Endpoint(f"http://127.0.0.1:{port}", "bench")
+        super().__init__(name, endpoint, f"{settings} {' '.join(command)}".strip())
+        self.log, self._command, self._port = log, command, port
+        self._environment = {**os.environ, **(environment or {})}
 
-    def __enter__(self) -> "ServerTarget":
-        start = time.perf_counter()
-        self._log: IO[bytes] = self.log.open("wb")
+    def _start(self, resources: ExitStack) -> None:
+        deadline = time.perf_counter() + START_SECONDS
         self._process = subprocess.Popen(
             self._command,
             env=self._environment,
-            stdout=self._log,
+            stdout=resources.enter_context(self.log.open("wb")),
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
         )
-        try:
-            self._wait_until_healthy(start + START_SECONDS)
-        except BaseException:
-            self.__exit__()
-            raise
-        self.start_seconds = time.perf_counter() - start
-        return self
+        resources.callback(self._stop)
+        self._wait_until_healthy(deadline)
 
-    def __exit__(self, *_: object) -> None:
+    def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
-
-    def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
-        return send(self.endpoint, traffic, on_end)
 
     def _wait_until_healthy(self, deadline: float) -> None:
         while time.perf_counter() < deadline and self._process.poll() is None:
@@ -109,9 +111,9 @@ class ServerTarget:
             connection.close()
             time.sleep(POLL_SECONDS)
         code = self._process.poll()
-        state = "is not ready" if code is None else f"ended with exit code {code}"
+        state = "was not ready" if code is None else f"ended with exit code {code}"
         end = self.log.read_text(errors="replace")[-2000:]
-        raise WorkerError(f"{self.name} {state} after {START_SECONDS:.0f} s at most; end of its log:\n{end}")
+        raise WorkerError(f"{self.name} {state} within {START_SECONDS:.0f} s of its start; end of its log:\n{end}")
 
 
 def own_server(
@@ -136,30 +138,21 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise WorkerError("no range of free ports between 18100 and 30000")
+    raise WorkerError(f"no {NUM_PORTS} consecutive free ports between 18100 and 30000")
 
 
-class EngineTarget:
+class EngineTarget(Target):
     """An engine of `rtp_llm.bench.peers` in a process of its own: no HTTP, no tokenizer."""
 
     def __init__(self, name: str, module: str, model: Path, settings: dict[str, Any], python: str = sys.executable):
-        self.name, self.description, self.start_seconds = name, "", 0.0
+        super().__init__(name)
         self._module, self._model, self._settings, self._python = module, model.absolute(), settings, python
 
-    def __enter__(self) -> "EngineTarget":
-        start = time.perf_counter()
+    def _start(self, resources: ExitStack) -> None:
         arguments = str(self._model), json.dumps(self._settings)
-        self._worker = WorkerProcess(f"rtp_llm.bench.peers.{self._module}", *arguments, python=self._python)
-        try:
-            self.description = f"{self._worker.read()['description']} {self._settings}"
-        except BaseException:
-            self.__exit__()
-            raise
-        self.start_seconds = time.perf_counter() - start
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.__exit__()
+        worker = WorkerProcess(f"rtp_llm.bench.peers.{self._module}", *arguments, python=self._python)
+        self._worker = resources.enter_context(worker)
+        self.description = f"{worker.read()['description']} {self._settings}"
 
     def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
         records = [Record(**record) for record in self._worker.ask(asdict(traffic))["records"]]

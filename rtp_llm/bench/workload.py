@@ -59,9 +59,9 @@ WORKLOADS = {
 
 
 def find_workload(name: str, inputs: int | None, outputs: int | None) -> Workload:
-    """Returns the workload `name`; if `inputs` and `outputs` are given (both), one of so many tokens.
+    """Returns the workload `name`, or if both are given, one with `inputs` prompt tokens and `outputs` output tokens.
 
-    Raises ConfigError.
+    Raises ConfigError if only one of them is given or less than 1, or if the name is unknown.
     """
     if (inputs is None) != (outputs is None):
         raise ConfigError("--input and --output must be given together; allowed: both, or --workload")

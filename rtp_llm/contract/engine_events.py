@@ -39,6 +39,9 @@ class EngineStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
+    drafts: int = 0  # times that a step verified draft tokens of a request
+    draft_tokens: int = 0  # draft tokens verified
+    accepted_tokens: int = 0  # of these
     flops: int = 0
     read_bytes: int = 0
     write_bytes: int = 0
@@ -52,9 +55,7 @@ STATS = struct.Struct(f"={len(STATS_FIELDS)}d")  # counters beyond 2**53 lose th
 
 
 def pack_events(outputs: Sequence[EngineOutput], stats: EngineStats) -> bytes:
-    """Returns the payload of an EVENTS frame, with which rank 0 sends a step's outputs and statistics to the API
-    process.
-    """
+    """Returns the payload of an EVENTS frame: a step's outputs and statistics, from rank 0 to the API process."""
     ids = [output.request_id.encode() for output in outputs]
     table = np.array(
         [
@@ -115,9 +116,7 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
 
 
 class PackedLogprobs(Sequence[Logprob]):
-    """A sequence of logprobs, kept as bytes and decoded one by one: as Python objects they take ten times the
-    memory.
-    """
+    """A sequence of logprobs, decoded one by one from bytes: as Python objects they take ten times the memory."""
 
     def __init__(self, data: bytes, start: int, num_rows: int, num_top: int):
         self._rows = np.frombuffer(data, LOGPROB, num_rows, start)

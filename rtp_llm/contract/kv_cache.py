@@ -53,9 +53,7 @@ class KVCacheGroup:
     block_size: int
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Returns the length of the block table of a sequence with `num_tokens` tokens, which includes blocks outside
-        the window.
-        """
+        """Returns the length of the block table of `num_tokens` tokens, with the blocks outside the window."""
         return 1 if self.spec.per_sequence else -(-num_tokens // self.block_size)
 
     def max_resident_blocks(self, num_tokens: int, chunk: int) -> int:
@@ -86,7 +84,9 @@ class KVCacheGroup:
 
 @dataclass(frozen=True)
 class KVCacheLayout:
-    """All groups of a model, ordered by their first layer, and the size of a block in bytes, equal for all groups."""
+    """The KV cache groups of a model (layers that share a block table), ordered by their first layer, and the size of
+    a block in bytes, equal for all groups.
+    """
 
     groups: tuple[KVCacheGroup, ...]
     block_bytes: int
@@ -108,8 +108,8 @@ def make_layout(specs: Sequence[KVCacheSpec], block_size: int) -> KVCacheLayout:
     """Returns the layout for layers with these specs. `block_size`: base size, in tokens.
 
     The group with the most bytes per block of the base size, or per sequence, determines the bytes of all blocks. The
-    other groups put the largest multiple of the base size into a block. This rule ignores alignment, which differs
-    between ranks with different numbers of KV heads, because all ranks must have the same block sizes.
+    blocks of other groups hold the largest multiple of the base size that fits. All ranks must get the same block
+    sizes, so this rule ignores alignment, which depends on a rank's number of KV heads.
     """
     layers = {spec: tuple(i for i, s in enumerate(specs) if s == spec) for spec in dict.fromkeys(specs)}
     unit_bytes = {s: len(ids) * s.num_bytes * (1 if s.per_sequence else block_size) for s, ids in layers.items()}

@@ -23,8 +23,8 @@ class Request:
     num_in_flight: scheduled steps with tokens of this request whose results are not known yet.
     num_tokens_at_start: number of tokens when the request last entered the batch. The ranks sampled the tokens after
         them, and hold them on the device.
-    last_turn: rises with each step that this request gets while the running requests take turns, because there are more
-        of them than tokens in a step.
+    last_turn: number of the last turn that this request got, counted over all requests. Running requests take turns if
+        there are more of them than tokens in a step.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
     slot: index of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
     has_ended: finished or aborted; results of steps in flight are discarded.
@@ -34,7 +34,7 @@ class Request:
     extra_keys: other inputs on which keys and values depend (an adapter), or a cache salt. Requests share cached blocks
         only if their extra keys are equal.
     skip_prefix_cache: the request computes all of its tokens.
-    matcher: `params.grammar`, compiled, before the first token of the output; None without a grammar.
+    matcher: `params.grammar`, compiled, in its initial state (not advanced by the output); None without a grammar.
     forced_tokens: (position, tokens): from this position on, the grammar allows only these tokens.
     error: why no token can follow, if a logits processor found that; otherwise empty.
     prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
@@ -90,7 +90,9 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Returns the number of tokens of prompt and output, pending ones included."""
+        """Returns the number of tokens of prompt and output, including the pending ones, which steps in flight
+        sample.
+        """
         return len(self.tokens) + self.num_pending_tokens
 
     @property
@@ -119,11 +121,14 @@ class Request:
         return self.params.prompt_logprobs is not None and self.num_tokens == self.num_prompt_tokens
 
     def has_reached_limit(self, max_seq_len: int) -> bool:
-        """Returns whether the number of tokens, pending ones included, has reached max_tokens or `max_seq_len`."""
+        """Returns whether the output has max_tokens tokens, or prompt and output together `max_seq_len`, including
+        tokens that steps in flight sample.
+        """
         return self.num_tokens - self.num_prompt_tokens >= self.params.max_tokens or self.num_tokens >= max_seq_len
 
     def finish_reason(self, max_seq_len: int) -> FinishReason | None:
-        """Returns the reason if the newest known token ends the request, otherwise None. Ignores pending tokens.
+        """Returns the reason if the newest known token ends the request, otherwise None. Ignores tokens that
+        steps in flight sample.
 
         The API process checks stop strings.
         """

@@ -48,9 +48,10 @@ class SampledRows:
     def build(
         cls, slots: Sequence[int], positions: Sequence[int], drafts: Sequence[Sequence[int]] | None = None
     ) -> "SampledRows":
-        """Returns the rows of some sequences.
+        """Returns the rows of the logits for some sequences: one per sequence, and one after each draft token.
 
-        positions: of each sequence's row at draft offset 0. drafts: each sequence's draft tokens, if any.
+        positions: for each sequence, the position of the token that its first row samples. drafts: each sequence's
+        draft tokens, if any.
         """
         tails = drafts or [()] * len(slots)
         counts = [1 + len(tail) for tail in tails]

@@ -28,8 +28,8 @@ class Step:
     new_sequences: [N, 3] int32, (slot, tokens of the prompt, computed tokens) of the sequences that enter.
     rewinds: [X, 2] int32, (slot, computed tokens) of the sequences with fewer computed tokens than were scheduled,
         because draft tokens were rejected.
-    retired_blocks: [R] int32, KV blocks that save memory: every rank returns their pages to the kernel, before it uses
-    new blocks.
+    retired_blocks: [R] int32, free KV blocks that are given up to save memory: every rank returns their pages to the
+        kernel, before it uses new blocks.
     new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
     slots: [S] int32, slots of the sequences in this step.
     counts: [S] int32, number of tokens of each sequence.
@@ -59,9 +59,7 @@ class Step:
         return int(self.counts.sum())
 
     def to_bytes(self) -> bytes:
-        """Returns the payload of a STEP frame, which rank 0 sends: epoch, number, digest, the number of rows of each
-        array, the arrays.
-        """
+        """Returns the payload of a STEP frame: epoch, number, digest, the number of rows of each array, the arrays."""
         arrays = [getattr(self, name) for name in ARRAYS]
         lengths = np.array([len(array) for array in arrays], np.int32)
         header = HEADER.pack(self.epoch, self.number, self.digest)

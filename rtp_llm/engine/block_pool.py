@@ -45,8 +45,8 @@ class BlockPool:
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Returns whether some free blocks cannot be allocated, because `growth` is less than the number of free blocks
-        that occupy no memory yet.
+        """Returns whether some free blocks cannot be allocated: fewer may still get memory (`growth`) than there are
+        free blocks without memory.
         """
         return self.growth < self._num_unbacked
 

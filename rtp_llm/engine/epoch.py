@@ -45,7 +45,8 @@ MIN_RESERVE_BYTES = 128 << 20  # of the host, for the other processes of the par
 
 class Epoch:
     """One epoch: the time from a rendezvous of all ranks until one of them is lost and a new communicator is formed.
-    Holds the epoch's communicator, its sockets for steps and its main loop, and binds the mesh to the communicator.
+    Holds the epoch's communicator, its sockets for steps and its main loop, and binds the mesh, with which layers
+    sum over ranks, to the communicator.
 
     A context manager. If another thread calls `abort`, the thread in the context gets a CommunicationError from any
     call that waits. Leaving the context suppresses that error and frees all ports and connections.
@@ -96,7 +97,9 @@ class Epoch:
         if not isinstance(error, CommunicationError):
             return False
         log.warning(
-            "leaving epoch %d (until the ranks start again), keeping the loaded weights: %s", self.number, error
+            "epoch %d has ended: %s; this rank keeps its weights and waits until the ranks start again",
+            self.number,
+            error,
         )
         if not self._abort_reason:
             self.gang.fail_epoch(str(error))
@@ -116,7 +119,9 @@ class Epoch:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the communicator and its connections, from the thread that uses them, and unbinds the mesh."""
+        """Closes the communicator and the sockets for steps, and unbinds the mesh, which layers use for collectives,
+        from the communicator. Call it in the thread that uses them.
+        """
         with self._lock:
             self._is_closed = True
             self.mesh.tp.unbind()

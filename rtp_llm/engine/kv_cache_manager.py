@@ -99,9 +99,10 @@ class KVCacheManager:
         return cached + (self.allocate_slots(request, num_tokens) or [])
 
     def allocate_slots(self, request: Request, num_tokens: int) -> NewBlocks | None:
-        """Allocates blocks for `num_tokens` tokens after the computed ones. Returns them, or None if too few are free.
+        """Allocates the blocks that a request lacks for `num_tokens` tokens after its computed ones. Returns the new
+        blocks, or None if too few are free.
 
-        First uses blocks that are empty because draft tokens were rejected.
+        Blocks that rejected draft tokens left empty in the request's block tables are used first.
         """
         end = request.num_computed_tokens + num_tokens
         counts = [
@@ -130,7 +131,9 @@ class KVCacheManager:
                     self.pool.cache_block(block, _cache_key(block_hash, index))
 
     def free_outside_windows(self, request: Request, num_tokens: int) -> int:
-        """Frees the blocks outside the window of all tokens from position `num_tokens` on. Returns their number."""
+        """Frees the blocks that no token from position `num_tokens` on attends to, because its window begins after
+        them. Returns the number of blocks.
+        """
         num_freed = 0
         for group, table in zip(self.groups, request.block_tables, strict=True):
             end = index = _first_block_in_window(group, num_tokens)

@@ -38,8 +38,8 @@ class PromptBudget:
         """Returns how many tokens of a prompt the step computes from position `start` on, at most `limit`; 0 or less:
         none.
 
-        Chunks end at a multiple of the tile (a number of tokens for which kernels are efficient). If the step already
-        has a chunk of another prompt, a chunk that would not reach one is postponed.
+        Chunks end with the prompt or at a multiple of the tile (a number of tokens for which kernels are efficient). If
+        the step already has a chunk of another prompt, a chunk too short to reach either is postponed.
         """
         num_tokens = min(request.num_tokens - start, limit, self._max_tokens(request, start))
         if start + num_tokens == request.num_tokens:

@@ -17,7 +17,7 @@ class DraftProposer(Protocol):
     def propose(self, request: Request) -> list[int]:
         """Returns draft tokens from position `request.num_computed_tokens` on, or an empty list.
 
-        Called for each decode, after its own token has been counted as computed. The scheduler may drop the last draft
-        tokens, or all of them.
+        Called for each decode when it is scheduled; `num_computed_tokens` already includes the decode's token, the
+        newest of the request. The scheduler may drop the last draft tokens, or all of them.
         """
         ...

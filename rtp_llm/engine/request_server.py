@@ -92,7 +92,7 @@ class RequestServer:
         self.connections.discard(connection)
 
     def announce_launch(self, request_ids: set[str]) -> None:
-        """Tells the clients which requests the next steps compute, if they differ from the last ones.
+        """Tells the clients which requests the steps in flight compute, if not the same as those last announced.
 
         If this process dies in a step, the clients then know which requests may be the cause.
         """

@@ -41,6 +41,9 @@ class SchedulerStats:
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
+    drafts: int = 0  # chunks with draft tokens whose result was used
+    draft_tokens: int = 0
+    accepted_tokens: int = 0  # draft tokens that equal the sampled ones
     window_freed: int = 0  # blocks of running requests that were freed because they lay outside the window
 
 
@@ -132,9 +135,9 @@ class Scheduler:
         """Applies the results of a step. Must be called once for each step with chunks, in order.
 
         `results`: for each chunk with `num_sampled` > 0, the sampled tokens: accepted draft tokens and the token after
-        them. None ends the request with an error, because its logits, and thus its keys and values, are invalid.
+        them. None ends the request with an error: its logits are invalid, so its keys and values may be, too.
 
-        Returns an update for each chunk with `num_sampled` > 0 and for each pooled one.
+        Returns an update for each chunk with `num_sampled` > 0, and for each that ends a pooled (embedding) request.
         """
         updates, remaining = [], iter(results)
         for chunk in output.chunks:
@@ -166,10 +169,10 @@ class Scheduler:
             return
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
-            state = "is short: requests wait or are preempted" if room < 0 else "is sufficient again"
-            log.warning(
-                "the host's memory %s (room for %+d more KV blocks; %d are in use now)", state, room, pool.num_used
-            )
+            if room < 0:
+                log.warning("the host has too little memory: requests wait until %d KV blocks are returned", -room)
+            else:
+                log.warning("the host has memory again: %d more KV blocks fit", room)
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:
             self._retired_blocks += pool.retire(num_missing)
@@ -416,6 +419,10 @@ class Scheduler:
             return RequestUpdate(request, [], "error")
         tokens, finish = self._append(request, sampled)
         num_rejected = chunk.num_sampled - len(sampled)
+        if num_drafts := len(chunk.draft_tokens):
+            self.stats.drafts += 1
+            self.stats.draft_tokens += num_drafts
+            self.stats.accepted_tokens += num_drafts - num_rejected
         end = chunk.start + chunk.num_tokens - num_rejected
         self._publish(request, chunk.start, min(end, len(request.tokens)))
         if finish:

@@ -12,7 +12,7 @@ from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
 def build_step(output: SchedulerOutput, epoch: int, number: int) -> Step:
     """Returns the step that computes the chunks of `output`.
 
-    `epoch`, `number`: see `Step`. The digest is 0 until rank 0 has applied the step and computed it.
+    `epoch`, `number`: see `Step`. The step's digest is 0; rank 0 computes it after it has applied the step.
     """
     chunks = output.chunks
     slots = [c.request.slot for c in chunks]

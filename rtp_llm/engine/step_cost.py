@@ -20,13 +20,13 @@ MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of th
 class StepWork(NamedTuple):
     """The amounts of work from which the duration of a step is predicted. A row is a token of the step.
 
-    In a chunk of a prompt, a token attends to half of the chunk on average.
-
-    steps: 1, the fixed cost of a step: reading the weights, starting kernels. The arithmetic runs at the same time.
+    steps: 1, the fixed cost of a step: reading the weights, starting kernels. Weights are read while rows are computed,
+        so a step takes the longer of the two.
     logit_rows: tokens that have logits: decodes, ends of prompts, prompt tokens with logprobs.
     other_rows: tokens without logits.
     decode_keys: tokens that decodes attend to, summed over the decodes.
-    prompt_keys: tokens that prompt tokens attend to, summed over the prompt tokens.
+    prompt_keys: tokens that prompt tokens attend to, summed over the prompt tokens; in its own chunk, a token attends
+        to half of the tokens on average.
     """
 
     steps: float = 1
@@ -56,11 +56,11 @@ IDLE = StepWork(0)
 
 class StepCost:
     """Predicts the duration of steps. Learns the seconds per unit of each kind of work in `StepWork`. The duration of a
-    step is the larger of `steps` and the rows, plus the keys.
+    step is the larger of its fixed cost and the cost of its rows, plus the cost of the keys.
 
-    An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So they
-    stay positive, and the scale does not matter, which is 100 times smaller on a GPU. A step does not change the cost
-    of work that it does not have, or that other work hides.
+    An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So costs
+    stay positive, and those of GPUs, 100 times smaller, are learned alike. A step does not change the cost of work that
+    it does not have, or that other work hides (the smaller of fixed cost and rows).
     """
 
     def __init__(self) -> None:

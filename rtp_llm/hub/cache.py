@@ -1,7 +1,8 @@
 """The cache of huggingface_hub on this machine, which other programs share (HF_HOME, HF_HUB_CACHE).
 
 Per model it has `blobs/<etag>` with the content of the files, `snapshots/<commit>/` with links to them, and
-`refs/<revision>` with the commit of a branch. A blob that is being written is `blobs/<etag>.<random>.incomplete`.
+`refs/<revision>` with the commit of a branch. A blob that is being written is `blobs/<etag>.<random>.incomplete`, or
+`blobs/<etag>.resumable-<random>.incomplete` if another process can continue it (`weights_download.py`).
 """
 
 import fcntl
@@ -9,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 # Mistral's and Meta's own, and folders hold ONNX, GGUF or a pipeline's other models.
 NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 UNNEEDED_FILES = ["*/*.safetensors", "consolidated*", "original/*", "onnx/*"]
-_INCOMPLETE = ".incomplete"
+INCOMPLETE = ".incomplete"
+RESUMABLE = ".resumable-"
 
 
 def cached_snapshot(name: ModelName) -> Path | None:
@@ -63,6 +65,11 @@ def model_folder(repo: str) -> Path:
     return cache_folder() / _folder_name(repo)
 
 
+def blob_lock(repo: str, etag: str) -> Path:
+    """Returns the file that a process locks while it writes a blob. The kernel unlocks it if the process ends."""
+    return cache_folder() / ".locks" / _folder_name(repo) / f"{etag}.lock"
+
+
 def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
@@ -92,18 +99,19 @@ def _written_bytes(path: Path, size: int) -> int:
         blocks = path.stat().st_blocks * 512
     except OSError:  # renamed or removed meanwhile
         return 0
-    return min(size, blocks) if path.name.endswith(_INCOMPLETE) else size
+    return min(size, blocks) if path.name.endswith(INCOMPLETE) else size
 
 
-def remove_stale_files(repo: str) -> None:
-    """Removes incomplete blobs of killed processes: they fill the disk, and no download continues them.
-
-    A process that writes a blob holds its lock, which the kernel releases when the process ends.
+def remove_stale_files(repo: str, continued: Collection[str]) -> None:
+    """Removes incomplete blobs of ended processes, which fill the disk, unless they are resumable and `continued` has
+    their etag.
     """
-    locks = cache_folder() / ".locks" / _folder_name(repo)
-    for path in (model_folder(repo) / "blobs").glob(f"*{_INCOMPLETE}"):
+    for path in (model_folder(repo) / "blobs").glob(f"*{INCOMPLETE}"):
+        etag, _, rest = path.name.partition(".")
+        if etag in continued and f".{rest}".startswith(RESUMABLE):
+            continue
         try:
-            lock = os.open(locks / f"{path.name.partition('.')[0]}.lock", os.O_RDWR | os.O_CLOEXEC)
+            lock = os.open(blob_lock(repo, etag), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             continue
         try:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rtp_llm.errors import CommunicationError, ConfigError
 from rtp_llm.hub.cache import NEEDED_FILES, UNNEEDED_FILES, cache_folder, remove_stale_files
 from rtp_llm.hub.remote import CACHE_HAS_SPACE, HUB_ANSWERS, RemoteModel, gigabytes, look_up
+from rtp_llm.hub.weights_download import download_weights
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +48,12 @@ class DownloadProgress:
 
 
 def download(model: RemoteModel) -> None:
-    """Downloads the files that the cache does not have. Retries after network errors; complete files are kept.
+    """Downloads the files that the cache does not have. Retries after network errors; what has arrived is kept.
 
     huggingface_hub locks each file, so that several processes share the work. Raises ConfigError if the disk is full or
     the hub denies access, CommunicationError if the hub does not respond.
     """
-    remove_stale_files(model.name.repo)
+    remove_stale_files(model.name.repo, model.weights)
     attempt, best = 0, model.bytes_on_disk()
     while True:
         try:
@@ -64,7 +65,7 @@ def download(model: RemoteModel) -> None:
             if attempt >= MAX_FRUITLESS_ATTEMPTS:
                 raise CommunicationError(
                     f"{model.name}: {constants.ENDPOINT} sent nothing in {attempt} attempts: {_reason(error)};"
-                    " complete files stay in the cache, and the next start resumes the download",
+                    " what has arrived stays in the cache, and the next start resumes the download",
                     check=HUB_ANSWERS,
                 ) from None
             wait = min(MAX_WAIT_SECONDS, 2.0**attempt)
@@ -73,6 +74,7 @@ def download(model: RemoteModel) -> None:
 
 
 def _download_once(model: RemoteModel) -> None:
+    download_weights(model)
     # Under the branch's name, not the commit's, so that the cache learns which commit the branch is.
     snapshot_download(
         model.name.repo,

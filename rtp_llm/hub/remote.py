@@ -7,7 +7,7 @@ import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import httpx2
@@ -41,12 +41,13 @@ disable_progress_bars()  # which count files, and only those of this process
 @dataclass(frozen=True)
 class RemoteModel:
     """A model's files on the hub, at one commit. `blobs`: size in bytes of each file, by its etag, which names the
-    content in the cache.
+    content in the cache. `weights`: names of the large files, by etag, which is their SHA-256.
     """
 
     name: ModelName
     commit: str
     blobs: dict[str, int]
+    weights: dict[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -89,7 +90,8 @@ def look_up(name: ModelName) -> RemoteModel:
         # The list of a gated model is public, its files are not.
         get_hf_file_metadata(hf_hub_url(name.repo, "config.json", revision=info.sha), timeout=TIMEOUT_SECONDS)
     blobs = {_etag(files[file]): files[file].size or 0 for file in needed}
-    return RemoteModel(name, info.sha or "", blobs)
+    weights = {_etag(files[file]): file for file in needed if getattr(files[file], "lfs", None)}
+    return RemoteModel(name, info.sha or "", blobs, weights)
 
 
 def _etag(file: object) -> str:

@@ -21,9 +21,7 @@ def missing_models(config: Config) -> list[ModelName]:
 
 
 def localized(config: Config) -> Config:
-    """Returns the settings with names of models replaced by the folders of their files in the cache, for models that
-    the cache has.
-    """
+    """Returns the settings with the names of models that the cache has replaced by their folders in it."""
     changes = {}
     for field in ("checkpoint_path", "tokenizer_path"):
         name = ModelName.parse(getattr(config, field))

@@ -18,10 +18,11 @@ class AttentionParams:
 
 
 class AttentionBackend(Protocol):
-    """Paged causal attention. `prepare` computes, once per step and KV cache group (layers that store the same), what
-    all layers of the group need; then `forward` computes each layer.
+    """Paged causal attention. `prepare` computes, once per step and KV cache group (layers with equal KVCacheSpecs),
+    what all layers of the group need; then `forward` computes each layer.
 
-    batch_invariant: whether the bits of a row depend neither on its chunk nor on the other sequences of the step.
+    batch_invariant: whether the bits of a token's result depend neither on how its prompt is cut into chunks nor on the
+        other sequences of the step.
     """
 
     batch_invariant: bool

@@ -18,8 +18,8 @@ LINEAR_METHODS: dict[str, type[LinearMethod]] = {
 
 
 def shard_granularity(name: str) -> int:
-    """Returns where weight matrices can be cut into shards of ranks: at multiples of so many output and input
-    features.
+    """Returns the number of features at whose multiples a weight matrix of the linear method `name` (a quantization;
+    "": none) can be cut into shards, along outputs and inputs.
     """
     return lcm(*LINEAR_METHODS[name].shard_granularity) if name else 1
 

@@ -19,7 +19,7 @@ Bits = NDArray[np.uint8]
 
 
 def mask_logits(logits: Tensor, masks: Bits, rows: Sequence[int]) -> None:
-    """Sets the logits of tokens that the mask forbids to -inf, in place."""
+    """Sets the logits of forbidden tokens (bit 0 in the mask) to -inf, in place. masks: one for each of `rows`."""
     kernels = library() if logits.is_cpu else None
     if kernels:
         mask_of_row = _mask_of_row(rows, len(logits))
@@ -36,9 +36,10 @@ def mask_logits(logits: Tensor, masks: Bits, rows: Sequence[int]) -> None:
 
 
 def argmax_allowed(logits: Tensor, masks: Bits, rows: Sequence[int]) -> Tensor:
-    """Returns the first allowed token with the highest logit of each row, [R] int64.
+    """Returns the first allowed token with the highest logit of each of the R `rows` of the logits, [R] int64.
+    masks: one for each of them.
 
-    Returns FAILED for a row if `argmax_finite` returns it for the logits or the masked logits.
+    FAILED for a row whose highest logit is NaN or infinite, before masking or after it (-inf: nothing is allowed).
     """
     kernels = library() if logits.is_cpu else None
     if kernels:

@@ -37,10 +37,10 @@ class NativeMetadata:
     tensors: tuple[Tensor, ...]
 
     def update(self, newer: "NativeMetadata") -> None:
-        """Points the struct, at the same address, to the tensors of another step of the same size, so that recorded
-        kernel calls can be replayed for that step.
+        """Points the struct, at the same address, to the tensors of another step with as many tokens. So recorded
+        kernel calls, which hold that address, can be replayed for the other step.
         """
-        for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "table_width"):
+        for name in ("query_start_loc", "seq_lens", "block_tables", "slots", "num_sequences", "table_width"):
             setattr(self.step, name, getattr(newer.step, name))
         self.tensors = newer.tensors
 
@@ -60,7 +60,9 @@ class NativeBackend:
 
     @staticmethod
     def is_supported(spec: KVCacheSpec) -> bool:
-        """Returns whether this machine has kernels for such a KV cache."""
+        """Returns whether this machine has kernels for a KV cache with these tensors: `keys` and `values` of equal
+        shapes, with at most MAX_HEAD_DIM numbers per head.
+        """
         shapes = dict(spec.tensors)
         return (
             library() is not None

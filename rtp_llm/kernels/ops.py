@@ -17,7 +17,7 @@ CosSin = tuple[Tensor, Tensor]
 
 
 class AllReduce(Protocol):
-    """The tensor-parallel ranks whose partial results are summed."""
+    """The interface of a group of tensor-parallel ranks, as far as it sums their partial results."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums the tensor over all ranks in place. Returns the same tensor."""

@@ -34,7 +34,7 @@ class Packed(LinearMethod):
 
     @property
     def weight_bytes(self) -> int:
-        """Returns the size of a layer's weight matrix in bytes, as it is kept after loading, in blocks."""
+        """Returns the size of a layer's weight matrix in bytes, in the blocked layout in which it is kept."""
         return int(self._library.rtp_linear_packed_bytes(self._dtype, self.gated, self.out_size, self.in_size))
 
     def transform(self, loaded: Weights) -> Weights:
@@ -53,8 +53,8 @@ class Packed(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns the layer's output, computed from the blocks (implements `LinearMethod`). If the layer is gated, does
-        the same as `apply_gated`.
+        """Returns the layer's output, computed from the blocks (implements `LinearMethod`). For a gated layer
+        (gate_proj and up_proj), that is silu(gate) * up.
         """
         if x.stride(-1) != 1:
             x = x.contiguous()
@@ -81,8 +81,8 @@ class Packed(LinearMethod):
     apply_gated = apply
 
     def measure_batch_invariance(self, weights: Weights) -> None:
-        """Measures whether the other rows change the bits of a row (implements `LinearMethod`). Measures only the first
-        blocks of a large weight matrix, as blocks are independent.
+        """Measures whether the result for a row (token) depends on the other rows of the batch (implements
+        `LinearMethod`). Computes only the first outputs of a large weight matrix: outputs do not affect each other.
         """
         if self.gated or self.out_size <= MAX_PROBED_OUTPUTS:
             super().measure_batch_invariance(weights)

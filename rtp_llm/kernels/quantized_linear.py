@@ -71,8 +71,8 @@ class Quantized(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns the layer's output, computed with quantized weights (implements `LinearMethod`). If the layer is
-        gated, does the same as `apply_gated`.
+        """Returns the layer's output, computed with quantized weights (implements `LinearMethod`). For a gated layer
+        (gate_proj and up_proj), that is silu(gate) * up.
         """
         if self._library is None:
             return self._multiply_with_torch(x, weights, bias)
@@ -142,7 +142,7 @@ class Int4(Quantized):
 
     @staticmethod
     def num_groups(in_size: int) -> int:
-        """Returns the number of scales per output feature: one for GROUP_SIZE inputs (implements `Quantized`)."""
+        """Returns the number of scales per output feature: one per GROUP_SIZE inputs (implements `Quantized`)."""
         return -(-in_size // GROUP_SIZE)
 
     @staticmethod

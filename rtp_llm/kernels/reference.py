@@ -35,13 +35,13 @@ MASKED = -1e30  # finite: a query that sees no key of a split gets the weight ex
 
 @dataclass(frozen=True)
 class Call:
-    """Items of a wave that have the same number of keys.
+    """One call of the attention operation, for items of a `Wave` that have the same number of keys. An item is a tile
+    (some queries of one sequence; one in a decode) with a split of the sequence's keys.
 
-    places: [items], index of each item in the wave. queries: [items * tile], rows of q. blocks: [items, blocks per
-    item].
+    places: [items], index of each item in the wave. queries: [items * tile], rows of q.
+    blocks: [items, blocks per item], ids of the blocks with the keys.
     unused: slots of the gathered keys, in blocks that also have used slots, that the tile must not see. They may hold
-    NaN,
-        which a mask does not remove: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
+        NaN, which a mask does not remove: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
     mask: [items, tile, keys] float32, 0 or MASKED; None if every query sees every key.
     """
 
@@ -53,9 +53,10 @@ class Call:
     _row_masks: dict[int, Tensor] = field(default_factory=dict)
 
     def row_mask(self, group_size: int) -> Tensor | None:
-        """Returns the mask of all rows [items, 1, rows, keys], computed once for all layers.
+        """Returns `mask` for all heads, [items, 1, rows, keys], computed once for all layers; None if there is no mask.
 
-        The rows of a tile are its queries times the `group_size` heads of a KV head; the row of a decode is broadcast.
+        The rows of a tile are its queries times the `group_size` query heads of a KV head. The tile of a decode, a
+        single query, has one row, which is broadcast to the heads.
         """
         if self.mask is None or self.mask.shape[1] == 1:
             return self.mask if self.mask is None else self.mask[:, None]
@@ -66,12 +67,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Wave:
-    """A number of tiles (tokens of a sequence whose attention is computed together), computed before their items are
-    combined; bounds the memory of partial outputs. An item is a tile with some of the keys.
+    """Some tiles (queries of one sequence that are computed together) of a step. A tile with a split of its keys is an
+    item; the outputs of a wave's items are in memory until those of each tile are combined.
 
     tile: queries per tile. tile_of_item: [items], ascending; items of a tile are in order of position.
-    rows: [queries of the step], rows of the tiles [num_tiles * tile]; the other rows are padding.
-    tokens: [queries of the step], rows of q.
+    rows: [queries], index of each query in the tiles [num_tiles * tile], whose other rows are padding.
+    tokens: [queries], index of each query in q.
     """
 
     tile: int
@@ -84,7 +85,9 @@ class Wave:
 
 @dataclass(frozen=True)
 class ReferenceMetadata:
-    """The metadata of one step for all layers of a KV cache group: the slots of the T new tokens, and the waves."""
+    """The metadata of one step for all layers of a KV cache group: the slots of the T new tokens, and the
+    waves (work that is in memory at once, see `Wave`).
+    """
 
     write_blocks: Tensor  # [T]
     write_offsets: Tensor  # [T]
@@ -101,7 +104,9 @@ class ReferenceBackend:
         self.batch_invariant = device.type == "cpu"
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> ReferenceMetadata:
-        """Splits the attention of a group into waves, see `AttentionBackend`."""
+        """Splits the attention of a KV cache group into waves, which are computed one after another to bound their
+        memory (implements `AttentionBackend`).
+        """
         slots = batch.slot_mapping[group]
         waves = _Planner(batch, batch.block_tables[group], spec, block_size).waves()
         return ReferenceMetadata(slots // block_size, slots % block_size, list(waves))
@@ -162,7 +167,9 @@ class _Planner:
         self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
 
     def waves(self) -> Iterator[Wave]:
-        """Yields the waves of the decodes, then those of the chunks."""
+        """Yields the attention work in waves: first decodes, then chunks of prompts. The partial outputs of a wave,
+        one for each part of a context, fit the workspace.
+        """
         sequences = np.arange(len(self.seq_lens))
         for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):
             tiles = self._tiles(indices, size)

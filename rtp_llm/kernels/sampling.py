@@ -76,10 +76,11 @@ def _sorted_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_by_id(logits: Tensor, temperatures: Doubles, numbers: Doubles) -> Tensor:
-    """Samples one token per row by inverse transform sampling over all tokens in order of their ids, or FAILED.
+    """Samples one token per row by inverse transform sampling over all tokens in order of their ids.
 
-    It is the first token at which the sum of the weights exp((logit - highest logit) / temperature), in float64,
-    exceeds the fraction `number` of the total. temperatures, numbers: [R]. Returns [R] int64.
+    This is the first token at which the sum of the weights exp((logit - highest logit) / temperature), in float64,
+    exceeds `number` times the total; FAILED if the highest logit is NaN or infinite. temperatures: [R]. numbers: [R],
+    random, in [0, 1). Returns [R] int64.
     """
     kernels = _kernels_for(logits)
     if kernels is None:

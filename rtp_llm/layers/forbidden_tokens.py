@@ -94,7 +94,7 @@ class _WordSequence:
                 self._by_token[word[-2]].append(word)
 
     def forbidden(self, drafts: Sequence[int]) -> NDArray[np.int64]:
-        """Returns the tokens that would complete a word after the output and the drafts."""
+        """Returns the tokens that would complete a forbidden word after the output and the drafts."""
         output = [*self.output, *drafts] if drafts else self.output
         words = self._by_token.get(output[-1], ()) if output else ()
         ends = [word[-1] for word in words if tuple(output[1 - len(word) :]) == word[:-1]]

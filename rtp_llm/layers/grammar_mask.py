@@ -54,8 +54,9 @@ class GrammarMask:
                 logits[row, mask.end_ids] = 0
 
     def argmax(self, logits: Tensor, rows: SampledRows) -> Tensor:
-        """Returns the tokens [R] int64 of greedy rows if no other processor is active: the highest logits that the
-        masks allow, or FAILED as in `SamplerOutput`. Much faster than `apply`, since it does not write logits.
+        """Returns the tokens [R] int64 of greedy rows: the highest logits that the masks allow, or FAILED if the
+        highest logit is NaN or infinite. Much faster than `apply`, since it does not write logits; no other processor
+        may be active.
         """
         masks = self._masks(rows)
         ends = {row: min(mask.end_ids) for row, mask in masks.items() if mask.end_ids}

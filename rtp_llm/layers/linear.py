@@ -153,7 +153,8 @@ class RowParallelLinear(ParallelLinear):
 
 
 def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
-    """Returns the output features `shard` of several tensors, stacked in order (gate_proj, up_proj).
+    """Returns which slices of several checkpoint tensors (gate_proj, up_proj) are stacked in a parameter, in order: of
+    each tensor, the output features `shard`.
 
     `full_size`: number of output features of each tensor.
     """

@@ -24,7 +24,7 @@ from rtp_llm.layers.reasoning_budget import ReasoningBudget
 
 class LogitsProcessor(Protocol):
     """Changes the logits of sequences before tokens are sampled. `slot`: index of a sequence in the batch, 0 or more.
-    Methods may be called for any slot.
+    Methods are called for all sequences, also for those whose request does not use this processor.
     """
 
     def reset(self, slot: int, request: Request) -> None:
@@ -44,7 +44,7 @@ class LogitsProcessor(Protocol):
         ...
 
     def accept(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Appends final tokens to the sequence."""
+        """Appends tokens to the sequence: drafts that were accepted and the token sampled after them."""
         ...
 
     def rollback(self, slot: int, num_tokens: int) -> None:
@@ -175,20 +175,20 @@ class _EditTable:
             self._count(token, output[token])
 
     def append(self, token_ids: Sequence[int]) -> None:
-        """Appends tokens to the output."""
+        """Counts tokens that were appended to the sequence's output, for its penalties."""
         if _has_penalty(self._params):
             self._appended += token_ids
             for token in token_ids:
                 self._count(token, 1)
 
     def pop(self, num_tokens: int) -> None:
-        """Removes the newest `num_tokens` tokens of the output."""
+        """Stops counting the newest `num_tokens` tokens of the output, which were rejected."""
         if _has_penalty(self._params):
             for _ in range(num_tokens):
                 self._count(self._appended.pop(), -1)
 
     def after(self, drafts: Sequence[int]) -> _Edits:
-        """Returns copies of `ids`, `factors` and `terms`, as if the drafts were tokens of the output."""
+        """Returns copies of the edits (token ids, factors, terms) as if the drafts were tokens of the output."""
         self.append(drafts)
         edits = np.array(self._ids), np.array(self._factors), np.array(self._terms)
         self.pop(len(drafts))

@@ -60,7 +60,9 @@ class _BudgetedSequence:
 
     @property
     def may_force(self) -> bool:
-        """Returns whether a row of the next step may have a forced token; a step has fewer than MAX_DRAFTS drafts."""
+        """Returns whether the reasoning budget may run out in the next step, so that a token of the reasoning's end is
+        forced. Assumes fewer than MAX_DRAFTS draft tokens.
+        """
         return self._length_at_end is None and len(self._output) + MAX_DRAFTS >= self._limit
 
     def append(self, token_ids: Sequence[int]) -> None:

@@ -79,7 +79,7 @@ class Sampler:
     def sample(self, logits: Tensor, rows: SampledRows) -> SamplerOutput:
         """Returns a token per row. Does not change the state of the sequences; `accept_drafts` does.
 
-        logits: [len(rows), vocab_size] float32; not changed. Needs up to twice their memory again.
+        logits: [len(rows), vocab_size] float32; not changed. Allocates up to twice their size in addition.
         """
         active = [p for p in self._processors if any(map(p.is_active, set(rows.slots.tolist())))]
         if len(active) == 1 and isinstance(active[0], GrammarMask) and self._are_greedy(rows):
@@ -92,7 +92,8 @@ class Sampler:
         """Returns the new tokens of every sequence, in order of the rows, and appends them to the sequences: drafts
         that agree with what was sampled, then one sampled token.
 
-        The token at draft offset j is accepted if the one before it is accepted and equals the j-th draft.
+        The token that was sampled after j drafts is accepted if j is 0, or if the token that was sampled after j - 1
+        drafts is accepted and equals the j-th draft.
         """
         sequences: list[SampledTokens] = []
         previous = FAILED  # the token that the next draft must equal; FAILED equals none

@@ -109,23 +109,21 @@ class _UnsortedTokens:
         self.vocab_size = len(logits)
 
     def mass(self, end: _End) -> float:
-        """Returns the sum of the weights (unnormalized probabilities) of a prefix of the tokens, sorted by weight."""
+        """Returns the total weight (unnormalized probability) of the tokens in descending order up to `end`."""
         if end == self.end:
             return float(self._weights.sum())
         bin, count = end
         return float(self._sorted_bin(bin)[1][count - 1]) if count else self._mass_before(bin)
 
     def end_of_count(self, count: int) -> _End:
-        """Returns where a prefix of the sorted tokens ends that has `count` of them, or all if there are fewer
-        (top-k).
-        """
+        """Returns the end of the first `count` tokens in descending order, or of all if there are fewer (top-k)."""
         ends = self._bins.bincount(minlength=NUM_BINS).cumsum(0).cpu().numpy()
         bin = int(ends.searchsorted(count))
         return bin, count - int(ends[bin - 1] if bin else 0)
 
     def end_of_mass(self, mass: float) -> _End:
-        """Returns where the prefix of those sorted tokens ends whose predecessors weigh less than `mass` together
-        (top-p).
+        """Returns where the tokens, in descending order, reach a total weight of `mass`, after the token that reaches
+        it (top-p).
         """
         bin = int(self._mass_ends.searchsorted(mass))
         if bin == NUM_BINS:
@@ -134,15 +132,17 @@ class _UnsortedTokens:
         return bin, int((starts < mass).sum())
 
     def end_of_weight(self, weight: float) -> _End:
-        """Returns where the prefix of those sorted tokens ends that weigh at least `weight` each (min-p). `weight` is
-        at most 1.
+        """Returns where the tokens, in descending order, fall below the weight `weight` (min-p), which is at most 1,
+        the weight of the first token.
         """
         bins = self._bins[self._weights >= weight]
         bin = int(bins.max())
         return bin, int((bins == bin).sum())
 
     def token_at(self, mass: float) -> int:
-        """Returns the first of the sorted tokens at which the sum of the weights exceeds `mass`: the sampled one."""
+        """Returns the first token, in descending order, at which the sum of the weights exceeds `mass`: the sampled
+        token.
+        """
         # Rounding can make `mass` the weight of all tokens: the last bin that adds to it is the last one to look at.
         bin = min(int(self._mass_ends.searchsorted(mass, "right")), int(self._mass_ends.argmax()))
         ids, ends = self._sorted_bin(bin)

@@ -1,5 +1,4 @@
-"""Limits of the container, from cgroup v2 if it is mounted, otherwise v1 (kernel documentation,
-admin-guide/cgroup-v2)."""
+"""Limits of the container, from cgroup v2 or, if it is not mounted, v1 (kernel's admin-guide/cgroup-v2)."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -44,9 +43,9 @@ class Cgroup:
         """
         paths = parse_proc_cgroup(read_text("/proc/self/cgroup") or "")
         if read_text(f"{ROOT}/cgroup.controllers") is not None:
-            return _read_v2(_Levels(read_text, ROOT, paths.get("", "/")))
+            return _read(2, *[_Levels(read_text, ROOT, paths.get("", "/"))] * 3)
         if any(read_text(f"{ROOT}/{c}") is not None for c in ("memory/memory.limit_in_bytes", "pids/cgroup.procs")):
-            return _read_v1(*(_Levels(read_text, f"{ROOT}/{c}", paths.get(c, "/")) for c in ("memory", "pids", "cpu")))
+            return _read(1, *(_Levels(read_text, f"{ROOT}/{c}", paths.get(c, "/")) for c in ("memory", "pids", "cpu")))
         return cls(0)
 
 
@@ -100,47 +99,34 @@ def parse_proc_cgroup(text: str) -> dict[str, str]:
     return paths
 
 
-def _read_v2(levels: _Levels) -> Cgroup:
-    memory = _tightest(
-        _Usage(_parse_limit(limit), _parse_limit(current), _file_bytes(stat))
-        for limit, current, stat in levels.texts("memory.max", "memory.current", "memory.stat")
-    )
-    pids = _tightest(
-        _Usage(_parse_limit(limit), _parse_limit(current))
-        for limit, current in levels.texts("pids.max", "pids.current")
-    )
-    return Cgroup(
-        version=2,
-        memory_max=memory.limit,
-        memory_current=memory.current,
-        reclaimable=memory.reclaimable,
-        oom_kills=_parse_table(levels.first("memory.events")).get("oom_kill"),
-        pids_max=pids.limit,
-        pids_current=pids.current,
-        cpus=_smallest_quota((text or "").split() for (text,) in levels.texts("cpu.max")),
-        throttled=_parse_table(levels.first("cpu.stat")).get("nr_throttled", 0),
-    )
+# By version: files with limit, usage and statistics of memory, the file with OOM kills, files with the CPU quota.
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+    2: ("memory.max", "memory.current", "memory.stat"),
+}
+_OOM_FILE = {1: "memory.oom_control", 2: "memory.events"}
+_QUOTA_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
 
 
-def _read_v1(memory_levels: _Levels, pids_levels: _Levels, cpu_levels: _Levels) -> Cgroup:
+def _read(version: int, memory_levels: _Levels, pids_levels: _Levels, cpu_levels: _Levels) -> Cgroup:
     memory = _tightest(
-        _Usage(_parse_v1_limit(limit), _parse_limit(current), _file_bytes(stat, "total_"))
-        for limit, current, stat in memory_levels.texts("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+        _Usage(_parse_limit(limit), _parse_limit(current), _file_bytes(stat, "total_" if version == 1 else ""))
+        for limit, current, stat in memory_levels.texts(*_MEMORY_FILES[version])
     )
     pids = _tightest(
         _Usage(_parse_limit(limit), _parse_limit(current))
         for limit, current in pids_levels.texts("pids.max", "pids.current")
     )
-    quotas = cpu_levels.texts("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    quotas = cpu_levels.texts(*_QUOTA_FILES[version])
     return Cgroup(
-        version=1,
+        version=version,
         memory_max=memory.limit,
         memory_current=memory.current,
         reclaimable=memory.reclaimable,
-        oom_kills=_parse_table(memory_levels.first("memory.oom_control")).get("oom_kill"),
+        oom_kills=_parse_table(memory_levels.first(_OOM_FILE[version])).get("oom_kill"),
         pids_max=pids.limit,
         pids_current=pids.current,
-        cpus=_smallest_quota([(text or "").strip() for text in texts] for texts in quotas),
+        cpus=_smallest_quota(" ".join(text or "" for text in texts).split() for texts in quotas),
         throttled=_parse_table(cpu_levels.first("cpu.stat")).get("nr_throttled", 0),
     )
 
@@ -157,16 +143,10 @@ def _file_bytes(stat: str | None, prefix: str = "") -> int:
     return table.get(f"{prefix}inactive_file", 0) + table.get(f"{prefix}active_file", 0)
 
 
-def _parse_v1_limit(text: str | None) -> int | None:
-    limit = _parse_limit(text)
-    return UNLIMITED if limit is not None and limit >= V1_UNLIMITED else limit
-
-
 def _parse_limit(text: str | None) -> int | None:
     text = (text or "").strip()
-    if text == "max":
-        return UNLIMITED
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
+    limit = UNLIMITED if text == "max" else int(text) if re.fullmatch(r"-?[0-9]+", text) else None
+    return UNLIMITED if limit is not None and limit >= V1_UNLIMITED else limit
 
 
 def _parse_table(text: str | None) -> dict[str, int]:

@@ -15,7 +15,6 @@ from rtp_llm.errors import ExitCode, FatalError
 
 log = logging.getLogger(__name__)
 
-MIN_OPEN_FILES = 1024  # limit of open files without which supervisord does not start (its minfds)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 MIN_OPEN_FILES = 1024  # supervisord does not start with a lower limit (its minfds)

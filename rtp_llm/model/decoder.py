@@ -60,9 +60,8 @@ class DecoderLayer(nn.Module):
         self.ffn_residual = ResidualNorm(group, _make_norm(spec, layer, names.after_ffn), next_norm)
 
     def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """x: input of attention, after its norm if there is one; residual: both [num_tokens, hidden_size].
-
-        Returns (x, residual) for the next layer.
+        """Returns (x, residual) for the next layer. x: input of this layer's attention, normed if the model has a norm
+        there. residual: sum to which this layer adds its outputs. Each is [num_tokens, hidden_size].
         """
         x, residual = self.attention_residual(self.self_attn(x, context), residual)
         x, residual = self.ffn_residual(self.mlp(x), residual)
@@ -98,7 +97,9 @@ class Decoder(nn.Module):
         return residual if self.input_norm is None else self.input_norm(residual), residual
 
     def run_layers(self, x: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        """Returns the same as `forward`. x, residual: results of `embed`; may be overwritten."""
+        """Returns the hidden states [T, hidden_size] after the last norm, as `forward` does. x, residual: results of
+        `embed`; may be overwritten.
+        """
         for layer in self.layers:
             x, residual = layer(x, residual, context)
             context.on_layer()

@@ -1,6 +1,4 @@
-"""Memory that a model needs on one rank, computed from its ModelSpec. Does not import torch, so the doctor can use
-it.
-"""
+"""Memory that a model needs on one rank, from its ModelSpec. Does not import torch, so the doctor can use it."""
 
 from rtp_llm.contract.kv_cache import ITEM_BYTES
 from rtp_llm.model.kv_cache_specs import kv_cache_specs

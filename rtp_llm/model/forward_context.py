@@ -14,13 +14,12 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """The attention of one layer, or its replacement (such as a recurrent layer): the interface of
-    `decoder.ATTENTIONS`.
+    """Interface of a layer's attention, or of its replacement (such as a recurrent layer). `decoder.ATTENTIONS` lists
+    the implementations by name.
     """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
         """Returns the metadata that all layers of this KV cache group share in a step. index: index of the group."""
-        ...
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
         """Returns an upper bound, in bytes, of the memory that a step needs besides the layer's input, its projections
@@ -28,11 +27,9 @@ class Attention(Protocol):
 
         max_tokens: of the step. max_seq_len: tokens of its longest sequence.
         """
-        ...
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """x: [T, hidden_size]. Returns this rank's partial result, of the same shape."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,9 @@ class ForwardContext:
         attentions: Sequence[Attention],
         on_layer: Callable[[], None] = lambda: None,
     ) -> "ForwardContext":
-        """Returns the context of a step. attentions: of all layers; the first of each group prepares its metadata."""
+        """Returns the context of a step. attentions: the attention of each layer; the first one of each KV cache group
+        prepares the metadata of the group.
+        """
         metadata = [attentions[group.layers[0]].prepare(batch, i, group) for i, group in enumerate(layout.groups)]
         return cls(batch, caches, layout.group_of_layer, metadata, on_layer)
 

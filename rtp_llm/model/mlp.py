@@ -10,9 +10,7 @@ from rtp_llm.parallel.sharding import shard_mlp
 
 
 class GatedMLP(nn.Module):
-    """Feed-forward network down(silu(gate(x)) * up(x)) of the input x, with this rank's shard of the matrices gate, up
-    and down.
-    """
+    """Feed-forward network down(silu(gate(x)) * up(x)), with this rank's shard of the three matrices."""
 
     def __init__(self, spec: ModelSpec, layer: int, group: Group):
         super().__init__()

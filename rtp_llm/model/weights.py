@@ -26,9 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LoadStats:
-    """How many bytes one rank has read from the checkpoint, and in how many seconds, including repacking and
-    quantization.
-    """
+    """How many bytes one rank has read from the checkpoint, in how many seconds with repacking and quantization."""
 
     bytes: int
     seconds: float

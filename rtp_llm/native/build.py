@@ -60,7 +60,7 @@ def find_compiler() -> list[str]:
 
 def _select(selection: str, compiler: Sequence[str]) -> Sequence[Any]:
     if selection not in ("best", "supported", "all"):
-        raise ValueError(f"unknown selection of levels {selection!r}; allowed: best, supported, all")
+        raise ValueError(f"unknown selection of instruction sets {selection!r}; allowed: best, supported, all")
     # By path: the package may not be importable yet.
     module = runpy.run_path(str(PACKAGE / "levels.py"))
     target = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout

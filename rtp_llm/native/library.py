@@ -74,8 +74,8 @@ class Library(ctypes.CDLL):
     """The kernel functions compiled for one instruction set (a level). They release the GIL. They do not check their
     arguments.
 
-    path: the shared library. is_right: whether a test product equals plain sums on this CPU. has_amx: whether AMX
-    computes it.
+    path: the shared library. is_right: whether its matrix products, tested once, are correct on this CPU. has_amx:
+    whether AMX computes those of bf16.
     """
 
     def __init__(self, level: str, path: Path):

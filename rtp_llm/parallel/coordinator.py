@@ -9,12 +9,9 @@ coordinator could not push errors to waiting parts, and would notice a lost rank
 reports EOF at once.
 """
 
-import errno
-import json
 import logging
 import os
 import secrets
-import selectors
 import socket
 import sys
 import time
@@ -24,33 +21,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.machine.process import exit_with_supervisord, run_main, stopping_file
-from rtp_llm.parallel.handshake import Challenge, SecretError, read_secret
+from rtp_llm.parallel.gang_port import Connection, GangPort
+from rtp_llm.parallel.handshake import SecretError, read_secret
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import RENDEZVOUS_PORT_OFFSET, PlannedPort
 from rtp_llm.parallel.ports import gang_host, listen_as_planned
 from rtp_llm.parallel.rank_status import LONGEST_STEPS
 from rtp_llm.parallel.rendezvous import Rendezvous, Worker
-from rtp_llm.parallel.wire import FrameBuffer, FrameType, WireError, pack_json
+from rtp_llm.parallel.wire import FrameType, WireError, pack_json
 
 log = logging.getLogger("rtp_llm.coordinator")
 
 HEARTBEAT_INTERVAL_SECONDS = 0.5
 PHASE_CHANGE_SECONDS = 0.02  # from a change of phase, which ranks may wait for, to the status that tells it
-HELLO_TIMEOUT_SECONDS = 5.0  # from accept to the HELLO frame
-SEND_TIMEOUT_SECONDS = 5.0
-MAX_MESSAGE_BYTES = 1 << 16  # a heartbeat has a few hundred bytes
 # From the first difference to the rejection, which then also lists the parts that join late.
 DISAGREE_GRACE_SECONDS = 1.5
 SILENT_SECONDS = 2.0
 FROZEN_SECONDS = 3.0  # between two periodic calls: this machine, or at least this process, was stopped
 RESIDENTS_SECONDS = 3.0  # from the start until a rank with weights that has not come back counts as lost
-MAX_STRANGERS = 256
 # That importing torch may take without a heartbeat: reading its libraries from a cold disk holds Python's global lock.
 IMPORT_SECONDS = 120.0
-LOG_AGAIN_SECONDS = 60.0
-MAX_LOGGED_REASONS = 1000
 REFUSAL_SHOWN_SECONDS = 5.0
 TWIN_SECONDS = 1.0  # after which a heartbeat of the first worker proves that both live
 FAILURE_SETTLE_SECONDS = 1.0  # from the report of a rank to the end of the epoch: a lost rank explains it better
@@ -59,36 +52,25 @@ FAILURE_WINDOW_SECONDS = 600.0
 
 @dataclass(eq=False)
 class _Peer:
-    """One connection to the rendezvous port. It is a worker's or a guard's once its HELLO has been accepted."""
+    """A worker or a guard, whose HELLO has been accepted."""
 
-    sock: socket.socket
-    address: str
-    challenge: Challenge
-    buffer: FrameBuffer = field(default_factory=lambda: FrameBuffer(MAX_MESSAGE_BYTES))
+    connection: Connection
     worker: Worker | None = None
     guarded_part: int | None = None
     rank_status: dict[str, Any] = field(default_factory=dict)
-    connected_at: float = field(default_factory=time.monotonic)
     last_seen: float = field(default_factory=time.monotonic)
-    has_sent_data: bool = False
     is_importing: bool = False
-
-    @property
-    def is_accepted(self) -> bool:
-        return self.worker is not None or self.guarded_part is not None
 
 
 class Coordinator:
-    """The process of part 0 that forms the gang: serves the rendezvous port, assigns ranks, notices lost ranks and
-    tells all others.
-    """
+    """Forms the gang: serves the rendezvous port, assigns ranks, notices lost ranks and tells all others."""
 
     def __init__(self, part_spec: PartSpec, listener: socket.socket, gang_secret: bytes = b""):
-        self.part_spec, self.listener = part_spec, listener
+        self.part_spec, self._listener = part_spec, listener
         self.incarnation = secrets.token_hex(8)  # a part 0 that was recreated counts its epochs from 1 again
         self.rendezvous = Rendezvous(part_spec.plan, part_spec.fingerprint)
-        self._secret = gang_secret
-        self._peers: list[_Peer] = []
+        self._port = GangPort(listener, gang_secret, "rendezvous port", self._handle_frame, self._on_lost)
+        self._peers: dict[Connection, _Peer] = {}
         self._epoch = 0
         self._in_epoch = self._has_served = False
         self._reason = ""  # why the last epoch ended
@@ -96,11 +78,7 @@ class Coordinator:
         self._reject_at = 0.0
         self._started_at = self._waiting_since = self._send_at = self._periodic_at = time.monotonic()
         self._failure, self._failed_at = "", 0.0  # what a rank of this epoch reported first
-        self._logged_at: dict[tuple[str, str], float] = {}  # by host and reason: a stranger may come often
         self._failures: deque[float] = deque()  # ends of epochs that no lost rank explains
-        self._selector = selectors.DefaultSelector()
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ, None)
 
     def serve(self) -> None:
         """Handles events until the process ends."""
@@ -108,124 +86,84 @@ class Coordinator:
             self.serve_once()
 
     def serve_once(self) -> None:
-        """Waits for the next events and handles them."""
-        for key, _ in self._selector.select(timeout=max(0.0, self._send_at - time.monotonic())):
-            if key.data is None:
-                self._accept()
-            else:
-                self._read(key.data)
+        """Waits for connections and frames of workers and guards, at most until heartbeats are due. Handles them."""
+        self._port.serve_once(self._send_at)
         if time.monotonic() >= self._send_at:
             self._send_at = time.monotonic() + HEARTBEAT_INTERVAL_SECONDS
             self._send_periodic()
 
     def close(self) -> None:
-        for peer in self._peers:
-            peer.sock.close()
-        self.listener.close()
-        self._selector.close()
+        self._port.close()
+        self._listener.close()
 
     # Connections
 
-    def _accept(self) -> None:
-        try:
-            sock, address = self.listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(HEARTBEAT_INTERVAL_SECONDS / 5)  # the listener stays readable: avoid a busy loop
-            return  # the peer has closed the connection, or a later call accepts it
-        sock.settimeout(SEND_TIMEOUT_SECONDS)  # frames to peers are small: a full send buffer means a lost peer
-        # A machine that loses power does not close its connections: with this timeout, unacknowledged data is an error.
-        heartbeat_ms = round(self.part_spec.config.heartbeat_timeout * 1000)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, heartbeat_ms)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        strangers = [p for p in self._peers if not p.is_accepted]
-        if len(strangers) >= MAX_STRANGERS:
-            self._drop(strangers[0], f"more than {MAX_STRANGERS} connections without a HELLO frame")
-        peer = _Peer(sock, f"{address[0]}:{address[1]}", Challenge(self._secret))
-        self._peers.append(peer)
-        self._selector.register(sock, selectors.EVENT_READ, peer)
-        self._send(peer, peer.challenge.frame())
-
-    def _read(self, peer: _Peer) -> None:
-        try:
-            data = peer.sock.recv(1 << 16)
-            if not data:
-                raise WireError("the peer closed the connection")
-            peer.has_sent_data = True
-            for frame_type, payload in peer.buffer.feed(data):
-                self._handle_frame(peer, frame_type, json.loads(payload))
-        except Exception as error:  # any program can connect to this port and send arbitrary data
-            if isinstance(error, SecretError):
-                host = peer.address.rpartition(":")[0]
-                self._refusal, self._refused_at = f"{host}: {error}", time.monotonic()
-            self._drop(peer, str(error) or type(error).__name__)
-
-    def _handle_frame(self, peer: _Peer, frame_type: FrameType, message: dict[str, Any]) -> None:
+    def _handle_frame(self, connection: Connection, frame_type: FrameType, message: dict[str, Any]) -> None:
+        peer = self._peers.get(connection)
         if frame_type == FrameType.HELLO:
-            self._on_hello(peer, message)
-        elif frame_type == FrameType.HEARTBEAT and peer.is_accepted:
+            self._on_hello(connection, message)
+        elif frame_type == FrameType.HEARTBEAT and peer:
             if message.get("phase") != peer.rank_status.get("phase"):
                 self._send_at = min(self._send_at, time.monotonic() + PHASE_CHANGE_SECONDS)
             peer.rank_status = dict(message)
             peer.is_importing = bool(message.get("is_importing"))
-        elif frame_type == FrameType.EPOCH_ENDED and peer.worker:
+        elif frame_type == FrameType.EPOCH_ENDED and peer and peer.worker:
             if self._in_epoch and message["epoch"] == self._epoch and not self._failure:
                 self._failure = f"rank {peer.worker.rank}: {message['reason']}"
                 self._failed_at = time.monotonic()
         else:
-            raise WireError(f"the peer sent an unexpected {frame_type.name} frame")
-        peer.last_seen = time.monotonic()
-
-    def _on_hello(self, peer: _Peer, message: dict[str, Any]) -> None:
-        """Accepts a worker that asks for a rank, or a guard. Raises an error if the sender is not part of this gang."""
-        peer.challenge.check(message)
-        if not self.rendezvous.is_member(int(message["part"]), dict(message["fingerprint"])):
             raise WireError(
-                f"the peer is not a part of this gang, which has parts 0-{self.part_spec.plan.num_parts - 1} and the"
-                f" fingerprint of part 0, version {self.part_spec.fingerprint.get('version')}"
+                f"the peer sent {frame_type.name}; allowed: HELLO, after that HEARTBEAT, and EPOCH_ENDED from a worker;"
+                " do all parts run the same release?"
             )
+        if peer:
+            peer.last_seen = time.monotonic()
+
+    def _on_hello(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Accepts a worker that asks for a rank, or a guard. Raises an error if the sender is not part of this gang."""
+        try:
+            connection.challenge.check(message)
+        except SecretError as error:
+            host = connection.address.rpartition(":")[0]
+            self._refusal, self._refused_at = f"{host}: {error}", time.monotonic()
+            raise
+        part, last_part = int(message["part"]), self.part_spec.plan.num_parts - 1
+        if not self.rendezvous.is_member(part, dict(message["fingerprint"])):
+            reason = f"it says that it is part {part}, allowed: 0 to {last_part}"
+            if 0 <= part <= last_part:
+                version = self.part_spec.fingerprint.get("version")
+                reason = f"most of its settings, model and version differ from those of part 0 (version {version})"
+            raise WireError(f"the peer is not a part of this gang: {reason}; should it connect to another gang?")
+        # A machine that loses power does not close its connections: with this timeout, unacknowledged data is an error.
+        heartbeat_ms = round(self.part_spec.config.heartbeat_timeout * 1000)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, heartbeat_ms)
+        peer = self._peers.get(connection) or _Peer(connection)
         if message["kind"] == "guard":
-            peer.guarded_part = int(message["part"])
+            peer.guarded_part = part
         else:
-            worker = Worker.from_hello(message, peer.address)
+            worker = Worker.from_hello(message, connection.address)
             if peer.worker:
                 self.rendezvous.workers.remove(peer.worker)
                 worker.rank = peer.worker.rank
             peer.worker = worker
             self.rendezvous.workers.append(worker)
-        self._send(peer, pack_json(FrameType.ACCEPTED, {"proof": peer.challenge.proof(message)}))
+        self._peers[connection], connection.is_known = peer, True
+        self._port.send(connection, pack_json(FrameType.ACCEPTED, {"proof": connection.challenge.proof(message)}))
         self._try_begin_epoch()
         self._send_at = min(self._send_at, time.monotonic() + PHASE_CHANGE_SECONDS)
 
-    def _drop(self, peer: _Peer, reason: str) -> None:
-        if peer not in self._peers:
-            return
-        self._peers.remove(peer)
-        self._selector.unregister(peer.sock)
-        peer.sock.close()
-        if not peer.is_accepted:
-            # The doctor probes this port: it connects, sends nothing and closes the connection.
-            host, now = peer.address.rpartition(":")[0], time.monotonic()
-            is_new = now - self._logged_at.get((host, reason), -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS
-            if peer.has_sent_data and is_new and len(self._logged_at) < MAX_LOGGED_REASONS:
-                self._logged_at[host, reason] = now
-                log.warning("rendezvous port: closed the connection from %s: %s", peer.address, reason)
-        elif peer.worker:
-            self.rendezvous.workers.remove(peer.worker)
-            if peer.worker.rank is not None:
-                self._on_rank_lost(peer.worker, reason)
+    def _on_lost(self, connection: Connection, reason: str) -> None:
+        worker = self._peers.pop(connection).worker
+        if worker:
+            self.rendezvous.workers.remove(worker)
+            if worker.rank is not None:
+                self._on_rank_lost(worker, reason)
             self._try_begin_epoch()
-
-    def _send(self, peer: _Peer, frame: bytes) -> None:
-        try:
-            peer.sock.sendall(frame)
-        except OSError as error:
-            self._drop(peer, str(error))
 
     def _broadcast(self, frame_type: FrameType, message: dict[str, Any]) -> None:
         frame = pack_json(frame_type, message)
-        for peer in [p for p in self._peers if p.is_accepted]:
-            self._send(peer, frame)
+        for connection in list(self._peers):
+            self._port.send(connection, frame)
 
     # Epochs
 
@@ -253,7 +191,7 @@ class Coordinator:
         log.info("epoch %d of the gang: %s", self._epoch, self._describe(assigned))
         part0_address, kv_cache = self._part0_address(), self.rendezvous.kv_cache
         lost = []
-        for peer in [p for p in self._peers if p.worker in assigned.values()]:
+        for peer in [p for p in self._peers.values() if p.worker in assigned.values()]:
             peer.rank_status = {}
             message = {
                 "rank": peer.worker.rank if peer.worker else None,
@@ -264,11 +202,11 @@ class Coordinator:
                 "max_seq_len": kv_cache.max_seq_len,
             }
             try:
-                peer.sock.sendall(pack_json(FrameType.WELCOME, message))
+                peer.connection.sock.sendall(pack_json(FrameType.WELCOME, message))
             except OSError as error:
-                lost.append((peer, str(error)))
-        for peer, reason in lost:  # now that all others are in the epoch, and can be told that it ends
-            self._drop(peer, reason)
+                lost.append((peer.connection, str(error)))
+        for connection, reason in lost:  # now that all others are in the epoch, and can be told that it ends
+            self._port.drop(connection, reason)
 
     def _describe(self, assigned: dict[int, Worker]) -> str:
         kept = sum(worker.resident_rank is not None for worker in assigned.values())
@@ -285,13 +223,14 @@ class Coordinator:
             last = max(last, int(path.read_text()) if path.exists() else 0)
             path.write_text(str(last + 1))
         except OSError as error:
-            log.error("cannot write the epoch number to %s: %s", path, error.strerror)
+            text = "cannot write the number of this start of the gang (epoch) to %s: %s; a restart may use it again"
+            log.error(text, path, error.strerror)
         return last + 1
 
     def _part0_address(self) -> str:
         """Returns part 0's address to which another part connected; behind NAT, the settings have another one."""
-        remote = (p for p in self._peers if p.worker and p.worker.part != 0)
-        return str(next((p.sock.getsockname()[0] for p in remote), "127.0.0.1"))
+        remote = (p.connection.sock for p in self._peers.values() if p.worker and p.worker.part != 0)
+        return str(next((sock.getsockname()[0] for sock in remote), "127.0.0.1"))
 
     def _on_rank_lost(self, worker: Worker, reason: str) -> None:
         message = f"lost rank {worker.rank} ({worker.address}): {reason}"
@@ -322,11 +261,11 @@ class Coordinator:
         self._waiting_since = time.monotonic()
         log.warning("epoch %d ends: %s", self._epoch, reason)
         frame = pack_json(FrameType.EPOCH_ENDED, {"epoch": self._epoch, "reason": reason, "restart": restart})
-        for peer in list(self._peers):
+        for peer in list(self._peers.values()):
             if peer.worker and restart and peer.worker.rank is not None:
                 peer.worker.is_waiting = False  # it exits
             if peer.worker and not peer.worker.is_waiting:
-                self._send(peer, frame)
+                self._port.send(peer.connection, frame)
         self._broadcast(FrameType.GANG_STATUS, self._gang_status(time.monotonic()))
 
     # Periodic
@@ -334,11 +273,9 @@ class Coordinator:
     def _send_periodic(self) -> None:
         now = time.monotonic()
         if now - self._periodic_at > FROZEN_SECONDS:
-            for peer in self._peers:
+            for peer in self._peers.values():
                 peer.last_seen = now
         self._periodic_at = now
-        for peer in [p for p in self._peers if not p.is_accepted and now - p.connected_at > HELLO_TIMEOUT_SECONDS]:
-            self._drop(peer, f"no HELLO frame within {HELLO_TIMEOUT_SECONDS:g} s")
         self._check_liveness(now)
         self._check_failure(now)
         self._reject_twins(now)
@@ -366,25 +303,26 @@ class Coordinator:
         The connection of a part that was recreated stays open for some time, so both must first show that they are
         alive.
         """
-        for peer in [p for p in self._peers if p.worker]:
+        for peer in [p for p in self._peers.values() if p.worker]:
             twin = self.rendezvous.twin(peer.worker) if peer.worker else None
-            other = next((p for p in self._peers if twin and p.worker is twin), None)
-            if peer.worker is None or other is None or other.connected_at > peer.connected_at:
+            other = next((p for p in self._peers.values() if twin and p.worker is twin), None)
+            if peer.worker is None or other is None:
                 continue
-            if other.last_seen < peer.connected_at + TWIN_SECONDS:
+            first, second = other.connection, peer.connection
+            if first.connected_at > second.connected_at or other.last_seen < second.connected_at + TWIN_SECONDS:
                 continue
             message = (
-                f"the parts of the gang disagree:\n  part{peer.worker.part} is claimed twice, by {other.address} and"
-                f" {peer.address}: check WORLD_RANK"
+                f"the parts of the gang disagree:\n  part{peer.worker.part} is claimed twice, by {first.address} and"
+                f" {second.address}: check WORLD_RANK"
             )
             log.error("%s", message)
-            for rejected in (peer,) if self._in_epoch else [p for p in self._peers if p.is_accepted]:
-                self._send(rejected, pack_json(FrameType.REJECTED, {"message": message}))
+            for rejected in (second,) if self._in_epoch else list(self._peers):
+                self._port.send(rejected, pack_json(FrameType.REJECTED, {"message": message}))
 
     def _gang_status(self, now: float) -> dict[str, Any]:
         ranks = {
             p.worker.rank: p.rank_status | {"silent_s": round(now - p.last_seen, 3)}
-            for p in self._peers
+            for p in self._peers.values()
             if p.worker and p.worker.rank is not None and p.rank_status
         }
         message = ""
@@ -398,25 +336,19 @@ class Coordinator:
             "in_epoch": self._in_epoch,
             "ranks": ranks,
             "message": message,
-            "verdicts": self._verdicts(),
+            "verdicts": files.read_state(self.part_spec.verdicts_path),  # of the API process, see `api.suspects`
             "pid": os.getpid(),
         }
-
-    def _verdicts(self) -> dict[str, str]:
-        """Returns the API process's verdicts on lost epochs, see `api.suspects`."""
-        try:
-            verdicts: dict[str, str] = json.loads(self.part_spec.verdicts_path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return verdicts
 
     def _check_liveness(self, now: float) -> None:
         """Drops the peers without heartbeats, and ranks without progress; the guards of their parts kill them."""
         timeout = self.part_spec.config.heartbeat_timeout
         limits = {False: timeout, True: max(timeout, IMPORT_SECONDS)}
-        for peer in [p for p in self._peers if p.is_accepted and now - p.last_seen > limits[p.is_importing]]:
+        peers = list(self._peers.values())
+        for peer in [p for p in peers if now - p.last_seen > limits[p.is_importing]]:
             self._condemn(peer, f"no heartbeat for {now - peer.last_seen:.0f} s")
-        hanging = [p for p in self._peers if p.worker and p.worker.rank is not None and self._hangs(p.rank_status)]
+        peers = list(self._peers.values())
+        hanging = [p for p in peers if p.worker and p.worker.rank is not None and self._hangs(p.rank_status)]
         if hanging and self._in_epoch:  # the others of a lost epoch are about to leave it
             # Ranks that wait for another one in a collective stand still as well: further on, or in the same layer.
             least = min(p.rank_status["progress_count"] for p in hanging)
@@ -437,9 +369,10 @@ class Coordinator:
         if worker:
             # A silent guard means that the whole part is frozen or cut off. Its ranks may be healthy when it is back.
             alive_at = time.monotonic() - SILENT_SECONDS
-            for guard in [p for p in self._peers if p.guarded_part == worker.part and p.last_seen > alive_at]:
-                self._send(guard, pack_json(FrameType.KILL, {"pid": worker.pid, "reason": reason}))
-        self._drop(peer, reason)
+            guards = [p for p in self._peers.values() if p.guarded_part == worker.part and p.last_seen > alive_at]
+            for guard in guards:
+                self._port.send(guard.connection, pack_json(FrameType.KILL, {"pid": worker.pid, "reason": reason}))
+        self._port.drop(peer.connection, reason)
 
 
 def _all_serve(status: dict[str, Any], world_size: int) -> bool:

@@ -58,7 +58,8 @@ class CoordinatorConnection:
             try:
                 frame_type, payload = recv_frame(self._sock)
             except TimeoutError:
-                raise WireError(f"no message for {self._sock.gettimeout():g} s") from None
+                timeout = self._sock.gettimeout()
+                raise WireError(f"the coordinator sent no message for {timeout:g} s (HEARTBEAT_TIMEOUT)") from None
             except ConnectionError as error:
                 raise error if self.is_accepted else self._answer.explain(error) from None
             message: dict[str, Any] = json.loads(payload)
@@ -68,7 +69,9 @@ class CoordinatorConnection:
             elif self.is_accepted:
                 return frame_type, message
             else:
-                raise WireError(f"the coordinator sent {frame_type.name} before ACCEPTED")
+                raise WireError(
+                    f"the coordinator sent {frame_type.name} instead of ACCEPTED; do all parts run the same release?"
+                )
 
     def close(self) -> None:
         self._sock.close()
@@ -106,6 +109,8 @@ def expect_challenge(sock: socket.socket) -> dict[str, Any]:
     """Returns the body of the CHALLENGE frame, the first frame that a listening side sends. Raises WireError."""
     frame_type, payload = recv_frame(sock)
     if frame_type != FrameType.CHALLENGE:
-        raise WireError(f"the peer sent {frame_type.name} instead of CHALLENGE")
+        raise WireError(
+            f"the coordinator or rank 0 sent {frame_type.name} instead of CHALLENGE; do all parts run the same release?"
+        )
     challenge: dict[str, Any] = json.loads(payload)
     return challenge

@@ -74,9 +74,7 @@ class GangClient:
         threading.Thread(target=self._stay_connected, name="gang", daemon=True).start()
 
     def wait_for_work(self) -> None:
-        """Blocks until this process has a rank, or is the spare (which replaces a lost rank) and the gang serves.
-        Raises GangError.
-        """
+        """Blocks until this process has a rank, or is the spare of a gang that serves. Raises GangError."""
         with self._changed:
             while not (self._assignment or self._serves()):
                 self._check_rejection()
@@ -101,16 +99,14 @@ class GangClient:
             self._leave_epoch()
 
     def fail_epoch(self, reason: str) -> None:
-        """Tells the coordinator that this rank cannot continue, so that all ranks drop the communicator and meet
-        again.
-        """
+        """Tells the coordinator that this rank cannot continue, so that all ranks meet again."""
         epoch = self._assignment.epoch if self._assignment else 0
         self._send(FrameType.EPOCH_ENDED, {"epoch": epoch, "reason": reason})
         self._recover_by_restart(reason)
 
     def check_epoch(self) -> None:
-        """Raises CommunicationError if the coordinator has ended the current epoch (a rank is lost), even if that was
-        before `abort_epoch` was set.
+        """Raises CommunicationError if the coordinator has ended the current epoch (a rank is lost), even if it did so
+        before there was a callback `abort_epoch` to call.
         """
         if self._is_leaving:
             raise CommunicationError(
@@ -227,7 +223,9 @@ class GangClient:
                 self._rejection = str(message["message"])
                 self._changed.notify_all()
         else:
-            raise WireError(f"the coordinator sent an unexpected {frame_type.name} frame")
+            raise WireError(
+                f"the coordinator sent an unexpected {frame_type.name} frame; do all parts run the same release?"
+            )
 
     def _begin_epoch(self, connection: CoordinatorConnection, message: dict[str, Any]) -> None:
         rank, is_part0 = int(message["rank"]), self.part_spec.plan.part == 0

@@ -44,26 +44,19 @@ class Group(Protocol):
 
     @property
     def wait_seconds(self) -> float | None:
-        """Returns how many seconds this rank has waited so far for others in the collectives of steps; None if not
-        measured.
-        """
-        ...
+        """Returns the seconds that this rank has waited for others in collectives of steps; None if not measured."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums the tensor over all ranks in place. Returns the same tensor."""
-        ...
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         """Returns the tensors of all ranks in rank order on rank 0, None on the others. All shapes must be equal."""
-        ...
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Copies rank 0's tensor into the tensors of the others, in place. Returns the same tensor."""
-        ...
 
     def min(self, value: int) -> int:
         """Returns the minimum of all ranks' values, on all ranks."""
-        ...
 
     def check_aborted(self) -> None:
         """Raises CommunicationError if another thread has aborted the group, because a rank is lost.
@@ -71,7 +64,6 @@ class Group(Protocol):
         On GPUs an aborted collective ends without an error, and its result is arbitrary. So call this before a rank
         sends the results of a step.
         """
-        ...
 
 
 class Communicator(Group, Protocol):
@@ -84,14 +76,10 @@ class Communicator(Group, Protocol):
     is_waiting: bool
 
     def abort(self, reason: str) -> None:
-        """Makes the pending collective and all later ones of this rank raise CommunicationError. Any thread may call
-        it.
-        """
-        ...
+        """Makes the pending and all later collectives of this rank raise CommunicationError. Thread-safe."""
 
     def close(self) -> None:
         """Closes the connections, so that these processes can form a new group."""
-        ...
 
 
 class SingleRankGroup:

@@ -18,14 +18,14 @@ NONCE_BYTES = 16
 
 
 def read_secret(config: Config) -> bytes:
-    """Returns GANG_SECRET, from the environment if the settings were read from part.json; empty if not set."""
+    """Returns GANG_SECRET of the settings, or of the environment if they are from part.json, which has no secrets;
+    empty if not set.
+    """
     return secret(config) or os.environ.get("GANG_SECRET", "").strip().encode()
 
 
 class Challenge:
-    """The half of the listening side in the authentication of a connection by GANG_SECRET, the secret that all parts
-    share.
-    """
+    """The listening side's half of the authentication of a connection by GANG_SECRET."""
 
     def __init__(self, gang_secret: bytes):
         self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
@@ -49,17 +49,12 @@ class Challenge:
 
 
 class Answer:
-    """The half of the connecting side in the authentication of a connection by GANG_SECRET: signs its first message for
-    the received challenge.
-    """
+    """The connecting side's half: signs its first message for the challenge that it has received."""
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""
-        self._secret, self._challenge, self._nonce = (
-            gang_secret,
-            str(challenge["nonce"]),
-            secrets.token_hex(NONCE_BYTES),
-        )
+        self._secret, self._nonce = gang_secret, secrets.token_hex(NONCE_BYTES)
+        self._challenge = str(challenge["nonce"])
         self._peer_has_secret = bool(challenge["secret"])
 
     def explain(self, error: OSError) -> OSError:
@@ -71,7 +66,7 @@ class Answer:
         return SecretError(f"{error}: GANG_SECRET {state}; set the same on all parts")
 
     def sign(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns the message with a nonce and its HMAC."""
+        """Returns the message with a nonce, and an HMAC over this message and the challenge."""
         message = message | {"nonce": self._nonce, "secret": bool(self._secret)}
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 
@@ -82,7 +77,7 @@ class Answer:
 
 
 class SecretError(WireError):
-    """The parts have different secrets."""
+    """GANG_SECRET is not the same on both parts."""
 
 
 def _sign(gang_secret: bytes, nonce: str, message: Any) -> str:

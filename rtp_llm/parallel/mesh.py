@@ -62,9 +62,7 @@ class MeshAxis(Group):
 
 @dataclass(frozen=True)
 class Mesh:
-    """The arrangement of all ranks in four dimensions (axes), as seen from one rank. tp: tensor, ep: expert, pp:
-    pipeline, dp: data parallel.
-    """
+    """All ranks in four dimensions, as one rank sees them: tensor, expert, pipeline and data parallel."""
 
     tp: MeshAxis
     ep: MeshAxis = field(default_factory=MeshAxis)

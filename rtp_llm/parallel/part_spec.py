@@ -43,9 +43,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """The content of `part.json` in the run directory, and the paths of the sockets and state files in that
-    directory.
-    """
+    """The content of `part.json` in the run directory, and the paths of the other files and sockets there."""
 
     run_dir: Path
     config: Config
@@ -73,9 +71,7 @@ class PartSpec:
 
     @property
     def verdicts_path(self) -> Path:
-        """Returns the path of the file in which the API process records, for each loss of a rank, whether a request
-        caused it.
-        """
+        """Returns the file in which the API process records, for each loss of a rank, whether a request caused it."""
         return self.run_dir / "verdicts.json"
 
     @property
@@ -90,7 +86,9 @@ class PartSpec:
 
     @property
     def exit_code_file(self) -> Path:
-        """Returns the path of the file with the part's exit code, which the guard writes and start_server reads."""
+        """Returns the path of the file with the part's exit code. The guard, which watches the part's processes, writes
+        it before it ends the part; start_server reads it.
+        """
         return self.run_dir / "exit_code"
 
     @property

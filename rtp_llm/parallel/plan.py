@@ -5,6 +5,7 @@ other processes read it from part.json.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -12,6 +13,7 @@ from rtp_llm.config import MIN_START_PORT, Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.parallel.members import Member, read_members
 
+_inconsistent = partial(ConfigError, check="C-01")
 # Offsets below part 0's START_PORT, in a range that upstream rtp-llm also reserves.
 RENDEZVOUS_PORT_OFFSET, STEP_PORT_OFFSET, TORCH_STORE_PORT_OFFSET = 1, 2, 11
 # Offset above the START_PORT of each part.
@@ -77,6 +79,10 @@ class Plan:
         """Returns the world ranks of a part."""
         return range(part * self.local_world_size, (part + 1) * self.local_world_size)
 
+    def member(self, part: int) -> Member | None:
+        """Returns the entry of a part in the member list; None if its address is not configured."""
+        return next((m for m in self.members if m.index == part), None)
+
     def describe_part(self, part: int) -> str:
         """Returns a text such as `part1 (10.0.0.2:20000, ranks 2-3)`.
 
@@ -85,7 +91,7 @@ class Plan:
         first = part * self.local_world_size
         last = first + self.local_world_size - 1
         ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
-        member = next((m for m in self.members if m.index == part), None)
+        member = self.member(part)
         return f"part{part} ({member.ip}:{member.port}, {ranks})" if member else f"part{part} ({ranks})"
 
     def leader_port(self, offset: int) -> int:
@@ -107,13 +113,10 @@ class Plan:
 
     def local_ports(self) -> list[PlannedPort]:
         """Returns all ports on which this part listens. Does not need a member list (LEADER_ADDRESS)."""
-        member = next((m for m in self.members if m.index == self.part), None)
-        return self.ports(member or Member(self.part, f"part{self.part}", "", self.start_port))
+        return self.ports(self.member(self.part) or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:
-        """Returns all ports that no other part at the same address may have, used or unused. `member`: the part's entry
-        in the member list.
-        """
+        """Returns all ports that no other part at the address of `member`, an entry of the member list, may have."""
         below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
@@ -153,10 +156,9 @@ def make_plan(config: Config, gpus: int) -> Plan:
     part = _part_index(config, world, local, tp)
     parts = world // local
     if members and len(members) != parts:
-        raise ConfigError(
+        raise _inconsistent(
             f"the member list has {len(members)} members, but WORLD_SIZE={world} / LOCAL_WORLD_SIZE={local} is {parts};"
-            f" allowed: {parts} members, _part0 to _part{parts - 1}",
-            check="C-01",
+            f" allowed: {parts} members, _part0 to _part{parts - 1}"
         )
     members = members or _default_members(config, parts)
     stride = config.worker_info_port_num
@@ -186,7 +188,7 @@ def check_address(plan: Plan, addresses: set[str]) -> str | None:
     Raises ConfigError if the machine has another part's address: then WORLD_RANK or this part's address in the member
     list is wrong.
     """
-    member = next((m for m in plan.members if m.index == plan.part), None)
+    member = plan.member(plan.part)
     if member is None or member.ip in addresses or not member.ip.replace(".", "").isdigit():
         return None
     local = [m for m in plan.members if m.ip in addresses]
@@ -196,10 +198,9 @@ def check_address(plan: Plan, addresses: set[str]) -> str | None:
         advice = f"correct the address of {member.name!r} in the list"
         if same_port:
             advice = f"set WORLD_RANK={same_port[0].index * plan.local_world_size}, or {advice}"
-        raise ConfigError(
+        raise _inconsistent(
             f"WORLD_RANK={plan.first_rank} means member {member.name!r}, but {member.ip} is not an address of this"
             f" machine, which has {local[0].ip} of member {local[0].name!r}; {advice}",
-            check="C-01",
             fix=advice,
         )
     return (
@@ -211,14 +212,13 @@ def check_address(plan: Plan, addresses: set[str]) -> str | None:
 def _world_and_tp_size(config: Config) -> tuple[int, int]:
     world, tp, dp = config.world_size, config.tp_size, config.dp_size
     if dp != 1:
-        raise ConfigError(f"DP_SIZE={dp}: data-parallel groups are not supported yet; allowed: 1", check="C-01")
+        raise _inconsistent(f"DP_SIZE={dp}: data-parallel groups are not supported yet; allowed: 1")
     tp = tp or (world // dp if world else 1)
     world = world or tp * dp
     if world != tp * dp:
-        raise ConfigError(
+        raise _inconsistent(
             f"WORLD_SIZE={world} is not TP_SIZE={tp} x DP_SIZE={dp} = {tp * dp};"
             f" set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}",
-            check="C-01",
             fix=f"set WORLD_SIZE={tp * dp}, or TP_SIZE={world // dp}",
         )
     return world, tp
@@ -229,14 +229,11 @@ def _local_world_size(config: Config, world: int, gpus: int, members: int) -> in
     local = config.local_world_size or (min(gpus, world) if gpus else world)
     if local > world or world % local:
         allowed = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ConfigError(
-            f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {allowed}", check="C-01"
-        )
+        raise _inconsistent(f"WORLD_SIZE={world} is not a multiple of LOCAL_WORLD_SIZE={local}; allowed: {allowed}")
     if not config.local_world_size and members > 1 and world // local != members:
-        raise ConfigError(
-            f"the member list has {members} members, but LOCAL_WORLD_SIZE is unset and would be {local};"
-            f" set LOCAL_WORLD_SIZE={max(1, world // members)}",
-            check="C-01",
+        raise _inconsistent(
+            f"the member list has {members} members, but WORLD_SIZE={world} with the default"
+            f" LOCAL_WORLD_SIZE={local} needs {world // local}; set LOCAL_WORLD_SIZE={max(1, world // members)}",
             fix=f"set LOCAL_WORLD_SIZE={max(1, world // members)}",
         )
     return local
@@ -247,23 +244,21 @@ def _part_index(config: Config, world: int, local: int, tp: int) -> int:
     if rank is None and config.world_index is not None:
         rank = config.world_index * local
     elif rank is not None and config.world_index is not None and rank != config.world_index * local:
-        raise ConfigError(
+        raise _inconsistent(
             f"WORLD_RANK={rank} (this part's first rank) and WORLD_INDEX={config.world_index} (this part's number)"
-            f" differ: part {config.world_index} begins with rank {config.world_index * local}; set one of the two",
-            check="C-01",
+            f" differ: part {config.world_index} begins with rank {config.world_index * local}; set one of the two"
         )
     if rank is None:
         rank = config.tp_rank or 0
     if rank >= world or rank % local:
         allowed = ", ".join(str(r) for r in range(0, world, local))
-        raise ConfigError(
+        raise _inconsistent(
             f"WORLD_RANK={rank}: must be the part's number x LOCAL_WORLD_SIZE={local}, below WORLD_SIZE={world};"
-            f" allowed: {allowed}",
-            check="C-01",
+            f" allowed: {allowed}"
         )
     if config.tp_rank is not None and config.tp_rank != rank % tp:
-        raise ConfigError(
-            f"TP_RANK={config.tp_rank}: WORLD_RANK={rank} means TP_RANK={rank % tp}; leave TP_RANK unset", check="C-01"
+        raise _inconsistent(
+            f"TP_RANK={config.tp_rank}: WORLD_RANK={rank} means TP_RANK={rank % tp}; leave TP_RANK unset"
         )
     return rank // local
 
@@ -272,10 +267,9 @@ def _default_members(config: Config, parts: int) -> tuple[Member, ...]:
     if config.leader_address:
         return (Member(0, "leader_part0", config.leader_address, config.start_port),)
     if parts > 1:
-        raise ConfigError(
+        raise _inconsistent(
             f"WORLD_SIZE / LOCAL_WORLD_SIZE is {parts} parts, but no member list is given;"
-            " set DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING, JSON_GANG_PARTS or LEADER_ADDRESS",
-            check="C-01",
+            " set DISTRIBUTE_CONFIG_FILE, GANG_CONFIG_STRING, JSON_GANG_PARTS or LEADER_ADDRESS"
         )
     return (Member(0, "local_part0", "127.0.0.1", config.start_port),)
 
@@ -288,10 +282,9 @@ def _check_ports(plan: Plan) -> None:
             if len(others) == 1:  # probably WORLD_RANK is missing
                 rank = others[0].index * plan.local_world_size
                 advice = f"set WORLD_RANK={rank} if this is {others[0].name!r}, or {advice}"
-            raise ConfigError(
+            raise _inconsistent(
                 f"START_PORT={plan.start_port}, but member {member.name!r} of this part (WORLD_RANK={plan.first_rank})"
                 f" has port {member.port}; {advice}",
-                check="C-01",
                 fix=advice,
             )
         last_port = member.port + plan.port_stride * plan.local_world_size - 1

@@ -35,9 +35,7 @@ class RankStatus:
     open: int = 0  # unfinished requests, on rank 0
     weight_bytes: int = 0
     kv_bytes: int = 0
-    wait_s: float | None = (
-        None  # seconds per step spent waiting for other ranks in collectives, moving average; None if not measured
-    )
+    wait_s: float | None = None  # per step, for other ranks in collectives, moving average; None if not measured
     startup_seconds: dict[str, float] = field(default_factory=dict)  # by phase
     progress_count: int = 0  # layers (on CPU) or steps computed in this epoch
     longest_s: float = 0.0  # the longest time between two of these
@@ -69,9 +67,7 @@ class RankStatus:
 
     @property
     def idle_seconds(self) -> float:
-        """Returns for how many seconds the main thread has made no progress; 0 while it waits for rank 0's next
-        step.
-        """
+        """Returns the seconds without progress of the main thread; 0 while it waits for rank 0's next step."""
         return 0.0 if self.is_waiting else time.monotonic() - self._last_progress
 
     def record_stall(self, is_stalled: bool) -> None:
@@ -99,15 +95,16 @@ class RankStatus:
         self.phase_changed.set()
 
     def begin_epoch(self, rank: int) -> None:
-        """Records that this process now serves as `rank`, in the communicator with the number `epoch`."""
+        """Records that this process serves as `rank` from now on, in a new communicator of the ranks."""
         self.rank, self.progress_count, self.is_waiting, self.is_in_collective = rank, 0, False, bool
         self.record_stall(False)
         self.set_phase("rendezvous")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the content of a heartbeat: the public fields, `idle_s`, the seconds since the last progress,
-        `in_collective`, whether this rank waits for others, `lacks_memory`, whether it computes nothing for want of
-        memory, and `stands_still`, whether it seems to hang, perhaps because the network loses what others send.
+        """Returns the content of a heartbeat: the public fields, `idle_s` (seconds since the last progress),
+        `in_collective` (whether this rank waits for others), `available_bytes` (memory of the machine), `lacks_memory`
+        (whether it computes nothing for want of memory) and `stands_still` (whether it seems to hang, perhaps because
+        the network loses what others send).
 
         If memory is short, frees what it can: the main thread may hang in its step, evicted again and again.
         """

@@ -15,7 +15,9 @@ MIN_EQUAL_SHARE = 0.5  # of the fingerprint's values that a member of this gang 
 
 @dataclass(frozen=True)
 class KVCacheSize:
-    """The size of the KV cache, equal on all ranks: blocks, and tokens of the longest sequence. 0: not known yet."""
+    """The size of the KV cache, equal on all ranks: number of blocks, and the most tokens that a sequence may have. 0:
+    not known yet.
+    """
 
     num_blocks: int = 0
     max_seq_len: int = 0
@@ -56,9 +58,7 @@ class Worker:
 
 
 class Rendezvous:
-    """The workers of a gang (the processes of all parts), and the assignment of ranks to them whenever they form a
-    communicator.
-    """
+    """The workers (processes) of a gang, and the assignment of ranks to them for each communicator."""
 
     def __init__(self, plan: Plan, fingerprint: dict[str, Any]):
         """`fingerprint`: fingerprint of part 0, which distinguishes members of this gang from other programs."""
@@ -67,9 +67,10 @@ class Rendezvous:
         self.kv_cache = KVCacheSize()  # of the last epoch; a new gang of the same part 0 continues with it
 
     def is_member(self, part: int, fingerprint: dict[str, Any]) -> bool:
-        """Returns whether a part with this fingerprint belongs to this gang, even if some of its settings are wrong.
+        """Returns whether a worker with this part number and fingerprint belongs to this gang: whether at least half of
+        the fingerprint's values are those of part 0, since some settings may be wrong.
 
-        Other programs do not know most of the values. With GANG_SECRET they are rejected earlier.
+        Programs that are not of this gang know fewer values. With GANG_SECRET they are rejected earlier.
         """
         equal = sum(fingerprint.get(key) == value for key, value in self._fingerprint.items())
         return 0 <= part < self.plan.num_parts and equal >= MIN_EQUAL_SHARE * len(self._fingerprint)
@@ -102,8 +103,9 @@ class Rendezvous:
         return assigned
 
     def begin_epoch(self, assigned: dict[int, Worker]) -> None:
-        """Assigns the ranks for the next communicator. The size of its KV cache is that of workers which already have
-        one.
+        """Records which worker serves as which rank in the next communicator; the coordinator announces it. Sets
+        `kv_cache` to the size that one of these workers kept from an earlier communicator, if any: all ranks need the
+        same.
         """
         sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
         self.kv_cache = sizes[0] if sizes else self.kv_cache

@@ -38,8 +38,9 @@ def create_segment(prefix: str, name: str, size: int) -> tuple[Path, int]:
     """Creates the file in /dev/shm through which the ranks of a machine exchange tensors, and allocates its memory, so
     that a full /dev/shm is an error here instead of SIGBUS later.
 
-    Removes files with the same prefix, which killed ranks may have left. Returns the path and a file descriptor that
-    holds a shared lock on the file; `is_orphaned` tests for this lock. Raises CommunicationError.
+    First removes all files with this prefix, which only this part uses: killed ranks may have left them. Returns the
+    path and a file descriptor that holds a shared lock on the file; `is_orphaned` tests for this lock. Raises
+    CommunicationError.
     """
     for stale in DIRECTORY.glob(f"{prefix}*"):
         stale.unlink(missing_ok=True)
@@ -75,8 +76,6 @@ def is_orphaned(path: Path) -> bool:
 
 
 def orphan_bytes() -> int:
-    """Returns how many bytes of memory the segments of killed servers in /dev/shm still use, including those of other
-    parts.
-    """
+    """Returns the bytes of memory that segments of killed servers, of any part, still use in /dev/shm."""
     orphans = [path for path in DIRECTORY.glob("rtp-llm-*") if NAME.match(path.name) and is_orphaned(path)]
     return sum(path.stat().st_blocks * 512 for path in orphans if path.exists())

@@ -30,16 +30,12 @@ class HeadShard:
         return len(self.groups) * self.group_size
 
     def slots(self) -> list[tuple[int, int]]:
-        """Returns (index among this rank's heads, index in the model) of every query head of this rank, without
-        padding.
-        """
+        """Returns (index among this rank's heads, index in the model) of every query head here, without padding."""
         return [(i * self.group_size + j, head) for i, group in enumerate(self.groups) for j, head in enumerate(group)]
 
 
 def even_split(total: int, num_ranges: int, index: int) -> range:
-    """Splits `total` items into `num_ranges` contiguous ranges whose sizes differ by at most one. Returns the range
-    with this `index`.
-    """
+    """Splits `total` items into `num_ranges` ranges as equal as possible. Returns the one with this `index`."""
     base, extra = divmod(total, num_ranges)
     start = index * base + min(index, extra)
     return range(start, start + base + (index < extra))
@@ -63,9 +59,9 @@ def shard_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -
 def shard_mlp(intermediate_size: int, tp_size: int, tp_rank: int, granularity: int = 1) -> range:
     """Returns the columns of gate_proj and up_proj, and thus the rows of down_proj, that belong to one rank.
 
-    Boundaries are multiples of 64, since matrix units compute in tiles of that size, or of a smaller power of two if 64
-    does not divide the size or would leave a rank without columns. They are multiples of `granularity` too, which must
-    divide the size. Raises ConfigError if there are not enough multiples for all ranks.
+    Boundaries are multiples of 64 (the tile size of matrix units), or of a smaller power of two if 64 does not divide
+    `intermediate_size` or would leave a rank without columns. They are multiples of `granularity` too, which must
+    divide `intermediate_size`. Raises ConfigError if there are not enough multiples for all ranks.
     """
     candidates = (lcm(u, granularity) for u in (64, 32, 16, 8, 4, 2, 1))
     unit = next((u for u in candidates if intermediate_size % u == 0 and intermediate_size // u >= tp_size), 0)
@@ -86,8 +82,6 @@ def shard_vocab(vocab_size: int, tp_size: int, tp_rank: int) -> range:
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
-    """Returns the vocabulary size rounded up to a multiple of 8 rows per rank, so that all ranks have shards of equal
-    size.
-    """
+    """Returns the vocabulary size rounded up, so that the shards of all ranks have equal multiples of 8 rows."""
     unit = 8 * tp_size
     return -(-vocab_size // unit) * unit

@@ -10,7 +10,7 @@ later. Every rank has incremented its counter for the operation in between by th
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -50,15 +50,24 @@ class Exchange(Protocol):
         ...
 
     def all_reduce(self, tensor: Tensor) -> bool:
-        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks."""
+        """Sums over ranks in place, in float32 and in rank order, so that the result is bitwise equal on all ranks.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
-        """Writes the tensors of all ranks to `gathered`: [size, elements] on rank 0, None on the others."""
+        """Writes the tensors of all ranks to `gathered`: [number of ranks, elements] on rank 0, None on the others.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
     def broadcast(self, tensor: Tensor) -> bool:
-        """Copies rank 0's tensor into those of the others, in place."""
+        """Copies rank 0's tensor into those of the others, in place.
+
+        Returns False at the timeout or after `abort`.
+        """
         ...
 
 
@@ -128,9 +137,7 @@ class SharedMemoryGroup:
 
 
 class TorchExchange:
-    """Implements `Exchange` without the native kernels. Needs a CPU that does not reorder stores, see
-    `segment.is_supported`.
-    """
+    """An `Exchange` without native kernels. Needs a CPU that does not reorder stores: `segment.is_supported`."""
 
     def __init__(self, memory: Tensor, rank: int, size: int, timeout: float):
         """`memory`: the segment, uint8."""
@@ -143,30 +150,26 @@ class TorchExchange:
         self._is_aborted = True
 
     def all_reduce(self, tensor: Tensor) -> bool:
-        for chunk in _split(tensor):
-            chunks = self._share(chunk)
-            if chunks is None:
-                return False
-            chunk.copy_(chunks.sum(0, dtype=torch.float32))
-        return True
+        return self._exchange(tensor, lambda chunk, chunks: chunk.copy_(chunks.sum(0, dtype=torch.float32)))
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
-        start = 0
-        for chunk in _split(tensor):
-            chunks = self._share(chunk)
-            if chunks is None:
-                return False
-            if gathered is not None:
-                gathered.view(len(gathered), -1)[:, start : start + len(chunk)] = chunks
-            start += len(chunk)
-        return True
+        if gathered is None:
+            return self._exchange(tensor, lambda chunk, chunks: None)
+        targets = iter(gathered.view(len(gathered), -1).split(SLOT_BYTES // tensor.element_size(), 1))
+        return self._exchange(tensor, lambda chunk, chunks: next(targets).copy_(chunks))
 
     def broadcast(self, tensor: Tensor) -> bool:
-        for chunk in _split(tensor):
+        return self._exchange(tensor, lambda chunk, chunks: chunk.copy_(chunks[0]))
+
+    def _exchange(self, tensor: Tensor, use: Callable[[Tensor, Tensor], object]) -> bool:
+        """Calls `use` with each piece of the tensor that fits a slot, and with those of all ranks, [size, elements].
+        Returns False if one is missing.
+        """
+        for chunk in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
             chunks = self._share(chunk)
             if chunks is None:
                 return False
-            chunk.copy_(chunks[0])
+            use(chunk, chunks)
         return True
 
     def _share(self, chunk: Tensor) -> Tensor | None:
@@ -209,8 +212,3 @@ def _counters(memory: Tensor, size: int) -> np.ndarray[tuple[int], np.dtype[np.i
         memory[: size * COUNTER_BYTES].numpy().view(np.int64).reshape(size, -1)[:, 0]
     )
     return counters
-
-
-def _split(tensor: Tensor) -> Sequence[Tensor]:
-    """Returns the elements in pieces that fit a slot."""
-    return torch.split(tensor.view(-1), SLOT_BYTES // tensor.element_size())

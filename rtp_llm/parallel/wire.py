@@ -63,8 +63,13 @@ def recv_frame(sock: socket.socket, max_payload: int = MAX_PAYLOAD_BYTES) -> Fra
     TimeoutError after the socket's timeout."""
     length, frame_type = parse_header(_recv_exactly(sock, HEADER.size))
     if length > max_payload:
-        raise WireError(f"the peer sent a frame of {length} bytes; allowed: at most {max_payload}")
+        raise _too_long(length, max_payload)
     return frame_type, bytes(_recv_exactly(sock, length))
+
+
+def _too_long(length: int, max_payload: int) -> WireError:
+    text = f"the peer sent a frame of {length} bytes; allowed: at most {max_payload}"
+    return WireError(f"{text}; is it another program, or of another release?")
 
 
 def _recv_exactly(sock: socket.socket, count: int) -> bytearray:
@@ -90,7 +95,7 @@ class FrameBuffer:
         while len(self._data) >= HEADER.size:
             length, frame_type = parse_header(bytes(self._data[: HEADER.size]))
             if length > self._max_payload:
-                raise WireError(f"the peer sent a frame of {length} bytes; allowed: at most {self._max_payload}")
+                raise _too_long(length, self._max_payload)
             end = HEADER.size + length
             if len(self._data) < end:
                 return

@@ -18,7 +18,8 @@ from rtp_llm.errors import CommunicationError
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The arrays of one step in host memory, from which the device's tensors are made. S, T: see `Step`.
+    """The arrays of one step in host memory, from which the device's tensors are made. The step computes T tokens of S
+    sequences; the ids of D tokens are only on the device. W: blocks of the longest sequence.
 
     token_ids: [T] int32; 0 for tokens whose ids are on the device.
     device_indices, device_slots: [D] int32, indices into T of the tokens on the device, and the slots that hold them.

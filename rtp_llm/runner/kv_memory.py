@@ -75,8 +75,8 @@ class KVMemory:
     def begin_epoch(self) -> None:
         """Discards the content for a new communicator of the ranks, and starts to pre-fault the pages.
 
-        Only the first `num_populated` blocks are known to occupy memory. If some do not, it is unknown which others
-        have been written, so all pages are returned to the kernel first.
+        First returns all pages to the kernel, unless all blocks have been pre-faulted and none is retired: it is
+        unknown which of the other blocks occupy memory because a step has written them.
         """
         if self._is_paged and (self.num_populated < len(self.blocks) or self._retired.any()):
             self.close()

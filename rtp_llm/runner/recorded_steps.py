@@ -1,6 +1,8 @@
-"""Records decode steps on CPU, once per number of sequences, and replays each with one call (like CUDA graphs)."""
+"""Records steps on CPU, once per number of tokens, and replays each with a few calls (like CUDA graphs)."""
 
 import logging
+import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,7 +10,9 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +27,7 @@ from rtp_llm.parallel.mesh import MeshAxis
 
 log = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 32  # with more, the work of a step outweighs its calls
+MAX_TOKENS = 256  # with more, the work of a step outweighs its calls
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 64
 # Functions that compute nothing if what they return is a part of an argument. `__get__`: properties.
@@ -47,8 +51,8 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """The recorded kernel calls of a step of one number of sequences, and the tensors at fixed addresses that they read
-    and write.
+    """The recorded kernel calls of steps with T tokens, and the tensors at fixed addresses that these calls read and
+    write.
 
     x, residual: [T, hidden_size], input of the first layer. hidden: [T, hidden_size], output of the last layer.
     context: attention metadata and rotary embeddings.
@@ -70,27 +74,25 @@ class RecordedStep:
 
 
 class RecordedSteps:
-    """Records the kernel calls of a decoder's layers at the first step with each number of sequences, except the very
-    first step, so that later steps replay them without Python.
+    """Records the kernel calls of a decoder's layers at the first step with each number of tokens, except the very
+    first step, so that later steps replay them without Python. A step may mix decodes and chunks of prompts: only the
+    contents of the attention metadata differ.
 
-    Steps do not overlap, so all recordings use the same memory. If a layer calls anything other than replayable kernels
-    and sums over ranks, nothing is recorded.
+    Steps do not overlap, so all recordings use the same memory. Nothing is recorded if a layer calls anything other
+    than replayable kernels and all-reduces. The very first step shows which rotary embeddings the layers use.
     """
 
     def __init__(self, decoder: Decoder, kernels: Library, ranks: MeshAxis):
         """`ranks`: the ranks whose partial results the layers sum."""
         self._decoder, self._kernels, self._ranks = decoder, kernels, ranks
-        self._steps: dict[tuple[int, int], RecordedStep] = {}  # by number of sequences and of threads
+        self._steps: dict[tuple[int, int], RecordedStep] = {}  # by number of tokens and of threads
         self._memory = _Memory()
         self._ropes: list[RotaryEmbedding] | None = None  # that layers use, once a step has been computed
         self._is_possible = True
 
     def covers(self, batch: ForwardBatch) -> bool:
-        """Returns whether this step may be recorded or replayed: it consists of at most MAX_SEQUENCES decodes and
-        nothing else.
-        """
-        num_tokens = len(batch.token_ids)
-        return self._is_possible and num_tokens == batch.num_decodes and 0 < num_tokens <= MAX_SEQUENCES
+        """Returns whether this step may be recorded or replayed: it has at most MAX_TOKENS tokens."""
+        return self._is_possible and 0 < len(batch.token_ids) <= MAX_TOKENS
 
     def run(self, context: ForwardContext) -> Tensor:
         """Returns the hidden states [T, hidden_size] of a step that `covers` accepts. The next call overwrites them."""
@@ -164,24 +166,42 @@ def _is_part(result: Any, arguments: Sequence[Any]) -> bool:
 
 
 class _Memory:
-    """Memory that is handed out from its beginning after each `rewind`, and never moves."""
+    """Memory for the tensors of a recording. What a tensor had is handed out again to the next one of the same size
+    once nothing refers to it, so that a step touches little memory. `rewind` frees everything.
+    """
 
     def __init__(self) -> None:
-        self._chunks: list[Tensor] = []
-        self._chunk = self._offset = 0  # of the next tensor
+        self._chunks: list[NDArray[np.uint8]] = []
+        self.rewind()
 
     def rewind(self) -> None:
-        self._chunk = self._offset = 0
+        """Starts to hand out memory from the beginning, also that of tensors that still exist."""
+        self._chunk = self._offset = 0  # of what has not been handed out
+        self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # by size in bytes
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Returns uninitialized memory as a tensor."""
         num_bytes = prod(shape) * dtype.itemsize
+        free = self._free[num_bytes]
+        block = free.pop() if free else self._carve(num_bytes)
+        memory = block[:]  # an object that lives as long as the tensors of this memory
+        weakref.finalize(memory, free.append, block)
+        return torch.from_numpy(memory).view(dtype).view(tuple(shape))
+
+    def _carve(self, num_bytes: int) -> NDArray[np.uint8]:
         while self._chunk == len(self._chunks) or self._offset + num_bytes > len(self._chunks[self._chunk]):
             if self._chunk == len(self._chunks):
-                self._chunks.append(torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8))
+                self._chunks.append(_empty(max(num_bytes, CHUNK_BYTES)))
             else:
                 self._chunk += 1
             self._offset = 0
-        memory = self._chunks[self._chunk][self._offset : self._offset + num_bytes]
+        block = self._chunks[self._chunk][self._offset : self._offset + num_bytes]
         self._offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        return memory.view(dtype).view(tuple(shape))
+        return block
+
+
+def _empty(num_bytes: int) -> NDArray[np.uint8]:
+    """Returns uninitialized memory whose address is a multiple of ALIGNMENT."""
+    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + num_bytes]

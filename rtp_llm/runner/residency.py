@@ -160,9 +160,12 @@ class Residency:
         try:
             self.kv_memory = self._reserve(num_blocks)
         except ConfigError as error:
-            raise FatalError(f"the KV cache of the other ranks has {num_blocks} blocks: {error}") from None
+            raise FatalError(
+                f"this rank cannot allocate a KV cache of {num_blocks} blocks, as the other ranks have: {error}; free"
+                " memory, or restart all parts"
+            ) from None
         self.num_blocks, self.max_seq_len = num_blocks, max_seq_len
-        log.info("KV cache: %d blocks, %.1f MiB on this rank, as on the other ranks", num_blocks, self.kv_bytes / 2**20)
+        log.info("KV cache: %d blocks, as on the other ranks; %.1f MiB on this rank", num_blocks, self.kv_bytes / 2**20)
 
     def _workspace_bytes(self) -> int:
         """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time."""

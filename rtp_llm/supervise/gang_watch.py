@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from rtp_llm import files
 from rtp_llm.parallel.coordinator_connection import (
     CONNECT_RETRY_SECONDS,
     REFUSED_RETRY_SECONDS,
@@ -27,8 +28,8 @@ MAX_KNOWN_PIDS = 1000
 
 
 class GangWatch:
-    """The guard's connection to the coordinator: a thread that receives the status of all ranks, and orders to kill a
-    hung rank of this part (KILL frames).
+    """The guard's connection to the coordinator: a thread that receives the status of all ranks, and kills a hung rank
+    of this part when the coordinator says so (KILL frame).
     """
 
     def __init__(self, part_spec: PartSpec):
@@ -113,10 +114,8 @@ class GangWatch:
         if status["message"]:
             self._log_waiting(str(status["message"]))
         path = self.part_spec.gang_status_path
-        temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(status))
-            os.replace(temporary, path)
+            files.replace(path, json.dumps(status))
         except OSError as error:  # on a full disk the ranks continue, and /health reports a stale status
             log.error("cannot write %s (status of all ranks): %s", path, error.strerror)
 

@@ -23,6 +23,7 @@ from typing import Any
 from supervisor import childutils
 from supervisor.xmlrpc import Faults, SupervisorTransport
 
+from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
 from rtp_llm.machine.process import exit_with_supervisord, run_main
@@ -71,7 +72,9 @@ class RestartHistory:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def recent_failures(self, budget: str, now: float) -> list[Failure]:
-        """Returns the failures of a budget's window. Their times are of the same clock: a reboot ends the part."""
+        """Returns the failures of a budget in the last WINDOW_SECONDS. `now`: monotonic seconds, comparable with the
+        times in the file, since a reboot ends the part.
+        """
         failures = [Failure(**values) for values in self.failures.get(budget, [])]
         return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
 
@@ -82,25 +85,23 @@ class RestartHistory:
         self.last_exit[name] = status
         self.failures = {name: [asdict(f) for f in budget.failures] for name, budget in budgets.items()}
         content = {"restarts": self.restarts, "last_exit": self.last_exit, "failures": self.failures}
-        temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content))
-            temporary.replace(self.path)
+            files.replace(self.path, json.dumps(content))
         except OSError as error:  # a full disk must not prevent restarts
             log.error("cannot write %s, so the restart metrics are out of date: %s", self.path, error.strerror)
 
 
 class Watchdog:
-    """Measures for how long each process of the part has shown no sign of activity. Ignores clock changes and pauses of
-    the whole machine.
-    """
+    """Measures how long each process has shown no activity. Ignores clock changes and pauses of the machine."""
 
     def __init__(self) -> None:
         self._now = self._awake_since = time.monotonic()
         self._changed_at: dict[str, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
-        """Call it every POLL_SECONDS. A longer pause means that this process, and perhaps all others, were stopped."""
+        """Sets the current time; call it every POLL_SECONDS. A much longer pause does not count as silence: this
+        process, and perhaps all others, were stopped.
+        """
         if now - self._now > FROZEN_SECONDS:
             self._awake_since = now
         self._now = now

@@ -32,7 +32,8 @@ class RestartBudget:
     failures: list[Failure] = field(default_factory=list)
 
     def charge(self, now: float, key: str, code: int, served_at: float) -> None:
-        """Counts the end of a process against the limit. Processes with the same key count once.
+        """Counts the end of a process against the limit. Processes with the same `key` (`Failure.key`: the epoch that
+        they ended) are one failure.
 
         code: exit code; -1 for killed by a signal. served_at: when the gang last served (failures since then never
         expire).
@@ -45,8 +46,8 @@ class RestartBudget:
             self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
-        """Returns the number of failures that count. verdicts: by epoch, what ended it: "request", "engine" or not
-        known yet ("investigating").
+        """Returns the number of failures, without those that a request caused or may have caused. verdicts: by epoch,
+        what ended it: "request", "engine" or not known yet ("investigating").
         """
         return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 
@@ -54,7 +55,10 @@ class RestartBudget:
         return self.num_failures(now, verdicts) > self.limit
 
     def delay(self, now: float, verdicts: dict[str, str]) -> float:
-        """Returns the seconds before the next restart, which grow with the number of failures: 0, 0.5, 1, 2, 4 … 60."""
+        """Returns the seconds before the next restart, by the number of failures that count: 0, 0.5, 1, 2, 4 … 60.
+
+        verdicts: by epoch, what ended it; failures by "request", or not known yet ("investigating"), do not count.
+        """
         count = self.num_failures(now, verdicts)
         return 0.0 if count <= 1 else min(MAX_DELAY_SECONDS, 0.5 * 2 ** min(count - 2, 10))
 

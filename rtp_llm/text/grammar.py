@@ -50,7 +50,9 @@ class Tag:
 
 
 def from_json_schema(schema: Any, whitespace: str = WHITESPACE) -> str:
-    """Returns the grammar for JSON that a schema allows. Arguments and errors: see `json_schema.prepare`."""
+    """Returns the grammar for JSON that a schema (an object, a boolean or JSON text) allows. `whitespace`: regular
+    expression for whitespace between two tokens. Raises GrammarError.
+    """
     return _pack({"json_schema": json_schema.prepare(schema, whitespace)})
 
 
@@ -66,14 +68,13 @@ def from_choice(choices: Sequence[str]) -> str:
 
 
 def from_lark(lark: str) -> str:
-    """Returns the grammar for a text in llguidance's variant of Lark."""
+    """Returns the grammar string of a grammar that is written in llguidance's variant of Lark."""
     return _pack({"lark_grammar": lark})
 
 
 def from_ebnf(text: str) -> str:
-    """Returns the grammar for a text in Lark or in GBNF, the EBNF variant of llama.cpp, which vLLM and SGLang use too.
-
-    Raises GrammarError.
+    """Returns the grammar string of a grammar that is written in Lark or in GBNF, the EBNF variant of llama.cpp, which
+    vLLM and SGLang use too. Raises GrammarError.
     """
     if len(text) > MAX_GBNF_CHARACTERS:
         raise GrammarError(f"the grammar has {len(text)} characters; at most {MAX_GBNF_CHARACTERS} are allowed")
@@ -109,7 +110,9 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer
 
 
 def is_bounded(grammar: str) -> bool:
-    """Returns whether llguidance limits the work of `check` for this grammar, to some tenths of a second."""
+    """Returns whether `check` takes at most some tenths of a second for this grammar: whether llguidance limits its own
+    work on it.
+    """
     return not _UNBOUNDED.search(grammar)
 
 
@@ -162,7 +165,8 @@ def combine(
     """Returns the grammar for a whole response; empty if any text is allowed.
 
     content: grammar of the content; empty: any text.
-    calls: Lark rules of tool calls. `calls` matches one or more calls, `answer` any text and calls. May use TEXT.
+    calls: Lark rules of tool calls. The rule `calls` matches one or more calls, the rule `answer` any text and calls.
+        They may use the terminal TEXT (any text), which this function defines.
     choice: "required": only calls are allowed; "auto": calls or content.
     reasoning: the reasoning that may precede.
     """

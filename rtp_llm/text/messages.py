@@ -22,9 +22,7 @@ class TemplateError(ValueError):
 
 
 class MessageFormat:
-    """The format in which a chat template reads messages: text or a list of parts, tool arguments as text or
-    objects.
-    """
+    """How a chat template reads messages: text or a list of parts, tool arguments as text or objects."""
 
     def __init__(self, source: str, tree: nodes.Template):
         self._accepts_parts = any(_iterates_content(loop.iter) for loop in tree.find_all(nodes.For))

@@ -94,7 +94,10 @@ class AnswerFormats:
         include_reasoning: bool = True,
         skip_special_tokens: bool = True,
     ) -> OutputFormat:
-        """Returns the format of the responses to a prompt. `prefill` as in `ReasoningFormat.state`."""
+        """Returns how to split the responses to a prompt into content, reasoning and tool calls.
+
+        prefill: the assistant's text at the end of the prompt that the model continues; None if a new turn begins.
+        """
         state = self.reasoning_format.state(prompt, prefill) if self.reasoning_format else None
         needs_markers = skip_special_tokens and (tools or state)
         return OutputFormat(

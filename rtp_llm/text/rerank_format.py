@@ -45,5 +45,7 @@ class RerankFormat:
         return cls(start, end, yes, no)
 
     def question(self, query: str, instruction: str) -> str:
-        """Returns the text between `start` and the space before the document."""
+        """Returns the part of the prompt between the tokens `start` and the space before the document: instruction and
+        query.
+        """
         return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"

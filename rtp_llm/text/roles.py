@@ -48,9 +48,9 @@ class Roles:
         self.renamed["developer"] = "developer" if probe.knows("developer", [([], [_USER])]) else "system"
 
     def adapt(self, messages: Iterable[Message]) -> list[Message]:
-        """Returns the messages of a chat with roles, in an order that the template accepts as far as possible.
+        """Returns the messages of a chat, with roles replaced and neighbours merged as far as the template needs it.
 
-        No text moves past another message, so that the prompt of a growing chat keeps its prefix (prefix caching).
+        Messages keep their order, so that the prompt of a growing chat keeps its prefix (prefix caching).
         """
         turns: list[_Turn] = []
         is_leading = True
@@ -121,11 +121,15 @@ class _Probe:
         self._deadline = time.monotonic() + PROBE_SECONDS
 
     def shows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template renders the message in its place, without losing the others."""
+        """Returns whether the template renders a test message of this role in its place, without losing the messages
+        around it, in one of `contexts`.
+        """
         return self._is_late() or any(_has_in_order(text, chat) for chat, text in self._rendered(role, contexts))
 
     def knows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template renders this role, and not just like an arbitrary unknown role."""
+        """Returns whether the template renders this role in one of `contexts` (messages around it), and not just like
+        an arbitrary unknown role.
+        """
         if self._is_late():
             return True
         unknown = [text.replace(UNKNOWN_ROLE, role) for _, text in self._rendered(UNKNOWN_ROLE, contexts)]

@@ -115,9 +115,7 @@ class Scanner:
             yield
 
     def word(self, pattern: re.Pattern[str], max_length: int = 256) -> Reading[str]:
-        """Reads the text that matches `pattern` and returns it. Raises Malformed if it is empty or longer than
-        `max_length`.
-        """
+        """Returns the text that matches `pattern`. Raises Malformed if it is empty or longer than `max_length`."""
         text = ""
 
         def add(piece: str) -> None:
@@ -132,8 +130,8 @@ class Scanner:
         return text
 
     def until(self, markers: Sequence[str], sink: Sink) -> Reading[str]:
-        """Reads up to the first of the markers and returns that marker without reading it; "" if there is none up to
-        the end.
+        """Passes the text up to the first of the markers to `sink`, as it arrives. Returns that marker, which is not
+        read yet; "" if there is none up to the end.
 
         No marker may be a prefix of another one.
         """

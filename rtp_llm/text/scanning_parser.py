@@ -8,9 +8,7 @@ from rtp_llm.text.scanner import Reading, Scanner
 
 
 class ScanningParser(ABC):
-    """An `OutputParser` (splits the output of a model) that is written as one generator, `read`, which waits whenever
-    it needs more text.
-    """
+    """An `OutputParser` that is one generator, `read`, which waits whenever it needs more text."""
 
     in_reasoning = False
 

@@ -47,8 +47,8 @@ class StopChecker:
         return self._take(partial_start), None
 
     def flush(self) -> str:
-        """Returns the buffered text at the end of the stream. Sets `matched` if the text was buffered because a longer
-        stop string might still follow.
+        """Returns the buffered text at the end of the stream. If it contains a stop string, which was buffered because
+        a longer one might have followed, sets `matched` and drops the text after the match.
         """
         start, stop = self._find_match()
         if stop is not None:

@@ -32,9 +32,7 @@ __all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat, in pieces. A control token within one of the `pieces` has its effect; one that spans two pieces
-    is plain text.
-    """
+    """A rendered chat, in `pieces`. A control token within a piece has its effect; across two it is plain text."""
 
     pieces: tuple[str, ...]
 
@@ -167,7 +165,7 @@ class _CompiledTemplate:
         self._format = MessageFormat(source, tree)
         self._roles = Roles(self._probe)
         if mapped := [f"{sent} as {role}" for sent, role in self._roles.renamed.items() if sent != role]:
-            log.info("the chat template (%s) gets turns of the roles %s", name, ", ".join(mapped))
+            log.info("the chat template (%s) gets roles that it does not handle as others: %s", name, ", ".join(mapped))
 
     def normalize(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Returns the messages in the format that this template reads. Raises TemplateError."""
@@ -205,7 +203,10 @@ def _cut(text: str, end: str) -> str:
     """Returns the text before `end`. The space in `end` shows whether the template strips the message."""
     before, found, after = text.rpartition(end.rstrip())
     if not found:
-        raise TemplateError("continue_final_message: the chat template leaves out the end of the last message")
+        raise TemplateError(
+            "continue_final_message: the model's chat template leaves out the end of the last message's content, so no"
+            " response can continue it; leave this field out"
+        )
     return before if after.startswith(" ") else before.rstrip()
 
 

@@ -143,7 +143,7 @@ class Tokenizer:
         return len(ids) > 1 and ids[0] == ids[1] == self._added_bos_id
 
     def is_word(self, token: str) -> bool:
-        """Returns whether the vocabulary has `token` as an ordinary token, besides the added tokens."""
+        """Returns whether `token` is an ordinary token of the vocabulary, even if it is an added token too."""
         return self._backend.model.token_to_id(token) is not None
 
     def normalize(self, text: str) -> str:
@@ -156,9 +156,9 @@ class Tokenizer:
         """Returns a function that encodes like this tokenizer, except that it finds some added tokens under other
         names.
 
-        names  {added token: its new name}. The function treats the original token in a text as plain text; if the
-               vocabulary has it as an ordinary token too, the function returns -1 for it.
-        It adds no special tokens. It shares the vocabulary, so it needs little memory.
+        names  {added token: its new name}. The function encodes the original name in a text as plain text. If that
+               gives the added token's own id (the vocabulary has it as an ordinary token too), the list has -1 instead.
+        The function adds no special tokens. It shares the vocabulary, so it needs little memory.
         """
         backend = Backend(self._backend.model)
         if self._backend.normalizer is not None:
@@ -185,10 +185,11 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def min_tokens(self, text: str, enough: int) -> int:
-        """Returns a lower bound for the number of tokens of `text`. Stops working once it exceeds `enough`.
+        """Returns a lower bound for the number of tokens of `text`; stops counting once it exceeds `enough`.
 
-        So a very long text is refused before it takes gigabytes: first by its length and the longest token, then by the
-        tokens of its pieces. A cut between two pieces adds a few tokens, for which `CUT_TOKENS` are subtracted.
+        So a very long text is refused before it takes gigabytes. Tries its length divided by that of the longest token
+        first, then encodes the text piece by piece. A cut between two pieces adds a few tokens, for which `CUT_TOKENS`
+        are subtracted.
         """
         if len(text) <= PIECE_CHARACTERS:
             return 0
@@ -387,9 +388,7 @@ def _replacements_of_step(step: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's alphabet, {character: byte}: printable Latin-1 bytes map to themselves, the others to U+0100 and
-    above in order.
-    """
+    """Returns GPT-2's alphabet, {character: byte}: printable Latin-1 is itself, others are from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     unprintable = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(unprintable)}

@@ -30,11 +30,11 @@ class Tool:
         return self.types_of(properties.get(parameter) if isinstance(properties, Mapping) else None)
 
     def types_of(self, schema: Any) -> frozenset[str]:
-        """Returns the JSON types that this part of the schema allows, like `types`."""
+        """Returns the JSON types that `schema`, a part of `parameters`, allows; empty if it does not restrict them."""
         return frozenset(_types(schema, self.parameters, set()))
 
     def resolved(self, schema: Any) -> Any:
-        """Returns the part of the schema that a `$ref` points to; other parts unchanged."""
+        """Returns what `schema`, a part of `parameters`, refers to if it is a `$ref`; otherwise `schema` itself."""
         for _ in range(_MAX_DEPTH):
             if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
                 break

@@ -212,6 +212,6 @@ def test_keys_are_read_from_files(tmp_path: Path) -> None:
 
 
 def test_secrets_are_no_flags() -> None:
-    with pytest.raises(ConfigError, match="--api_key; set API_KEY or API_KEY_FILE instead") as raised:
+    with pytest.raises(ConfigError, match="set API_KEY or API_KEY_FILE instead of --api_key") as raised:
         load(["--api_key", "key-a"], {})
     assert "key-a" not in str(raised.value)

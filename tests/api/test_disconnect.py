@@ -23,6 +23,8 @@ STREAMS: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/chat/completions", {**CHAT, "stream": True, "n": 3}, 3),
     ("/v1/completions", {"prompt": "Hi", "stream": True}, 1),
     ("/v1/completions", {"prompt": ["Hi", "Ho"], "stream": True}, 2),
+    ("/v1/responses", {"input": "Hi", "stream": True}, 1),
+    ("/v1/messages", {**CHAT, "max_tokens": 9, "stream": True}, 1),
     ("/", {"prompt": "Hi", "yield_generator": True}, 1),
     ("/", {"prompt_batch": ["Hi", "Ho"], "stream": True}, 2),
 ]
@@ -30,6 +32,8 @@ WHOLES: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/chat/completions", CHAT, 1),
     ("/v1/chat/completions", {**CHAT, "n": 3}, 3),
     ("/v1/completions", {"prompt": "Hi"}, 1),
+    ("/v1/responses", {"input": "Hi"}, 1),
+    ("/v1/messages", {**CHAT, "max_tokens": 9}, 1),
     ("/", {"prompt": "Hi"}, 1),
     ("/batch_infer", {"prompt_batch": ["Hi", "Ho"]}, 2),
 ]

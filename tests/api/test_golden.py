@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rtp_llm.contract.engine_output import FinishReason, Logprob
+from rtp_llm.text.tool_formats import TOOL_FORMATS
 from tests.api.api_server import ApiServer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
@@ -25,6 +26,7 @@ from tests.api.sse import split_events
 GOLDEN_DIR = Path(__file__).parent / "golden"
 MASKS = (
     (rb'"id":"(chatcmpl|cmpl)-[0-9a-f]{24}"', rb'"id":"\1-MASKED"'),
+    (rb'"id":"(call_[0-9a-f]{24}|[0-9A-Za-z]{9})"', rb'"id":"call_MASKED"'),
     (rb'"created":\d{10}\b', rb'"created":0'),
     (rb'"(cost_time|first_token_cost_time)":\d+(\.\d+)?(e-\d+)?', rb'"\1":0.0'),
 )
@@ -142,6 +144,27 @@ def test_stream_of_one_sequence(name: str, start_api: StartApi, byte_model: Byte
     assert_matches_golden(name, start_api(lambda submission: script(byte_model)).stream(path, body))
 
 
+# Tool calls, as each format writes them.
+
+CALLS = {
+    "hermes": '<tool_call>\n{"name": "now", "arguments": {"zone": "Zürich"}}\n</tool_call>',
+    "llama3_json": '{"name": "now", "parameters": {"zone": "Zürich"}}',
+    "mistral": '[TOOL_CALLS][{"name": "now", "arguments": {"zone": "Zürich"}}]',
+    "pythonic": '[now(zone="Zürich")]',
+    "qwen3_coder": "<tool_call>\n<function=now>\n<parameter=zone>\nZürich\n</parameter>\n</function>\n</tool_call>",
+}
+NOW: dict[str, Any] = {"name": "now", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_stream_of_a_tool_call(name: str, start_api: StartApi, byte_model: ByteModel) -> None:
+    text = f"I look.\n{CALLS[name]}"
+    steps = [text[start : start + 9] for start in range(0, len(text), 9)]
+    api = start_api(lambda submission: scripted_outputs(byte_model, *steps), tool_call_parser=name)
+    body = {**CHAT, **USAGE, "tools": [{"type": "function", "function": NOW}]}
+    assert_matches_golden(f"chat-call-{name}", api.stream("/v1/chat/completions", body))
+
+
 # Several sequences. The test sends each output after it has read the events of the last one, which fixes their order.
 
 
@@ -217,4 +240,5 @@ def test_stream_of_two_sequences(name: str, start_api: StartApi, byte_model: Byt
 
 
 def test_every_file_has_a_test() -> None:
-    assert {path.stem for path in GOLDEN_DIR.glob("*.sse")} == SCRIPTED.keys() | INTERLEAVED.keys()
+    calls = {f"chat-call-{name}" for name in TOOL_FORMATS}
+    assert {path.stem for path in GOLDEN_DIR.glob("*.sse")} == SCRIPTED.keys() | INTERLEAVED.keys() | calls

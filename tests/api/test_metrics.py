@@ -46,6 +46,7 @@ BUCKETS: dict[str, list[float]] = {
 COUNTERS = (
     *("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"),
     *("num_preemptions", "request_success", "admission_rejections", "requests_resumed", "http_requests"),
+    *("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
     *("estimated_flops_per_gpu", "estimated_read_bytes_per_gpu", "estimated_write_bytes_per_gpu"),
     *("process_cpu_seconds", "process_restarts", "cgroup_oom_kills"),
 )
@@ -183,7 +184,9 @@ def test_gauges_follow_the_engine(api: ApiServer, byte_model: ByteModel) -> None
     assert api.metric("rtp_llm_kv_cache_usage_perc", **model) == 0.25
     assert api.metric("rtp_llm_kv_cache_used_tokens", **model) == 256
     assert api.metric("rtp_llm_kv_cache_capacity_tokens", **model) == 1024
-    send_stats(running=4, preemptions=3, prefix_queries=110, prefix_hits=40)
+    send_stats(
+        running=4, preemptions=3, prefix_queries=110, prefix_hits=40, drafts=2, draft_tokens=9, accepted_tokens=7
+    )
     api.engine.close()
     api.new_engine(epoch=2)
     api.engine.wait_for_connection()
@@ -191,6 +194,9 @@ def test_gauges_follow_the_engine(api: ApiServer, byte_model: ByteModel) -> None
     assert api.metric("rtp_llm_num_preemptions_total", **model) == 4
     assert api.metric("rtp_llm_prefix_cache_queries_total", **model) == 117
     assert api.metric("rtp_llm_prefix_cache_hits_total", **model) == 46
+    assert api.metric("rtp_llm_spec_decode_num_drafts_total", **model) == 2
+    assert api.metric("rtp_llm_spec_decode_num_draft_tokens_total", **model) == 9
+    assert api.metric("rtp_llm_spec_decode_num_accepted_tokens_total", **model) == 7
     send_stats(running=0, preemptions=1, prefix_queries=7, prefix_hits=6)
 
 
@@ -238,6 +244,8 @@ VLLM = (
     *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
     *("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total"),
     *("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total"),
+    *("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total"),
+    *("vllm:spec_decode_num_accepted_tokens_total",),
     *("vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket"),
     *("vllm:e2e_request_latency_seconds_bucket", "vllm:request_queue_time_seconds_sum"),
     *("vllm:request_prefill_time_seconds_sum", "vllm:request_decode_time_seconds_sum"),

@@ -40,12 +40,6 @@ def server(checkpoint: Path) -> Iterator[ServerProcess]:
         yield started
 
 
-@pytest.fixture
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def score(checkpoint: Path) -> Score:
     """Returns the oracle: a function of query, document and instruction."""

@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,18 +25,23 @@ CHUNK_BYTES = 1 << 16
 
 @dataclass
 class FakeModel:
-    """A model's files at one commit. `access`: the token that opens its files, None if they are public."""
+    """A model's files at one commit. `access`: the token that opens its files, None if they are public. `xet`: hashes
+    of files that are in Xet storage as well.
+    """
 
     files: dict[str, bytes]
     commit: str = COMMIT
     access: str | None = None
     branches: tuple[str, ...] = ("main",)
+    xet: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class FakeHub:
     """`cuts`: how many bytes the next answers with a file send before the connection ends. `resets`: it ends with RST.
-    `gate`: a file's content is sent only while it is set. `status`: every answer has it, unless it is 0."""
+    `gate`: a file's content is sent only while it is set. `status`: every answer has it, unless it is 0.
+    `xet_storages`: URLs of Xet storage, one for each token; the last one goes on. `bytes_sent`: the lengths of answers
+    with a file's content, by file."""
 
     models: dict[str, FakeModel] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
@@ -45,6 +51,8 @@ class FakeHub:
     gate: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)  # half of a large file has been sent
     url: str = ""
+    xet_storages: list[str] = field(default_factory=list)
+    bytes_sent: Counter[str] = field(default_factory=Counter)
 
     def downloads(self, file: str) -> list[str]:
         """Returns the requests for a file's content."""
@@ -106,6 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._describe(match[1], match[2] or "revision", match[3] or "main")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
             self._send_file(match[1], match[2], match[3])
+        elif url.path == "/xet-token":
+            storages = self.hub.xet_storages
+            storage = storages.pop(0) if len(storages) > 1 else storages[0]
+            self._json({"casUrl": storage, "accessToken": "xet", "exp": 4_000_000_000})
         else:
             self._fail(404, "", "no such path")
 
@@ -163,10 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{lfs["sha256"] if lfs else _oid(content)}"')
         self.send_header("X-Repo-Commit", model.commit)
         self.send_header("Content-Length", str(len(body)))
+        if name in model.xet:
+            self.send_header("X-Xet-Hash", model.xet[name])
+            self.send_header("X-Xet-Refresh-Route", f"{self.hub.url}/xet-token")
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if self.command == "GET":
+            self.hub.bytes_sent[name] += len(body)
             self._send_body(body)
 
     def _send_body(self, body: bytes) -> None:

@@ -25,6 +25,13 @@ CONFIG = b'{"model_type": "qwen3"}'
 NEEDED = {"config.json": CONFIG, "tokenizer.json": b"{}", "chat_template.jinja": b"x", "tokenizer.model": b"y"}
 UNNEEDED = ("pytorch_model.bin", "onnx/model.safetensors", "consolidated.00.safetensors", "model.gguf", "README.md")
 MIB = 1 << 20
+UPLOAD = """
+import sys
+from hf_xet import XetSession
+with XetSession().new_upload_commit(endpoint=sys.argv[1]) as commit:
+    upload = commit.start_upload_file(sys.argv[2])
+print(upload.result().xet_info.hash)
+"""
 DEADLINE = 60.0
 
 
@@ -122,30 +129,89 @@ def test_goes_on_where_the_connection_was_cut(downloader: Downloader, hub: FakeH
     assert [int(span.rstrip("-")) for span in spans[1:]] == [10 * MIB, 20 * MIB], "whole chunks of the client"
 
 
-def test_survives_a_reset(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
-    hub.cuts, hub.resets = [13 * MIB], True
+def test_goes_on_after_a_reset(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
+    """What the kernel had received is lost with the connection."""
+    hub.cuts, hub.resets = [23 * MIB], True
     log = downloader.start().wait()
     assert (downloader.snapshot / LARGE).read_bytes() == weights
     assert "trying again in 2 s" in log
+    whole, rest = hub.downloads(LARGE)
+    assert rest in (f"{whole} bytes={10 * MIB}-", f"{whole} bytes={20 * MIB}-")
     assert len(hub.downloads("config.json")) == 1, "what was complete is not sent again"
 
 
-def test_the_next_process_goes_on_after_a_kill(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
+def kill_in_the_middle(downloader: Downloader, hub: FakeHub) -> Path:
+    """Kills a download when the small files and 10 MiB of the large one have arrived. Returns the unfinished file."""
     hub.gate.clear()
     killed = downloader.start()
     assert hub.started.wait(DEADLINE)
-    wait_until(lambda: len(hub.downloads("tokenizer.json")) == 1 and incomplete_files(downloader))
-    wait_until(lambda: (downloader.snapshot / "tokenizer.json").exists())
+    wait_until(lambda: sum(path.stat().st_size for path in incomplete_files(downloader)) >= 10 * MIB)
     killed.process.send_signal(signal.SIGKILL)
     killed.process.wait()
-    left = incomplete_files(downloader)
     hub.gate.set()
+    [unfinished] = incomplete_files(downloader)
+    return unfinished
+
+
+def test_the_next_process_goes_on_after_a_kill(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
+    unfinished = kill_in_the_middle(downloader, hub)
+    assert unfinished.stat().st_size == 10 * MIB
+    hub.bytes_sent.clear()
     log = downloader.start().wait()
-    assert left
-    assert not incomplete_files(downloader), "what nobody continues does not fill the disk"
-    assert f"removed {left[0]}" in log
+    assert hub.bytes_sent[LARGE] == len(weights) - 10 * MIB
+    assert "org/demo: continuing model.safetensors at 10 MB" in log
+    assert not incomplete_files(downloader)
     assert (downloader.snapshot / LARGE).read_bytes() == weights
-    assert len(hub.downloads("tokenizer.json")) == 1
+
+
+def test_a_damaged_part_is_fetched_again(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
+    """After a crash of the machine, the file system can have lost what the killed process wrote."""
+    unfinished = kill_in_the_middle(downloader, hub)
+    unfinished.write_bytes(bytes(10 * MIB))
+    log = downloader.start().wait()
+    assert "model.safetensors was continued, but its SHA-256 is " in log
+    assert (downloader.snapshot / LARGE).read_bytes() == weights
+    assert not incomplete_files(downloader)
+
+
+def test_of_several_parts_the_longest_is_continued(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
+    unfinished = kill_in_the_middle(downloader, hub)
+    etag = unfinished.name.partition(".")[0]
+    unfinished.with_name(f"{etag}.resumable-1234.incomplete").write_bytes(weights[: 11 * MIB])
+    hub.bytes_sent.clear()
+    downloader.start().wait()
+    assert hub.bytes_sent[LARGE] == len(weights) - 11 * MIB
+    assert not incomplete_files(downloader)
+
+
+def test_parts_that_are_not_continued_are_removed(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
+    unfinished = kill_in_the_middle(downloader, hub)
+    etag = unfinished.name.partition(".")[0]
+    of_the_library = unfinished.rename(unfinished.with_name(f"{etag}.1234.incomplete"))
+    of_another_commit = unfinished.with_name(f"{'0' * 64}.resumable-1234.incomplete")
+    of_another_commit.touch()
+    (downloader.home / "hub" / ".locks" / "models--org--demo" / f"{'0' * 64}.lock").touch()
+    log = downloader.start().wait()
+    assert f"removed {of_the_library}" in log
+    assert f"removed {of_another_commit}" in log
+    assert (downloader.snapshot / LARGE).read_bytes() == weights
+
+
+def test_goes_on_from_xet_storage(downloader: Downloader, hub: FakeHub, tmp_path: Path, weights: bytes) -> None:
+    storage = f"local://{tmp_path}/xet"  # what hf_xet has for tests; one process opens it
+    (tmp_path / "weights").write_bytes(weights)
+    upload = [sys.executable, "-c", UPLOAD, storage, str(tmp_path / "weights")]
+    unfinished = kill_in_the_middle(downloader, hub)
+    hub.models["org/demo"].xet[LARGE] = subprocess.check_output(upload, text=True).strip()
+    hub.xet_storages = ["http://127.0.0.1:9", storage]
+    hub.bytes_sent.clear()
+    log = downloader.start().wait()
+    assert "trying again in 2 s" in log
+    assert log.count("continuing model.safetensors at 10 MB") == 2
+    assert "SHA-256" not in log, "only the missing bytes were asked for"
+    assert hub.bytes_sent[LARGE] == 0
+    assert (downloader.snapshot / LARGE).read_bytes() == weights
+    assert not unfinished.exists()
 
 
 def test_two_parts_of_a_machine_share_one_download(downloader: Downloader, hub: FakeHub) -> None:

@@ -255,7 +255,7 @@ def test_rejection_message_is_raised_unchanged(join: Join, specs: list[PartSpec]
     ("hang_up", "reason"),
     [
         (True, "lost the coordinator on part 0: the peer closed the connection"),
-        (False, "lost the coordinator on part 0: no message for 2 s"),
+        (False, "lost the coordinator on part 0: the coordinator sent no message for 2 s (HEARTBEAT_TIMEOUT)"),
     ],
 )
 def test_coordinator_that_disconnects_or_is_silent_is_lost(

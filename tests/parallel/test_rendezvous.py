@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rtp_llm.machine.process import stopping_file
-from rtp_llm.parallel import coordinator
+from rtp_llm.parallel import coordinator, gang_port
 from rtp_llm.parallel.wire import FrameType, pack_frame, pack_json
 from tests.parallel.rendezvous import FINGERPRINT, CoordinatorThread, Peer, part_specs, until
 
@@ -116,7 +116,7 @@ def test_part_0_keeps_waiting_beside_a_made_up_member(
 
 
 def test_silent_connection_is_closed(start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "HELLO_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(gang_port, "STRANGER_SECONDS", 0.2)
     thread = start()
     assert dial(thread).rest() == []
     form(thread, dial)

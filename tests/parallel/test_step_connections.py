@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rtp_llm.errors import CommunicationError
-from rtp_llm.parallel import step_connections
+from rtp_llm.parallel import gang_port, step_connections
 from rtp_llm.parallel.gang_client import Assignment
 from rtp_llm.parallel.handshake import Answer
 from rtp_llm.parallel.part_spec import PartSpec
@@ -126,7 +126,7 @@ def test_silent_connection_is_dropped_after_a_timeout(
     dial: Dial, spec: PartSpec, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent = dial()  # connects first and sends nothing
-    monkeypatch.setattr(step_connections, "JOIN_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(gang_port, "STRANGER_SECONDS", 0.1)
     with ThreadPoolExecutor(1) as pool:
         accepting = pool.submit(accept_ranks, listener, spec, LEADER)
         read_challenge(silent)
@@ -139,7 +139,7 @@ def test_silent_and_slow_strangers_delay_no_rank(
     dial: Dial, spec: PartSpec, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come first and stay, within the time that each may take for its JOIN."""
-    monkeypatch.setattr(step_connections, "JOIN_TIMEOUT_SECONDS", DEADLINE)
+    monkeypatch.setattr(gang_port, "STRANGER_SECONDS", DEADLINE)
     strangers = [dial() for _ in range(20)]
     with ThreadPoolExecutor(1) as pool:
         accepting = pool.submit(accept_ranks, listener, spec, LEADER)
@@ -153,8 +153,8 @@ def test_silent_and_slow_strangers_delay_no_rank(
 def test_a_crowd_of_strangers_displaces_the_oldest(
     dial: Dial, spec: PartSpec, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_connections, "MAX_STRANGERS", 3)
-    monkeypatch.setattr(step_connections, "JOIN_TIMEOUT_SECONDS", DEADLINE)
+    monkeypatch.setattr(gang_port, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(gang_port, "STRANGER_SECONDS", DEADLINE)
     with ThreadPoolExecutor(1) as pool:
         accepting = pool.submit(accept_ranks, listener, spec, LEADER)
         first, *_ = [dial() for _ in range(4)]

@@ -88,9 +88,11 @@ def test_forced_texts_save_steps(checkpoint: Path, vocabulary: Vocabulary, depth
         with running_engine(checkpoint, has_drafts=has_drafts, rtp_pipeline_depth=depth) as engine:
             request = make_request(vocabulary.tokenizer, "r", grammar.from_json_schema(ORDER, ""), max_tokens=200)
             completions, steps[has_drafts] = generate(engine, [request])
+            stats = engine.scheduler.stats
     assert completions["r"][2] == "stop"
     assert steps[False] == pytest.approx(len(completions["r"][0]), abs=2)
     assert steps[True] < 0.6 * steps[False]
+    assert stats.draft_tokens == stats.accepted_tokens == pytest.approx(steps[False] - steps[True], abs=2)
 
 
 def test_a_step_with_many_drafts_is_short(checkpoint: Path, vocabulary: Vocabulary) -> None:

@@ -43,7 +43,7 @@ def test_status_is_written_for_the_api(specs: list[PartSpec]) -> None:
 
 
 def test_full_disk_is_no_reason_to_fail(specs: list[PartSpec], caplog: pytest.LogCaptureFixture) -> None:
-    specs[0].gang_status_path.with_suffix(".tmp").mkdir()  # makes the write fail, also as root
+    specs[0].gang_status_path.mkdir()  # makes the write fail, also as root
     watch = GangWatch(specs[0])
     handle(watch, status(rank0=(0, 10)))
     assert watch.roles == {10: (0, 1)}

@@ -162,7 +162,7 @@ def test_different_plans_have_different_fingerprints(difference: dict[str, Any])
         ({"tp_size": 1, "local_world_size": 1, "json_gang_parts": TWO}, "has 2 members"),
         (
             {"tp_size": 2, "json_gang_parts": TWO},
-            "has 2 members, but LOCAL_WORLD_SIZE is unset and would be 2; set LOCAL_WORLD_SIZE=1",
+            "has 2 members, but WORLD_SIZE=2 with the default LOCAL_WORLD_SIZE=2 needs 1; set LOCAL_WORLD_SIZE=1",
         ),
         (
             {"tp_size": 4, "local_world_size": 1, "json_gang_parts": TWO, "leader_address": "a"},

@@ -410,6 +410,7 @@ def test_draft_tokens_are_computed_and_rejected_ones_are_rewound() -> None:
     assert scheduler.schedule().chunks == []  # which drafts are accepted is not known
     [update] = scheduler.update(output, [[11, 22]])
     assert (update.tokens, request.num_computed_tokens, request.num_uncomputed_tokens) == ([11, 22], 7, 1)
+    assert (scheduler.stats.drafts, scheduler.stats.draft_tokens, scheduler.stats.accepted_tokens) == (1, 3, 1)
     following = scheduler.schedule()
     assert following.rewinds == [(request.slot, 7)]
     assert (following.chunks[0].start, following.chunks[0].new_blocks) == (7, [])
@@ -419,6 +420,7 @@ def test_accepted_drafts_need_no_rewind() -> None:
     scheduler, request = make_drafting_scheduler([11, 12])
     scheduler.update(scheduler.schedule(), [[11, 12, 13]])
     assert (request.output[1:], request.num_uncomputed_tokens) == ([11, 12, 13], 1)
+    assert (scheduler.stats.drafts, scheduler.stats.draft_tokens, scheduler.stats.accepted_tokens) == (1, 2, 2)
     assert scheduler.schedule().rewinds == []
 
 

@@ -28,7 +28,9 @@ class MessageBuilder:
         yield {"type": "message_start", "message": message | {"usage": self._usage()}}
 
     def add(self, delta: OutputDelta) -> Iterator[Event]:
-        """Yields the events of a delta: its text, after a new block if the delta does not continue the current one."""
+        """Yields the events of a delta (content, reasoning or a tool call). If it does not continue the current content
+        block, they first end that block and start another.
+        """
         if delta.call:
             if delta.call.index != self._call_index:
                 yield from self._open(_call_block(delta.call), delta.call.index)
@@ -103,9 +105,7 @@ def _call_block(call: ToolCallDelta) -> dict[str, Any]:
 
 
 def _parse_arguments(text: str) -> dict[str, Any]:
-    """Returns the arguments of a call. Invalid JSON, for example truncated by max_tokens, is returned as
-    {"INVALID_JSON": text}.
-    """
+    """Returns the arguments of a call. Invalid JSON, such as a truncated one, becomes {"INVALID_JSON": text}."""
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -45,5 +45,8 @@ def prepare_response(
 
 
 def previous_response_id(preparation: Preparation, raw: bytes, limits: PromptLimits) -> str | None:
-    """Returns the id of the response that a request continues; None if it continues none. Raises RequestError."""
+    """Returns the id of the response that a request continues; None if it continues none.
+
+    Raises RequestError 400 if the body is invalid.
+    """
     return parse_body(ResponsesRequest, raw).previous_response_id

@@ -32,8 +32,8 @@ class StoredResponse:
 
     @property
     def size(self) -> int:
-        """Returns the number of characters of its text, which is roughly its size in bytes. Excludes the tokens of a
-        response that is still generated.
+        """Returns the number of stored characters (messages, input, response, events), roughly the size in bytes.
+        Excludes the tokens of a response that is being generated.
         """
         return len(self._conversation) + len(self.input_items) + len(self._final) + self._frames_size
 
@@ -78,7 +78,7 @@ class StoredResponse:
     def conversation(self) -> str:
         """Returns the messages up to and including this response, as a JSON array.
 
-        Raises RequestError 400 unless the response is completed or incomplete.
+        Raises RequestError 400 unless the response's status is `completed` or `incomplete`.
         """
         if self._status not in CONTINUED:
             status = self._status or "in_progress"

@@ -25,7 +25,6 @@ class Engine(Protocol):
 
     def step(self) -> dict[int, int]:
         """Computes a step. Returns the number of new tokens by request id."""
-        ...
 
 
 def serve(load: Callable[[str, dict[str, Any]], tuple[Engine, str]]) -> None:

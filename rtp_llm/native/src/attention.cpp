@@ -71,7 +71,7 @@ RTP_API void rtp_attention(int dtype, const AttentionStep* step, const void* q, 
   AttentionLayer layer{q, k, v, out, keys, values, q_stride, k_stride, v_stride, block_stride, scale};
   Call call{*step, layer};
   if (dtype == BF16) attend<PackedBf16>(call);
-  else if (dtype == FP16) attend<Single<Half>>(call);
+  else if (dtype == FP16) attend<Single<fp16>>(call);
   else attend<Single<float>>(call);
 }
 RTP_REPLAYABLE(rtp_attention)

@@ -40,7 +40,7 @@ struct Single {
   static constexpr int STEP = 1;
   static constexpr bool PRECISE = true;
 
-  static Floats load(const T* row) { return load_floats(row); }
+  static Floats load(const T* row) { return load_vector(row); }
 
   static Floats multiply_add(float a, Floats b, Floats sum) { return a * b + sum; }
 
@@ -64,7 +64,7 @@ struct Paired {
   static constexpr int STEP = 2;
   static constexpr bool PRECISE = false;
 
-  static Ints load(const bf16* row) { return attention::load<Ints>(row); }
+  static Ints load(const bf16* row) { return ::load<Ints>(row); }
 
   static Floats multiply_add(uint32_t a, Ints b, Floats sum) {
     __m512i pair = _mm512_set1_epi32(static_cast<int>(a));

@@ -1,34 +1,15 @@
-// Vectors of the widest registers that the level has, in the vector extensions of gcc and clang: one source for all.
+// What attention computes with registers of floats.
 #pragma once
 #include <utility>
 
-#include "native.h"
-
-#if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // which gcc 12 finds in many of its own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "vector.h"
 
 namespace attention {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;  // floats in a vector
-constexpr int LOG_W = 4;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-constexpr int LOG_W = 3;
-#else
-constexpr int W = 4;
-constexpr int LOG_W = 2;
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * W)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
-typedef uint16_t Shorts __attribute__((vector_size(4 * W)));
-typedef uint16_t HalfShorts __attribute__((vector_size(2 * W)));
+using Floats = FloatVector;
+using Ints = IntVector;
+using Shorts = ShortVector;
+constexpr int W = WIDTH;
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -38,20 +19,6 @@ Ints as_indices(Ints);
 Ints as_indices(Floats);
 Shorts as_indices(Shorts);
 #endif
-
-template <class V, class P>
-inline V load(const P* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class P, class V>
-inline void store(P* p, V v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
-inline Floats splat(float x) { return x - Floats{}; }
 
 // b where a or b is NaN.
 inline Floats maximum(Floats a, Floats b) {
@@ -98,7 +65,7 @@ inline Shorts interleave(Shorts a, Shorts b) {
 template <class V>
 inline void transpose(V (&rows)[W]) {
 #pragma GCC unroll 4
-  for (int stage = 0; stage < LOG_W; stage++) {
+  for (int stage = 0; stage < LOG_WIDTH; stage++) {
     V next[W];
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; i++) {
@@ -138,81 +105,6 @@ inline Floats exp2(Floats x) {
 #else
   y = reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (reinterpret_cast<Ints>(shifted) << 23));
   return x < lowest ? Floats{} : x == x ? y : x;
-#endif
-}
-
-struct Half {
-  uint16_t bits;
-};
-
-#if !defined(__F16C__)
-inline float to_float(Half value) {
-  // Shifted into place, the exponent is 112 too low; the multiplication is exact, also for subnormal numbers.
-  uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13, bits;
-  float result;
-  std::memcpy(&result, &magnitude, 4);
-  result *= 0x1p112f;
-  std::memcpy(&bits, &result, 4);
-  if (magnitude >= 0x0f800000) bits |= 0x7f800000;  // infinity and NaN
-  bits |= (value.bits & 0x8000u) << 16;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-// Rounds to the nearest, ties to even.
-inline Half to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint32_t sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) bits = 0x7e00;
-  else if (bits >= 0x477ff000) bits = 0x7c00;  // 65520 and more
-  else if (bits < 0x38800000) {  // subnormal: the sum with 0.5 rounds at the last bit of a half
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    bits -= 0x3f000000;
-  } else bits = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
-  return {static_cast<uint16_t>(sign | bits)};
-}
-#endif
-
-inline Floats load_floats(const float* p) { return load<Floats>(p); }
-
-inline Floats load_floats(const bf16* p) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(load<HalfShorts>(p), Ints) << 16);
-}
-
-inline Floats load_floats(const Half* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(load<__m256i>(p));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(load<__m128i>(p));
-#else
-  Floats v;
-  for (int i = 0; i < W; i++) v[i] = to_float(p[i]);
-  return v;
-#endif
-}
-
-inline void store_floats(float* p, Floats v) { store(p, v); }
-
-inline void store_floats(bf16* p, Floats v) {
-#if defined(__AVX512BF16__)
-  store(p, (__m256i)_mm512_cvtneps_pbh(v));
-#else
-  for (int i = 0; i < W; i++) p[i] = to_bf16(v[i]);
-#endif
-}
-
-inline void store_floats(Half* p, Floats v) {
-#if defined(__AVX512F__)
-  store(p, _mm512_cvtps_ph(v, 0));
-#elif defined(__F16C__)
-  store(p, _mm256_cvtps_ph(v, 0));
-#else
-  for (int i = 0; i < W; i++) p[i] = to_half(v[i]);
 #endif
 }
 

@@ -268,11 +268,11 @@ class Worker {
     for (int64_t i = 0; i < step.head_dim; i += W) {
       Floats values = load<Floats>(state(row).sums + i) * factor;
       if (i + W <= step.head_dim) {
-        store_floats(out + i, values);
+        store_vector(out + i, values);
         continue;
       }
       Element last[W];
-      store_floats(last, values);
+      store_vector(last, values);
       std::memcpy(out + i, last, static_cast<size_t>(step.head_dim - i) * sizeof(Element));
     }
   }

@@ -5,67 +5,40 @@
 #pragma once
 #include <cmath>
 
-#include "native.h"
+#include "vector.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#if defined(__aarch64__)
-using fp16 = __fp16;
-#else
-using fp16 = _Float16;
-#endif
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));    // of Floats
 typedef uint16_t Halves __attribute__((vector_size(32)));  // sixteen bf16 or fp16
 
 constexpr int64_t LANES = 16;
 
-inline Floats load(const float* from) {
-  Floats v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
+inline Floats load(const float* from) { return load<Floats>(from); }
 
 inline Floats load(const bf16* from) {
-  Halves stored;
-  std::memcpy(&stored, from, sizeof stored);
-  return reinterpret_cast<Floats>(__builtin_convertvector(stored, Bits) << 16);
+  return reinterpret_cast<Floats>(__builtin_convertvector(load<Halves>(from), Bits) << 16);
 }
 
 inline Floats load(const fp16* from) {
-  Floats v;
-#if defined(__F16C__)
-  __m256 halves[2];
-  for (int i = 0; i < 2; i++)
-    halves[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i));
-  std::memcpy(&v, halves, sizeof v);
-#else
-  for (int i = 0; i < LANES; i++) v[i] = static_cast<float>(from[i]);
-#endif
-  return v;
+  FloatVector parts[LANES / WIDTH];
+  for (int i = 0; i < LANES / WIDTH; i++) parts[i] = load_vector(from + i * WIDTH);
+  return load<Floats>(parts);
 }
 
-inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+inline void store(float* to, Floats v) { store<Floats>(to, v); }
 
 // Rounds to the nearest, ties to even; NaN stays NaN. See `to_bf16`.
 inline void store(bf16* to, Floats v) {
   Bits bits = reinterpret_cast<Bits>(v);
   Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   Halves stored = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Halves);
-  std::memcpy(to, &stored, sizeof stored);
+  store(to, stored);
 }
 
 inline void store(fp16* to, Floats v) {
-#if defined(__F16C__)
-  __m256 halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  for (int i = 0; i < 2; i++)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + i, _mm256_cvtps_ph(halves[i], _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < LANES; i++) to[i] = static_cast<fp16>(v[i]);
-#endif
+  FloatVector parts[LANES / WIDTH];
+  store<Floats>(parts, v);
+  for (int i = 0; i < LANES / WIDTH; i++) store_vector(to + i * WIDTH, parts[i]);
 }
 
 // The first `count` lanes; the others are 0.

@@ -240,7 +240,8 @@ static bool is_right(int dtype) {
     auto at = [](int64_t i) { return static_cast<float>(i * 7919 % 13 - 6); };
     auto convert = [](float value) {
       if constexpr (std::is_same_v<X, bf16>) return to_bf16(value);
-      else return static_cast<X>(value);
+      else if constexpr (std::is_same_v<X, fp16>) return to_fp16(value);
+      else return value;
     };
     std::vector<X> x(m * k), w(n * k);
     std::vector<float> y(m * n);

@@ -9,48 +9,20 @@
 
 #include "lanes.h"
 
-#define RTP_INLINE inline __attribute__((always_inline))
-
-// MAX_ROWS * VECTORS accumulators, the weights of a step and one word of x fill the vector registers. WIDTH: floats in
-// one register. BLOCK is a multiple of LANES.
+// MAX_ROWS * VECTORS accumulators, the weights of a step and one word of x fill the vector registers. BLOCK is a multiple
+// of LANES.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, VECTORS = 4, MAX_ROWS = 6;
+constexpr int VECTORS = 4, MAX_ROWS = 6;
 #elif defined(__AVX2__)
-constexpr int WIDTH = 8, VECTORS = 2, MAX_ROWS = 6;
+constexpr int VECTORS = 2, MAX_ROWS = 6;
 #elif defined(__aarch64__)
-constexpr int WIDTH = 4, VECTORS = 4, MAX_ROWS = 6;
+constexpr int VECTORS = 4, MAX_ROWS = 6;
 #else
-constexpr int WIDTH = 4, VECTORS = 4, MAX_ROWS = 2;
+constexpr int VECTORS = 4, MAX_ROWS = 2;
 #endif
 constexpr int64_t BLOCK = VECTORS * WIDTH;
 
-typedef float Vector __attribute__((vector_size(WIDTH * 4)));
-typedef uint32_t VectorBits __attribute__((vector_size(WIDTH * 4)));
-typedef uint16_t VectorHalves __attribute__((vector_size(WIDTH * 2)));
-
-RTP_INLINE Vector load_vector(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-RTP_INLINE Vector load_vector(const bf16* p) {
-  VectorHalves bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return reinterpret_cast<Vector>(__builtin_convertvector(bits, VectorBits) << 16);
-}
-
-RTP_INLINE Vector load_vector(const fp16* p) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vector v;
-  for (int i = 0; i < WIDTH; i++) v[i] = static_cast<float>(p[i]);
-  return v;
-#endif
-}
+using Vector = FloatVector;
 
 // What a tile reads ahead of its use: `lines` cache lines each step, at `first` in the first `split` steps, at `second`
 // in the others.

@@ -13,37 +13,12 @@
 #include "silu.h"
 #include "team.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #if defined(__AVX512BW__)
-#define WIDTH 16  // 32-bit words of a register
 constexpr int MAX_ROWS = 8;  // of a tile; with BLOCK columns its accumulators fill the registers
-#elif defined(__AVX2__)
-#define WIDTH 8
-constexpr int MAX_ROWS = 4;
 #else
-#define WIDTH 4
 constexpr int MAX_ROWS = 4;
 #endif
 constexpr int64_t BLOCK = 3 * WIDTH;
-
-typedef float FloatVector __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t IntVector __attribute__((vector_size(4 * WIDTH)));
-typedef int16_t ShortVector __attribute__((vector_size(4 * WIDTH)));
-
-template <class V>
-inline V load(const void* at) {
-  V result;
-  std::memcpy(&result, at, sizeof result);
-  return result;
-}
-
-template <class V>
-inline void store(void* at, V value) {
-  std::memcpy(at, &value, sizeof value);
-}
 
 inline IntVector broadcast(int32_t word) { return IntVector{} + word; }
 
@@ -212,7 +187,7 @@ void multiply_rows(int rows, const uint8_t* w, const int32_t* x, int64_t ldx, in
     case 1: return multiply_tile<Dot, 1>(w, x, ldx, steps, next, initial, sums);
     case 2: return multiply_tile<Dot, 2>(w, x, ldx, steps, next, initial, sums);
     case 3: return multiply_tile<Dot, 3>(w, x, ldx, steps, next, initial, sums);
-#if WIDTH == 16
+#if defined(__AVX512BW__)
     case 4: return multiply_tile<Dot, 4>(w, x, ldx, steps, next, initial, sums);
     case 5: return multiply_tile<Dot, 5>(w, x, ldx, steps, next, initial, sums);
     case 6: return multiply_tile<Dot, 6>(w, x, ldx, steps, next, initial, sums);

@@ -143,7 +143,7 @@ struct Int4 {
     FloatVector sums[3 * ROWS] = {};
     switch (tile.rows) {
       case 1: multiply_tile<1>(block, x, steps(l.k), next, sums); break;
-#if WIDTH == 16
+#if defined(__AVX512BW__)
       case 2: multiply_tile<2>(block, x, steps(l.k), next, sums); break;
       case 3: multiply_tile<3>(block, x, steps(l.k), next, sums); break;
 #endif

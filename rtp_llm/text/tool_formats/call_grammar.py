@@ -14,12 +14,15 @@ _ROOT_KEYS = ("$defs", "definitions")
 
 
 def arguments(tool: Tool) -> str:
-    """Returns the expression for the arguments of a call, a JSON object. Raises GrammarError like `value`."""
+    """Returns the Lark expression for the arguments of a call, a JSON object.
+
+    Raises GrammarError if the tool is strict and its schema cannot be enforced.
+    """
     return value({"type": "object", **parameters(tool)}, tool.strict)
 
 
 def json_object(tool: Tool, arguments_key: str = "arguments") -> str:
-    """Returns the expression for a call that is a JSON object with the function's name and arguments."""
+    """Returns the Lark expression for a call that is a JSON object with the function's name and arguments."""
     begin = quote(f'{{"name": "{tool.name}", "{arguments_key}": ')
     return f"{begin} {arguments(tool)} {quote('}')}"
 
@@ -30,7 +33,7 @@ def parameters(tool: Tool) -> Mapping[str, Any]:
 
 
 def value(schema: Any, strict: bool) -> str:
-    """Returns the expression for a JSON value. Unless `strict`, ignores keywords that cannot be enforced.
+    """Returns the Lark expression for a JSON value. Unless `strict`, ignores keywords that cannot be enforced.
 
     Raises GrammarError for a strict schema that cannot be enforced.
     """
@@ -54,13 +57,14 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
     known = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", *_ROOT_KEYS}
     if tool.strict and (unknown := sorted(schema.keys() - known)):
         raise GrammarError(
-            f"the JSON schema's keyword {unknown[0]} cannot be enforced in this model's tool call format"
+            f"tool {tool.name}: the JSON schema's keyword {unknown[0]} cannot be enforced in this model's tool call"
+            " format; leave it out, or set strict to false"
         )
     root = {key: schema[key] for key in _ROOT_KEYS if key in schema}
     if len(by_name) * len(json.dumps(root)) > MAX_CHARACTERS or len(by_name) > MAX_PARAMETERS:
         raise GrammarError(
-            f"a tool has {len(by_name)} parameters, and its grammar repeats the schema's $defs for each; allowed:"
-            f" at most {MAX_PARAMETERS} parameters and {MAX_CHARACTERS} characters"
+            f"tool {tool.name} has {len(by_name)} parameters, and its grammar repeats the schema's $defs for each;"
+            f" allowed: at most {MAX_PARAMETERS} parameters, and {MAX_CHARACTERS} characters of all $defs together"
         )
     return [
         (name, {**item, **root} if isinstance(item, dict) else item, name in required) for name, item in by_name.items()
@@ -68,13 +72,13 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
 
 
 def alternatives(bodies: Sequence[str]) -> list[str]:
-    """Returns the rules of `call_body`, which matches any of the expressions."""
+    """Returns the Lark rules that define `call_body` as any one of the expressions `bodies`."""
     names = [f"call_{index}" for index in range(len(bodies))]
     return [f"call_body: {' | '.join(names)}", *(f"{name}: {body}" for name, body in zip(names, bodies, strict=True))]
 
 
 def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bool, tokenizer: Tokenizer) -> str:
-    """Returns the rules for `ToolFormat.grammar` if each call begins with the marker `start`.
+    """Returns the Lark rules for `ToolFormat.grammar` if each call begins with the marker `start`.
 
     bodies     for each function, the expression after the marker
     separator  text between two calls
@@ -90,7 +94,9 @@ def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bo
 
 
 def line_start_answer(first: str) -> list[str]:
-    """Returns the rules of an `answer` in which calls start with the character `first` at the start of a line."""
+    """Returns the Lark rules that define `answer` as text, calls, or text before calls. The first line that starts with
+    the character `first` begins the calls.
+    """
     return [
         rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
         r'CALL_TEXT: CALL_LINE ("\n" CALL_LINE)*',
@@ -99,5 +105,5 @@ def line_start_answer(first: str) -> list[str]:
 
 
 def repeated(expression: str, separator: str, parallel: bool) -> str:
-    """Returns the expression for one call; with `parallel`, for one or more calls."""
+    """Returns the Lark expression for one call; with `parallel`, for one or more calls."""
     return f"{expression} ({quote(separator)} {expression})*" if parallel else expression

@@ -1,6 +1,4 @@
-"""Hermes, Qwen 2.5 and Qwen 3: a JSON object between `<tool_call>` tags
-(github.com/NousResearch/Hermes-Function-Calling).
-"""
+"""Hermes, Qwen 2.5, Qwen 3: JSON between `<tool_call>` tags (github.com/NousResearch/Hermes-Function-Calling)."""
 
 from collections.abc import Sequence
 

@@ -27,8 +27,8 @@ class JsonCallParser(ToolCallParser, ABC):
     is_strict: ClassVar[bool] = False
 
     def read_object(self, is_open: bool = False) -> Reading[None]:
-        """Reads one call; with `is_open`, its opening brace has been read. Raises Malformed if the text is not a call;
-        if the call has been announced by then, the rest is content.
+        """Reads one call; with `is_open`, its opening brace has been read. Raises Malformed if the text is not a call.
+        If name and arguments have been sent to the client by then, only the text after them becomes content.
         """
         scanner, name, arguments, is_announced = self.scanner, "", "", False
         if not is_open:
@@ -88,7 +88,7 @@ class JsonCallParser(ToolCallParser, ABC):
         return value
 
     def read_value(self, sink: Sink) -> Reading[None]:
-        """Reads a JSON value and passes it to `sink` as it arrives. Stops early at `self.end`.
+        """Reads a JSON value and passes it to `sink` as it arrives. Stops early at the call's end marker (`self.end`).
 
         Checks only brackets and strings, so that the client gets what the model wrote.
         """

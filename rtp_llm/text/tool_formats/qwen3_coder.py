@@ -119,12 +119,14 @@ def _value_expression(tool: Tool, schema: Any, end: str, depth: int = 0) -> str:
     """Returns the Lark expression of a parameter's value with its end tag. Strings have no quotes; other types are
     JSON.
 
-    Raises GrammarError for a keyword of a strict tool that cannot be enforced on text without quotes.
+    Raises GrammarError for a keyword of a strict tool that cannot be enforced on a string without quotes.
     """
     schema = tool.resolved(schema)
     if isinstance(schema, Mapping) and isinstance(schema.get("anyOf"), list):
         if depth == MAX_ALTERNATIVES_DEPTH:
-            raise GrammarError(f"the JSON schema nests anyOf more than {MAX_ALTERNATIVES_DEPTH} times")
+            raise GrammarError(
+                f"tool {tool.name}: the JSON schema nests anyOf more than {MAX_ALTERNATIVES_DEPTH} times"
+            )
         return f"({' | '.join(_value_expression(tool, item, end, depth + 1) for item in schema['anyOf'])})"
     if "string" not in tool.types_of(schema):
         return f"{value(schema, tool.strict)} {quote(end)}"
@@ -133,5 +135,8 @@ def _value_expression(tool: Tool, schema: Any, end: str, depth: int = 0) -> str:
         texts = [item if isinstance(item, str) else json.dumps(item) for item in values]
         return f"({' | '.join(quote(text + end) for text in texts)})"
     if tool.strict and (unknown := sorted(schema.keys() - _ENFORCED)):
-        raise GrammarError(f"the JSON schema's keyword {unknown[0]} cannot be enforced on text without quotes")
+        raise GrammarError(
+            f"tool {tool.name}: the JSON schema's keyword {unknown[0]} cannot be enforced: this model writes string"
+            " arguments without quotes; leave it out, or set strict to false"
+        )
     return f"call_text {quote(_NEWLINE)}"

@@ -44,7 +44,9 @@ class ToolCallParser(ScanningParser):
     # For `read_calls`
 
     def begin_call(self, name: str, call_id: str = "") -> None:
-        """Announces a call to the client. From here on, the text cannot become content."""
+        """Announces a call to the client. From here on, the text of the call cannot become content, even if the rest is
+        malformed.
+        """
         self.scanner.unmark()
         self._space = ""
         self.emit(OutputDelta(call=ToolCallDelta(self._num_calls, call_id or self.new_id(), name)))
@@ -118,5 +120,7 @@ class ToolFormat(ABC):
         """
 
     def parser(self, tools: Sequence[Tool], hidden: Collection[str] = ()) -> ToolCallParser:
-        """Returns a parser for one sequence; `hidden` as in `ToolCallParser`."""
+        """Returns a parser for one sequence. `hidden`: markers that are special tokens and must not appear in
+        content.
+        """
         return self.parser_class(tools, hidden)
