@@ -53,6 +53,9 @@ def setup(process: str, level: str = "INFO", stream: TextIO = sys.stdout, style:
     text_formatter = logging.Formatter(f"[{process}] %(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     handler.setFormatter(JsonFormatter(process) if style == "json" else text_formatter)
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
+    # What no line shows need not be found out for each (logging HOWTO, "Optimization").
+    logging._srcfile = None  # type: ignore[attr-defined]
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(True)
 
 

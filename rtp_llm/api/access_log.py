@@ -97,4 +97,4 @@ def write(record: AccessRecord, request: Mapping[str, Any]) -> None:
 def _quoted(value: object) -> str:
     """Returns the value as one word, so that no path can forge a field or a line."""
     text = str(value)
-    return text if text.isprintable() and not {" ", '"'} & set(text) else json.dumps(text)
+    return text if text.isprintable() and " " not in text and '"' not in text else json.dumps(text)

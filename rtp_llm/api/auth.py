@@ -59,13 +59,20 @@ class Keyring:
         name = _match(self.api, digests)
         return name, bool(name and not self.admin)
 
+    def admits(self, scope: Scope) -> bool:
+        """Returns whether a request has a valid key, or needs none because API_KEY is not set.
+
+        Sets in the request's state: `key_name`, for the access log, and `is_admin`, whether the key is an admin key
+        (None if no keys are configured).
+        """
+        name, is_admin = self.find(scope["headers"])
+        has_keys = bool(self.api or self.admin)
+        scope.setdefault("state", {}).update(key_name=name, is_admin=is_admin if has_keys else None)
+        return bool(name or not self.api)
+
 
 class AuthMiddleware:
-    """Rejects requests without a valid key with 401, if API_KEY is set.
-
-    Sets in the request's state: `key_name`, for the access log, and `is_admin`, whether the key is an admin key (None
-    if no keys are configured).
-    """
+    """Rejects requests without a valid key with 401, if API_KEY is set."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring, open_paths: set[str], respond: RespondError):
         """`open_paths`: served without a key, whatever the method. GET / is open too: it returns the chat page."""
@@ -75,11 +82,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        name, is_admin = self.keyring.find(scope["headers"])
-        has_keys = bool(self.keyring.api or self.keyring.admin)
-        state = scope.setdefault("state", {})
-        state |= {"key_name": name, "is_admin": is_admin if has_keys else None}
-        if name or not self.keyring.api or self._is_open(scope):
+        if self.keyring.admits(scope) or self._is_open(scope):
             await self.app(scope, receive, send)
         else:
             await self.respond(scope["path"], _unauthorized(scope["headers"]))(scope, receive, send)

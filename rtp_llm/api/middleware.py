@@ -1,6 +1,7 @@
 """ASGI middleware: body size limit, HEAD requests, closing connections while draining, access log and HTTP metrics."""
 
 import time
+from functools import cache
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -81,6 +82,13 @@ class MetricsMiddleware:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool):
         self.app, self.metrics, self.access_log = app, metrics, access_log
+        # To look them up takes longer than to count.
+        self._series = cache(
+            lambda method, handler, status: (
+                metrics.http_requests.labels(method, handler, str(status)),
+                metrics.http_seconds.labels(method, handler),
+            )
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNMEASURED_PATHS:
@@ -109,8 +117,9 @@ class MetricsMiddleware:
     def _record(self, scope: dict[str, Any] | Any, status: int, record: access_log.AccessRecord) -> None:
         handler = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE") else "other"
-        self.metrics.http_requests.labels(method, handler, str(status)).inc()
-        self.metrics.http_seconds.labels(method, handler).observe(time.monotonic() - record.started)
+        requests, seconds = self._series(method, handler, status)
+        requests.inc()
+        seconds.observe(time.monotonic() - record.started)
         if self.access_log:
             request = {
                 "client": scope["client"][0] if scope.get("client") else "",

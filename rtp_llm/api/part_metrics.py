@@ -17,7 +17,7 @@ from rtp_llm.machine.cgroup import UNLIMITED, Cgroup
 from rtp_llm.machine.gpu_monitor import GpuSnapshot
 from rtp_llm.metrics import Metrics
 
-PART_STATES = ("rendezvous", "loading", "warmup", "serving", "draining", "failed")
+PART_STATES = ("rendezvous", "loading", "warmup", "serving", "recovering", "out_of_memory", "draining", "failed")
 RESTART_REASONS = ("signal", "rank_crashed", "communication", "hang")  # see supervise/guard.py
 # The value of the metric doctor_check_status by the check's status.
 DOCTOR_STATUS = {"skip": -1, "ok": 0, "warn": 1, "error": 2, "unknown": 3, "crash": 3}

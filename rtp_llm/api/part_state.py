@@ -92,13 +92,13 @@ class PartState:
             silent_seconds = rank_status["silent_s"]
             if silent_seconds > HEARTBEAT_STALE_SECONDS:
                 return Health(False, "failed", 1.0, f"no heartbeat from rank {rank} for {silent_seconds:.0f} s")
-            if rank_status["idle_s"] > self.part_spec.config.hang_seconds:
-                idle_seconds = rank_status["idle_s"]
-                return Health(False, "failed", 1.0, f"rank {rank} made no progress for {idle_seconds:.0f} s")
             if rank_status["lacks_memory"]:
                 megabytes = rank_status["available_bytes"] >> 20
                 detail = f"rank {rank} waits for memory: its machine or container has {megabytes} MiB left"
                 return Health(False, "out_of_memory", 1.0, detail)
+            idle_seconds = rank_status["idle_s"]
+            if rank_status["stands_still"] or idle_seconds > self.part_spec.config.hang_seconds:
+                return Health(False, "failed", 1.0, f"rank {rank} made no progress for {idle_seconds:.0f} s")
         if self.client is not None and not self.client.is_connected:
             return Health(False, "warmup", 1.0, "the API is connecting to rank 0")
         return Health(True, "serving", 1.0, "ok")

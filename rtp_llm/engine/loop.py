@@ -90,6 +90,7 @@ class LeaderLoop:
             is_busy = self.engine.has_work and not self.engine.is_stalled
             for message in self.request_server.poll(0 if is_busy else idle_seconds):
                 self._handle_message(message)
+            self.rank_status.mark_progress()  # or a wait for requests would count as the longest step
             now = time.monotonic()
             self.runner.residency.mesh.tp.check_aborted()
             if self.engine.has_work or self.engine.is_stalled:  # then it looks whether there is more memory
@@ -106,7 +107,6 @@ class LeaderLoop:
                 self._send_outputs([], 0.0)
             self.rank_status.open = len(self._client_of_request)
             self.rank_status.record_stall(self.engine.is_stalled)
-            self.rank_status.mark_progress()
 
     def _handle_message(self, message: ClientMessage) -> None:
         """Handles a client's frame. Disconnects a client whose frame is invalid, since it is not an API process."""

@@ -29,6 +29,7 @@ from rtp_llm.parallel.handshake import SecretError, read_secret
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import RENDEZVOUS_PORT_OFFSET, PlannedPort
 from rtp_llm.parallel.ports import gang_host, listen_as_planned
+from rtp_llm.parallel.rank_status import LONGEST_STEPS
 from rtp_llm.parallel.rendezvous import Rendezvous, Worker
 from rtp_llm.parallel.wire import FrameType, WireError, pack_json
 
@@ -47,7 +48,6 @@ REFUSAL_SHOWN_SECONDS = 5.0
 TWIN_SECONDS = 1.0  # after which a heartbeat of the first worker proves that both live
 FAILURE_SETTLE_SECONDS = 1.0  # from the report of a rank to the end of the epoch: a lost rank explains it better
 FAILURE_WINDOW_SECONDS = 600.0
-LONGEST_STEPS = 20  # a rank hangs after so many times the longest time without progress that it had so far
 
 
 @dataclass(eq=False)

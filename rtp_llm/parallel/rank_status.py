@@ -13,6 +13,8 @@ from typing import Any, Literal
 from rtp_llm.machine.memory import available_memory, return_free_heap
 
 WAIT_WINDOW_STEPS = 12  # number of steps over which `wait_s` is averaged
+LONGEST_STEPS = 20  # a rank hangs after so many times the longest time without progress that it had so far
+STILL_SECONDS = 2.0  # without progress, and that long by its own standards, after which /health says so
 SHORT_BYTES = 64 << 20  # of available memory: with less, the kernel evicts the code of processes while they run it
 STALL_SECONDS = 0.2  # without memory for any request; retired blocks are returned within 0.1 s
 EVICTED_SECONDS = 1.0  # without progress in a step while memory is short
@@ -100,8 +102,9 @@ class RankStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a heartbeat: the public fields, `idle_s` (seconds since the last progress),
-        `in_collective` (whether this rank waits for others), `available_bytes` (memory of the machine) and
-        `lacks_memory` (whether it computes nothing for want of memory).
+        `in_collective` (whether this rank waits for others), `available_bytes` (memory of the machine), `lacks_memory`
+        (whether it computes nothing for want of memory) and `stands_still` (whether it seems to hang, perhaps because
+        the network loses what others send).
 
         If memory is short, frees what it can: the main thread may hang in its step, evicted again and again.
         """
@@ -118,4 +121,5 @@ class RankStatus:
             "available_bytes": available_bytes,
             "idle_s": round(idle_seconds, 3),
             "lacks_memory": lacks_memory,
+            "stands_still": idle_seconds > max(STILL_SECONDS, LONGEST_STEPS * self.longest_s),
         }

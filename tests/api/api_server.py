@@ -202,6 +202,7 @@ class ApiServer:
             "silent_s": 0.1,
             "idle_s": 0.2,
             "lacks_memory": False,
+            "stands_still": False,
             "available_bytes": 7 << 20,
             "wait_s": None,
             "weight_bytes": 1000,

@@ -111,6 +111,46 @@ def test_a_burst_of_requests_does_not_exceed_the_slots(
         assert small_api.engine.num_pending_submissions == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "headers", "status", "expected"),
+    [
+        ({}, {"X-Request-Id": "mine"}, 429, {"x-request-id": "mine", "retry-after": "1"}),
+        ({}, {"Origin": "http://localhost:3000"}, 429, {"access-control-allow-origin": "http://localhost:3000"}),
+        ({}, {"Origin": "http://evil.example"}, 403, {}),
+        ({"host": "127.0.0.1"}, {"Host": "evil.example"}, 403, {}),
+        ({"api_key": "alice:a"}, {"Authorization": "Bearer a"}, 429, {"retry-after": "1"}),
+        ({"api_key": "alice:a"}, {"Authorization": "Bearer b"}, 401, {"www-authenticate": "Bearer"}),
+    ],
+    ids=["plain", "web page", "foreign page", "foreign host", "key", "wrong key"],
+)
+def test_a_full_server_refuses_by_the_same_rules(
+    settings: dict[str, Any],
+    headers: dict[str, str],
+    status: int,
+    expected: dict[str, str],
+    start_api: StartApi,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Most rejections take a shorter way through the middleware."""
+    api = start_api(lambda submission: [], concurrency_limit=1, queue_limit=0, **settings)
+    caplog.set_level("INFO", "rtp_llm.access")
+    stream = {"prompt": "a", "stream": True}
+    with api.client() as client, client.stream("POST", "/v1/completions", json=stream, headers={"x-api-key": "a"}):
+        api.engine.next_submission()
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            with api.client() as other:
+                response = other.post(path, json=BODY, headers=headers)
+            assert (response.status_code, expected.items() <= dict(response.headers).items()) == (status, True)
+            assert ("error_code" in response.json()) == (path != "/v1/messages")
+            assert response.headers["x-request-id"]
+    fields = [record.__dict__["fields"] for record in caplog.records if record.name == "rtp_llm.access"]
+    key = "alice" if settings.get("api_key") and status == 429 else ""
+    assert [(line["path"], line["key"]) for line in fields if line["status"] == status] == [
+        ("/v1/chat/completions", key),
+        ("/v1/messages", key),
+    ]
+
+
 def test_each_choice_needs_a_slot(small_api: ApiServer, byte_model: ByteModel) -> None:
     with small_api.open_stream("/v1/completions", {"prompt": "a", "stream": True}):
         submission = small_api.engine.next_submission()

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from rtp_llm.api import http_protocol, tls_handshake
 from rtp_llm.api.connection_limit import ConnectionLimit
 from rtp_llm.api.http_protocol import HttpProtocol
-from rtp_llm.api.listen import listening_sockets
+from rtp_llm.api.listen import listening_sockets, uvicorn_config
+from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError, FatalError
 from tests.api.conftest import StartApi
 
@@ -250,3 +252,10 @@ def test_certificates_that_cannot_be_used(start_api: StartApi, certificate: tupl
     for cert, key in ((certificate[1], certificate[1]), ("/nowhere", certificate[1]), ("", certificate[1])):
         with pytest.raises(ConfigError, match="allowed: "):
             start_api(ssl_certfile=cert, ssl_keyfile=key)
+
+
+def test_idle_connections_outlive_those_of_proxies() -> None:
+    """nginx and Envoy keep an idle connection for 60 to 75 s, and who closes first may lose a request."""
+    assert uvicorn_config(FastAPI(), Config.model_validate({})).timeout_keep_alive > 75
+    config = Config.model_validate({"timeout_keep_alive": 5})
+    assert uvicorn_config(FastAPI(), config).timeout_keep_alive == 5

@@ -1,9 +1,11 @@
 """Large inputs: they are refused before they cost anything, or prepared where they delay nobody else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -35,6 +37,20 @@ def test_a_prompt_of_15_mb_is_refused(path: str, start_api: StartApi) -> None:
     response = start_api(finish).post(path, REFUSED[path])
     assert response.status_code == 400
     assert (response.json()["error_code"], "at least" in response.text) == (511, True)
+
+
+def test_the_api_process_returns_the_memory_of_large_prompts(http: httpx.Client) -> None:
+    """Once it kept 2.8 GB after one of them."""
+
+    def resident_bytes() -> float:
+        name = r'process_resident_memory_bytes\{program="api".*\} (\S+)'
+        (value,) = re.findall(name, http.get("/metrics").text)
+        return float(value)
+
+    before = resident_bytes()
+    for path, body in REFUSED.items():
+        assert http.post(path, json=body).status_code == 400
+    assert resident_bytes() - before < 256 << 20
 
 
 def test_a_large_body_gets_the_answer_of_a_small_one(start_api: StartApi) -> None:

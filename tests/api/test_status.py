@@ -44,6 +44,7 @@ UNHEALTHY = {
     "warmup": {"phase": "warmup"},
     "no heartbeat": {"silent_s": 1000.0},
     "made no progress": {"idle_s": 1000.0},
+    "stands still": {"idle_s": 3.0, "stands_still": True},
     "out_of_memory": {"lacks_memory": True},
 }
 
@@ -67,6 +68,7 @@ def test_health_of_a_part_that_is_not_ready(name: str, api: ApiServer) -> None:
     if rank_status and "lacks_memory" in rank_status:
         detail = "rank 0 waits for memory: its machine or container has 7 MiB left"
         assert response.json() == {"detail": detail, "phase": "out_of_memory", "progress": 1.0}
+        assert api.metric("rtp_llm_state", state="out_of_memory") == 1
     for path in LIVENESS:
         assert api.get(path).content == b'"ok"'
     assert api.metric("rtp_llm_ready") == 0
@@ -83,6 +85,7 @@ def test_the_phase_between_two_epochs_is_not_that_of_the_last(epoch: int, phase:
     response = api.get("/health")
     assert response.status_code == 503
     assert response.json() == {"detail": "rank 1 is lost", "phase": phase, "progress": 0.0}
+    assert api.metric("rtp_llm_state", state=phase) == 1
 
 
 def test_a_stale_gang_status_is_unhealthy(api: ApiServer) -> None:

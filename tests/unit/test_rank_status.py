@@ -1,11 +1,18 @@
-"""What a rank says of itself in its heartbeats when memory is short."""
+"""What a rank says of itself in its heartbeats when memory is short, or when it stands still."""
 
 import time
 
 import pytest
 
 from rtp_llm.parallel import rank_status
-from rtp_llm.parallel.rank_status import EVICTED_SECONDS, SHORT_BYTES, STALL_SECONDS, RankStatus
+from rtp_llm.parallel.rank_status import (
+    EVICTED_SECONDS,
+    LONGEST_STEPS,
+    SHORT_BYTES,
+    STALL_SECONDS,
+    STILL_SECONDS,
+    RankStatus,
+)
 
 
 class Clock:
@@ -64,3 +71,23 @@ def test_a_step_that_stands_still_is_reported_only_if_memory_is_short(
     status.is_waiting = False
     status.count_progress()
     assert not status.to_json()["lacks_memory"]
+
+
+def test_a_rank_stands_still_if_it_takes_much_longer_than_ever(clock: Clock, available: list[int]) -> None:
+    """The longest layer may take 9 s on a slow CPU: it is judged by what the rank has needed before."""
+    status = RankStatus(0)
+    status.mark_progress()
+    clock.now += 0.05
+    status.count_progress()
+    clock.now += 0.9 * STILL_SECONDS
+    assert not status.to_json()["stands_still"]
+    clock.now += 0.2 * STILL_SECONDS
+    assert status.to_json()["stands_still"]
+    status.is_waiting = True  # for a step of rank 0
+    assert not status.to_json()["stands_still"]
+    status.is_waiting = False
+    status.count_progress()  # a long layer, after all
+    clock.now += 0.9 * LONGEST_STEPS * status.longest_s
+    assert not status.to_json()["stands_still"]
+    clock.now += 0.2 * LONGEST_STEPS * status.longest_s
+    assert status.to_json()["stands_still"]
