@@ -28,7 +28,9 @@ def best_rate(amount: float, operation: Callable[[], object]) -> float:
 
 
 def measure(numbers: torch.Tensor) -> dict[str, float | dict[str, float]]:
-    """Returns the fields of `bound.MachineRates`. numbers: a tensor to read from memory."""
+    """Returns the memory bandwidth in bytes/s and the operations/s of matrix products by dtype: the fields of
+    `bound.MachineRates`. numbers: a tensor, larger than the caches, that is read from memory.
+    """
     rates = dict.fromkeys(("bf16", "fp32", "int8"), 0.0)
     for size in SIZES:
         matrix = torch.randn(size, size)

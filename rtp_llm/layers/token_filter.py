@@ -116,7 +116,9 @@ class _UnsortedTokens:
         return float(self._sorted_bin(bin)[1][count - 1]) if count else self._mass_before(bin)
 
     def end_of_count(self, count: int) -> _End:
-        """Returns the end of the first `count` tokens in descending order, or of all if there are fewer (top-k)."""
+        """Returns where the `count` most probable tokens end, or all if there are fewer (top-k): a bin, and how many
+        of its tokens are before the end.
+        """
         ends = self._bins.bincount(minlength=NUM_BINS).cumsum(0).cpu().numpy()
         bin = int(ends.searchsorted(count))
         return bin, count - int(ends[bin - 1] if bin else 0)

@@ -79,7 +79,9 @@ class RestartHistory:
         return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
 
     def add(self, name: str, status: int, budgets: dict[str, RestartBudget]) -> None:
-        """Records the exit of a process. name: role, such as `rank1`. status: exit code; -1 if killed by a signal."""
+        """Records the exit of a process. name: role, such as `rank1`. status: exit code; -1 if killed by a signal.
+        budgets: by name, with this failure already counted; their failures are written to the file, too.
+        """
         reason = f"{name} {_reason(status)}"
         self.restarts[reason] = self.restarts.get(reason, 0) + 1
         self.last_exit[name] = status

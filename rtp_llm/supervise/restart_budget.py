@@ -11,8 +11,8 @@ MAX_DELAY_SECONDS = 60.0
 class Failure:
     """Processes that ended together, which count as one failure.
 
-    key: number of the epoch that they ended (the life of one communicator of the ranks), or a unique text if they had
-    no communicator.
+    key: number of the epoch (the life of one communicator of the ranks) that their exit ended, or a unique text if they
+    had no communicator.
     """
 
     key: str
@@ -22,8 +22,8 @@ class Failure:
 
 @dataclass
 class RestartBudget:
-    """Allows at most `limit` failures of ranks in ten minutes; beyond that, the part ends. While the gang does not
-    serve, failures never expire.
+    """Allows at most `limit` failures of ranks in ten minutes; beyond that, the part ends. Until the gang serves
+    again, no failure expires.
 
     Failures that a request caused do not count.
     """
