@@ -71,6 +71,6 @@ class Mesh:
 
     @classmethod
     def of(cls, plan: Plan, rank: int) -> "Mesh":
-        """Returns the mesh of a world rank. Adjacent ranks are in the same tensor-parallel group."""
+        """Returns the mesh with the indices of a world rank. Adjacent ranks are in the same tensor-parallel group."""
         dp_rank, tp_rank = divmod(rank, plan.tp_size)
         return cls(MeshAxis(tp_rank, plan.tp_size), dp=MeshAxis(dp_rank, plan.dp_size))

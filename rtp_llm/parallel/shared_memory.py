@@ -137,7 +137,9 @@ class SharedMemoryGroup:
 
 
 class TorchExchange:
-    """An `Exchange` without native kernels. Needs a CPU that does not reorder stores: `segment.is_supported`."""
+    """Implements `Exchange`, collectives of CPU ranks through shared memory, with torch instead of native kernels.
+    Needs a CPU that does not reorder stores: `segment.is_supported`.
+    """
 
     def __init__(self, memory: Tensor, rank: int, size: int, timeout: float):
         """`memory`: the segment, uint8."""
