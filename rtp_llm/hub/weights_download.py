@@ -104,9 +104,9 @@ def _xet_session() -> "hf_xet.XetSession":
 
 
 def _verify(path: Path, etag: str, label: str) -> None:
-    """Raises OSError and removes a file whose content is not `etag`, as after a crash of the machine."""
+    """Raises OSError and removes a file whose SHA-256 is not `etag`, as after a crash of the machine."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != etag:
         path.unlink()
-        raise OSError(f"{label} was continued, but its SHA-256 is {digest} instead of {etag}")
+        raise OSError(f"{label} was continued, but its SHA-256 is {digest} instead of {etag}; removed it")

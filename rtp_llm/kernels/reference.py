@@ -169,8 +169,8 @@ class _Planner:
         self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
 
     def waves(self) -> Iterator[Wave]:
-        """Yields the attention work in waves: first decodes, then chunks of prompts. The partial outputs of a wave,
-        one for each part of a context, fit the workspace.
+        """Yields the attention work in waves: first decodes, then chunks of prompts. The outputs of a wave's items
+        (before those of each tile are combined) fit the workspace.
         """
         sequences = np.arange(len(self.seq_lens))
         for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):

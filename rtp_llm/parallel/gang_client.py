@@ -94,7 +94,7 @@ class GangClient:
         """Waits for each rendezvous of all ranks, and yields this process's assignment in it. Raises GangError.
 
         An epoch is the time until a rank is lost. Before the caller asks for the next assignment, it must have closed
-        the communicator of the last one. It keeps the loaded weights.
+        the communicator of the last epoch. The caller keeps the loaded weights.
         """
         while True:
             yield self._wait_for_rank()

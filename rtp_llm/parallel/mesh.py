@@ -15,8 +15,8 @@ class MeshAxis(Group):
 
     size: number of these ranks, this one included. rank: this one's index among them.
 
-    Layers keep the axis for good. When a rank was lost, the ranks form a new communicator, and the axis is bound to
-    that. If an axis of several ranks has none at the moment, a collective raises CommunicationError.
+    Layers keep the axis for good. When a rank was lost, the ranks form a new communicator, to which the axis is bound.
+    While an axis of several ranks has no communicator, its collectives raise CommunicationError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
