@@ -44,10 +44,11 @@ class SymptomMatch:
 
 
 def find_symptoms(text: str) -> list[SymptomMatch]:
-    """Searches a log for symptoms of checks. Returns, for each check, the first line that matches, in order of lines.
+    """Searches a log for symptoms: messages that show the problem which a check detects. Returns, for each check, the
+    first line with one of its symptoms, in order of lines.
 
     A line "waiting for part…" counts only if no later line reports that all ranks joined. The checks for the last exit
-    code are returned only if nothing else matches, because an exit code is less specific than a message.
+    code in the log are returned only if nothing else matches, because an exit code is less specific than a message.
     """
     symptoms = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
     matches: dict[str, SymptomMatch] = {}

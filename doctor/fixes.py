@@ -71,7 +71,7 @@ DISK_SPACE = Fix(
 
 
 def checkpoint_path(path: str, download: str) -> Fix:
-    """Returns how to set CHECKPOINT_PATH=`path`. `download`: a command before it, which ends in " then "."""
+    """Returns how to set CHECKPOINT_PATH=`path`. `download`: text before that, such as "do this, then "."""
     return Fix(
         host=f"{download}CHECKPOINT_PATH={path}",
         docker=f"{download}docker run -v {path}:{path}:ro -e CHECKPOINT_PATH={path} …",

@@ -91,8 +91,8 @@ class _Examiner:
         self._unconfirmed: list[int] = []
 
     async def enforce(self, examine: Callable[[], None]) -> None:
-        """Runs `compare` or `conclude`. Raises its FatalError only if it remains after all parts have confirmed their
-        reports at their addresses: without GANG_SECRET, reports can be forged.
+        """Runs `compare` or `conclude`. Raises its FatalError only if the error recurs with reports that came directly
+        from each part's own address: without GANG_SECRET, reports that other parts pass on can be forged.
         """
         try:
             await asyncio.to_thread(examine)

@@ -157,8 +157,8 @@ class Metrics:
             self.step_seconds.observe(stats["step_seconds"])
 
     def start_epoch(self, block_size: int, num_blocks: int, prefix_caching: bool) -> None:
-        """Handles the first connection to ranks with a new communicator: their totals start at 0 again, and their KV
-        cache may have another size.
+        """Prepares for the statistics of a new communicator of the ranks, whose totals start at 0 while the exported
+        counters go on, and sets the size of its KV cache.
         """
         self._epoch_totals.clear()
         self.kv_capacity_tokens.set(block_size * num_blocks)

@@ -106,7 +106,9 @@ class GossipSession:
             await send_bytes(writer, min(int(request["bytes"]), TRANSFER_BYTES))
             reply = {}
         else:
-            raise ProtocolError(f"the other part requests an unknown operation, {operation!r}")
+            raise ProtocolError(
+                f"another part requests the unknown operation {operation!r}; do all parts run the same release?"
+            )
         writer.write(pack_signed(reply, nonce, self.secret))
         await writer.drain()
 

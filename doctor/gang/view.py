@@ -31,7 +31,9 @@ class GangView:
 
     @property
     def absent(self) -> list[int]:
-        """Returns the parts that sent no report, without those at whose address anything answers (other checks)."""
+        """Returns the parts that sent no report and at whose address nothing answers. Of those where something answers,
+        other checks report what it is.
+        """
         answering = {
             part
             for part_report in self.part_reports.values()

@@ -42,9 +42,9 @@ class ConnectionLimit:
         return cls(max(8, wanted - len(os.listdir("/proc/self/fd")) - 2 * RESERVED_DESCRIPTORS))
 
     def admit(self, connection: Connection, num_open: int) -> None:
-        """Lets a new connection wait for a request. Beyond the limit, closes the one that waits longest. If only the
-        new one waits, closes that, but only beyond RESERVED_DESCRIPTORS more. `num_open`: connections, the new one
-        included.
+        """Admits a new connection, which waits for its first request. Beyond the limit, closes the connection that
+        waits longest for a request. If no other one waits, closes the new one, but only beyond the limit plus
+        RESERVED_DESCRIPTORS. `num_open`: number of connections, the new one included.
         """
         self.waiting[connection] = None
         if num_open <= self.limit:

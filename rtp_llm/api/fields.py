@@ -29,24 +29,24 @@ MAX_WALKED_ITEMS = 65536  # schemas refuse longer lists
 
 
 class Refusal(NamedTuple):
-    """The reason why a field is refused, and the default value (or tuple of values) that means "not set".
-
-    null, false, 0 and empty values also mean "not set".
+    """The reason why a schema that does not declare a field refuses it, and the field's default: a value, or a tuple of
+    values, that means "not set". Other values with this meaning: see `is_neutral` and, for a schema that declares the
+    field, `is_empty`.
     """
 
     reason: str
     default: Any = None
 
     def is_neutral(self, value: Any) -> bool:
-        """Returns whether a client that sends this value for the refused field means "not set": the field's default,
-        or, unless that is true, an empty value, false or 0.
+        """Returns whether this value of an undeclared field means "not set": it is the field's default or, unless the
+        default is true, it is empty, false, 0 or null.
         """
         defaults = self.default if isinstance(self.default, tuple) else (self.default,)
         return value in defaults or (not value and self.default is not True)
 
     def is_empty(self, value: Any) -> bool:
-        """Returns whether this value means "not set" for a field of any type: it is empty, or it is false and the
-        default is not true. 0 does not: the client may want 0.
+        """Returns whether this value of a declared field means "not set", whatever the field's type: it is empty or,
+        unless the default is true, it is false. 0 is a value that the client may want.
         """
         return value in ("", [], {}) or (value is False and self.default is not True)
 
@@ -150,10 +150,11 @@ def ignore(path: str, names: Iterable[str]) -> None:
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Returns the fields of a body, or of an object in it, that are set.
 
-    Drops null fields, and empty values of declared fields that constrain the text. Of the fields that `model` does not
-    declare, those in its `refusals` (by default REFUSALS for the body, none for an object in it) raise RequestError 400
-    unless their value means "not set"; others are ignored. Does the same in nested models. A model with
-    extra="allow" keeps its extra fields, which the caller must check.
+    Drops null fields (except `nullable_fields` of `model`), and declared fields in `refusals`, such as a grammar, whose
+    value is empty. Of the fields that `model` does not declare, those in `refusals` raise RequestError 400 unless their
+    value means "not set"; others are ignored. `refusals` are those of `model`, by default REFUSALS for the body and
+    none for an object in it. Does the same in nested models. A model with extra="allow" keeps its extra fields, which
+    the caller must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

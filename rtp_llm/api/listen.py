@@ -62,7 +62,7 @@ def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
         files = f"SSL_CERTFILE={config.ssl_certfile}, SSL_KEYFILE={config.ssl_keyfile}"
         allowed = "a PEM certificate chain and its private key without a passphrase"
         reason = error.strerror or error
-        raise ConfigError(f"{files}: cannot be used: {reason}; allowed: {allowed}", check="M-14") from None
+        raise ConfigError(f"{files}: cannot be used for TLS: {reason}; allowed: {allowed}", check="M-14") from None
     if uvicorn_config.ssl:
         # uvicorn would show a connection to its protocol only after the handshake, and allow it a minute.
         uvicorn_config.http_protocol_class = partial(TlsHandshake, uvicorn_config.ssl)  # type: ignore[assignment]

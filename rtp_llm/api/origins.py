@@ -42,7 +42,9 @@ class OriginPolicy:
         return scheme in APP_SCHEMES or (scheme in ("http", "https") and is_loopback_name(host_name(rest)))
 
     def refusal(self, scope: Scope) -> RequestError | None:
-        """Returns the error for a refused request, otherwise None: 403 for a foreign origin or host, 415 for a form."""
+        """Returns the error for a refused request, otherwise None: 403 for a foreign origin or host, 415 for a web
+        page's POST with a content type that browsers send without a preflight, such as that of a form.
+        """
         host, origin = host_header(scope), _header(scope, b"origin")
         if self.checks_host and not self._allows_host(host):
             hint = f"set ALLOWED_HOSTS={host[:200]}, or an API_KEY"
@@ -76,7 +78,9 @@ class OriginPolicy:
 
 
 class OriginMiddleware(CORSMiddleware):
-    """CORS, and rejection of what `policy` refuses. None, if requests need an API key, allows any origin."""
+    """CORS, and rejection of requests that `policy` refuses. If `policy` is None, as requests need an API key, any
+    origin is allowed.
+    """
 
     def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[str, RequestError], Response]):
         origins: Collection[str] = () if policy else ("*",)

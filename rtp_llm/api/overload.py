@@ -23,9 +23,9 @@ GENERATION_PATHS = {
 class OverloadMiddleware:
     """Rejects generation requests with 429 while the server has no free slot, not even for one more sequence.
 
-    It stands behind all other middleware, and once more in front of it, for the `plain` requests: those that no other
-    middleware would refuse, and whose responses need nothing of it. With a thousand clients that half of a rejection's
-    time which the others take is what most of these clients wait for.
+    Two instances run: one behind all other middleware, and one in front of it for the `plain` requests, which no other
+    middleware would refuse and whose responses need nothing of it. The one in front avoids the other middleware, which
+    takes half of a rejection's time: that matters if most of a thousand clients are rejected.
     """
 
     def __init__(

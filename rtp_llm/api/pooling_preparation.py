@@ -73,8 +73,8 @@ class EmbeddingPreparation:
     def similarity(
         self, preparation: Preparation, raw: bytes, limits: PromptLimits
     ) -> PreparedInputs[SimilarityRequest]:
-        """Returns the prompts of all `left` texts, then of all `right` texts. In the returned body, `left` has as many
-        empty texts, to split the embeddings again.
+        """Returns the prompts of all `left` texts, then of all `right` texts. In the returned body, each `left` text is
+        empty: only their number is needed, to find where the embeddings of the `right` texts begin.
         """
         body = parse_body(SimilarityRequest, raw)
         if body.return_response:

@@ -52,7 +52,7 @@ class PromptEncoder:
 
     def encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Returns the token ids of forbidden words. A word has two forms, as tokens differ at the start of a text and
-        after a space; one is enough if the second ends with the first.
+        after a space. Returns only the first one if the ids of the second end with its ids.
         """
         found: list[tuple[int, ...]] = []
         for word in words:

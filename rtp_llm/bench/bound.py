@@ -22,7 +22,8 @@ from rtp_llm.model.spec import ModelSpec
 class Precision:
     """How weights are stored and multiplied.
 
-    bits, head_bits: per weight of the layers and of the output head, including scales. dtype: of the products.
+    bits, head_bits: per weight of the layers and of the output head, including scales. dtype: in which weights and
+    activations are multiplied.
     """
 
     bits: float
@@ -51,7 +52,9 @@ class MachineRates:
 
 
 class Probe(WorkerProcess):
-    """Context manager that measures the machine's rates, bytes read and operations per second. Takes two seconds."""
+    """A child process that measures the machine's rates, bytes read from memory and operations per second, in two
+    seconds per call of `measure`. As a context manager, ends the process on exit.
+    """
 
     def __init__(self) -> None:
         super().__init__("rtp_llm.bench.probe", str(usable_cores()))
@@ -74,8 +77,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, checkpoint: Path, precision: Precision) -> "ModelCost":
-        """Returns the numbers of weights, bytes per token in the KV cache and operations per key of a model, from the
-        headers of its checkpoint. Raises CheckpointError or ConfigError.
+        """Returns how many weights a model has in its layers and output head, its KV cache bytes per token and its
+        operations per key that a token attends to, from the headers of its checkpoint. Raises CheckpointError or
+        ConfigError.
         """
         spec = read_spec(checkpoint)
         return cls(
@@ -116,8 +120,8 @@ class Bound:
 
     @classmethod
     def of(cls, cost: ModelCost, rates: MachineRates, workload: Workload, concurrency: int) -> "Bound":
-        """Returns the highest rates that a machine with the measured `rates` allows for a workload. `concurrency`:
-        number of concurrent requests.
+        """Returns the highest token rates for a workload on a machine with the measured `rates` (bytes and operations
+        per second). `concurrency`: number of concurrent requests.
 
         A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
         bytes and total operations count.

@@ -65,7 +65,9 @@ class Report:
         return median([value(run) for run in self.runs_of(case.name, target)] or [0.0])
 
     def rate(self, case: Case, target: str) -> float:
-        """Returns the rate that characterizes a case, such as its output rate, in tokens per second."""
+        """Returns the main rate of a case in tokens per second: the input rate if its requests have a single output
+        token, else the output rate.
+        """
         return self.median(case, target, rate_of(case))
 
     def bound(self, case: Case, target: str) -> float:

@@ -26,11 +26,11 @@ TOP_TOKEN = np.dtype([("id", "i4"), ("value", "f4")])
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Statistics of the engine after a step. Counters start at 0 when the ranks form a new communicator (a new epoch).
+    """Statistics of the engine after a step. Totals start at 0 when the ranks form a new communicator (a new epoch).
 
-    running, waiting: current number of requests, each one sequence. kv_used: KV blocks in use by requests. flops,
-    read_bytes, write_bytes: estimates of `runner.cost`. step_tokens, step_seconds: tokens and duration of the last
-    step; 0 if there was none.
+    running, waiting: current number of requests, each one sequence. kv_used: KV blocks in use by requests. step_tokens,
+    step_seconds: tokens and duration of the last step; 0 if there was none. All others are totals; `runner.cost`
+    estimates flops, read_bytes and write_bytes.
     """
 
     running: int = 0

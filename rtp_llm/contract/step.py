@@ -59,7 +59,9 @@ class Step:
         return int(self.counts.sum())
 
     def to_bytes(self) -> bytes:
-        """Returns the payload of a STEP frame: epoch, number, digest, the number of rows of each array, the arrays."""
+        """Returns the payload of a STEP frame: epoch, number of the step, digest (checksum that all ranks must get when
+        they apply the step), the number of rows of each array, the arrays.
+        """
         arrays = [getattr(self, name) for name in ARRAYS]
         lengths = np.array([len(array) for array in arrays], np.int32)
         header = HEADER.pack(self.epoch, self.number, self.digest)

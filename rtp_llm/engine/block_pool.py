@@ -105,8 +105,8 @@ class BlockPool:
         return blocks
 
     def mark_populated(self, num_blocks: int) -> None:
-        """Counts the first `num_blocks` blocks, except retired ones, as occupying memory even if they were never
-        allocated: a thread has pre-faulted their pages.
+        """Counts the first `num_blocks` blocks as occupying memory even if they were never allocated, because a thread
+        has pre-faulted their pages. Excludes retired blocks, whose memory was returned to the kernel.
         """
         for block in range(self._num_populated, num_blocks):
             if block in self._untouched:

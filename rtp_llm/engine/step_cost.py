@@ -56,7 +56,8 @@ IDLE = StepWork(0)
 
 class StepCost:
     """Predicts the duration of steps. Learns the seconds per unit of each kind of work in `StepWork`. The duration of a
-    step is the larger of its fixed cost and the cost of its rows, plus the cost of the keys.
+    step is the larger of its fixed cost and the cost of its rows (tokens), plus the cost of the keys that these attend
+    to.
 
     An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So costs
     stay positive, and those of GPUs, 100 times smaller, are learned alike. A step does not change the cost of work that

@@ -123,7 +123,9 @@ def _explained(name: ModelName) -> Iterator[None]:
         if status in (401, 403):
             raise _access_error(name, error) from None
         problem = f"answers {status} {error.response.reason_phrase}"
-        raise ConfigError(f"{name}: {hub} {problem}; try again later, or set HF_ENDPOINT", check=HUB_ANSWERS) from None
+        raise ConfigError(
+            f"{name}: {hub} {problem}; try again later, or set HF_ENDPOINT to a mirror", check=HUB_ANSWERS
+        ) from None
     except (httpx2.HTTPError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise ConfigError(

@@ -34,8 +34,8 @@ MAX_PARALLEL_FILES = 8  # as huggingface_hub does
 def download_weights(model: RemoteModel) -> None:
     """Downloads the files of `model.weights` that the cache lacks, several at once.
 
-    Raises what huggingface_hub raises, and OSError if a continued file is not what its etag says; the received part
-    stays in the cache.
+    Raises huggingface_hub's errors; the received part of a file stays in the cache, and the next call continues it.
+    Raises OSError and removes the file if a continued file's SHA-256 is not its etag.
     """
     with ThreadPoolExecutor(MAX_PARALLEL_FILES) as pool:
         list(pool.map(partial(_download_file, model), model.weights))
@@ -93,7 +93,7 @@ def _receive_from_xet(xet: XetFileData, size: int, stream: BinaryIO, headers: di
     except RuntimeError as error:  # hf_xet's error for all that is not a failed connection
         raise OSError(f"Xet storage: {error}") from None
     if stream.tell() < size:  # a stream that fails only ends
-        raise OSError(f"Xet storage sent {stream.tell()} of {size} bytes")
+        raise OSError(f"Xet storage ended the transfer of a file after {stream.tell()} of its {size} bytes")
 
 
 @cache
@@ -104,9 +104,9 @@ def _xet_session() -> "hf_xet.XetSession":
 
 
 def _verify(path: Path, etag: str, label: str) -> None:
-    """Raises OSError and removes a file whose content is not `etag`, as after a crash of the machine."""
+    """Raises OSError and removes a file whose SHA-256 is not `etag`, as after a crash of the machine."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != etag:
         path.unlink()
-        raise OSError(f"{label} was continued, but its SHA-256 is {digest} instead of {etag}")
+        raise OSError(f"{label} was continued, but its SHA-256 is {digest} instead of {etag}; removed it")

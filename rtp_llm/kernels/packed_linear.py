@@ -53,8 +53,8 @@ class Packed(LinearMethod):
         return {"weight": packed}
 
     def apply(self, x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
-        """Returns the layer's output, computed from the blocks (implements `LinearMethod`). For a gated layer
-        (gate_proj and up_proj), that is silu(gate) * up.
+        """Returns the layer's output, computed from the blocks of the weight matrix (implements `LinearMethod`). For a
+        gated layer (gate_proj and up_proj), that is silu(gate) * up.
         """
         if x.stride(-1) != 1:
             x = x.contiguous()

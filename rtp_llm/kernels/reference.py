@@ -36,12 +36,13 @@ MASKED = -1e30  # finite: a query that sees no key of a split gets the weight ex
 @dataclass(frozen=True)
 class Call:
     """One call of the attention operation, for items of a `Wave` that have the same number of keys. An item is a tile
-    (some queries of one sequence; one in a decode) with a split of the sequence's keys.
+    (some queries of one sequence; one in a decode) and one range (split) of the sequence's keys.
 
     places: [items], index of each item in the wave. queries: [items * tile], rows of q.
     blocks: [items, blocks per item], ids of the blocks with the keys.
-    unused: slots of the gathered keys, in blocks that also have used slots, that the tile must not see. They may hold
-        NaN, which a mask does not remove: 0 * NaN is NaN. Blocks without used slots are the null block, which is zero.
+    unused: indices of gathered slots to set to zero: those that a tile must not see, in blocks that it sees in part.
+        They may hold NaN, which a mask does not remove: 0 * NaN is NaN. A block of which the tile sees no slot is
+        replaced by the null block, which is zero.
     mask: [items, tile, keys] float32, 0 or MASKED; None if every query sees every key.
     """
 
@@ -67,8 +68,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Wave:
-    """Some tiles (queries of one sequence that are computed together) of a step. A tile with a split of its keys is an
-    item; the outputs of a wave's items are in memory until those of each tile are combined.
+    """Some tiles (queries of one sequence that are computed together) of a step. A tile and one range (split) of its
+    keys are an item. Memory limits the tiles of a wave: the outputs of all its items are kept until those of each tile
+    are combined.
 
     tile: queries per tile. tile_of_item: [items], ascending; items of a tile are in order of position.
     rows: [queries], index of each query in the tiles [num_tiles * tile], whose other rows are padding.
@@ -167,8 +169,8 @@ class _Planner:
         self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
 
     def waves(self) -> Iterator[Wave]:
-        """Yields the attention work in waves: first decodes, then chunks of prompts. The partial outputs of a wave,
-        one for each part of a context, fit the workspace.
+        """Yields the attention work in waves: first decodes, then chunks of prompts. The outputs of a wave's items
+        (before those of each tile are combined) fit the workspace.
         """
         sequences = np.arange(len(self.seq_lens))
         for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):

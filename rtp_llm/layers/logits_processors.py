@@ -188,7 +188,9 @@ class _EditTable:
                 self._count(self._appended.pop(), -1)
 
     def after(self, drafts: Sequence[int]) -> _Edits:
-        """Returns copies of the edits (token ids, factors, terms) as if the drafts were tokens of the output."""
+        """Returns copies of the edits of the logits (token ids, factors, terms), as if the draft tokens were part of
+        the output.
+        """
         self.append(drafts)
         edits = np.array(self._ids), np.array(self._factors), np.array(self._terms)
         self.pop(len(drafts))

@@ -126,7 +126,9 @@ class GpuInventory:
 
     @property
     def visible(self) -> list[Gpu]:
-        """Returns the GPUs visible to CUDA, in CUDA's order. For a MIG instance, returns the first GPU in MIG mode."""
+        """Returns the GPUs visible to CUDA, in CUDA's order. A visible MIG instance is listed as the first GPU in MIG
+        mode, which need not be its own.
+        """
         by_index = {gpu.index: gpu for gpu in self.all}
         mig_gpu = next((gpu for gpu in self.all if gpu.mig), None)
         selected = [by_index.get(i) if i >= 0 else mig_gpu for i in self.selection.indices]

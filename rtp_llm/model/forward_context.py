@@ -76,8 +76,8 @@ class ForwardContext:
 
     @property
     def ropes(self) -> list[RotaryEmbedding]:
-        """Returns the RotaryEmbeddings for which a layer has called `cos_sin` in this step. `runner.recorded_steps`
-        computes them anew before it replays the step.
+        """Returns the rotary embeddings for which a layer has called `cos_sin` in this step. `runner.recorded_steps`
+        computes their cosines and sines before it records the layers of another step.
         """
         return [rope for rope, *_ in self._rotations.values()]
 

@@ -1,7 +1,7 @@
 """The task that a checkpoint is served for, and the sentence-transformers files that define its embeddings. No torch.
 
-sentence-transformers (sbert.net) lists the steps after the decoder in modules.json. config_sentence_transformers.json
-has named prompts, texts that are put before the client's text.
+sentence-transformers (sbert.net) lists the decoder and the modules after it in modules.json.
+config_sentence_transformers.json has named prompts, texts that are put before the client's text.
 """
 
 import json
@@ -26,15 +26,15 @@ def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
     """Returns how the checkpoint in the directory `path` turns texts into embeddings. Without modules.json, uses the
     normalized hidden state of the last token, as Qwen3-Embedding does.
 
-    Raises CheckpointError, which names the file, if modules.json requires an unsupported step.
+    Raises CheckpointError, which names the file, if modules.json requires an unsupported module.
     """
     steps = _read(path / "modules.json", list)
     names = [str(step.get("type", "")).rpartition(".")[2] for step in steps or [] if isinstance(step, dict)]
     other = next((name for name in names if name not in _STEPS), None)
     if other is not None:
         raise CheckpointError(
-            f"{path / 'modules.json'}: the step {other!r} is not supported; allowed: {', '.join(_STEPS)}; or set"
-            " TASK_TYPE if this is not an embedding model"
+            f"{path / 'modules.json'}: the module {other!r} is not supported; allowed: {', '.join(_STEPS)}; if"
+            " this is not an embedding model, set TASK_TYPE=LANGUAGE_MODEL or RERANKER"
         )
     for step in (step for step, name in zip(steps or [], names, strict=True) if name == "Pooling"):
         _check_pooling(path / str(step.get("path", "")) / "config.json")

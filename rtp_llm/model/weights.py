@@ -114,7 +114,9 @@ class _CheckpointLayout:
         return shapes
 
     def locate(self, weight_slice: WeightSlice) -> Iterator[WeightSlice]:
-        """Yields the slice with the checkpoint's names and rows, as several slices if a fused tensor splits it."""
+        """Yields the slices of the checkpoint that make up a slice with Llama's tensor name: several if its rows are
+        not adjacent in a fused tensor.
+        """
         fused = self._names.find_fused(weight_slice.name)
         if not fused:
             yield replace(weight_slice, name=self._names.rename(weight_slice.name))

@@ -74,7 +74,9 @@ class GangClient:
         threading.Thread(target=self._stay_connected, name="gang", daemon=True).start()
 
     def wait_for_work(self) -> None:
-        """Blocks until this process has a rank, or is the spare of a gang that serves. Raises GangError."""
+        """Blocks until this process has a rank or, if it is the spare (which replaces a lost rank), until all ranks
+        serve. Raises GangError if the coordinator rejects this part or is not reachable for GANG_TIMEOUT_MIN.
+        """
         with self._changed:
             while not (self._assignment or self._serves()):
                 self._check_rejection()
@@ -92,7 +94,7 @@ class GangClient:
         """Waits for each rendezvous of all ranks, and yields this process's assignment in it. Raises GangError.
 
         An epoch is the time until a rank is lost. Before the caller asks for the next assignment, it must have closed
-        the communicator of the last one. It keeps the loaded weights.
+        the communicator of the last epoch. The caller keeps the loaded weights.
         """
         while True:
             yield self._wait_for_rank()

@@ -27,7 +27,9 @@ MAX_LOGGED_REASONS = 1000
 
 @dataclass(eq=False)
 class Connection:
-    """A connection to the port, from a stranger until `is_known` is set. `connected_at`: monotonic seconds."""
+    """A connection to the port. `is_known`: the client has shown that it belongs to the gang; until then it is a
+    stranger. `connected_at`: monotonic seconds.
+    """
 
     sock: socket.socket
     address: str
@@ -40,7 +42,9 @@ class Connection:
 
 
 class GangPort:
-    """Reads the frames of all connections at once, so that a slow stranger delays nobody."""
+    """A listening port for processes of the gang. Reads the frames of all connections concurrently, so that a slow
+    client that has not shown yet who it is (a stranger) does not delay others.
+    """
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class GangPort:
             self._log(connection, reason)
 
     def release(self, connection: Connection) -> None:
-        """Leaves an open connection to the caller."""
+        """Hands an open connection over to the caller: this port no longer reads or closes it."""
         del self._connections[connection]
         self._selector.unregister(connection.sock)
 

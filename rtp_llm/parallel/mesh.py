@@ -15,8 +15,8 @@ class MeshAxis(Group):
 
     size: number of these ranks, this one included. rank: this one's index among them.
 
-    Layers keep the axis for good. When a rank was lost, the ranks form a new communicator, and the axis is bound to
-    that. If an axis of several ranks has none at the moment, a collective raises CommunicationError.
+    Layers keep the axis for good. When a rank was lost, the ranks form a new communicator, to which the axis is bound.
+    While an axis of several ranks has no communicator, its collectives raise CommunicationError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -71,6 +71,6 @@ class Mesh:
 
     @classmethod
     def of(cls, plan: Plan, rank: int) -> "Mesh":
-        """Returns the mesh of a world rank. Adjacent ranks are in the same tensor-parallel group."""
+        """Returns the mesh with the indices of a world rank. Adjacent ranks are in the same tensor-parallel group."""
         dp_rank, tp_rank = divmod(rank, plan.tp_size)
         return cls(MeshAxis(tp_rank, plan.tp_size), dp=MeshAxis(dp_rank, plan.dp_size))

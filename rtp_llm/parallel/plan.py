@@ -112,7 +112,7 @@ class Plan:
         return ports
 
     def local_ports(self) -> list[PlannedPort]:
-        """Returns all ports on which this part listens. Does not need a member list (LEADER_ADDRESS)."""
+        """Returns all ports on which this part listens. Needs no member list: LEADER_ADDRESS suffices."""
         return self.ports(self.member(self.part) or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:

@@ -106,7 +106,8 @@ class RankStatus:
         (whether it computes nothing for want of memory) and `stands_still` (whether it seems to hang, perhaps because
         the network loses what others send).
 
-        If memory is short, frees what it can: the main thread may hang in its step, evicted again and again.
+        If memory is short, frees what it can: the main thread may hang in its step, as the kernel keeps evicting its
+        code.
         """
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]

@@ -25,7 +25,7 @@ class KVCacheSize:
 
 @dataclass(eq=False)
 class Worker:
-    """A process that can serve as a rank; a part has one more of them than ranks.
+    """A process that can serve as a rank. A part has one more than ranks: a spare, which replaces a lost one.
 
     index: number among the workers of its part. resident_rank: the rank whose weights it has in memory. rank: its rank
     in the current or last communicator. is_waiting: it waits for a rank; otherwise it is in a communicator or still

@@ -137,7 +137,9 @@ class SharedMemoryGroup:
 
 
 class TorchExchange:
-    """An `Exchange` without native kernels. Needs a CPU that does not reorder stores: `segment.is_supported`."""
+    """Implements `Exchange`, collectives of CPU ranks through shared memory, with torch instead of native kernels.
+    Needs a CPU that does not reorder stores: `segment.is_supported`.
+    """
 
     def __init__(self, memory: Tensor, rank: int, size: int, timeout: float):
         """`memory`: the segment, uint8."""
@@ -162,8 +164,8 @@ class TorchExchange:
         return self._exchange(tensor, lambda chunk, chunks: chunk.copy_(chunks[0]))
 
     def _exchange(self, tensor: Tensor, use: Callable[[Tensor, Tensor], object]) -> bool:
-        """Calls `use` with each piece of the tensor that fits a slot, and with those of all ranks, [size, elements].
-        Returns False if one is missing.
+        """Calls `use` with each piece of the tensor that fits a slot, and with the same pieces of all ranks, [size,
+        elements]. Returns False if a rank's piece is missing.
         """
         for chunk in _split(tensor.view(-1)):
             chunks = self._share(chunk)

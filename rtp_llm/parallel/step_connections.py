@@ -35,8 +35,9 @@ def accept_ranks(listener: socket.socket, part_spec: PartSpec, assignment: Assig
         connection.challenge.check(message)
         if (message["incarnation"], message["epoch"]) != (assignment.incarnation, assignment.epoch):
             raise WireError(
-                f"the peer is a rank of epoch {message['epoch']} (number of the gang's start) or of another"
-                f" coordinator; rank 0 is in epoch {assignment.epoch}"
+                f"the peer is a rank of another epoch ({message['epoch']}), or of another part 0 (before its restart,"
+                f" or of another gang); allowed: ranks of this part 0's epoch {assignment.epoch} (the gang's starts so"
+                " far)"
             )
         rank = int(message["rank"])
         if rank in ranks or not 0 < rank < size:

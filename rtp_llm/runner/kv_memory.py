@@ -73,10 +73,11 @@ class KVMemory:
             self._thread.start()
 
     def begin_epoch(self) -> None:
-        """Discards the content for a new communicator of the ranks, and starts to pre-fault the pages.
+        """Prepares the memory for a new communicator of the ranks, whose steps do not read the old content: starts to
+        pre-fault the pages.
 
-        First returns all pages to the kernel, unless all blocks have been pre-faulted and none is retired: it is
-        unknown which of the other blocks occupy memory because a step has written them.
+        If a block is not pre-faulted or is retired (its pages returned), first returns the pages of all blocks to the
+        kernel: it is unknown which of such blocks occupy memory, since steps may have written them.
         """
         if self._is_paged and (self.num_populated < len(self.blocks) or self._retired.any()):
             self.close()

@@ -101,8 +101,8 @@ class Watchdog:
         self._changed_at: dict[str, tuple[object, float]] = {}
 
     def tick(self, now: float) -> None:
-        """Sets the current time; call it every POLL_SECONDS. A much longer pause does not count as silence: this
-        process, and perhaps all others, were stopped.
+        """Sets the current time; call it every POLL_SECONDS. A much longer time between two calls does not count as
+        silence of the watched processes: this process was stopped, and perhaps they were too.
         """
         if now - self._now > FROZEN_SECONDS:
             self._awake_since = now

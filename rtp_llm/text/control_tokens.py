@@ -32,8 +32,8 @@ class ControlTokens:
     """The control tokens of a tokenizer and of chat templates with the sources `templates`.
 
     These are the special tokens, and the added tokens in angle brackets that a template writes: `<tool_call>` is not
-    special in Qwen's tokenizers. In messages they become plain text, except for the latter in assistant messages,
-    because clients get them as text and send them back. Clients never get the text of a special token.
+    special in Qwen's tokenizers. In messages they are encoded as plain text. In assistant messages, only special tokens
+    are: clients never get their text, but they get the text of the others and send it back.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: Collection[str]):
@@ -60,7 +60,9 @@ class ControlTokens:
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 
     def encode(self, pieces: Sequence[str]) -> list[int]:
-        """Returns the ids of the concatenated pieces. A control token has its effect only within a piece."""
+        """Returns the ids of the concatenated pieces. A control token's text is encoded as the token only if it lies
+        within one piece.
+        """
         if len(pieces) == 1:
             return self._encode(pieces[0], add_special_tokens=False)
         # With the whole text, words at the cuts are encoded as if there were none.

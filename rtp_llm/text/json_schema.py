@@ -127,8 +127,8 @@ def _check_multiple_of(schema: dict[str, Any]) -> None:
     divisor = schema.get("multipleOf")
     if isinstance(divisor, int | float) and divisor > 0 and Fraction(str(divisor)).numerator > MAX_DIVISOR:
         raise GrammarError(
-            f"the JSON schema's keyword multipleOf cannot be enforced if it is {divisor}; allowed: a"
-            f" number whose numerator as a fraction is at most {MAX_DIVISOR}"
+            f"the JSON schema's keyword multipleOf cannot be enforced if it is {divisor}; allowed: a number that, as a"
+            f" reduced fraction (0.25 is 1/4), has a numerator of at most {MAX_DIVISOR}"
         )
 
 

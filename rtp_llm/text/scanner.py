@@ -20,8 +20,8 @@ class Malformed(Exception):
 
 
 class Scanner:
-    """A reader of a model's output for parsers: the text that has arrived, and the read position. Discards text before
-    both the position and the mark.
+    """A reader of a model's output for parsers: the text that has arrived, the read position and, if set, a mark at an
+    earlier position. Discards text before both.
     """
 
     def __init__(self) -> None:

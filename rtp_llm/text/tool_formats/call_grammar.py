@@ -63,8 +63,9 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
     root = {key: schema[key] for key in _ROOT_KEYS if key in schema}
     if len(by_name) * len(json.dumps(root)) > MAX_CHARACTERS or len(by_name) > MAX_PARAMETERS:
         raise GrammarError(
-            f"tool {tool.name} has {len(by_name)} parameters, and its grammar repeats the schema's $defs for each;"
-            f" allowed: at most {MAX_PARAMETERS} parameters, and {MAX_CHARACTERS} characters of all $defs together"
+            f"tool {tool.name} has {len(by_name)} parameters, and its grammar repeats the schema's $defs"
+            f" ({len(json.dumps(root))} characters) for each; allowed: at most {MAX_PARAMETERS} parameters, and"
+            f" {MAX_CHARACTERS} characters of $defs in all repetitions together"
         )
     return [
         (name, {**item, **root} if isinstance(item, dict) else item, name in required) for name, item in by_name.items()

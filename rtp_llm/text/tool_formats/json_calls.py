@@ -27,8 +27,8 @@ class JsonCallParser(ToolCallParser, ABC):
     is_strict: ClassVar[bool] = False
 
     def read_object(self, is_open: bool = False) -> Reading[None]:
-        """Reads one call; with `is_open`, its opening brace has been read. Raises Malformed if the text is not a call.
-        If name and arguments have been sent to the client by then, only the text after them becomes content.
+        """Reads one call; with `is_open`, its opening brace has been read. Raises Malformed if the text is not a call:
+        all of it then becomes content or, if name and arguments have been sent to the client, only what follows these.
         """
         scanner, name, arguments, is_announced = self.scanner, "", "", False
         if not is_open:
