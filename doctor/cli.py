@@ -225,7 +225,7 @@ def _parse_ids(text: str) -> list[str]:
 
 def _list(args: argparse.Namespace) -> int:
     if args.output not in ("table", "json"):
-        raise UsageError(f"list has no format {args.output} (choose from 'table', 'json')")
+        raise UsageError(f"--output={args.output} is not available for `list` (choose from 'table', 'json')")
     if args.output == "json":
         rows = [
             {"id": c.id, "category": c.category, "tier": c.tier, "severity": c.severity, "title": c.title}

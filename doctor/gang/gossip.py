@@ -122,7 +122,9 @@ class GossipSession:
         self._direct_reports |= {report.part: report for report in own if report.part != self.plan.part}
 
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
-        """Stores reports of other parts, unless a newer report of the same run is already stored."""
+        """Stores reports of other parts, except those that are older than a stored one of the same run of that part's
+        doctor.
+        """
         for data in reports:
             received = PartReport.from_json(data)
             if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:

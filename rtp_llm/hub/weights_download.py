@@ -34,8 +34,8 @@ MAX_PARALLEL_FILES = 8  # as huggingface_hub does
 def download_weights(model: RemoteModel) -> None:
     """Downloads the files of `model.weights` that the cache lacks, several at once.
 
-    Raises what huggingface_hub raises, and OSError if a continued file is not what its etag says; the received part
-    stays in the cache.
+    Raises what huggingface_hub raises; the received part of a file then stays in the cache. Raises OSError if the
+    SHA-256 of a resumed file is not its etag.
     """
     with ThreadPoolExecutor(MAX_PARALLEL_FILES) as pool:
         list(pool.map(partial(_download_file, model), model.weights))
@@ -53,7 +53,7 @@ def _download_file(model: RemoteModel, etag: str) -> None:
         with unfinished.open("r+b") as stream:
             start = stream.seek(0, 2)
             if start:
-                log.info("%s: continuing %s at %.0f MB", model.name, model.weights[etag], start / 1e6)
+                log.info("%s: resuming %s at %.0f MB", model.name, model.weights[etag], start / 1e6)
             _receive(model, etag, stream)
         if start:
             _verify(unfinished, etag, f"{model.name}: {model.weights[etag]}")
@@ -61,7 +61,7 @@ def _download_file(model: RemoteModel, etag: str) -> None:
 
 
 def _claim_unfinished(blob: Path, size: int) -> Path:
-    """Returns the file to continue, under a new name: the longest one, or an empty one. Removes the others."""
+    """Returns the unfinished file to resume, under a new name: the longest one, or an empty one. Removes the others."""
     found = sorted(blob.parent.glob(f"{blob.name}{RESUMABLE}*"), key=lambda path: path.stat().st_size)
     claimed = blob.with_name(f"{blob.name}{RESUMABLE}{uuid.uuid4().hex[:8]}{INCOMPLETE}")
     if found and found[-1].stat().st_size <= size:
@@ -104,9 +104,9 @@ def _xet_session() -> "hf_xet.XetSession":
 
 
 def _verify(path: Path, etag: str, label: str) -> None:
-    """Raises OSError and removes a file whose content is not `etag`, as after a crash of the machine."""
+    """Raises OSError and removes a file whose SHA-256 is not `etag`, as after a crash of the machine."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != etag:
         path.unlink()
-        raise OSError(f"{label} was continued, but its SHA-256 is {digest} instead of {etag}")
+        raise OSError(f"{label}: the resumed download has SHA-256 {digest} instead of {etag}, and was removed")

@@ -128,7 +128,9 @@ class W8A8(Int8):
 
     @staticmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Returns the layer's input, rounded to 8 bits with one scale per row (implements `Quantized`)."""
+        """Returns the layer's input as float32, each row rounded to integers of 8 bits times the row's scale
+        (implements `Quantized`).
+        """
         return dequantize(*_round_to_scale(x.float(), 127))
 
 

@@ -49,7 +49,9 @@ class Challenge:
 
 
 class Answer:
-    """The connecting side's half: signs its first message for the challenge that it has received."""
+    """The connecting side's half of the authentication of a connection by GANG_SECRET: signs that side's first message
+    for the challenge that it has received.
+    """
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""

@@ -55,7 +55,8 @@ class ControlTokens:
         """Returns the JSON value with `mark` inserted into the control tokens that its strings and keys contain, so
         that they have no effect.
 
-        `is_answer`: the strings are from an assistant message, in which only special tokens lose their effect.
+        `is_answer`: the strings are from an assistant message, in which special tokens lose their effect, but not tags
+        such as `<tool_call>`.
         """
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 
