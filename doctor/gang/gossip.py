@@ -380,7 +380,7 @@ class GossipSession:
         """Asks each of `members` for its own report, which replaces the one that other parts have passed on.
 
         Without GANG_SECRET anybody can send reports, but only a part has its address. Returns the parts whose stored
-        reports did not come from there, and so may be forged.
+        reports did not come from the part's address, and so may be forged.
         """
         if self.secret:
             return []

@@ -53,7 +53,7 @@ class KVCacheGroup:
     block_size: int
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Returns the length of the block table of `num_tokens` tokens, with the blocks outside the window."""
+        """Returns the length of the block table of `num_tokens` tokens, blocks outside the window included."""
         return 1 if self.spec.per_sequence else -(-num_tokens // self.block_size)
 
     def max_resident_blocks(self, num_tokens: int, chunk: int) -> int:

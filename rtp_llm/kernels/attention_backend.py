@@ -31,7 +31,7 @@ class AttentionBackend(Protocol):
         """Returns the metadata that `forward` needs for the layers of this group, such as indices and masks on the
         device.
 
-        group: index into `batch.block_tables`. spec, block_size: as in the `contract.kv_cache.KVCacheGroup`.
+        group: index into `batch.block_tables`. spec, block_size: of this group, see `contract.kv_cache.KVCacheGroup`.
         """
         ...
 

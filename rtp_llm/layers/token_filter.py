@@ -109,7 +109,7 @@ class _UnsortedTokens:
         self.vocab_size = len(logits)
 
     def mass(self, end: _End) -> float:
-        """Returns the total weight (unnormalized probability) of the tokens in descending order up to `end`."""
+        """Returns the total weight (unnormalized probability) of the most probable tokens, up to `end` (bin, n)."""
         if end == self.end:
             return float(self._weights.sum())
         bin, count = end

@@ -73,7 +73,7 @@ class Answer:
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 
     def check_proof(self, proof: str) -> None:
-        """Raises WireError if the listening side has not proved that it knows GANG_SECRET."""
+        """Raises SecretError if the listening side has not proved that it knows GANG_SECRET."""
         if self._secret and not hmac.compare_digest(_sign(self._secret, self._nonce, "proof"), proof):
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 

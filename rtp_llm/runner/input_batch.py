@@ -22,8 +22,7 @@ class StepInputs:
     sequences; the ids of D tokens are only on the device. W: blocks of the longest sequence.
 
     token_ids: [T] int32; 0 for tokens whose ids are on the device.
-    device_indices, device_slots: [D] int32, indices among the T tokens of those on the device; the slots that hold
-        them.
+    device_indices, device_slots: [D] int32, indices of the D tokens among the T, and the slots of their sequences.
     query_start_loc: [S + 1] int32, sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
     seq_lens, prompt_lens: [S] int32, tokens of each sequence in the KV cache after this step; tokens of its prompt.
     block_tables: per KV cache group [S, W] int32, block ids in order of position, padded with the null block.

@@ -32,8 +32,8 @@ class ControlTokens:
     """The control tokens of a tokenizer and of chat templates with the sources `templates`.
 
     These are the special tokens, and the added tokens in angle brackets that a template writes: `<tool_call>` is not
-    special in Qwen's tokenizers. In messages they become plain text, except for the latter in assistant messages,
-    because clients get them as text and send them back. Clients never get the text of a special token.
+    special in Qwen's tokenizers. In messages they become plain text; in assistant messages only the special tokens do,
+    because clients get the others as text and send them back. Clients never get the text of a special token.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: Collection[str]):
