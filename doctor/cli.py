@@ -190,7 +190,7 @@ def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
     matches = {name: [c for c in REGISTRY.values() if name in (c.id, c.category.upper())] for name in names}
     unknown = [name for name, checks in matches.items() if not checks]
     if unknown:
-        raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
+        raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows all")
     excluded = [c for checks in matches.values() if all(c.tier not in tiers for c in checks) for c in checks]
     if excluded:
         ids = {tier: ", ".join(c.id for c in excluded if c.tier == tier) for tier in sorted({c.tier for c in excluded})}
@@ -219,13 +219,13 @@ def _parse_ids(text: str) -> list[str]:
     ids = [id.strip().upper() for id in text.split(",") if id.strip()]
     unknown = [id for id in ids if id not in REGISTRY]
     if unknown:
-        raise UsageError(f"no check {', '.join(unknown)}; `rtp-llm-doctor list` shows them")
+        raise UsageError(f"no check {', '.join(unknown)}; `rtp-llm-doctor list` shows all")
     return ids
 
 
 def _list(args: argparse.Namespace) -> int:
     if args.output not in ("table", "json"):
-        raise UsageError(f"list has no format {args.output} (choose from 'table', 'json')")
+        raise UsageError(f"--output={args.output} is not available for `list` (choose from 'table', 'json')")
     if args.output == "json":
         rows = [
             {"id": c.id, "category": c.category, "tier": c.tier, "severity": c.severity, "title": c.title}
@@ -239,9 +239,9 @@ def _list(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     if not args.argument:
-        raise UsageError("explain needs the id of a check; `rtp-llm-doctor list` shows them")
+        raise UsageError("explain needs the id of a check; `rtp-llm-doctor list` shows all")
     if args.argument.upper() not in REGISTRY:
-        raise UsageError(f"explain: no check {args.argument!r}; `rtp-llm-doctor list` shows them")
+        raise UsageError(f"explain: no check {args.argument!r}; `rtp-llm-doctor list` shows all")
     write(explain(REGISTRY[args.argument.upper()]))
     return DoctorExitCode.READY
 

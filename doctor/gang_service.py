@@ -110,8 +110,8 @@ class _Examiner:
         """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
         links.
 
-        Raises GangError if RTP_DOCTOR=enforce and the parts disagree for DISAGREE_SECONDS, unless gang.json has ranks:
-        they have reached the rendezvous, which ends these parts.
+        Raises GangError if RTP_DOCTOR=enforce and the parts disagree for DISAGREE_SECONDS, unless gang.json (the status
+        of the gang) contains ranks: then they have met at the coordinator, which ends parts that disagree.
         """
         evidence = self._read_evidence()
         if evidence != self._evidence:

@@ -397,7 +397,7 @@ def opens_access(config: Config, meant: str) -> bool:
 
 
 def upstream_variables() -> dict[str, UpstreamVariable]:
-    """Returns the variables of alibaba/rtp-llm that are accepted without effect, by name."""
+    """Returns the variables of alibaba/rtp-llm that this server does not use, by name."""
     table = json.loads(package("rtp_llm").joinpath("upstream_variables.json").read_text())
     return {name: UpstreamVariable(name=name, **entry) for name, entry in table.items()}
 

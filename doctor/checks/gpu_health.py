@@ -107,8 +107,8 @@ def pcie_width_is_full(ctx: CheckContext) -> CheckResult:
 
 @used_gpu_check("G-20", "no application clocks are set", severity=Status.WARN)
 def no_application_clocks(ctx: CheckContext) -> CheckResult:
-    """Application clocks (nvidia-smi -ac) that were set for a measurement and never reset limit the GPU's clock. The
-    check only shows them and never fails."""
+    """Application clocks (nvidia-smi -ac) that were set for a measurement and never reset limit the GPU's clock. For
+    information only: if some are set, the check is ok and names the GPUs."""
     if all(gpu.clock_reasons is None for gpu in ctx.used_gpus):
         return skip(NOT_REPORTED)
     limited = ", ".join(str(gpu.index) for gpu in ctx.used_gpus if (gpu.clock_reasons or 0) & APPLICATION_CLOCKS)

@@ -30,7 +30,7 @@ def architecture_is_supported(ctx: CheckContext) -> CheckResult:
     if ctx.embedding_error:
         fix = "choose another checkpoint, or TASK_TYPE=LANGUAGE_MODEL to use it for text"
         return error(
-            str(ctx.embedding_error), "an embedding that is the state of the last token, normalized or not", fix
+            str(ctx.embedding_error), "embeddings that are the last token's hidden state, normalized or not", fix
         )
     too_old = next((g for g in ctx.gpus.visible if ctx.on_gpu and g.capability and g.capability < (8, 0)), None)
     if too_old and spec.dtype == "bf16":

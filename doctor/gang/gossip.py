@@ -124,7 +124,9 @@ class GossipSession:
         self._direct_reports |= {report.part: report for report in own if report.part != self.plan.part}
 
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
-        """Stores reports of other parts, unless a newer report of the same run is already stored."""
+        """Stores reports of other parts, except those that are older than a stored one of the same run of that part's
+        doctor.
+        """
         for data in reports:
             received = PartReport.from_json(data)
             if received.part == self.plan.part or not 0 <= received.part < self.plan.num_parts:
@@ -380,7 +382,7 @@ class GossipSession:
         """Asks each of `members` for its own report, which replaces the one that other parts have passed on.
 
         Without GANG_SECRET anybody can send reports, but only a part has its address. Returns the parts whose stored
-        reports did not come from there, and so may be forged.
+        reports did not come from the part's address, and so may be forged.
         """
         if self.secret:
             return []

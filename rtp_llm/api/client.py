@@ -158,7 +158,7 @@ class EngineClient:
         if sequences:
             num_submitted = sum(sequence.is_submitted for sequence in sequences)
             log.info(
-                "the engine is back (epoch %d: start of the gang): resumed %d of the %d unfinished sequences",
+                "the engine is back in epoch %d of the gang (its starts so far): resumed %d of %d unfinished sequences",
                 info.epoch,
                 num_submitted,
                 len(sequences),
@@ -319,7 +319,7 @@ class EngineClient:
                 self._submit(sequence)
 
     def _write_verdicts(self) -> None:
-        """Writes the verdicts for the guards of all parts, which count crashes."""
+        """Writes which crashes a request caused (the verdicts), for the guards of all parts, which count the others."""
         verdicts = {epoch: v for suspects in self._suspects.values() for epoch, v in suspects.verdicts.items()}
         if verdicts == self._written_verdicts:
             return
@@ -329,9 +329,8 @@ class EngineClient:
             temporary.write_text(json.dumps(verdicts))
             temporary.replace(self._verdicts_path)
         except OSError as error:
-            log.error(
-                "cannot write %s, so every crash counts against RESTART_LIMIT: %s", self._verdicts_path, error.strerror
-            )
+            text = "cannot write %s, so crashes that a request caused may count against RESTART_LIMIT, too: %s"
+            log.error(text, self._verdicts_path, error.strerror)
 
 
 def _crashes_engine() -> RequestError:

@@ -72,7 +72,7 @@ class ClientTransport:
             self._write_timer = None
 
     def on_lost(self) -> None:
-        """Cancels all timers."""
+        """Called when the connection is lost: cancels the timers that would end it."""
         self.stop_watching()
         if self._linger_timer:
             self._linger_timer.cancel()

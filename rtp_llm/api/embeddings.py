@@ -75,7 +75,7 @@ class EmbeddingEndpoints:
         return json_response({"similarity": [_floats(row) for row in similarity]})
 
     async def refuse(self, request: Request) -> Response:
-        raise unsupported(f"{request.url.path} is not supported; allowed: /v1/embeddings, the state of the last token")
+        raise unsupported(f"{request.url.path} is not supported; allowed: /v1/embeddings (the last token's state)")
 
     def _similarity(self, outputs: Sequence[EngineOutput], num_left: int) -> Vector:
         vectors = np.stack([_normalized(self._vector(output)) for output in outputs])

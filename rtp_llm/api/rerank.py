@@ -81,7 +81,7 @@ class RerankEndpoints:
 
 @dataclass(frozen=True)
 class RerankPreparation:
-    """Turns a rerank request into a reranking model's prompts: one of tokens per pair of query and document."""
+    """Turns a rerank request into prompts (token ids) for a reranking model, one per pair of query and document."""
 
     format: RerankFormat
 

@@ -87,7 +87,9 @@ def engine_router(service: Service, state: PartState) -> APIRouter:
     page, policy = chat_page()
 
     async def home(request: Request) -> Response:
-        """Returns the page for chatting with the model to browsers, to others alibaba/rtp-llm's JSON."""
+        """Returns the page for chatting with the model to browsers, and {"status": "home"} to other clients, as
+        alibaba/rtp-llm does.
+        """
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page, headers={"Content-Security-Policy": policy})
         return JSONResponse({"status": "home"})

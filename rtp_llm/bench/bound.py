@@ -65,8 +65,8 @@ class Probe(WorkerProcess):
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Numbers of a model from which the time of its steps follows. `head_weights` (of the output head) are read and
-    multiplied per sampled token only.
+    """Numbers of a model from which the time of its steps follows. All weights are read once per step; `head_weights`
+    (of the output head) are multiplied only for tokens whose next token is sampled.
     """
 
     layer_weights: int

@@ -53,7 +53,7 @@ class KVCacheGroup:
     block_size: int
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Returns the length of the block table of `num_tokens` tokens, with the blocks outside the window."""
+        """Returns the length of the block table of `num_tokens` tokens, blocks outside the window included."""
         return 1 if self.spec.per_sequence else -(-num_tokens // self.block_size)
 
     def max_resident_blocks(self, num_tokens: int, chunk: int) -> int:
@@ -105,11 +105,12 @@ class KVCacheLayout:
 
 
 def make_layout(specs: Sequence[KVCacheSpec], block_size: int) -> KVCacheLayout:
-    """Returns the layout for layers with these specs. `block_size`: base size, in tokens.
+    """Returns the layout for layers with these specs. `block_size`: base size of a block, in tokens.
 
-    The group with the most bytes per block of the base size, or per sequence, determines the bytes of all blocks. The
-    blocks of other groups hold the largest multiple of the base size that fits. All ranks must get the same block
-    sizes, so this rule ignores alignment, which depends on a rank's number of KV heads.
+    All blocks have the same bytes: the most that a group (layers with equal specs) needs for `block_size` tokens or, if
+    it stores a state per sequence, for that. The blocks of other groups hold the largest multiple of `block_size`
+    tokens that fits. All ranks must get the same block sizes, so this rule ignores alignment, which depends on a rank's
+    number of KV heads.
     """
     layers = {spec: tuple(i for i, s in enumerate(specs) if s == spec) for spec in dict.fromkeys(specs)}
     unit_bytes = {s: len(ids) * s.num_bytes * (1 if s.per_sequence else block_size) for s, ids in layers.items()}

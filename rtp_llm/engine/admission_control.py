@@ -36,7 +36,9 @@ class AdmissionControl:
         self.typical_length = sorted(self._output_lengths)[len(self._output_lengths) // 2]
 
     def min_blocks(self, request: Request) -> int:
-        """Returns how many blocks the request needs, on its own, to make progress. Its last token needs no block."""
+        """Returns how many blocks the request holds when it has got MIN_GROWTH more tokens, or has reached max_tokens.
+        The newest token is not computed yet, so it needs no block.
+        """
         num_tokens = request.num_tokens + min(MIN_GROWTH, request.params.max_tokens - request.num_output_tokens) - 1
         return int(self._kv_cache_manager.num_blocks_for(np.array([num_tokens]))[0])
 

@@ -45,8 +45,8 @@ class BlockPool:
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Returns whether some free blocks cannot be allocated: fewer may still get memory (`growth`) than there are
-        free blocks without memory.
+        """Returns whether some free blocks cannot be allocated: more of them occupy no memory than may get some
+        (`growth`).
         """
         return self.growth < self._num_unbacked
 

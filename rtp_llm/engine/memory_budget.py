@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class MemoryBudget:
-    """Compares the free memory of a host with the size of a KV block. CPU only: the ranks of a host share its main
+    """Measures how many more KV blocks fit into the free memory of a host. CPU only: the ranks of a host share its main
     memory.
 
     available_bytes: function that measures how many bytes the ranks of the host can still allocate.

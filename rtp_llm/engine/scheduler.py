@@ -170,7 +170,8 @@ class Scheduler:
         num_usable = pool.num_usable
         if (room < 0) != self._is_short_of_memory:
             if room < 0:
-                log.warning("the host has too little memory: requests wait until %d KV blocks are returned", -room)
+                text = "the host has too little memory: %d KV blocks give theirs back, so requests may wait; %s"
+                log.warning(text, -room, "free memory, or lower KV_CACHE_MEM_MB")
             else:
                 log.warning("the host has memory again: %d more KV blocks fit", room)
         pool.growth, self._is_short_of_memory = max(0, room), room < 0

@@ -12,7 +12,8 @@ from rtp_llm.engine.scheduler_output import ScheduledChunk, SchedulerOutput
 def build_step(output: SchedulerOutput, epoch: int, number: int) -> Step:
     """Returns the step that computes the chunks of `output`.
 
-    `epoch`, `number`: see `Step`. The step's digest is 0; rank 0 computes it after it has applied the step.
+    `epoch`, `number`: see `Step`. The step's digest is still 0: rank 0 replaces it by `StepInputs.digest` once it has
+    applied the step to its batch.
     """
     chunks = output.chunks
     slots = [c.request.slot for c in chunks]

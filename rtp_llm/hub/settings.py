@@ -21,7 +21,7 @@ def missing_models(config: Config) -> list[ModelName]:
 
 
 def localized(config: Config) -> Config:
-    """Returns the settings with the names of models that the cache has replaced by their folders in it."""
+    """Returns the settings, in which the name of a cached model is replaced by its folder in the cache."""
     changes = {}
     for field in ("checkpoint_path", "tokenizer_path"):
         name = ModelName.parse(getattr(config, field))

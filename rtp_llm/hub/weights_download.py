@@ -53,7 +53,7 @@ def _download_file(model: RemoteModel, etag: str) -> None:
         with unfinished.open("r+b") as stream:
             start = stream.seek(0, 2)
             if start:
-                log.info("%s: continuing %s at %.0f MB", model.name, model.weights[etag], start / 1e6)
+                log.info("%s: resuming %s at %.0f MB", model.name, model.weights[etag], start / 1e6)
             _receive(model, etag, stream)
         if start:
             _verify(unfinished, etag, f"{model.name}: {model.weights[etag]}")
@@ -61,7 +61,7 @@ def _download_file(model: RemoteModel, etag: str) -> None:
 
 
 def _claim_unfinished(blob: Path, size: int) -> Path:
-    """Returns the file to continue, under a new name: the longest one, or an empty one. Removes the others."""
+    """Returns the unfinished file to resume, under a new name: the longest one, or an empty one. Removes the others."""
     found = sorted(blob.parent.glob(f"{blob.name}{RESUMABLE}*"), key=lambda path: path.stat().st_size)
     claimed = blob.with_name(f"{blob.name}{RESUMABLE}{uuid.uuid4().hex[:8]}{INCOMPLETE}")
     if found and found[-1].stat().st_size <= size:
@@ -109,4 +109,4 @@ def _verify(path: Path, etag: str, label: str) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != etag:
         path.unlink()
-        raise OSError(f"{label} was continued, but its SHA-256 is {digest} instead of {etag}; removed it")
+        raise OSError(f"{label}: the resumed download has SHA-256 {digest} instead of {etag}, and was removed")

@@ -31,19 +31,19 @@ class AttentionBackend(Protocol):
         """Returns the metadata that `forward` needs for the layers of this group, such as indices and masks on the
         device.
 
-        group: index into `batch.block_tables`. spec, block_size: as in the `contract.kv_cache.KVCacheGroup`.
+        group: index into `batch.block_tables`. spec, block_size: of this group, see `contract.kv_cache.KVCacheGroup`.
         """
         ...
 
     def forward(
         self, layer: AttentionParams, q: Tensor, k: Tensor, v: Tensor, cache: LayerKVCache, metadata: Any
     ) -> Tensor:
-        """Writes k and v to the cache (`batch.slot_mapping`), then returns the attention output.
+        """Writes k and v to the cache, to the slots of the batch given to `prepare`, then returns the attention output.
 
         q: [T, heads, head_dim], T as in ForwardBatch; head j attends to KV head j // (heads / kv_heads).
         k, v: [T, kv_heads, head_dim]. heads, kv_heads: numbers of heads on this rank.
-        cache: has the tensors `keys` and `values`. A query attends to the newest `spec.window` keys up to its own
-            position; if the window is 0, to all of them.
+        cache: has the tensors `keys` and `values`. A query attends to the newest `KVCacheSpec.window` keys up to its
+            own position; if the window is 0, to all of them. metadata: what `prepare` returned for the layer's group.
         Returns [T, heads, head_dim]. Never waits for the device.
         """
         ...

@@ -128,7 +128,9 @@ class W8A8(Int8):
 
     @staticmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Returns the layer's input, rounded to 8 bits with one scale per row (implements `Quantized`)."""
+        """Returns the layer's input as float32, each row rounded to integers of 8 bits times the row's scale
+        (implements `Quantized`).
+        """
         return dequantize(*_round_to_scale(x.float(), 127))
 
 
@@ -159,7 +161,9 @@ class Int4(Quantized):
 
     @staticmethod
     def round_inputs(x: Tensor) -> Tensor:
-        """Returns the layer's input, rounded to 8 bits with one scale per group (implements `Quantized`)."""
+        """Returns the layer's input as float32, each group of a row (GROUP_SIZE inputs) rounded to integers of 8 bits
+        times the group's scale (implements `Quantized`).
+        """
         groups = _split_groups(x.float())
         integers, scales = _round_to_scale(groups.flatten(0, 1), 127)
         return dequantize(integers, scales).reshape(len(x), -1)[:, : x.shape[1]]

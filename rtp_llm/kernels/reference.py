@@ -56,8 +56,8 @@ class Call:
     def row_mask(self, group_size: int) -> Tensor | None:
         """Returns `mask` for all heads, [items, 1, rows, keys], computed once for all layers; None if there is no mask.
 
-        The rows of a tile are its queries times the `group_size` query heads of a KV head. The tile of a decode, a
-        single query, has one row, which is broadcast to the heads.
+        rows: one for each of an item's queries and each of the `group_size` query heads of a KV head. If the items have
+        a single query (decodes), one row, which is broadcast to these heads.
         """
         if self.mask is None or self.mask.shape[1] == 1:
             return self.mask if self.mask is None else self.mask[:, None]

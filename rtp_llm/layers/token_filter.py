@@ -109,23 +109,23 @@ class _UnsortedTokens:
         self.vocab_size = len(logits)
 
     def mass(self, end: _End) -> float:
-        """Returns the total weight (unnormalized probability) of the tokens in descending order up to `end`."""
+        """Returns the total weight (unnormalized probability) of the most probable tokens, up to `end` (bin, n)."""
         if end == self.end:
             return float(self._weights.sum())
         bin, count = end
         return float(self._sorted_bin(bin)[1][count - 1]) if count else self._mass_before(bin)
 
     def end_of_count(self, count: int) -> _End:
-        """Returns where the `count` most probable tokens end, or all if there are fewer (top-k): a bin, and how many
-        of its tokens are before the end.
+        """Returns where the `count` most probable tokens end (top-k). This end (bin, n) includes all bins (ranges of
+        logits) before this one, which have higher logits, and the n most probable tokens of this one.
         """
         ends = self._bins.bincount(minlength=NUM_BINS).cumsum(0).cpu().numpy()
         bin = int(ends.searchsorted(count))
         return bin, count - int(ends[bin - 1] if bin else 0)
 
     def end_of_mass(self, mass: float) -> _End:
-        """Returns where the tokens, in descending order, reach a total weight of `mass`, after the token that reaches
-        it (top-p).
+        """Returns where the most probable tokens reach a total weight (unnormalized probability) of `mass` (top-p), as
+        an end (bin, n) like `end_of_count`; includes the token that reaches it.
         """
         bin = int(self._mass_ends.searchsorted(mass))
         if bin == NUM_BINS:
@@ -134,8 +134,8 @@ class _UnsortedTokens:
         return bin, int((starts < mass).sum())
 
     def end_of_weight(self, weight: float) -> _End:
-        """Returns where the tokens, in descending order, fall below the weight `weight` (min-p), which is at most 1,
-        the weight of the first token.
+        """Returns where the tokens, in descending order, fall below `weight` (min-p), as an end (bin, n) like
+        `end_of_count`. `weight`: at most 1, the weight (unnormalized probability) of the first token.
         """
         bins = self._bins[self._weights >= weight]
         bin = int(bins.max())

@@ -22,7 +22,7 @@ REFUSED_RETRY_SECONDS = 1.0  # after a connection that was not accepted
 
 
 class CoordinatorConnection:
-    """One connection. Any thread may send; only one thread may receive."""
+    """The connection of a worker or guard to the coordinator. Any thread may send; only one thread may receive."""
 
     def __init__(self, part_spec: PartSpec):
         """Connects and reads the CHALLENGE frame. Raises OSError."""

@@ -70,7 +70,7 @@ class Communicator(Group, Protocol):
     """The process group of all ranks from one rendezvous to the loss of a rank (an epoch), with the connections between
     them.
 
-    is_waiting: True while this rank is in a collective. On GPUs, collectives return at once and the rank waits later.
+    is_waiting: True while this rank calls a collective; on GPUs only for a moment, as it waits for the result later.
     """
 
     is_waiting: bool

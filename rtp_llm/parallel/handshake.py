@@ -49,7 +49,9 @@ class Challenge:
 
 
 class Answer:
-    """The connecting side's half: signs its first message for the challenge that it has received."""
+    """The connecting side's half of the authentication of a connection by GANG_SECRET: signs that side's first message
+    for the challenge that it has received.
+    """
 
     def __init__(self, gang_secret: bytes, challenge: dict[str, Any]):
         """`challenge`: body of the CHALLENGE frame."""
@@ -71,7 +73,7 @@ class Answer:
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 
     def check_proof(self, proof: str) -> None:
-        """Raises WireError if the listening side has not proved that it knows GANG_SECRET."""
+        """Raises SecretError if the listening side has not proved that it knows GANG_SECRET."""
         if self._secret and not hmac.compare_digest(_sign(self._secret, self._nonce, "proof"), proof):
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 

@@ -54,7 +54,7 @@ def parse_header(header: bytes | bytearray) -> tuple[int, FrameType]:
     """Returns (payload length in bytes, frame type). Raises WireError if the peer does not use this protocol."""
     length, number = HEADER.unpack(header)
     if length > MAX_PAYLOAD_BYTES or number not in FrameType.__members__.values():
-        raise WireError(f"not a frame: length {length}, type {number}; is another program connecting to this port?")
+        raise WireError(f"not a frame: length {length}, type {number}; is the peer another program (wrong port)?")
     return length, FrameType(number)
 
 

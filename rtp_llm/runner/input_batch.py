@@ -22,7 +22,7 @@ class StepInputs:
     sequences; the ids of D tokens are only on the device. W: blocks of the longest sequence.
 
     token_ids: [T] int32; 0 for tokens whose ids are on the device.
-    device_indices, device_slots: [D] int32, indices into T of the tokens on the device, and the slots that hold them.
+    device_indices, device_slots: [D] int32, indices of the D tokens among the T, and the slots of their sequences.
     query_start_loc: [S + 1] int32, sequence i has the tokens query_start_loc[i]:query_start_loc[i + 1].
     seq_lens, prompt_lens: [S] int32, tokens of each sequence in the KV cache after this step; tokens of its prompt.
     block_tables: per KV cache group [S, W] int32, block ids in order of position, padded with the null block.
@@ -49,16 +49,16 @@ class StepInputs:
     def check_digest(self) -> None:
         """Raises CommunicationError if the digest differs from rank 0's, that is if the batches of the ranks differ."""
         if self.digest() != self.step.digest:
-            raise CommunicationError(f"step {self.step.number}: the sequences of this rank differ from those of rank 0")
+            raise CommunicationError(f"step {self.step.number}: this rank's tokens or KV blocks differ from rank 0's")
 
     @property
     def sampled_indices(self) -> Ints:
-        """Returns the indices into T of the tokens whose next token is sampled, [R] int32."""
+        """Returns the indices, among the step's T tokens, of those whose next token is sampled, [R] int32."""
         return _last_integers(self.query_start_loc[1:], self.step.num_sampled)
 
     @property
     def sampled_slots(self) -> Ints:
-        """Returns the slots of the sequences with sampled tokens, in order."""
+        """Returns the slots of the sequences with sampled tokens, each once, in the order of `step.slots`."""
         return self.step.slots[self.step.num_sampled > 0]
 
     def sampled_rows(self) -> SampledRows:
@@ -130,17 +130,17 @@ class InputBatch:
         )
 
     def snapshot(self) -> bytes:
-        """Returns one uint32 checksum per array and slot: the payload of a SNAPSHOT frame."""
+        """Returns one uint32 checksum per array and slot; other ranks compare theirs with rank 0's (SNAPSHOT frame)."""
         rows = (row for array in self._arrays().values() for row in array)
         return np.fromiter((zlib.crc32(row.tobytes()) for row in rows), np.uint32).tobytes()
 
     def check_snapshot(self, data: bytes) -> None:
-        """Raises CommunicationError if the state differs from that of rank 0, whose `snapshot` returned `data`."""
+        """Raises CommunicationError if this state differs from rank 0's, whose `snapshot` returned `data`."""
         names = list(self._arrays())
         own, expected = (np.frombuffer(d, np.uint32).reshape(len(names), -1) for d in (self.snapshot(), data))
         for index, slot in np.argwhere(own != expected).tolist():
             raise CommunicationError(
-                f"the sequences of this rank differ from those of rank 0: {names[index]} of slot {slot}"
+                f"this rank's state of the sequence in slot {slot} differs from rank 0's: {names[index]}"
             )
 
     def _arrays(self) -> dict[str, Ints]:

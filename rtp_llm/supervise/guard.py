@@ -57,7 +57,7 @@ def incident_exit_code(codes: list[int]) -> ExitCode:
 @dataclass
 class RestartHistory:
     """The file `guard.json` in the run directory: numbers of restarts and last exit codes, for the metrics, and the
-    failures that the budgets count.
+    failures that count against the restart budgets.
 
     It survives restarts of the guard: otherwise a part that keeps failing would never end.
     """
@@ -72,15 +72,15 @@ class RestartHistory:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def recent_failures(self, budget: str, now: float) -> list[Failure]:
-        """Returns the failures of a budget in the last WINDOW_SECONDS. `now`: monotonic seconds, comparable with the
-        times in the file, since a reboot ends the part.
+        """Returns the failures of the last WINDOW_SECONDS that count against the restart budget with the name `budget`.
+        `now`: monotonic seconds, like the times in guard.json, which is removed when the part starts.
         """
         failures = [Failure(**values) for values in self.failures.get(budget, [])]
         return [failure for failure in failures if now - failure.time <= WINDOW_SECONDS]
 
     def add(self, name: str, status: int, budgets: dict[str, RestartBudget]) -> None:
-        """Records the exit of a process. name: role, such as `rank1`. status: exit code; -1 if killed by a signal.
-        budgets: by name, with this failure already counted; their failures are written to the file, too.
+        """Records the exit of a process in guard.json. name: role, such as `rank1`. status: exit code; -1 if killed by
+        a signal. budgets: all restart budgets by name, with this failure already counted; the file stores them, too.
         """
         reason = f"{name} {_reason(status)}"
         self.restarts[reason] = self.restarts.get(reason, 0) + 1

@@ -32,8 +32,8 @@ class RestartBudget:
     failures: list[Failure] = field(default_factory=list)
 
     def charge(self, now: float, key: str, code: int, served_at: float) -> None:
-        """Counts the end of a process against the limit. Processes with the same `key` (`Failure.key`: the epoch that
-        they ended) are one failure.
+        """Counts the end of a process against the limit. Processes with the same `key` are one failure: it names the
+        epoch (the life of one communicator of the ranks) that their exits ended, see `Failure`.
 
         code: exit code; -1 for killed by a signal. served_at: when the gang last served (failures since then never
         expire).

@@ -32,8 +32,8 @@ class ControlTokens:
     """The control tokens of a tokenizer and of chat templates with the sources `templates`.
 
     These are the special tokens, and the added tokens in angle brackets that a template writes: `<tool_call>` is not
-    special in Qwen's tokenizers. In messages they are encoded as plain text. In assistant messages, only special tokens
-    are: clients never get their text, but they get the text of the others and send it back.
+    special in Qwen's tokenizers. In messages they become plain text; in assistant messages only the special tokens do,
+    because clients get the others as text and send them back. Clients never get the text of a special token.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: Collection[str]):
@@ -55,7 +55,8 @@ class ControlTokens:
         """Returns the JSON value with `mark` inserted into the control tokens that its strings and keys contain, so
         that they have no effect.
 
-        `is_answer`: the strings are from an assistant message, in which only special tokens lose their effect.
+        `is_answer`: the strings are from an assistant message, in which special tokens lose their effect, but not tags
+        such as `<tool_call>`.
         """
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 

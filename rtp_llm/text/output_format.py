@@ -40,7 +40,7 @@ class OutputFormat:
 
     @property
     def reasoning(self) -> Reasoning | None:
-        """Returns the reasoning that the response's grammar must allow; None without reasoning."""
+        """Returns the markers of the reasoning that the response's grammar must allow; None without reasoning."""
         if self.reasoning_state is None:
             return None
         markers = REASONING_FORMATS[self.reasoning_format]

@@ -121,8 +121,8 @@ class _Probe:
         self._deadline = time.monotonic() + PROBE_SECONDS
 
     def shows(self, role: str, contexts: list[_Context]) -> bool:
-        """Returns whether the template renders a test message of this role in its place, without losing the messages
-        around it, in one of `contexts`.
+        """Returns whether the template, in at least one of `contexts` (messages around it), renders a test message of
+        this role in its place and loses none of the others.
         """
         return self._is_late() or any(_has_in_order(text, chat) for chat, text in self._rendered(role, contexts))
 

@@ -165,7 +165,8 @@ class _CompiledTemplate:
         self._format = MessageFormat(source, tree)
         self._roles = Roles(self._probe)
         if mapped := [f"{sent} as {role}" for sent, role in self._roles.renamed.items() if sent != role]:
-            log.info("the chat template (%s) gets roles that it does not handle as others: %s", name, ", ".join(mapped))
+            text = "the chat template (%s) does not handle some roles and gets their messages as other roles: %s"
+            log.info(text, name, ", ".join(mapped))
 
     def normalize(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Returns the messages in the format that this template reads. Raises TemplateError."""

@@ -159,7 +159,7 @@ def test_the_next_process_goes_on_after_a_kill(downloader: Downloader, hub: Fake
     hub.bytes_sent.clear()
     log = downloader.start().wait()
     assert hub.bytes_sent[LARGE] == len(weights) - 10 * MIB
-    assert "org/demo: continuing model.safetensors at 10 MB" in log
+    assert "org/demo: resuming model.safetensors at 10 MB" in log
     assert not incomplete_files(downloader)
     assert (downloader.snapshot / LARGE).read_bytes() == weights
 
@@ -169,7 +169,7 @@ def test_a_damaged_part_is_fetched_again(downloader: Downloader, hub: FakeHub, w
     unfinished = kill_in_the_middle(downloader, hub)
     unfinished.write_bytes(bytes(10 * MIB))
     log = downloader.start().wait()
-    assert "model.safetensors was continued, but its SHA-256 is " in log
+    assert "model.safetensors: the resumed download has SHA-256 " in log
     assert (downloader.snapshot / LARGE).read_bytes() == weights
     assert not incomplete_files(downloader)
 
@@ -207,7 +207,7 @@ def test_goes_on_from_xet_storage(downloader: Downloader, hub: FakeHub, tmp_path
     hub.bytes_sent.clear()
     log = downloader.start().wait()
     assert "trying again in 2 s" in log
-    assert log.count("continuing model.safetensors at 10 MB") == 2
+    assert log.count("resuming model.safetensors at 10 MB") == 2
     assert "SHA-256" not in log, "only the missing bytes were asked for"
     assert hub.bytes_sent[LARGE] == 0
     assert (downloader.snapshot / LARGE).read_bytes() == weights

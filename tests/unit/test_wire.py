@@ -88,7 +88,7 @@ def test_any_bytes_give_frames_or_wire_error(noise: bytes) -> None:
     ids=["http", "tls", "oversized", "unknown type"],
 )
 def test_invalid_header_is_rejected(pair: Pair, noise: bytes) -> None:
-    with pytest.raises(WireError, match="is another program connecting to this port"):
+    with pytest.raises(WireError, match="is the peer another program"):
         collect([noise])
     local, peer = pair
     peer.sendall(noise)

@@ -46,7 +46,9 @@ class StoredResponse:
         return self._builder.to_json() if self._builder else self._final
 
     def settle(self) -> None:
-        """Replaces the builder of an ended response by its text: tokens take a hundred times as much memory."""
+        """Replaces the builder of an ended response by the response's JSON text. The builder's objects per token take a
+        hundred times as much memory.
+        """
         if self._builder:
             self._final, self._status = self._builder.to_json(), self._builder.status
             message = json.dumps(self._builder.message(), ensure_ascii=False)
