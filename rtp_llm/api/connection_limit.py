@@ -35,7 +35,9 @@ class ConnectionLimit:
 
     @classmethod
     def from_rlimit(cls) -> "ConnectionLimit":
-        """Raises this process's soft limit on open files, and returns that limit less a reserve."""
+        """Raises the soft limit on open files up to the hard one. Returns a limit of as many connections, less the
+        files that are open and a reserve.
+        """
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = max(soft, min(hard, MAX_DESCRIPTORS)) if hard != resource.RLIM_INFINITY else MAX_DESCRIPTORS
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

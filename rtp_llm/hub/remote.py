@@ -61,8 +61,8 @@ class RemoteModel:
         missing, free = self.total_bytes - self.bytes_on_disk(), free_bytes()
         if missing > free:
             raise ConfigError(
-                f"{cache_folder()} has {gigabytes(free)} free, {self.name} needs {gigabytes(missing)} more;"
-                " set HF_HOME or HF_HUB_CACHE to a folder on a larger disk",
+                f"{cache_folder()} has {gigabytes(free)} free, but {gigabytes(missing)} of {self.name} are"
+                " still to download; set HF_HOME or HF_HUB_CACHE to a folder on a larger disk",
                 check=CACHE_HAS_SPACE,
             )
 

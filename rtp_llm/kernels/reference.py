@@ -169,8 +169,8 @@ class _Planner:
         self.token_offsets = query_start_loc[:-1] - self.seq_starts  # a token's row of q, minus its position
 
     def waves(self) -> Iterator[Wave]:
-        """Yields the attention work in waves: first decodes, then chunks of prompts. The outputs of a wave's items
-        (before those of each tile are combined) fit the workspace.
+        """Yields the attention work in waves: sets of tiles of queries, whose partial outputs (one per part of the
+        context) fit the workspace together. First those of decodes, then those of chunks of prompts.
         """
         sequences = np.arange(len(self.seq_lens))
         for indices, size in ((sequences[: self.num_decodes], 1), (sequences[self.num_decodes :], TILE)):

@@ -74,8 +74,9 @@ class GangClient:
         threading.Thread(target=self._stay_connected, name="gang", daemon=True).start()
 
     def wait_for_work(self) -> None:
-        """Blocks until this process has a rank or, if it is the spare (which replaces a lost rank), until all ranks
-        serve. Raises GangError if the coordinator rejects this part or is not reachable for GANG_TIMEOUT_MIN.
+        """Blocks until this process has a rank, or until all ranks serve without it: then it is the spare, which
+        prepares to replace a lost one. Raises GangError if the coordinator rejects this part or is not reachable for
+        GANG_TIMEOUT_MIN.
         """
         with self._changed:
             while not (self._assignment or self._serves()):

@@ -87,7 +87,7 @@ def test_a_disk_without_space(environ: dict[str, str], tmp_path: Path) -> None:
     found = report(doctor("-o", "json", env=environ, inside=on_small_disk(disk)))
     assert failed_checks(found) == {"M-20": "error"}
     actual = next(check["actual"] for check in found["checks"] if check["id"] == "M-20")
-    assert actual.startswith(f"{disk}/home/hub has 4.2 MB free, org/demo needs 7.9 MB more")
+    assert actual.startswith(f"{disk}/home/hub has 4.2 MB free, but 7.9 MB of org/demo are still to download")
 
 
 def on_small_disk(mount_point: Path) -> list[str]:
