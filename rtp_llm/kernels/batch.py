@@ -56,7 +56,7 @@ class ForwardBatch:
         """
 
         def to_device(array: Ints) -> Tensor:
-            return torch.as_tensor(array, dtype=torch.int64).to(device, non_blocking=True)
+            return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device, non_blocking=True)
 
         counts = np.diff(query_start_loc)
         sequence = np.repeat(np.arange(len(counts)), counts)  # of each token

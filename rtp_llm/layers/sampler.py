@@ -134,11 +134,10 @@ class Sampler:
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         for index in np.unique(params["method"]).tolist():
             method, is_chosen = _METHODS[index], params["method"] == index
-            drawn = _draw_numbers(params[is_chosen], rows.positions[is_chosen])
-            if len(drawn) == len(rows):
-                return method(logits, drawn)
+            if is_chosen.all():
+                return method(logits, params, rows.positions)
             chosen = torch.from_numpy(is_chosen.nonzero()[0]).to(logits.device)
-            tokens[chosen] = method(logits[chosen], drawn)
+            tokens[chosen] = method(logits[chosen], params[is_chosen], rows.positions[is_chosen])
         return tokens
 
     def _compute_logprobs(self, logits: Tensor, tokens: Tensor, rows: SampledRows) -> list[Logprob | None]:
@@ -172,18 +171,24 @@ def _draw_numbers(params: NDArray[np.void], positions: NDArray[np.int64]) -> NDA
     return drawn
 
 
-def _sample_greedy(logits: Tensor, params: NDArray[np.void]) -> Tensor:
+def _sample_greedy(logits: Tensor, params: NDArray[np.void], positions: NDArray[np.int64]) -> Tensor:
     return argmax_finite(logits)
 
 
-def _sample_unfiltered(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    return sample_by_id(logits, params["temperature"], params["number"])
+def _sample_filtered(logits: Tensor, params: NDArray[np.void], positions: NDArray[np.int64]) -> Tensor:
+    return sample_filtered(logits, _draw_numbers(params, positions))
 
 
-_METHODS = (_sample_greedy, sample_filtered, _sample_unfiltered)
+def _sample_unfiltered(logits: Tensor, params: NDArray[np.void], positions: NDArray[np.int64]) -> Tensor:
+    drawn = _draw_numbers(params, positions)
+    return sample_by_id(logits, drawn["temperature"], drawn["number"])
 
 
-def _choose_method(params: SamplingParams) -> Callable[[Tensor, NDArray[np.void]], Tensor]:
+# Each gets logits [R, vocab_size], parameters [R] _SLOT_PARAMS and positions [R], and returns token ids [R].
+_METHODS = (_sample_greedy, _sample_filtered, _sample_unfiltered)
+
+
+def _choose_method(params: SamplingParams) -> Callable[[Tensor, NDArray[np.void], NDArray[np.int64]], Tensor]:
     if params.is_greedy:
         return _sample_greedy
-    return sample_filtered if params.top_k > 0 or params.top_p < 1 or params.min_p > 0 else _sample_unfiltered
+    return _sample_filtered if params.top_k > 0 or params.top_p < 1 or params.min_p > 0 else _sample_unfiltered

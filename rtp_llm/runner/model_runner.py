@@ -91,8 +91,8 @@ class ModelRunner:
             device=device,
         )
         if len(inputs.device_indices):
-            slots = torch.from_numpy(inputs.device_slots).to(device)
-            batch.token_ids[torch.from_numpy(inputs.device_indices).to(device)] = self._newest_tokens[slots]
+            newest = self._newest_tokens.index_select(0, _to_index(inputs.device_slots, device))
+            batch.token_ids.index_copy_(0, _to_index(inputs.device_indices, device), newest)
         return batch
 
     def _sample_tokens(self, hidden: Tensor, inputs: StepInputs) -> list[SampledTokens]:
@@ -128,14 +128,18 @@ class ModelRunner:
         """Broadcasts the last new token of each of the sequences `slots` to all ranks. Only rank 0 has the `tokens`."""
         if not len(slots):
             return
-        newest = torch.zeros(len(slots), dtype=torch.int64, device=self._newest_tokens.device)
-        if self._sampler:
-            newest.copy_(torch.tensor([t.token_ids[-1] if t.token_ids else 0 for t in tokens]))
-        self._newest_tokens[torch.from_numpy(slots).to(newest.device)] = self._tp.broadcast(newest)
+        last = [t.token_ids[-1] if t.token_ids else 0 for t in tokens] if self._sampler else [0] * len(slots)
+        device = self._newest_tokens.device
+        newest = self._tp.broadcast(torch.tensor(last, device=device))
+        self._newest_tokens.index_copy_(0, _to_index(slots, device), newest)
 
     def _require_sampler(self) -> Sampler:
         assert self._sampler, "only rank 0 samples"
         return self._sampler
+
+
+def _to_index(indices: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(indices.astype(np.int64)).to(device)
 
 
 def _to_bytes(hidden: Tensor, indices: Sequence[int]) -> list[bytes]:
