@@ -158,7 +158,7 @@ class EngineClient:
         if sequences:
             num_submitted = sum(sequence.is_submitted for sequence in sequences)
             log.info(
-                "the engine is back in epoch %d of the gang (its starts so far): resumed %d of %d unfinished sequences",
+                "the engine is back in epoch %d (starts of the gang so far): resumed %d of the %d unfinished sequences",
                 info.epoch,
                 num_submitted,
                 len(sequences),

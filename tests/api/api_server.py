@@ -1,7 +1,7 @@
 """The API of one part inside the test's process, on a free port, with a fake engine.
 
-It is the application of `rtp_llm.api.main` on the same HTTP server. Since it shares the test's process, an error in its
-log fails the test, even if the client got a valid response.
+It is the application of `rtp_llm.api.server` on the same HTTP server. Since it shares the test's process, an error in
+its log fails the test, even if the client got a valid response.
 """
 
 import asyncio

@@ -229,7 +229,8 @@ class Part:
         deadline = time.monotonic() + seconds
         while self.processes() and time.monotonic() < deadline:
             time.sleep(POLL)
-        assert self.processes() == {}, self.log
+        left = self.processes()
+        assert left == {}, f"{left}\n{self.log}"
 
     def _assert_ports_are_free(self, seconds: float = 5) -> None:
         """Asserts that no port of this part is open, within `seconds`.
