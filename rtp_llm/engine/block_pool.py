@@ -35,7 +35,9 @@ class BlockPool:
 
     @property
     def num_usable(self) -> int:
-        """Returns the number of blocks in use plus those that can be allocated with the available memory."""
+        """Returns the number of blocks in use plus the free ones for which the host has memory: blocks take memory at
+        first use.
+        """
         return self.num_used + self.num_free
 
     @property

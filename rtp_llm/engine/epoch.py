@@ -97,7 +97,7 @@ class Epoch:
         if not isinstance(error, CommunicationError):
             return False
         log.warning(
-            "epoch %d has ended: %s; this rank keeps its weights and waits until the ranks start again",
+            "epoch %d (one communicator of the ranks) ends: %s; this rank keeps its weights and joins the next one",
             self.number,
             error,
         )
@@ -130,8 +130,8 @@ class Epoch:
                 sock.close()
 
     def serve(self, residency: Residency) -> None:
-        """Connects the ranks and runs their loops. Raises CommunicationError when a rank is lost, which ends the
-        epoch.
+        """Connects this rank with the others and computes steps with the weights and KV cache of `residency`. Returns
+        only by CommunicationError, when a rank is lost, which ends the epoch.
         """
         residency.agree_on_steps()
         runner = ModelRunner(residency)
