@@ -70,12 +70,11 @@ DISK_SPACE = Fix(
 )
 
 
-def checkpoint_path(path: str, download: str) -> Fix:
-    """Returns how to set CHECKPOINT_PATH=`path`. `download`: text before that, such as "do this, then "."""
+def checkpoint_path(path: str) -> Fix:
     return Fix(
-        host=f"{download}CHECKPOINT_PATH={path}",
-        docker=f"{download}docker run -v {path}:{path}:ro -e CHECKPOINT_PATH={path} …",
-        compose=f'{download}volumes: ["{path}:{path}:ro"] and CHECKPOINT_PATH: {path}',
+        host=f"CHECKPOINT_PATH={path}",
+        docker=f"docker run -v {path}:{path}:ro -e CHECKPOINT_PATH={path} …",
+        compose=f'volumes: ["{path}:{path}:ro"] and CHECKPOINT_PATH: {path}',
         kubernetes=f"mount the volume that holds the model, and set CHECKPOINT_PATH={path}",
     )
 

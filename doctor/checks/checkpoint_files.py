@@ -29,7 +29,7 @@ def checkpoint_folder_exists(ctx: CheckContext) -> CheckResult:
     if path is None and ctx.running:  # with its own settings, which this shell does not have
         return skip(NO_MODEL)
     if path is None:
-        return error(NO_MODEL, "a folder with config.json and *.safetensors", fixes.checkpoint_path("/models/NAME", ""))
+        return error(NO_MODEL, "a folder with config.json and *.safetensors", fixes.checkpoint_path("/models/NAME"))
     timeout_error = checkpoint_errors(ctx, "M-08")
     if timeout_error:
         return error(timeout_error, "a disk that responds", "remount it, or copy the checkpoint to a local disk")
@@ -41,7 +41,7 @@ def checkpoint_folder_exists(ctx: CheckContext) -> CheckResult:
     return error(
         f"CHECKPOINT_PATH={path} is not a folder here",
         "a local folder with config.json and *.safetensors",
-        fixes.checkpoint_path(f"/models/{path.name}", ""),
+        fixes.checkpoint_path(f"/models/{path.name}"),
     )
 
 

@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Scope
 
 from rtp_llm import __version__
 from rtp_llm.api import pooling_schema, schema
@@ -30,7 +29,7 @@ from rtp_llm.api.embeddings import embeddings_router
 from rtp_llm.api.middleware import BodySizeMiddleware, DrainMiddleware, HeadMiddleware, MetricsMiddleware
 from rtp_llm.api.native import native_router
 from rtp_llm.api.openai import openai_router
-from rtp_llm.api.origins import OriginMiddleware, OriginPolicy, has_origin
+from rtp_llm.api.origins import OriginMiddleware, OriginPolicy
 from rtp_llm.api.overload import OverloadMiddleware
 from rtp_llm.api.params import StopWords
 from rtp_llm.api.part_state import PartState
@@ -157,16 +156,6 @@ def _add_middleware(
     app.add_middleware(AuthMiddleware, keyring=keyring, open_paths=open_paths, respond=respond)
     app.add_middleware(OriginMiddleware, policy=None if keyring.api else policy, respond=respond)
     app.add_middleware(DrainMiddleware, state=state)
-    if service:
-
-        def is_plain(scope: Scope) -> bool:
-            if not service.is_full or has_origin(scope) or not keyring.admits(scope):
-                return False
-            return bool(keyring.api) or policy.refusal(scope) is None
-
-        app.add_middleware(
-            OverloadMiddleware, check_capacity=service.check_capacity, respond=respond, is_plain=is_plain
-        )
     app.add_middleware(MetricsMiddleware, metrics=metrics, access_log=not config.disable_access_log)
 
 

@@ -142,11 +142,6 @@ def is_loopback_name(host: str) -> bool:
     return host == "localhost" or host.endswith(".localhost") or is_loopback(host)
 
 
-def has_origin(scope: Scope) -> bool:
-    """Returns whether a web page may have sent the request; then the response needs headers for its browser."""
-    return any(name == b"origin" for name, _ in scope["headers"])
-
-
 def _header(scope: Scope, name: bytes) -> str:
     return next((value.decode("latin-1").strip() for key, value in scope["headers"] if key == name), "")
 

@@ -21,27 +21,17 @@ GENERATION_PATHS = {
 
 
 class OverloadMiddleware:
-    """Rejects generation requests with 429 while the server has no free slot, not even for one more sequence.
-
-    Two instances run: one behind all other middleware, and one in front of it for the `plain` requests, which no other
-    middleware would refuse and whose responses need nothing of it. The one in front avoids the other middleware, which
-    takes half of a rejection's time: that matters if most of a thousand clients are rejected.
-    """
+    """Rejects generation requests with 429 while the server has no free slot, not even for one more sequence."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        check_capacity: Callable[[int], None],
-        respond: Callable[[str, RequestError], Response],
-        is_plain: Callable[[Scope], bool] = lambda scope: True,
+        self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[str, RequestError], Response]
     ):
         """`check_capacity`: raises RequestError if this number of sequences does not fit."""
-        self.app, self.check_capacity, self.respond, self.is_plain = app, check_capacity, respond, is_plain
+        self.app, self.check_capacity, self.respond = app, check_capacity, respond
         self._rejection = lru_cache(maxsize=256)(self._make_rejection)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_generation = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS
-        if is_generation and self.is_plain(scope):
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
             try:
                 self.check_capacity(1)
             except RequestError as error:

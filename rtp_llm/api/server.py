@@ -57,11 +57,7 @@ def serve(run_dir: Path) -> None:
     state.gpus.start()
     register(metrics, state, config)
     app = create_app(config, state, metrics, service)
-    server = DrainingServer(
-        state,
-        service,
-        uvicorn_config(app, config),
-    )
+    server = DrainingServer(state, service, uvicorn_config(app, config))
     HttpProtocol.limit = ConnectionLimit.from_rlimit()
     sockets = listening_sockets(config.host, plan.start_port)
     scheme, served = "HTTPS" if config.ssl_certfile else "HTTP", f", model {model.name}" if service else ""

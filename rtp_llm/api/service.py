@@ -113,11 +113,6 @@ class Service:
         self.check_capacity(1)
         return SlotReservation(self, min(sequences, self._prompt_limits().free_slots))
 
-    @property
-    def is_full(self) -> bool:
-        """Returns whether a serving server, one that is not stopping, has no free slot."""
-        return not self.client.is_draining and self.num_open >= self._num_slots
-
     def check_capacity(self, sequences: int) -> None:
         """Raises RequestError 429 if fewer than `sequences` slots are free, 400 if the server has fewer in total, 503
         if it is stopping.
@@ -182,13 +177,9 @@ class Service:
         self.preparer.stop()
         self.client.drain(seconds)
 
-    @property
-    def _num_slots(self) -> int:
-        return self.config.concurrency_limit + self.config.queue_limit
-
     def _prompt_limits(self) -> PromptLimits:
         used_slots = self.num_open  # a large request counts as one sequence while it is prepared
-        slots = self._num_slots
+        slots = self.config.concurrency_limit + self.config.queue_limit
         reason = f"CONCURRENCY_LIMIT={self.config.concurrency_limit} and QUEUE_LIMIT={self.config.queue_limit}"
         info = self.client.info
         if info is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,6 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int32] | NDArray[np.int64]
+
+
+def to_tensor(array: Ints, device: torch.device) -> Tensor:
+    """Returns integers as int64 on the device."""
+    return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,7 @@ class ForwardBatch:
         `contract.kv_cache.KVCacheGroup`. The other arguments: see the fields.
         """
 
-        def to_device(array: Ints) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device, non_blocking=True)
-
+        to_device = partial(to_tensor, device=device)
         counts = np.diff(query_start_loc)
         sequence = np.repeat(np.arange(len(counts)), counts)  # of each token
         positions = np.arange(len(token_ids)) + (seq_lens - query_start_loc[1:])[sequence]

@@ -9,7 +9,7 @@ from torch import Tensor
 from rtp_llm.contract.engine_output import Logprob
 from rtp_llm.contract.sampling_metadata import SampledTokens, SamplingMetadata, StepResult
 from rtp_llm.contract.step import Ints, Step
-from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.batch import ForwardBatch, to_tensor
 from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsProcessorFactory
 from rtp_llm.layers.logprobs import compute_logprobs
 from rtp_llm.layers.sampler import Sampler
@@ -91,8 +91,8 @@ class ModelRunner:
             device=device,
         )
         if len(inputs.device_indices):
-            newest = self._newest_tokens.index_select(0, _to_index(inputs.device_slots, device))
-            batch.token_ids.index_copy_(0, _to_index(inputs.device_indices, device), newest)
+            newest = self._newest_tokens.index_select(0, to_tensor(inputs.device_slots, device))
+            batch.token_ids.index_copy_(0, to_tensor(inputs.device_indices, device), newest)
         return batch
 
     def _sample_tokens(self, hidden: Tensor, inputs: StepInputs) -> list[SampledTokens]:
@@ -120,7 +120,7 @@ class ModelRunner:
     def _compute_logits(self, hidden: Tensor, indices: Ints) -> Tensor | None:
         """Returns the logits [len(indices), vocab_size] float32 of these tokens on rank 0, None on the others."""
         is_decode = len(indices) == len(hidden)  # then every token has logits, in order
-        rows = hidden if is_decode else hidden[torch.tensor(indices, device=hidden.device)]
+        rows = hidden if is_decode else hidden[to_tensor(indices, hidden.device)]
         logits: Tensor | None = self.residency.model.logits(rows)
         return logits
 
@@ -131,15 +131,11 @@ class ModelRunner:
         last = [t.token_ids[-1] if t.token_ids else 0 for t in tokens] if self._sampler else [0] * len(slots)
         device = self._newest_tokens.device
         newest = self._tp.broadcast(torch.tensor(last, device=device))
-        self._newest_tokens.index_copy_(0, _to_index(slots, device), newest)
+        self._newest_tokens.index_copy_(0, to_tensor(slots, device), newest)
 
     def _require_sampler(self) -> Sampler:
         assert self._sampler, "only rank 0 samples"
         return self._sampler
-
-
-def _to_index(indices: Ints, device: torch.device) -> Tensor:
-    return torch.from_numpy(indices.astype(np.int64)).to(device)
 
 
 def _to_bytes(hidden: Tensor, indices: Sequence[int]) -> list[bytes]:

@@ -193,17 +193,10 @@ class _Memory:
     def _carve(self, num_bytes: int) -> NDArray[np.uint8]:
         while self._chunk == len(self._chunks) or self._offset + num_bytes > len(self._chunks[self._chunk]):
             if self._chunk == len(self._chunks):
-                self._chunks.append(_empty(max(num_bytes, CHUNK_BYTES)))
+                self._chunks.append(torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8).numpy())
             else:
                 self._chunk += 1
             self._offset = 0
         block = self._chunks[self._chunk][self._offset : self._offset + num_bytes]
         self._offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return block
-
-
-def _empty(num_bytes: int) -> NDArray[np.uint8]:
-    """Returns uninitialized memory whose address is a multiple of ALIGNMENT."""
-    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + num_bytes]

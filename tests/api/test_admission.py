@@ -131,7 +131,6 @@ def test_a_full_server_refuses_by_the_same_rules(
     start_api: StartApi,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Most rejections take a shorter way through the middleware."""
     api = start_api(lambda submission: [], concurrency_limit=1, queue_limit=0, **settings)
     caplog.set_level("INFO", "rtp_llm.access")
     stream = {"prompt": "a", "stream": True}
