@@ -2,7 +2,8 @@
 
 Everything whose cost grows with the body happens here: JSON, validation, the chat template, the tokenizer. The
 functions are synchronous and use no state except tokenizer and template, so that `preparer` can run them in another
-process. Other kinds of requests and other chat APIs have their own functions with a `Preparation` as argument.
+process. This module prepares chat, completion and tokenization requests. Others (`pooling_preparation`, `responses`,
+`anthropic`, `native_preparation`) prepare theirs with functions that take a `Preparation`.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""The record of one request: when it was sent, when its tokens arrived, how it ended. Runs with any Python."""
+"""The record of one request: when it was sent, when its tokens arrived, how it ended.
+
+Imports only the standard library: the workers of other engines import it in the Python that has their engine.
+"""
 
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise

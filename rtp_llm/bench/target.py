@@ -119,7 +119,10 @@ class ServerTarget(UrlTarget):
 def own_server(
     name: str, checkpoint: Path, log: Path, environment: dict[str, str], python: str = sys.executable
 ) -> ServerTarget:
-    """Returns this project's server on free ports. `environment`: settings that override a benchmark's defaults."""
+    """Returns a target that runs this project's server on a free port; entering its context starts the server.
+
+    `environment`: settings that override the benchmark's defaults.
+    """
     port = free_port()
     defaults = {"CHECKPOINT_PATH": str(checkpoint.absolute()), "SERVED_MODEL_NAME": "bench", "DISABLE_ACCESS_LOG": "1"}
     defaults |= {"TP_SIZE": "1", "RTP_DOCTOR": "off", "KV_CACHE_MEM_MB": "2048", "START_PORT": str(port)}

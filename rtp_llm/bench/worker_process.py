@@ -1,4 +1,6 @@
-"""A child process that replies to each line of JSON with another: an engine of `rtp_llm.bench.peers`, or the probe."""
+"""A child process that answers each line of JSON on its stdin with one on its stdout. It runs either an engine of
+`rtp_llm.bench.peers` or `rtp_llm.bench.probe`, which measures the machine's bandwidth and FLOP rate.
+"""
 
 import json
 import os

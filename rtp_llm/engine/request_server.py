@@ -115,7 +115,7 @@ class RequestServer:
         try:
             data = connection.sock.recv(1 << 20)
             if not data:
-                raise WireError("the peer closed the connection")
+                raise WireError("the API process closed the connection")
             frames = list(connection.incoming.feed(data))
             return [ClientMessage(connection, frame_type, json.loads(payload)) for frame_type, payload in frames]
         except BlockingIOError:

@@ -1,7 +1,7 @@
 """Masks the tokens that a request's grammar does not allow next.
 
-The matcher of a sequence advances with each final token. Another thread then computes the next mask, while the forward
-pass of the next step runs on the device.
+The matcher of a sequence advances with each sampled token that is kept (a rejected draft is not). Another thread then
+computes the next mask, while the forward pass of the next step runs on the device.
 """
 
 from collections import deque
