@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int64_t PART_BYTES = 128 << 10;  // of weights; two parts and the inputs of a chunk fit the L2 cache
+constexpr int64_t LARGE_PART_BYTES = 128 << 10;  // of weights; two parts and the inputs of a chunk fit the L2 cache
 constexpr int64_t MAX_CHUNK_ROWS = 96;
 constexpr int64_t STREAM_DISTANCE = 4096;  // how far ahead a single tile prefetches
 constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 17;
@@ -46,6 +46,14 @@ struct Linear {
   int64_t chunk_rows() const { return div_up(m, chunks()); }
 };
 
+// Returns how many bytes of a block are multiplied with all rows before the next part. With few rows, reading from memory
+// takes as long as computing: small parts, which stay in the L1 cache between their prefetch and the last tile, spare the
+// core half of the cache lines that it can wait for. They also mean that the sums are stored more often.
+inline int64_t part_bytes(int64_t rows) {
+  if (rows <= 2 * MAX_ROWS) return 4 << 10;
+  return rows <= 3 * MAX_ROWS ? 8 << 10 : LARGE_PART_BYTES;
+}
+
 // Returns what tile `index` of `count` reads ahead: of its own stream if it is the only reader of new weights, else its
 // share of the part `next`.
 template <class Step>
@@ -65,9 +73,9 @@ Prefetch plan_prefetch(const Tile& tile, const char* next, int64_t index, int64_
 template <class Step>
 void compute_block(const Linear& linear, const char* w, const uint32_t* x, int64_t rows, float* sums, const char* next,
                    bool cold) {
-  int64_t parts = div_up(linear.steps, PART_BYTES / Step::BYTES);
-  int64_t part_steps = div_up(linear.steps, parts * Step::GRANULARITY) * Step::GRANULARITY;
   int64_t tiles = div_up(rows, Step::ROWS);
+  int64_t parts = tiles == 1 ? 1 : div_up(linear.steps * Step::BYTES, part_bytes(rows));
+  int64_t part_steps = div_up(linear.steps, parts * Step::GRANULARITY) * Step::GRANULARITY;
   for (int64_t begin = 0; begin < linear.steps; begin += part_steps) {
     int64_t steps = std::min(part_steps, linear.steps - begin), end = begin + steps;
     const char* ahead = end < linear.steps ? w + end * Step::BYTES : next;

@@ -111,21 +111,43 @@ inline void read_floats(int dtype, const void* matrix, int64_t first, int64_t co
 
 // Returns the largest |value|, NaN if any is infinite or NaN. The bits of positive floats are ordered as the floats.
 inline float largest_magnitude(const float* values, int64_t count) {
+  Integers magnitudes = {};
+  for_lanes(count, [&](int64_t i, int64_t lanes) {
+    Integers bits = reinterpret_cast<Integers>(load(values + i, lanes)) & 0x7fffffff;
+    magnitudes = bits > magnitudes ? bits : magnitudes;
+  });
   int32_t largest = 0;
-  for (int64_t i = 0; i < count; i++) {
-    int32_t bits;
-    std::memcpy(&bits, values + i, 4);
-    bits &= 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
+  for (int i = 0; i < LANES; i++) largest = std::max(largest, magnitudes[i]);
   if (largest >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
   float result;
   std::memcpy(&result, &largest, 4);
   return result;
 }
 
-// Returns the nearest integer, ties to even. Not by adding 1.5 * 2^23, which is fused with a multiplication before it.
-inline int32_t round_to_int(float value) { return static_cast<int32_t>(__builtin_rintf(value)); }
+// Returns the nearest integers, ties to even. Not by adding 1.5 * 2^23, which is fused with a multiplication before it.
+inline Integers round_to_integers(Floats values) {
+#if defined(__AVX512F__)
+  return (Integers)_mm512_maskz_cvtps_epi32(0xffff, (__m512)values);
+#else
+  Integers result;
+  for (int i = 0; i < LANES; i++) result[i] = static_cast<int32_t>(__builtin_rintf(values[i]));
+  return result;
+#endif
+}
+
+// Writes the low bytes of the first `count` integers.
+inline void store(uint8_t* to, Integers values, int64_t count) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)values);
+  std::memcpy(to, &bytes, static_cast<size_t>(count));
+#else
+  for (int64_t i = 0; i < count; i++) to[i] = static_cast<uint8_t>(values[i]);
+#endif
+}
+
+inline void store(int16_t* to, Integers values, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = static_cast<int16_t>(values[i]);
+}
 
 // The scale of symmetric 8-bit values, and its inverse. A row that is not finite has the scale NaN, which its products
 // inherit; one that is zero to float32 has zeros.
@@ -136,10 +158,11 @@ struct Scale {
 
 // ---- The product of a tile
 
-// Where the weights lie that are needed next: what each step prefetches, from step `split` on at `later`.
+// Where the weights lie that are needed next: each step prefetches `lines` cache lines, from step `split` on at `later`.
 struct Prefetch {
   const uint8_t* at;
-  int64_t stride;  // bytes per step
+  int64_t stride;  // bytes between two prefetches, at most a cache line
+  int lines;
   int64_t split;
   const uint8_t* later;
 };
@@ -160,9 +183,11 @@ void multiply_tile(const uint8_t* w, const int32_t* x, int64_t ldx, int64_t step
   for (int64_t step = 0; step < steps; step++) {
     IntVector w0 = Dot::load(w), w1 = Dot::load(w + VECTOR), w2 = Dot::load(w + 2 * VECTOR);
     if (step == next.split) next.at = next.later;
-    for (int64_t line = 0; line < 3 * VECTOR; line += 64) __builtin_prefetch(next.at + line, 0, 3);
+    __builtin_prefetch(next.at);
+    if (next.lines > 1) __builtin_prefetch(next.at + next.stride);
+    if (next.lines > 2) __builtin_prefetch(next.at + 2 * next.stride);
+    next.at += next.lines * next.stride;
     w += 3 * VECTOR;
-    next.at += next.stride;
 #define ADD(r)                                   \
   if constexpr (R > r) {                         \
     IntVector v = broadcast(x[r * ldx + step]);       \
@@ -232,13 +257,12 @@ inline void finish_row(const Linear& l, const float* values, const float* bias, 
 inline Prefetch next_weights(const uint8_t* cells, int64_t step_bytes, int64_t steps, const uint8_t* next_block,
                              int64_t t, int64_t tiles) {
   constexpr int64_t DISTANCE = 4096;
+  const int64_t bytes = div_up(step_bytes, tiles), lines = div_up(bytes, 64), stride = div_up(bytes, lines);
   if (tiles == 1) {
     int64_t ahead = DISTANCE / step_bytes;
-    return {cells + DISTANCE, step_bytes, steps > ahead ? steps - ahead : 0, next_block};
+    return {cells + DISTANCE, stride, static_cast<int>(lines), steps > ahead ? steps - ahead : 0, next_block};
   }
-  int64_t stride = div_up(div_up(step_bytes, tiles), 64) * 64, done = t * steps * stride;
-  if (done >= steps * step_bytes) return {cells, 0, steps, nullptr};
-  return {next_block + done, stride, steps, nullptr};
+  return {next_block + t * steps * lines * stride, stride, static_cast<int>(lines), steps, nullptr};
 }
 
 // The place of a tile: `row` is its first, `t` its number.

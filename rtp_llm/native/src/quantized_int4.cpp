@@ -22,8 +22,8 @@ inline void add_cell(IntVector& sum, IntVector cell, const int32_t* x) {
   __asm__("vpdpbusd %2%{1to16%},%1,%0" : "+v"(sum) : "v"(high), "m"(x[1]));
 }
 
-inline void write_words(const int32_t* x, uint8_t* out) {
-  for (int i = 0; i < CELL; i++) out[i] = static_cast<uint8_t>(x[i]);
+inline void write_words(const Integers* x, uint8_t* out) {
+  for (int i = 0; i < GROUP / LANES; i++) store(out + i * LANES, x[i], LANES);
 }
 #else
 // Word i has the two inputs, as int16, whose weights have their bits at 4 i in the two halves of the cell.
@@ -34,12 +34,13 @@ inline void add_cell(IntVector& sum, IntVector cell, const int32_t* x) {
     sum += multiply_pairs((ShortVector)((cell >> (4 * i)) & 0x000f000f), (ShortVector)broadcast(x[i]));
 }
 
-inline void write_words(const int32_t* x, uint8_t* out) {
-  int16_t words[2 * WORDS];
-  for (int i = 0; i < WORDS; i++) {
-    words[2 * i] = static_cast<int16_t>(x[i % 2 * 4 + i / 2]);
-    words[2 * i + 1] = static_cast<int16_t>(x[i % 2 * 4 + i / 2 + 2]);
-  }
+inline void write_words(const Integers* x, uint8_t* out) {
+  int16_t words[2 * GROUP / CELL * WORDS];
+  for (int cell = 0; cell < GROUP / CELL; cell++)
+    for (int i = 0; i < 2 * WORDS; i++) {
+      int input = cell * CELL + i / 2 % 2 * 4 + i / 4 + i % 2 * 2;
+      words[cell * 2 * WORDS + i] = static_cast<int16_t>(x[input / LANES][input % LANES]);
+    }
   std::memcpy(out, words, sizeof words);
 }
 #endif
@@ -61,8 +62,8 @@ void multiply_tile(const uint8_t* w, const RowStep* x, int64_t steps, Prefetch n
   FOR_TILE(DECLARE)
   for (int64_t step = 0; step < steps; step++) {
     if (step == next.split) next.at = next.later;
-    for (int64_t line = 0; line < STEP_BYTES; line += 64) __builtin_prefetch(next.at + line, 0, 3);
-    next.at += next.stride;
+    for (int line = 0; line < next.lines; line++) __builtin_prefetch(next.at + line * next.stride);
+    next.at += next.lines * next.stride;
     const uint8_t* cells = w + 3 * WIDTH * 4;
     for (int group = 0; group < 2; group++) {
 #define START(r)                                                                              \
@@ -115,18 +116,18 @@ struct Int4 {
     RowStep* prepared = reinterpret_cast<RowStep*>(out);
     for (int64_t first = 0; first < l.k; first += GROUP) {
       float x[GROUP] = {};
-      int32_t quantized[GROUP];
-      read_floats(l.dtype, l.x, row * l.ldx + first, l.k - first < GROUP ? l.k - first : GROUP, x);
+      Integers quantized[GROUP / LANES], sums = {};
+      read_floats(l.dtype, l.x, row * l.ldx + first, std::min(GROUP, l.k - first), x);
       Scale scale(largest_magnitude(x, GROUP));
+      for (int64_t i = 0; i < GROUP / LANES; i++)
+        sums += quantized[i] = round_to_integers(load(x + i * LANES) * scale.inverse);
       int32_t sum = 0;
-      for (int64_t i = 0; i < GROUP; i++) sum += quantized[i] = round_to_int(x[i] * scale.inverse);
+      for (int i = 0; i < LANES; i++) sum += sums[i];
       RowStep& step = prepared[first / STEP];
       int64_t group = first / GROUP % 2;
       step.scales[group] = scale.scale;
       step.starts[group] = -static_cast<int32_t>(OFFSET) * sum;
-      for (int64_t i = 0; i < GROUP / CELL; i++)
-        write_words(quantized + i * CELL,
-                    reinterpret_cast<uint8_t*>(step.words + (group * GROUP / CELL + i) * WORDS));
+      write_words(quantized, reinterpret_cast<uint8_t*>(step.words + group * GROUP / CELL * WORDS));
     }
     if (div_up(l.k, GROUP) % 2) {  // the last step has one group
       RowStep& step = prepared[steps(l.k) - 1];

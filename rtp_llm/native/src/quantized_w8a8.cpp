@@ -46,8 +46,9 @@ struct W8A8 {
     std::memcpy(out, &scale.scale, 4);
     using Word = std::conditional_t<INPUTS == 4, uint8_t, int16_t>;
     Word* words = reinterpret_cast<Word*>(out + 4);
-    for (int64_t i = 0; i < steps(l.k) * INPUTS; i++)
-      words[i] = static_cast<Word>(round_to_int(x[i] * scale.inverse) + DotInt8::X_OFFSET);
+    for_lanes(steps(l.k) * INPUTS, [&](int64_t i, int64_t lanes) {
+      store(words + i, round_to_integers(load(x + i, lanes) * scale.inverse) + DotInt8::X_OFFSET, lanes);
+    });
   }
 
   void open(const Linear&, const uint8_t* at, int64_t, int64_t, const uint8_t* next) { block = at, next_block = next; }
