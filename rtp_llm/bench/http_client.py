@@ -24,6 +24,10 @@ class AnswerError(Exception):
     """The server did not send a complete response."""
 
 
+class StaleConnectionError(AnswerError):
+    """The server closed a kept connection instead of answering another request on it (RFC 9112, 9.3.1)."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A model at a URL.
@@ -94,6 +98,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._is_closed = True
+        self._num_requests = 0
 
     @property
     def is_open(self) -> bool:
@@ -114,8 +119,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def stream(self, request: bytes) -> "Answer":
-        """Sends a request and returns its complete response. Raises AnswerError."""
+        """Sends a request and returns its complete response. Raises AnswerError; StaleConnectionError if the request
+        should be sent again on a new connection.
+        """
         assert self._transport
+        self._num_requests += 1
         self._answer = Answer(asyncio.get_running_loop().create_future())
         self._transport.write(request)
         await self._answer.end
@@ -133,7 +141,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._is_closed = True
         if answer := getattr(self, "_answer", None):
-            answer.fail("the server closed the connection before the end of its answer")
+            is_stale = self._num_requests > 1 and not answer.has_begun
+            kind = StaleConnectionError if is_stale else AnswerError
+            answer.fail(kind("the server closed the connection before the end of its answer"))
 
 
 class Answer:
@@ -143,6 +153,7 @@ class Answer:
         """`end`: set when the response is complete, or when it can no longer be completed."""
         self.end = end
         self.keeps_connection = False  # after the answer; known at its end
+        self.has_begun = False  # a byte has arrived
         self._status = 0
         self._now = 0.0  # time of the last bytes
         self._times: list[float] = []  # of the events
@@ -152,15 +163,15 @@ class Answer:
 
     def feed(self, data: bytes) -> None:
         """Parses bytes that have just arrived."""
-        self._now = time.perf_counter()
+        self._now, self.has_begun = time.perf_counter(), True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self.fail(f"invalid HTTP: {error}")
+            self.fail(AnswerError(f"invalid HTTP: {error}"))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, error: AnswerError) -> None:
         if not self.end.done():
-            self.end.set_exception(AnswerError(reason))
+            self.end.set_exception(error)
 
     def on_body(self, body: bytes) -> None:
         if b"\r" in body:

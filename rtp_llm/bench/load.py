@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import uvloop
 
-from rtp_llm.bench.http_client import AnswerError, Connection, Endpoint
+from rtp_llm.bench.http_client import AnswerError, Connection, Endpoint, StaleConnectionError
 from rtp_llm.bench.record import Record
 from rtp_llm.bench.workload import Request, Traffic
 
@@ -46,7 +46,11 @@ class _Load:
         try:
             async with asyncio.timeout(self._endpoint.timeout):
                 connection = self._take_idle() or await Connection.connect(self._endpoint.address)
-                answer = await connection.stream(message)
+                try:
+                    answer = await connection.stream(message)
+                except StaleConnectionError:
+                    connection = await Connection.connect(self._endpoint.address)
+                    answer = await connection.stream(message)
             record = answer.record(request, self._origin, start)
         except (AnswerError, TimeoutError) as error:
             reason = str(error) or f"no whole answer within {self._endpoint.timeout:g} s"

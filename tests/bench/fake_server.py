@@ -18,6 +18,7 @@ class FakeServer:
     piece_bytes     size of the pieces in which events are sent; 0: whole
     break_after     number of events after which a connection is closed; 0: never
     missing_tokens  that an answer is too short
+    answers_per_connection  the next request on the connection closes it; -1: never
     status          of every answer
     """
 
@@ -26,6 +27,7 @@ class FakeServer:
     piece_bytes: int = 0
     break_after: int = 0
     missing_tokens: int = 0
+    answers_per_connection: int = -1
     has_usage: bool = True
     status: int = 200
     num_connections: int = 0
@@ -37,6 +39,7 @@ class FakeServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
+        num_answers = 0
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -45,6 +48,9 @@ class FakeServer:
                 if head.startswith("GET"):
                     _write_models(writer)
                     continue
+                if num_answers == self.answers_per_connection:
+                    return
+                num_answers += 1
                 self.heads.append(head)
                 self.bodies.append(json.loads(body))
                 await self._answer(writer, self.bodies[-1]["max_tokens"] - self.missing_tokens)

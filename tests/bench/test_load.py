@@ -103,6 +103,21 @@ def test_failures_are_records_and_the_others_go_on() -> None:
     ] * 2
 
 
+def test_a_request_that_meets_a_closing_connection_is_sent_again() -> None:
+    server = FakeServer(answers_per_connection=2)
+    with listening(server) as url:
+        records = send(Endpoint(url, "fake"), Traffic(requests(5), 1), ignore)
+    assert [record.error for record in records] == [""] * 5
+    assert [body["prompt"][0] for body in server.bodies] == [0, 1, 2, 3, 4]
+    assert server.num_connections == 3
+
+
+def test_a_server_that_never_answers_is_an_error() -> None:
+    with listening(FakeServer(answers_per_connection=0)) as url:
+        [record] = send(Endpoint(url, "fake"), Traffic(requests(1), 1), ignore)
+    assert record.error == "the server closed the connection before the end of its answer"
+
+
 @pytest.mark.parametrize(
     ("server", "error"),
     [
