@@ -1,9 +1,10 @@
 """Two parts that do not hear each other, and parts that are gone for a while."""
 
+import shutil
 import signal
 from collections.abc import Iterator
 
-from tests.chaos.faults.registry import Scene, fault, send_signal
+from tests.chaos.faults.registry import NotHereError, Scene, fault, send_signal
 from tests.chaos.network import ADDRESSES, DEVICE, Namespace, set_address
 from tests.chaos.rig import Layout
 
@@ -16,7 +17,9 @@ def _namespaces(scene: Scene) -> list[Namespace]:
 
 
 def _drop(scene: Scene, *sources: int) -> Iterator[None]:
-    """Loses everything that these parts send to the other one."""
+    """Loses everything that these parts send to the other one. Raises NotHereError."""
+    if not shutil.which("iptables"):
+        raise NotHereError("no iptables: install it")
     rules = [(_namespaces(scene)[part], ("OUTPUT", "-d", ADDRESSES[1 - part], "-j", "DROP")) for part in sources]
     for namespace, rule in rules:
         namespace.run("iptables", "--wait", "-I", *rule)
