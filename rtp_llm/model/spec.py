@@ -121,7 +121,7 @@ FAMILIES: dict[str, _Family] = {
 # The quant_method of config.json's quantization_config, and the key of `kernels.linear_methods.LINEAR_METHODS` for it.
 QUANTIZATION_METHODS: dict[str, str] = {}
 # By QUANTIZATION, the linear methods of the layers and of the output head, which 4 bits would harm most.
-QUANTIZATIONS = {"INT8": ("int8", "int8"), "W8A8": ("w8a8", "w8a8"), "INT4": ("int4", "int8")}
+QUANTIZATIONS = {"INT8": ("int8", "int8"), "W8A8": ("w8a8", "w8a8"), "INT4": ("int4", "w8a8")}
 ALIASES = {"qwen_tool": "qwen_2", "qwen_agent": "qwen_2", "qwen_3_tool": "qwen_3"}
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
