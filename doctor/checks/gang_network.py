@@ -70,7 +70,7 @@ def _incomplete(links: Sequence[tuple[PartReport, PartReport]], reason: str) -> 
 )
 def planned_ports_are_reachable(ctx: CheckContext, view: GangView) -> CheckResult:
     """Every part connects to all ports that the server uses on every other part: START_PORT, the doctor's port, and on
-    part 0 also the ports below it, for the rendezvous, the steps that the scheduler sends to the ranks, and
+    part 0 also the ports below START_PORT, for the rendezvous, the steps that the scheduler sends to the ranks, and
     torch.distributed. A timeout means that a firewall drops packets; a refused connection, that no process listens."""
     links = _unreachable_links(view, ephemeral=False)
     if links:

@@ -1,4 +1,4 @@
-"""Check that no HTTP proxy is used between the parts."""
+"""Check that the parts of a gang (its containers) reach each other without an HTTP proxy."""
 
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 

@@ -27,9 +27,10 @@ class BodyMemory:
         try:
             async for piece in request.stream():
                 if self.used + len(piece) > self.limit:
-                    used = f"{self.used / 2**20:.0f} MiB"
+                    used, limit = (f"{num_bytes / 2**20:.0f} MiB" for num_bytes in (self.used, self.limit))
                     raise overloaded(
-                        f"the bodies of open requests take {used}, {BODIES} x MAX_BODY_MB: try again later"
+                        f"the bodies of open requests take {used}; allowed: {limit}, which is {BODIES} x MAX_BODY_MB:"
+                        " try again later"
                     )
                 size, self.used = size + len(piece), self.used + len(piece)
                 pieces.append(piece)

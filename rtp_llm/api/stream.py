@@ -36,8 +36,8 @@ def coalesced(parts: Iterable[str]) -> Iterator[str]:
 
 
 def json_parts(value: Any) -> Iterator[str]:
-    """Yields the compact JSON of `value` in parts. An iterator in `value` becomes a JSON array. Encodes arrays and
-    lists of numbers batch by batch.
+    """Yields the compact JSON of `value` in parts. An iterator in `value` becomes a JSON array. The elements of an
+    iterator, or of a list of numbers, are encoded in batches.
     """
     if isinstance(value, list) and value and isinstance(value[0], int | float):
         value = iter(value)

@@ -26,8 +26,8 @@ class StepExecutor(Protocol):
     """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
 
     def prepare(self, step: Step) -> Any:
-        """Applies a step to rank 0's table of sequences. Returns the arrays that `execute` needs; their `digest()` is
-        compared on all ranks.
+        """Applies a step to this rank's table of sequences. Returns the arrays that `execute` needs. Every rank has
+        such a table and applies the same steps: the ranks compare `digest()` of these arrays to notice if one differs.
         """
         ...
 

@@ -87,8 +87,9 @@ class Wave:
 
 @dataclass(frozen=True)
 class ReferenceMetadata:
-    """The metadata of one step for all layers of a KV cache group: the slots of the T new tokens, and the
-    waves (work that is in memory at once, see `Wave`).
+    """The metadata of one step for all layers of a KV cache group: the places of the T new tokens in the
+    cache, and the waves: the parts of the work that are computed one after another, so that only the intermediate
+    results of one are in memory (see `Wave`).
     """
 
     write_blocks: Tensor  # [T]

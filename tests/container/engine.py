@@ -33,6 +33,12 @@ def engine_unavailable_reason() -> str:
     return ""
 
 
+def has_compose() -> bool:
+    """Returns whether there is a docker client with the compose plugin."""
+    command = ["docker", "compose", "version"]
+    return bool(shutil.which("docker")) and subprocess.run(command, capture_output=True).returncode == 0
+
+
 def docker(*arguments: str, check: bool = True, env: Mapping[str, str] | None = None, timeout: float = 900) -> str:
     """Returns stdout and stderr of a docker command. Raises AssertionError with them if the command fails."""
     completed = subprocess.run(

@@ -7,7 +7,7 @@ import pytest
 from openai import OpenAI
 
 from image.demo.train import manual
-from tests.container.engine import Project, docker
+from tests.container.engine import Project, docker, has_compose
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +57,7 @@ def test_two_parts_answer_as_one_rank(demo: Project) -> None:
         assert len(report["members"]) == 2
 
 
+@pytest.mark.skipif(not has_compose(), reason="there is no docker client with compose")
 def test_every_profile_is_valid() -> None:
     for profile in ("cpu", "gpu", "gang", "monitoring"):
         docker("compose", "--profile", profile, "config", "--quiet")
