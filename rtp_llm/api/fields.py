@@ -141,7 +141,9 @@ def recording() -> Iterator[FieldRecord]:
 
 
 def ignore(path: str, names: Iterable[str]) -> None:
-    """Records that these fields of the object at `path` ("" or "messages.") have no effect."""
+    """Notes that the current request has set these fields, which the server accepts but does not use: `FieldPolicy`
+    reports them. `path`: prefix of their names, "" for the body, "messages." for its messages.
+    """
     record = _current.get()
     if record is not None:
         record.add(path, names)
@@ -150,11 +152,11 @@ def ignore(path: str, names: Iterable[str]) -> None:
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Returns the fields of a body, or of an object in it, that are set.
 
-    Drops null fields (except `nullable_fields` of `model`), and declared fields in `refusals`, such as a grammar, whose
-    value is empty. Of the fields that `model` does not declare, those in `refusals` raise RequestError 400 unless their
-    value means "not set"; others are ignored. `refusals` are those of `model`, by default REFUSALS for the body and
-    none for an object in it. Does the same in nested models. A model with extra="allow" keeps its extra fields, which
-    the caller must check.
+    The table `refusals` of `model` (by default REFUSALS for the body, none for an object in it) lists fields that must
+    not be lost in silence, such as a grammar. Drops null fields (except `nullable_fields` of `model`), and fields of
+    the table with an empty value if `model` declares them. If it does not, a field of the table raises RequestError 400
+    unless its value means "not set", and any other field is ignored. Does the same in nested models. A model with
+    extra="allow" keeps its extra fields, which the caller must check.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

@@ -1,4 +1,6 @@
-"""Measures targets alternately (A B A B …) on the same cases, and the rates of the machine before each run."""
+"""Measures targets alternately (A B A B …) on the same cases, and before each round the machine's memory bandwidth and
+matrix operations per second, which drift on shared machines.
+"""
 
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -74,7 +76,7 @@ class Campaign:
     seed: int
 
     def run(self, targets: Sequence[Target], probe: Probe | None) -> Iterator[tuple[Run, MachineRates | None]]:
-        """Measures all targets on all cases: yields each run, and the machine's rates measured just before it. The
+        """Measures all targets on all cases: yields each run, and the machine's rates measured before its round. The
         targets' contexts must have been entered.
         """
         seed = self.seed

@@ -173,7 +173,7 @@ class Scheduler:
                 text = "the host has too little memory: %d KV blocks give theirs back, so requests may wait; %s"
                 log.warning(text, -room, "free memory, or lower KV_CACHE_MEM_MB")
             else:
-                log.warning("the host has memory again: %d more KV blocks fit", room)
+                log.warning("the host has enough memory again: the KV cache may use %d more blocks", room)
         pool.growth, self._is_short_of_memory = max(0, room), room < 0
         while (num_missing := -room - len(self._retired_blocks)) > 0:
             self._retired_blocks += pool.retire(num_missing)

@@ -46,7 +46,9 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
-        """Returns the backend's metadata for the layers of this KV cache group."""
+        """Returns the backend's metadata of a step for the layers of a KV cache group. `index`: of the group among all
+        groups, as in `batch.block_tables`.
+        """
         return self.backend.prepare(batch, index, group.spec, group.block_size)
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:

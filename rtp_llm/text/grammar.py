@@ -57,7 +57,7 @@ def from_json_schema(schema: Any, whitespace: str = WHITESPACE) -> str:
 
 
 def from_regex(pattern: str) -> str:
-    """Returns the grammar for texts that a regular expression matches as a whole, in Rust's regex syntax."""
+    """Returns the grammar for texts that `pattern`, a regular expression in Rust's syntax, matches as a whole."""
     grammar: str = LLMatcher.grammar_from_regex(pattern)
     return grammar
 
