@@ -253,11 +253,13 @@ inline void finish_row(const Linear& l, const float* values, const float* bias, 
 // ---- The loop over W
 
 // Returns what the tile `t` of `tiles` prefetches: with one tile, the stream 4 KiB ahead. With several, only the first
-// reads its block from memory, so each prefetches its share of the next block.
+// reads its block from memory, so each prefetches its share of the next block. The lines of a step are a multiple of
+// `places`, at which it prefetches.
 inline Prefetch next_weights(const uint8_t* cells, int64_t step_bytes, int64_t steps, const uint8_t* next_block,
-                             int64_t t, int64_t tiles) {
+                             int64_t t, int64_t tiles, int64_t places = 1) {
   constexpr int64_t DISTANCE = 4096;
-  const int64_t bytes = div_up(step_bytes, tiles), lines = div_up(bytes, 64), stride = div_up(bytes, lines);
+  const int64_t bytes = div_up(step_bytes, tiles), lines = div_up(bytes, 64 * places) * places;
+  const int64_t stride = div_up(bytes, lines);
   if (tiles == 1) {
     int64_t ahead = DISTANCE / step_bytes;
     return {cells + DISTANCE, stride, static_cast<int>(lines), steps > ahead ? steps - ahead : 0, next_block};

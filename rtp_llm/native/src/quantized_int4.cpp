@@ -60,10 +60,9 @@ void multiply_tile(const uint8_t* w, const RowStep* x, int64_t steps, Prefetch n
 #define FOR_TILE(DO) DO(0) DO(1) DO(2) DO(3)
 #define DECLARE(r) FloatVector f##r##0 = {}, f##r##1 = {}, f##r##2 = {};
   FOR_TILE(DECLARE)
+  const int64_t lines = next.lines / CELLS;  // that each cell prefetches: more at once wait for each other
   for (int64_t step = 0; step < steps; step++) {
     if (step == next.split) next.at = next.later;
-    for (int line = 0; line < next.lines; line++) __builtin_prefetch(next.at + line * next.stride);
-    next.at += next.lines * next.stride;
     const uint8_t* cells = w + 3 * WIDTH * 4;
     for (int group = 0; group < 2; group++) {
 #define START(r)                                                                              \
@@ -73,6 +72,7 @@ void multiply_tile(const uint8_t* w, const RowStep* x, int64_t steps, Prefetch n
       for (int64_t cell = group * CELLS / 2; cell < (group + 1) * CELLS / 2; cell++) {
         IntVector w0 = load<IntVector>(cells), w1 = load<IntVector>(cells + WIDTH * 4), w2 = load<IntVector>(cells + 2 * WIDTH * 4);
         cells += 3 * WIDTH * 4;
+        for (int64_t line = 0; line < lines; line++, next.at += next.stride) __builtin_prefetch(next.at);
 #define ADD(r)                                                            \
   if constexpr (R > r) {                                                  \
     const int32_t* words = x[r * steps + step].words + cell * WORDS;      \
@@ -140,7 +140,7 @@ struct Int4 {
 
   void compute(const Linear& l, const uint8_t* rows, TileRows tile, float* values) const {
     const RowStep* x = reinterpret_cast<const RowStep*>(rows + tile.row * row_bytes(l));
-    Prefetch next = next_weights(block, STEP_BYTES, steps(l.k), next_block, tile.t, tile.tiles);
+    Prefetch next = next_weights(block, STEP_BYTES, steps(l.k), next_block, tile.t, tile.tiles, CELLS);
     FloatVector sums[3 * ROWS] = {};
     switch (tile.rows) {
       case 1: multiply_tile<1>(block, x, steps(l.k), next, sums); break;
