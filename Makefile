@@ -50,10 +50,10 @@ test-clients: $(VENV)/installed-clients build/clients/installed ## let clients a
 	unshare --map-root-user --net sh -c 'ip link set lo up && exec "$$@"' sh \
 	  $(BIN)/python -m pytest tests/clients $(ARGS)
 
-# Hours; a second call goes on where the first one ended. `rm -r build/chaos` starts afresh. ARGS='--lanes 3' runs three
-# gangs side by side.
+# Hours; a call goes on where docs/reliability.jsonl ends, removing it starts afresh. ARGS='--lanes 3' runs three gangs
+# side by side.
 chaos: $(VENV)/installed-dev ## inject INJECTIONS (50) of each fault into real parts and write docs/reliability.md
-	$(BIN)/python -m tests.chaos --injections $(or $(INJECTIONS),50) --records build/chaos/records.jsonl \
+	$(BIN)/python -m tests.chaos --injections $(or $(INJECTIONS),50) --records docs/reliability.jsonl \
 	  --report docs/reliability.md $(ARGS)
 
 # A GPU machine often has a Python with its own torch and no network: the suite uses that Python as it is.

@@ -1,7 +1,7 @@
 """Injects faults into real parts under load and reports what their clients see.
 
 python -m tests.chaos --faults kill_rank,kill_api --injections 3 --seed 1
-python -m tests.chaos --injections 50 --records build/chaos/records.jsonl --report docs/reliability.md
+python -m tests.chaos --injections 50 --records docs/reliability.jsonl --report docs/reliability.md
 """
 
 import argparse

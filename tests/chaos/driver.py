@@ -1,5 +1,6 @@
 """Injects one fault into a running gang under load, and records what its clients saw."""
 
+import os
 import random
 import time
 from collections import Counter
@@ -40,9 +41,13 @@ class Injection:
     wrong: float = 0.0
     late: float = 0.0
     took: float = 0.0  # the whole injection, without starting the gang
+    cores: int = 0  # of the machine
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the fields that are not at their defaults; times are rounded to milliseconds."""
+        fields, defaults = asdict(self), asdict(Injection(self.fault, self.seed, -1))
+        values = {name: round(value, 3) if isinstance(value, float) else value for name, value in fields.items()}
+        return {name: value for name, value in values.items() if name in ("fault", "seed") or value != defaults[name]}
 
 
 def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Injection:
@@ -50,7 +55,8 @@ def inject(fault: Fault, rig: Rig, texts: Texts, seed: int, number: int) -> Inje
 
     Raises NotHereError if the fault cannot be injected.
     """
-    record, rng = Injection(fault.name, seed, number), random.Random(f"{seed} {fault.name} {number}")
+    record = Injection(fault.name, seed, number, cores=os.cpu_count() or 0)
+    rng = random.Random(f"{seed} {fault.name} {number}")
     begun_at = time.monotonic()
     if missing := rig.wait_steady():
         record.problems.append(missing)

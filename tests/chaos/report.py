@@ -1,6 +1,5 @@
 """Writes docs/reliability.md from the records."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,10 +15,14 @@ HEAD = """\
 
 What clients see when something fails, measured by `make chaos`: it runs the real processes on a small model with random
 weights (two ranks on CPU, one thread each), keeps eight clients busy with streams, chats, long prompts and batches,
-injects a fault at a random moment, and compares every response with an undisturbed run. The seconds are of one machine
-with {cores} cores, on which up to three such gangs and other work ran at a time: alone they are fewer. What holds
+injects a fault at a random moment, and compares every response with an undisturbed run. The seconds are of machines
+with {cores} cores, on which up to four such gangs and other work ran at a time: alone they are fewer. What holds
 everywhere is the ledger: **lost** counts accepted requests that did not end exactly once with their undisturbed text,
 where the fault permits it. With the API process its open connections are lost, and nothing else.
+
+[reliability.jsonl](reliability.jsonl) has one line per injection: the seed with which it can be repeated, what was hit,
+how the requests ended, and the times. A campaign before it, of 376 injections and 12,486 requests (2026-11-27), lost
+none either.
 
 - **pause**: the longest silence of a stream that was in flight, in seconds, from the fault on (median / maximum). For
   faults that last for a while, it contains that time.
@@ -44,9 +47,10 @@ def write(path: Path, injections: Iterable[Injection], skipped: Mapping[str, str
     rows = [_row(FAULTS[name], by_fault[name]) for name in FAULTS if name in by_fault]
     found = [injection for name in FAULTS for injection in by_fault.get(name, [])]
     requests, lost = sum(sum(i.outcomes.values()) for i in found), sum(i.lost for i in found)
+    cores = " or ".join(str(number) for number in sorted({injection.cores for injection in found}))
     summary = f"**{len(found):,} faults of {len(rows)} kinds, {requests:,} requests, {lost:,} lost.**"
     text = (
-        HEAD.format(sample=SAMPLE_SECONDS * 1000, hang=HANG_SECONDS, cores=os.cpu_count(), summary=summary)
+        HEAD.format(sample=SAMPLE_SECONDS * 1000, hang=HANG_SECONDS, cores=cores, summary=summary)
         + "\n".join(rows)
         + "\n"
     )
