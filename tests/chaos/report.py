@@ -54,9 +54,8 @@ def write(path: Path, injections: Iterable[Injection], skipped: Mapping[str, str
         + "\n".join(rows)
         + "\n"
     )
-    if skipped:
-        text += "\nNot injected here:\n\n" + "\n".join(f"- {FAULTS[n].text}: {reason}" for n, reason in skipped.items())
-        text += "\n"
+    if missing := [f"- {FAULTS[name].text}: {reason}\n" for name, reason in skipped.items() if name not in by_fault]:
+        text += "\nNot injected here:\n\n" + "".join(missing)
     path.write_text(text)
 
 

@@ -14,7 +14,11 @@ from tests.chaos.network import Namespace
 SHM_MIB, DISK_MIB = 64, 16
 REMOVE_SECONDS = 20.0
 CGROUP_ROOTS = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
-ENTER = 'echo $$ > "$0/cgroup.procs" && mount -t tmpfs -o size={shm}m tmpfs /dev/shm && exec "$@"'
+# CHAOS_PRELOAD becomes LD_PRELOAD only here: a library that keeps files in /dev/shm must not see that of the machine.
+ENTER = (
+    'echo $$ > "$0/cgroup.procs" && mount -t tmpfs -o size={shm}m tmpfs /dev/shm'
+    ' && exec env ${{CHAOS_PRELOAD:+LD_PRELOAD="$CHAOS_PRELOAD"}} "$@"'
+)
 
 
 def can_isolate() -> bool:

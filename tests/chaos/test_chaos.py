@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import report
 from tests.chaos.campaign import Plan, Records, describe, run
 from tests.chaos.client import Request, Response
 from tests.chaos.driver import Injection
@@ -19,6 +20,7 @@ from tests.chaos.lane import Start
 from tests.chaos.ledger import Outcome, judge
 from tests.chaos.load import Entry
 
+DOCS = Path(__file__).parents[2] / "docs"
 STREAM = Request("r", "/v1/completions", {"prompt": "x", "stream": True})
 TEXTS = {"r": {0: "text"}}
 ERROR = {"error_code": 606, "message": "lost", "error": {"message": "lost"}}
@@ -107,3 +109,8 @@ def test_records_are_kept_and_continued(tmp_path: Path) -> None:
     assert found.injections == [injection]
     assert found.numbers("kill_rank") == [2]
     assert found.numbers("kill_api") == []
+
+
+def test_the_documented_table_is_that_of_the_records(tmp_path: Path) -> None:
+    report.write(tmp_path / "reliability.md", Records(DOCS / "reliability.jsonl").injections, {})
+    assert (tmp_path / "reliability.md").read_text() == (DOCS / "reliability.md").read_text()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.chaos.faults.registry import NotHereError, Scene, fault, send_signal
+from tests.chaos.sandbox import can_isolate
 
 SHORT = (1.0, 6.0)  # seconds
 FAKETIME = "libfaketimeMT.so.1"
@@ -64,12 +65,14 @@ def _fake_clock() -> dict[str, str]:
     library = next((Path(folder) / FAKETIME for folder in folders if (Path(folder) / FAKETIME).exists()), None)
     if not library:
         raise NotHereError(f"no {FAKETIME}: install libfaketime, or set FAKETIME_FOLDER")
+    if not can_isolate():
+        raise NotHereError("no namespaces and cgroups, without which libfaketime leaves files in /dev/shm")
     folder = tempfile.mkdtemp(prefix="rtp-chaos-clock-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = Path(folder) / "offset"
     file.write_text("+0\n")
     return {
-        "LD_PRELOAD": str(library),
+        "CHAOS_PRELOAD": str(library),
         "FAKETIME_TIMESTAMP_FILE": str(file),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
