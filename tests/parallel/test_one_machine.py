@@ -57,7 +57,7 @@ def test_killed_guard_is_restarted(part: Part) -> None:
     pid = part.pid("guard")
     part.kill("guard")
     part.until(lambda: part.pid("guard") != pid, "a new guard")
-    assert part.fetch("/health") == (200, '"ok"')
+    part.wait_healthy()  # 503 while the guard's last status is older than 2 s: a busy machine may start it that late
 
 
 def test_stop_completes_open_streams_first(part: Part, expected: dict[str, str]) -> None:
