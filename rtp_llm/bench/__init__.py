@@ -1,1 +1,3 @@
-"""`rtp-llm-bench`: measures a server or an engine, computes the machine's bound, and compares with other engines."""
+"""`rtp-llm-bench`: measures the speed of a server or an engine, compares it with other engines, and computes the
+highest speed that the machine allows (the bound).
+"""

@@ -22,8 +22,8 @@ from rtp_llm.model.spec import ModelSpec
 class Precision:
     """How weights are stored and multiplied.
 
-    bits, head_bits: per weight of the layers and of the output head, including scales. dtype: in which weights and
-    activations are multiplied.
+    bits, head_bits: bits of each weight of the layers and of the output head, including quantization scales.
+    dtype: data type in which weights and activations are multiplied.
     """
 
     bits: float
@@ -45,7 +45,10 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class MachineRates:
-    """Current rates of all cores together, per second: bytes read from memory, and operations by data type."""
+    """Rates of the machine, measured with all cores, per second.
+
+    bandwidth: bytes read from memory. operations: additions and multiplications in matrix products, by data type.
+    """
 
     bandwidth: float
     operations: dict[str, float]
@@ -65,8 +68,10 @@ class Probe(WorkerProcess):
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Numbers of a model from which the time of its steps follows. All weights are read once per step; `head_weights`
-    (of the output head) are multiplied only for tokens whose next token is sampled.
+    """The numbers of a model that determine the minimum duration of a forward pass (a step).
+
+    A step reads all weights once. It multiplies the weights of the output head (`head_weights`) only for the tokens
+    after which an output token is sampled.
     """
 
     layer_weights: int
@@ -77,9 +82,10 @@ class ModelCost:
 
     @classmethod
     def of(cls, checkpoint: Path, precision: Precision) -> "ModelCost":
-        """Returns how many weights a model has in its layers and output head, its KV cache bytes per token and its
-        operations per key that a token attends to, from the headers of its checkpoint. Raises CheckpointError or
-        ConfigError.
+        """Returns the cost of the model in a checkpoint whose weights have this precision, from its config.json.
+
+        Raises CheckpointError or ConfigError if config.json or the header of a safetensors file is invalid or
+        unsupported.
         """
         spec = read_spec(checkpoint)
         return cls(
@@ -94,16 +100,17 @@ class ModelCost:
         """Returns the minimum time in seconds to read the weights and the KV cache for a step of `concurrency`
         sequences.
 
-        context: tokens per sequence.
+        context: tokens of each sequence in the KV cache.
         """
         precision = self.precision
         bits = self.layer_weights * precision.bits + self.head_weights * (precision.head_bits or precision.bits)
         return (bits / 8 + self.kv_bytes * concurrency * context) / rates.bandwidth
 
     def compute_seconds(self, rates: MachineRates, tokens: int, sampled: int, keys: float) -> float:
-        """Returns the minimum time in seconds to compute `tokens` tokens, which attend to `keys` keys in total.
+        """Returns the minimum time in seconds to compute `tokens` tokens.
 
-        sampled: number of them from which an output token is sampled.
+        sampled: number of these tokens after which an output token is sampled. keys: number of keys that the tokens
+        attend to, summed over the tokens.
         """
         operations = 2 * (self.layer_weights * tokens + self.head_weights * sampled)
         attention = self.flops_per_key * keys / rates.operations["bf16"]
@@ -112,7 +119,9 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Bound:
-    """The rates of a `summary.Summary`, in tokens per second, that memory and arithmetic allow at most."""
+    """Upper bounds of the rates in a `summary.Summary`, in tokens per second: what the machine's memory bandwidth and
+    arithmetic allow.
+    """
 
     output_rate: float
     input_rate: float
@@ -123,8 +132,8 @@ class Bound:
         """Returns the highest token rates for a workload on a machine with the measured `rates` (bytes and operations
         per second). `concurrency`: number of concurrent requests.
 
-        A single request computes its prompt first and decodes then. Several requests overlap, so that only their total
-        bytes and total operations count.
+        If requests run one at a time, prefill and decoding follow each other, so their times add up. Concurrent
+        requests overlap: the bound is the longer of the time to read all bytes and the time for all operations.
         """
         lengths = [(inputs - workload.shared_prefix, inputs, outputs) for inputs, outputs in workload.lengths]
         context = fmean(inputs + outputs / 2 for _, inputs, outputs in lengths)
@@ -143,13 +152,18 @@ class Bound:
 
 
 def read_spec(checkpoint: Path) -> ModelSpec:
-    """Reads config.json and the headers of a checkpoint. Raises CheckpointError or ConfigError."""
+    """Returns the architecture of the model in a checkpoint, from its config.json.
+
+    Raises CheckpointError or ConfigError if config.json or the header of a safetensors file is invalid or unsupported.
+    """
     config = Config.model_validate({"checkpoint_path": str(checkpoint)})
     return Checkpoint.open(config).spec(config)
 
 
 def machine() -> dict[str, object]:
-    """Returns what identifies the machine in a report: CPU model, CPU flags that kernels use, cores, memory."""
+    """Returns the machine's description for a report: CPU model, CPU flags that matter for speed, usable cores, memory
+    in GiB, version of the Linux kernel.
+    """
     fields = dict(_cpuinfo())
     wanted = (
         *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),

@@ -1,5 +1,7 @@
-"""Measures targets alternately (A B A B …) on the same cases, and before each round the machine's memory bandwidth and
-matrix operations per second, which drift on shared machines.
+"""Measures several targets (servers or engines) in turn (A B A B …) under the same loads.
+
+Also measures, before each round, the machine's memory bandwidth and matrix operations per second, because these drift
+on shared machines.
 """
 
 import subprocess
@@ -23,7 +25,10 @@ OPEN_CONCURRENCY = 1024  # of an open loop: more than any server takes
 
 @dataclass(frozen=True)
 class Case:
-    """A load to measure: a workload with a number of concurrent requests, or with a `rate` in requests per second."""
+    """A load to measure: a workload with a number of concurrent requests, or with a `rate` in requests per second.
+
+    requests  number of requests in each run of the case
+    """
 
     name: str
     workload: Workload
@@ -62,10 +67,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Campaign:
-    """The targets, cases and options of a benchmark.
+    """The options of a benchmark that measures targets (engines or servers) with all cases (loads).
 
-    costs  ModelCost by target name; only for a local checkpoint, whose sizes are known
-    seed   of the prompts; each run has other prompts, so that no prefix cache helps
+    rounds  how often each target is measured with each case
+    costs   ModelCost by target name, for the bound; has no entry for a target whose checkpoint is not on this machine
+    slo     the limits that a request must meet to count for goodput
+    seed    seed of the first prompts; each run has other prompts, so that no prefix cache helps
     """
 
     cases: Sequence[Case]
@@ -76,8 +83,10 @@ class Campaign:
     seed: int
 
     def run(self, targets: Sequence[Target], probe: Probe | None) -> Iterator[tuple[Run, MachineRates | None]]:
-        """Measures all targets on all cases: yields each run, and the machine's rates measured before its round. The
-        targets' contexts must have been entered.
+        """Measures all targets with all cases. Yields each run, and the machine's rates as `probe` measured them before
+        the round of the run (None without a probe). In a round, each target runs once with the same case.
+
+        The targets must be ready: the caller has entered them as context managers.
         """
         seed = self.seed
         for case in self.cases:

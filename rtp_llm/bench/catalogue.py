@@ -51,7 +51,7 @@ class TargetName:
 
     @classmethod
     def parse(cls, text: str) -> "TargetName":
-        """Parses a target's name. Raises ConfigError if it is unknown."""
+        """Parses a target's name with its settings. Raises ConfigError if the name is unknown."""
         name, _, settings = text.partition("@")
         kind, _, precision = name.partition("-")
         if precision not in PRECISIONS_OF.get(kind, ()):
@@ -64,8 +64,9 @@ class TargetName:
 class Catalogue:
     """Creates targets (engines to measure) by name.
 
-    pythons  Python interpreters in which to look for peers (other engines), in this order
-    folder   for converted weights and logs; they can be reused
+    checkpoint  folder of the model that all targets run
+    pythons     Python interpreters in which to look for peers (other engines), in this order
+    folder      folder for logs and for converted weights, which later benchmarks use again
     """
 
     checkpoint: Path
@@ -73,7 +74,9 @@ class Catalogue:
     folder: Path
 
     def make(self, name: TargetName) -> Target:
-        """Returns the target; enter its context to start it. Raises AbsentError if its engine is not installed."""
+        """Returns the target; enter it as a context manager to start it. Raises AbsentError if its engine is not
+        installed.
+        """
         makers = {
             "ours": self._ours,
             "offline": self._offline,
@@ -100,7 +103,7 @@ class Catalogue:
     def _llama(self, name: TargetName) -> Target:
         program = shutil.which("llama-server")
         if not program:
-            raise AbsentError("llama-server is not on PATH")
+            raise AbsentError("llama-server is not on PATH; install llama.cpp")
         port, file = free_port(), self._gguf(name.precision)
         options = ["--ctx-size", "65536", "--parallel", "32", "--no-webui", "--log-disable"]
         command = [program, "--model", str(file), "--port", str(port), *options]
@@ -140,12 +143,15 @@ class Catalogue:
                     return python
             except OSError as error:
                 raise ConfigError(f"--peer-python {python}: cannot be run: {error.strerror}") from None
-        raise AbsentError(f"no package {', '.join(packages)} in {', '.join(self.pythons)}")
+        raise AbsentError(
+            f"no package {', '.join(packages)} in {', '.join(self.pythons)}; install it there, or name a Python that"
+            " has it with --peer-python"
+        )
 
 
 def weight_precision(name: TargetName) -> str:
-    """Returns the key of `bound.PRECISIONS` for a target. OpenVINO's int8 is "q8_0" there, llama.cpp's 8-bit format:
-    both quantize activations, too.
+    """Returns the key of `bound.PRECISIONS` that describes a target's weights. For OpenVINO's int8 this is "q8_0",
+    llama.cpp's 8-bit format, because both quantize activations, too.
     """
     if name.kind == "openvino" and name.precision == "int8":
         return "q8_0"

@@ -1,4 +1,7 @@
-"""Writes checkpoints with random weights and the shape of a known model, as fast as the model, within seconds."""
+"""Writes checkpoints with random weights and the sizes of a known model, so that a benchmark needs no download.
+
+Writing takes seconds. An engine runs such a checkpoint as fast as the known model.
+"""
 
 import json
 import math
@@ -56,7 +59,7 @@ CHAT_TEMPLATE = (
 
 
 def find_shape(name: str) -> dict[str, Any]:
-    """Returns the config.json of a shape: the sizes of a known model, for which weights are made up.
+    """Returns the content of config.json for a shape: a name such as "qwen3-0.6b" that stands for the sizes of a model.
 
     Raises ConfigError if the name is not one of SHAPES.
     """
@@ -66,7 +69,10 @@ def find_shape(name: str) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, shape: str, seed: int = 0) -> None:
-    """Creates the folder and writes a bf16 checkpoint into it. Raises ConfigError if the shape is unknown."""
+    """Creates the folder and writes a bf16 checkpoint with random weights and a tokenizer into it.
+
+    Raises ConfigError if the shape is not one of SHAPES.
+    """
     config = find_shape(shape)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {
@@ -96,7 +102,8 @@ def write_checkpoint(folder: Path, shape: str, seed: int = 0) -> None:
 
 
 def make_tokenizer(vocab_size: int) -> dict[str, Any]:
-    """Returns a tokenizer.json of exactly `vocab_size` tokens: bytes, then words of letters, then `SPECIALS`.
+    """Returns the content of a tokenizer.json (byte-level BPE) with exactly `vocab_size` tokens: the 256 bytes, then
+    made-up words, then the special tokens SPECIALS.
 
     Each word is a shorter word plus a letter, so the tokenizer merges letters from left to right, and every id has a
     visible text.
@@ -143,8 +150,8 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
-    """Yields (name, shape, half width, mean) of each tensor. Values are uniformly distributed, scaled so that
-    activations neither vanish nor explode.
+    """Yields (name, shape, half width, mean) of each tensor of a model with this config.json. Its random values are
+    uniformly distributed in mean ± half width, chosen so that activations neither vanish nor explode.
     """
     hidden, intermediate, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads, model_type = config["num_attention_heads"], config["num_key_value_heads"], config["model_type"]

@@ -1,4 +1,6 @@
-"""The command `rtp-llm-bench`."""
+"""The command `rtp-llm-bench`: measures servers and engines, compares them, draws plots of the results, and writes
+checkpoints with random weights.
+"""
 
 import argparse
 import importlib.util
@@ -242,5 +244,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def vocabulary(checkpoint: Path) -> int:
-    """Returns the number of token ids from which prompts are drawn, without the last few: often special tokens."""
+    """Returns the number of token ids that random prompts may contain: 99 % of the checkpoint's vocabulary, because the
+    last ids are often special tokens.
+    """
     return read_spec(checkpoint).vocab_size * 99 // 100

@@ -25,14 +25,16 @@ class AnswerError(Exception):
 
 
 class StaleConnectionError(AnswerError):
-    """The server closed a kept connection instead of answering another request on it (RFC 9112, 9.3.1)."""
+    """The server closed a keep-alive connection instead of answering a further request on it (RFC 9112, 9.3.1). The
+    request can be sent again on a new connection.
+    """
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model at a URL.
+    """A model that a server at a URL serves.
 
-    model    its name in requests
+    model    name of the model in requests
     as_text  send prompts as text, for servers that accept no token ids: one made-up word (`word`) per token
     """
 
@@ -53,7 +55,7 @@ class Endpoint:
         return parts.hostname, parts.port or 80
 
     def post(self, path: str, content: dict[str, Any]) -> bytes:
-        """Returns the bytes of an HTTP POST request whose body is this object as JSON."""
+        """Returns the bytes of an HTTP POST request to `path`, with `content` as its JSON body. Does not send it."""
         body = json.dumps(content, separators=(",", ":")).encode()
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         host, port = self.address
@@ -65,7 +67,7 @@ class Endpoint:
         return head.encode() + body
 
     def completion(self, request: Request) -> bytes:
-        """Returns the HTTP request for a streamed completion of exactly `request.output_tokens` tokens."""
+        """Returns the bytes of an HTTP request for a streamed completion of exactly `request.output_tokens` tokens."""
         prompt = " ".join(word(token) for token in request.prompt) if self.as_text else request.prompt
         return self.post(
             "/v1/completions",
@@ -82,8 +84,8 @@ class Endpoint:
 
 
 def word(token: int) -> str:
-    """Returns a made-up word of lower-case letters, different for each token id: stands for that token in a prompt that
-    must be text. A server's own tokenizer splits it as it likes, so the number of tokens can differ.
+    """Returns a made-up word of lower-case letters, different for each token id. The word stands for the token in a
+    prompt that must be text. The server's tokenizer may split the word into several tokens.
     """
     letters = ""
     while token or not letters:
@@ -106,7 +108,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, address: tuple[str, int]) -> "Connection":
-        """Opens a connection. Raises AnswerError if that fails."""
+        """Returns a new connection to `address` (host, port). Raises AnswerError if it cannot be opened."""
         try:
             _, connection = await asyncio.get_running_loop().create_connection(cls, *address)
         except OSError as error:
@@ -119,8 +121,10 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def stream(self, request: bytes) -> "Answer":
-        """Sends a request and returns its complete response. Raises AnswerError; StaleConnectionError if the request
-        should be sent again on a new connection.
+        """Sends a request and returns its complete response.
+
+        Raises AnswerError if the response is not valid HTTP or the server closes the connection before its end. Raises
+        StaleConnectionError, a subclass, if the caller should send the request again on a new connection.
         """
         assert self._transport
         self._num_requests += 1
@@ -147,7 +151,9 @@ class Connection(asyncio.Protocol):
 
 
 class Answer:
-    """The events of one response and the time of each. Implements the callbacks of httptools' parser."""
+    """The server-sent events of one HTTP response and the time at which each arrived. Implements the callbacks of
+    httptools' parser.
+    """
 
     def __init__(self, end: "asyncio.Future[None]"):
         """`end`: set when the response is complete, or when it can no longer be completed."""
@@ -162,7 +168,7 @@ class Answer:
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
-        """Parses bytes that have just arrived."""
+        """Parses bytes of the response that have just arrived."""
         self._now, self.has_begun = time.perf_counter(), True
         try:
             self._parser.feed_data(data)
@@ -188,7 +194,11 @@ class Answer:
             self.end.set_result(None)
 
     def record(self, request: Request, origin: float, start: float) -> Record:
-        """Returns the response as a record, with times relative to `origin`. Raises AnswerError if it is incomplete."""
+        """Returns the times and the token counts of this response to `request`.
+
+        start: when the request was sent or due; origin: when the run began. Both are values of time.perf_counter(); the
+        times in the record are relative to `origin`. Raises AnswerError if the response is an error or incomplete.
+        """
         if self._status != 200:
             raise AnswerError(f"HTTP {self._status}: {self._rest[:300].decode(errors='replace')}")
         times, last = self._times, [json.loads(event[5:]) for event in self._last_events]
@@ -200,7 +210,8 @@ class Answer:
             times = times[:-1]
         if not usage or not times:
             raise AnswerError(
-                "no usage, or no token, in the stream; the server must support stream_options.include_usage"
+                "the stream has no event with token counts (usage), or none with a token; the server must support"
+                " stream_options.include_usage"
             )
         count = usage["completion_tokens"]
         if count != request.output_tokens:

@@ -14,7 +14,10 @@ OnEnd = Callable[[Record], None]
 
 
 def send(endpoint: Endpoint, traffic: Traffic, on_end: OnEnd) -> list[Record]:
-    """Sends all requests. Returns their records in the order in which they ended. Calls `on_end` with each record."""
+    """Sends all requests and returns their records in the order in which the requests ended, failed ones included.
+
+    Calls `on_end` with the record of each request when it ends.
+    """
     return uvloop.run(_Load(endpoint, on_end).send(traffic))
 
 

@@ -13,7 +13,9 @@ WIDTH = 0.8  # of a bar; the distance of two bars is 1
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Writes the plots `rates` and `latencies` into the folder, and returns the files."""
+    """Writes two plots into the folder, each as PNG and SVG, and returns the paths of these files: `rates` shows tokens
+    per second with the highest rate that the machine allows, `latencies` the inter-token latency (99th percentile).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "rates": _bars(report, "tokens per second (line: the bound)", report.rate, report.bound),

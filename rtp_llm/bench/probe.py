@@ -1,6 +1,7 @@
 """Measures the machine's current rates: bytes per second read from memory, operations per second of matrix products.
 
-Runs in a process of its own, because a load generator must not import torch. It measures once per line on stdin.
+Runs in a process of its own, because the load generator must not import torch. Measures once for each line on stdin and
+writes the result as a line of JSON to stdout.
 """
 
 import json
@@ -17,7 +18,10 @@ SECONDS = 0.15  # of each measurement
 
 
 def best_rate(amount: float, operation: Callable[[], object]) -> float:
-    """Calls `operation`, which does `amount` of work, several times. Returns the fastest call's amount per second."""
+    """Calls `operation` several times. Returns the rate of the fastest call: `amount` divided by its seconds.
+
+    amount: the work of one call, such as the number of bytes that it reads.
+    """
     operation()
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:

@@ -26,12 +26,12 @@ class Record:
 
     @property
     def ttft(self) -> float:
-        """Returns the seconds to the first token."""
+        """Returns the seconds from `start` to the first token. The request must have output."""
         return self.events[0] - self.start
 
     @property
     def e2e(self) -> float:
-        """Returns the seconds to the last token."""
+        """Returns the seconds from `start` to the last token. The request must have output."""
         return self.events[-1] - self.start
 
     @property
@@ -40,7 +40,9 @@ class Record:
         return [later - earlier for earlier, later in pairwise(self.events)]
 
     def summary(self) -> dict[str, Any]:
-        """Returns the fields of this request for the JSON file of a run: all except the times of the events."""
+        """Returns this record for the JSON report. In place of `events`, it has their number (`num_events`) and, if
+        there are any, `ttft`, `e2e` and the longest gap (`itl_max`) in seconds.
+        """
         summary = {key: value for key, value in asdict(self).items() if key != "events"}
         times = {"ttft": self.ttft, "e2e": self.e2e, "itl_max": max(self.gaps, default=0.0)} if self.events else {}
         return summary | {"num_events": len(self.events)} | {name: round(value, 6) for name, value in times.items()}

@@ -16,7 +16,7 @@ from rtp_llm.errors import ConfigError
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """A target's description, and how many seconds it took to start."""
+    """Description of a target (an engine or server), such as its version, and how many seconds it took to start."""
 
     description: str
     start_seconds: float
@@ -24,10 +24,10 @@ class TargetInfo:
 
 @dataclass
 class Report:
-    """The results of a campaign so far.
+    """The results of a benchmark; complete after its last run.
 
     environment  machine, commit, command, date
-    targets      by name, in the order of the table
+    targets      the measured engines and servers by name, in the order of the table
     absent       {target name: why it could not be measured}
     rates        bytes and operations per second of the machine, measured between the runs
     """
@@ -50,28 +50,30 @@ class Report:
 
     @classmethod
     def read(cls, file: Path) -> "Report":
-        """Reads a report. Raises ConfigError if the file is not one."""
+        """Returns the report in a JSON file. Raises ConfigError if the file cannot be read or is not a report."""
         try:
             return _JSON.validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
             raise ConfigError(f"{file}: is not a report of rtp-llm-bench: {error}") from None
 
     def runs_of(self, case: str, target: str) -> list[Run]:
-        """Returns the runs of a target (an engine or server) on a case (a load), in order."""
+        """Returns the runs of a target (an engine or server) with a case (a load), in order."""
         return [run for run in self.runs if (run.case, run.target) == (case, target)]
 
     def median(self, case: Case, target: str, value: Callable[[Run], float]) -> float:
-        """Returns the median of `value` over the runs; 0 if there are none."""
+        """Returns the median of `value` over the runs of a target with a case; 0 if there are none."""
         return median([value(run) for run in self.runs_of(case.name, target)] or [0.0])
 
     def rate(self, case: Case, target: str) -> float:
-        """Returns the main rate of a case in tokens per second: the input rate if its requests have a single output
-        token, else the output rate.
+        """Returns a target's main rate with a case in tokens per second, the median of its runs: the input rate if the
+        requests of the case have a single output token, else the output rate.
         """
         return self.median(case, target, rate_of(case))
 
     def bound(self, case: Case, target: str) -> float:
-        """Returns the highest `rate` that the machine allows for a case, in tokens per second; 0 if it is not known."""
+        """Returns the highest `rate` that the machine allows a target with a case, in tokens per second; 0 if it is not
+        known.
+        """
         return self.median(case, target, lambda run: getattr(run.bound, _rate_name(case), 0.0))
 
 
@@ -119,7 +121,9 @@ and operations allow. Medians of the rounds; ratios are the medians of those wit
 
 
 def table(report: Report) -> str:
-    """Returns the report as text: one line per case and target, then the targets and the machine."""
+    """Returns the report as text: a table with one line per case and target, then a line for each target and a
+    description of the machine.
+    """
     rows = [HEADER]
     for case in report.cases:
         rows += [_row(report, case, target) for target in report.targets if report.runs_of(case.name, target)]

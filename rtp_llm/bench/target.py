@@ -27,7 +27,11 @@ _PORTS = iter(range(18100, 30000, NUM_PORTS))  # each is handed out once, becaus
 
 
 class Target(ABC):
-    """A server or engine that runs requests while its context is entered."""
+    """A server or engine to measure.
+
+    Entering this object as a context manager starts the server or engine, unless it already runs, and waits until it is
+    ready. Leaving stops what was started. `run` works only in between.
+    """
 
     def __init__(self, name: str, description: str = ""):
         """`description`: version and settings; of some targets known only inside."""
@@ -51,11 +55,11 @@ class Target(ABC):
 
     @abstractmethod
     def run(self, traffic: Traffic, on_end: OnEnd) -> list[Record]:
-        """Runs all requests. Calls `on_end` with each record."""
+        """Runs all requests and returns their records, also of failed requests. Calls `on_end` with each record."""
 
 
 class UrlTarget(Target):
-    """A server that is already running."""
+    """A server that is already running, reached by its URL."""
 
     def __init__(self, name: str, endpoint: Endpoint, description: str = ""):
         super().__init__(name, description or endpoint.url)
@@ -69,7 +73,7 @@ class UrlTarget(Target):
 
 
 class ServerTarget(UrlTarget):
-    """A server that runs as a child process; ended with SIGTERM."""
+    """A server that runs as a child process. Entering the context starts the process; leaving it sends SIGTERM."""
 
     def __init__(self, name: str, command: list[str], port: int, log: Path, environment: dict[str, str] | None = None):
         """`command`: starts a server with a /health on `port`. `environment`: variables added to this process's own."""
@@ -132,7 +136,9 @@ def own_server(
 
 
 def free_port() -> int:
-    """Returns a port for a part: it and the adjacent ports that the part reserves are free."""
+    """Returns a port (START_PORT) for a server of this project: the port and the adjacent ones that the server reserves
+    are free. Raises WorkerError if there is none.
+    """
     for port in _PORTS:
         with ExitStack() as sockets:
             try:
@@ -145,7 +151,7 @@ def free_port() -> int:
 
 
 class EngineTarget(Target):
-    """An engine of `rtp_llm.bench.peers` in a process of its own: no HTTP, no tokenizer."""
+    """An engine that a module of `rtp_llm.bench.peers` runs in a child process, without HTTP and tokenizer."""
 
     def __init__(self, name: str, module: str, model: Path, settings: dict[str, Any], python: str = sys.executable):
         super().__init__(name)

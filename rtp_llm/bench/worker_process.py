@@ -1,5 +1,6 @@
-"""A child process that answers each line of JSON on its stdin with one on its stdout. It runs either an engine of
-`rtp_llm.bench.peers` or `rtp_llm.bench.probe`, which measures the machine's bandwidth and FLOP rate.
+"""A child process that answers each line of JSON on its stdin with a line of JSON on its stdout. It runs either an
+engine of `rtp_llm.bench.peers`, or `rtp_llm.bench.probe`, which measures the machine's memory bandwidth and operations
+per second.
 """
 
 import json
@@ -23,9 +24,10 @@ class WorkerError(FatalError):
 
 @contextmanager
 def bare_package() -> Iterator[Path]:
-    """Yields a folder that contains only this package, for the PYTHONPATH of another Python.
+    """Yields a temporary folder that contains only the package rtp_llm, as a link. With this folder as its PYTHONPATH,
+    another Python interpreter can import rtp_llm.
 
-    Using site-packages, in which this package may be installed, would shadow the packages of the other Python.
+    The site-packages folder in which rtp_llm may be installed would hide the other interpreter's own packages.
     """
     with tempfile.TemporaryDirectory(prefix="rtp-bench-") as folder:
         (Path(folder) / "rtp_llm").symlink_to(Path(rtp_llm.__file__).parent)
@@ -33,7 +35,9 @@ def bare_package() -> Iterator[Path]:
 
 
 def run_module(python: str, module: str, *args: str) -> None:
-    """Runs `python -m MODULE ARGS` until it exits. Raises WorkerError with the end of its log if it fails."""
+    """Runs `python -m MODULE ARGS` until it exits. Raises WorkerError, with the end of its stderr, if its exit code is
+    not 0.
+    """
     with bare_package() as folder:
         command = [python, "-m", module, *args]
         environment = {**os.environ, "PYTHONPATH": str(folder)}
@@ -45,7 +49,9 @@ def run_module(python: str, module: str, *args: str) -> None:
 
 
 class WorkerProcess:
-    """`python -m MODULE ARGS` as a child process, while the context is entered."""
+    """`python -m MODULE ARGS` as a child process, which starts when this object is created. As a context manager, kills
+    the process on exit.
+    """
 
     def __init__(self, module: str, *args: str, python: str = sys.executable):
         """`python`: an interpreter with the packages that the module needs; it need not have this package."""
@@ -82,7 +88,7 @@ class WorkerProcess:
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        """Returns the next reply. Raises WorkerError."""
+        """Waits for the next reply and returns it. Raises WorkerError with the end of the log if the process exits."""
         line = self._stdout.readline()
         if not line.endswith(b"\n"):
             code = self._process.wait()

@@ -17,7 +17,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests, the maximum number at a time, and when each is due, in seconds (`arrivals`; empty in a closed loop)."""
+    """Requests to send, at most `concurrency` at a time.
+
+    arrivals: when each request is due, in seconds after the start; empty: as soon as fewer than `concurrency` run.
+    """
 
     requests: list[Request]
     concurrency: int
@@ -35,7 +38,9 @@ class Workload:
     shared_prefix: int = 0
 
     def requests(self, count: int, vocab_size: int, seed: int) -> list[Request]:
-        """Returns random requests. Another seed gives other prompts, which no prefix cache contains."""
+        """Returns `count` requests with prompts of random token ids below `vocab_size`. Another seed gives other
+        prompts, so that no prefix cache contains them.
+        """
         source = random.Random(seed)
         prefix = source.choices(range(vocab_size), k=self.shared_prefix)
         lengths = (self.lengths[number % len(self.lengths)] for number in range(count))
@@ -59,9 +64,10 @@ WORKLOADS = {
 
 
 def find_workload(name: str, inputs: int | None, outputs: int | None) -> Workload:
-    """Returns the workload `name`, or if both are given, one with `inputs` prompt tokens and `outputs` output tokens.
+    """Returns the workload `name`, or, if `inputs` and `outputs` are given, a workload whose requests all have `inputs`
+    prompt tokens and `outputs` output tokens.
 
-    Raises ConfigError if only one of them is given or less than 1, or if the name is unknown.
+    Raises ConfigError if only one of the two is given, if one is less than 1, or if the name is unknown.
     """
     if (inputs is None) != (outputs is None):
         raise ConfigError("--input and --output must be given together; allowed: both, or --workload")

@@ -1,1 +1,1 @@
-"""Models: specification, decoder, checkpoint and weights."""
+"""Models: the architecture that config.json describes, the decoder, checkpoint files, and loading of weights."""

@@ -46,13 +46,17 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(f"{prefix}.k_norm", dim, spec.norm_eps) if spec.qk_norm else None
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
-        """Returns the backend's metadata of a step for the layers of a KV cache group. `index`: of the group among all
-        groups, as in `batch.block_tables`.
+        """Returns what the attention backend computes once per step for all layers of a KV cache group, such as indices
+        and masks. `index`: position of the group among all groups, as in `batch.block_tables`.
         """
         return self.backend.prepare(batch, index, group.spec, group.block_size)
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
-        """Returns an upper bound of the memory that the backend needs, in bytes."""
+        """Returns an upper bound, in bytes, of the memory that the attention backend needs in a step besides queries,
+        keys, values and the KV cache.
+
+        max_tokens: tokens of the step. max_seq_len: tokens of its longest sequence.
+        """
         return self.backend.workspace_bytes(group.spec, self.num_heads, max_tokens, max_seq_len)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:

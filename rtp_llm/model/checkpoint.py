@@ -68,9 +68,10 @@ class Checkpoint:
         return cls(path, config | _read_overrides(settings), tensors, digest.hexdigest()[:16])
 
     def spec(self, settings: Config) -> ModelSpec:
-        """Returns the ModelSpec of the checkpoint, with MODEL_TYPE, ACT_TYPE, QUANTIZATION and HACK_LAYER_NUM applied.
+        """Returns the architecture of the model, from config.json and the settings MODEL_TYPE, ACT_TYPE, QUANTIZATION
+        and HACK_LAYER_NUM, which take precedence.
 
-        Raises CheckpointError or ConfigError.
+        Raises CheckpointError if config.json is invalid or not supported, ConfigError if a setting does not fit.
         """
         spec = spec_from_config(
             self.config,

@@ -71,7 +71,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A transformer decoder. Computes hidden states with `forward`, and logits of selected tokens with `logits`.
 
-    Its parameters have no memory until `model.weights.load_weights`.
+    Its parameters are on the meta device, without memory, until `model.weights.load_weights` loads them.
     """
 
     def __init__(self, spec: ModelSpec, group: Group, backend: AttentionBackend):
@@ -92,7 +92,9 @@ class Decoder(nn.Module):
         return self.run_layers(*self.embed(context), context)
 
     def embed(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Returns the input of the first layer, (x, residual)."""
+        """Returns (x, residual), the inputs of the first layer, each [T, hidden_size]. residual: the token embeddings.
+        x: the same after the layer's input norm, if the model has one.
+        """
         residual = self.embed_tokens(context.batch.token_ids)
         return residual if self.input_norm is None else self.input_norm(residual), residual
 
@@ -107,17 +109,17 @@ class Decoder(nn.Module):
 
     @property
     def attentions(self) -> list[Attention]:
-        """Returns the attention of each layer."""
+        """Returns the attention modules of all layers, in the order of the layers."""
         return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
     @property
     def batch_invariant(self) -> bool:
-        """True if in all linear layers the bits of a row do not depend on the other rows of a step."""
+        """True if the result of every linear layer for a token is bit-identical whatever other tokens the step has."""
         return all(bool(m.method.batch_invariant) for m in self.modules() if isinstance(m, ParallelLinear))
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Returns logits [num_rows, vocab_size] float32 on rank 0, None on the other ranks.
 
-        hidden: [num_rows, hidden_size].
+        hidden: [num_rows, hidden_size], the hidden states of the tokens whose logits are wanted.
         """
         return self.lm_head(hidden)

@@ -14,18 +14,20 @@ from rtp_llm.layers.rope_spec import RopeSpec
 
 
 class Attention(Protocol):
-    """Interface of a layer's attention, or of its replacement (such as a recurrent layer). `decoder.ATTENTIONS` lists
-    the implementations by name.
+    """Interface of the attention module of a decoder layer, or of a module in its place, such as a recurrent one.
+    `decoder.ATTENTIONS` lists the implementations by name.
     """
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
-        """Returns the metadata that all layers of this KV cache group share in a step. index: index of the group."""
+        """Returns the attention metadata of a step: what is computed once for all layers of a KV cache group, such as
+        indices and masks. index: position of the group among all groups, as in `batch.block_tables`.
+        """
 
     def workspace_bytes(self, group: KVCacheGroup, max_tokens: int, max_seq_len: int) -> int:
         """Returns an upper bound, in bytes, of the memory that a step needs besides the layer's input, its projections
         and the KV cache.
 
-        max_tokens: of the step. max_seq_len: tokens of its longest sequence.
+        max_tokens: tokens of the step. max_seq_len: tokens of its longest sequence.
         """
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
@@ -34,10 +36,11 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One step, as the layers see it.
+    """The inputs of one forward pass (a step) that all layers share.
 
-    caches: the KV cache of each layer. group_of_layer: the index of each layer's KV cache group.
-    metadata: the result of `Attention.prepare` for each KV cache group.
+    batch: the tokens and sequences of the step. caches: the KV cache of each layer.
+    group_of_layer: the index of each layer's KV cache group.
+    metadata: for each KV cache group, what `Attention.prepare` returned, such as indices and masks.
     on_layer: called after each layer, to report progress.
     """
 
@@ -57,14 +60,16 @@ class ForwardContext:
         attentions: Sequence[Attention],
         on_layer: Callable[[], None] = lambda: None,
     ) -> "ForwardContext":
-        """Returns the context of a step. attentions: the attention of each layer; the first one of each KV cache group
-        prepares the metadata of the group.
+        """Returns the context of a step.
+
+        attentions: the attention module of each layer. That of the first layer of each KV cache group prepares the
+        metadata of the group.
         """
         metadata = [attentions[group.layers[0]].prepare(batch, i, group) for i, group in enumerate(layout.groups)]
         return cls(batch, caches, layout.group_of_layer, metadata, on_layer)
 
     def metadata_of(self, layer: int) -> Any:
-        """Returns the attention metadata of the layer's KV cache group."""
+        """Returns the attention metadata of the layer's KV cache group: what `Attention.prepare` returned."""
         return self.metadata[self.group_of_layer[layer]]
 
     def cos_sin(self, rope: RotaryEmbedding) -> tuple[Tensor, Tensor]:
@@ -76,16 +81,18 @@ class ForwardContext:
 
     @property
     def ropes(self) -> list[RotaryEmbedding]:
-        """Returns the rotary embeddings for which a layer has called `cos_sin` in this step. `runner.recorded_steps`
-        computes their cosines and sines before it records the layers of another step.
+        """Returns the rotary embeddings for which a layer has called `cos_sin` in this step.
+
+        `runner.recorded_steps` records the kernel calls of a step to replay them, like a CUDA graph. Before it records,
+        it computes the cosines and sines of these rotary embeddings, so that they are not part of the recording.
         """
         return [rope for rope, *_ in self._rotations.values()]
 
     def update(self, newer: "ForwardContext") -> None:
-        """Copies the data of another step with as many tokens into this context's tensors, so that their addresses stay
-        the same.
+        """Copies the attention metadata, cosines and sines of another step into the tensors of this context.
 
-        Only for contexts whose metadata has a method `update`.
+        The tensors keep their addresses, so that a recording of kernel calls, like a CUDA graph, can be replayed for
+        the other step. Both steps must have the same number of tokens, and their metadata a method `update`.
         """
         for metadata, newer_metadata in zip(self.metadata, newer.metadata, strict=True):
             metadata.update(newer_metadata)

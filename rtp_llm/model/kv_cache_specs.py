@@ -11,7 +11,7 @@ from rtp_llm.parallel.sharding import shard_heads
 
 
 def kv_cache_specs(spec: ModelSpec, tp_size: int, tp_rank: int) -> list[KVCacheSpec]:
-    """Returns what each layer stores in the KV cache on one rank (its KVCacheSpec)."""
+    """Returns the KVCacheSpec of each layer: which tensors the layer stores in the KV cache on the rank `tp_rank`."""
     return [
         KV_CACHE_SPECS[spec.attention_kind(layer)](spec, layer, tp_size, tp_rank) for layer in range(spec.num_layers)
     ]

@@ -1,8 +1,8 @@
 """ModelSpec: the content of a checkpoint's config.json, from which the decoder is built.
 Does not import torch.
 
-Model families differ by flags of the spec. To add a family, write a function that returns its flags, register it in
-FAMILIES, and add a test that compares the model with transformers.
+Model families differ by flags of the ModelSpec, such as `qkv_bias`. To add a family, write a function that returns its
+flags, register it in FAMILIES, and add a test that compares the model with transformers.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,9 @@ class ModelSpec:
             )
 
     def fingerprint(self, checkpoint_digest: str) -> dict[str, Any]:
-        """Returns the properties of the model that must be equal on all parts, by dotted name."""
+        """Returns the properties of the model that must be equal on all parts of the gang: checkpoint digest, family
+        and dtype, with keys such as "model.family".
+        """
         values = {"checkpoint": checkpoint_digest, "family": self.family, "dtype": self.dtype}
         return {f"model.{name}": value for name, value in values.items()}
 

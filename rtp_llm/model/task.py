@@ -17,7 +17,9 @@ _STEPS = ("Transformer", "Pooling", "Normalize")
 
 
 def task_type(config: Config) -> TaskType:
-    """Returns TASK_TYPE. If it is unset, sentence-transformers' modules.json identifies an embedding model."""
+    """Returns the setting TASK_TYPE. If it is unset, returns DENSE_EMBEDDING if EMBEDDING_MODEL is on or the checkpoint
+    has sentence-transformers' modules.json, else LANGUAGE_MODEL.
+    """
     is_embedding = config.embedding_model or (Path(config.checkpoint_path) / "modules.json").exists()
     return config.task_type or ("DENSE_EMBEDDING" if is_embedding else "LANGUAGE_MODEL")
 
@@ -26,7 +28,8 @@ def embedding_info(path: Path, hidden_size: int) -> EmbeddingInfo:
     """Returns how the checkpoint in the directory `path` turns texts into embeddings. Without modules.json, uses the
     normalized hidden state of the last token, as Qwen3-Embedding does.
 
-    Raises CheckpointError, which names the file, if modules.json requires an unsupported module.
+    Raises CheckpointError, which names the file, if a file of sentence-transformers is invalid or requires an
+    unsupported module or pooling.
     """
     steps = _read(path / "modules.json", list)
     names = [str(step.get("type", "")).rpartition(".")[2] for step in steps or [] if isinstance(step, dict)]

@@ -1,6 +1,7 @@
-"""Names and layouts of checkpoint tensors, per model family, as data. No torch.
+"""Tables of the names and layouts of checkpoint tensors, per model family. No torch.
 
-Layers use the names of Llama's checkpoints. A family with other names adds a table to TENSOR_NAMES.
+The code of the model uses the tensor names of Llama's checkpoints. A family with other names adds a table to
+TENSOR_NAMES.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """A tensor that stacks the rows of several layers (`parts`), such as a fused QKV projection.
+    """A checkpoint tensor that stacks the rows of several linear layers, such as a fused QKV projection.
 
+    parts: the names of these layers in Llama's checkpoints, such as ("q_proj", "k_proj", "v_proj").
     per_kv_head: the rows of all parts are grouped by KV head; otherwise each part is contiguous, in order.
     """
 
@@ -20,8 +22,10 @@ class FusedTensor:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """How a model family names the tensors of its checkpoints. renames: component of a Llama tensor name -> this
-    family's name. fused: Llama-style name -> fused tensor.
+    """How a model family names the tensors of its checkpoints.
+
+    renames: piece of a Llama tensor name, such as ".o_proj." -> this family's piece, such as ".wo.".
+    fused: name of a layer, such as "wqkv" -> the FusedTensor that is this layer's weight.
     """
 
     renames: Mapping[str, str] = field(default_factory=dict)
@@ -34,8 +38,10 @@ class TensorNames:
         return name
 
     def find_fused(self, name: str) -> tuple[str, list[str], bool] | None:
-        """Returns the fused tensor that holds `name`, the names of all its parts, and whether its rows are grouped by
-        KV head (the query heads, key and value of each). Returns None if `name` is not part of a fused tensor.
+        """Returns (name in the checkpoint, Llama's names of all parts, `per_kv_head`) of the fused tensor that contains
+        Llama's tensor `name`; None if no fused tensor contains it.
+
+        `per_kv_head`: the rows are grouped by KV head: first its query heads, then its key, then its value.
         """
         for fused_name, fused in self.fused.items():
             for part in fused.parts:

@@ -26,7 +26,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LoadStats:
-    """How many bytes one rank has read from the checkpoint, in how many seconds with repacking and quantization."""
+    """How many bytes one rank has read from the checkpoint, and how many seconds it took to read, repack and quantize
+    the weights.
+    """
 
     bytes: int
     seconds: float
@@ -35,8 +37,9 @@ class LoadStats:
 def load_weights(model: nn.Module, checkpoint: Checkpoint, spec: ModelSpec, on_progress: ProgressCallback) -> LoadStats:
     """Loads all parameters of the model. Repacks or quantizes each linear layer's weight matrix as soon as it is read.
 
-    So the peak memory is the model as it is kept plus one weight matrix as it was read. Raises CheckpointError, before
-    it reads any data, if tensors are missing or have unexpected shapes.
+    The peak memory is therefore the final size of the model plus one weight matrix in the checkpoint's format.
+    on_progress: called with the loaded fraction, 0 to 1. Raises CheckpointError, before it reads any weights, if
+    tensors are missing or have unexpected shapes.
     """
     started = time.monotonic()
     layout = _CheckpointLayout(model, spec, _tensor_names(checkpoint, spec))

@@ -1,3 +1,5 @@
-"""Engines that run in processes of their own, possibly with another Python. Modules here do not import the rest of
-rtp_llm, except `offline`, which is this project's engine.
+"""Engines to measure, each run by a module in a process of its own, possibly with another Python interpreter.
+
+So that any Python with the engine can run them, the modules import nothing else of rtp_llm than `bench.record` and
+`bench.peers.worker`. The exception is `offline`, which runs this project's engine.
 """

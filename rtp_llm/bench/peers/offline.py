@@ -1,4 +1,6 @@
-"""This project's engine on one rank, without HTTP and tokenizer. The first argument is a checkpoint."""
+"""`python -m rtp_llm.bench.peers.offline CHECKPOINT SETTINGS`: this project's engine as a target of a benchmark, on the
+CPU, with one rank, without HTTP and tokenizer. SETTINGS: a JSON object, such as {"QUANTIZATION": "INT8"}.
+"""
 
 from typing import Any
 

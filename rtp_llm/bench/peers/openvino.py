@@ -1,5 +1,5 @@
-"""OpenVINO GenAI's continuous batching pipeline on a GGUF file. Needs the packages `openvino-genai` and, to make the
-file from a checkpoint, `gguf`.
+"""OpenVINO GenAI's continuous batching pipeline as a target of a benchmark. Runs a GGUF file. Needs the package
+`openvino-genai` and, to convert a checkpoint to GGUF, the package `gguf`.
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""transformers with static batches: all waiting requests of equal prompt length start and end together."""
+"""Hugging Face transformers as a target of a benchmark, with static batches: a batch has all waiting requests whose
+prompts are equally long, and the next batch starts when all requests of this one are complete.
+"""
 
 from typing import Any
 

@@ -1,10 +1,13 @@
 """Runs an engine in this process. Reads commands from stdin and writes results to stdout, one JSON object per line.
 
-Modules of this package that call `serve` are started by `rtp_llm.bench.worker_process`. They import only their engine,
-`rtp_llm.bench.record` and this file, so that any Python with that engine can run them.
+`rtp_llm.bench.worker_process` starts the modules of this package that call `serve`. They import only their engine,
+`rtp_llm.bench.record` and this file, so that any Python with that engine can run them. The first output line, when the
+engine is loaded, is {"description": "…", "load_seconds": 1.5}. Then each command gets one reply, such as
 
     {"requests": [{"prompt": [1, 2], "output_tokens": 8}, …], "concurrency": 4, "arrivals": []}
     {"records": [{…}, …]}
+
+where each record has the fields of `rtp_llm.bench.record.Record`.
 """
 
 import json
@@ -19,16 +22,18 @@ from rtp_llm.bench.record import Record
 
 
 class Engine(Protocol):
-    """An engine that computes one step for all its requests at a time (continuous batching)."""
+    """Interface of an engine to measure, which computes its requests together in steps (forward passes)."""
 
     def add(self, id: int, prompt: list[int], output_tokens: int) -> None: ...
 
     def step(self) -> dict[int, int]:
-        """Computes a step. Returns the number of new tokens by request id."""
+        """Computes one step of all requests that were added and are not complete. Returns the number of new output
+        tokens by request id.
+        """
 
 
 def serve(load: Callable[[str, dict[str, Any]], tuple[Engine, str]]) -> None:
-    """Loads the engine and executes commands until stdin is closed.
+    """Loads the engine, then reads commands from stdin and executes them until stdin is closed.
 
     `load`: function of the model's folder and the settings (both from the command line) that returns the engine and a
     description of it.
@@ -47,7 +52,7 @@ def serve(load: Callable[[str, dict[str, Any]], tuple[Engine, str]]) -> None:
 def run(engine: Engine, requests: list[dict[str, Any]], concurrency: int, arrivals: list[float]) -> list[Record]:
     """Runs all requests, at most `concurrency` at a time, and returns their records.
 
-    `arrivals`: when each is due, in seconds; empty: all at once.
+    `arrivals`: when each request is due, in seconds after the start; if it is empty, all are due at once.
     """
     records = [Record(len(request["prompt"]), 0.0) for request in requests]
     next_number, running = 0, set[int]()
