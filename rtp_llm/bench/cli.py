@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -167,13 +167,23 @@ def _serve(args: argparse.Namespace) -> int:
 def _offline(args: argparse.Namespace) -> int:
     pairs = [pair.partition("=") for pair in args.env]
     settings = {key: value for key, _, value in pairs}
-    precision = settings.get("QUANTIZATION", "bf16").lower()
+    precision = _precision(settings)
     name = TargetName("ours-" + precision, "offline", precision, settings)
     with tempfile.TemporaryDirectory() as folder:
         target = Catalogue(args.checkpoint, (), Path(folder)).make(name)
         costs = {target.name: ModelCost.of(args.checkpoint, PRECISIONS[precision])}
         report = Report(environment(sys.argv))
         return _measure(args, _cases(args), [target], report, costs, vocabulary(args.checkpoint))
+
+
+def _precision(settings: Mapping[str, str]) -> str:
+    """Returns the key of `bound.PRECISIONS` for an engine with these settings. Raises ConfigError."""
+    for name, values in {"QUANTIZATION": ("INT8", "W8A8", "INT4"), "ACT_TYPE": ("fp32", "bf16", "fp16")}.items():
+        if value := settings.get(name):
+            if value not in values:
+                raise ConfigError(f"--env {name}={value}: unknown; allowed: {', '.join(values)}")
+            return value.lower()
+    return "bf16"
 
 
 def _table(args: argparse.Namespace) -> int:

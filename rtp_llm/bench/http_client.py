@@ -7,6 +7,7 @@ events of a response, which have the token counts. See docs/performance for the 
 import asyncio
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -201,19 +202,18 @@ class Answer:
         """
         if self._status != 200:
             raise AnswerError(f"HTTP {self._status}: {self._rest[:300].decode(errors='replace')}")
-        times, last = self._times, [json.loads(event[5:]) for event in self._last_events]
-        usage = next((event["usage"] for event in reversed(last) if event.get("usage")), None)
-        while last and not _is_output(last[-1], len(times), usage):
+        times, last = self._times, [_parse_event(event) for event in self._last_events]
+        count = next((event["usage"].get("completion_tokens") for event in reversed(last) if event.get("usage")), None)
+        while last and not _is_output(last[-1], len(times), count):
             if "error" in last[-1]:
                 raise AnswerError(f"error in the stream: {json.dumps(last[-1]['error'])[:300]}")
             last.pop()
             times = times[:-1]
-        if not usage or not times:
+        if count is None or not times:
             raise AnswerError(
                 "the stream has no event with token counts (usage), or none with a token; the server must support"
                 " stream_options.include_usage"
             )
-        count = usage["completion_tokens"]
         if count != request.output_tokens:
             raise AnswerError(
                 f"the server sent {count} tokens instead of {request.output_tokens}; it must support ignore_eos"
@@ -221,12 +221,24 @@ class Answer:
         return Record(len(request.prompt), start - origin, [at - origin for at in times], count)
 
 
-def _is_output(event: dict[str, Any], num_events: int, usage: dict[str, Any] | None) -> bool:
-    """Returns whether the last of `num_events` events carries a token.
+def _parse_event(data: bytes) -> dict[str, Any]:
+    """Returns the JSON of an event. Raises AnswerError if it is not the kind of object that completions consist of."""
+    with suppress(TypeError, ValueError):
+        event: Any = json.loads(data.removeprefix(b"data:"))
+        objects = (
+            [event, event.get("usage") or {}, *(event.get("choices") or ())] if isinstance(event, dict) else [None]
+        )
+        if all(isinstance(item, dict) for item in objects):
+            return cast(dict[str, Any], event)
+    raise AnswerError(f"an event of the stream is not part of a completion: {data[:300].decode(errors='replace')}")
+
+
+def _is_output(event: dict[str, Any], num_events: int, num_tokens: int | None) -> bool:
+    """Returns whether the last of `num_events` events carries a token. `num_tokens`: of the response; None: unknown.
 
     Some servers add an event with only `usage`, or one with only a `finish_reason` behind that of the last token. An
     event without text may still carry a token: the first half of a character.
     """
     choices = event.get("choices")
     has_text = any(choice.get("text") for choice in choices or ())
-    return bool(choices) and (has_text or usage is None or num_events <= usage["completion_tokens"])
+    return bool(choices) and (has_text or num_tokens is None or num_events <= num_tokens)

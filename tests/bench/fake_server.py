@@ -29,6 +29,7 @@ class FakeServer:
     missing_tokens: int = 0
     answers_per_connection: int = -1
     has_usage: bool = True
+    last_event: str = ""  # an event after all others
     status: int = 200
     num_connections: int = 0
     heads: list[str] = field(default_factory=list)  # of the requests so far
@@ -76,6 +77,8 @@ class FakeServer:
         await self._event(writer, [_choice("", "length")], None)
         if self.has_usage:
             await self._event(writer, [], {"prompt_tokens": 1, "completion_tokens": num_tokens})
+        if self.last_event:
+            await self._chunk(writer, f"data: {self.last_event}{self.line_end * 2}")
         await self._chunk(writer, f"data: [DONE]{self.line_end * 2}")
         writer.write(b"0\r\n\r\n")
 

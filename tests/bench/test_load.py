@@ -123,7 +123,11 @@ def test_a_server_that_never_answers_is_an_error() -> None:
     [
         (FakeServer(status=429), 'HTTP 429: {"error":{"message":"no"}}'),
         (FakeServer(missing_tokens=1), "the server sent 4 tokens instead of 5"),
-        (FakeServer(has_usage=False), "no usage"),
+        (FakeServer(has_usage=False), "the stream has no event with token counts"),
+        (FakeServer(last_event='{"choices":'), 'an event of the stream is not part of a completion: data: {"choices":'),
+        (FakeServer(last_event='{"choices":3}'), "an event of the stream is not part of a completion"),
+        (FakeServer(last_event='{"usage":[1]}'), "an event of the stream is not part of a completion"),
+        (FakeServer(last_event='{"usage":{"total":1}}'), "the stream has no event with token counts"),
     ],
 )
 def test_an_answer_that_is_not_as_asked_is_an_error(server: FakeServer, error: str) -> None:

@@ -177,3 +177,10 @@ def test_errors_name_what_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_servers_that_have_not_started_yet_do_not_share_a_port(tmp_path: Path) -> None:
     servers = [own_server(name, tmp_path, tmp_path / name, {}) for name in ("ours-bf16", "ours-w8a8", "ours-int8")]
     assert len({server.endpoint.url for server in servers}) == 3
+
+
+@pytest.mark.parametrize("setting", ["QUANTIZATION=int9", "ACT_TYPE=fp8"])
+def test_offline_names_the_precisions_that_it_knows(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["offline", "/nowhere", "--env", setting])
+    assert code
+    assert f"--env {setting}: unknown; allowed: " in capsys.readouterr().err
