@@ -57,7 +57,8 @@ class FatalError(Exception):
 class ConfigError(FatalError):
     """Invalid input. The message has the file or variable, the key, the value and the allowed values.
 
-    `names`: the invalid variables, if single variables are invalid. `fix`: the correct setting, if it is known.
+    `names`: the environment variables with an invalid value; empty if the error is not about certain variables.
+    `fix`: the correct setting as text; empty if it is not known.
     """
 
     exit_code = ExitCode.BAD_CONFIG
@@ -102,7 +103,7 @@ class RequestError(Exception):
 
     `status` is the HTTP status, `code` and `name` are an error code of alibaba/rtp-llm (config/exceptions.py), `param`
     is the invalid field if there is one. `is_final`: a server error that a retry of the same request would get again.
-    `openai_code`: OpenAI's code of the error, if its clients handle it.
+    `openai_code`: the body's `error.code`, if OpenAI's clients know one for this error; otherwise `name` in lowercase.
     """
 
     def __init__(
@@ -121,7 +122,11 @@ class RequestError(Exception):
         self.is_final, self.openai_code = is_final, openai_code or name.lower()
 
     def headers(self) -> dict[str, str]:
-        """Returns headers for retries and authentication. OpenAI's SDKs retry every 5xx unless a header forbids it."""
+        """Returns the response headers that tell a client whether to retry or to authenticate.
+
+        They are `x-should-retry: false` for a final error (OpenAI's SDKs retry every other 5xx), `WWW-Authenticate` for
+        401, and `Retry-After` in seconds for 429 and 503.
+        """
         if self.is_final:
             return {"x-should-retry": "false"}
         if self.status == 401:

@@ -1,5 +1,5 @@
-"""Reads regular files, with a size limit: a FIFO without a writer, or an endless device, would block the start. Reads
-and replaces files of state.
+"""Reads regular files up to a size limit: a FIFO without a writer, or an endless device, would block the start. Also
+reads and atomically replaces files through which the processes of a part tell each other their state.
 """
 
 import json
@@ -34,7 +34,9 @@ def read(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the JSON object that another process writes; empty if the file does not exist, or is not valid."""
+    """Returns the JSON object in a file that another process replaces from time to time (see `replace`); {} if the file
+    does not exist, cannot be read or is not valid JSON.
+    """
     try:
         state: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -43,7 +45,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file that other processes may read at any time: they see the old or the new text. Raises OSError."""
+    """Replaces the text of a file, or creates the file, atomically: a process that reads it meanwhile gets either the
+    old or the new text. Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)

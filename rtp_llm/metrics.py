@@ -1,5 +1,6 @@
-"""Prometheus metrics of requests. The API process of each part owns a registry; rank 0 sends statistics to it with
-each step. `api/part_metrics.py` has the metrics of the gang, processes and devices, which are read at each scrape.
+"""Prometheus metrics of requests and of the engine. The API process of each part has one registry of them, and receives
+the engine's statistics from rank 0 with each step. `api/part_metrics.py` has the metrics of the gang, processes and
+devices, which are read at each scrape.
 
 Names, labels and buckets follow vLLM's: its dashboards work after replacing `vllm:` with `rtp_llm_`.
 """
@@ -131,8 +132,11 @@ class Metrics:
         self._epoch_totals: dict[str, float] = {}
 
     def record_step(self, stats: Mapping[str, Any], block_size: int, num_blocks: int) -> None:
-        """Records the statistics that rank 0 sends with each step. Totals in `stats` restart at 0 when the ranks form a
-        new communicator (an epoch); the exported counters add up over all epochs.
+        """Records the statistics that rank 0 sends with each step. `block_size`: tokens per KV block; `num_blocks`: KV
+        blocks in the cache.
+
+        Totals in `stats` restart at 0 when the ranks form a new communicator (an epoch); the exported counters add up
+        over all epochs.
         """
         self.running.set(stats["running"])
         self.waiting.set(stats["waiting"])
@@ -157,8 +161,9 @@ class Metrics:
             self.step_seconds.observe(stats["step_seconds"])
 
     def start_epoch(self, block_size: int, num_blocks: int, prefix_caching: bool) -> None:
-        """Prepares for the statistics of a new communicator of the ranks, whose totals start at 0 while the exported
-        counters go on, and sets the size of its KV cache.
+        """Prepares for the statistics of a new communicator of the ranks (an epoch): their totals start at 0 again, but
+        the exported counters go on. Also sets the metrics of the KV cache, which has `num_blocks` blocks of
+        `block_size` tokens.
         """
         self._epoch_totals.clear()
         self.kv_capacity_tokens.set(block_size * num_blocks)
@@ -174,7 +179,9 @@ class Metrics:
         self.waiting_by_reason.labels(reason="capacity").set(0)
 
     def set_deferred_function(self, count: Callable[[], int]) -> None:
-        """Sets the function that returns how many sequences wait for lost ranks. It is called at each scrape."""
+        """Sets the function that returns how many sequences wait until lost ranks have restarted. Each scrape calls it,
+        for the waiting sequences with `reason="deferred"`.
+        """
         self.waiting_by_reason.labels(reason="deferred").set_function(count)
 
 

@@ -31,7 +31,8 @@ RESUMABLE = ".resumable-"
 def cached_snapshot(name: ModelName) -> Path | None:
     """Returns the folder with the model's files, without asking the hub; None if the cache does not have all of them.
 
-    A branch means its commit at the last download, so a restart needs no network and does not change the model.
+    A branch stands for the commit that it had at the last download. So a restart needs no network and serves the same
+    weights.
     """
     try:
         path = snapshot_download(
@@ -75,16 +76,17 @@ def cache_folder() -> Path:
 
 
 def free_bytes() -> int:
-    """Returns the free space of the disk of the cache, which need not exist yet."""
+    """Returns the free bytes of the disk on which the cache folder is, or will be created."""
     cache = cache_folder().absolute()
     return shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
 
 
 def bytes_on_disk(repo: str, sizes: Mapping[str, int]) -> int:
-    """Returns how many bytes of these files (blobs) of a model are in the cache, whichever process wrote them. `sizes`:
-    size in bytes by etag.
+    """Returns how many bytes of a model's files are in the cache, whichever process wrote them. `sizes`: {etag: size in
+    bytes} of the files to count.
 
-    Counts allocated disk blocks, because a download can fill a file from several places at once.
+    Of an incomplete file, counts the allocated disk blocks: a download can write several places of a file at once, so
+    the length of the file says little.
     """
     found: dict[str, int] = {}
     for path in (model_folder(repo) / "blobs").glob("*"):
@@ -103,8 +105,9 @@ def _written_bytes(path: Path, size: int) -> int:
 
 
 def remove_stale_files(repo: str, continued: Collection[str]) -> None:
-    """Removes incomplete blobs of ended processes, which fill the disk, unless they are resumable and `continued` has
-    their etag.
+    """Removes the incomplete files that ended processes have left in the model's cache folder, to free disk space.
+
+    Keeps the resumable files whose etag is in `continued`, because the caller is about to resume them.
     """
     for path in (model_folder(repo) / "blobs").glob(f"*{INCOMPLETE}"):
         etag, _, rest = path.name.partition(".")

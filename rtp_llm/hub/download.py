@@ -69,7 +69,7 @@ def download(model: RemoteModel) -> None:
                     check=HUB_ANSWERS,
                 ) from None
             wait = min(MAX_WAIT_SECONDS, 2.0**attempt)
-            log.warning("%s: %s; trying again in %.0f s", model.name, _reason(error), wait)
+            log.warning("%s: the download failed: %s; trying again in %.0f s", model.name, _reason(error), wait)
             time.sleep(wait)
 
 
@@ -88,7 +88,8 @@ def _raise_if_final(model: RemoteModel, error: Exception) -> None:
     """Raises ConfigError if another attempt would fail in the same way."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ConfigError(
-            f"{model.name}: the disk of {cache_folder()} is full; free {gigabytes(model.total_bytes)}, or set HF_HOME",
+            f"{model.name}: the disk of {cache_folder()} is full; free {gigabytes(model.total_bytes)} on it, or set"
+            " HF_HOME to a folder on a larger disk",
             check=CACHE_HAS_SPACE,
         ) from None
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

@@ -17,7 +17,10 @@ class ModelName:
 
     @classmethod
     def parse(cls, text: str) -> "ModelName | None":
-        """Returns the model that a setting names; None if it is empty or a path. Existing paths take precedence."""
+        """Returns the model that a setting's value `text` names as `org/name` or `org/name@revision`.
+
+        Returns None if the value has another form, or if a file or folder with this path exists.
+        """
         match, path = _NAME.fullmatch(text), Path(text)
         if match is None or path.exists() or path.is_symlink():
             return None
@@ -28,9 +31,10 @@ class ModelName:
 
 
 def commit_fingerprint(checkpoint: Path) -> dict[str, str]:
-    """Returns the commit of a checkpoint that is a snapshot in the cache, as a value to compare between the parts.
+    """Returns {"model.commit": commit} if the checkpoint is a snapshot in the Hugging Face cache, {} otherwise.
 
-    Comparing the headers of the files is not enough: they can be equal in two commits with different weights.
+    The parts of a gang compare this value, to find out whether all serve the same weights. It is not enough to compare
+    the headers of the weight files: they can be equal in two commits with different weights.
     """
     match = _SNAPSHOT.search(str(checkpoint.absolute()))
     return {"model.commit": match["commit"]} if match else {}

@@ -40,8 +40,10 @@ disable_progress_bars()  # which count files, and only those of this process
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model's files on the hub, at one commit. `blobs`: size in bytes of each file, by its etag, which names the
-    content in the cache. `weights`: names of the large files, by etag, which is their SHA-256.
+    """The files of one commit of a model on the hub.
+
+    `blobs`: {etag: size in bytes} of all files that the server needs. The cache stores a file's content under its etag.
+    `weights`: {etag: file name} of the large files (Git LFS), whose etag is their SHA-256.
     """
 
     name: ModelName
@@ -72,8 +74,11 @@ def look_up(name: ModelName) -> RemoteModel:
     if this machine cannot get them.
     """
     if constants.is_offline_mode():
-        problem = f"is neither an existing folder nor complete in the cache {cache_folder()}, and HF_HUB_OFFLINE=1"
-        raise ConfigError(f"{name}: {problem} forbids the download", check=HUB_ANSWERS)
+        raise ConfigError(
+            f"{name}: is neither an existing folder nor complete in the cache {cache_folder()}, and HF_HUB_OFFLINE=1"
+            " forbids the download",
+            check=HUB_ANSWERS,
+        )
     with _explained(name):
         info = HfApi().model_info(
             name.repo, revision=name.revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
@@ -113,7 +118,11 @@ def _explained(name: ModelName) -> Iterator[None]:
             check=MODEL_EXISTS,
         ) from None
     except RemoteEntryNotFoundError as error:
-        raise ConfigError(f"{name}: {hub} lists a file that it does not have: {error}", check=MODEL_EXISTS) from None
+        raise ConfigError(
+            f"{name}: {hub} lists a file of this model, but does not have its content: {error}; try again later, or set"
+            " HF_ENDPOINT to another hub",
+            check=MODEL_EXISTS,
+        ) from None
     except RepositoryNotFoundError:
         raise _not_found(name) from None
     except HfHubHTTPError as error:
@@ -122,9 +131,10 @@ def _explained(name: ModelName) -> Iterator[None]:
             raise _not_found(name) from None  # so say hubs of a name that they do not have
         if status in (401, 403):
             raise _access_error(name, error) from None
-        problem = f"answers {status} {error.response.reason_phrase}"
         raise ConfigError(
-            f"{name}: {hub} {problem}; try again later, or set HF_ENDPOINT to a mirror", check=HUB_ANSWERS
+            f"{name}: {hub} answers {status} {error.response.reason_phrase}; try again later, or set HF_ENDPOINT to a"
+            " mirror",
+            check=HUB_ANSWERS,
         ) from None
     except (httpx2.HTTPError, OSError) as error:
         reason = str(error) or type(error).__name__

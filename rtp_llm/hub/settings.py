@@ -21,7 +21,9 @@ def missing_models(config: Config) -> list[ModelName]:
 
 
 def localized(config: Config) -> Config:
-    """Returns the settings, in which the name of a cached model is replaced by its folder in the cache."""
+    """Returns the settings with the path of the model's cache folder in place of its name, in CHECKPOINT_PATH and
+    TOKENIZER_PATH. Leaves a name as it is if the model is not complete in the cache.
+    """
     changes = {}
     for field in ("checkpoint_path", "tokenizer_path"):
         name = ModelName.parse(getattr(config, field))

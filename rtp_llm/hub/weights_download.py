@@ -1,9 +1,12 @@
-"""Downloads a model's weights into the cache, and continues files that an ended process left unfinished.
+"""Downloads a model's weights into the Hugging Face cache, and resumes files that an ended process left unfinished.
 
-huggingface_hub writes every attempt to a new file and continues none, so that a killed process would lose up to 50 GB.
-Its parts are used here: metadata, locks, transfer over HTTP and Xet. Afterwards it finds the blobs in the cache and
-only links them. An unfinished file of ours is `blobs/<etag>.resumable-<random>.incomplete`: written in order by one
-process, which renames it to its own name first, so that two processes never share one even where locks do not work.
+huggingface_hub alone starts every attempt with a new file, so that a killed process would lose up to 50 GB. This module
+writes the files itself, with huggingface_hub's metadata, locks and transfer over HTTP and Xet. When huggingface_hub
+downloads the rest of the model afterwards, it finds these files in the cache and only creates the links to them.
+
+An unfinished file is `blobs/<etag>.resumable-<random>.incomplete`. One process writes it from start to end. A process
+that resumes it first renames it, with a new random part. So two processes never write one file, even on file systems on
+which locks do not work.
 """
 
 import hashlib
@@ -109,4 +112,7 @@ def _verify(path: Path, etag: str, label: str) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != etag:
         path.unlink()
-        raise OSError(f"{label}: the resumed download has SHA-256 {digest} instead of {etag}, and was removed")
+        raise OSError(
+            f"{label}: the resumed download has SHA-256 {digest} instead of {etag}; its file was removed, and the next"
+            " attempt starts from the beginning"
+        )

@@ -12,7 +12,10 @@ V1_UNLIMITED = 1 << 60  # v1 reports "no limit" as 2^63 rounded down to a page
 
 @dataclass(frozen=True)
 class Cgroup:
-    """Limits and usage, in bytes and counts. None if the kernel has no such file, UNLIMITED if no limit is set."""
+    """A container's limits of memory (bytes), pids (number of processes and threads) and CPU, and what it uses of them.
+
+    A value is None if the kernel has no such file; a limit is UNLIMITED if none is set.
+    """
 
     version: int  # 1 or 2; 0: no cgroup file system is visible
     memory_max: int | None = None
@@ -26,7 +29,9 @@ class Cgroup:
 
     @property
     def available_memory(self) -> int:
-        """Returns the bytes that the container may still use. Page cache counts as free: the kernel reclaims it."""
+        """Returns the bytes that the container may still use, UNLIMITED without a limit. Page cache counts as free,
+        because the kernel reclaims it.
+        """
         return max(0, _Usage(self.memory_max, self.memory_current, self.reclaimable).room)
 
     @property
@@ -37,9 +42,9 @@ class Cgroup:
     def read(cls, read_text: Callable[[str], str | None]) -> "Cgroup":
         """Returns the limits of this process. `read_text` returns the text of a file, None if it cannot be read.
 
-        Limits of parent cgroups apply too, so for memory and pids the level with the least left is returned. Outside
-        containers, the innermost level is the directory that /proc/self/cgroup names. In a container that directory may
-        not exist; the container's limits are then in the root of the cgroup mount.
+        The limits of all parent cgroups apply too. So for memory and pids, returns limit and usage of the cgroup that
+        has the least left. The innermost cgroup is the directory that /proc/self/cgroup names. In a container, that
+        directory may not exist; the container's limits are then in the root of the cgroup mount.
         """
         paths = parse_proc_cgroup(read_text("/proc/self/cgroup") or "")
         if read_text(f"{ROOT}/cgroup.controllers") is not None:

@@ -11,7 +11,9 @@ import pynvml
 
 @dataclass(frozen=True)
 class VisibleDevices:
-    """NVML indices of the GPUs visible to CUDA, in CUDA's order. `problem`: reason why some are hidden, or empty."""
+    """NVML indices of the GPUs visible to CUDA, in CUDA's order. `problem`: the invalid entry of CUDA_VISIBLE_DEVICES
+    that hides GPUs, and why; empty if there is none.
+    """
 
     indices: tuple[int, ...]
     problem: str = ""
@@ -80,7 +82,9 @@ def interface_of(address: str) -> str | None:
 
 
 def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the number of cores available to this process: CPU affinity, limited by the cgroup v2 CPU quota."""
+    """Returns the number of CPU cores that this process may use, at least 1: the cores of its affinity, or the CPU
+    quota of cgroup v2, rounded down, if that is less. `root`: the cgroup mount.
+    """
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = (root / "cpu.max").read_text().split()

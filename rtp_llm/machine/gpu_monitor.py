@@ -21,7 +21,7 @@ PERIOD_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class GpuSnapshot:
-    """The latest readings of all GPUs."""
+    """The latest readings of all GPUs, their time, and the Xid errors counted since the monitor started."""
 
     gpus: GpuInventory = field(default_factory=GpuInventory)
     read_at: float = 0.0  # Unix time; 0: not read yet
@@ -29,10 +29,10 @@ class GpuSnapshot:
 
 
 class GpuMonitor:
-    """Reads the GPUs every few seconds. Between readings it waits for Xid events, since NVML drops events without a
-    waiter.
+    """A background thread that reads the GPUs every few seconds into `snapshot`, and counts Xid errors in between.
 
-    A hung driver blocks only the monitor's thread; the snapshot then becomes stale.
+    Between two readings it always waits for Xid events, because NVML drops an event for which no thread waits. A hung
+    driver blocks only this thread; `snapshot` then keeps the last readings and their time.
     """
 
     def __init__(self, visible: str | None, nvml: Any = pynvml, period: float = PERIOD_SECONDS):
@@ -60,7 +60,7 @@ class GpuMonitor:
                 self.snapshot = GpuSnapshot(read_gpus(self._nvml, self._visible), time.time(), dict(self._xids))
                 self._wait_for_xid(events, indices)
         except pynvml.NVMLError as error:
-            log.warning("GPU metrics stopped: NVML: %s", error)
+            log.warning("GPU metrics stop until this process restarts: NVML: %s", error)
         finally:
             self._nvml.nvmlShutdown()
 

@@ -103,7 +103,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuPair:
-    """Connection between GPUs `a` and `b` (NVML indices)."""
+    """How GPUs `a` and `b` (NVML indices) are connected: P2P, NVLink and PCIe topology. None: not reported."""
 
     a: int
     b: int
@@ -126,8 +126,10 @@ class GpuInventory:
 
     @property
     def visible(self) -> list[Gpu]:
-        """Returns the GPUs visible to CUDA, in CUDA's order. A visible MIG instance is listed as the first GPU in MIG
-        mode, which need not be its own.
+        """Returns the GPUs visible to CUDA, in CUDA's order.
+
+        For a visible MIG instance, the list has the first GPU of the machine that is in MIG mode: NVML is not asked
+        which GPU the instance belongs to.
         """
         by_index = {gpu.index: gpu for gpu in self.all}
         mig_gpu = next((gpu for gpu in self.all if gpu.mig), None)
@@ -136,7 +138,11 @@ class GpuInventory:
 
 
 def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
-    """Returns all GPUs. `nvml`: pynvml, or a fake. `visible`: value of CUDA_VISIBLE_DEVICES, None if unset."""
+    """Returns the readings of all GPUs; without GPUs and with `failure` if NVML cannot be initialized.
+
+    `nvml`: the module to ask; None for pynvml, tests pass a fake. `visible`: value of CUDA_VISIBLE_DEVICES, None if
+    unset.
+    """
     nvml = nvml or pynvml
     try:
         nvml.nvmlInit()
@@ -149,7 +155,11 @@ def read_gpus(nvml: Any = None, visible: str | None = None) -> GpuInventory:
 
 
 def completes_within(operation: Callable[[], object], seconds: float = DRIVER_TIMEOUT_SECONDS) -> bool:
-    """Returns True if `operation` ends in time. Forks a process for it, since a hung driver may block forever."""
+    """Returns whether `operation` ends within `seconds`, whatever its result.
+
+    Runs it in a forked child process and kills the child after that time, because a call of a hung GPU driver, or a
+    read from a hung network file system, may block forever.
+    """
     pid = os.fork()
     if pid == 0:
         try:

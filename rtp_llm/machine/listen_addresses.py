@@ -7,10 +7,13 @@ from rtp_llm.errors import ConfigError
 
 
 def listen_addresses(host: str) -> list[str]:
-    """Returns the addresses that HOST means: all of IPv4 and IPv6 if it is empty or "::".
+    """Returns the addresses to listen on if the setting HOST has the value `host`.
 
-    Returns one address per family, so that the log shows IPv4 clients with their IPv4 address; without IPv6 there is
-    only one. Raises ConfigError if `host` is not an address of this machine.
+    They are `0.0.0.0` and `::` if it is empty, "::" or `is_machine_name`, the two loopback addresses if it is
+    "localhost", and otherwise `host` itself. A family (IPv4, IPv6) that the machine does not have is left out. Each
+    family gets its own socket, so that the log shows IPv4 clients as `10.0.0.2` instead of `::ffff:10.0.0.2`.
+
+    Raises ConfigError if `host` is not an address of this machine.
     """
     if host in ("", "::") or is_machine_name(host):
         return _usable(["0.0.0.0", "::"])

@@ -19,8 +19,10 @@ def available_memory() -> int:
 
 
 def return_free_heap() -> None:
-    """Returns to the kernel what this process has freed, in a few milliseconds: glibc keeps most of it. Other C
-    libraries: nothing."""
+    """Gives the heap memory that this process has freed back to the kernel, in a few milliseconds (`malloc_trim`).
+
+    glibc keeps most of it otherwise. Does nothing with a C library without `malloc_trim`.
+    """
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(ctypes.c_size_t(0))
 

@@ -26,10 +26,10 @@ def die_with_parent() -> None:
 
 
 def exit_with_supervisord(run_dir: Path) -> None:
-    """Ties this process to supervisord: exits with it, and exits at once if the part is already stopping.
+    """Makes the kernel kill this process when its parent, supervisord, exits.
 
-    Call this first in a process. Before, supervisord may exit unnoticed, and a SIGTERM between fork and exec is lost,
-    so this function checks for both.
+    Exits at once if supervisord has already exited or the part is stopping: nothing else would tell this process, since
+    a SIGTERM that arrives between fork and exec is lost. Call this function first in a process.
     """
     die_with_parent()
     pid_file = run_dir / "supervisord.pid"
@@ -44,7 +44,11 @@ def stopping_file(run_dir: Path) -> Path:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs `main` and exits with its exit code. Uses os._exit, so that a hung thread or collective cannot block it."""
+    """Runs `main`, then exits the process: with the code of a FatalError that `main` raises, with RANK_CRASHED after
+    another exception (in any thread), otherwise, and after KeyboardInterrupt, with 0.
+
+    Uses os._exit, so that a hung thread or collective cannot block the exit.
+    """
     faulthandler.enable()
     threading.excepthook = _on_thread_failed
     code: int = ExitCode.OK

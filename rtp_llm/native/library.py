@@ -74,8 +74,8 @@ class Library(ctypes.CDLL):
     """The kernel functions compiled for one instruction set (a level). They release the GIL. They do not check their
     arguments.
 
-    path: the shared library. is_right: whether its matrix products, tested once, are correct on this CPU. has_amx:
-    whether AMX computes those of bf16.
+    level: name of the instruction set. path: the shared library. is_right: whether its matrix products were correct in
+    a short test on this CPU when it was loaded. has_amx: whether it uses AMX for matrix products in bf16.
     """
 
     def __init__(self, level: str, path: Path):
@@ -89,7 +89,7 @@ class Library(ctypes.CDLL):
         self.is_right, self.has_amx = bool(self.rtp_linear_start(ctypes.byref(amx))), bool(amx.value)
 
     def replay_address(self, name: str) -> int:
-        """Returns the address of the C function that repeats a recorded call of the kernel `name`."""
+        """Returns the address of the C function with which `tape.Tape` repeats a recorded call of the kernel `name`."""
         return ctypes.cast(getattr(self, f"{name}_replay"), ctypes.c_void_p).value or 0
 
 
@@ -100,7 +100,7 @@ def select_kernels(selection: str) -> None:
     """Sets the kernels that `library` returns from now on: "auto" (the fastest), "off" (torch instead), or the name of
     an instruction set (a level).
 
-    Raises ConfigError if this CPU does not support the level or it was not built.
+    Raises ConfigError if this CPU does not have the instruction set, or no kernels were built for it.
     """
     global _selection
     _load(selection)
@@ -108,7 +108,9 @@ def select_kernels(selection: str) -> None:
 
 
 def library() -> Library | None:
-    """Returns the selected kernels; None if they are off or were not built for this CPU."""
+    """Returns the selected kernels; None if torch must compute instead, because they are off, were not built for this
+    CPU or compute wrong results on it.
+    """
     return _load(_selection)
 
 
@@ -131,8 +133,8 @@ def _load(selection: str) -> Library | None:
     level = usable[-1] if selection == "auto" else selection
     kernels = Library(level, library_path(level))
     if not kernels.is_right:
-        log.warning("CPU kernels: %s computes wrong results on this CPU; using torch instead", level)
+        log.warning("CPU kernels: those for %s compute wrong results on this CPU; using torch instead", level)
         return None
     without_amx = " without AMX, which the kernel does not permit or which computes wrong results"
-    log.info("CPU kernels: %s%s", level, without_amx if level == "amx" and not kernels.has_amx else "")
+    log.info("CPU kernels: using those for %s%s", level, without_amx if level == "amx" and not kernels.has_amx else "")
     return kernels

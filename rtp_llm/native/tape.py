@@ -18,11 +18,11 @@ SLOT_BYTES = 8
 
 
 class Tape:
-    """Recorded calls of kernels, in order, which `replay` repeats without Python. The owner must keep the memory that
-    their arguments point to.
+    """Recorded calls of kernels, in order, which `replay` repeats without running Python between them. The owner of the
+    tape must keep the memory to which the arguments of the calls point.
 
-    unrecorded: names of library functions that were called and cannot be replayed.
-    is_on_host: a Python function of `call_on_host` is running; the calls that it makes are not recorded.
+    unrecorded: names of library functions that were called while recording but cannot be replayed.
+    is_on_host: True while `call_on_host` runs its function; kernel calls of that function are not recorded.
     """
 
     def __init__(self, kernels: Library):
@@ -32,7 +32,9 @@ class Tape:
         self._parts: list[_Kernels | Callable[[], Any]] = []
 
     def note(self, name: str, arguments: Sequence[Any]) -> None:
-        """Records a call of a kernel of the library."""
+        """Records a call of the library's function `name`, or adds the name to `unrecorded` if that function cannot be
+        replayed. Does nothing while `is_on_host`.
+        """
         if self.is_on_host:
             return
         if name in REPLAYABLE:
@@ -49,8 +51,10 @@ class Tape:
         return last
 
     def call_on_host(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a Python function now, and again in each replay of the recorded kernel calls: for example a collective,
-        which can fail and waits.
+        """Calls a Python function and returns its result. Each replay calls it again, at the same place among the
+        recorded kernel calls.
+
+        For work that is no kernel call of the library, such as a collective, which waits for other ranks and can fail.
         """
         self._parts.append(partial(function, *arguments))
         self.is_on_host = True
@@ -60,7 +64,7 @@ class Tape:
             self.is_on_host = False
 
     def replay(self) -> None:
-        """Repeats all recorded calls."""
+        """Repeats all recorded calls of kernels and of Python functions, in order, with the same arguments."""
         for part in self._parts:
             if isinstance(part, _Kernels):
                 self._kernels.rtp_replay(part.table, part.num_calls)

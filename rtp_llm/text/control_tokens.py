@@ -29,11 +29,12 @@ def new_mark() -> str:
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer and of chat templates with the sources `templates`.
+    """Finds control tokens in clients' texts and encodes them as plain text. `templates`: sources of chat templates.
 
-    These are the special tokens, and the added tokens in angle brackets that a template writes: `<tool_call>` is not
-    special in Qwen's tokenizers. In messages they become plain text; in assistant messages only the special tokens do,
-    because clients get the others as text and send them back. Clients never get the text of a special token.
+    Control tokens are the tokenizer's special tokens, and its added tokens such as `<tool_call>` (not special in Qwen's
+    tokenizers) that occur in the source of a chat template. In assistant messages, only the special tokens become plain
+    text: a client receives tags such as `<tool_call>` as text in a response and sends them back in the next request,
+    but it never receives the text of a special token.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: Collection[str]):
@@ -61,8 +62,8 @@ class ControlTokens:
         return (self._in_answers if is_answer else self._in_messages).marked(value, mark)
 
     def encode(self, pieces: Sequence[str]) -> list[int]:
-        """Returns the ids of the concatenated pieces. A control token's text is encoded as the token only if it lies
-        within one piece.
+        """Returns the token ids of the concatenated pieces. The text of a control token becomes the control token if it
+        lies within one piece, and plain text if it spans two.
         """
         if len(pieces) == 1:
             return self._encode(pieces[0], add_special_tokens=False)

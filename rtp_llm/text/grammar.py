@@ -42,7 +42,9 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Tag:
-    """JSON between a begin tag and an end tag, in free text; `grammar.from_tags` enforces it."""
+    """A structure of a request's `structural_tag`: the text `begin`, JSON that `schema` allows, and the text `end`. It
+    may occur in otherwise free text; `grammar.from_tags` enforces it.
+    """
 
     begin: str
     schema: Any
@@ -51,7 +53,7 @@ class Tag:
 
 def from_json_schema(schema: Any, whitespace: str = WHITESPACE) -> str:
     """Returns the grammar for JSON that a schema (an object, a boolean or JSON text) allows. `whitespace`: regular
-    expression for whitespace between two tokens. Raises GrammarError.
+    expression for the whitespace between two JSON tokens. Raises GrammarError if the schema cannot be enforced.
     """
     return _pack({"json_schema": json_schema.prepare(schema, whitespace)})
 
@@ -85,9 +87,10 @@ def from_ebnf(text: str) -> str:
 
 
 def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer) -> str:
-    """Returns the grammar for free text with structures in it; each structure that begins must be complete.
+    """Returns the grammar for a request's `structural_tag`: free text, in which structures (`tags`) may occur.
 
-    A trigger starts a structure whose `begin` has it as a prefix. Raises GrammarError.
+    Once the text contains a trigger, it must go on with the rest of a tag whose `begin` starts with that trigger.
+    Raises GrammarError if a schema cannot be enforced, if a trigger starts no tag, or if a tag has no trigger.
     """
     rules = [TEXT]
     for number, trigger in enumerate(triggers):
@@ -110,16 +113,17 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], tokenizer: Tokenizer
 
 
 def is_bounded(grammar: str) -> bool:
-    """Returns whether `check` takes at most some tenths of a second for this grammar: whether llguidance limits its own
-    work on it.
+    """Returns whether `check` takes at most some tenths of a second for this grammar.
+
+    It may take longer if llguidance has to intersect regular expressions, as for the keyword `pattern` of a JSON
+    schema: llguidance does not limit the time for that.
     """
     return not _UNBOUNDED.search(grammar)
 
 
 def check(grammar: str) -> None:
-    """Raises GrammarError if a grammar cannot be enforced, for example because of a keyword of a JSON schema.
-
-    Releases the GIL.
+    """Raises GrammarError if llguidance cannot enforce a grammar, for example because of a keyword of a JSON schema, or
+    if the grammar is too long. Releases the GIL.
     """
     if len(grammar) > MAX_CHARACTERS:
         raise GrammarError(f"the grammar has {len(grammar)} characters; at most {MAX_CHARACTERS} are allowed")
@@ -143,13 +147,17 @@ def json_rule(schema: Any) -> str:
 
 
 def marker(text: str, tokenizer: Tokenizer) -> str:
-    """Returns the Lark expression for `text`, in which the names of special tokens match these tokens."""
+    """Returns the Lark expression that matches `text`, such as "<tool_call>". A part of `text` that is the name of a
+    special token, or of an added token in angle brackets, matches that token instead of its characters.
+    """
     parts = tokenizer.split_markers(text)
     return " ".join(quote(part) if isinstance(part, str) else f"<[{part}]>" for part in parts)
 
 
 def text_until(rule: str, text: str, tokenizer: Tokenizer) -> str:
-    """Returns the Lark rule `rule`: any text up to and including the first marker `text`. Uses the terminal TEXT."""
+    """Returns a Lark rule with the name `rule`, which matches any text up to and including the first `text`, a marker
+    such as "</think>". The rule uses the terminal TEXT (any text), which the grammar must define.
+    """
     end = marker(text, tokenizer)
     return f"{rule}: TEXT {end}" if end.startswith("<") else f"{rule}[lazy]: TEXT {end}"
 
@@ -165,10 +173,10 @@ def combine(
     """Returns the grammar for a whole response; empty if any text is allowed.
 
     content: grammar of the content; empty: any text.
-    calls: Lark rules of tool calls. The rule `calls` matches one or more calls, the rule `answer` any text and calls.
-        They may use the terminal TEXT (any text), which this function defines.
-    choice: "required": only calls are allowed; "auto": calls or content.
-    reasoning: the reasoning that may precede.
+    calls: Lark rules of tool calls; empty: no calls. The rule `calls` matches one or more calls, the rule `answer` any
+        text, with or without calls in it. They may use the terminal TEXT (any text), which this function defines.
+    choice: "required": only calls are allowed; "auto": calls or content; "none": only content.
+    reasoning: the reasoning that the model may write before content and calls; None: it writes none.
     """
     if not calls or choice == "none":
         if not content or not reasoning:

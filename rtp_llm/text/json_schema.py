@@ -77,7 +77,9 @@ def closed(schema: Any) -> Any:
 
 
 def check_shapes(schema: Any) -> None:
-    """Raises GrammarError if a keyword that this package reads has a value of the wrong type, at any depth."""
+    """Raises GrammarError if a keyword of the JSON schema has a value of the wrong type, at any depth. Checks only the
+    keywords that rtp-llm itself reads, such as `properties`; llguidance checks the others.
+    """
     if not isinstance(schema, dict):
         return
     for keyword, (shape, allowed) in _SHAPES.items():

@@ -28,7 +28,8 @@ class OutputFormat:
     tools              the functions that the model may call, in `tool_format`; if empty, calls are not parsed
     reasoning_state    whether the response begins inside the reasoning; None: it has no reasoning
     include_reasoning  whether the client gets the reasoning
-    special_markers    {text: id} of the markers that are special tokens: the parser needs them, content omits them
+    special_markers    {text: id} of the reasoning and tool call markers that are special tokens: the parser needs them
+                       in its text, although `skip_special_tokens` removes special tokens from what clients get
     """
 
     tools: tuple[Tool, ...] = ()
@@ -81,8 +82,9 @@ class AnswerFormats:
         if not reasoning_parser:
             found_reasoning = reasoning.detect(template.source)
         tool_format = found or TOOL_FORMATS[DEFAULT_TOOL_FORMAT]
-        source = "" if found else "; the chat template has none that is known, TOOL_CALL_PARSER can name one"
-        log.info("tool calls: %s%s; reasoning: %s", tool_format.name, source, getattr(found_reasoning, "name", OFF))
+        source = "" if found else " (the chat template uses no known format; TOOL_CALL_PARSER sets another one)"
+        reasoning_name = getattr(found_reasoning, "name", OFF)
+        log.info("format of tool calls: %s%s; format of reasoning: %s", tool_format.name, source, reasoning_name)
         return cls(tokenizer, tool_format, found_reasoning)
 
     def output_format(
@@ -94,8 +96,9 @@ class AnswerFormats:
         include_reasoning: bool = True,
         skip_special_tokens: bool = True,
     ) -> OutputFormat:
-        """Returns how to split the responses to a prompt into content, reasoning and tool calls.
+        """Returns how to split the responses to one request into content, reasoning and tool calls.
 
+        prompt: the rendered prompt. Its end shows whether the response begins inside the reasoning.
         prefill: the assistant's text at the end of the prompt that the model continues; None if a new turn begins.
         """
         state = self.reasoning_format.state(prompt, prefill) if self.reasoning_format else None
@@ -113,5 +116,6 @@ class AnswerFormats:
 def _check(setting: str, value: str, allowed: Mapping[str, object]) -> None:
     if value and value not in allowed:
         raise ConfigError(
-            f"{setting}={value!r}: allowed: {', '.join(allowed)}, or empty for the format that the chat template uses"
+            f"{setting}={value!r}: not valid; allowed: {', '.join(allowed)}, or empty for the format that the chat"
+            " template uses"
         )

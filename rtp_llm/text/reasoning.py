@@ -25,7 +25,8 @@ class ReasoningFormat:
     always: bool = False
 
     def state(self, prompt: str, prefill: str | None = None) -> ReasoningState | None:
-        """Returns the state at the start of the output: inside the reasoning, possibly before it, or after it (None).
+        """Returns where the output starts: "inside" the reasoning; "optional": before it, and the model may omit it;
+        None: after it, so that the output has no reasoning.
 
         prompt   the rendered prompt
         prefill  the assistant's text at the end of the prompt that the model continues; None if a new turn begins
@@ -39,7 +40,9 @@ class ReasoningFormat:
 
 
 class ReasoningParser(ScanningParser):
-    """Separates the reasoning and passes the rest to another parser. Drops whitespace next to the markers."""
+    """An `OutputParser` that separates the reasoning and passes the rest of the text to another parser, `inner`. Drops
+    whitespace next to the markers of the reasoning.
+    """
 
     def __init__(
         self, reasoning_format: ReasoningFormat, state: ReasoningState, inner: OutputParser, is_shown: bool = True

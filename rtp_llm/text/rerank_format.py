@@ -16,12 +16,12 @@ _MARKERS = ("<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class RerankFormat:
-    """The prompt format of a reranking model: its fixed tokens, and the tokens of "yes" and "no", whose probabilities
-    are the score.
+    """The prompt format of a reranking model: token ids of its fixed parts, and the ids of "yes" and "no", from whose
+    probabilities the score is computed.
 
     The prompt for a document is `start`, `question(…)`, a space and the document, and `end`. The parts are encoded
-    separately: all documents of a query share the prefix, and no token spans two parts, as the pre-tokenizer splits
-    there.
+    separately, so that all documents of a query share the prefix. The ids are those of the whole text, because the
+    pre-tokenizer splits between the parts anyway.
     """
 
     start: tuple[int, ...]
@@ -45,7 +45,7 @@ class RerankFormat:
         return cls(start, end, yes, no)
 
     def question(self, query: str, instruction: str) -> str:
-        """Returns the part of the prompt between the tokens `start` and the space before the document: instruction and
-        query.
+        """Returns the text of the prompt between `start` and the document, with the instruction and the query. It ends
+        before the space that precedes the document.
         """
         return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"

@@ -22,11 +22,11 @@ class Roles:
     """How a chat template handles each role, found out by rendering test messages.
 
     renamed          {role: the role that the template gets instead}
-    leading_system   whether it accepts a system message at the start
-    leading_systems  whether it accepts two of them
-    lone_system      whether it accepts a system message as the only message
-    later_system     whether it accepts a system message after other messages
-    repeated_user    whether it accepts two user messages in a row
+    leading_system   whether the template accepts a system message at the start
+    leading_systems  whether the template accepts two system messages at the start
+    lone_system      whether the template accepts a system message as the only message
+    later_system     whether the template accepts a system message after other messages
+    repeated_user    whether the template accepts two user messages in a row
     """
 
     def __init__(self, render: Render):

@@ -20,8 +20,8 @@ class Malformed(Exception):
 
 
 class Scanner:
-    """A reader of a model's output for parsers: the text that has arrived, the read position and, if set, a mark at an
-    earlier position. Discards text before both.
+    """A reader of a model's output for parsers. Holds the text that has arrived, the read position and, if set, a mark
+    at an earlier position. Keeps the text from the mark on, or from the read position on if there is no mark.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Scanner:
         return self._text[self._at]
 
     def char(self) -> Reading[str]:
-        """Reads one character; "" at the end."""
+        """Reads one character and returns it; "" at the end."""
         char = yield from self.peek()
         self._at += len(char)
         return char
@@ -81,7 +81,9 @@ class Scanner:
         return found
 
     def is_cut_off(self, *literals: str) -> Reading[bool]:
-        """Returns whether the text ends here, or within one of `literals`; reads the incomplete literal."""
+        """Returns whether the whole text ends at the read position, or in the middle of one of `literals` that begins
+        there. If so, reads the incomplete literal.
+        """
         while any(literal.startswith(self._text[self._at :]) for literal in literals):
             if self._ended:
                 self.rest()
@@ -90,7 +92,7 @@ class Scanner:
         return False
 
     def rest(self) -> str:
-        """Reads all text that has arrived."""
+        """Reads all text that has arrived and returns it. Does not wait for more."""
         text, self._at = self._text[self._at :], len(self._text)
         return text
 

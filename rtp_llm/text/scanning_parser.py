@@ -8,7 +8,9 @@ from rtp_llm.text.scanner import Reading, Scanner
 
 
 class ScanningParser(ABC):
-    """An `OutputParser` that is one generator, `read`, which waits whenever it needs more text."""
+    """Base of `OutputParser`s that are written as one generator, `read`, which reads the text from `scanner`. It pauses
+    where it needs more text, and the next `push` resumes it.
+    """
 
     in_reasoning = False
 
@@ -19,7 +21,7 @@ class ScanningParser(ABC):
 
     @abstractmethod
     def read(self) -> Reading[None]:
-        """Reads the whole text and emits its deltas."""
+        """Generator that reads the text of the sequence from `scanner` and passes its deltas to `emit`."""
 
     def push(self, text: str) -> list[OutputDelta]:
         self.scanner.feed(text)
@@ -35,7 +37,9 @@ class ScanningParser(ABC):
         return deltas
 
     def emit(self, delta: OutputDelta) -> None:
-        """Adds a delta to those that `push` returns; merges it with the last one if it continues the same field."""
+        """Adds a delta to those that the current `push` or `finish` will return; merges it with the last of these if it
+        continues the same field.
+        """
         merged = _merged(self._deltas[-1], delta) if self._deltas else None
         if merged:
             self._deltas[-1] = merged

@@ -27,9 +27,10 @@ class StopChecker:
         self.matched: str | None = None
 
     def push_exempt(self, text: str) -> str:
-        """Returns the part of the text that can be sent, for text in which no stop string may end, but one may begin.
+        """Takes the text of the tokens before min_tokens, in which stop strings do not end the sequence.
 
-        Used for the text before min_tokens; call it before the first `push` only.
+        Returns the part of the text that can be sent. The rest is buffered: it may be the start of a stop string that
+        ends in the text of later tokens, and that one counts. Call this before the first `push` only.
         """
         self._buffer += text
         self._exempt = len(self._buffer)

@@ -32,7 +32,9 @@ __all__ = ["ChatTemplate", "Prompt", "TemplateError"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat, in `pieces`. A control token within a piece has its effect; across two it is plain text."""
+    """A rendered chat: the concatenation of `pieces`. The text of a control token, such as `<|im_end|>`, is encoded as
+    that token if it lies within one piece, and as plain text if it spans two.
+    """
 
     pieces: tuple[str, ...]
 
@@ -73,8 +75,11 @@ class ChatTemplate:
         tool_key: str = "tool_use",
         model_type: str = "",
     ) -> "ChatTemplate":
-        """Returns the first of: `explicit` (a built-in name or a path), the checkpoint's, the built-in one for
-        `model_type`.
+        """Returns the chat template `explicit` (a built-in name or a path) if set; otherwise the checkpoint's, or if it
+        has none, the built-in one for `model_type` of config.json.
+
+        default_key  name of the checkpoint's template for requests without tools
+        tool_key     name of the checkpoint's template for requests with tools; without it, they use the other one
 
         Raises TemplateError if `explicit` does not exist or a template has a syntax error. If there is no template,
         `render` raises TemplateError.

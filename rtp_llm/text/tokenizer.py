@@ -32,7 +32,7 @@ class Tokenizer:
 
     vocab_size      number of ids, including added tokens; the model's embedding may have more or fewer rows
     eos_ids         ids that end a response: those of the tokenizer, generation_config.json and config.json
-    added_tokens    {id: token} of the tokens that the backend matches before it splits the text
+    added_tokens    {id: token} of the added tokens, which are matched in a text before the pre-tokenizer splits it
     special_ids     ids that `skip_special_tokens` omits
     special_tokens  text of each named token ("bos_token", "eos_token" …), the variables of chat templates
     templates       chat templates by name; a single one is called "default"
@@ -143,22 +143,28 @@ class Tokenizer:
         return len(ids) > 1 and ids[0] == ids[1] == self._added_bos_id
 
     def is_word(self, token: str) -> bool:
-        """Returns whether `token` is an ordinary token of the vocabulary, even if it is an added token too."""
+        """Returns whether `token` is in the vocabulary of tokenizer.json's model (such as BPE), so that plain text can
+        be encoded as it. A token that is only an added token is not.
+        """
         return self._backend.model.token_to_id(token) is not None
 
     def normalize(self, text: str) -> str:
-        """Returns the text after the backend's normalizer. Unpaired surrogates become question marks."""
+        """Returns the text as the normalizer of tokenizer.json changes it, for example to Unicode's NFC; unchanged if
+        there is no normalizer. Unpaired surrogates become question marks first.
+        """
         if self._backend.normalizer is None:
             return text
         return str(self._backend.normalizer.normalize_str(text.encode(errors="replace").decode()))
 
     def renamed(self, names: Mapping[str, str]) -> Callable[[str], list[int]]:
-        """Returns a function that encodes like this tokenizer, except that it finds some added tokens under other
-        names.
+        """Returns a function that encodes text like this tokenizer, but knows some added tokens under other names.
 
-        names  {added token: its new name}. The function encodes the original name in a text as plain text. If that
-               gives the added token's own id (the vocabulary has it as an ordinary token too), the list has -1 instead.
-        The function adds no special tokens. It shares the vocabulary, so it needs little memory.
+        names  {added token: its new name}. The new name in a text becomes the added token's id, and the original name
+               becomes plain text. If the ids of that plain text would contain the id of a renamed token (the vocabulary
+               has it as an ordinary token too), the list has -1 in its place.
+
+        So a caller can tell a control token from the same characters in a client's text. The function adds no special
+        tokens such as bos. It shares the vocabulary of this tokenizer, so it needs little memory.
         """
         backend = Backend(self._backend.model)
         if self._backend.normalizer is not None:
@@ -187,9 +193,10 @@ class Tokenizer:
     def min_tokens(self, text: str, enough: int) -> int:
         """Returns a lower bound for the number of tokens of `text`; stops counting once it exceeds `enough`.
 
-        So a very long text is refused before it takes gigabytes. Tries its length divided by that of the longest token
-        first, then encodes the text piece by piece. A cut between two pieces adds a few tokens, for which `CUT_TOKENS`
-        are subtracted.
+        So a caller can refuse a very long text without encoding all of it, which would take gigabytes. Returns 0 for a
+        text short enough to encode as a whole. First divides the length of the text by that of the longest token, if
+        the tokenizer is byte-level without a normalizer. If that is not more than `enough`, encodes the text in pieces
+        of `PIECE_CHARACTERS`; a cut can add a few tokens, so `CUT_TOKENS` are subtracted for each piece.
         """
         if len(text) <= PIECE_CHARACTERS:
             return 0
@@ -208,7 +215,9 @@ class Tokenizer:
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
     ) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-        """Returns the ids of a rendered prompt, the text of each token and its (start, end) in characters of `text`."""
+        """Returns three lists with an item per token of a rendered prompt: its id, its text, and its (start, end) in
+        characters of `text`. Raises ValueError if `text` has an unpaired surrogate.
+        """
         encoding = self._encoding(text, add_special_tokens)
         start = int(self._has_two_bos(encoding.ids))
         ids = encoding.ids[start:]

@@ -13,6 +13,6 @@ TOOL_FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_fo
 
 
 def detect(template: str) -> ToolFormat | None:
-    """Returns the format that a chat template uses; None if it uses none of these."""
+    """Returns the tool call format that a chat template uses; None if it uses none of the supported formats."""
     plain = template.replace('\\"', '"')  # in Jinja's strings
     return next((tool_format for tool_format in _FORMATS if tool_format.is_used_by(plain)), None)

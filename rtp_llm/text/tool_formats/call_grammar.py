@@ -50,7 +50,8 @@ def value(schema: Any, strict: bool) -> str:
 def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
     """Returns (name, schema, is required) of each parameter, for formats that write parameters one by one.
 
-    Raises GrammarError if a strict function's schema has keywords besides the properties.
+    Raises GrammarError if a strict function's schema has keywords, such as `anyOf`, that a list of single parameters
+    cannot enforce, or if there are too many parameters.
     """
     schema = parameters(tool)
     by_name, required = schema.get("properties") or {}, schema.get("required") or ()
@@ -73,16 +74,19 @@ def properties(tool: Tool) -> list[tuple[str, Any, bool]]:
 
 
 def alternatives(bodies: Sequence[str]) -> list[str]:
-    """Returns the Lark rules that define `call_body` as any one of the expressions `bodies`."""
+    """Returns the Lark rules that define the rule `call_body` as any one of the Lark expressions `bodies`. Each of
+    these matches the calls of one function.
+    """
     names = [f"call_{index}" for index in range(len(bodies))]
     return [f"call_body: {' | '.join(names)}", *(f"{name}: {body}" for name, body in zip(names, bodies, strict=True))]
 
 
 def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bool, tokenizer: Tokenizer) -> str:
-    """Returns the Lark rules for `ToolFormat.grammar` if each call begins with the marker `start`.
+    """Returns the result of `ToolFormat.grammar` for a format in which each call begins with the marker `start`.
 
-    bodies     for each function, the expression after the marker
+    bodies     for each function, the Lark expression of the rest of a call, after the marker
     separator  text between two calls
+    parallel   whether several calls are allowed
     """
     return "\n".join(
         (
@@ -95,8 +99,9 @@ def marked_calls(start: str, separator: str, bodies: Sequence[str], parallel: bo
 
 
 def line_start_answer(first: str) -> list[str]:
-    """Returns the Lark rules that define `answer` as text, calls, or text before calls. The first line that starts with
-    the character `first` begins the calls.
+    """Returns the Lark rules that define the rule `answer` of `ToolFormat.grammar`: text, calls, or text before calls.
+
+    The first line that starts with the character `first`, after spaces and tabs, begins the calls.
     """
     return [
         rf"CALL_LINE: /[ \t]*([^ \t\n\{first}][^\n]*)?/",
@@ -106,5 +111,7 @@ def line_start_answer(first: str) -> list[str]:
 
 
 def repeated(expression: str, separator: str, parallel: bool) -> str:
-    """Returns the Lark expression for one call; with `parallel`, for one or more calls."""
+    """Returns the Lark expression for one call, which `expression` matches; with `parallel`, for one or more calls with
+    the text `separator` between them.
+    """
     return f"{expression} ({quote(separator)} {expression})*" if parallel else expression

@@ -27,8 +27,10 @@ class JsonCallParser(ToolCallParser, ABC):
     is_strict: ClassVar[bool] = False
 
     def read_object(self, is_open: bool = False) -> Reading[None]:
-        """Reads one call; with `is_open`, its opening brace has been read. Raises Malformed if the text is not a call:
-        all of it then becomes content or, if name and arguments have been sent to the client, only what follows these.
+        """Reads one call; with `is_open`, its opening brace has been read already.
+
+        Raises Malformed if the text is not a call. The caller then passes on the text as content: all of it, or only
+        what follows the arguments if the call's name and arguments have been sent to the client already.
         """
         scanner, name, arguments, is_announced = self.scanner, "", "", False
         if not is_open:

@@ -125,7 +125,8 @@ def _value_expression(tool: Tool, schema: Any, end: str, depth: int = 0) -> str:
     if isinstance(schema, Mapping) and isinstance(schema.get("anyOf"), list):
         if depth == MAX_ALTERNATIVES_DEPTH:
             raise GrammarError(
-                f"tool {tool.name}: the JSON schema nests anyOf more than {MAX_ALTERNATIVES_DEPTH} times"
+                f"tool {tool.name}: the JSON schema of a parameter nests anyOf too deeply; allowed: at most"
+                f" {MAX_ALTERNATIVES_DEPTH} levels"
             )
         return f"({' | '.join(_value_expression(tool, item, end, depth + 1) for item in schema['anyOf'])})"
     if "string" not in tool.types_of(schema):

@@ -115,8 +115,10 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def grammar(self, tools: Sequence[Tool], parallel: bool, tokenizer: Tokenizer) -> str:
-        """Returns Lark rules for `text.grammar.combine`: `calls`, one call or, with `parallel`, several; and `answer`,
-        any text with such calls in it. Raises GrammarError if a strict tool's schema cannot be enforced.
+        """Returns two Lark rules for `text.grammar.combine`, and the rules that they use: `calls` matches one call or,
+        with `parallel`, one or more; `answer` matches any text, with or without such calls in it.
+
+        Raises GrammarError if a strict tool's schema cannot be enforced.
         """
 
     def parser(self, tools: Sequence[Tool], hidden: Collection[str] = ()) -> ToolCallParser:
