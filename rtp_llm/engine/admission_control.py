@@ -36,17 +36,18 @@ class AdmissionControl:
         self.typical_length = sorted(self._output_lengths)[len(self._output_lengths) // 2]
 
     def min_blocks(self, request: Request) -> int:
-        """Returns how many blocks the request holds when it has got MIN_GROWTH more tokens, or has reached max_tokens.
-        The newest token is not computed yet, so it needs no block.
+        """Returns how many KV blocks the request needs to generate MIN_GROWTH (16) more tokens, or up to max_tokens.
+
+        If the host is short of memory, a request that needs more than the usable blocks is not started.
         """
         num_tokens = request.num_tokens + min(MIN_GROWTH, request.params.max_tokens - request.num_output_tokens) - 1
         return int(self._kv_cache_manager.num_blocks_for(np.array([num_tokens]))[0])
 
     def fits(self, running: Sequence[Request], candidate: Request, prefix: CachedPrefix) -> bool:
-        """Returns whether the blocks suffice until `running` and `candidate`, which has this cached prefix, have ended.
+        """Returns whether the usable KV blocks suffice for `running` and `candidate` until all of them have ended.
 
-        Assumes that each request gets one token per step and frees its blocks when it ends. Usage therefore peaks just
-        before an end, so it is computed for each end.
+        Assumes that each request gets one token per step and frees its blocks when it ends. So the usage of blocks
+        peaks just before a request ends, and is computed for each of these times. `prefix`: the candidate's.
         """
         requests = [*running, candidate]
         num_tokens = np.array([r.num_tokens for r in requests])

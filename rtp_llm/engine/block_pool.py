@@ -1,7 +1,8 @@
 """Pool of KV blocks: reference counts, prefix cache and LRU eviction.
 
-A free block keeps its content until it is allocated again. Order of allocation: blocks that are not in the prefix
-cache, blocks without memory (as far as `growth` allows), the least recently used. All operations are O(1) per block.
+A free block keeps its content until it is allocated again. Allocated first are free blocks that are not in the prefix
+cache, then blocks that do not occupy memory yet (at most `BlockPool.growth`), then the least recently used block of the
+prefix cache. All operations are O(1) per block.
 """
 
 from collections import OrderedDict
@@ -47,8 +48,8 @@ class BlockPool:
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Returns whether some free blocks cannot be allocated: more of them occupy no memory than may get some
-        (`growth`).
+        """Returns whether some blocks cannot be allocated because the host lacks memory for them: more blocks occupy no
+        memory yet than `growth` allows to allocate.
         """
         return self.growth < self._num_unbacked
 
@@ -71,7 +72,9 @@ class BlockPool:
         return self._block_of_hash.get(block_hash)
 
     def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """Returns how many of these cached blocks no running request uses. `num_free` counts them too."""
+        """Returns how many of these cached blocks no request references. `num_free` counts these, too: it falls by this
+        number if a request acquires the blocks.
+        """
         return sum(1 for block in blocks if block != NULL_BLOCK and not self._ref_counts[block])
 
     def acquire(self, blocks: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ COMPILE_POLL_SECONDS = 0.005  # that an engine without other work waits for a gr
 
 
 class StepExecutor(Protocol):
-    """The methods of `runner.model_runner.ModelRunner` that the engine calls."""
+    """Interface of what computes the engine's steps on rank 0: the methods of `ModelRunner` that `Engine` calls."""
 
     def prepare(self, step: Step) -> Any:
         """Applies a step to this rank's table of sequences. Returns the arrays that `execute` needs. Every rank has
@@ -32,7 +32,9 @@ class StepExecutor(Protocol):
         ...
 
     def execute(self, inputs: Any, sampling_metadata: SamplingMetadata) -> StepResult:
-        """Computes a step and samples. Waits for the device."""
+        """Computes the step whose arrays `prepare` returned, and samples its tokens. Returns when the device has
+        finished.
+        """
         ...
 
 
@@ -104,7 +106,9 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Returns the current number of requests that wait for their start."""
+        """Returns the current number of requests that have not started or were preempted, including those whose grammar
+        is being compiled.
+        """
         return len(self.scheduler.waiting) + (self.compiler.num_waiting if self.compiler else 0)
 
     @property

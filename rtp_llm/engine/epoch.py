@@ -107,7 +107,7 @@ class Epoch:
 
     def abort(self, reason: str) -> None:
         """Ends the epoch (the life of this communicator); any thread may call it. Interrupts a collective even if the
-        other ranks do not respond.
+        other ranks do not respond. `reason` becomes part of the CommunicationError in the thread that runs the epoch.
         """
         with self._lock:
             if self._is_closed:
@@ -130,8 +130,9 @@ class Epoch:
                 sock.close()
 
     def serve(self, residency: Residency) -> None:
-        """Connects this rank with the others and computes steps with the weights and KV cache of `residency`. Returns
-        only by CommunicationError, when a rank is lost, which ends the epoch.
+        """Connects this rank with the others and computes steps with the weights and KV cache of `residency` until the
+        epoch ends. Never returns normally: raises CommunicationError when a rank is lost, `abort` is called, or a step
+        runs out of GPU memory.
         """
         residency.agree_on_steps()
         runner = ModelRunner(residency)
@@ -175,8 +176,7 @@ class Epoch:
         rope = residency.spec.rope
         cache_salt_above = rope.original_max if rope.kind == "dynamic" else 0
         log.info(
-            "serving in epoch %d of the gang (its starts so far): prompt and output of a sequence may have up to %d"
-            " tokens",
+            "serving in epoch %d (starts of the gang so far): prompt and output of a sequence may have up to %d tokens",
             self.number,
             residency.max_seq_len,
         )
@@ -250,8 +250,10 @@ class Epoch:
 def make_scheduler(
     residency: Residency, proposer: DraftProposer | None = None, memory_budget: MemoryBudget | None = None
 ) -> Scheduler:
-    """Returns a scheduler for the KV cache of `residency` (this rank's weights and KV memory). `proposer` generates
-    draft tokens.
+    """Returns a scheduler for the KV cache of `residency` (this rank's weights and KV memory).
+
+    `proposer`: generates draft tokens; None: no speculative decoding. `memory_budget`: limits the KV blocks that
+    occupy memory on CPU; None: all blocks occupy memory from the start, as on a GPU.
     """
     config = residency.config
     pool = BlockPool(residency.num_blocks + 1, is_backed=memory_budget is None)

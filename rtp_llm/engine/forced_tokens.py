@@ -1,4 +1,4 @@
-"""Proposes the tokens that a grammar forces, such as property names, as draft tokens."""
+"""Proposes the tokens that a grammar forces, such as property names, as draft tokens, so that one step outputs them."""
 
 from rtp_llm.contract.request import Request
 
@@ -6,8 +6,9 @@ MIN_DRAFTS = 2  # fewer save less than a step with drafts costs more
 
 
 class ForcedTokens:
-    """Proposes as draft tokens those that a grammar forces, the only ones that it allows. One is rejected only where
-    the reasoning budget forces another token.
+    """Proposes draft tokens where the grammar of a request allows only one next token (implements `DraftProposer`).
+
+    Such a draft is rejected only if the reasoning budget forces another token there.
     """
 
     needs_result = False

@@ -21,8 +21,10 @@ FULL_STEP = 8  # times the seconds to read the weights: a step without decodes t
 
 
 class Demand(NamedTuple):
-    """Work of requests: `rows` and `keys` of their prompts (tokens to compute, and tokens that these attend to, see
-    `StepWork`), and the expected number of output tokens.
+    """The work that one or several requests cause in total.
+
+    rows: prompt tokens to compute, without those from the prefix cache. prompt_keys: number of tokens that a prompt
+    token attends to, summed over `rows`, see `StepWork`. output_tokens: expected number of output tokens.
     """
 
     rows: float
@@ -31,7 +33,10 @@ class Demand(NamedTuple):
 
     @classmethod
     def of(cls, request: Request, num_output_tokens: int) -> "Demand":
-        """Returns the work of one request, without the tokens that the prefix cache provided."""
+        """Returns the work of one request, without the prompt tokens that the prefix cache provided.
+
+        `num_output_tokens`: the expected length of its whole output.
+        """
         rows = request.num_prompt_tokens - request.cached_tokens
         return cls(rows, rows * (request.cached_tokens + request.num_prompt_tokens) / 2, num_output_tokens)
 
@@ -56,10 +61,10 @@ class ItlBudget:
         self._latest.append(demand)
 
     def prompt_budget(self, decodes: Sequence[Request], streams: Iterable[Demand]) -> PromptBudget:
-        """Returns what a step with these decodes may spend on prompts: tokens per prompt, and seconds for all prompts.
+        """Returns what a step may spend on prompts: tokens per prompt, and seconds for all prompts together.
 
-        `streams`: the requests that decode, compute their prompt, or wait and will fit into the batch; includes the
-        decodes.
+        `decodes`: the requests that compute one token each in this step. `streams`: the work of all requests that will
+        be in the batch together: the decodes, those that compute their prompt, and waiting ones as far as they fit.
         """
         config, tile, cost = self._config, self._config.chunk_tile, self.cost.per_unit
         max_chunk = config.mixed_prefill_chunk if decodes else config.max_num_batched_tokens

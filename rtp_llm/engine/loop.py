@@ -46,8 +46,8 @@ class FollowerConnections:
         self._send(pack_frame(FrameType.SNAPSHOT, snapshot))
 
     def send_keepalive(self) -> None:
-        """Sends a KEEPALIVE frame to all other ranks while no step runs. Raises CommunicationError if one of them is
-        lost.
+        """Sends a KEEPALIVE frame to all other ranks. Called while no step runs, so that a lost connection is noticed
+        then, too. Raises CommunicationError if a rank is lost.
         """
         self._send(pack_frame(FrameType.KEEPALIVE))
 
@@ -208,7 +208,7 @@ def follower_loop(runner: ModelRunner, sock: socket.socket, rank_status: RankSta
             if step.epoch != epoch:
                 raise CommunicationError(
                     f"rank 0 sent a step of epoch {step.epoch}, but this rank joined epoch {epoch} of the gang;"
-                    " all ranks must restart together"
+                    " all ranks must begin the same epoch together"
                 )
             inputs = runner.prepare(step)
             inputs.check_digest()

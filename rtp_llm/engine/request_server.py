@@ -36,7 +36,7 @@ class ClientMessage:
 
 class RequestServer:
     """Rank 0's server for requests. Accepts clients (API processes), sends each a READY frame with the engine's
-    properties, and does all I/O without blocking.
+    properties (`EngineInfo`: maximum sequence length, number of KV blocks, …), and does all I/O without blocking.
     """
 
     def __init__(self, path: Path, engine_info: dict[str, Any]):

@@ -36,7 +36,7 @@ STARVING_SECONDS = 10.0  # that a request waits for memory while no other one ru
 
 @dataclass
 class SchedulerStats:
-    """Counters since this process started, for the metrics."""
+    """Counters for the metrics. They start at 0 with each scheduler, that is when the ranks form a new communicator."""
 
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
@@ -87,7 +87,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request_id: str) -> Request | None:
-        """Ends a request. Returns the request, or None if it has ended."""
+        """Ends the running or waiting request with this id. Returns the request, or None if there is none."""
         for queue in (self.running, self.waiting):
             for request in queue:
                 if request.id == request_id:

@@ -1,4 +1,4 @@
-"""Limits of one step of the scheduler."""
+"""The scheduler's limits: tokens and requests of one step, and tokens of one request."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,21 @@ CHUNK_TILE = 16  # tokens; chunks of a prompt end at multiples, so that a recomp
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of one step."""
+    """The scheduler's limits.
+
+    max_num_batched_tokens: tokens of one step. max_num_seqs: running requests.
+    max_num_prefills: requests that compute more than one token in a step; 0: no limit.
+    max_mixed_chunk: prompt tokens of one request in a step that also has decodes; 0: limited by `itl_budget_seconds`.
+    itl_budget_seconds: duration of a step that has decodes; 0: chosen automatically from the load.
+    max_seq_len: tokens of one request, prompt and output.
+    """
 
     max_num_batched_tokens: int
-    max_num_seqs: int  # running requests
-    max_num_prefills: int = 0  # requests that compute more than one token; 0: no limit
-    max_mixed_chunk: int = 0  # tokens of one prefill in a step with decodes; 0: so many that the step is in time
-    itl_budget_seconds: float = 0.0  # of a step with decodes; 0: automatic
-    max_seq_len: int = 2**31 - 1  # tokens of prompt and output of one request
+    max_num_seqs: int
+    max_num_prefills: int = 0
+    max_mixed_chunk: int = 0
+    itl_budget_seconds: float = 0.0
+    max_seq_len: int = 2**31 - 1
 
     @property
     def mixed_prefill_chunk(self) -> int:
@@ -23,7 +30,7 @@ class SchedulerConfig:
 
     @property
     def chunk_tile(self) -> int:
-        """Returns the tile: chunks of prompts end at its multiples, for which kernels are efficient. 1 if steps are
-        smaller than CHUNK_TILE.
+        """Returns the tile: chunks of a prompt, except its last one, should end at multiples of this number of tokens.
+        It is CHUNK_TILE (16), or 1 if a step or a chunk is limited to fewer tokens than that.
         """
         return CHUNK_TILE if min(self.mixed_prefill_chunk, self.max_num_batched_tokens) >= CHUNK_TILE else 1

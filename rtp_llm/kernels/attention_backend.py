@@ -12,7 +12,10 @@ from rtp_llm.kernels.kv_cache import LayerKVCache
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """Constants of one attention layer; its sliding window is in the KVCacheSpec. scale: factor of the scores."""
+    """Constants of one attention layer; its sliding window is in the KVCacheSpec.
+
+    scale: factor of the attention scores before the softmax, usually 1 / sqrt(head_dim).
+    """
 
     scale: float
 

@@ -14,8 +14,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LayerKVCache:
     """KV cache of one layer on this rank: its tensors by the names in its `KVCacheSpec`.
 
-    Shape of a tensor: [num_blocks, block_size, *shape], or [num_blocks, *shape] for a state per sequence. Blocks are
-    `block_bytes` apart, so it cannot be flattened: index it with (block, offset).
+    A tensor is [num_blocks, block_size, *shape], or [num_blocks, *shape] for a state per sequence, with `shape` from
+    the KVCacheSpec. It is not contiguous, since a block also holds other tensors and layers: index it with (block,
+    offset), do not flatten it.
     """
 
     tensors: dict[str, Tensor]

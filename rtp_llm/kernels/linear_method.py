@@ -127,8 +127,8 @@ class LinearMethod(ABC):
 
 
 class Plain(LinearMethod):
-    """A linear layer without any change: keeps the weight matrix as it is in the checkpoint and multiplies with
-    torch.
+    """The linear method without repacking or quantization: keeps the weight matrix as it is in the checkpoint and
+    multiplies with torch.
     """
 
     name = "plain"

@@ -18,8 +18,10 @@ LINEAR_METHODS: dict[str, type[LinearMethod]] = {
 
 
 def shard_granularity(name: str) -> int:
-    """Returns the number of features at whose multiples a weight matrix of the linear method `name` (a quantization;
-    "": none) can be cut into shards, along outputs and inputs.
+    """Returns the granularity of the shards of a weight matrix: the matrix may be cut, along outputs and along inputs,
+    only at multiples of this number of features.
+
+    `name`: linear method, a key of LINEAR_METHODS; "": no quantization, returns 1.
     """
     return lcm(*LINEAR_METHODS[name].shard_granularity) if name else 1
 

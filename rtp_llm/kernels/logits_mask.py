@@ -36,10 +36,10 @@ def mask_logits(logits: Tensor, masks: Bits, rows: Sequence[int]) -> None:
 
 
 def argmax_allowed(logits: Tensor, masks: Bits, rows: Sequence[int]) -> Tensor:
-    """Returns the first allowed token with the highest logit of each of the R `rows` of the logits, [R] int64.
-    masks: one for each of them.
+    """Returns, for each row of the logits, the allowed token with the highest logit (of equal ones the lowest id), [R]
+    int64. masks: one for each of `rows`; in the other rows, all tokens are allowed.
 
-    FAILED for a row whose highest logit is NaN or infinite, before masking or after it (-inf: nothing is allowed).
+    -1 (FAILED) for a row whose highest logit is NaN or infinite, before masking or after it (-inf: nothing is allowed).
     """
     kernels = library() if logits.is_cpu else None
     if kernels:

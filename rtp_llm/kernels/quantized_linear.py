@@ -19,8 +19,8 @@ _ROWS_AT_ONCE = 256  # of W that are quantized together, so that the intermediat
 
 
 class Quantized(LinearMethod):
-    """Reads the weight matrix of a linear layer in the model's dtype, and quantizes it after loading to integers with
-    scales.
+    """Base class of the linear methods that read the weight matrix in the model's dtype, and quantize it after loading
+    to integers with scales. A subclass defines how weights and inputs are rounded.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -50,7 +50,9 @@ class Quantized(LinearMethod):
 
     @staticmethod
     def num_groups(in_size: int) -> int:
-        """Returns the number of scales per output feature."""
+        """Returns the number of scales per output feature of a layer with `in_size` inputs: 1 unless a subclass has one
+        scale per group of inputs.
+        """
         return 1
 
     def transform(self, loaded: Weights) -> Weights:
@@ -112,7 +114,7 @@ class Int8(Quantized):
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes a weight matrix to 8 bits, one scale per row (implements `Quantized`)."""
+        """Returns a weight matrix as 8-bit integers and one scale per row (implements `Quantized`)."""
         return _round_to_scale(weight.float(), 127)
 
     @staticmethod
@@ -149,8 +151,8 @@ class Int4(Quantized):
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes a weight matrix to 4 bits, one scale per group (implements `Quantized`). The value with the largest
-        magnitude of a group becomes -8; scales can be negative.
+        """Returns a weight matrix as 4-bit integers, stored as int8, and one scale per group (implements `Quantized`).
+        The value with the largest magnitude of a group becomes -8; scales can be negative.
         """
         groups = _split_groups(weight.float())
         low, high = groups.aminmax(dim=-1, keepdim=True)

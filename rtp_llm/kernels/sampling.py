@@ -21,8 +21,8 @@ def _kernels_for(logits: Tensor) -> Library | None:
 
 
 def argmax_finite(logits: Tensor) -> Tensor:
-    """Returns the first token with the highest logit of each row, [R] int64; FAILED for a row if that logit is NaN or
-    infinite.
+    """Returns the token with the highest logit of each row (of equal ones the lowest id), [R] int64; -1 (FAILED) for a
+    row if that logit is NaN or infinite.
     """
     kernels = _kernels_for(logits)
     if kernels is None:
@@ -78,9 +78,9 @@ def _sorted_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def sample_by_id(logits: Tensor, temperatures: Doubles, numbers: Doubles) -> Tensor:
     """Samples one token per row by inverse transform sampling over all tokens in order of their ids.
 
-    This is the first token at which the sum of the weights exp((logit - highest logit) / temperature), in float64,
-    exceeds `number` times the total; FAILED if the highest logit is NaN or infinite. temperatures: [R]. numbers: [R],
-    random, in [0, 1). Returns [R] int64.
+    Returns [R] int64: for each row the first token at which the running sum of the weights exceeds the row's random
+    number times their total; -1 (FAILED) if the highest logit is NaN or infinite. A weight is exp((logit - highest
+    logit) / temperature) in float64. temperatures: [R]. numbers: [R], the random numbers, in [0, 1).
     """
     kernels = _kernels_for(logits)
     if kernels is None:

@@ -39,9 +39,10 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(ParallelLinear):
-    """Output head. `tied`: the embedding if the checkpoint ties their weights, otherwise None.
+    """Output head, sharded over the vocabulary: computes logits from hidden states.
 
-    The embedding must be loaded first.
+    `tied`: the embedding whose weights the head shares (`tie_word_embeddings`), otherwise None. The embedding's weights
+    must then be loaded before `process_weights_after_loading` of the head.
     """
 
     def __init__(

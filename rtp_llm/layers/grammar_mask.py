@@ -54,9 +54,9 @@ class GrammarMask:
                 logits[row, mask.end_ids] = 0
 
     def argmax(self, logits: Tensor, rows: SampledRows) -> Tensor:
-        """Returns the tokens [R] int64 of greedy rows: the highest logits that the masks allow, or FAILED if the
-        highest logit is NaN or infinite. Much faster than `apply`, since it does not write logits; no other processor
-        may be active.
+        """Returns, for each row of logits, the token with the highest logit that the sequence's grammar allows, [R]
+        int64; -1 (FAILED) if the highest logit is NaN or infinite. For greedy sequences for which no other logits
+        processor is active. Much faster than `apply` and an argmax, since it does not write logits.
         """
         masks = self._masks(rows)
         ends = {row: min(mask.end_ids) for row, mask in masks.items() if mask.end_ids}

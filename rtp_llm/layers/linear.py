@@ -99,7 +99,8 @@ def _make_weight(
 class ColumnParallelLinear(ParallelLinear):
     """A linear layer with sharded output features.
 
-    `out_size`: output features of this rank. `columns`: the slices of checkpoint tensors that are stacked in W.
+    `out_size`: output features of this rank. `columns`: the slices of checkpoint tensors that are stacked in the weight
+    matrix of this rank, as from `merged_columns` or `qkv_columns`.
     """
 
     def __init__(
@@ -153,10 +154,11 @@ class RowParallelLinear(ParallelLinear):
 
 
 def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
-    """Returns which slices of several checkpoint tensors (gate_proj, up_proj) are stacked in a parameter, in order: of
-    each tensor, the output features `shard`.
+    """Returns which slices of several checkpoint tensors (such as gate_proj and up_proj) are stacked, in this order, in
+    the weight matrix of this rank: the output features `shard` of each tensor.
 
-    `full_size`: number of output features of each tensor.
+    One entry per tensor: (its name without ".weight", `full_size`, slices). A slice is (range of output features in the
+    checkpoint tensor, range in the weight matrix). `full_size`: number of output features of each tensor.
     """
     width = len(shard)
     return [(name, full_size, [(shard, range(i * width, (i + 1) * width))]) for i, name in enumerate(names)]
@@ -164,7 +166,7 @@ def merged_columns(names: list[str], full_size: int, shard: range) -> Columns:
 
 def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, num_kv_heads: int) -> Columns:
     """Returns which output features of the checkpoint's q_proj, k_proj and v_proj this rank has (its heads), stacked in
-    this order.
+    this order; the format is that of `merged_columns`. `prefix`: what the tensor names begin with.
 
     The query heads of each KV head are padded to an equal number, see `HeadShard`.
     """
@@ -177,7 +179,9 @@ def qkv_columns(prefix: str, heads: HeadShard, head_dim: int, num_heads: int, nu
 
 
 def query_head_slices(heads: HeadShard, head_dim: int) -> Slices:
-    """Returns the slices of this rank's query heads: output features of q_proj, which are input features of o_proj."""
+    """Returns the slices of this rank's query heads, each (range of features in the checkpoint, range on this rank).
+    The features are outputs of q_proj and inputs of o_proj.
+    """
     return _head_slices(heads.slots(), head_dim)
 
 

@@ -9,10 +9,11 @@ from rtp_llm.contract.engine_output import Logprob
 
 
 def compute_logprobs(logits: Tensor, tokens: Sequence[int], tops: Sequence[int | tuple[int, ...]]) -> list[Logprob]:
-    """Returns, for each row i of the logits, the logprobs of `tokens[i]` and of the `tops[i]` most likely tokens.
+    """Returns, for each row i of the logits, (logprob of `tokens[i]`, number of tokens that are more likely, list of
+    (token id, logprob) of the `tops[i]` most likely tokens).
 
-    logits: [len(tokens), vocab_size] float32, at least one row. Needs the same amount of memory again.
-    tops: if an entry is a tuple of token ids instead of a number, returns their logprobs, in its order.
+    logits: [len(tokens), vocab_size] float32, at least one row; the function allocates a tensor of the same size.
+    tops: if an entry is a tuple of token ids instead of a number, the list has these tokens, in this order.
     """
     counts = [top if isinstance(top, int) else 0 for top in tops]
     log_probs = logits.log_softmax(-1)

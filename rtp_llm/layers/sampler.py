@@ -33,8 +33,8 @@ _SLOT_PARAMS = np.dtype([*((n, FILTER_PARAMS[n]) for n in _FILTERS), ("seed", "u
 class SamplerOutput:
     """The sampled tokens of R rows (rows of logits; a sequence has one per token to sample).
 
-    tokens: [R] int64 on the device of the logits. FAILED if the highest logit, before or after processing, is NaN or
-        infinite, that is if any logit is NaN or +inf, or all are -inf.
+    tokens: [R] int64 on the device of the logits. -1 (FAILED) if the highest logit, before or after the logits
+        processors, is NaN or infinite, that is if any logit is NaN or +inf, or all are -inf.
     logprobs: R entries; None if the request asks for none.
     """
 

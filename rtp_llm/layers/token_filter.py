@@ -4,7 +4,7 @@ All three keep a prefix of the tokens sorted by descending probability, then by 
 top-p (Holtzman et al. 2019, arXiv 1904.09751) keeps the tokens whose predecessors have less than the fraction p of the
 probability. Of these, min-p (Nguyen et al. 2024, arXiv 2407.01082) keeps the tokens with at least the fraction min-p of
 the highest probability. The first token is always kept. The sampled token is the first at which the cumulative
-probability of the kept tokens exceeds `number` times their total.
+probability of the kept tokens exceeds their total times the row's random number in [0, 1).
 
 The weight of a token is exp((logit - highest logit) / temperature) in float64, so probabilities compare as in a sort in
 float64. No weight depends on another row.
@@ -33,10 +33,11 @@ FILTER_PARAMS = np.dtype([("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"
 
 
 def sample_filtered(logits: Tensor, params: NDArray[np.void]) -> Tensor:
-    """Samples a token per row after top-k, top-p and min-p. Returns token ids [R] int64; FAILED for a row whose highest
-    logit is NaN or infinite.
+    """Samples a token per row after top-k, top-p and min-p. Returns token ids [R] int64; -1 (FAILED) for a row whose
+    highest logit is NaN or infinite.
 
-    logits: [R, vocab_size] float32. params: [R] FILTER_PARAMS, temperature above 0.
+    logits: [R, vocab_size] float32. params: [R], a structured array (FILTER_PARAMS) with the fields temperature (above
+    0), top_k, top_p, min_p, and number, the row's random number in [0, 1).
     """
     values, ids, masses = top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1]), params["temperature"])
     tokens = np.full(len(ids), FAILED)

@@ -8,10 +8,10 @@ from rtp_llm.runner.input_batch import StepInputs
 
 
 class CostEstimate:
-    """Total FLOPs, and bytes of weights and KV cache read and written, since the process started.
+    """Total FLOPs, and bytes of weights and KV cache read and written, since the ranks formed their communicator.
 
-    Estimates the rank with the largest shard. Counts 2 FLOPs per matrix element and token; for attention, 4 * head_dim
-    per query head and attended key. Ignores sliding windows.
+    Estimates, for the rank with the largest shard. Counts 2 FLOPs per matrix element and token; for attention, 4 *
+    head_dim per query head and attended key. Ignores sliding windows.
     """
 
     def __init__(self, spec: ModelSpec, tp_size: int):

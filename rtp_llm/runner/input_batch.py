@@ -1,4 +1,4 @@
-"""The sequences that a rank computes, kept from step to step under their slots.
+"""The sequences that a rank computes, kept from step to step by slot (index of a sequence in the batch).
 
 Every rank applies the same steps to the same state. The number of numpy operations depends neither on the number of
 sequences nor on their lengths. The digest of a step shows whether this rank would compute the same as rank 0.
@@ -49,7 +49,10 @@ class StepInputs:
     def check_digest(self) -> None:
         """Raises CommunicationError if the digest differs from rank 0's, that is if the batches of the ranks differ."""
         if self.digest() != self.step.digest:
-            raise CommunicationError(f"step {self.step.number}: this rank's tokens or KV blocks differ from rank 0's")
+            raise CommunicationError(
+                f"step {self.step.number}: this rank's tokens or KV blocks differ from rank 0's, so it would compute"
+                " something else than rank 0"
+            )
 
     @property
     def sampled_indices(self) -> Ints:
@@ -62,7 +65,7 @@ class StepInputs:
         return self.step.slots[self.step.num_sampled > 0]
 
     def sampled_rows(self) -> SampledRows:
-        """Returns the sequence and position of each of the R rows of logits."""
+        """Returns the slot, the position and the draft token before it of each of the R rows of logits of the step."""
         counts, indices = self.step.num_sampled, self.sampled_indices
         offsets = _last_integers(counts, counts)
         return SampledRows(
@@ -140,7 +143,7 @@ class InputBatch:
         own, expected = (np.frombuffer(d, np.uint32).reshape(len(names), -1) for d in (self.snapshot(), data))
         for index, slot in np.argwhere(own != expected).tolist():
             raise CommunicationError(
-                f"this rank's state of the sequence in slot {slot} differs from rank 0's: {names[index]}"
+                f"this rank's state of the sequence in slot {slot} differs from rank 0's in: {names[index]}"
             )
 
     def _arrays(self) -> dict[str, Ints]:

@@ -33,10 +33,13 @@ def plan_num_blocks(
 
     Collective: all ranks must call it, after all have loaded their weights and before any allocates its KV cache.
 
-    block_bytes: size of one block on this rank. blocks_per_sequence: function of the number of tokens of a sequence.
+    block_bytes: size of one block on this rank. blocks_per_sequence: function that returns the maximum number of blocks
+        of a sequence with the given number of tokens.
     num_local_ranks: ranks that share the memory of this machine (CPU only).
-    workspace_bytes: memory that a step may allocate beyond what the warm-up step, whose sequence is short, did. Raises
-    ConfigError if not even one block fits.
+    workspace_bytes: upper bound of the memory that attention allocates in a step, and that is kept free for it: the
+        warm-up step does not show it, because its sequence is short.
+
+    Raises ConfigError if not even one block fits.
     """
     # One measurement for all: every rank continues with the smallest.
     free = group.min(_free_memory(device, num_local_ranks))
@@ -48,7 +51,10 @@ def plan_num_blocks(
         useful = config.max_sequences * longest
         if min(budget, useful * block_bytes) > free:
             log.warning(
-                "%s exceeds the %d MiB that each rank has free: the server may run out of memory", source, free // MIB
+                "%s exceeds the %d MiB that each rank has free: the server may run out of memory;"
+                " lower KV_CACHE_MEM_MB or free memory",
+                source,
+                free // MIB,
             )
     elif device.type == "cuda":
         reserve = config.reserver_runtime_mem_mb * MIB + workspace_bytes

@@ -76,8 +76,8 @@ class KVMemory:
         """Prepares the memory for a new communicator of the ranks, whose steps do not read the old content: starts to
         pre-fault the pages.
 
-        If a block is not pre-faulted or is retired (its pages returned), first returns the pages of all blocks to the
-        kernel: it is unknown which of such blocks occupy memory, since steps may have written them.
+        Unless all blocks are pre-faulted and none is retired, first returns the pages of all blocks to the kernel. The
+        new epoch's scheduler takes blocks that are not pre-faulted for unused, but steps may have written them.
         """
         if self._is_paged and (self.num_populated < len(self.blocks) or self._retired.any()):
             self.close()
@@ -133,7 +133,8 @@ class KVMemory:
                 unchecked_bytes = 0
                 if available_memory() < MIN_AVAILABLE_BYTES:
                     megabytes = start * self.blocks.shape[1] >> 20, self.blocks.nbytes >> 20
-                    log.warning("memory is short: pre-faulted only %d of %d MiB of this rank's KV cache", *megabytes)
+                    text = "memory is short: pre-faulted only %d of %d MiB of this rank's KV cache; %s"
+                    log.warning(text, *megabytes, "the rest takes memory when steps write it")
                     return
             started = time.perf_counter()
             if not self._populate(start, start + blocks_per_piece):

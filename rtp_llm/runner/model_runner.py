@@ -51,7 +51,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, inputs: StepInputs, sampling_metadata: SamplingMetadata | None = None) -> StepResult:
-        """Computes a step and samples. `metadata`: what rank 0 needs to sample. Other ranks return an empty result."""
+        """Computes the step whose arrays `prepare` returned, and samples its tokens on rank 0. The other ranks return
+        an empty result and need no `sampling_metadata`.
+        """
         hidden = self.forward(inputs)
         return self.sample(hidden, inputs, sampling_metadata or SamplingMetadata())
 

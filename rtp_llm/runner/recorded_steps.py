@@ -95,8 +95,8 @@ class RecordedSteps:
         return self._is_possible and 0 < len(batch.token_ids) <= MAX_TOKENS
 
     def run(self, context: ForwardContext) -> Tensor:
-        """Returns the hidden states [T, hidden_size] of a step for which `covers` is true, and replays its recording if
-        there is one. The next call overwrites them.
+        """Returns the hidden states [T, hidden_size] of a step for which `covers` is true: replays the recording for
+        its number of tokens, or computes and records it. The next call overwrites the returned tensor.
         """
         x, residual = self._decoder.embed(context)
         key = len(residual), torch.get_num_threads()

@@ -147,7 +147,8 @@ class Residency:
         return self._workspace_bytes() + activations + 3 * 4 * self.max_logits_rows * self.spec.vocab_size
 
     def restore_kv_cache(self, num_blocks: int, max_seq_len: int) -> None:
-        """Allocates a KV cache of the same size as that of the other ranks. Not collective.
+        """Allocates a KV cache of the same size as that of the other ranks, on a rank that replaces a lost one while
+        the others have kept their KV caches. Not collective.
 
         Raises FatalError if this machine has too little memory left.
         """
@@ -204,7 +205,9 @@ class Residency:
         self.max_num_batched_tokens = self.mesh.tp.min(self.max_num_batched_tokens)
 
     def populate_kv_memory(self) -> None:
-        """Starts a thread that pre-faults the memory of the KV cache, see `KVMemory`."""
+        """Prepares the memory of the KV cache for a new epoch: starts a thread that pre-faults it, see
+        `KVMemory.begin_epoch`.
+        """
         assert self.kv_memory, "allocate_kv_cache comes first"
         self.kv_memory.begin_epoch()
 
