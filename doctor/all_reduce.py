@@ -1,8 +1,8 @@
 """The all-reduce of `rtp-llm-doctor --tier 3`: starts the ranks of this part, forms the process group with all parts
 and times all-reduces of three sizes.
 
-`python -m doctor.all_reduce` is one rank. It reads the plan and its rank number as JSON from stdin, and prints its
-measurements as JSON.
+`python -m doctor.all_reduce` runs one rank. It reads one JSON object (the plan, i.e. the gang's layout, the rank
+number, this part's address and a timeout) from stdin, and prints its measurements as JSON.
 """
 
 import json
@@ -23,8 +23,8 @@ ITERATIONS = {8: 50, 64 << 10: 30, 16 << 20: 5}  # size of the tensor in bytes: 
 
 
 def measure_all_reduce(ctx: CheckContext, plan: Plan, address: str, seconds: float = TIMEOUT_SECONDS) -> dict[str, Any]:
-    """Times the all-reduces of this part's ranks, one process per rank, for at most `seconds`. `address`: this part's
-    own address.
+    """Starts one process for each rank of this part. The processes time all-reduces with the ranks of all parts, and
+    are killed after `seconds`. `address`: IP address of this part, on which its ranks listen.
 
     Returns {"failure": error messages of the failed ranks}, or {"sizes": {message size in bytes: {"wrong": number of
     wrong elements, "seconds": time of one all-reduce}}, "backend": class name of the process group}.
@@ -55,8 +55,8 @@ def _run_rank(task: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs one rank of the measurement in this process, which `measure_all_reduce` starts. Imports torch, which the
-    doctor's own process never does.
+    """Runs one rank of the measurement. `measure_all_reduce` starts this function in a process of its own, because it
+    imports torch, and a hang of torch or the driver must not block the doctor.
     """
     import torch
 

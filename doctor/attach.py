@@ -61,7 +61,10 @@ class _GangStatusView(BaseModel):
 
 
 def find_run_dirs() -> list[Path]:
-    """Returns the run directories of this machine's parts, newest first, from the API processes' command lines."""
+    """Returns the run directories of the parts that run on this machine, the most recently started first.
+
+    Finds them in the command lines of the API processes. Omits run directories that this user cannot read.
+    """
     started: dict[Path, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
         for module, argument in pairwise(process.info["cmdline"] or []):
@@ -83,7 +86,8 @@ def running_part(start_port: int) -> PartSpec | None:
 
 
 def describe_running(part_spec: PartSpec) -> str:
-    """Returns a sentence such as "a part runs here and is healthy", from the part's /health."""
+    """Sends GET /health to the part. Returns a sentence for the user, such as "part0 of this server already runs here
+    and is healthy"."""
     return f"{part_spec.label} of this server already runs here and {_health(part_spec.plan.start_port)}"
 
 
@@ -101,8 +105,10 @@ def _health(port: int) -> str:
 
 
 def is_running(ctx: CheckContext) -> bool:
-    """Returns whether a part with these settings runs on this machine. A part with another plan or checkpoint does not
-    count, even if it uses the same port.
+    """Returns whether a part with this START_PORT, plan (rank layout and addresses) and checkpoint runs on this
+    machine.
+
+    The device is not compared, nor is the checkpoint if this process has no CHECKPOINT_PATH.
     """
     return any(_has_same_settings(ctx, run_dir) for run_dir in find_run_dirs())
 

@@ -1,6 +1,6 @@
 """`--bundle`: writes report, settings and logs for a support request into one archive, without secrets.
 
-The same input gives the same bytes, because the archive has fixed times and owners.
+The same input gives the same bytes, because file times and owners in the archive are constants.
 """
 
 import gzip
@@ -37,10 +37,11 @@ NON_SECRET_VALUES = {"true", "false", "none", "null", "auto"}  # of switches who
 
 
 def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> list[str]:
-    """Writes report, settings and files of the system to a gzipped tar archive at `path`, without secrets. Returns the
-    sorted names of the files in it.
+    """Writes a gzipped tar archive to `path`, without secrets: the report, the environment variables, nccl.conf,
+    and the limits, mounts and cgroup of this process. Returns the sorted names of the files in it.
 
-    `run_dir`: adds the state files of the part with this run directory. Raises OSError if `path` cannot be written.
+    `run_dir`: if not empty, adds the state files and the log from this run directory. Raises OSError if `path` cannot
+    be written.
     """
     files = {"report.json": report.to_json(), "environment.txt": environment_listing(host)}
     for name in ("/proc/self/mountinfo", "/proc/self/limits", "/proc/self/cgroup", "/etc/nccl.conf"):
@@ -64,7 +65,9 @@ def write_bundle(path: Path, report: Report, host: Host, run_dir: str = "") -> l
 
 
 def environment_listing(host: Host) -> str:
-    """Returns the environment variables that this server, NCCL or CUDA read, one per line, with secrets redacted."""
+    """Returns a line NAME=value for each environment variable that concerns this server, NCCL, gloo, CUDA, torch or
+    OpenMP. Values of secrets are replaced by "(redacted)"; other variables are left out.
+    """
     known = {name.upper() for name in Config.model_fields} | upstream_variables().keys()
     return "".join(
         f"{name}={REDACTED if is_secret(name) else value}\n"

@@ -1,7 +1,7 @@
 """Checks, their results and the decorator that registers them.
 
 A check is a function with an id. It gets a CheckContext and returns a CheckResult, or a Reading: a number with its
-bounds. `rtp-llm-doctor explain ID` prints its docstring, and docs/doctor.md contains it.
+bounds. The function's docstring is for users: `rtp-llm-doctor explain ID` prints it, and docs/doctor.md contains it.
 """
 
 import math
@@ -47,9 +47,10 @@ class Repair(StrEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of a check. `actual` and `expected` describe the state in the same form: "8 GiB free", "16 GiB".
+    """The result of a check.
 
-    `fix`: what to type. `evidence`: values for programs that read the JSON report.
+    `actual`: what the check found, such as "8 GiB free". `expected`: what it should have found, such as "16 GiB".
+    `fix`: the command or setting that solves the problem. `evidence`: values for programs that read the JSON report.
     """
 
     status: Status
@@ -86,9 +87,10 @@ def _fix(fix: Fix | str) -> Fix:
 
 @dataclass(frozen=True)
 class Reading:
-    """A number with its bounds in the same unit. `actual` is the number as text for the report.
+    """A measured number with its bounds, all in one unit: an alternative to CheckResult as the result of a check.
 
-    The result is an error below `minimum`, a warning below `recommended` or above `maximum`, and ok otherwise.
+    `actual`: the number as text for the report. `expected`: the bounds as text. The check's status is error below
+    `minimum`, warn below `recommended` or above `maximum`, and ok otherwise.
     """
 
     value: float
@@ -110,7 +112,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Symptom:
-    """Text that appears in a log if the checked problem exists. "…" matches up to 200 characters of one line."""
+    """Text that a log contains if the problem that a check detects exists. "…" in it matches up to 200 characters of
+    one line. `rtp-llm-doctor explain-log` searches logs for symptoms.
+    """
 
     text: str
 
@@ -131,10 +135,11 @@ Precondition = Callable[[CheckContext], CheckResult | None]
 
 @dataclass(frozen=True)
 class Check:
-    """A registered check. It is skipped if a check whose id is in `needs` fails.
+    """A registered check. The check is skipped if a check whose id is in `needs` fails.
 
-    `severity`: the worst status that it can report. `repair`: the kind of action that fixes the problem. `timeout`:
-    seconds after which the process that runs it is killed.
+    `tier`: 0 reads settings and files, 1 uses GPUs and disk, 2 compares the parts of the gang, 3 runs an all-reduce.
+    `severity`: the worst status that the check can report. `repair`: the kind of action that fixes the problem.
+    `timeout`: seconds after which the process that runs the check is killed.
     """
 
     id: str
@@ -169,11 +174,13 @@ def check(
     repair: Repair = Repair.CONFIG,
     timeout: float = 0,
 ) -> Callable[[CheckFunction], CheckFunction]:
-    """Registers a function as the check `id`. Ids are an interface: scripts select and ignore checks by them.
+    """Returns a decorator that registers a function as the check `id`, such as "S-01". Do not change the id of an
+    existing check: scripts use ids in --only and --ignore.
 
-    `needs`: ids of other checks; if one of them fails, this check is skipped without running. `preconditions`:
-    functions that run before this one; the first that returns a result (there is no GPU, a file cannot be read)
-    replaces this check's result.
+    `title`: the condition that the check verifies, as a sentence for the report. `timeout`: seconds; 0 takes the
+    default of the tier. `needs`: ids of other checks; if one of them fails, this check is skipped without running.
+    `preconditions`: functions that run before this one; the first that returns a result (there is no GPU, a file cannot
+    be read) replaces this check's result.
     """
 
     def register(function: CheckFunction) -> CheckFunction:

@@ -1,4 +1,4 @@
-"""`rtp-llm-doctor`: the command line."""
+"""The command line of `rtp-llm-doctor`."""
 
 import argparse
 import json
@@ -40,7 +40,11 @@ class _DoctorParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command in `arguments` (default: sys.argv). Returns the exit code. Errors and progress go to stderr."""
+    """Runs rtp-llm-doctor with command-line `arguments` (default: sys.argv[1:]). Returns the exit code, a
+    DoctorExitCode.
+
+    Prints results to stdout, and errors and progress to stderr.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _ensure_standard_streams()
     try:
@@ -73,7 +77,9 @@ def _ensure_standard_streams() -> None:
 
 
 def parse_seconds(text: str) -> float:
-    """Parses --wait, in seconds. Raises argparse.ArgumentTypeError unless it is a number, 0 or more."""
+    """Returns the value of --wait as a number of seconds. Raises argparse.ArgumentTypeError unless `text` is a finite
+    number, 0 or more.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -179,10 +185,10 @@ def _report(args: argparse.Namespace, server_flags: list[str], checks: list[Chec
 
 def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
     """Returns the checks that --only names, by id or category, and the checks that these need. Returns None, which
-    selects all checks, if `only` is empty.
+    means all checks, if `only` is empty.
 
-    Raises UsageError if a name exists, but none of its checks is in `tiers` (groups of checks that --tier selects):
-    skipping it silently would look like a pass.
+    `tiers`: the groups of checks that this run includes (--tier). Raises UsageError if a name does not exist, or if
+    none of its checks is in `tiers`: a report without these checks would look as if they had passed.
     """
     names = sorted({name.strip().upper() for name in only.split(",")} - {""})
     if not names:
@@ -190,7 +196,7 @@ def select(only: str, tiers: Container[int] = (0,)) -> list[Check] | None:
     matches = {name: [c for c in REGISTRY.values() if name in (c.id, c.category.upper())] for name in names}
     unknown = [name for name, checks in matches.items() if not checks]
     if unknown:
-        raise UsageError(f"no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows all")
+        raise UsageError(f"--only: no check or category {', '.join(unknown)}; `rtp-llm-doctor list` shows all")
     excluded = [c for checks in matches.values() if all(c.tier not in tiers for c in checks) for c in checks]
     if excluded:
         ids = {tier: ", ".join(c.id for c in excluded if c.tier == tier) for tier in sorted({c.tier for c in excluded})}
@@ -219,7 +225,7 @@ def _parse_ids(text: str) -> list[str]:
     ids = [id.strip().upper() for id in text.split(",") if id.strip()]
     unknown = [id for id in ids if id not in REGISTRY]
     if unknown:
-        raise UsageError(f"no check {', '.join(unknown)}; `rtp-llm-doctor list` shows all")
+        raise UsageError(f"--ignore: no check {', '.join(unknown)}; `rtp-llm-doctor list` shows all")
     return ids
 
 

@@ -39,11 +39,11 @@ ANY_GPUS = 1 << 20
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """The settings as the server parses them. `config`: the settings, with the default where one is invalid, and with
-    typos corrected in the names of variables that determine the plan (PLAN_VARIABLES).
+    """The settings as the server parses them.
 
-    `config_errors`: one error per invalid setting. `misspelled`: pairs of (name that is set, name that was probably
-    meant).
+    `config`: the settings. An invalid one has its default value. If the name of a variable that determines the plan
+    (PLAN_VARIABLES, such as TP_SIZE) has a typo, its value is used as if the name were correct. `config_errors`: one
+    error per invalid setting. `misspelled`: pairs of (name that is set, name that was probably meant).
     """
 
     config: Config
@@ -53,10 +53,11 @@ class ParsedConfig:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The plan, or the reason why there is none.
+    """The plan (layout of ranks and addresses) that follows from the settings, or the error in the settings.
 
-    `plan`: a guess if `config_error` is set, and None if no guess is consistent. `nat`: a message if this part's
-    address in the member list is not an address of this machine; else empty.
+    `config_error`: why the settings give no valid plan; None if they do. `plan`: if there is an error, a guess of what
+    was meant, or None if no guess is consistent. `nat`: a warning if this part's address in the member list is not an
+    address of this machine, which is correct only behind NAT; else empty.
     """
 
     plan: Plan | None
@@ -66,10 +67,11 @@ class PlanResult:
 
 @dataclass
 class CheckContext:
-    """The input of every check.
+    """The input of every check: the machine, the server's settings, and what follows from them. Most values are
+    computed when a check first uses them.
 
-    `tier`: 1 (with --tier 1) if checks may load the hardware: compute on GPUs and read from the disk; else 0. `argv`:
-    the server's flags.
+    `argv`: the server's command-line flags. `tier`: 1 if checks may load the hardware (compute on GPUs, read from the
+    disk), as with --tier 1; else 0.
     """
 
     host: Host
@@ -89,19 +91,25 @@ class CheckContext:
 
     @cached_property
     def config(self) -> Config:
-        """Returns the settings, the default where one is invalid. Names of models that the cache has are replaced by
-        their folders in it.
+        """Returns the server's settings; an invalid one has its default value.
+
+        If CHECKPOINT_PATH or TOKENIZER_PATH is a Hugging Face name (org/model) and the model is in the local cache, the
+        setting is the model's folder in the cache.
         """
         return localized(self.parsed_config.config)
 
     @cached_property
     def missing_models(self) -> list[ModelName]:
-        """Returns the models that the start would download."""
+        """Returns the models that CHECKPOINT_PATH and TOKENIZER_PATH name and that the local Hugging Face cache lacks.
+        The server downloads them when it starts.
+        """
         return missing_models(self.config)
 
     @cached_property
     def hub_error(self) -> ConfigError | None:
-        """Asks the hub for the missing models. Returns the reason why the start could not download one, or None."""
+        """Queries the model hub for `missing_models`. Returns why the server could not download one of them (no
+        network, no such model, no access, no disk space), or None if it could.
+        """
         from rtp_llm.hub.remote import look_up
 
         try:
@@ -113,10 +121,10 @@ class CheckContext:
 
     @cached_property
     def gpus(self) -> GpuInventory:
-        """Returns the GPUs, read once for all checks.
+        """Returns the GPUs of this machine and the driver's versions, read from NVML once for all checks.
 
-        A forked process reads them first. If it hangs, this process does not call the driver, and the result holds an
-        error instead of GPUs.
+        A forked process reads them first. If that process hangs, this one does not call the driver, and the result
+        contains an error instead of GPUs.
         """
         visible = self.host.environ.get("CUDA_VISIBLE_DEVICES")
         if self.nvml is None and not completes_within(read_gpus):
@@ -128,11 +136,11 @@ class CheckContext:
         return read_plan(self.config, len(self.gpus.visible), self.host.addresses)
 
     def preload_with_timeouts(self) -> None:
-        """Reads GPUs, cache of models, member list (addresses of all parts) and config.json, each first in a forked
-        process with a timeout.
+        """Reads the GPUs, the model cache, the member list (addresses of all parts) and the checkpoint's config.json
+        before any check runs, each first in a forked process with a timeout.
 
-        A read from a dead network disk blocks in the kernel and cannot be interrupted, so this process must not try it.
-        A read that times out becomes an error of its check.
+        A read from a network disk that does not respond blocks in the kernel and cannot be interrupted, so it must not
+        happen in this process. If a read times out, the check of that file or device reports an error.
         """
         _ = self.gpus  # has a timeout of its own
         settings = self.parsed_config.config
@@ -158,7 +166,9 @@ class CheckContext:
 
     @property
     def on_gpu(self) -> bool:
-        """Returns whether the ranks run on GPUs: from the plan, else from RTP_DEVICE and the visible GPUs."""
+        """Returns whether the ranks of this part run on GPUs. Without a plan: whether RTP_DEVICE is cuda or CUDA would
+        see a GPU.
+        """
         if self.plan:
             return self.plan.device == "cuda"
         return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
@@ -179,7 +189,7 @@ class CheckContext:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Returns the parts of the gang whose addresses are configured; empty without a plan."""
+        """Returns the parts of the gang whose addresses are configured; empty if there is no valid plan."""
         return self.plan.members if self.plan else ()
 
     @property
@@ -188,7 +198,7 @@ class CheckContext:
 
     @property
     def peers(self) -> list[Member]:
-        """Returns the members, i.e. the parts with a configured address, except this part."""
+        """Returns the other parts of the gang whose addresses are configured."""
         return [m for m in self.members if m != self.local_member]
 
     @cached_property
@@ -222,7 +232,7 @@ class CheckContext:
 
     @property
     def num_tokens(self) -> int:
-        """Returns the largest token id in the tokenizer, plus 1."""
+        """Returns the largest token id in the tokenizer, plus 1; 0 if there is no tokenizer or it cannot be read."""
         return self._tokenizer[0]
 
     @property
@@ -257,7 +267,9 @@ class CheckContext:
 
     @cached_property
     def embedding_error(self) -> CheckpointError | None:
-        """Returns why the checkpoint's embeddings cannot be served; None if they can, or if the task is another one."""
+        """Returns why this checkpoint cannot serve embeddings; None if it can, if its task is not DENSE_EMBEDDING, or
+        if it cannot be read, which other checks report.
+        """
         if self.checkpoint is None or self.spec is None or self.task != "DENSE_EMBEDDING":
             return None
         try:
@@ -268,8 +280,8 @@ class CheckContext:
 
 
 def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
-    """Parses flags and environment. Returns the settings, without the invalid ones, and an error for each of those. If
-    a flag is invalid, ignores all flags.
+    """Parses the server's settings from flags (`argv`) and environment variables, like the server, but does not stop at
+    an invalid one: it gets its default value, and an error in the result. If a flag is invalid, ignores all flags.
     """
     errors: list[ConfigError] = []
     corrected: set[str] = set()
@@ -296,7 +308,11 @@ def parse_config(argv: Sequence[str], environ: dict[str, str]) -> ParsedConfig:
 
 
 def read_plan(config: Config, num_gpus: int, addresses: set[str]) -> PlanResult:
-    """Returns the plan, or a guess if the settings are inconsistent, and the error with which the server would exit."""
+    """Returns the plan (layout of ranks and addresses) that follows from the settings. If they are inconsistent,
+    returns a guess of the plan and the error with which the server would exit.
+
+    `num_gpus`: number of GPUs that CUDA sees. `addresses`: IP addresses of this machine.
+    """
     try:
         plan = make_plan(config, num_gpus)
         return PlanResult(plan, nat=check_address(plan, addresses) or "")

@@ -25,8 +25,10 @@ FAREWELL_SECONDS = 5.0  # a part that starts at the same time has its doctor lis
 class RunOptions:
     """Options of the doctor's command line.
 
-    `gang`: exchange reports with the other parts. `only`: checks to run, None for all. `wait`: seconds to wait for
-    other parts. `starting`: the server starts next, so a part that already runs is a conflict.
+    `tier`: the highest tier of checks to run, 0 to 3. `gang`: exchange reports with the other parts. `only`: checks to
+    run, None for all. `ignore`: ids of checks whose errors count as warnings. `strict`: exit with 1 on warnings.
+    `wait`: seconds to wait for other parts. `starting`: the server starts after this run, so a part that already uses
+    its ports is an error.
     """
 
     tier: int = 0
@@ -39,7 +41,10 @@ class RunOptions:
 
 
 def run_doctor(host: Host, argv: Sequence[str], options: RunOptions, on_progress: Callable[[str], None]) -> Report:
-    """Runs the checks. `argv`: the server's flags. `on_progress`: called with each message for the user."""
+    """Runs the checks that `options` select, and returns the report.
+
+    `argv`: the server's command-line flags. `on_progress`: called with each message to show to the user during the run.
+    """
     started = time.time()
     ctx = CheckContext(host, argv, 1 if options.tier in (1, 3) else 0)
     ctx.ignored = frozenset(options.ignore)

@@ -62,9 +62,9 @@ class _Worker:
 
 
 def run_checks(checks: Sequence[Check], ctx: CheckContext, earlier: Sequence[Finding] = ()) -> list[Finding]:
-    """Runs checks and returns one finding per check, in the same order.
+    """Runs checks and returns one finding per check, in the order of `checks`.
 
-    `earlier`: findings of checks that ran before and that these checks may need.
+    `earlier`: findings of checks that have already run. A check is skipped if one that it needs failed there.
     """
     findings = {finding.id: finding for finding in earlier}
     pending = topological_order(checks)

@@ -36,7 +36,7 @@ WAITING_TEXT, FORMED_TEXT = "waiting for part", "ranks are here and agree"
 
 @dataclass(frozen=True)
 class SymptomMatch:
-    """A log line, its number from 1, and the check whose symptom it contains."""
+    """A line of a log that contains a symptom of `check`. `number`: the line's number, counted from 1."""
 
     number: int
     line: str
@@ -44,11 +44,11 @@ class SymptomMatch:
 
 
 def find_symptoms(text: str) -> list[SymptomMatch]:
-    """Searches a log for symptoms: messages that show the problem which a check detects. Returns, for each check, the
-    first line with one of its symptoms, in order of lines.
+    """Searches the text of a log for symptoms: messages that show the problem which a check detects. Returns, for each
+    check, the first line with one of its symptoms, sorted by line.
 
-    A line "waiting for part…" counts only if no later line reports that all ranks joined. The checks for the last exit
-    code in the log are returned only if nothing else matches, because an exit code is less specific than a message.
+    A line "waiting for part…" counts only if no later line reports that all ranks joined. If no symptom matches, but
+    the log contains an exit code of this server, returns the checks that may explain the last such code.
     """
     symptoms = [(c, max(re.split("[… ]", s.text), key=len), s.pattern) for c in REGISTRY.values() for s in c.symptoms]
     matches: dict[str, SymptomMatch] = {}
@@ -89,7 +89,7 @@ def _killed(line: str) -> Iterable[str]:
 
 
 def explain(check: Check) -> str:
-    """Returns the text that `rtp-llm-doctor explain ID` prints."""
+    """Returns the text that `rtp-llm-doctor explain ID` prints: title, explanation, symptoms, and needed checks."""
     lines = [f"{check.id}  {check.title}", f"category {check.category}, tier {check.tier}, {check.severity}", ""]
     lines += ["\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in check.explanation.split("\n\n"))]
     if check.symptoms:

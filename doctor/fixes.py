@@ -123,7 +123,9 @@ def shm_size(gib: int) -> Fix:
 
 
 def orphaned_files(num_ours: int) -> Fix:
-    """Returns how to remove orphaned files. `num_ours`: number of files that are provably this server's."""
+    """Returns how to remove the files in /dev/shm that no process uses any more. `num_ours`: how many of them provably
+    belong to this server, so that `rtp-llm-doctor --fix shm` removes them.
+    """
     remove = f"rtp-llm-doctor --fix shm removes {num_ours} of them that are provably this server's; " * bool(num_ours)
     return Fix(
         host=f"{remove}remove the files that you do not need",
@@ -252,10 +254,10 @@ NCCL_HOSTID = Fix(
 
 
 def other_start_port(stop_owner: str, port: int, same_in_list: str) -> Fix:
-    """Returns how to free the port or choose another START_PORT.
+    """Returns how to free a port that another process uses, or to change START_PORT instead.
 
-    `stop_owner`: how to stop the process that holds the port. `same_in_list`: what else to change in the member list,
-    or empty.
+    `stop_owner`: text that says how to stop that process. `port`: the proposed START_PORT. `same_in_list`: text that
+    tells the user to change the port in the member list as well; empty if there is no such list.
     """
     return Fix(
         host=f"{stop_owner}, or START_PORT={port}{same_in_list}",

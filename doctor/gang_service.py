@@ -51,15 +51,20 @@ DISAGREE_SECONDS = 6.0  # the rendezvous ends parts that disagree within 2 s; th
 
 
 def effective_environment(config: Config) -> dict[str, str]:
-    """Returns the environment, with the settings that were given as flags added as variables."""
+    """Returns this process's environment variables, plus a variable for each setting that the server got as a
+    command-line flag, so that the checks see the same settings.
+    """
     names = config.model_fields_set - set(SECRET_FIELDS)
     settings = {name.upper(): str(value) for name, value in config if name in names and value is not None}
     return {**os.environ, **settings}
 
 
 async def serve(part_spec: PartSpec, ctx: CheckContext) -> None:
-    """The doctor of a part of several: exchanges reports with the other parts, runs the gang checks and then serves its
-    report forever. Raises FatalError if the part must stop.
+    """Runs the doctor process of one part: exchanges reports with the other parts, runs the gang checks and then serves
+    the reports until it is stopped.
+
+    Raises FatalError, which ends the part, if the doctor's port is in use or, with RTP_DOCTOR=enforce, if the parts
+    disagree or a gang check finds an error that would make the ranks hang.
     """
     plan = part_spec.plan
     startup_findings = _startup_findings(part_spec.doctor_report_path)

@@ -1,7 +1,7 @@
 """The machine as the checks see it: files, limits, mounts and network interfaces.
 
-Files are read below a folder, and all other values come from methods that a test can replace. Needs neither root
-privileges nor the tools `ip`, `ss` and `nvidia-smi`, and writes nothing.
+All files are read below `Host.root`, which tests set to a folder with made-up files; all other values come from methods
+that tests can replace. Needs neither root privileges nor the tools `ip`, `ss` and `nvidia-smi`, and writes nothing.
 """
 
 import os
@@ -41,7 +41,8 @@ MAX_KERNEL_RECORDS = 50_000  # more than the kernel's buffer holds
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Size and free space of a file system, in bytes. `inodes`: free inodes, -1 if it does not count them."""
+    """Size and free space of a file system, in bytes. `inodes`: number of free inodes, -1 if the file system does not
+    limit them."""
 
     size: int
     free: int
@@ -50,7 +51,9 @@ class DiskSpace:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. `speed`: Mbit/s, 0 if unknown. `up`: it is up and has a carrier."""
+    """A network interface. `addresses`: its IPv4 addresses. `speed`: Mbit/s, 0 if unknown. `up`: it is enabled and has
+    a carrier.
+    """
 
     name: str
     addresses: tuple[str, ...]
@@ -60,7 +63,9 @@ class Interface:
 
 
 class Host:
-    """One machine. `root`: folder that contains /proc, /sys, /etc and /dev. `environ`: the server's environment."""
+    """The machine that the checks inspect. `root`: folder that contains proc, sys, etc and dev; another one than / only
+    in tests. `environ`: the server's environment variables; None takes those of this process.
+    """
 
     def __init__(self, root: Path = Path("/"), environ: Mapping[str, str] | None = None):
         self.root = root
@@ -105,7 +110,7 @@ class Host:
         return int(text) if text.isascii() and text.removeprefix("-").isdigit() else None
 
     def list_dir(self, folder: str) -> list[str]:
-        """Returns the sorted names in a folder; empty if it cannot be listed."""
+        """Returns the sorted names of the entries of a folder; empty if the folder cannot be listed."""
         try:
             return sorted(os.listdir(self.path(folder)))
         except OSError:
@@ -118,8 +123,8 @@ class Host:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """Returns the container runtime: RTP_RUNTIME if it names one, otherwise kubernetes, docker or host, as files
-        and variables indicate; compose cannot be detected.
+        """Returns the container runtime in which this process runs: the value of RTP_RUNTIME if it is valid. Otherwise
+        detects kubernetes or docker by their files and variables, else returns host. Compose looks like docker.
         """
         name = self.environ.get("RTP_RUNTIME", "")
         if name in list(Runtime):
@@ -141,7 +146,10 @@ class Host:
 
     @cached_property
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """Returns (soft, hard) of each limit in RLIMITS, by name, such as "nofile"; RLIM_INFINITY for "unlimited"."""
+        """Returns (soft limit, hard limit) of this process for memlock, nofile, nproc and stack, by name.
+
+        RLIM_INFINITY means unlimited. Empty if /proc/self/limits cannot be read.
+        """
         limits = {}
         for line in (self.read("/proc/self/limits") or "").splitlines():
             name = next((n for n in RLIMITS if line.startswith(n)), None)
@@ -155,7 +163,7 @@ class Host:
         return parse_mountinfo(self.read("/proc/self/mountinfo") or "")
 
     def mount(self, path: str) -> Mount | None:
-        """Returns the mount of the file system that contains `path`."""
+        """Returns the mount of the file system that contains the absolute path `path`; None if there is none."""
         return mount_of(self.mounts, path)
 
     @cached_property
@@ -163,7 +171,9 @@ class Host:
         return Cgroup.read(self.read)
 
     def space(self, path: str) -> DiskSpace:
-        """Returns the space of the file system that contains `path`. Raises OSError if it cannot be queried."""
+        """Returns size and free space of the file system that contains `path`. Raises OSError if `path` does not exist
+        or its file system cannot be queried.
+        """
         stat = os.statvfs(self.path(path))
         inodes = stat.f_favail if stat.f_files else -1
         return DiskSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, inodes)
@@ -188,7 +198,7 @@ class Host:
 
     @cached_property
     def interfaces(self) -> list[Interface]:
-        """Returns the interfaces that have an IPv4 address, in the kernel's order."""
+        """Returns the network interfaces that have an IPv4 address, in the order in which the kernel lists them."""
         states = psutil.net_if_stats()
         interfaces = []
         for name, entries in psutil.net_if_addrs().items():
@@ -227,7 +237,9 @@ def _limit(text: str) -> int:
 
 
 def parse_number_ranges(text: str) -> set[int]:
-    """Returns the numbers in a kernel's list of CPU cores or ports, such as "0-3,8". Ignores malformed entries."""
+    """Parses a list of CPU cores or ports as in /proc and /sys: "0-3,8" gives {0, 1, 2, 3, 8}. Ignores malformed
+    entries.
+    """
     numbers: set[int] = set()
     for entry in filter(None, text.strip().split(",")):
         first, _, last = entry.partition("-")
@@ -246,12 +258,14 @@ def is_ip_address(text: str) -> bool:
 
 
 def is_secret(name: str) -> bool:
-    """Returns whether the value of a variable with this name must be redacted."""
+    """Returns whether an environment variable or setting with this name, such as HF_TOKEN, holds a secret, which must
+    not appear in reports.
+    """
     return bool(re.search(SECRET, name, re.IGNORECASE))
 
 
 def public_environ(environ: Mapping[str, str], prefixes: Sequence[str]) -> dict[str, str]:
-    """Returns the variables whose name begins with one of `prefixes`, without secrets."""
+    """Returns the environment variables whose name begins with one of `prefixes`, without those that hold secrets."""
     return {n: v for n, v in sorted(environ.items()) if n.startswith(tuple(prefixes)) and not is_secret(n)}
 
 

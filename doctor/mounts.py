@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of /proc/self/mountinfo. `device`: "major:minor". `root`: mounted subfolder. `point`: mount point."""
+    """One line of /proc/self/mountinfo. `device`: "major:minor". `root`: the folder of the file system that is mounted,
+    "/" for all of it. `point`: mount point.
+    """
 
     device: str
     root: str
@@ -23,7 +25,7 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """Returns the mounts in the order of mounting. Ignores malformed lines."""
+    """Parses the text of /proc/self/mountinfo. Returns the mounts in the order of the file. Ignores malformed lines."""
     mounts = []
     for line in text.splitlines():
         left, dash, right = line.partition(" - ")

@@ -53,7 +53,9 @@ def effective_settings(host: Host) -> dict[str, Setting]:
 
 
 def parse_conf(text: str) -> dict[str, str]:
-    """Returns the settings in lines NAME=value; the first one of a name counts. Lines that begin with # are ignored."""
+    """Parses the text of an nccl.conf: lines NAME=value. Returns {name: value}; if a name occurs twice, its first
+    value. Ignores lines that begin with #.
+    """
     settings: dict[str, str] = {}
     for line in text.splitlines():
         name, equals, value = line.partition("=")
@@ -63,7 +65,9 @@ def parse_conf(text: str) -> dict[str, str]:
 
 
 def installed_version() -> tuple[int, ...]:
-    """Returns the version of the NCCL package that torch depends on, without loading it."""
+    """Returns the version of the installed NCCL wheel (nvidia-nccl-cu12 or -cu13), such as (2, 27, 3), without loading
+    the library; () if neither is installed.
+    """
     for package in PACKAGES:
         try:
             return tuple(int(number) for number in version(package).split(".")[:3])
@@ -94,7 +98,7 @@ class NameFilter:
 
 
 def choose_interfaces(interfaces: Sequence[Interface], setting: str) -> list[Interface]:
-    """Returns the interfaces that NCCL would use. It uses the first one for its bootstrap connections.
+    """Returns those of `interfaces` that NCCL would use. NCCL takes the first one for its bootstrap connections.
 
     `setting`: the value of NCCL_SOCKET_IFNAME. If it is empty, NCCL takes the first group that exists: ib*; all except
     docker*, lo and virbr*; docker*; lo; virbr*.

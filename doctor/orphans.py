@@ -23,7 +23,9 @@ MIN_AGE_SECONDS = 10.0  # a rank may be interrupted between creating a file and 
 
 @dataclass(frozen=True)
 class Orphan:
-    """A file in /dev/shm that no process uses. `ours`: it is provably of this server, so it can be removed."""
+    """A file in /dev/shm that no process uses. `name`: without the folder. `ours`: this server provably created the
+    file, so the doctor may delete it.
+    """
 
     name: str
     bytes: int
@@ -32,8 +34,9 @@ class Orphan:
 
 @dataclass(frozen=True)
 class OrphanScan:
-    """The orphaned files. `candidates`: number of files in /dev/shm whose name shows that NCCL, torch, CUDA or an LLM
-    server created them. `unreadable`: number of processes that cannot be inspected."""
+    """The result of a search for orphaned files in /dev/shm. `files`: the orphaned ones. `candidates`: number of files
+    whose name shows that NCCL, torch, CUDA or an LLM server created them. `unreadable`: number of processes that this
+    user cannot inspect, so that files that they use cannot be told from orphaned ones."""
 
     files: tuple[Orphan, ...]
     candidates: int
@@ -46,9 +49,9 @@ class OrphanScan:
 
 def find_orphans(host: Host) -> OrphanScan:
     """Returns the files in /dev/shm that no process uses, among those whose name shows that NCCL, torch, CUDA or an LLM
-    server created them.
+    server created them. Omits files that were written within the last MIN_AGE_SECONDS.
 
-    If some processes cannot be inspected, only files that are provably this server's count as orphaned.
+    If this user cannot inspect some processes, only files that are provably this server's count as orphaned.
     """
     names = [name for name in host.list_dir(SHM) if KNOWN.match(name)]
     if not names:
@@ -70,7 +73,7 @@ def find_orphans(host: Host) -> OrphanScan:
 
 
 def remove_orphans(host: Host) -> list[Orphan]:
-    """Unlinks the orphaned files that are provably this server's, and returns them."""
+    """Deletes the orphaned files in /dev/shm that this server provably created, and returns them."""
     removed = []
     for orphan in find_orphans(host).files:
         path = host.path(f"{SHM}/{orphan.name}")

@@ -48,7 +48,11 @@ for target_gpu in range(count):
 
 
 def run_probe(program: str, *arguments: object) -> tuple[list[Any], str]:
-    """Runs a Python program. Returns (its output lines as JSON values, error message, which is empty if it is well)."""
+    """Runs the Python source `program` in a new process with `arguments` as sys.argv[1:].
+
+    Returns (JSON values that it printed, one per line; error message). The message is empty if the program exited with
+    0; otherwise it is the last line of stderr, or says that the program was killed after TIMEOUT_SECONDS.
+    """
     command = [sys.executable, "-c", PROBE_PREAMBLE + program, *map(str, arguments)]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
@@ -64,9 +68,10 @@ def _json_lines(text: str) -> list[Any]:
 
 
 def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
-    """Multiplies matrices on each GPU. Returns {GPU: error message, empty if the result is correct}.
+    """Multiplies matrices on each GPU, one process per GPU. Returns {GPU: error message, empty if the product is
+    correct}.
 
-    `gpus`: in the order in which CUDA numbers them.
+    `gpus`: CUDA's devices 0, 1, …, in this order.
     """
 
     def probe(ordinal: int) -> str:
@@ -79,16 +84,19 @@ def probe_compute(gpus: Sequence[Gpu]) -> dict[Gpu, str]:
 
 
 def architectures() -> list[str] | None:
-    """Returns torch.cuda.get_arch_list(), such as ["sm_80", "sm_90"]; None if torch cannot be imported."""
+    """Returns the GPU architectures for which this build of torch has kernels (torch.cuda.get_arch_list()), such as
+    ["sm_80", "sm_90"]. Returns None if the list is empty or torch cannot be imported.
+    """
     results, _ = run_probe(ARCHITECTURES)
     return results[0] if results and results[0] else None
 
 
 def supports_capability(compiled: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Returns whether kernels for the architectures `compiled` run on a GPU with this compute capability.
+    """Returns whether a GPU with this compute capability can run kernels that were compiled for the architectures
+    `compiled`, such as ["sm_80", "compute_90"].
 
-    They run if one is machine code (sm_) of the same major and no newer minor version, or PTX (compute_) of no newer
-    version.
+    It can run machine code (sm_) of the same major version and the same or an older minor version, and PTX (compute_)
+    of the same or an older version.
     """
     major, minor = capability
     for name in compiled:
@@ -102,10 +110,11 @@ def supports_capability(compiled: Sequence[str], capability: tuple[int, int]) ->
 
 
 def probe_peer_copies(indices: Sequence[int]) -> list[tuple[int, int, str]]:
-    """Copies data between all pairs of GPUs. Returns (source, target, error message) for each direction that fails.
+    """Copies data from each GPU to each other GPU and compares the copies. Returns (NVML index of the source, of the
+    target, error message) for each direction that fails.
 
-    `indices`: NVML's index of each GPU, in the order in which CUDA numbers the GPUs. After a copy that hangs, the other
-    targets of that source are not tested.
+    `indices`: NVML's index of each GPU, in the order in which CUDA numbers the GPUs. After a copy that hangs, the
+    remaining targets of that source are not tested.
     """
 
     def probe(source: int) -> list[tuple[int, int, str]]:

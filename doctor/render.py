@@ -45,7 +45,8 @@ STATUS_NUMBERS = {status: look.number for status, look in LOOKS.items()}
 
 @dataclass(frozen=True)
 class Style:
-    """Status symbols, colours and line width of the output."""
+    """How the report is printed: status symbols (Unicode or ASCII), whether to use ANSI colours, and line width in
+    characters."""
 
     symbols: Mapping[Status, str]
     colour: bool
@@ -68,7 +69,9 @@ class Style:
 
 
 def table(report: Report, style: Style, verbose: bool = False) -> str:
-    """Returns one line per category, followed by its problems or, with `verbose`, by all its checks."""
+    """Returns the report as a table: one line per category of checks, each followed by the problems of the category
+    with their fixes or, with `verbose`, by all its checks; then a summary.
+    """
     lines = [*(style.colorize(line, "1") for line in _header(report, style)), ""]
     for category in dict.fromkeys(f.category for f in report.checks):
         findings = [f for f in report.checks if f.category == category]
@@ -87,13 +90,13 @@ def table(report: Report, style: Style, verbose: bool = False) -> str:
 
 
 def short(report: Report, style: Style) -> str:
-    """Returns one line per problem, then the verdict."""
+    """Returns the report as one line per problem, without fixes, then one line with the verdict and the exit code."""
     lines = [_problem(f, style) for f in report.problems()]
     return "\n".join([*lines, _summary_line(report, style)]) + "\n"
 
 
 def problem_lines(report: Report, style: Style) -> str:
-    """Returns one line per problem, each followed by its fix, without a verdict."""
+    """Returns the problems in the report, one line each, followed by lines with the fix."""
     lines: list[str] = []
     for finding in report.problems():
         fixes = finding.fix.text(report.node.runtime).splitlines()
@@ -110,7 +113,7 @@ def json_text(report: Report, style: Style) -> str:
 
 
 def junit(report: Report, style: Style) -> str:
-    """Returns JUnit XML, for CI systems. Each check is a test case."""
+    """Returns the report as JUnit XML, for CI systems: each check is a test case. `style` is not used."""
     counts = report.counts()
     suite = ElementTree.Element(
         "testsuite",
@@ -140,7 +143,9 @@ def junit(report: Report, style: Style) -> str:
 
 
 def prometheus(report: Report, style: Style) -> str:
-    """Returns metrics for the textfile collector of node_exporter. The server's /metrics has the same names."""
+    """Returns the report as metrics in Prometheus' text format, for the textfile collector of node_exporter: the status
+    of each check, and time and duration of the run. `style` is not used.
+    """
     registry = CollectorRegistry()
     status = Gauge(
         "rtp_llm_doctor_check_status",

@@ -21,7 +21,10 @@ MODEL = ConfigDict(frozen=True, extra="forbid", json_schema_serialization_defaul
 
 
 class DoctorExitCode(IntEnum):
-    """Exit codes of `rtp-llm-doctor`."""
+    """Exit codes of `rtp-llm-doctor`. READY: no check found an error. ERRORS: a check found an error, or with --strict
+    a warning. CANNOT_RUN: the doctor itself failed, or its command line is invalid. INCOMPLETE: a part is absent, or a
+    value could not be read.
+    """
 
     READY = 0
     ERRORS = 1
@@ -121,7 +124,9 @@ class Report(BaseModel):
 
 
 def escape_unprintable(text: str) -> str:
-    """Escapes unprintable characters: paths may contain bytes that terminals, XML or UTF-8 cannot represent."""
+    """Returns `text` with unprintable characters other than newlines as escapes such as \\x1b: file names may contain
+    bytes that terminals, XML or UTF-8 cannot represent.
+    """
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -149,8 +154,10 @@ def make_finding(check: Check, result: CheckResult, seconds: float) -> Finding:
 def make_report(
     ctx: CheckContext, findings: Sequence[Finding], *, started: float, ignored: Sequence[str] = (), strict: bool = False
 ) -> Report:
-    """Returns the report. `started`: Unix time in seconds. `ignored`: ids of checks whose errors count as warnings.
-    `strict`: a warning sets exit code 1 in the report."""
+    """Returns the report of a run of the doctor, with verdict and exit code. `findings`: results of the checks.
+    `started`: Unix time in seconds at which the run began. `ignored`: ids of checks whose errors count as warnings.
+    `strict`: warnings set exit code 1.
+    """
     warning = {"status": Status.WARN}
     checks = [f.model_copy(update=warning) if f.id in ignored and f.status == Status.ERROR else f for f in findings]
     part_is_absent = any(f.id == "C-09" and f.status == Status.ERROR for f in checks)

@@ -22,17 +22,19 @@ XID_LINE = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 
 
 def xids_of_gpu(log: str, bus: str) -> list[int]:
-    """Returns the Xids in MEANINGS of the GPU with this PCI address ("0000:3b:00.0"), in the order of the log.
+    """Returns the Xids of one GPU in the kernel log, in the order of the log. Omits Xids that are not hardware errors
+    (not in MEANINGS), and those from before the driver was last loaded.
 
-    The driver writes the address without the function: "PCI:0000:3b:00".
+    `bus`: PCI address of the GPU, such as "0000:3b:00.0". The log has it without the function: "PCI:0000:3b:00".
     """
     return [xid for address, xid in _reports(log) if bus.startswith(address)]
 
 
 def xids_of_unknown_gpus(log: str, buses: Sequence[str]) -> list[tuple[str, int]]:
-    """Returns (PCI address, Xid) of GPUs that are not in `buses`, the PCI addresses that NVML reports.
+    """Returns (PCI address, Xid) for the hardware errors in the kernel log of GPUs whose address is not in `buses`.
 
-    NVML reports no address for a GPU that it cannot open, so the Xids of such a GPU appear only here.
+    `buses`: the PCI addresses that NVML reports. NVML reports none for a GPU that it cannot open, so the errors of
+    such a GPU appear only in this result.
     """
     return [(address, xid) for address, xid in _reports(log) if not any(bus.startswith(address) for bus in buses)]
 

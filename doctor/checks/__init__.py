@@ -1,4 +1,4 @@
-"""The checks. Importing this package registers all of them; the order of the imports is the order of the report."""
+"""All checks of rtp-llm-doctor. Importing this package registers them; the report lists them in the import order."""
 
 from doctor.checks import (  # noqa: F401, I001
     configuration,

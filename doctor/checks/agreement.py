@@ -29,11 +29,12 @@ def same_facts_check(
     seen_as: tuple[str, ...] = (),
     needs: tuple[str, ...] = ("C-09", "C-10"),
 ) -> None:
-    """Registers a check that compares the facts whose name begins with `prefix`; they must be equal on all parts.
+    """Registers a check that fails unless all facts whose name begins with `prefix` are equal on all parts.
 
-    Facts are named values that each part reports to the others (doctor/gang/facts.py).
+    Facts are named values, such as "version.torch", that each part reports to the others (doctor/gang/facts.py).
 
-    `explanation`: the check's docstring. `expected`, `fix`: texts of the error. `seen_as`: the check's symptoms.
+    `explanation`: the check's docstring. `expected`, `fix`: texts of the error. `seen_as`: texts that appear in a log
+    if the problem exists.
     """
 
     def run(ctx: CheckContext, view: GangView) -> CheckResult:

@@ -1,4 +1,4 @@
-"""Commands that make the parts agree if their settings, plans or member lists differ."""
+"""Builds the fix for parts whose settings, plans or member lists differ: which setting to change on which part."""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +8,10 @@ VARIABLES = {"port_stride": "WORKER_INFO_PORT_NUM", "device": "RTP_DEVICE"}
 
 
 def alignment(differences: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns what to set on which part, one line per difference. `differences`: {dotted name: {part label: value}}.
+    """Returns instructions for the user, one line per difference, such as "on part1: TP_SIZE=2   as on part0".
 
-    For a member's address, the value of that member's own part is taken as correct; for all other settings, part 0's.
+    `differences`: {name of the setting, such as "plan.tp_size": {"part0": value, …}}. The value to copy is that of the
+    first part in the mapping (part0) or, for the entry of a part in the member list, that of this part itself.
     """
     lines = []
     for key, values in differences.items():

@@ -25,13 +25,15 @@ GangCheckFunction = Callable[[CheckContext, GangView], CheckResult | Reading]
 def used_gpu_check(
     id: str, title: str, *, preconditions: tuple[Precondition, ...] = (), **options: Any
 ) -> Callable[[CheckFunction], CheckFunction]:
-    """Registers a check of the GPUs that the local ranks use. The check is skipped if they use none."""
+    """Returns a decorator that registers a check of the GPUs that this part's ranks use. The check is skipped if the
+    ranks run on CPU. `options`: keyword arguments of `check`.
+    """
     return check(id, title, category="gpu", needs=("G-09",), preconditions=(GPUS_USED, *preconditions), **options)
 
 
 def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFunction], GangCheckFunction]:
-    """Registers a check of tier 2 (checks that compare the parts, which `rtp-llm-doctor gang` adds). The check gets the
-    reports of all parts.
+    """Returns a decorator that registers a check of tier 2: a check that compares the parts, which only
+    `rtp-llm-doctor gang` runs. The check gets the reports of all parts as its second argument.
 
     The check is skipped if the parts have not exchanged reports.
 
@@ -53,5 +55,8 @@ def gang_check(id: str, title: str, **options: Any) -> Callable[[GangCheckFuncti
 
 
 def format_differences(differences: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns values that differ between parts as text: "key: part0=a part1=b; …"."""
+    """Returns values that differ between parts as text: "key: part0=a part1=b; …".
+
+    `differences`: {key: {part label, such as "part0": value}}.
+    """
     return "; ".join(f"{k}: " + " ".join(f"{p}={v}" for p, v in values.items()) for k, values in differences.items())

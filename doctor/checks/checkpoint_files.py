@@ -1,4 +1,4 @@
-"""The checkpoint's files: present, readable and complete. Only the headers of the weights are read."""
+"""Checks that the checkpoint's files are present, readable and complete. Of the weights, only the headers are read."""
 
 import os
 
@@ -11,8 +11,10 @@ NO_MODEL = "CHECKPOINT_PATH is not set"
 
 
 def checkpoint_errors(ctx: CheckContext, id: str) -> str:
-    """Returns the errors of the server's checkpoint reader that the check `id` reports, as one text; empty if there are
-    none."""
+    """Returns, as one text, the errors of this checkpoint that the check `id` has to report; empty if there are none.
+
+    The errors come from the server's own checkpoint reader, and each names the check that reports it.
+    """
     errors = [*ctx.checkpoint_errors, *([ctx.spec_error] if ctx.spec_error else [])]
     return "; ".join(str(e) for e in errors if (e.check or "M-12") == id)
 

@@ -1,4 +1,4 @@
-"""Checks of tier 3, which `--tier 3` adds: an all-reduce over all ranks is correct and fast."""
+"""Checks that an all-reduce over all ranks is correct and fast (tier 3: they run only with `--tier 3`)."""
 
 from doctor.check import CheckResult, Reading, Status, error, ok, skip, symptoms, unknown
 from doctor.checks.categories import collective_check

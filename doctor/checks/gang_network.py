@@ -160,9 +160,9 @@ def links_are_fast(ctx: CheckContext, view: GangView) -> CheckResult | Reading:
 
 
 def token_cost(spec: ModelSpec, bytes_per_second: float, rtt: float) -> float:
-    """Returns the seconds that the all-reduces of one token take between two parts.
+    """Returns a prediction of the seconds that the all-reduces of one token take on the network between two parts.
 
-    There are two all-reduces per layer. Each takes half a round trip and sends one hidden vector of 2 bytes per
-    element.
+    `rtt`: round-trip time in seconds. Assumes two all-reduces per layer, each of which takes half a round trip and
+    sends one hidden vector of 2 bytes per element.
     """
     return 2 * spec.num_layers * (rtt / 2 + 2 * spec.hidden_size / bytes_per_second)

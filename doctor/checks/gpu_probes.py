@@ -1,4 +1,4 @@
-"""Checks that run torch on each GPU, which only `--tier 1` does."""
+"""Checks that torch computes correctly on each GPU and has kernels for it. They run torch only with `--tier 1`."""
 
 import pynvml
 

@@ -1,5 +1,5 @@
-"""Checks of the hub from which the start downloads a model named `org/name`. They query the hub, but download
-nothing.
+"""Checks of the model hub (huggingface.co, or HF_ENDPOINT) from which the server downloads a model at its start if
+CHECKPOINT_PATH is a name such as org/model. The checks query the hub, but download nothing.
 """
 
 from doctor import fixes

@@ -1,4 +1,4 @@
-"""Checks of what NCCL uses between machines: RDMA cards and network plugins; and of NCCL's RAS port."""
+"""Checks of the RDMA cards and network plugins that NCCL uses between machines, and of the port of its RAS service."""
 
 import ctypes.util
 

@@ -1,4 +1,4 @@
-"""Checks of what this process's user can open, trace and write."""
+"""Checks that this process's user may open nvidia-uvm, trace processes (ptrace) and write to the caches."""
 
 import errno
 import os

@@ -1,4 +1,8 @@
-"""Preconditions of checks (the argument `preconditions` of doctor.check.check) that several checks share."""
+"""Preconditions that several checks share: functions that run before a check and, if one is not met, give its result.
+
+They are values of the argument `preconditions` of doctor.check.check. Example: RANKS_ON_GPU skips a check of GPUs if
+the ranks run on CPU.
+"""
 
 from collections.abc import Callable
 

@@ -25,9 +25,10 @@ GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}  # numbers of the system call
 
 @dataclass(frozen=True)
 class ShmRequirement:
-    """Required bytes of /dev/shm. With less than `minimum` the start fails; with less than `recommended` it may fail.
+    """The bytes of /dev/shm that the ranks of this part need. With less than `minimum` the server does not start; with
+    less than `recommended` it may fail.
 
-    `reason`: what needs them, as text.
+    `reason`: text for the report that says what needs the memory, or why nothing does.
     """
 
     minimum: int
@@ -36,10 +37,10 @@ class ShmRequirement:
 
 
 def shm_requirement(ctx: CheckContext) -> ShmRequirement:
-    """Returns the required size of /dev/shm.
+    """Returns the required size of /dev/shm. It is 0 if nothing uses it, for example with a single rank.
 
-    On CPU it is the size of the segment, the file through which the ranks exchange tensors. On GPUs it is the size of
-    NCCL's files, which depends on uses_cumem_host().
+    For CPU ranks of one machine it is the size of the file through which they exchange tensors. For GPU ranks it is the
+    size of NCCL's files, which are small if uses_cumem_host().
     """
     ranks = ctx.local_ranks
     if ranks == 1 and not (ctx.is_multi_part and ctx.on_gpu):
@@ -68,8 +69,9 @@ def uses_cumem_host(ctx: CheckContext) -> bool:
 
 
 def numa_allowed(host: Host) -> bool | None:
-    """Returns whether the system call get_mempolicy(2) is permitted; Docker's seccomp profile denies it.
-    Returns None on unknown architectures."""
+    """Returns whether this process may call get_mempolicy(2), as an example of the NUMA system calls. Docker's default
+    seccomp profile denies them. Returns None if the call's number is not known on `host`'s CPU architecture.
+    """
     number = GET_MEMPOLICY.get(host.machine)
     if number is None:
         return None

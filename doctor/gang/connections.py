@@ -1,4 +1,7 @@
-"""TCP connections between doctors: connect, serve, transfer, and close without waiting for lost packets."""
+"""TCP connections between the doctors of the parts: opens them, serves them, transfers test data and probes ports.
+
+Closing a connection never waits long, since some links never deliver its last packets.
+"""
 
 import asyncio
 import contextlib
@@ -28,9 +31,9 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
-    """Opens a TCP connection. Raises OSError or TimeoutError.
+    """Opens a TCP connection. Raises TimeoutError after DIAL_SECONDS, and OSError if it fails otherwise.
 
-    `small_mss`: limits the segments in both directions to SMALL_MSS bytes, for links that drop larger packets.
+    `small_mss`: limits TCP segments in both directions to SMALL_MSS bytes, for links that drop larger packets.
     """
     sock = socket.socket()
     try:
@@ -46,7 +49,9 @@ async def connect(host: str, port: int, *, small_mss: bool = False) -> Stream:
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """Closes a connection; aborts it after CLOSE_SECONDS, as some links never deliver large packets."""
+    """Closes a connection. Aborts it if unsent data is not delivered within CLOSE_SECONDS: some links lose all large
+    packets, so that a normal close would wait forever.
+    """
     writer.close()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -61,7 +66,9 @@ def classify_error(error: OSError) -> str:
 
 
 async def is_address_of(host: str, address: str) -> bool:
-    """Returns whether `address`, an IP address, is one of `host`, an address or a name."""
+    """Returns whether the host name or IP address `host` resolves to the IP address `address`. Returns False if it does
+    not resolve.
+    """
     try:
         infos = await asyncio.get_running_loop().getaddrinfo(host, None)
     except OSError:
@@ -76,10 +83,11 @@ def _plain_ip(address: str) -> IPv4Address | IPv6Address:
 
 
 async def dial(host: str, port: int, *, expect_greeting: bool = True) -> str:
-    """Connects to a port and closes the connection. Returns the result: open, refused, timeout, unreachable, reset or
-    not_doctor.
+    """Tests whether a TCP port can be reached: connects to it and closes the connection. Returns the result: open,
+    refused, timeout, unreachable, reset or not_doctor.
 
-    not_doctor: the connection succeeded, but no greeting of a doctor arrived although `expect_greeting` is set.
+    `expect_greeting`: a doctor should listen on this port. If it does not send its first message, the greeting, the
+    result is not_doctor.
     """
     try:
         reader, writer = await connect(host, port)
@@ -100,10 +108,11 @@ async def dial(host: str, port: int, *, expect_greeting: bool = True) -> str:
 async def serve_ports(
     part: int, handle: Handler, responder: socket.socket | None, greeting_sockets: list[socket.socket]
 ) -> AsyncIterator[None]:
-    """Serves this part's ports while the context is open.
+    """Serves the ports of this part's doctor while the context is open, so that other parts can exchange reports with
+    it and test whether its ports can be reached.
 
-    `handle`: serves a connection to `responder`, the socket of the doctor's port. On the `greeting_sockets` each
-    connection gets a greeting and is closed.
+    `responder`: socket of the doctor's own port; `handle` serves its connections. `greeting_sockets`: sockets of all
+    other ports; a connection to them receives the doctor's greeting and is closed.
     """
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -150,7 +159,9 @@ async def _serve_socket(handle: Handler, sock: socket.socket) -> AsyncIterator[N
 
 
 def bind_ephemeral(address: str) -> list[socket.socket]:
-    """Returns NUM_EPHEMERAL_PORTS sockets on ports which the kernel chooses, as NCCL's listeners are."""
+    """Returns NUM_EPHEMERAL_PORTS sockets, bound to `address` on ports that the kernel chooses, as NCCL does. Other
+    parts connect to them to test whether a firewall blocks such ports.
+    """
     sockets = []
     for _ in range(NUM_EPHEMERAL_PORTS):
         sock = socket.socket()
@@ -160,7 +171,7 @@ def bind_ephemeral(address: str) -> list[socket.socket]:
 
 
 async def send_bytes(writer: asyncio.StreamWriter, count: int, stall_timeout: float | None = None) -> None:
-    """Sends `count` random bytes, rounded down to a multiple of CHUNK_BYTES.
+    """Sends `count` random bytes, rounded down to a multiple of CHUNK_BYTES, to measure the throughput of a link.
 
     Raises TimeoutError if no chunk can be written for `stall_timeout` seconds.
     """
@@ -172,7 +183,7 @@ async def send_bytes(writer: asyncio.StreamWriter, count: int, stall_timeout: fl
 
 
 async def receive_bytes(reader: asyncio.StreamReader, count: int, stall_timeout: float | None = None) -> int:
-    """Receives and discards `count` bytes. Returns `count`.
+    """Receives and discards `count` bytes, to measure the throughput of a link. Returns `count`.
 
     Raises TimeoutError if no bytes arrive for `stall_timeout` seconds, and ConnectionResetError if the other side
     closes the connection early.
@@ -182,6 +193,6 @@ async def receive_bytes(reader: asyncio.StreamReader, count: int, stall_timeout:
         async with asyncio.timeout(stall_timeout):
             data = await reader.read(min(remaining, CHUNK_BYTES))
         if not data:
-            raise ConnectionResetError("the other side closed the connection")
+            raise ConnectionResetError("the other side closed the connection before all test data arrived")
         remaining -= len(data)
     return count

@@ -1,7 +1,7 @@
 """Builds this part's report for the other parts.
 
-It contains facts, which are compared by name, and an identity, which shows which parts share a machine, a namespace or
-a GPU.
+It contains facts (settings, versions and checksums by name, which should be equal on all parts) and an identity (host
+name, boot id, GPU UUIDs …), which shows which parts share a machine, a namespace or a GPU.
 """
 
 import os
@@ -28,8 +28,9 @@ PACKAGES = ("torch", "triton", "safetensors", "numpy")
 
 
 def collect_facts(ctx: CheckContext) -> dict[str, str]:
-    """Returns facts by dotted name, such as "version.torch". The first word is plan, members, config, version, env,
-    model, gpu or doctor."""
+    """Returns this part's facts: the values that the doctors compare between parts, by dotted name, such as
+    "version.torch". The name begins with plan, members, config, version, env, model, gpu or doctor.
+    """
     facts = {
         "version.rtp-llm": __version__,
         "version.python": platform.python_version(),
@@ -95,10 +96,11 @@ def _local_address(ctx: CheckContext, plan: Plan) -> str:
 
 
 def local_part_report(ctx: CheckContext, plan: Plan, problems: dict[str, str], listening: bool) -> PartReport:
-    """Returns the report of this part (container) for the other parts, before any link to them is probed.
+    """Returns the report of this part (container) for the other parts. It contains no measurements of links yet.
 
-    `problems`: errors that this part's own checks found, by check id. `listening`: whether the doctor listens on the
-    ports that the server will use, so that others can probe them. Raises OSError if there is no route to another part.
+    `problems`: text of the errors that this part's own checks found, by check id. `listening`: whether the doctor
+    listens on the ports that the server will use, so that other parts can test them. Raises OSError if the address of
+    another part does not resolve or there is no route to it.
     """
     member = plan.member(plan.part)
     address = _local_address(ctx, plan)

@@ -1,7 +1,7 @@
-"""Gossip between the doctors of the parts: each part serves requests, probes the others and forwards every report that
-it has.
+"""Gossip between the doctors of the parts: each part serves requests, probes its links to the others (ports,
+throughput, clock) and forwards every report that it has.
 
-No part coordinates. A request carries the sender's reports and the reply those of the receiver, so two parts can
+No part is the coordinator. A request carries the sender's reports and the reply those of the receiver, so two parts can
 exchange reports if either of them can connect to the other. Each part repeats this until all parts have all final
 reports, or until its deadline.
 """
@@ -45,20 +45,22 @@ CLOCK_ROUNDS = 5
 
 
 class ReplyTimeoutError(TimeoutError):
-    """The other part sent a greeting, but no reply before the timeout."""
+    """The doctor of another part sent a greeting (the first message on a connection), but no reply to a request in
+    time.
+    """
 
 
 class WrongPartError(ProtocolError):
-    """At the address of one part, the doctor of another part answers."""
+    """The doctor of a different part answers at the address that the member list gives for a part."""
 
 
 class GossipSession:
-    """This part's side of the exchange of reports between the parts. `part_report`: its own report. `secret`: signs all
-    messages.
+    """This part's side of the exchange of reports between the doctors of all parts. `part_report`: this part's report.
+    `secret`: the key that signs all messages (GANG_SECRET).
 
-    `observe_only`: receives reports and sends none, because the doctor of this running part already sends its own.
-    `persistent`: keeps waiting for the others, as this part's ranks do. A part that refuses, gives up or has another
-    secret may be corrected and start again.
+    `observe_only`: receives reports and sends none, because this part's server runs, and its doctor sends them.
+    `persistent`: does not stop waiting for a part that gives up, has another secret or is the wrong one, because the
+    user may correct that part and start it again.
     """
 
     def __init__(
@@ -124,8 +126,8 @@ class GossipSession:
         self._direct_reports |= {report.part: report for report in own if report.part != self.plan.part}
 
     def merge_reports(self, reports: list[dict[str, Any]]) -> None:
-        """Stores reports of other parts, except those that are older than a stored one of the same run of that part's
-        doctor.
+        """Stores reports of other parts, decoded from JSON. Skips a report if a newer one from the same run of that
+        part's doctor is stored.
         """
         for data in reports:
             received = PartReport.from_json(data)
@@ -169,10 +171,10 @@ class GossipSession:
             await close(writer)
 
     async def probe_member(self, member: Member, deadline: float) -> None:
-        """Retries until the report of the part `member` arrives, directly or through another part. Then probes all
-        ports of that part.
+        """Requests the report of the part `member` until it arrives, directly or through another part. Then connects to
+        all ports of that part, measures throughput and clock offset, and stores the results in `part_report.links`.
 
-        `deadline`: monotonic time in seconds at which the retries end.
+        `deadline`: time.monotonic() at which it stops requesting the report.
         """
         link = self.part_report.links.setdefault(member.index, LinkResult())
         result = await self._exchange_reports(member, link)
@@ -305,10 +307,11 @@ class GossipSession:
     # Convergence
 
     def converged(self, ignore_absent: bool) -> bool:
-        """Returns whether every present part (one whose report has arrived) has probed its links and has the final
-        reports of all present parts.
+        """Returns whether the exchange is complete: every part has probed its links and has the final reports of all
+        parts.
 
-        Returns False if a part is absent, unless `ignore_absent` is set.
+        A part is absent while no report of it has arrived. With `ignore_absent` absent parts do not count; without it,
+        an absent part makes the result False.
         """
         present = set(self.part_reports)
         if len(present) < self.plan.num_parts and not ignore_absent:
@@ -316,10 +319,11 @@ class GossipSession:
         return all(r.probing_done and present <= set(r.received_from) for r in self.part_reports.values())
 
     async def run(self, members: list[Member], deadline: float, on_progress: Callable[[str], None]) -> None:
-        """Probes the parts in `members`, then exchanges reports until every part has those of all (`converged`), at
-        most until `deadline` (monotonic seconds).
+        """Probes the links to the parts in `members`, then exchanges reports until every part has the reports of all
+        parts (`converged`), at most until `deadline` (time.monotonic()). `on_progress`: called with messages for the
+        user.
 
-        If this part has not probed all links by then, `probing_done` of its report remains unset.
+        If this part has not probed all links by `deadline`, `probing_done` of its report remains False.
         """
         total = max(0.0, deadline - time.monotonic())
         final = min(FINAL_GOSSIP_SECONDS, total / 10)
@@ -351,9 +355,10 @@ class GossipSession:
         self.merge_reports([])  # adds this part to received_from
 
     async def report_errors(self, members: list[Member], deadline: float) -> None:
-        """Sends the errors of this part, which has no valid plan and so probes no links, to the other parts.
+        """Sends this part's report, which contains only errors because this part has no valid plan, to the other parts.
+        Does not probe links.
 
-        Ends when all parts have them, or at `deadline` (monotonic seconds).
+        Ends when all parts have the report, or at `deadline` (time.monotonic()).
         """
         self._set_probing_done()
         try:
@@ -366,8 +371,8 @@ class GossipSession:
             log.debug("the exchange of reports with the other parts timed out")
 
     async def say_farewell(self, members: list[Member], deadline: float) -> None:
-        """Sends this part's report, with the reason why it gives up, until every other part has replied or until
-        `deadline` (monotonic seconds).
+        """Sends this part's report, which contains the reason why the part does not start, to each of `members` until
+        all have replied or until `deadline` (time.monotonic()).
         """
         self._set_probing_done()
         links = self.part_report.links
@@ -379,10 +384,10 @@ class GossipSession:
             await asyncio.sleep(RETRY_INTERVAL_SECONDS if pending else 0)
 
     async def confirm(self, members: list[Member]) -> list[int]:
-        """Asks each of `members` for its own report, which replaces the one that other parts have passed on.
+        """Requests from each of `members` its own report, which replaces the one that other parts have passed on.
 
-        Without GANG_SECRET anybody can send reports, but only a part has its address. Returns the parts whose stored
-        reports did not come from the part's address, and so may be forged.
+        Returns the numbers of the parts whose stored report did not come from the address of that part in the member
+        list: without GANG_SECRET anybody can send reports, so these may be forged. Empty if GANG_SECRET is set.
         """
         if self.secret:
             return []
@@ -391,7 +396,7 @@ class GossipSession:
         return sorted(self.part_reports.keys() - self._direct_reports.keys() - {self.plan.part})
 
     def known_reports(self) -> dict[int, PartReport]:
-        """Returns the last report of each part; if the part gave up, the report with its reason."""
+        """Returns the last report of each part, by part number. If a part gave up, its report contains the reason."""
         return self.part_reports | self.farewells
 
     async def _linger(self, members: list[Member], seconds: float) -> None:
@@ -433,7 +438,7 @@ async def _read_greeting(reader: asyncio.StreamReader, member: Member) -> Greeti
         async with asyncio.timeout(DIAL_SECONDS):
             greeting = await Greeting.read(reader)
     except (TimeoutError, ConnectionResetError) as error:
-        raise NotADoctorError(f"the program at {address} sends no greeting of a doctor") from error
+        raise NotADoctorError(f"the program at {address} is not rtp-llm-doctor: it sends no greeting") from error
     if greeting.part != member.index:
         raise WrongPartError(f"part{greeting.part} instead of part{member.index} answers at {address}")
     return greeting

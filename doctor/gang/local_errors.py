@@ -1,6 +1,6 @@
-"""Sends the errors of this part to the other parts if its plan is invalid.
+"""Sends the errors of this part to the other parts if this part does not start or has no valid plan (rank layout).
 
-Without this, the others would wait for the part and report it as absent.
+Otherwise the other parts would wait for this part until a timeout, and report only that it is absent.
 """
 
 import asyncio
@@ -21,9 +21,11 @@ from rtp_llm.parallel.wire import listen
 def report_local_errors(
     ctx: CheckContext, errors: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> None:
-    """Sends errors (text by check id) until all other parts have them, at most for `wait_seconds`.
+    """Sends the errors of this part (text by check id) to the other parts until all have received them, at most for
+    `wait_seconds`. `on_progress`: called with messages for the user.
 
-    Does nothing if no part in the member list has an address of this machine. Raises ConfigError or OSError.
+    Does nothing if the member list does not show which part this is, by its address or START_PORT. Raises ConfigError
+    if GANG_SECRET_FILE cannot be read, and OSError if there is no route to another part or the doctor's port is in use.
     """
     plan = _plan_of_local_member(ctx)
     if plan is None:
@@ -35,9 +37,11 @@ def report_local_errors(
 
 
 def say_farewell(ctx: CheckContext, errors: dict[str, str], wait_seconds: float) -> None:
-    """Tells the other parts why this part ends. `errors`: text by check id. Tries for at most `wait_seconds`.
+    """Tells the other parts why this part does not start, so that they need not wait for it. `errors`: text by check
+    id. Tries for at most `wait_seconds`.
 
-    Does nothing if the other parts are unknown. Raises ConfigError or OSError.
+    Does nothing if the addresses of the other parts are unknown. Raises ConfigError if GANG_SECRET_FILE cannot be read,
+    and OSError if there is no route to another part.
     """
     is_guess = ctx.plan is None or ctx.plan_result.config_error
     plan = (_plan_of_local_member(ctx) if is_guess else None) or ctx.plan

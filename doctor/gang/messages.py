@@ -33,7 +33,11 @@ class NotADoctorError(ProtocolError):
 
 @dataclass(frozen=True)
 class Greeting:
-    """The first message on a connection, sent by the side that accepted it. `part`: number of the sender's part."""
+    """The first message on a connection between doctors, sent by the side that accepted the connection.
+
+    `part`: number of the sender's part. `nonce`: random number with which requests on this connection are signed.
+    `version`: version of the protocol.
+    """
 
     part: int
     nonce: str
@@ -45,13 +49,16 @@ class Greeting:
 
     @classmethod
     async def read(cls, reader: asyncio.StreamReader) -> "Greeting":
-        """Reads a greeting. Raises NotADoctorError if it is not one, and ProtocolError if its version differs."""
+        """Reads a greeting. Raises NotADoctorError if the message is not a greeting, ProtocolError if its protocol
+        version differs, and ConnectionResetError if the connection ends first.
+        """
         message = _parse_object(await _receive(reader))
         if message.get("protocol") != PROTOCOL:
             raise NotADoctorError
         if message.get("version") != VERSION:
             raise ProtocolError(
-                f"the other part's doctor has protocol version {message.get('version')}, this one {VERSION}"
+                f"the other part's doctor has protocol version {message.get('version')}, this part's doctor {VERSION}:"
+                " run the same release on both parts"
             )
         return cls(int(message["part"]), str(message["nonce"]))
 
@@ -66,7 +73,12 @@ def pack_signed(message: dict[str, Any], nonce: str, secret: bytes) -> bytes:
 
 
 async def read_signed(reader: asyncio.StreamReader, nonce: str, secret: bytes) -> dict[str, Any]:
-    """Reads a message that was signed together with `nonce`. Raises ProtocolError if the secret is another."""
+    """Reads a signed message and returns its JSON object. `nonce`: the number that was signed together with the
+    message.
+
+    Raises ProtocolError if the signature is wrong because the sender has another `secret`, NotADoctorError if the
+    message is malformed, and ConnectionResetError if the connection ends first.
+    """
     data = await _receive(reader)
     signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _sign(body, nonce, secret)):
@@ -90,7 +102,7 @@ async def _receive(reader: asyncio.StreamReader) -> bytes:
             raise NotADoctorError
         return await reader.readexactly(length)
     except asyncio.IncompleteReadError:
-        raise ConnectionResetError("the other side closed the connection") from None
+        raise ConnectionResetError("the other side closed the connection before a complete message arrived") from None
 
 
 def _parse_object(data: bytes) -> dict[str, Any]:

@@ -32,10 +32,11 @@ class LinkResult:
 class PartReport:
     """What one part (container) tells the doctors of the others about itself.
 
-    `facts`: values to compare, by dotted name. `identity`: values that show which parts share a machine, a namespace or
-    a GPU. `probing_done`: this part has probed all its links, so the report is final. `received_from`: parts whose
-    final report this part has. `has_valid_plan`: if False, only `problems` is meaningful and no links are probed.
-    `links`: results by part number.
+    `facts`: values that the doctors compare between parts, by dotted name. `identity`: values that show which parts
+    share a machine, a namespace or a GPU. `probing_done`: this part has probed all its links, so the report is final.
+    `received_from`: numbers of the parts whose final report this part has. `has_valid_plan`: whether this part's
+    settings give a valid rank layout; if not, only `problems` is meaningful and no links are probed. `links`: what this
+    part found about its connection to each other part, by part number.
     """
 
     part: int

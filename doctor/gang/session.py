@@ -23,10 +23,12 @@ MAX_FULL_MESH_PARTS = 8  # in larger gangs a part probes only part 0, the previo
 def exchange_reports(
     ctx: CheckContext, plan: Plan, problems: dict[str, str], wait_seconds: float, on_progress: Callable[[str], None]
 ) -> GangView:
-    """Exchanges reports until every part has all of them, at most for `wait_seconds`.
+    """Exchanges reports with the doctors of the other parts until every part has the reports of all, at most for
+    `wait_seconds`. Returns the reports that have arrived.
 
-    `problems`: errors of this part's checks, by id. `on_progress`: called with messages for the user. Raises
-    ConfigError or OSError.
+    `problems`: text of the errors of this part's own checks, by check id. `on_progress`: called with messages for the
+    user. Raises ConfigError if GANG_SECRET_FILE cannot be read, and OSError if there is no route to another
+    part or a port cannot be opened.
     """
     return asyncio.run(_run_session(ctx, plan, problems, wait_seconds, on_progress))
 
@@ -54,26 +56,29 @@ def open_session(
     observe_only: bool = False,
     persistent: bool = False,
 ) -> GossipSession:
-    """Returns a GossipSession (exchange of reports between parts), not yet started.
+    """Returns a GossipSession, which exchanges reports between the parts once its `run` is called.
 
-    `problems`: errors that this part's own checks found, by check id. `listening`: whether the doctor listens on the
-    ports that this part's server will use. `observe_only`: receives reports and sends none. `persistent`: keeps waiting
-    for parts that gave up.
+    `problems`: text of the errors that this part's own checks found, by check id. `listening`: whether the doctor
+    listens on the ports that this part's server will use. `observe_only`: receives reports and sends none.
+    `persistent`: keeps waiting for parts that gave up.
     """
     part_report = local_part_report(ctx, plan, problems, listening)
     return GossipSession(plan, part_report, secret(ctx.config), observe_only=observe_only, persistent=persistent)
 
 
 def greeting_sockets(session: GossipSession) -> list[socket.socket]:
-    """Returns sockets on which other parts can probe whether ephemeral ports are reachable, at the address that the
-    collectives use. Adds their ports to the part's report."""
+    """Returns sockets on ephemeral ports of the address that NCCL and gloo use, and writes their port numbers into this
+    part's report. Other parts connect to them to test whether a firewall blocks such ports.
+    """
     sockets = bind_ephemeral(session.part_report.address)
     session.part_report.ephemeral_ports = [sock.getsockname()[1] for sock in sockets]
     return sockets
 
 
 def probed_members(ctx: CheckContext, plan: Plan) -> list[Member]:
-    """Returns the parts that this one probes: all others or, in a large gang, part 0 and the two neighbours."""
+    """Returns the parts to which this part tests its connections: all others or, in a gang of more than
+    MAX_FULL_MESH_PARTS parts, part 0 and the parts with the previous and the next number.
+    """
     if plan.num_parts <= MAX_FULL_MESH_PARTS:
         return ctx.peers
     parts = {0, (plan.part + 1) % plan.num_parts, (plan.part - 1) % plan.num_parts}

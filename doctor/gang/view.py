@@ -1,4 +1,7 @@
-"""The reports of all parts, and the conclusions from them, which are the same on every part."""
+"""The reports of all parts and what follows from them (absent parts, differences, failed connections).
+
+Every part has the same reports, so every part comes to the same conclusions.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,24 +18,26 @@ Identity = Mapping[str, Any]
 @dataclass(frozen=True)
 class GangView:
     """The reports of all parts (containers), which gang checks compare. `part_reports`: by part number; absent parts
-    have none. `plan`: the plan of this part."""
+    have none. `plan`: the layout of ranks and addresses that follows from this part's settings."""
 
     part_reports: Mapping[int, PartReport]
     plan: Plan
 
     @cached_property
     def comparable(self) -> list[PartReport]:
-        """Returns the reports of the parts whose plan is valid and whose address in the member list is one of their
-        machine (check N-04).
+        """Returns the reports that can be compared: those of parts with a valid plan and without an error of check N-04
+        (the part's address in the member list is an address of its machine).
 
-        Of other reports only `problems` is meaningful; the rest cannot be compared.
+        Of other reports only `problems` is meaningful.
         """
         return [r for _, r in sorted(self.part_reports.items()) if r.has_valid_plan and "N-04" not in r.problems]
 
     @property
     def absent(self) -> list[int]:
-        """Returns the parts that sent no report and at whose address nothing answers. Of those where something answers,
-        other checks report what it is.
+        """Returns the numbers of the parts that sent no report and at whose address no program answers.
+
+        If a program answers there (another part, an incompatible doctor, another server), the part is not in the
+        result: other checks report that program.
         """
         answering = {
             part
@@ -62,7 +67,9 @@ class GangView:
         ]
 
     def protocol_errors(self) -> list[str]:
-        """Returns "part0 -> part1: error" for parts whose doctor has another version or secret."""
+        """Returns texts "part0 -> part1: error" for parts that sent no report because their doctor has another protocol
+        version or another GANG_SECRET.
+        """
         return [
             f"{source.label} -> part{part}: {link.protocol_error}"
             for source, part, link in self._links_to_missing()
@@ -70,7 +77,9 @@ class GangView:
         ]
 
     def foreign_listeners(self) -> list[tuple[int, int, str]]:
-        """Returns (source part, target part, address) of programs that listen in place of a missing part's doctor."""
+        """Returns the programs that answer on the doctor's port of a part that sent no report: (number of the part that
+        connected, number of the part that it expected, ip:port).
+        """
         return [
             (source.part, part, link.foreign_address)
             for source, part, link in self._links_to_missing()
@@ -78,11 +87,15 @@ class GangView:
         ]
 
     def wrong_part_links(self) -> list[str]:
-        """Returns "part0 -> part1: error" for links that lead to another part than configured."""
+        """Returns texts "part0 -> part1: error" for connections that reached a different part than the member list
+        says.
+        """
         return self._link_errors(lambda link: link.wrong_part)
 
     def stalled(self) -> list[str]:
-        """Returns "part0 -> part1: error" for pairs between which only short messages arrive."""
+        """Returns texts "part0 -> part1: error" for connections on which short messages arrive, but large transfers or
+        replies do not.
+        """
 
         def error_of(link: LinkResult) -> str:
             no_reply = "the doctor sends a greeting but no reply" if link.reply_timed_out and not link.replied else ""
@@ -91,7 +104,9 @@ class GangView:
         return self._link_errors(error_of)
 
     def unprobed(self) -> list[tuple[PartReport, PartReport]]:
-        """Returns (source part, target part) of connections that were not probed before the deadline."""
+        """Returns the connections that were not probed before the deadline, as (report of the part that connects,
+        report of the target).
+        """
         return [
             (source, target)
             for source in self.comparable
@@ -102,9 +117,10 @@ class GangView:
         ]
 
     def links_without_transfer(self) -> list[tuple[PartReport, PartReport]]:
-        """Returns (source, target) of links on which no large transfer finished.
+        """Returns the connections on which the large test transfers did not finish in both directions, as (report of
+        the part that connects, report of the target).
 
-        Excludes targets that report another program on their doctor's port (N-08).
+        Excludes targets that report that another program uses one of their ports (check N-08), but includes `unprobed`.
         """
         without_transfer = [
             (source, target)
@@ -118,8 +134,9 @@ class GangView:
         return [f"{r.label} {r.name} {r.address}" for _, r in sorted(self.part_reports.items())]
 
     def links(self) -> Iterable[tuple[PartReport, PartReport, LinkResult]]:
-        """Yields (report of the source part, report of the target part, link result) for every probed direction between
-        comparable parts, i.e. those with a valid plan."""
+        """Yields (report of the part that connects, report of the target, what the first found) for every connection
+        between `comparable` parts. A -> B and B -> A are two connections.
+        """
         targets = {part_report.part: part_report for part_report in self.comparable}
         for source in self.comparable:
             for part, link in sorted(source.links.items()):
@@ -127,7 +144,10 @@ class GangView:
                     yield source, targets[part], link
 
     def unreachable_ports(self, source: PartReport, target: PartReport) -> dict[int, str]:
-        """Returns the ports of `target` to which `source` cannot connect: {port: result of the attempt}."""
+        """Returns the ports of the part `target` to which the part `source` could not connect: {port: result of the
+        attempt, such as "timeout"}. Omits failures that `target` itself reports, or that only mean that its server does
+        not listen yet.
+        """
         link = source.links.get(target.part)
         if link is None:
             return {}
@@ -143,7 +163,9 @@ class GangView:
         return ports
 
     def differences(self, prefix: str) -> dict[str, dict[str, str]]:
-        """Returns the facts with this prefix that differ between parts: {name: {part label: value}}."""
+        """Returns the facts (settings, versions … by dotted name) that differ between parts and whose name begins with
+        `prefix`: {name: {part label, such as "part0": value}}.
+        """
         names = sorted({name for r in self.comparable for name in r.facts if name.startswith(prefix)})
         values = {name: {r.label: r.facts.get(name, "(unset)") for r in self.comparable} for name in names}
         return {name: by_part for name, by_part in values.items() if len(set(by_part.values())) > 1}
@@ -154,14 +176,18 @@ class GangView:
         return ((r, gpu) for r in self.comparable for gpu in r.identity.get("gpus", []))
 
     def gpu_kinds(self) -> dict[str, tuple[str, int, tuple[int, int] | None]]:
-        """Returns (model name, memory in bytes, compute capability) by GPU UUID."""
+        """Returns (model name, memory in bytes, compute capability) of the GPUs that the ranks of all parts use, by
+        UUID.
+        """
         return {
             gpu["uuid"]: (gpu["name"], gpu["total"], tuple(gpu["capability"]) if gpu["capability"] else None)
             for _, gpu in self._gpus()
         }
 
     def shared_gpus(self) -> dict[str, list[str]]:
-        """Returns, for GPUs that more than one part uses, the names of these parts ("part0") by GPU UUID."""
+        """Returns the GPUs that more than one rank uses: {GPU UUID: names of the parts of these ranks, such as
+        "part0"}.
+        """
         users: dict[str, list[str]] = {}
         for part_report, gpu in self._gpus():
             users.setdefault(gpu["uuid"], []).append(part_report.label)
@@ -170,11 +196,15 @@ class GangView:
     # Machines of all parts
 
     def hosts_sharing_nccl_id(self) -> list[tuple[str, str]]:
-        """Returns pairs of parts that NCCL considers one machine although they do not share /dev/shm."""
+        """Returns pairs of names of parts ("part0", "part1") that NCCL takes for one machine, because their host ids
+        are equal, although they do not share /dev/shm.
+        """
         return self._pairs(lambda a, b: _nccl_host_id(a) == _nccl_host_id(b) and _shared_memory(a) != _shared_memory(b))
 
     def separated_hosts(self) -> list[tuple[str, str]]:
-        """Returns pairs of parts on one machine that NCCL considers two machines."""
+        """Returns pairs of names of parts ("part0", "part1") on one machine that NCCL takes for two machines, because
+        their host ids differ.
+        """
         return self._pairs(
             lambda a, b: a.get("boot_id") == b.get("boot_id") != "" and _nccl_host_id(a) != _nccl_host_id(b)
         )
