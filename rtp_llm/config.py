@@ -1,8 +1,8 @@
 """Defines all settings: name, type, default and description of every variable.
 
 Field `tp_size` of `Config` is the variable TP_SIZE and the flag --tp_size. A flag overrides the environment, which
-overrides the default. Variables of alibaba/rtp-llm that this server does not use are in `upstream_variables.json`;
-they are accepted with a log line.
+overrides the default. Variables of alibaba/rtp-llm that this server does not use are in `upstream_variables.json`:
+most are ignored with a log line, some are rejected if their value is not the default.
 """
 
 import argparse
@@ -45,7 +45,9 @@ def _normalize(value: str) -> str:
 
 
 class Config(BaseModel):
-    """Settings of one part. `parallel.plan` checks that they are consistent, and makes the plan from them."""
+    """Settings of one part, each validated alone. `parallel.plan.make_plan` checks that they are consistent with each
+    other, and derives the ranks, addresses and ports of the gang from them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -270,8 +272,9 @@ class Config(BaseModel):
 
     @property
     def served_model_names(self) -> tuple[str, ...]:
-        """Returns the names in SERVED_MODEL_NAME. If it is empty, the name of the checkpoint's folder; for a snapshot
-        in the Hugging Face cache (…/models--org--name/snapshots/<commit>), org/name.
+        """Returns the names under which the API serves the model: those in SERVED_MODEL_NAME. If it is empty, returns
+        the name of the checkpoint's folder, or for a snapshot in the Hugging Face cache
+        (…/models--org--name/snapshots/<commit>), org/name.
         """
         names = tuple(name.strip() for name in self.served_model_name.split(",") if name.strip())
         folder = Path(self.checkpoint_path).resolve()
@@ -291,15 +294,16 @@ class Config(BaseModel):
 
     @property
     def drain_seconds(self) -> int:
-        """Returns SHUTDOWN_TIMEOUT, how long accepted requests may go on after SIGTERM, in seconds. -1 (no limit in
-        alibaba/rtp-llm) means 600, so that a stop ends.
+        """Returns for how many seconds accepted requests may continue after SIGTERM: SHUTDOWN_TIMEOUT, or 600 if that
+        is -1 (which means no limit in alibaba/rtp-llm), so that every stop ends.
         """
         return 600 if self.shutdown_timeout < 0 else self.shutdown_timeout
 
     def shared(self) -> dict[str, Any]:
-        """Returns the settings that must be equal on all parts, by variable.
+        """Returns the settings that must be equal on all parts, as {variable: value}.
 
-        Converts numbers to the field's type (300 to 300.0), as reading part.json does, so that they compare equal.
+        Converts integers in float fields (300 to 300.0), because a Config that was read from JSON has floats there:
+        values that differ only in this would be reported as a difference between parts.
         """
         fields = {name: f for name, f in type(self).model_fields.items() if SharedMark() in f.metadata}
         values = {name: getattr(self, name) for name in fields}
@@ -351,7 +355,9 @@ class LoadedConfig:
         )
 
     def check_access(self) -> None:
-        """Raises ConfigError if a misspelled setting would leave the server open to all clients."""
+        """Raises ConfigError if a variable is probably a typo of a security setting that is not set, such as API_KYE
+        for API_KEY: without that setting, the server would be open to all clients.
+        """
         names = {name: meant for name, meant in self.misspelled if opens_access(self.config, meant)}
         if names:
             lines = [
@@ -363,7 +369,9 @@ class LoadedConfig:
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
-    """Reads flags and environment. Raises ConfigError with all invalid values and the allowed ones."""
+    """Returns the settings from flags and environment. Raises ConfigError that lists all invalid values and, for each,
+    the allowed ones.
+    """
     upstream = upstream_variables()
     values = {name: value for name, value in environ.items() if value != ""} | _parse_flags(argv, upstream)
     names = {name.upper() for name in Config.model_fields}
@@ -378,7 +386,11 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
 
 
 def secret(config: Config, name: str = "gang_secret") -> bytes:
-    """Returns the secret `name` or the content of its file, stripped. Raises ConfigError if it cannot be read."""
+    """Returns the value of the secret setting `name`, or the content of the file that the setting `<name>_file` (such
+    as GANG_SECRET_FILE) names, if that is set. Strips whitespace at both ends; empty if neither is set.
+
+    Raises ConfigError if the file cannot be read.
+    """
     path: str = getattr(config, f"{name}_file")
     if not path:
         value: SecretStr = getattr(config, name)
@@ -391,7 +403,9 @@ def secret(config: Config, name: str = "gang_secret") -> bytes:
 
 
 def opens_access(config: Config, meant: str) -> bool:
-    """Returns whether misspelling the setting `meant` lets more clients in."""
+    """Returns whether a typo in the name of the setting `meant` lets more clients in: `meant` is a security setting,
+    and neither it nor one with the same effect (API_KEY and API_KEY_FILE) is set.
+    """
     same_effect = next((names for names in ACCESS_SETTINGS if meant in names), ())
     return bool(same_effect) and not any(getattr(config, name.lower()) for name in same_effect)
 
@@ -403,13 +417,15 @@ def upstream_variables() -> dict[str, UpstreamVariable]:
 
 
 def foreign_variables() -> set[str]:
-    """Returns variables of other programs whose names resemble settings of this server."""
+    """Returns the names of environment variables of other programs (torchrun, LeaderWorkerSet, Hugging Face …) that
+    resemble settings of this server, so that `load` does not report them as typos.
+    """
     table = json.loads(package("rtp_llm").joinpath("foreign_variables.json").read_text())
     return {name for names in table.values() for name in names}
 
 
 def allowed(field: FieldInfo) -> str:
-    """Describes the allowed values of a field: "an integer of 1 or more"."""
+    """Returns a description of the values that a setting allows, for error messages: "an integer of 1 or more"."""
     annotation = str(field.annotation)
     if "Literal" in annotation:
         return "one of " + ", ".join(v for v in field.annotation.__args__ if v)  # type: ignore[union-attr]
@@ -457,7 +473,10 @@ def _parse_flags(argv: Sequence[str], upstream: Mapping[str, UpstreamVariable]) 
     exposed = [field for field in SECRET_FIELDS if getattr(args, field) is not None]
     if exposed:
         fixes = "; ".join(f"set {field.upper()} or {field.upper()}_FILE instead of --{field}" for field in exposed)
-        raise ConfigError(f"command line: all users of this machine can read secrets in it; {fixes}", check="M-14")
+        raise ConfigError(
+            f"command line: it contains a secret, which all users of this machine can read there; {fixes}",
+            check="M-14",
+        )
     unknown = [argument for argument in unknown if argument.startswith("-")] or unknown
     if unknown:
         names = [f"--{n}" for n in Config.model_fields] + [f"--{v.flag}" for v in upstream.values()]

@@ -22,5 +22,7 @@ def paused() -> Iterator[None]:
 
 
 def keep_all() -> None:
-    """Exempts all objects that exist now from later garbage collections, whose length would delay steps or requests."""
+    """Exempts all objects that exist now from later garbage collections, so that these are short and do not delay steps
+    or requests.
+    """
     gc.freeze()

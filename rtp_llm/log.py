@@ -60,5 +60,7 @@ def setup(process: str, level: str = "INFO", stream: TextIO = sys.stdout, style:
 
 
 def set_level(level: str) -> None:
-    """Changes the log level of this process. Raises KeyError if the name is not in LEVELS."""
+    """Changes the log level of this process. Raises KeyError unless it is DEBUG, INFO, WARN, WARNING or ERROR, in upper
+    or lower case.
+    """
     logging.getLogger().setLevel(LEVELS[level.upper()])

@@ -330,7 +330,8 @@ class SignalForwarder:
     def defer(self) -> None:
         """Counts the signals that arrive from now on, instead of acting on them. `set_child` forwards them.
 
-        For the time in which Python forks: it ignores an exception that a signal handler raises then, even SystemExit.
+        Call it before forking a child: while Python forks, it discards any exception that a signal handler raises, even
+        SystemExit.
         """
         self._deferred = True
 
@@ -343,7 +344,7 @@ class SignalForwarder:
         self.num_signals += 1
         if self._child:
             if self.num_signals == 1:
-                log.info("%s: open streams finish, then the ranks stop", signal.Signals(number).name)
+                log.info("received %s: open streams finish, then the ranks stop", signal.Signals(number).name)
             self._forward(self._child)
         elif not self._deferred:
             sys.exit(ExitCode.OK)

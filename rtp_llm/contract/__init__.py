@@ -1,1 +1,3 @@
-"""Plain data that several packages use: requests, steps, outputs. The lowest package: no torch, no sockets."""
+"""Plain data classes that several packages share: requests, steps, outputs. Imports no other package of this project,
+no torch and no sockets.
+"""

@@ -1,7 +1,8 @@
 """The payload of an EVENTS frame (`parallel.wire`): the outputs of a step for one client, and the engine's statistics.
 
-Binary, because rank 0 packs one for every step. Numbers that every output has, logprobs (which can be megabytes) and
-hidden states are arrays in native byte order, as both processes run on one machine. Errors are JSON.
+The payload is binary, because rank 0 packs one after every step. Numbers that every output has, logprobs (which can be
+megabytes) and hidden states are arrays in native byte order, as rank 0 and the API process run on one machine. Error
+messages of failed requests are JSON.
 """
 
 import json
@@ -116,7 +117,9 @@ def unpack_events(data: bytes) -> tuple[list[EngineOutput], EngineStats]:
 
 
 class PackedLogprobs(Sequence[Logprob]):
-    """A sequence of logprobs, decoded one by one from bytes: as Python objects they take ten times the memory."""
+    """The logprobs of successive tokens, kept as bytes: each is decoded when it is accessed, because Python objects
+    would take ten times the memory.
+    """
 
     def __init__(self, data: bytes, start: int, num_rows: int, num_top: int):
         self._rows = np.frombuffer(data, LOGPROB, num_rows, start)

@@ -17,11 +17,13 @@ NULL_BLOCK = 0  # is never allocated: pads block tables, and takes the place of 
 class KVCacheSpec:
     """What one layer stores in the KV cache on one rank. Layers with equal specs form a group.
 
-    tensors: (name, shape for one token) each, such as ("keys", (kv_heads, head_dim)); per sequence if `per_sequence`.
+    tensors: for each tensor (name, shape of its data for one token), such as ("keys", (kv_heads, head_dim)); the data
+        is for one sequence instead if `per_sequence`.
     dtype: fp32, bf16 or fp16.
     per_sequence: the layer stores one fixed-size state per sequence instead of one entry per token.
     window: number of newest tokens that the layer needs; 0: all.
-    replicated: every TP rank stores the same content (a latent); otherwise each rank stores its heads.
+    replicated: every TP rank stores the same content (such as the latent vectors of MLA); otherwise each rank stores
+        only its own heads.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -105,12 +107,13 @@ class KVCacheLayout:
 
 
 def make_layout(specs: Sequence[KVCacheSpec], block_size: int) -> KVCacheLayout:
-    """Returns the layout for layers with these specs. `block_size`: base size of a block, in tokens.
+    """Returns the KV cache layout of a model with these specs, one per layer. `block_size`: the smallest size that a
+    block may have, in tokens.
 
-    All blocks have the same bytes: the most that a group (layers with equal specs) needs for `block_size` tokens or, if
-    it stores a state per sequence, for that. The blocks of other groups hold the largest multiple of `block_size`
-    tokens that fits. All ranks must get the same block sizes, so this rule ignores alignment, which depends on a rank's
-    number of KV heads.
+    All blocks have the same size in bytes. It is the maximum over all groups (layers with equal specs) of what a group
+    needs for `block_size` tokens, or for the state of one sequence if it stores one per sequence. In a group that needs
+    less, a block holds the largest multiple of `block_size` tokens that fits. The layout ignores alignment, which
+    depends on a rank's number of KV heads, because all ranks must get the same number of tokens per block.
     """
     layers = {spec: tuple(i for i, s in enumerate(specs) if s == spec) for spec in dict.fromkeys(specs)}
     unit_bytes = {s: len(ids) * s.num_bytes * (1 if s.per_sequence else block_size) for s, ids in layers.items()}

@@ -21,22 +21,22 @@ class Request:
     num_draft_tokens: how many of those are drafts; no step of this request is scheduled until their result is known.
     num_computed_tokens: number of computed tokens once all steps in flight have run.
     num_in_flight: scheduled steps with tokens of this request whose results are not known yet.
-    num_tokens_at_start: number of tokens when the request last entered the batch. The ranks sampled the tokens after
-        them, and hold them on the device.
+    num_tokens_at_start: number of tokens when the request last entered the batch. Later tokens were sampled while it
+        was in the batch: the ranks hold them on the device, so steps do not send them.
     last_turn: number of the last turn that this request got, counted over all requests. Running requests take turns if
-        there are more of them than tokens in a step.
+        there are more of them than a step may have tokens.
     cached_tokens: tokens that the prefix cache provided when the request was first scheduled.
     slot: index of the running request in the batch, 0 … max_num_seqs - 1; -1 while it is not in the batch.
     has_ended: finished or aborted; results of steps in flight are discarded.
-    must_wait_for_result: no step of this request is scheduled while a token is pending.
+    must_wait_for_result: if true, no step of this request is scheduled while one of its tokens is pending.
     block_tables: for each KV cache group, KV blocks in order of position; 0 for a block outside the group's window.
     block_hashes: by block size, prefix-cache keys of the first full blocks, 16 bytes each; computed on demand.
     extra_keys: other inputs on which keys and values depend (an adapter), or a cache salt. Requests share cached blocks
         only if their extra keys are equal.
-    skip_prefix_cache: the request computes all of its tokens.
+    skip_prefix_cache: if true, the request uses no blocks of the prefix cache, and computes all of its tokens.
     matcher: `params.grammar`, compiled, in its initial state (not advanced by the output); None without a grammar.
     forced_tokens: (position, tokens): from this position on, the grammar allows only these tokens.
-    error: why no token can follow, if a logits processor found that; otherwise empty.
+    error: the reason if a logits processor has found that no token may follow; otherwise empty.
     prompt_logprobs: logprobs of prompt tokens (from the second on) that no output has returned yet.
     arrival_time: time.monotonic() when the scheduler received it, in seconds.
     queue_ms: milliseconds from arrival until the request is first scheduled; 0 before.

@@ -17,7 +17,8 @@ class SamplingMetadata:
     new_requests: (slot, request) of the requests that enter the batch with this step, with their tokens so far.
     prompt_logprobs: (token id, N) for each entry of `Step.logprob_indices`: the row returns the logprobs of this prompt
         token, which follows the row's token, and of the N most likely tokens.
-    hidden_indices: indices into the tokens of the step whose hidden states are returned (pooled requests).
+    hidden_indices: indices, among all tokens of the step, of those whose hidden states are returned: the last prompt
+        token of each request with `SamplingParams.pooling` (embeddings, reranking).
     """
 
     new_requests: list[tuple[int, Request]] = field(default_factory=list)

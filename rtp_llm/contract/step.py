@@ -33,10 +33,10 @@ class Step:
     new_blocks: [B, 4] int32, (slot, KV cache group, index in the block table, block id).
     slots: [S] int32, slots of the sequences in this step.
     counts: [S] int32, number of tokens of each sequence.
-    num_sampled: [S] int32, how many rows of each sequence are sampled, its last ones: 0 before the end of a prompt,
-        otherwise 1 plus one for each draft token.
+    num_sampled: [S] int32, for how many tokens of each sequence, its last ones in this step, the logits are computed
+        and the next token is sampled: 0 before the end of a prompt, otherwise 1 plus one for each draft token.
     token_ids: [K] int32, all tokens of the sequences in order, without those that ranks hold on the device.
-    logprob_indices: [L] int32, indices into T of the prompt tokens whose logits are needed.
+    logprob_indices: [L] int32, indices, among the T tokens, of the prompt tokens whose logits are needed.
     """
 
     epoch: int

@@ -1,1 +1,1 @@
-"""The gang's plan, its rendezvous, and the communication between its ranks."""
+"""The gang's plan (ranks, addresses and ports of all parts), its rendezvous, and the communication between ranks."""

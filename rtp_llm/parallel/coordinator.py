@@ -63,7 +63,9 @@ class _Peer:
 
 
 class Coordinator:
-    """Forms the gang: serves the rendezvous port, assigns ranks, notices lost ranks and tells all others."""
+    """Forms the gang: listens on the rendezvous port, assigns ranks to workers, notices when a rank is lost, and tells
+    all other ranks.
+    """
 
     def __init__(self, part_spec: PartSpec, listener: socket.socket, gang_secret: bytes = b""):
         self.part_spec, self._listener = part_spec, listener
@@ -81,7 +83,7 @@ class Coordinator:
         self._failures: deque[float] = deque()  # ends of epochs that no lost rank explains
 
     def serve(self) -> None:
-        """Handles events until the process ends."""
+        """Runs the event loop: calls `serve_once` again and again until the process ends."""
         while True:
             self.serve_once()
 
@@ -133,7 +135,10 @@ class Coordinator:
             if 0 <= part <= last_part:
                 version = self.part_spec.fingerprint.get("version")
                 reason = f"most of its settings, model and version differ from those of part 0 (version {version})"
-            raise WireError(f"the peer is not a part of this gang: {reason}; should it connect to another gang?")
+            raise WireError(
+                f"the peer is not a part of this gang: {reason}; does it have a wrong address of part 0 (member list or"
+                " LEADER_ADDRESS)?"
+            )
         # A machine that loses power does not close its connections: with this timeout, unacknowledged data is an error.
         heartbeat_ms = round(self.part_spec.config.heartbeat_timeout * 1000)
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, heartbeat_ms)
@@ -188,7 +193,7 @@ class Coordinator:
         self.rendezvous.begin_epoch(assigned)
         self._epoch = self._next_epoch()
         self._in_epoch, self._has_served, self._reject_at = True, False, 0.0
-        log.info("epoch %d of the gang: %s", self._epoch, self._describe(assigned))
+        log.info("epoch %d of the gang begins: %s", self._epoch, self._describe(assigned))
         part0_address, kv_cache = self._part0_address(), self.rendezvous.kv_cache
         lost = []
         for peer in [p for p in self._peers.values() if p.worker in assigned.values()]:

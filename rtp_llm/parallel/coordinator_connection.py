@@ -39,20 +39,25 @@ class CoordinatorConnection:
         self.local_address = str(self._sock.getsockname()[0])
 
     def say_hello(self, kind: str, **message: Any) -> None:
-        """Sends HELLO. Raises OSError. `kind`: worker or guard. `message`: further fields for the coordinator."""
+        """Sends a HELLO frame, with which a worker asks for a rank, or a guard for the status of all ranks. Adds this
+        part's number and fingerprint, and signs it with GANG_SECRET. Raises OSError.
+
+        `kind`: "worker" or "guard". `message`: further fields, such as the index and pid of a worker.
+        """
         part = self._part_spec.plan.part
         hello = {"kind": kind, "part": part, "fingerprint": self._part_spec.fingerprint, **message}
         self.send(FrameType.HELLO, self._answer.sign(hello))
 
     def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Sends a frame. Raises OSError."""
+        """Sends a frame to the coordinator; any thread may call it. Raises OSError if the connection is lost."""
         with self._lock:
             self._sock.sendall(pack_json(frame_type, message))
 
     def receive(self) -> tuple[FrameType, dict[str, Any]]:
-        """Returns the next frame, after checking that the sender is the coordinator.
+        """Returns (type, JSON body) of the next frame from the coordinator. Before the first one, checks that the
+        coordinator has accepted HELLO and proves that it knows GANG_SECRET.
 
-        Raises OSError, also if no frame arrives within HEARTBEAT_TIMEOUT.
+        Raises OSError if that fails, the connection is lost, or no frame arrives within HEARTBEAT_TIMEOUT.
         """
         while True:
             try:
@@ -106,7 +111,9 @@ class Heartbeats:
 
 
 def expect_challenge(sock: socket.socket) -> dict[str, Any]:
-    """Returns the body of the CHALLENGE frame, the first frame that a listening side sends. Raises WireError."""
+    """Reads the CHALLENGE frame, the first frame that the listening side of a gang port sends; it begins the
+    authentication with GANG_SECRET. Returns its JSON body. Raises WireError if another frame comes first.
+    """
     frame_type, payload = recv_frame(sock)
     if frame_type != FrameType.CHALLENGE:
         raise WireError(

@@ -37,8 +37,10 @@ class Assignment:
     """The rank of a worker in one epoch (the life of one communicator), and what it needs to connect to the other
     ranks.
 
-    address: this machine's address for other parts. kv_cache: size of the KV cache that other ranks have; zeros if
-    none.
+    incarnation: random id of the coordinator process, since epochs count from 1 again if part 0 is recreated.
+    address: the address under which other parts reach this machine.
+    kv_cache: size of the KV cache that this rank must allocate, because other ranks have it in memory already; zeros if
+        the ranks are still to determine it.
     """
 
     rank: int
@@ -92,7 +94,8 @@ class GangClient:
         self.rank_status.is_importing = False
 
     def epochs(self) -> Iterator[Assignment]:
-        """Waits for each rendezvous of all ranks, and yields this process's assignment in it. Raises GangError.
+        """Yields this process's assignment in each epoch, after waiting until all ranks have joined the rendezvous.
+        Raises GangError if the coordinator rejects this part or is not reachable for GANG_TIMEOUT_MIN.
 
         An epoch is the time until a rank is lost. Before the caller asks for the next assignment, it must have closed
         the communicator of the last epoch. The caller keeps the loaded weights.
@@ -102,14 +105,18 @@ class GangClient:
             self._leave_epoch()
 
     def fail_epoch(self, reason: str) -> None:
-        """Tells the coordinator that this rank cannot continue, so that all ranks meet again."""
+        """Tells the coordinator that this rank cannot continue. The coordinator then ends the epoch for all ranks and
+        holds another rendezvous. With RTP_RECOVERY=restart, also ends this process.
+        """
         epoch = self._assignment.epoch if self._assignment else 0
         self._send(FrameType.EPOCH_ENDED, {"epoch": epoch, "reason": reason})
         self._recover_by_restart(reason)
 
     def check_epoch(self) -> None:
-        """Raises CommunicationError if the coordinator has ended the current epoch (a rank is lost), even if it did so
-        before there was a callback `abort_epoch` to call.
+        """Raises CommunicationError if the coordinator has ended the current epoch, because a rank is lost.
+
+        The end of an epoch calls `abort_epoch`. This method also shows an end that came before the caller had set that
+        attribute.
         """
         if self._is_leaving:
             raise CommunicationError(
@@ -119,8 +126,8 @@ class GangClient:
     def wait_until_loaded(self) -> None:
         """Blocks until all ranks have loaded their weights. Raises CommunicationError if a rank is lost first.
 
-        Otherwise a rank with a fast disk would enter the first collective early and exceed its timeout there. This wait
-        has no timeout, because the coordinator detects a rank that makes no progress.
+        Without this wait, a rank with a fast disk would enter the first collective early and exceed its timeout there.
+        The wait has no timeout, because the coordinator detects a rank that makes no progress.
         """
         while not self._all_loaded():
             self.check_epoch()
@@ -135,7 +142,7 @@ class GangClient:
         return is_current and loaded >= self.part_spec.plan.world_size
 
     def available_bytes(self) -> int:
-        """Returns the free memory in bytes of the machine that has the least, as its ranks last reported."""
+        """Returns the free memory in bytes of the gang's machine with the least, as its ranks last reported."""
         statuses = self._gang_status["ranks"].values()
         reports = [status["available_bytes"] for status in statuses if "available_bytes" in status]
         return min(reports, default=available_memory())

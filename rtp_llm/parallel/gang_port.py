@@ -1,4 +1,7 @@
-"""A TCP port of the gang. It challenges whoever connects; strangers get no answer and disturb nobody."""
+"""A TCP port of the gang that authenticates its clients with GANG_SECRET (see `handshake`).
+
+A client that does not show in time that it belongs to the gang (a stranger) is disconnected, and delays no others.
+"""
 
 import errno
 import json
@@ -27,8 +30,10 @@ MAX_LOGGED_REASONS = 1000
 
 @dataclass(eq=False)
 class Connection:
-    """A connection to the port. `is_known`: the client has shown that it belongs to the gang; until then it is a
-    stranger. `connected_at`: monotonic seconds.
+    """A connection to the port.
+
+    is_known: the client has shown that it belongs to the gang; until then it is called a stranger, and is disconnected
+    at `expires_at`. connected_at, expires_at: monotonic seconds.
     """
 
     sock: socket.socket
@@ -66,9 +71,9 @@ class GangPort:
         self._selector.register(listener, selectors.EVENT_READ, None)
 
     def serve_once(self, wake_at: float) -> None:
-        """Waits for the next events, at most until `wake_at` (monotonic seconds), and handles them.
+        """Waits for connections and data, at most until `wake_at` (monotonic seconds), and handles them.
 
-        Raises CommunicationError if the listener is shut down.
+        Raises CommunicationError if another thread has shut down the listening socket.
         """
         wake_at = min([wake_at, *(stranger.expires_at for stranger in self._strangers())])
         for key, _ in self._selector.select(max(0.0, wake_at - time.monotonic())):
@@ -81,14 +86,16 @@ class GangPort:
                 self.drop(stranger, f"it did not show within {STRANGER_SECONDS:g} s who it is")
 
     def send(self, connection: Connection, frame: bytes) -> None:
-        """Sends a frame. Drops the connection if that fails."""
+        """Sends a frame. Closes the connection with `drop` if that fails."""
         try:
             connection.sock.sendall(frame)
         except OSError as error:
             self.drop(connection, str(error))
 
     def drop(self, connection: Connection, reason: str) -> None:
-        """Closes a connection, unless it is closed already."""
+        """Closes a connection, unless it is closed already. Reports the reason to `on_lost` if the client is known;
+        otherwise logs it, if the client has sent data.
+        """
         if connection not in self._connections:
             return
         self.release(connection)

@@ -1,4 +1,4 @@
-"""Communicators of the tensor-parallel group, one per epoch.
+"""Communicators of the tensor-parallel group, one per epoch (from a rendezvous to the loss of a rank).
 
 TP=1 needs no communication. GPUs use NCCL; CPU ranks use shared memory on one machine, gloo across machines.
 """
@@ -245,8 +245,9 @@ def init_group(
 ) -> Communicator:
     """Returns the communicator of all ranks. Every rank must call this, after closing its previous communicator.
 
-    `epoch`: number of the rendezvous after which the ranks form this communicator. `host`: address of part 0.
-    `address`: this machine's address for other parts.
+    `epoch`: unique name of this communicator, equal on all ranks; prefix of keys in torch's TCPStore. `host`: address
+    of part 0, where the store listens.
+    `address`: this machine's address for other parts; collectives use the network interface that has it.
     `timeout`: seconds for the initialization and for every collective. `shm_prefix`: prefix of file names in /dev/shm;
     if empty, all collectives on CPU use gloo. `formation`: lets another thread abort this call. Raises
     CommunicationError.
@@ -266,7 +267,9 @@ def init_group(
         formation.check_aborted()
         port = plan.leader_port(TORCH_STORE_PORT_OFFSET)
         kind = "shared-memory" if uses_shared_memory else "nccl" if device.type == "cuda" else "gloo"
-        raise CommunicationError(f"{kind} group at {host}:{port} could not be formed: {_first_line(error)}") from error
+        raise CommunicationError(
+            f"the ranks could not form their {kind} process group (TCPStore at {host}:{port}): {_first_line(error)}"
+        ) from error
 
 
 def _open_store(plan: Plan, rank: int, epoch: str, host: str, timeout: float, formation: Formation) -> dist.Store:
@@ -303,7 +306,9 @@ def _wait_for_store(host: str, port: int, timeout: float, formation: Formation) 
 
 
 def open_torch_group(store: dist.Store, rank: int, size: int, timeout: float, device: torch.device) -> TorchGroup:
-    """Forms a group over NCCL for a GPU, over gloo for a CPU. `timeout`: seconds per collective."""
+    """Forms a process group with the other ranks, which find each other through `store`: over NCCL for a GPU, over gloo
+    for a CPU. `timeout`: seconds per collective.
+    """
     duration = timedelta(seconds=timeout)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
@@ -377,4 +382,4 @@ def _set_collective_interface(address: str) -> None:
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # "=": exact match; eth1 alone also matches eth10
-    log.info("collectives use interface %s (%s)", os.environ.get("GLOO_SOCKET_IFNAME", "?"), address)
+    log.info("collectives use network interface %s with address %s", os.environ.get("GLOO_SOCKET_IFNAME", "?"), address)

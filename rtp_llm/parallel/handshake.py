@@ -1,8 +1,9 @@
 """Authentication between the processes of a gang with GANG_SECRET, on each of the gang's TCP ports.
 
 The listening side sends a CHALLENGE frame with a random nonce. The connecting side's first frame carries an HMAC over
-that nonce and over the frame, and a nonce of its own, for which the reply carries an HMAC. Without GANG_SECRET all this
-is empty. It keeps out strangers. It does not encrypt, and does not protect later frames from a man in the middle.
+that nonce and over the frame, and a nonce of its own, for which the reply carries an HMAC. If no part has GANG_SECRET,
+the HMACs are empty. The handshake keeps out clients without the secret. It does not encrypt, and does not protect later
+frames from a man in the middle.
 """
 
 import hmac
@@ -18,8 +19,8 @@ NONCE_BYTES = 16
 
 
 def read_secret(config: Config) -> bytes:
-    """Returns GANG_SECRET of the settings, or of the environment if they are from part.json, which has no secrets;
-    empty if not set.
+    """Returns the value of GANG_SECRET from the settings, or if they have none, from the environment, because settings
+    that were read from a file contain no secrets. Empty if it is not set.
     """
     return secret(config) or os.environ.get("GANG_SECRET", "").strip().encode()
 
@@ -44,7 +45,9 @@ class Challenge:
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 
     def proof(self, message: dict[str, Any]) -> str:
-        """Returns the HMAC that proves to the connecting side that this side knows GANG_SECRET, too."""
+        """Returns the HMAC over the nonce of the client's `message`, for the reply: it proves that this side knows
+        GANG_SECRET, too. Empty without GANG_SECRET.
+        """
         return _sign(self._secret, str(message["nonce"]), "proof") if self._secret else ""
 
 
@@ -60,7 +63,9 @@ class Answer:
         self._peer_has_secret = bool(challenge["secret"])
 
     def explain(self, error: OSError) -> OSError:
-        """Returns an error that says whether different secrets may be why the other side closed the connection."""
+        """Returns the error to raise after the other side has closed the connection with `error`: a SecretError if
+        GANG_SECRET differs or may differ between the two sides, otherwise `error` itself.
+        """
         if not self._secret and not self._peer_has_secret:
             return error
         here, there = ("set" if s else "not set" for s in (bool(self._secret), self._peer_has_secret))
@@ -73,13 +78,13 @@ class Answer:
         return message | {"mac": _sign(self._secret, self._challenge, message) if self._secret else ""}
 
     def check_proof(self, proof: str) -> None:
-        """Raises SecretError if the listening side has not proved that it knows GANG_SECRET."""
+        """Raises SecretError if `proof`, the HMAC in the listening side's reply, was not made with GANG_SECRET."""
         if self._secret and not hmac.compare_digest(_sign(self._secret, self._nonce, "proof"), proof):
             raise SecretError("GANG_SECRET of the other part is not the one of this part; set the same on all parts")
 
 
 class SecretError(WireError):
-    """GANG_SECRET is not the same on both parts."""
+    """The two sides of a connection do not have the same GANG_SECRET."""
 
 
 def _sign(gang_secret: bytes, nonce: str, message: Any) -> str:

@@ -22,7 +22,9 @@ _PART = re.compile(r"part([0-9]{1,6})\Z")
 
 @dataclass(frozen=True)
 class Member:
-    """One part. `index`: the number N in its name `…_partN`. `ip`: address for other parts. `port`: HTTP port."""
+    """One part in the member list. `index`: the number N in its name `…_partN`. `ip`: address or host name under which
+    other parts reach it. `port`: its HTTP port (START_PORT).
+    """
 
     index: int
     name: str

@@ -15,8 +15,9 @@ class MeshAxis(Group):
 
     size: number of these ranks, this one included. rank: this one's index among them.
 
-    Layers keep the axis for good. When a rank was lost, the ranks form a new communicator, to which the axis is bound.
-    While an axis of several ranks has no communicator, its collectives raise CommunicationError.
+    Layers keep one axis object while communicators come and go: after the loss of a rank, the ranks form a new
+    communicator, and `bind` gives it to the axis. While an axis of several ranks has no communicator, its collectives
+    raise CommunicationError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -62,7 +63,7 @@ class MeshAxis(Group):
 
 @dataclass(frozen=True)
 class Mesh:
-    """All ranks in four dimensions, as one rank sees them: tensor, expert, pipeline and data parallel."""
+    """The place of one rank among all ranks, in four dimensions: tensor, expert, pipeline and data parallelism."""
 
     tp: MeshAxis
     ep: MeshAxis = field(default_factory=MeshAxis)
@@ -71,6 +72,6 @@ class Mesh:
 
     @classmethod
     def of(cls, plan: Plan, rank: int) -> "Mesh":
-        """Returns the mesh with the indices of a world rank. Adjacent ranks are in the same tensor-parallel group."""
+        """Returns the mesh of the world rank `rank`. Adjacent ranks are in the same tensor-parallel group."""
         dp_rank, tp_rank = divmod(rank, plan.tp_size)
         return cls(MeshAxis(tp_rank, plan.tp_size), dp=MeshAxis(dp_rank, plan.dp_size))

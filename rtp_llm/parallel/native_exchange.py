@@ -10,7 +10,9 @@ from rtp_llm.parallel.segment import COUNTER_BYTES, SLOT_BYTES
 
 
 class GroupState(ctypes.Structure):
-    """The C struct `GroupState` of all_reduce.cpp."""
+    """The C struct `GroupState` of all_reduce.cpp as a ctypes structure: one rank's view of the shared-memory segment,
+    its counters, timeout and abort flag.
+    """
 
     _fields_ = (
         ("segment", ctypes.c_void_p),
@@ -30,7 +32,8 @@ class NativeExchange:
     """Implements `shared_memory.Exchange` with kernels in C++.
 
     Large sums (from some KiB on) are split: each rank sums one chunk for all ranks, so that the bytes that a rank reads
-    do not grow with the number of ranks. Orders its memory accesses explicitly, so it works on any processor.
+    do not grow with the number of ranks. The kernels order their memory accesses with atomic operations, so they also
+    work on processors that reorder stores, such as Arm.
     """
 
     def __init__(self, kernels: Library, memory: Tensor, rank: int, size: int, timeout: float):

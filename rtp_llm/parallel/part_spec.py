@@ -17,10 +17,11 @@ from rtp_llm.parallel.plan import Plan
 
 @dataclass(frozen=True)
 class EmbeddingInfo:
-    """How a text becomes an embedding.
+    """How the server makes an embedding from a client's text.
 
     size: dimensions of the embedding; a request may ask for fewer. normalize: scale it to length 1. prompts: {name:
-    text that precedes the client's text}. default_prompt: name of the one used by default; "": none.
+    text that is put before the client's text}. default_prompt: name of the prompt for requests that choose none; "":
+    no prompt.
     """
 
     size: int = 0
@@ -71,7 +72,9 @@ class PartSpec:
 
     @property
     def verdicts_path(self) -> Path:
-        """Returns the file in which the API process records, for each loss of a rank, whether a request caused it."""
+        """Returns the path of the file in which the API process records, for each loss of a rank, whether a request
+        caused it.
+        """
         return self.run_dir / "verdicts.json"
 
     @property

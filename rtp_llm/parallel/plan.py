@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def dp_size(self) -> int:
-        """Returns the number of data-parallel groups; each is a whole model on `tp_size` ranks."""
+        """Returns the number of data-parallel groups; each holds a whole copy of the model on `tp_size` ranks."""
         return self.world_size // self.tp_size
 
     @property
@@ -95,7 +95,9 @@ class Plan:
         return f"part{part} ({member.ip}:{member.port}, {ranks})" if member else f"part{part} ({ranks})"
 
     def leader_port(self, offset: int) -> int:
-        """Returns part 0's START_PORT minus `offset`: RENDEZVOUS_, STEP_ or TORCH_STORE_PORT_OFFSET."""
+        """Returns the port of part 0 that is `offset` below its START_PORT. `offset`: RENDEZVOUS_PORT_OFFSET,
+        STEP_PORT_OFFSET or TORCH_STORE_PORT_OFFSET, for the three services that only part 0 has.
+        """
         return self.leader.port - offset
 
     def ports(self, member: Member) -> list[PlannedPort]:
@@ -116,12 +118,16 @@ class Plan:
         return self.ports(self.member(self.part) or Member(self.part, f"part{self.part}", "", self.start_port))
 
     def reserved_ports(self, member: Member) -> range:
-        """Returns all ports that no other part at the address of `member`, an entry of the member list, may have."""
+        """Returns the range of ports that a part has for itself: other parts with the same IP address may not use them.
+        `member`: the part's entry in the member list.
+        """
         below = TORCH_STORE_PORT_OFFSET if member.index == 0 else 0
         return range(member.port - below, member.port + self.port_stride * self.local_world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the values of the plan that must be equal on all parts, by dotted name; one entry per member."""
+        """Returns the values of the plan that must be equal on all parts, for comparison: {"plan.tp_size": 2, …,
+        "members.part0": "x_part0 10.0.0.1:10000", …}.
+        """
         shared = asdict(self)
         for name in ("part", "start_port", "http_host", "members"):
             del shared[name]

@@ -14,9 +14,10 @@ from rtp_llm.parallel.wire import listen
 
 
 def port_conflict(planned: PlannedPort) -> str:
-    """Returns why listening on this port fails, such as "in use by pid 7 (nginx: master …)"; empty if it works.
+    """Returns why this process cannot listen on a planned port, such as "in use by pid 7 (nginx: master …)"; if it can,
+    an empty text.
 
-    Raises ConfigError if its host is not an address of this machine.
+    Raises ConfigError if the planned host is not an address of this machine.
     """
     for address in listen_addresses(planned.host):
         try:

@@ -52,14 +52,14 @@ class RankStatus:
         self.phase_changed = threading.Event()  # wakes the heartbeat thread: other ranks may wait for the phase
 
     def mark_progress(self) -> None:
-        """Records that this rank's main thread made progress: without that for long, it is killed as hung."""
+        """Records that this rank's main thread made progress. A rank that makes none for too long is killed as hung."""
         self._last_progress = time.monotonic()
 
     def count_progress(self) -> None:
         """Counts one computed layer (on CPU) or step (on GPU) of this rank.
 
-        Ranks that compute the same step reach the same count, so if they hang, the rank that the others wait for has
-        the lowest.
+        Ranks that compute the same step reach the same count. So if all hang, the rank for which the others wait is the
+        one with the lowest count.
         """
         self.progress_count += 1
         self.longest_s = max(self.longest_s, round(self.idle_seconds, 3))
@@ -71,7 +71,7 @@ class RankStatus:
         return 0.0 if self.is_waiting else time.monotonic() - self._last_progress
 
     def record_stall(self, is_stalled: bool) -> None:
-        """Records on rank 0 whether its requests can compute nothing until the machine has more memory."""
+        """Records, on rank 0, whether no request can be computed until the machine has more free memory."""
         self._stalled_since = min(self._stalled_since, time.monotonic()) if is_stalled else float("inf")
 
     def record_step(self, number: int, total_wait_seconds: float | None) -> None:
@@ -102,12 +102,12 @@ class RankStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a heartbeat: the public fields, `idle_s` (seconds since the last progress),
-        `in_collective` (whether this rank waits for others), `available_bytes` (memory of the machine), `lacks_memory`
-        (whether it computes nothing for want of memory) and `stands_still` (whether it seems to hang, perhaps because
-        the network loses what others send).
+        `in_collective` (whether this rank waits for others), `available_bytes` (free memory of the machine),
+        `lacks_memory` (whether the rank computes nothing because memory is short) and `stands_still` (whether it has
+        made no progress for much longer than ever before: it hangs, or the network loses what other ranks send).
 
-        If memory is short, frees what it can: the main thread may hang in its step, as the kernel keeps evicting its
-        code.
+        If memory is short, also returns unused heap memory to the kernel. The main thread may be unable to do that: its
+        step can take forever while the kernel keeps evicting the pages of the program's code.
         """
         data = asdict(self)
         del data["_last_progress"], data["_phase_start"], data["_total_wait_seconds"]

@@ -15,8 +15,8 @@ MIN_EQUAL_SHARE = 0.5  # of the fingerprint's values that a member of this gang 
 
 @dataclass(frozen=True)
 class KVCacheSize:
-    """The size of the KV cache, equal on all ranks: number of blocks, and the most tokens that a sequence may have. 0:
-    not known yet.
+    """The size of the KV cache, equal on all ranks: number of blocks, and maximum number of tokens of a sequence. Both
+    are 0 if the size is not known yet.
     """
 
     num_blocks: int = 0
@@ -25,11 +25,11 @@ class KVCacheSize:
 
 @dataclass(eq=False)
 class Worker:
-    """A process that can serve as a rank. A part has one more than ranks: a spare, which replaces a lost one.
+    """A process that can serve as a rank. A part has one worker per rank, and a spare that replaces a lost one.
 
     index: number among the workers of its part. resident_rank: the rank whose weights it has in memory. rank: its rank
-    in the current or last communicator. is_waiting: it waits for a rank; otherwise it is in a communicator or still
-    leaving one.
+    in the current or last communicator. is_waiting: True while it waits for the coordinator to give it a rank; False
+    while it is in a communicator, or still leaves one.
     """
 
     part: int
@@ -67,16 +67,18 @@ class Rendezvous:
         self.kv_cache = KVCacheSize()  # of the last epoch; a new gang of the same part 0 continues with it
 
     def is_member(self, part: int, fingerprint: dict[str, Any]) -> bool:
-        """Returns whether a worker with this part number and fingerprint belongs to this gang: whether at least half of
-        the fingerprint's values are those of part 0, since some settings may be wrong.
+        """Returns whether a worker with this part number and fingerprint belongs to this gang: the part exists, and at
+        least half of part 0's fingerprint values are equal. The others may differ, because a setting may be wrong.
 
-        Programs that are not of this gang know fewer values. With GANG_SECRET they are rejected earlier.
+        Processes of another gang have fewer equal values. With GANG_SECRET they are rejected earlier.
         """
         equal = sum(fingerprint.get(key) == value for key, value in self._fingerprint.items())
         return 0 <= part < self.plan.num_parts and equal >= MIN_EQUAL_SHARE * len(self._fingerprint)
 
     def twin(self, worker: Worker) -> Worker | None:
-        """Returns a worker of another part that claims the same WORLD_RANK; None if there is none."""
+        """Returns another worker with the same part number and index: two parts were started with the same WORLD_RANK.
+        None if there is none.
+        """
         place = worker.part, worker.index
         return next((w for w in self.workers if w is not worker and (w.part, w.index) == place), None)
 
@@ -103,9 +105,10 @@ class Rendezvous:
         return assigned
 
     def begin_epoch(self, assigned: dict[int, Worker]) -> None:
-        """Records which worker serves as which rank in the next communicator; the coordinator announces it. Sets
-        `kv_cache` to the size that one of these workers kept from an earlier communicator, if any: all ranks need the
-        same.
+        """Records which worker serves as which rank in the next communicator; the coordinator tells the workers.
+
+        If one of them still has a KV cache from an earlier communicator, sets `kv_cache` to its size, because all ranks
+        must have the same.
         """
         sizes = [w.kv_cache for w in assigned.values() if w.kv_cache.num_blocks]
         self.kv_cache = sizes[0] if sizes else self.kv_cache
@@ -115,7 +118,9 @@ class Rendezvous:
             worker.rank, worker.is_waiting = rank, False
 
     def missing(self) -> str:
-        """Describes the parts whose workers are missing; empty if there are none."""
+        """Returns a text that lists the parts of which too few workers wait for a rank, such as `part1 (10.0.0.2:20000,
+        ranks 2-3)`; empty if there are none.
+        """
         parts = [p for p in range(self.plan.num_parts) if self._num_waiting(p) < self.plan.local_world_size]
         return ", ".join(self.plan.describe_part(p) for p in parts)
 

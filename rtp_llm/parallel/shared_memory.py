@@ -29,10 +29,10 @@ SLEEP_SECONDS = 50e-6
 
 
 class Exchange(Protocol):
-    """Access of one rank to the shared memory segment through which ranks exchange tensors. Tensors must be contiguous,
-    and of the same size on all ranks.
+    """One rank's collectives over the shared-memory segment through which the ranks of a machine exchange tensors.
+    Tensors must be contiguous, and of the same size on all ranks.
 
-    A collective returns False if another rank does not join within the timeout, or after `abort`.
+    A collective returns True on success, False if another rank does not join within the timeout, or after `abort`.
     """
 
     @property
@@ -57,7 +57,8 @@ class Exchange(Protocol):
         ...
 
     def gather(self, tensor: Tensor, gathered: Tensor | None) -> bool:
-        """Writes the tensors of all ranks to `gathered`: [number of ranks, elements] on rank 0, None on the others.
+        """Copies the tensors of all ranks into `gathered`. It is a tensor [number of ranks, elements] on rank 0; the
+        other ranks pass None.
 
         Returns False at the timeout or after `abort`.
         """

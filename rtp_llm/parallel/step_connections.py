@@ -77,7 +77,10 @@ def connect_to_leader(part_spec: PartSpec, check_aborted: Callable[[], None]) ->
 
 
 def join_leader(sock: socket.socket, part_spec: PartSpec, assignment: Assignment) -> None:
-    """Sends JOIN with this rank's number to rank 0. Raises CommunicationError."""
+    """Sends rank 0 a JOIN frame with this rank's number and epoch, signed with GANG_SECRET.
+
+    Raises CommunicationError if the connection fails, or rank 0 sends no CHALLENGE frame in time.
+    """
     sock.settimeout(min(CHALLENGE_TIMEOUT_SECONDS, part_spec.config.dist_comm_timeout))
     try:
         answer = Answer(read_secret(part_spec.config), expect_challenge(sock))

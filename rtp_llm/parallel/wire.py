@@ -1,4 +1,4 @@
-"""Length-prefixed frames over stream sockets: one type byte and a payload of JSON or int32, never pickle."""
+"""Length-prefixed frames over stream sockets: one type byte, and a payload of JSON or binary arrays, never pickle."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ Frame = tuple["FrameType", bytes]
 
 
 class FrameType(IntEnum):
-    """Types of frames. The payload is JSON unless noted."""
+    """Types of frames, the messages between the processes of a gang. The payload is JSON unless noted."""
 
     # rendezvous and heartbeats: workers and guards <-> coordinator
     CHALLENGE = 7  # first frame on each TCP port of the gang, see parallel.handshake
@@ -105,7 +105,7 @@ class FrameBuffer:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a listening TCP socket. Raises OSError with the address if the port is in use."""
+    """Returns a listening TCP socket. Raises OSError, whose message names host and port, if it cannot bind them."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -119,7 +119,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """Returns a connected TCP socket with TCP_NODELAY: Nagle's algorithm would delay step frames."""
+    """Returns a connected TCP socket with TCP_NODELAY, because Nagle's algorithm would delay small frames.
+
+    `timeout`: seconds for connecting, and for later operations on the socket. Raises OSError.
+    """
     sock = socket.create_connection((host, port), timeout=timeout)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock

@@ -1,4 +1,4 @@
-"""The guard's connection to the coordinator: writes the gang status to gang.json, and kills workers that hang."""
+"""The guard's connection to the coordinator: writes the status of all ranks to gang.json, and kills hung workers."""
 
 import json
 import logging

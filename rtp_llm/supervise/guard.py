@@ -59,7 +59,7 @@ class RestartHistory:
     """The file `guard.json` in the run directory: numbers of restarts and last exit codes, for the metrics, and the
     failures that count against the restart budgets.
 
-    It survives restarts of the guard: otherwise a part that keeps failing would never end.
+    A restarted guard reads the file again. If it forgot earlier failures, a part that keeps failing would never end.
     """
 
     path: Path
@@ -109,7 +109,9 @@ class Watchdog:
         self._now = now
 
     def silent_seconds(self, name: str, sign: object) -> float:
-        """Returns the seconds since `sign`, a value that the process `name` changes while it works, last changed."""
+        """Returns the seconds since `sign` last changed between calls. `sign`: a value that the process `name` keeps
+        changing while it works, such as the modification time of a file.
+        """
         if name not in self._changed_at or self._changed_at[name][0] != sign:
             self._changed_at[name] = sign, self._now
         return self._now - max(self._changed_at[name][1], self._awake_since)
@@ -239,7 +241,7 @@ class Guard:
                 self.part_spec.api_alive_path.unlink()
 
     def _kill(self, pid: int, reason: str) -> None:
-        log.error("%s: killing it (exit code %d)", reason, ExitCode.HANG)
+        log.error("%s: killing that process, which counts as exit code %d (hang)", reason, ExitCode.HANG)
         self.watch.kill_reasons[pid] = reason
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

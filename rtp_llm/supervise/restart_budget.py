@@ -46,8 +46,9 @@ class RestartBudget:
             self.failures.append(Failure(key, now, [code]))
 
     def num_failures(self, now: float, verdicts: dict[str, str]) -> int:
-        """Returns the number of failures, without those that a request caused or may have caused. verdicts: by epoch,
-        what ended it: "request", "engine" or not known yet ("investigating").
+        """Returns the number of failures, without those that a request caused or may have caused.
+
+        verdicts: {epoch: what ended it}: "request", "engine", or "investigating" while that is not known yet.
         """
         return sum(self._counts(failure, now, verdicts) for failure in self.failures)
 
@@ -57,7 +58,8 @@ class RestartBudget:
     def delay(self, now: float, verdicts: dict[str, str]) -> float:
         """Returns the seconds before the next restart, by the number of failures that count: 0, 0.5, 1, 2, 4 … 60.
 
-        verdicts: by epoch, what ended it; failures by "request", or not known yet ("investigating"), do not count.
+        verdicts: {epoch: what ended it}. Failures of epochs that "request" ended do not count, nor those of which it is
+        not known yet ("investigating").
         """
         count = self.num_failures(now, verdicts)
         return 0.0 if count <= 1 else min(MAX_DELAY_SECONDS, 0.5 * 2 ** min(count - 2, 10))

@@ -63,7 +63,9 @@ def supervisord_config(part_spec: PartSpec) -> str:
 
 
 def runs_doctor(part_spec: PartSpec) -> bool:
-    """Returns True if the gang's doctor runs together with the ranks: with several parts, unless RTP_DOCTOR is off."""
+    """Returns whether a doctor process, which checks the parts against each other, runs next to the ranks: it does if
+    the gang has several parts and RTP_DOCTOR is not off.
+    """
     return part_spec.plan.is_multi_part and part_spec.config.rtp_doctor != "off"
 
 

@@ -162,7 +162,7 @@ def test_waiting_is_no_symptom_if_the_gang_forms_later() -> None:
     )
     formed = (
         "[part1 rank1] 09:55:36 INFO rtp_llm.parallel.gang_client:"
-        " epoch 1 of the gang: all 4 ranks are here and agree on their settings\n"
+        " epoch 1 of the gang begins: all 4 ranks are here and agree on their settings\n"
     )
     assert check_ids(waiting) == {"C-09"}
     assert check_ids(f"rtp-1  | {waiting}") == {"C-09"}

@@ -87,8 +87,8 @@ def test_two_machines_use_the_interface_of_their_address(
         gang.wait_healthy()
         assert gang.leader.complete(BODIES["short"]) == expected["short"]
         assert [part.fetch("/liveness")[0] for part in gang.parts] == [200, 200]
-        assert "collectives use interface rtp0 (10.77.0.1)" in gang.parts[0].log
-        assert "collectives use interface rtp1 (10.77.0.2)" in gang.parts[1].log
+        assert "collectives use network interface rtp0 with address 10.77.0.1" in gang.parts[0].log
+        assert "collectives use network interface rtp1 with address 10.77.0.2" in gang.parts[1].log
         gang.parts[1].kill("supervisord")
         assert gang.parts[1].wait_end() == 70
         gang.parts[1].assert_nothing_left()
