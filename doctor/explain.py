@@ -31,7 +31,8 @@ INFO_LINE = re.compile(
     r"\[(?:start_server|part\d[^\]]*)\] [\d:]+ (?:INFO|DEBUG) |\{\"time\": .*\"level\": \"(?:INFO|DEBUG)\""
 )
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-WAITING_TEXT, FORMED_TEXT = "waiting for part", "ranks are here and agree"
+WAITING_TEXT = "waiting for part"
+FORMED_TEXT = re.compile(r"ranks are here and agree|ranks kept their weights")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def find_symptoms(text: str) -> list[SymptomMatch]:
         line = ANSI_COLOUR.sub("", raw_line).strip().replace('\\"', '"')  # quotes are escaped in JSON logs
         target = matches
         if INFO_LINE.search(line):
-            if FORMED_TEXT in line:
+            if FORMED_TEXT.search(line):
                 waiting.clear()
             if WAITING_TEXT not in line:
                 continue

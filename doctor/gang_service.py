@@ -89,7 +89,9 @@ class _Examiner:
     """Runs gang checks on the reports that have arrived, and logs each problem once."""
 
     def __init__(self, part_spec: PartSpec, ctx: CheckContext, session: GossipSession, startup_findings: list[Finding]):
-        self.part_spec, self.ctx, self.session, self.startup_findings = part_spec, ctx, session, startup_findings
+        self.part_spec, self.ctx, self.session = part_spec, ctx, session
+        self._findings = startup_findings  # the latest of each check
+        self._has_concluded = False
         self._evidence: object = None
         self._logged = ""
         self._disagree_since = 0.0
@@ -113,7 +115,7 @@ class _Examiner:
 
     def compare(self) -> None:
         """Compares the reports received so far, if they have changed. They need not be final or contain measurements of
-        links.
+        links: once they all are final, runs the checks of links again as well.
 
         Raises GangError if RTP_DOCTOR=enforce and the parts disagree for DISAGREE_SECONDS, unless gang.json (the status
         of the gang) contains ranks: then they have met at the coordinator, which ends parts that disagree.
@@ -121,7 +123,9 @@ class _Examiner:
         evidence = self._read_evidence()
         if evidence != self._evidence:
             is_first, self._evidence = self._evidence is None, evidence
-            report = self._run([REGISTRY[id] for id in COMPARISONS])
+            is_final = all(report.probing_done for report in self.session.known_reports().values())
+            all_again = self._has_concluded and is_final
+            report = self._run(_gang_checks() if all_again else [REGISTRY[id] for id in COMPARISONS])
             if not is_first or report.problems():
                 self._log(report)
         assert self.ctx.gang
@@ -140,7 +144,8 @@ class _Examiner:
         """Runs all gang checks on the final reports. Raises DoctorError if one finds an error that would make the ranks
         hang, and RTP_DOCTOR=enforce.
         """
-        report = self._run([c for c in REGISTRY.values() if c.tier == 2 or c.id in RERUN_WITH_GANG])
+        report = self._run(_gang_checks())
+        self._has_concluded = True
         problems = self._log(report)
         if not problems:
             log.info("the parts reach each other and agree (%d gang checks)", sum(f.tier == 2 for f in report.checks))
@@ -154,17 +159,27 @@ class _Examiner:
     def _read_evidence(self) -> object:
         """Returns the data that `compare` uses, to detect whether it has changed."""
         return [
-            (part, report.run_id, report.problems, n, link.protocol_error, link.wrong_part, link.foreign_address)
+            (
+                part,
+                report.run_id,
+                report.probing_done,
+                report.problems,
+                n,
+                link.protocol_error,
+                link.wrong_part,
+                link.foreign_address,
+            )
             for part, report in sorted(self.session.known_reports().items())
             for n, link in [(part, LinkResult()), *report.links.items()]
         ]
 
     def _run(self, gang_checks: list[Check]) -> Report:
-        """Runs the checks and saves the report, which /doctor and /health show."""
+        """Runs the checks and saves the report, which /doctor and /health show. Other checks keep their findings."""
         started = time.time()
         self.ctx.gang = GangView(self.session.known_reports(), self.part_spec.plan)
-        kept = [f for f in self.startup_findings if f.id not in {c.id for c in gang_checks}]
-        report = make_report(self.ctx, [*kept, *run_checks(gang_checks, self.ctx, kept)], started=started)
+        kept = [f for f in self._findings if f.id not in {c.id for c in gang_checks}]
+        self._findings = [*kept, *run_checks(gang_checks, self.ctx, kept)]
+        report = make_report(self.ctx, self._findings, started=started)
         report.save(self.part_spec.doctor_report_path)
         return report
 
@@ -178,6 +193,11 @@ class _Examiner:
             log.info("the parts no longer disagree")
         self._logged = text if problems else ""
         return problems
+
+
+def _gang_checks() -> list[Check]:
+    """Returns the checks that use the reports of all parts."""
+    return [check for check in REGISTRY.values() if check.tier == 2 or check.id in RERUN_WITH_GANG]
 
 
 def _startup_findings(path: Path) -> list[Finding]:

@@ -215,10 +215,10 @@ class Coordinator:
 
     def _describe(self, assigned: dict[int, Worker]) -> str:
         kept = sum(worker.resident_rank is not None for worker in assigned.values())
-        loading = ", ".join(str(rank) for rank, worker in assigned.items() if worker.resident_rank is None)
+        loading = [str(rank) for rank, worker in assigned.items() if worker.resident_rank is None]
         if not kept:
             return f"all {len(assigned)} ranks are here and agree on their settings"
-        return f"{kept} ranks kept their weights; " + (f"rank {loading} loads them" if loading else "none was lost")
+        return f"{kept} ranks kept their weights; ranks that load them: {', '.join(loading) or 'none'}"
 
     def _next_epoch(self) -> int:
         """Returns the number of the new epoch. The last one is in a file, so that it survives this process."""

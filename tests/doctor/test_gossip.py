@@ -3,22 +3,27 @@ cannot reproduce reliably."""
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from doctor.check import CheckResult, Status
 from doctor.context import CheckContext
 from doctor.gang.connections import serve_ports
 from doctor.gang.gossip import GossipSession
 from doctor.gang.part_report import LinkResult, PartReport
 from doctor.gang_service import _Examiner
+from doctor.report import Report, make_finding
 from rtp_llm.errors import GangError
 from rtp_llm.parallel.members import Member
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, Plan
+from tests.doctor.fixtures import FakeHost
 
 SESSION_SECONDS = 8.0
 
@@ -96,6 +101,44 @@ def test_serve_ports_with_open_connection_exits_without_asyncio_errors(data: byt
         greeting = asyncio.run(connect_once(make_session(members, 0), responder))
     assert b"rtp-llm-doctor" in greeting
     assert errors == []
+
+
+def test_findings_of_links_stay_until_the_links_are_probed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Part 1 restarts: its report is first without links, and then says that they are well."""
+    caplog.set_level(logging.INFO)
+    statuses: dict[str, Status] = {}
+    monkeypatch.setattr(
+        "doctor.gang_service.run_checks",
+        lambda checks, ctx, kept: [
+            make_finding(c, CheckResult(statuses.get(c.id, Status.OK), ""), 0.0) for c in checks
+        ],
+    )
+    members = (Member(0, "x_part0", "127.0.0.1", 1), Member(1, "x_part1", "127.0.0.1", 2))
+    session = make_session(members, 0)
+    config = SimpleNamespace(rtp_doctor="warn")
+    spec = SimpleNamespace(
+        plan=session.plan, config=config, doctor_report_path=tmp_path / "doctor", gang_status_path=tmp_path / "gang"
+    )
+    examiner = _Examiner(cast(PartSpec, spec), CheckContext(FakeHost(tmp_path)), session, [])
+
+    def report_of_part1(run_id: str, probing_done: bool) -> list[str]:
+        report = make_session(members, 1).part_report
+        report.run_id, report.probing_done = run_id, probing_done
+        session.merge_reports([report.to_json()])
+        examiner.compare()
+        return [f.id for f in Report.model_validate_json(spec.doctor_report_path.read_text()).problems()]
+
+    session.part_report.probing_done = True
+    assert report_of_part1("first", True) == []
+    statuses["N-02"] = Status.ERROR
+    examiner.conclude()
+    assert report_of_part1("second", False) == ["N-02"]
+    assert "no longer disagree" not in caplog.text
+    statuses.clear()
+    assert report_of_part1("second", True) == []
+    assert "no longer disagree" in caplog.text
 
 
 # Forged reports
