@@ -166,12 +166,12 @@ class CheckContext:
 
     @property
     def on_gpu(self) -> bool:
-        """Returns whether the ranks of this part run on GPUs. Without a plan: whether RTP_DEVICE is cuda or CUDA would
-        see a GPU.
+        """Returns whether the ranks of this part run on GPUs. Without a plan: whether RTP_DEVICE is cuda or, if it is
+        not set, CUDA would see a GPU.
         """
         if self.plan:
             return self.plan.device == "cuda"
-        return self.config.rtp_device == "cuda" or bool(self.gpus.visible)
+        return self.config.rtp_device == "cuda" or (not self.config.rtp_device and bool(self.gpus.visible))
 
     @property
     def used_gpus(self) -> list[Gpu]:

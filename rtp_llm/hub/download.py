@@ -88,7 +88,7 @@ def _raise_if_final(model: RemoteModel, error: Exception) -> None:
     """Raises ConfigError if another attempt would fail in the same way."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ConfigError(
-            f"{model.name}: the disk of {cache_folder()} is full; free {gigabytes(model.total_bytes)} on it, or set"
+            f"{model.name}: the disk of {cache_folder()} is full; free {gigabytes(model.missing_bytes())} on it, or set"
             " HF_HOME to a folder on a larger disk",
             check=CACHE_HAS_SPACE,
         ) from None

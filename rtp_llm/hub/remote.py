@@ -58,9 +58,13 @@ class RemoteModel:
     def bytes_on_disk(self) -> int:
         return bytes_on_disk(self.name.repo, self.blobs)
 
+    def missing_bytes(self) -> int:
+        """Returns how many bytes are still to download."""
+        return self.total_bytes - self.bytes_on_disk()
+
     def check_space(self) -> None:
         """Raises ConfigError if the cache's disk has too little space for the missing files."""
-        missing, free = self.total_bytes - self.bytes_on_disk(), free_bytes()
+        missing, free = self.missing_bytes(), free_bytes()
         if missing > free:
             raise ConfigError(
                 f"{cache_folder()} has {gigabytes(free)} free, but {gigabytes(missing)} of {self.name} are"

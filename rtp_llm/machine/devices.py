@@ -3,10 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pynvml
+
+from rtp_llm.machine.cgroup import Cgroup
+from rtp_llm.machine.memory import read_text
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,9 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cores() -> int:
     """Returns the number of CPU cores that this process may use, at least 1: the cores of its affinity, or the CPU
-    quota of cgroup v2, rounded down, if that is less. `root`: the cgroup mount.
+    quota of its cgroup, rounded down, if that is less.
     """
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except OSError:
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    cores, quota = len(os.sched_getaffinity(0)), Cgroup.read(read_text).cpus
+    return max(1, min(cores, int(quota))) if quota else cores

@@ -294,6 +294,15 @@ def test_missing_reading_is_skipped(id: str, readings: dict[str, Any], gpu_part:
     )
 
 
+@pytest.mark.parametrize(("device", "on_gpu"), [("", True), ("cuda", True), ("cpu", False)])
+def test_the_device_of_a_part_without_a_plan_is_that_of_its_setting(
+    device: str, on_gpu: bool, gpu_part: FakeGpuPart
+) -> None:
+    gpu_part.set(TP_SIZE="0", RTP_DEVICE=device)
+    assert gpu_part.ctx().plan is None
+    assert gpu_part.ctx().on_gpu == on_gpu
+
+
 def test_missing_peer_access_reading_is_skipped(gpu_part: FakeGpuPart) -> None:
     set_pairs(gpu_part, GpuPair(0, 1, p2p=None, nvlink=None, topology=None))
     assert by_id(run_context_checks(gpu_part.ctx()), "P-02").status == "skip"

@@ -14,7 +14,7 @@ from doctor.nccl import NameFilter, choose_interfaces, parse_conf
 from rtp_llm.config import Config
 from rtp_llm.errors import ConfigError
 from rtp_llm.machine.cgroup import UNLIMITED, Cgroup, parse_proc_cgroup
-from rtp_llm.machine.devices import apply_cuda_visible_devices
+from rtp_llm.machine.devices import apply_cuda_visible_devices, usable_cores
 from rtp_llm.parallel.members import read_members
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -86,6 +86,17 @@ def test_cgroup_version_1_reads_its_own_path() -> None:
         }
     )
     assert (group.version, group.available_memory, group.cpus) == (1, 600, 1.5)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 4), ("250000", 2), ("50000", 1), ("900000", 4)])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_quota_limits_the_cores(version: int, quota: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    v1 = {"memory/memory.limit_in_bytes": "1", "cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": "100000"}
+    v2 = {"cgroup.controllers": "cpu", "cpu.max": f"{quota} 100000".replace("-1", "max")}
+    table = {f"/sys/fs/cgroup/{name}": text for name, text in (v1 if version == 1 else v2).items()}
+    monkeypatch.setattr("rtp_llm.machine.devices.read_text", table.get)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    assert usable_cores() == cores
 
 
 V1 = (

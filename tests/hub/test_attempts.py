@@ -69,14 +69,14 @@ def test_gives_up_if_nothing_arrives(monkeypatch: pytest.MonkeyPatch, blob: Path
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"org/demo: the disk of /.* is full; free 1\.0 MB on it, or set HF_HOME to a "),
+        (errno.ENOSPC, r"org/demo: the disk of /.* is full; free 0\.6 MB on it, or set HF_HOME to a "),
         (errno.EROFS, r"/.*: cannot be written: Read-only file system; set HF_HOME or HF_HUB_CACHE"),
     ],
 )
 def test_a_disk_that_fails_is_final(
     monkeypatch: pytest.MonkeyPatch, blob: Path, model: RemoteModel, number: int, message: str
 ) -> None:
-    fake = attempts(monkeypatch, blob, (0, OSError(number, "Read-only file system")))
+    fake = attempts(monkeypatch, blob, (1 << 19, OSError(number, "Read-only file system")))
     with pytest.raises(ConfigError, match=message):
         download(model)
     assert not fake.waits
