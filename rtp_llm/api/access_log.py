@@ -20,7 +20,11 @@ SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 
 @dataclass(eq=False)
 class SequenceRecord:
-    """Fields of one sequence for its request's access log line. `prompt_key`: equal for sequences of one prompt."""
+    """What the access log counts of one generated sequence: tokens, times and finish reason. Times in milliseconds,
+    except `first_token_at` (time.monotonic(); None until the first token).
+
+    `prompt_key` is equal for the n sequences of one prompt, so that the log line counts the prompt's tokens once.
+    """
 
     prompt_key: int
     prompt_tokens: int
@@ -74,7 +78,11 @@ _current: ContextVar[AccessRecord | None] = ContextVar("access_record", default=
 
 
 def start(header: str | None) -> AccessRecord:
-    """Starts a record for the current task's request. Its id is the client's `X-Request-Id` if that is safe to log."""
+    """Starts and returns the record of the HTTP request that the current asyncio task handles.
+
+    header  the client's `X-Request-Id`, used as the request's id if it has at most 128 characters, all of them
+            letters, digits or ._~:/+=@-; otherwise the id is random
+    """
     is_safe = header is not None and SAFE_ID.fullmatch(header)
     record = AccessRecord(header if header and is_safe else secrets.token_hex(12))
     _current.set(record)
@@ -82,12 +90,17 @@ def start(header: str | None) -> AccessRecord:
 
 
 def current() -> AccessRecord:
-    """Returns the record of the current task's request; outside a request, a new record that is never logged."""
+    """Returns the record of the HTTP request that the current asyncio task handles; outside a request, a new record
+    that is never logged.
+    """
     return _current.get() or AccessRecord("")
 
 
 def write(record: AccessRecord, request: Mapping[str, Any]) -> None:
-    """Logs the request in one line. `request`: its client, method, path, route, status and key name."""
+    """Logs an HTTP request in one line: its id, the fields in `request`, the token counts and times, the duration.
+
+    `request`: client address, name of the API key, method, path and status.
+    """
     duration_ms = round((time.monotonic() - record.started) * 1000, 1)
     fields = {"request_id": record.request_id, **request, **record.fields(), "duration_ms": duration_ms}
     text = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items() if value not in (None, ""))

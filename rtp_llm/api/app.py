@@ -193,7 +193,7 @@ def _add_error_handlers(app: FastAPI, config: Config) -> None:
         return Response(status_code=499)  # nginx's "client closed request", for the access log only
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("request %s %s failed", request.method, request.url.path, exc_info=error)
+        log.error("unexpected error in request %s %s (status 500)", request.method, request.url.path, exc_info=error)
         message = "internal error; the server's log has the details"
         return error_response(request.url.path, RequestError(500, 514, "UNKNOWN_ERROR", message))
 

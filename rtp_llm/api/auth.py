@@ -30,7 +30,9 @@ KEY = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64}):)?(?P<key>[!-~]+)")
 
 @dataclass(frozen=True)
 class NamedKey:
-    """A key, stored as its SHA-256, so that a comparison takes the same time for keys of any length."""
+    """An API key or admin key with its name, which the access log shows. `digest`: SHA-256 of the key, so that a
+    comparison takes the same time for keys of any length.
+    """
 
     name: str
     digest: bytes
@@ -93,7 +95,9 @@ class AuthMiddleware:
 
 
 def require_admin(request: Request) -> None:
-    """FastAPI dependency of admin routes. Raises RequestError 403 if the request has no admin key."""
+    """FastAPI dependency of admin routes. Raises RequestError 403 if the request has no admin key or, on a server
+    without any keys, does not come from a program on this machine.
+    """
     is_admin = request.state.is_admin
     if is_admin is None:
         is_admin = _comes_from_this_machine(request.scope)

@@ -11,7 +11,10 @@ BODIES = 16  # of the maximum size that fit
 
 
 class BodyMemory:
-    """Reads the bodies of requests with prompts. Unlike starlette's `body`, frees them before the response ends."""
+    """Reader of request bodies that limits the memory of all bodies together to `BODIES` times MAX_BODY_MB.
+
+    starlette's `Request.body` would keep a body until the response ends; `read` frees it as soon as it is tokenized.
+    """
 
     def __init__(self, max_body_mb: float):
         self.limit = int(BODIES * max_body_mb * 2**20)
@@ -19,9 +22,11 @@ class BodyMemory:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Context manager that returns the whole body. The body counts towards the limit until the context exits.
+        """Context manager that reads the whole body and returns it. The body counts towards the limit on memory until
+        the context exits.
 
-        Raises RequestError 429 if all bodies together exceed the limit, ClientDisconnect if the client disconnects.
+        Raises RequestError 429 if this body and those in other contexts exceed the limit, ClientDisconnect if the
+        client disconnects.
         """
         size, pieces = 0, []
         try:

@@ -64,10 +64,10 @@ class Answer:
 
 @dataclass
 class ChatChoice(Choice):
-    """One choice of a chat response.
+    """One entry of `choices` in a chat response, whose output text is parsed into content, reasoning and tool calls.
 
-    answer      all deltas so far
-    new_deltas  the deltas of the newest chunk
+    answer      the parsed output so far
+    new_deltas  the parts of it that the newest chunk from the engine added, for a stream
     """
 
     parser: OutputParser = field(default_factory=ContentParser)
@@ -84,7 +84,9 @@ class ChatChoice(Choice):
 
     @property
     def finish_reason(self) -> str | None:
-        """Returns the finish reason; "tool_calls" instead of "stop" if the output has tool calls."""
+        """Returns OpenAI's finish reason: "tool_calls" instead of "stop" if the output has tool calls; None until the
+        choice has ended.
+        """
         reason = super().finish_reason
         return "tool_calls" if reason == "stop" and self.answer.has_calls else reason
 
@@ -92,10 +94,12 @@ class ChatChoice(Choice):
 async def start_chat(
     prepared: Prepared[ChatRequest], service: Service, stop_words: StopWords, temperature: float = CHAT_TEMPERATURE
 ) -> GenerationRequest[ChatChoice]:
-    """Reserves slots for the sequences of a chat that has been validated and tokenized. Returns its generation, not yet
-    started. Raises RequestError 400, 429 or 503.
+    """Returns the generation of a validated and tokenized chat. It has reserved a slot for each of its n sequences, and
+    starts with `run` or `collect`.
 
     temperature  used if neither the request nor generation_config.json sets one
+
+    Raises RequestError 400 for invalid parameters, 429 if too few slots are free, 503 if the server is stopping.
     """
     body, prompts = prepared.body, await prepared.prompts()
     extra = body.extra_configs

@@ -1,4 +1,7 @@
-"""Renders the messages of a request by the chat template, as its fields want it."""
+"""Renders the messages of a request with the model's chat template, according to the request's fields.
+
+Such fields are `tools`, `chat_template_kwargs`, `add_generation_prompt` and `continue_final_message`.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -16,8 +19,8 @@ _RESERVED_KWARGS = {"messages", "tools", "add_generation_prompt", "continue_fina
 
 
 class ChatRenderer:
-    """Renders chats with the model's chat template. All methods raise RequestError 400 if the template cannot render
-    the messages, or options exclude each other.
+    """Renderer of chats with the model's chat template. All methods raise RequestError 400 if the template cannot
+    render the messages, or if two options of the request exclude each other.
     """
 
     def __init__(self, template: ChatTemplate):

@@ -2,8 +2,8 @@
 
 Accepted sequences survive the loss of the engine: the client keeps their prompts and output tokens and resubmits both
 after the ranks have restarted, in the next epoch. Sampling is a function of (seed, position), so the continuation is
-the same. In the same way, the client holds a sequence back while another one is tested for crashing the engine
-(`api.suspects`), or while its reader is slow.
+the same. In the same way, the client aborts a sequence in the engine and resubmits it later while another sequence is
+tested for crashing the engine (`api.suspects`), or while its HTTP client reads the output too slowly.
 """
 
 import asyncio
@@ -95,12 +95,16 @@ class EngineClient:
 
     @property
     def info(self) -> EngineInfo | None:
-        """Returns the properties that all engines share, as the first one reported; None before the first READY."""
+        """Returns properties of the model and the KV cache, the same for all engines: those in the first engine's READY
+        frame, even after it is lost; None before its first READY.
+        """
         return self._engines[0].info
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Returns the statistics after the last step, summed over engines; empty if no engine is connected."""
+        """Returns the fields of `contract.engine_events.EngineStats` (requests, KV blocks, totals of steps and tokens)
+        after each engine's last step, summed over the engines; empty if no engine has reported any.
+        """
         all_stats = [engine.stats for engine in self._engines if engine.stats]
         return {name: sum(stats[name] for stats in all_stats) for name in all_stats[0]} if all_stats else {}
 
@@ -127,8 +131,8 @@ class EngineClient:
     ) -> AsyncGenerator[EngineOutput]:
         """Yields the outputs of one sequence until it finishes. Closing the iterator early aborts the sequence.
 
-        Raises RequestError 503 if a lost engine does not return in time, 500 if the sequence itself fails or makes the
-        engine crash.
+        Raises RequestError 503 if a lost engine does not reconnect within `resume_timeout` or the server stops, 400 if
+        the engine rejects the parameters, 500 if the sequence itself fails or makes the engine crash.
         """
         sequence = InFlightSequence(request_id, prompt, params, self._choose_engine())
         if self._suspects[sequence.engine].is_known_culprit(sequence, time.monotonic()):
@@ -195,10 +199,10 @@ class EngineClient:
         self._write_verdicts()
 
     def on_lost(self, engine: EngineConnection, reason: object) -> None:
-        """Handles a lost engine (a rank has failed): keeps its sequences, and submits them again when the engine
-        returns.
+        """Handles the end of the connection to an engine, usually because a rank failed: keeps the engine's sequences,
+        to submit them again when it reconnects. `reason`: for the log.
 
-        Fails a sequence that is found to have crashed the engine.
+        Fails a sequence that is found to have crashed the engine, and all sequences while the server is stopping.
         """
         sequences = self._sequences(engine)
         launched = [sequence for sequence in sequences if sequence.submission_id in engine.launched_ids]

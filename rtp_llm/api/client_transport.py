@@ -11,8 +11,8 @@ PROGRESS_SECONDS = 30.0  # in which a client must read or send something, or it 
 
 
 class ClientTransport:
-    """The asyncio.Transport of one client's connection, with the methods that uvicorn uses. If `expects_input` is set
-    (the client may still send), `close` lingers as in nginx.
+    """The asyncio.Transport of one client's connection, with the methods that uvicorn uses. While `expects_input` is
+    set, the client may still be sending a request; then `close` lingers, as nginx's lingering_close does.
 
     Closing a socket that has unread input sends a reset, and the client's kernel then discards the response (RFC 9112,
     section 9.6). So `close` first shuts down the sending side, then discards input for a while.
@@ -47,8 +47,8 @@ class ClientTransport:
         self.watch_writing()
 
     def discard_input(self) -> None:
-        """Called for each input after `close`, which is discarded. Restarts the timer of LINGER_SECONDS that ends the
-        connection, until PROGRESS_SECONDS after `close`.
+        """Postpones the end of a connection that lingers after `close`: to LINGER_SECONDS from now, but at most to
+        PROGRESS_SECONDS after `close`. `HttpProtocol` calls it for each input, and discards the input.
         """
         if self._linger_timer:
             self._linger_timer.cancel()
@@ -56,8 +56,8 @@ class ClientTransport:
         self._linger_timer = self._loop.call_at(end, self._transport.close)
 
     def watch_writing(self, unsent_before: float = math.inf) -> None:
-        """Aborts the connection if its client reads none of the unsent bytes for PROGRESS_SECONDS. Calls itself at this
-        interval. `unsent_before`: unsent bytes at the last call.
+        """Aborts the connection if its client has received none of the unsent bytes since the last call. Calls itself
+        again after PROGRESS_SECONDS, until nothing is unsent. `unsent_before`: number of unsent bytes at the last call.
         """
         self.stop_watching()
         unsent = self._transport.get_write_buffer_size() and self.num_unsent_bytes()
@@ -72,15 +72,16 @@ class ClientTransport:
             self._write_timer = None
 
     def on_lost(self) -> None:
-        """Called when the connection is lost: cancels the timers that would end it."""
+        """Cancels the timers that would end the connection. `HttpProtocol` calls it when the connection is lost."""
         self.stop_watching()
         if self._linger_timer:
             self._linger_timer.cancel()
 
     def num_unsent_bytes(self) -> int:
-        """Returns the bytes that the client has not received, those in the kernel's send buffer included.
+        """Returns the number of bytes that the client has not received, including those in the kernel's send buffer.
 
-        That buffer takes megabytes at once: if it did not count, a slow client would seem to make no progress.
+        That buffer takes megabytes at once: without it, the number would stay the same for a long time although a slow
+        client reads. Returns 0 for a closed socket.
         """
         in_kernel = bytearray(4)
         try:

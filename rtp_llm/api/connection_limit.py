@@ -1,4 +1,7 @@
-"""The limit on HTTP connections, derived from the limit on open files, and which are closed beyond it."""
+"""Limits the number of HTTP connections, according to the limit on open files (ulimit -n).
+
+Beyond it, closes connections without a request, the one that has waited longest first.
+"""
 
 import asyncio
 import logging
@@ -21,10 +24,10 @@ class Connection(Protocol):
 
 
 class ConnectionLimit:
-    """Limits HTTP connections to the number that the limit on open files allows: closes the one that waits longest for
-    a request, or the new one. Logs that, at most one line a minute.
+    """Limit on the number of open HTTP connections. For a new connection beyond it, closes the connection that has
+    waited longest for a request or, if all others have requests, the new one. Logs at most one line a minute about it.
 
-    waiting  connections without a request, the longest waiting first
+    waiting  connections without a request, the one that has waited longest first
     """
 
     def __init__(self, limit: int):
@@ -35,8 +38,8 @@ class ConnectionLimit:
 
     @classmethod
     def from_rlimit(cls) -> "ConnectionLimit":
-        """Raises the soft limit on open files up to the hard one. Returns a limit of as many connections, less the
-        files that are open and a reserve.
+        """Raises this process's soft limit on open files (RLIMIT_NOFILE) to the hard one, or to MAX_DESCRIPTORS if that
+        is lower. Allows as many connections, less the files that are open and 2 * RESERVED_DESCRIPTORS; at least 8.
         """
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = max(soft, min(hard, MAX_DESCRIPTORS)) if hard != resource.RLIM_INFINITY else MAX_DESCRIPTORS
@@ -44,9 +47,11 @@ class ConnectionLimit:
         return cls(max(8, wanted - len(os.listdir("/proc/self/fd")) - 2 * RESERVED_DESCRIPTORS))
 
     def admit(self, connection: Connection, num_open: int) -> None:
-        """Admits a new connection, which waits for its first request. Beyond the limit, closes the connection that
-        waits longest for a request. If no other one waits, closes the new one, but only beyond the limit plus
-        RESERVED_DESCRIPTORS. `num_open`: number of connections, the new one included.
+        """Registers a new connection as waiting for its first request. Beyond the limit, closes the connection that has
+        waited longest for a request. If all others have requests, keeps the new one, as it may bring a health probe;
+        closes it only if more connections are open than the limit plus RESERVED_DESCRIPTORS.
+
+        `num_open`: number of open connections, including the new one.
         """
         self.waiting[connection] = None
         if num_open <= self.limit:

@@ -26,7 +26,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class TaggedStructure(BaseModel):
-    """JSON between a begin tag and an end tag, such as a function call."""
+    """JSON that matches `schema`, such as a function call, between the texts `begin` and `end`."""
 
     begin: Annotated[str, Field(min_length=1)]
     schema_: Schema = Field({}, alias="schema")
@@ -34,7 +34,9 @@ class TaggedStructure(BaseModel):
 
 
 class StructuralTag(BaseModel):
-    """Free text with structures in it. A trigger, which is a prefix of a `begin` tag, starts a structure."""
+    """Free text that may contain `structures`. As soon as the model writes one of `triggers`, which are prefixes of the
+    structures' `begin`, the text must continue as one of these structures.
+    """
 
     structures: Annotated[list[TaggedStructure], Field(min_length=1, max_length=256)]
     triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)]
@@ -92,16 +94,18 @@ class StructuredOutputFields(BaseModel):
 
 
 def content_grammar(tokenizer: Tokenizer, *bodies: StructuredOutputFields | None) -> tuple[str, str]:
-    """Returns the grammar for the text and the name of the field that requests it; two empty strings if no field does.
+    """Returns the grammar of the output, as a string for llguidance, and the name of the request field that asks for
+    it; two empty strings if no field does.
 
-    `bodies`: the objects of a request that may have such fields. Raises RequestError 400.
+    `bodies`: the objects of the request that may have such fields. Raises RequestError 400 if several fields are set or
+    a grammar is invalid.
     """
     constraints = [constraint for body in bodies if body for constraint in _constraints(body, tokenizer)]
     found = [(name, partial(make, value)) for name, value, make in constraints if value]
     if not found:
         return "", ""
     if len(found) > 1:
-        raise invalid_params(f"{found[0][0]} and {found[1][0]} are set: a text can follow only one", found[1][0])
+        raise invalid_params(f"{found[0][0]} and {found[1][0]} are set: the output can follow only one", found[1][0])
     [(name, make)] = found
     try:
         return make(), name

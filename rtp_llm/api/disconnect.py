@@ -14,9 +14,9 @@ class ClientDisconnected(Exception):
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Returns the result of `work`. If the client disconnects first, cancels it and raises ClientDisconnected.
+    """Returns the result of `work`. If the client disconnects first, cancels `work` and raises ClientDisconnected.
 
-    The body of the request must have been read.
+    Read the request's whole body before: this function discards what it receives until the client disconnects.
     """
     task = asyncio.ensure_future(work)
     disconnect = asyncio.create_task(_wait_for_disconnect(request))

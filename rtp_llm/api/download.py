@@ -1,7 +1,8 @@
-"""`python -m rtp_llm.api.download FLAGS`: downloads the models that the settings name, and serves /health meanwhile.
+"""`python -m rtp_llm.api.download FLAGS`: downloads the models that CHECKPOINT_PATH and TOKENIZER_PATH name on a hub.
 
-start_server runs it with its own settings before anything that needs config.json. It can be killed at any time: the
-next run resumes the download.
+Serves /health and /metrics meanwhile. start_server passes on its own flags and environment, and waits for the end
+before it starts anything that needs the model's config.json. The process can be killed at any time: the next run
+resumes the download.
 """
 
 import logging
@@ -50,7 +51,7 @@ class DownloadState:
         return Health(False, "download", self.progress.share(), f"download: {self.progress.describe()}")
 
     def doctor_report(self) -> NoReturn:
-        """Raises RequestError 503: the part's doctor runs after the download."""
+        """Raises RequestError 503 with the download's progress: the doctor of this part runs after the download."""
         raise engine_gone(f"the doctor runs after the download; {self.health().detail}")
 
 
@@ -107,7 +108,7 @@ def _download_all(config: Config, state: DownloadState, server: uvicorn.Server, 
 
 
 class Reporter:
-    """Shows the progress of a download: a bar on a terminal, otherwise a log line every ten seconds."""
+    """Context manager that shows a download's progress: a bar on a terminal, otherwise a log line every ten seconds."""
 
     def __init__(self, progress: DownloadProgress):
         self._progress, self._done = progress, threading.Event()

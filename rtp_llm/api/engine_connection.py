@@ -28,12 +28,12 @@ class EngineListener(Protocol):
     def on_lost(self, engine: "EngineConnection", reason: object) -> None: ...
 
     def on_absent(self, engine: "EngineConnection") -> None:
-        """Called when an engine is lost, and after each failed attempt to reconnect."""
+        """Called while there is no connection to the engine: when it ends, and after each failed attempt to connect."""
         ...
 
 
 class EngineConnection:
-    """A connection to the engine's unix socket. Reconnects whenever it is lost."""
+    """A client of one engine's unix socket that connects again whenever the connection is lost."""
 
     def __init__(self, path: Path, listener: EngineListener):
         """`path`: path of the socket. `listener`: its callbacks are called for events of the engine."""
@@ -50,7 +50,9 @@ class EngineConnection:
         return self._writer is not None
 
     def send(self, frame_type: FrameType, message: dict[str, Any]) -> None:
-        """Sends a message, or drops it if no engine is connected: the next engine gets all sequences in flight."""
+        """Sends a message to the engine. Drops it if no engine is connected: `EngineClient` submits all sequences in
+        flight again as soon as the engine is ready.
+        """
         if self._writer and not self._writer.is_closing():
             self._writer.write(pack_json(frame_type, message))
 

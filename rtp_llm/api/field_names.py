@@ -8,7 +8,9 @@ from rtp_llm.errors import RequestError
 
 @contextmanager
 def named_field(name: str) -> Iterator[None]:
-    """Context manager that adds `name`, the field of the invalid input, to each RequestError."""
+    """Context manager for code that validates the request field `name`: puts `name` before the message of a
+    RequestError that the code raises, and sets it as the `param` of the error.
+    """
     try:
         yield
     except RequestError as error:
@@ -18,7 +20,9 @@ def named_field(name: str) -> Iterator[None]:
 
 @contextmanager
 def renamed_field(name: str, sent_name: str) -> Iterator[None]:
-    """Context manager that replaces `name`, a field of OpenAI's chats, by `sent_name` in each RequestError."""
+    """Context manager for requests that are translated to OpenAI's chat requests: in a RequestError about the chat
+    request's field `name`, shows `sent_name` instead, the field of the original request.
+    """
     try:
         yield
     except RequestError as error:

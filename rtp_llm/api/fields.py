@@ -29,9 +29,11 @@ MAX_WALKED_ITEMS = 65536  # schemas refuse longer lists
 
 
 class Refusal(NamedTuple):
-    """The reason why a schema that does not declare a field refuses it, and the field's default: a value, or a tuple of
-    values, that means "not set". Other values with this meaning: see `is_neutral` and, for a schema that declares the
-    field, `is_empty`.
+    """Entry of a table of request fields: how to treat a field that must not be ignored silently.
+
+    reason   why a request with this field is rejected if its schema does not declare the field
+    default  the value, or a tuple of values, that means "not set" in any case; `is_neutral` (for undeclared fields) and
+             `is_empty` (for declared ones) accept further values as "not set"
     """
 
     reason: str
@@ -45,8 +47,8 @@ class Refusal(NamedTuple):
         return value in defaults or (not value and self.default is not True)
 
     def is_empty(self, value: Any) -> bool:
-        """Returns whether this value of a declared field means "not set", whatever the field's type: it is empty or,
-        unless the default is true, it is false. 0 is a value that the client may want.
+        """Returns whether this value of a declared field means "not set", whatever the field's type: it is an empty
+        string, list or object or, unless the default is true, it is false. 0 counts as set.
         """
         return value in ("", [], {}) or (value is False and self.default is not True)
 
@@ -103,10 +105,10 @@ MESSAGE_HINTS = frozenset({"tool_call_id", "refusal", "annotations", "reasoning"
 
 @dataclass
 class FieldRecord:
-    """What is known about a body before it is decided whether to reject it: its `model`, and the names of fields that
-    have no effect, such as `messages.id`.
+    """What `FieldPolicy.apply` needs of a request body: the value of its `model`, and the names of the fields that the
+    server ignores, such as `messages.id`.
 
-    Keeps the first `MAX_NAMES` names.
+    Keeps the first `MAX_NAMES` names; `has_more`: there were others.
     """
 
     model: object = None
@@ -131,7 +133,9 @@ _current: ContextVar[FieldRecord | None] = ContextVar("field_record", default=No
 
 @contextmanager
 def recording() -> Iterator[FieldRecord]:
-    """Context manager that collects the names of ignored fields which `set_fields` and `ignore` find in this thread."""
+    """Context manager that returns a record, to which `set_fields` and `ignore` add the fields that they find ignored
+    while the context is open, in the same thread or asyncio task.
+    """
     record = FieldRecord()
     token = _current.set(record)
     try:
@@ -141,8 +145,8 @@ def recording() -> Iterator[FieldRecord]:
 
 
 def ignore(path: str, names: Iterable[str]) -> None:
-    """Notes that the current request has set these fields, which the server accepts but does not use: `FieldPolicy`
-    reports them. `path`: prefix of their names, "" for the body, "messages." for its messages.
+    """Adds fields that the server ignores to the record of the current request (see `recording`), for `FieldPolicy` to
+    report. `path`: prefix of their names, "" for fields of the body, "messages." for fields of its messages.
     """
     record = _current.get()
     if record is not None:
@@ -150,13 +154,19 @@ def ignore(path: str, names: Iterable[str]) -> None:
 
 
 def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Returns the fields of a body, or of an object in it, that are set.
+    """Returns `data`, a request body or an object in it, without the fields that are not set; nested models likewise.
 
-    The table `refusals` of `model` (by default REFUSALS for the body, none for an object in it) lists fields that must
-    not be lost in silence, such as a grammar. Drops null fields (except `nullable_fields` of `model`), and fields of
-    the table with an empty value if `model` declares them. If it does not, a field of the table raises RequestError 400
-    unless its value means "not set", and any other field is ignored. Does the same in nested models. A model with
-    extra="allow" keeps its extra fields, which the caller must check.
+    path  prefix of field names in errors: "" for the body, such as "messages." for an object in it
+
+    Drops fields that are null, except those in `nullable_fields` of `model`. Fields that must not be ignored silently,
+    such as a grammar, are in the table `refusals` of `model` (default: REFUSALS for a body, none for an object in it):
+
+    - a field of the table that `model` declares is dropped if its value is empty;
+    - one that `model` does not declare raises RequestError 400 unless its value means "not set";
+    - any other field that `model` does not declare is recorded as ignored (see `recording`). A model with
+      extra="allow" keeps all such fields unchecked, so the caller must check them.
+
+    Raises RequestError 400 also if a number is a boolean.
     """
     schema = _schema(model)
     refusals = schema.refusals if schema.refusals is not None else {} if path else REFUSALS

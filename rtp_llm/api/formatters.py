@@ -22,7 +22,7 @@ MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent
 
 @dataclass(frozen=True)
 class ResponseHeader:
-    """Fields that the response and all its stream chunks share."""
+    """The fields that a response, or each chunk of a streamed response, begins with: id, object, created, model."""
 
     id: str
     object_type: str
@@ -47,7 +47,9 @@ class ResponseHeader:
 
 
 class ChoiceFormatter(Protocol[FormattedChoice]):
-    """Formats choices as the objects of `choices` in a response or stream chunk."""
+    """Interface of ChatFormatter and CompletionFormatter. The methods return entries of `choices`: of a whole response,
+    of the first event of a stream, and of the event for one chunk of output.
+    """
 
     def full_choice(self, index: int, choice: FormattedChoice) -> dict[str, Any]: ...
     def initial_choices(self, index: int, choice: FormattedChoice) -> list[dict[str, Any]]: ...
@@ -227,7 +229,9 @@ class _LogprobTable:
 
 
 def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Returns the `logprobs.content` of a chat choice, one entry per token; `api.stream.json_parts` encodes it."""
+    """Returns an iterator over the entries of `logprobs.content` of a chat choice, one per token. Put the iterator into
+    the response in place of a list: `api.stream.json_parts` encodes it as an array, without holding all entries.
+    """
 
     def entry(token: int, value: float) -> dict[str, Any]:
         return {
@@ -245,7 +249,8 @@ def chat_logprobs(chunks: Sequence[OutputChunk], tokenizer: Tokenizer) -> Iterat
 
 def prompt_logprobs(sequence: Choice, tokenizer: Tokenizer) -> Iterator[dict[str, Any] | None]:
     """Returns vLLM's `prompt_logprobs`: for each token of the prompt {token id: {logprob, rank, decoded_token}} of that
-    token and the most likely ones; null for the first token. `api.stream.json_parts` encodes it.
+    token and the most likely ones; null for the first token. Put the iterator into the response in place of a list:
+    `api.stream.json_parts` encodes it as an array.
     """
 
     def entries(token: int, logprob: Logprob) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class GenerationRequest(Generic[AnyChoice]):
     prompt_only: bool = False  # echo with max_tokens=0: the prompt alone, without the token that the engine generates
 
     async def run(self, service: Service) -> AsyncGenerator[tuple[int, OutputChunk]]:
-        """Generates all choices. Yields (index of the choice, chunk) after adding the chunk to its choice."""
+        """Generates all choices at the same time. Yields (index of the choice, chunk of its output) as chunks arrive,
+        each after it has been added to its choice.
+        """
         text, slots = self.text_params, self.reservation
         async with aclosing(
             merge([service.generate(s.prompt, s.params, text, slots) for s in self.sequences])
@@ -64,7 +66,9 @@ class GenerationRequest(Generic[AnyChoice]):
                 yield index, chunk
 
     async def collect(self, request: Request, service: Service) -> None:
-        """Generates all choices to the end. Raises ClientDisconnected if the client disconnects."""
+        """Generates all choices to their end; their output is in `sequences` then. Raises ClientDisconnected if the
+        client disconnects.
+        """
 
         async def run() -> None:
             async with aclosing(self.run(service)) as chunks:
@@ -98,8 +102,12 @@ def make_generation(
     prompts: list[list[int]],
     params: Sequence[SamplingParams],
 ) -> GenerationRequest[AnyChoice]:
-    """Reserves slots for a request with `body.n` choices (sequences) per prompt, each with its own seed, and returns
-    its generation, not yet started. Raises RequestError 429 or 503.
+    """Returns the generation of a request with `body.n` choices (sequences) per prompt, each with its own seed. It has
+    reserved a slot for each sequence, and starts with `run` or `collect`.
+
+    params  sampling parameters of each prompt
+
+    Raises RequestError 429 if too few slots are free, 400 if the server has fewer in total, 503 if it is stopping.
     """
     n = body.n or 1
     choices = [

@@ -17,7 +17,9 @@ MAX_CHECKED = 1024  # grammars whose results are kept
 
 
 class GrammarChecker:
-    """Compiles each grammar once to check it: in a thread, or in `preparer`'s process if that may take long."""
+    """Checker of grammars: compiles each in a thread or, if that may take long, in the process in which `preparer`
+    tokenizes large requests. Keeps the results of the last `MAX_CHECKED` grammars.
+    """
 
     def __init__(self, preparer: Preparer) -> None:
         self._preparer = preparer
@@ -25,7 +27,9 @@ class GrammarChecker:
         self._errors: OrderedDict[bytes, str] = OrderedDict()  # by digest of the grammar; empty: it is valid
 
     async def check(self, text: str, field: str) -> None:
-        """Raises RequestError 400 if `field`'s grammar is invalid or compiles too slowly, 429 if too many wait."""
+        """Raises RequestError 400 if the grammar `text`, which the request's `field` asks for, is invalid or takes more
+        than CHECK_SECONDS to compile; 429 if too many other grammars and large requests are ahead of it.
+        """
         digest = blake2b(text.encode()).digest()
         if digest not in self._errors:
             try:

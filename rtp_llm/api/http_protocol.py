@@ -18,8 +18,8 @@ PROBE_PATHS = {b"/liveness", b"/health"}
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One HTTP connection. Beyond `limit` open connections, the one that waits longest for a request is closed. If all
-    have requests, new requests other than health probes get 503.
+    """uvicorn's protocol object of one HTTP connection. Beyond `limit` open connections, the one that has waited
+    longest for a request is closed. If all have requests, new requests other than health probes get 503.
     """
 
     limit = ConnectionLimit(MAX_DESCRIPTORS)  # of all connections; the API process sets it

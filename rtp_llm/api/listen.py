@@ -22,7 +22,8 @@ BACKLOG = 2048
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Returns one listening socket per address of `host`.
 
-    Raises ConfigError (64) if `host` is not an address of this machine, FatalError (70) if the port is taken.
+    Raises ConfigError (exit code 64) if `host` is not an address of this machine, FatalError (exit code 70) if the port
+    is taken.
     """
     if is_machine_name(host):
         log.warning("HOST=%s is a host name, not an address: listening on all addresses", host)

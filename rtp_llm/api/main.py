@@ -7,7 +7,7 @@ from rtp_llm.machine.process import exit_with_supervisord, run_main
 
 
 def main() -> None:
-    """Main function of the API process."""
+    """Runs the API process of the part whose run directory is the first argument, until SIGTERM or supervisord ends."""
     run_dir = Path(sys.argv[1])
     exit_with_supervisord(run_dir)
     # Takes a second, in which the process would outlive a killed supervisord.

@@ -61,7 +61,9 @@ class HeadMiddleware:
 
 
 class DrainMiddleware:
-    """Closes keep-alive connections while the part drains, so that connection pools switch to another server."""
+    """While the part drains (stops after its open requests), closes each connection after its response instead of
+    keeping it alive, so that connection pools switch to another server.
+    """
 
     def __init__(self, app: ASGIApp, state: PartState):
         self.app, self.state = app, state

@@ -122,7 +122,11 @@ class NativeSequence:
 
 @dataclass
 class NativeResponse:
-    """A response in alibaba/rtp-llm's own format. `groups`: of each prompt, its num_return_sequences sequences."""
+    """A response in alibaba/rtp-llm's own format.
+
+    groups    for each prompt, the list of its num_return_sequences sequences
+    is_batch  whether the response is {"response_batch": [an object per prompt]}; otherwise it is one such object
+    """
 
     groups: list[list[NativeSequence]]
     text_params: TextParams
@@ -141,7 +145,9 @@ class NativeResponse:
         return {"response_batch": bodies} if self.is_batch else bodies[0]
 
     def event(self, prefix: str) -> Iterator[str]:
-        """Yields the response so far as one event, in pieces if large; ends in CRLF as in alibaba/rtp-llm."""
+        """Yields one server-sent event: `prefix` ("data:" or "data: "), the whole response so far as JSON, and CRLF
+        CRLF as in alibaba/rtp-llm. Yields a large event in several pieces.
+        """
         is_large = sum(len(s.tokens) + len(s.prompt) for s in self.sequences) > SMALL_TOKENS
         parts = json_parts(self.to_json()) if is_large else (compact_json(self.to_json()),)
         yield from coalesced(itertools.chain((prefix,), parts, ("\r\n\r\n",)))
@@ -187,7 +193,8 @@ class NativeEndpoints:
         yield_generator = body.yield_generator or config.yield_generator
         is_stream = yield_generator or body.stream or config.is_streaming
         if config.return_incremental and not is_stream:
-            raise invalid_format("return_incremental needs yield_generator or stream", "return_incremental")
+            message = "return_incremental is for streams only: set yield_generator or stream too, or leave it out"
+            raise invalid_format(message, "return_incremental")
         response = await self._make_response(prepared, config)
         if is_stream:
             events = self._stream(response, openai_framing=body.stream and not yield_generator)

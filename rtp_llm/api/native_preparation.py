@@ -1,4 +1,8 @@
-"""Prepares native requests, as in alibaba/rtp-llm. See `api.preparation`; all functions raise RequestError."""
+"""Validates and tokenizes requests in alibaba/rtp-llm's own format (POST / and /batch_infer).
+
+All functions raise RequestError 400 if a request is invalid, 429 if too few slots are free for a batch, 503 while the
+model is loading.
+"""
 
 import itertools
 from dataclasses import replace
@@ -21,8 +25,8 @@ _LIST_FIELDS = {"guided_choice", "stop_words_str", "stop_words_list"}
 
 
 def prepare_native(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
-    """Validates and tokenizes a request in alibaba/rtp-llm's native format. `generate_config` of the result has the
-    generation fields from all places where the body may have them.
+    """Validates and tokenizes a request in alibaba/rtp-llm's native format (POST /). `body.generate_config` of the
+    result has all generation fields of the request; see `merged_config` for where a request may have them.
     """
     body = parse_body(NativeRequest, raw)
     config = merged_config(body)
@@ -33,7 +37,7 @@ def prepare_native(preparation: Preparation, raw: bytes, limits: PromptLimits) -
 
 
 def prepare_batch(preparation: Preparation, raw: bytes, limits: PromptLimits) -> Prepared[NativeRequest]:
-    """Validates and tokenizes a request to /batch_infer. Returns it as a native request."""
+    """Validates and tokenizes a request to /batch_infer. Returns it as if it had been sent to POST /."""
     batch = parse_body(BatchInferRequest, raw)
     config = merged_config(validate(NativeRequest, batch.model_dump()))
     limits.check_engine()
@@ -42,7 +46,9 @@ def prepare_batch(preparation: Preparation, raw: bytes, limits: PromptLimits) ->
 
 def merged_config(body: NativeRequest) -> GenerateConfig:
     """Merges the three places where a native request may have generation fields: `generate_config`, `generation_config`
-    and the top level. If a field is in several, the last of these wins. Raises RequestError 400.
+    and the top level of the body. If several have a field, the top level takes precedence, then `generation_config`.
+
+    Raises RequestError 400 if a field is invalid.
     """
     nested = (body.generate_config or {}) | (body.generation_config or {})
     top_level = body.model_extra or {}

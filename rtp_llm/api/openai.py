@@ -89,7 +89,7 @@ class OpenAIEndpoints:
         return json_response(answer)
 
     async def render(self, request: Request) -> dict[str, Any]:
-        """Returns the rendered prompt and the parameters of a chat request, for debugging."""
+        """Returns the rendered prompt and the sampling parameters of a chat request, for debugging. Does not run it."""
         prepared = await self.service.prepare(Preparation.chat, request)
         generation = await start_chat(prepared, self.service, self.stop_words)
         generation.reservation.release()

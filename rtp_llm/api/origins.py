@@ -22,7 +22,9 @@ SIMPLE_CONTENT_TYPES = {"", "text/plain", "application/x-www-form-urlencoded", "
 
 
 class OriginPolicy:
-    """Decides which origins and host names may use the server without a key."""
+    """Decides from the headers Origin and Host which web pages may use a server without API keys: those of this machine
+    and of this server, and those that ALLOWED_ORIGINS and ALLOWED_HOSTS name.
+    """
 
     def __init__(self, config: Config):
         """Raises ConfigError if ALLOWED_ORIGINS has an invalid entry."""
@@ -78,8 +80,8 @@ class OriginPolicy:
 
 
 class OriginMiddleware(CORSMiddleware):
-    """CORS, and rejection of requests that `policy` refuses. If `policy` is None, as requests need an API key, any
-    origin is allowed.
+    """Middleware that answers CORS preflight requests, adds CORS headers, and rejects requests that `policy` refuses.
+    `policy` is None on a server with API keys, which protect it: then any origin is allowed.
     """
 
     def __init__(self, app: ASGIApp, policy: OriginPolicy | None, respond: Callable[[str, RequestError], Response]):
@@ -111,7 +113,7 @@ def host_header(scope: Scope) -> str:
 
 
 def host_name(authority: str) -> str:
-    """Returns the host of `host[:port]` or `[address][:port]`."""
+    """Returns the host in `host[:port]` or `[IPv6 address][:port]`, in lower case."""
     if authority.startswith("["):
         return authority[1:].partition("]")[0].lower()
     return authority.partition(":")[0].rstrip(".").lower()

@@ -1,4 +1,6 @@
-"""Rejects generation requests before their bodies are read if no slot is free, so that a rejection is cheap.
+"""Rejects generation requests before their bodies are read if the server is full, so that a rejection is cheap.
+
+The server is full if CONCURRENCY_LIMIT + QUEUE_LIMIT sequences, its slots, are running or waiting.
 
 Otherwise the bodies of clients that retry at once would keep the event loop busy and delay the running streams.
 """
@@ -21,7 +23,9 @@ GENERATION_PATHS = {
 
 
 class OverloadMiddleware:
-    """Rejects generation requests with 429 while the server has no free slot, not even for one more sequence."""
+    """ASGI middleware that rejects generation requests with 429 while the server has no free slot for a sequence, and
+    with 503 while it is stopping.
+    """
 
     def __init__(
         self, app: ASGIApp, check_capacity: Callable[[int], None], respond: Callable[[str, RequestError], Response]

@@ -63,8 +63,8 @@ class StopWords:
 
 
 def split_stop_ids(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Returns (stop token ids, stop strings). The engine stops at single ids; a longer sequence of ids becomes a stop
-    string, which the API process finds in the text.
+    """Splits stop sequences of token ids into (stop token ids, stop strings). The engine stops at single ids. A longer
+    sequence is decoded to a stop string, which the API process looks for in the output text.
     """
     single_ids = frozenset(s[0] for s in sequences if len(s) == 1)
     texts = (tokenizer.decode(list(s), skip_special_tokens=False) for s in sequences if len(s) > 1)
@@ -89,9 +89,10 @@ def sampling_params(
 
     Precedence of a parameter: the request, generation_config.json, the endpoint's default.
 
-    max_tokens   from the request
+    max_tokens   the request's limit; None: not set
     temperature, default_max_tokens  the endpoint's defaults; default_max_tokens=None: up to MAX_SEQ_LEN
-    grammar      that the output must match; generation ends where the grammar ends, even with ignore_eos
+    logprobs, prompt_logprobs  how many of the most likely tokens to return for each output or prompt token; None: none
+    grammar      of llguidance that the output must match; generation ends where the grammar ends, even with ignore_eos
     bad_words    token ids of each forbidden word
     """
     defaults = service.sampling_defaults
@@ -142,7 +143,9 @@ def text_params(body: OpenAIRequest, stop_words: StopWords) -> TextParams:
 
 
 def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequest:
-    """Converts a native generate_config to an OpenAI request. Fields that the client did not send remain unset."""
+    """Returns alibaba/rtp-llm's `generate_config` as an OpenAI request. Fields that the client did not send stay unset,
+    except `n`, `stop` and `stop_token_ids`.
+    """
     sent = config.model_fields_set
     values = {openai: getattr(config, native) for native, openai in _OPENAI_NAME.items() if native in sent}
     ids, texts = split_stop_ids(config.stop_words_list, tokenizer)
@@ -157,8 +160,8 @@ def native_to_openai(config: GenerateConfig, tokenizer: Tokenizer) -> OpenAIRequ
 
 
 def merge_extra_configs(body: OpenAIRequest, config: GenerateConfig | None, tokenizer: Tokenizer) -> OpenAIRequest:
-    """Returns a copy of the chat request in which the fields that the client set in `config`, the request's
-    `extra_configs`, override those of the request.
+    """Returns the chat request `body`, in which the fields that the client set in `config` (the request's
+    `extra_configs`, in alibaba/rtp-llm's format) override the equivalent fields.
     """
     if config is None:
         return body

@@ -1,6 +1,6 @@
 """Metrics of one part (gang, processes, container, GPUs, doctor), collected at each scrape.
 
-To add a metric, add a line to the function of its subject.
+To add a metric, add a line to the function of its subject, such as `_gpu_metrics`.
 """
 
 from collections import defaultdict
@@ -27,14 +27,18 @@ JsonObject = Mapping[str, Any]
 
 
 def register(metrics: Metrics, state: PartState, config: Config) -> None:
-    """Registers the collectors of this part's metrics in `metrics.registry`."""
+    """Registers the collectors of this part's metrics in `metrics.registry`: `PartCollector` and, if the setting
+    METRICS_VLLM_ALIASES is on, `VllmMetricAliases`.
+    """
     metrics.registry.register(PartCollector(state.metrics_snapshot))
     if config.metrics_vllm_aliases:
         metrics.registry.register(VllmMetricAliases(metrics.registry))
 
 
 class PartCollector(Collector):
-    """Prometheus collector of the metrics of one part. `read`: returns `PartState.metrics_snapshot`."""
+    """Prometheus collector of the metrics of one part. `read`: the bound method `PartState.metrics_snapshot`, which it
+    calls at each scrape.
+    """
 
     def __init__(self, read: Callable[[], dict[str, Any]]):
         self._read = read

@@ -29,7 +29,9 @@ PHASES = ("rendezvous", "loading", "warmup", "serving")
 
 @dataclass(frozen=True)
 class Health:
-    """The content of /health. `detail` is for humans, `phase` and `progress` (0 … 1) are for programs."""
+    """The content of /health. `phase`: what the server does, such as "loading" or "serving"; `progress`: how much of
+    this phase is done, 0 to 1; `detail`: the reason in words, for humans.
+    """
 
     is_ready: bool
     phase: str
@@ -104,7 +106,9 @@ class PartState:
         return Health(True, "serving", 1.0, "ok")
 
     def metrics_snapshot(self) -> dict[str, Any]:
-        """Returns the state that `part_metrics.PartCollector` exports."""
+        """Returns the current values from which `part_metrics.PartCollector` makes the metrics: health, ranks,
+        processes, restarts, the doctor's report, cgroup, /dev/shm and GPUs, each under a key of its own.
+        """
         health, gang_status = self.health(), self.gang_status()
         shm = os.statvfs(segment.DIRECTORY)
         status_time = time.time() - gang_status["age"]

@@ -17,12 +17,15 @@ from rtp_llm.errors import RequestError, timed_out
 async def final_outputs(
     request: Request, service: Service, prompts: Sequence[PackedPrompt], params: SamplingParams, timeout_ms: int | None
 ) -> list[EngineOutput]:
-    """Returns the last output of each prompt, in order. There may be more prompts than slots (places for accepted
-    sequences): they run in turn.
+    """Returns the engine's last output for each prompt, in the order of the prompts.
 
-    Uses up to twice as many slots as sequences fit in a step, so that each step is full, but only free ones.
+    A prompt occupies a slot (a place for an accepted sequence) while it runs. The request takes as many slots as are
+    free, at most twice the sequences of one engine step, so that the steps are full; further prompts wait for them.
 
-    Raises RequestError 429 if no slot is free, otherwise like `Service.generate`; the first error ends all sequences.
+    timeout_ms  limit for the whole request; None, 0 or less: MAX_RPC_TIMEOUT_MS
+
+    Raises RequestError 429 if no slot is free, 504 at the timeout, 503 if the engine is lost or the server is stopping,
+    500 if a sequence fails. The first error ends all sequences. Raises ClientDisconnected if the client disconnects.
     """
     reservation = service.admit_up_to(min(len(prompts), 2 * service.config.max_sequences))
     work = _run_all(service, prompts, params, reservation, _timeout_seconds(service, timeout_ms))

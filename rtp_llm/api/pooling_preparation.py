@@ -1,6 +1,7 @@
 """Turns the bodies of embedding requests into validated requests and the token ids of their inputs.
 
-Like `api.preparation`: synchronous functions of the body, which can run in another process.
+As in `api.preparation`, the functions are synchronous and need only their arguments, so that they can run in another
+process.
 """
 
 import array
@@ -21,7 +22,9 @@ Body = TypeVar("Body", bound=RequestBody)
 
 
 class PackedPrompt:
-    """Token ids as int32 bytes: a tenth of a list's memory. Prompts can share parts, such as a common prefix."""
+    """The token ids of one prompt as int32 bytes, which take a tenth of a list's memory. `parts` are concatenated;
+    several prompts can share a part, such as a common prefix. `len` is the number of tokens.
+    """
 
     def __init__(self, *parts: bytes):
         self._parts = parts

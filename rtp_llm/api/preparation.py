@@ -30,9 +30,11 @@ Body = TypeVar("Body", bound=OpenAIRequest)
 
 class Preparation:
     """Turns the JSON body of a chat, completion or tokenization request into a `Prepared` request: validates it,
-    renders the chat template and tokenizes. Holds the tokenizer, the template and the formats of responses.
+    renders the chat template and tokenizes. Holds the tokenizer, the template and the formats in which the model writes
+    tool calls and reasoning.
 
-    All methods raise RequestError.
+    All methods except `grammar_error` raise RequestError: 400 if the request is invalid, 429 if too few slots are free
+    for a batch, 503 while the model is loading.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
@@ -40,7 +42,10 @@ class Preparation:
         self.renderer, self.encoder = ChatRenderer(template), PromptEncoder(tokenizer, template)
 
     def grammar_error(self, raw: bytes, limits: PromptLimits) -> str:
-        """Returns why the grammar `raw` cannot be enforced on the output; empty if it can. `limits`: not used."""
+        """Returns why the grammar `raw` (a UTF-8 string for llguidance) is invalid; empty if it is valid.
+
+        `limits` is not used: the signature is that of the methods that `Preparer` can run in another process.
+        """
         try:
             check(raw.decode())
         except GrammarError as error:
@@ -53,10 +58,10 @@ class Preparation:
     def chat_body(
         self, body: ChatRequest, limits: PromptLimits, prompt_field: str = "messages"
     ) -> Prepared[ChatRequest]:
-        """Validates a chat request, applies the chat template and tokenizes. Requests of other chat APIs are translated
-        to one first.
+        """Validates a chat request, applies the chat template and tokenizes. For other chat APIs, call it with the chat
+        request into which their request is translated.
 
-        `prompt_field`: the field that error messages blame for a prompt that is too long.
+        `prompt_field`: the field of the original request that errors name if the prompt is too long.
         """
         if body.top_logprobs and not body.logprobs:
             raise invalid_params(f"top_logprobs={body.top_logprobs} needs logprobs: true", "top_logprobs")

@@ -1,4 +1,4 @@
-"""A child process that prepares large requests, one after another. Used by one thread."""
+"""A child process that validates and tokenizes large requests, one after another, for one thread of the API process."""
 
 import logging
 import os
@@ -31,8 +31,8 @@ OOM_SCORE = 1000  # the kernel kills this process before the ranks if memory run
 
 
 class PreparationProcess:
-    """A child process that validates and tokenizes large requests, one at a time, so that this process can go on.
-    Starts at the first `run`. If it dies, only the request that it has then fails.
+    """A child process that validates and tokenizes large requests, one at a time, so that they do not block the event
+    loop of the API process. It starts at the first `run`, and again at the next `run` after it has died.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
@@ -44,15 +44,15 @@ class PreparationProcess:
     def run(
         self, work: Work[T], raw: bytes, limits: PromptLimits, max_seconds: float | None = None
     ) -> tuple[T, FieldRecord]:
-        """Calls `work` (a method that validates and tokenizes a body) with `raw` in the process. Returns its result and
-        a record of the body's ignored fields.
+        """Calls `work`, a method that validates and tokenizes a body, with the body `raw` in the child process. Returns
+        its result and a record of the body's ignored fields.
 
-        max_seconds: time limit in seconds (None: MAX_SECONDS), to which time in proportion to the size of `raw` is
-        added; then the process is killed.
+        max_seconds: time limit in seconds (None: MAX_SECONDS), plus MAX_SECONDS_PER_MIB for each MiB of `raw`. At the
+        limit the process is killed.
 
-        Raises the RequestError of `work`, or one if it takes too long or kills the process.
+        If the process dies, tries once more in a new one, since another cause than this request may have killed it.
 
-        Retries once if the process dies, since something other than this request may have killed it.
+        Raises the RequestError that `work` raises, RequestError 504 at the time limit, 500 if the process dies twice.
         """
         try:
             return self._try(work, raw, limits, max_seconds)
@@ -71,10 +71,14 @@ class PreparationProcess:
                 len(raw),
             )
             self.end()
-            raise execution_failed("the request could not be tokenized: that may need too much memory") from None
+            raise execution_failed(
+                "the request could not be tokenized: the process died twice, perhaps because it needs too much memory"
+            ) from None
 
     def end(self) -> None:
-        """Kills the process, which frees its memory. If another thread is in `run`, its request fails."""
+        """Kills the process, which frees its memory; the next `run` starts a new one. A `run` that is in progress in
+        another thread loses its process: it tries again, or fails after `close`.
+        """
         process, self._process = self._process, None
         if process:
             process.kill()
@@ -116,7 +120,9 @@ class PreparationProcess:
 def prepare_recorded(
     work: Work[T], preparation: Preparation, raw: bytes, limits: PromptLimits
 ) -> tuple[T, FieldRecord]:
-    """Calls `work`, which validates and tokenizes a body. Returns its result and the record of ignored fields."""
+    """Calls `work`, which validates and tokenizes the body `raw`, in this process. Returns its result and a record of
+    the body's ignored fields.
+    """
     with recording() as record:
         return work(preparation, raw, limits), record
 

@@ -1,4 +1,7 @@
-"""Requests with the token ids of their prompts. They are small, whatever the client sent, except for the prompts."""
+"""Validated requests with the token ids of their prompts.
+
+They no longer contain the texts of the body, so that only the token ids can be large.
+"""
 
 import array
 import asyncio
@@ -20,8 +23,8 @@ class Prepared(Generic[Model]):
     themselves.
 
     text      the rendered chat, for /chat/render; empty for other requests
-    is_batch  a native request (of alibaba/rtp-llm's API) has `prompt_batch` or several prompts, so its response is a
-              list
+    is_batch  a native request (of alibaba/rtp-llm's API) has `prompt_batch` or several prompts, so its response is
+              {"response_batch": [an object per prompt]}
     output_format  format of the response to a chat
     bad_words  token ids of each forbidden word
     grammar, constraint  grammar for the whole output, and the field that requests it; empty: any text
@@ -41,7 +44,7 @@ class Prepared(Generic[Model]):
         return cls(body, [array.array("i", prompt).tobytes() for prompt in prompts], text)
 
     async def prompts(self) -> list[list[int]]:
-        """Returns the token ids of each prompt. Other tasks run between two prompts."""
+        """Returns the token ids of each prompt. Unpacks one prompt at a time, so that the event loop is not blocked."""
         prompts = []
         for packed in self.packed_prompts:
             prompts.append(array.array("i", packed).tolist())
@@ -54,8 +57,9 @@ class PreparedResponse:
     """A validated request to /v1/responses, with the token ids of its prompt.
 
     echo          JSON object: the fields of the request that the response repeats
-    conversation  JSON array of messages, from which the next response continues; empty if it is not stored
-    input_items   JSON array of the input, for clients that retrieve it; empty if it is not stored
+    conversation  JSON array of the messages up to this request, which a later response can continue; empty if the
+                  response is not to be stored
+    input_items   JSON array of the input, for clients that retrieve it; empty if the response is not to be stored
     """
 
     chat: Prepared[ChatRequest]

@@ -25,10 +25,10 @@ IDLE_SECONDS = 600.0  # after which the process ends and returns its memory
 
 
 class Preparer:
-    """Validates and tokenizes requests: small ones on the event loop, larger ones in a thread, the largest in another
-    process. The thread and the process take them in order of arrival.
+    """Runs the functions that validate and tokenize requests: for small requests on the event loop, for larger ones in
+    a thread, for the largest in another process. The thread and the process handle requests in order of arrival.
 
-    num_large  number of requests that the process has or that wait for it
+    num_large  number of requests that are in the process or wait for it
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, formats: AnswerFormats):
@@ -44,14 +44,15 @@ class Preparer:
     async def prepare(
         self, work: Work[T], raw: bytes, limits: PromptLimits, extra_bytes: int = 0
     ) -> tuple[T, FieldRecord]:
-        """Calls `work` (a method that validates and tokenizes a body) with `raw`: depending on its size, on the event
-        loop, in a thread or in another process. Returns the result and a record of the body's ignored fields.
+        """Calls `work`, a method that validates and tokenizes a body, with the body `raw`: depending on the size, on
+        the event loop, in a thread or in another process. Returns the result and a record of the body's ignored fields.
 
-        `extra_bytes`: bytes that `work` reads besides the body.
+        `extra_bytes`: size of the data that `work` reads besides the body; counts like bytes of the body.
 
         If the call is cancelled before its turn, `work` does not run.
 
-        Raises RequestError: 429 if too many large requests wait, 503 if the server is stopping.
+        Raises the RequestError that `work` raises; RequestError 429 if MAX_LARGE large requests are waiting, 503 if the
+        server is stopping, 504 if the process takes too long, 500 if it dies.
         """
         size = len(raw) + extra_bytes
         if size < INLINE_BYTES:
@@ -61,10 +62,11 @@ class Preparer:
         return await self._run_in_process(work, raw, limits)
 
     async def run_in_process(self, work: Work[T], raw: bytes, max_seconds: float) -> T:
-        """Calls `work`, which must not depend on PromptLimits, in the process for large requests, even if `raw` is
-        small.
+        """Calls `work` with `raw` in the process for large requests, whatever the size of `raw`. Returns the result.
 
-        Raises RequestError: 504 if it takes longer than `max_seconds`, and those of `prepare`.
+        `work` must not use its argument `limits`, which is a placeholder here.
+
+        Raises RequestError 504 if `work` takes longer than `max_seconds`, otherwise as `prepare` does.
         """
         result, _ = await self._run_in_process(work, raw, PromptLimits(0, "", 0, 0, 0, ""), max_seconds)
         return result
@@ -85,7 +87,9 @@ class Preparer:
                 self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._process.end)
 
     def stop(self) -> None:
-        """Fails all requests that wait or are being tokenized with 503: they could not be generated any more."""
+        """Fails all requests that are being tokenized or wait for that, and all later ones, with 503. Called when the
+        server stops, as it would not run them any more.
+        """
         self._is_stopping = True
         for future in self._futures:
             future.cancel()

@@ -1,4 +1,4 @@
-"""Encodes the prompts of requests. A text that is certainly too long is refused before it costs time."""
+"""Tokenizes the prompts of requests. Rejects a text that is certainly too long without tokenizing it."""
 
 from collections.abc import Iterable
 
@@ -18,7 +18,9 @@ class PromptEncoder:
         self._tokenizer, self._template = tokenizer, template
 
     def encode_chat(self, prompt: Prompt, limits: PromptLimits, last: int | None = None) -> list[int]:
-        """Returns the ids of a rendered chat; of its `last` tokens only, unless that is None."""
+        """Returns the token ids of a rendered chat; only the `last` ones unless that is None. Raises RequestError 400
+        if they exceed the `limits`.
+        """
         self._check_text(prompt.text, limits, last)
         return limits.checked(_tail(self._template.encode(prompt), last))
 
@@ -46,13 +48,15 @@ class PromptEncoder:
         return limits.checked(encode_truncated(self._tokenizer, item, max_tokens))
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the token ids of a client's text, a part of a prompt. Control tokens in it are plain text."""
+        """Returns the token ids of a client's text that becomes part of a prompt. Control tokens that it spells, such
+        as <|im_start|>, are encoded as plain text.
+        """
         _check_unicode(text)
         return self._template.encode_text(text)
 
     def encode_bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Returns the token ids of forbidden words. A word has two forms, as tokens differ at the start of a text and
-        after a space. Returns only the first one if the ids of the second end with its ids.
+        """Returns sequences of token ids that must not occur in the output: for each word, its ids at the start of a
+        text and its ids after a space. Leaves out the latter if they end with the former, which then forbid both.
         """
         found: list[tuple[int, ...]] = []
         for word in words:
@@ -65,8 +69,8 @@ class PromptEncoder:
         return tuple(found)
 
     def check_countable(self, text: str, limits: PromptLimits) -> None:
-        """Raises RequestError 400 if a text is not Unicode, or has more tokens than /tokenize and similar endpoints
-        accept.
+        """Raises RequestError 400 if a text is not valid Unicode, or certainly has more tokens than endpoints that only
+        tokenize accept: the model's limit, at least MAX_COUNTED_TOKENS.
         """
         _check_unicode(text)
         limit = max(MAX_COUNTED_TOKENS, limits.max_seq_len)

@@ -7,11 +7,12 @@ from rtp_llm.errors import empty_prompt, engine_gone, invalid_params, long_promp
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """The current limits of prompts. `max_seq_len` is 0 until the model has been loaded.
+    """The limits that hold for the prompts of a request when it arrives.
 
-    max_seq_len_reason, slots_reason  what limits `max_seq_len` and `slots`, for errors
-    slots, used_slots  maximum number of accepted sequences that have not ended, and their current number
-    prompt_field  name of the body's field to which errors about the prompt refer
+    max_seq_len  maximum number of tokens of a prompt and its output together; 0 until the model has been loaded
+    slots, used_slots  maximum number of accepted sequences that have not ended, and how many there are
+    max_seq_len_reason, slots_reason  texts for errors: where the limits `max_seq_len` and `slots` come from
+    prompt_field  name of the request field that errors about the prompt name
     """
 
     max_seq_len: int
@@ -27,12 +28,14 @@ class PromptLimits:
         return self.slots - self.used_slots
 
     def check_engine(self) -> None:
-        """Raises RequestError 503 until the ranks have loaded the model for the first time."""
+        """Raises RequestError 503 if the ranks have not loaded the model since the server started."""
         if not self.max_seq_len:
             raise engine_gone("the model is still loading: see /health")
 
     def check_length(self, num_tokens: int, prefix: str = "") -> None:
-        """Raises RequestError 400 if a prompt of `num_tokens` tokens leaves no room for output."""
+        """Raises RequestError 400 if a prompt of `num_tokens` tokens leaves no room for output. `prefix` precedes the
+        number in the message, such as "at least ".
+        """
         if num_tokens >= self.max_seq_len:
             # LangChain looks for the first sentence, litellm and others for OpenAI's wording of the second.
             raise long_prompt(
@@ -43,18 +46,19 @@ class PromptLimits:
             )
 
     def num_kept(self, truncate: int | None, max_tokens: int) -> int | None:
-        """Returns how many of its last tokens a prompt keeps at most; None: all.
+        """Returns the number of last tokens to which a prompt is truncated; None: no truncation.
 
         truncate: the request's `truncate_prompt_tokens`; -1: as many as fit together with `max_tokens` of output.
-        Raises RequestError 400 if none fits.
+        Raises RequestError 400 if -1 leaves no token.
         """
         if truncate != -1:
             return truncate or None
         if max_tokens >= self.max_seq_len:
-            message = (
-                f"max_tokens={max_tokens} leaves no room for a prompt in the {self.max_seq_len} tokens of this model"
+            raise invalid_params(
+                f"max_tokens={max_tokens} leaves no room for a prompt in the {self.max_seq_len} tokens of this model, "
+                "so truncate_prompt_tokens=-1 would drop the whole prompt: lower max_tokens",
+                "max_tokens",
             )
-            raise invalid_params(f"{message}, so truncate_prompt_tokens=-1 would drop all of it", "max_tokens")
         return self.max_seq_len - max_tokens
 
     def check_count(self, sequences: int) -> None:
@@ -64,11 +68,15 @@ class PromptLimits:
                 f"the request has {sequences} sequences (prompts x n); at most {self.slots} fit: {self.slots_reason}"
             )
         if sequences > self.free_slots:
-            message = f"{self.used_slots} sequences are open, {sequences} more do not fit: {self.slots_reason}"
-            raise overloaded(f"{message}; try again later")
+            raise overloaded(
+                f"{self.used_slots} sequences are open, {sequences} more do not fit: {self.slots_reason}; "
+                "try again later"
+            )
 
     def checked(self, prompt: list[int]) -> list[int]:
-        """Returns the prompt. Raises RequestError 400 if it is empty, too long or has an id outside the vocabulary."""
+        """Returns the token ids `prompt` unchanged. Raises RequestError 400 if there are none, too many, or one that is
+        outside the vocabulary.
+        """
         if not prompt:
             raise empty_prompt(param=self.prompt_field)
         self.check_length(len(prompt))

@@ -1,4 +1,4 @@
-"""`python -m rtp_llm.api.reference > docs/api.md`: the fields of all request bodies, from their schemas."""
+"""`python -m rtp_llm.api.reference > docs/api.md`: writes the reference of the fields of all request bodies."""
 
 from collections import defaultdict
 from typing import Any
@@ -26,7 +26,7 @@ limit. `GENERATION_CONFIG=none` ignores the file.
 
 
 def markdown() -> str:
-    """Returns the content of docs/api.md."""
+    """Returns the content of docs/api.md: a table per request body, from the pydantic schemas, as Markdown."""
     components = component_schemas(BODY_MODELS)
     bodies = [model.__name__ for model in BODY_MODELS]
     nested = [name for name in components if name not in bodies and "properties" in components[name]]

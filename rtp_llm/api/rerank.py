@@ -86,8 +86,8 @@ class RerankPreparation:
     format: RerankFormat
 
     def rerank(self, preparation: Preparation, raw: bytes, limits: PromptLimits) -> PreparedInputs[RerankRequest]:
-        """Returns one prompt per document; all begin with the same tokens (the query). The result's
-        `body` (the request) keeps the documents only if the response must repeat them.
+        """Validates and tokenizes a rerank request. Returns one prompt per document; all begin with the same tokens
+        (the query). The result's `body`, the request, keeps the documents only if the response must repeat them.
         """
         body = parse_body(RerankRequest, raw)
         limits.check_engine()

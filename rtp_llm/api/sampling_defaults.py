@@ -40,9 +40,10 @@ class SamplingDefaults(BaseModel):
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        """Reads the file that GENERATION_CONFIG and GENERATION_CONFIG_PATH name, and logs its values.
+        """Reads generation_config.json from the checkpoint, or from GENERATION_CONFIG_PATH, and logs its values.
+        Without the file, or with GENERATION_CONFIG=none, no default is set.
 
-        Raises ConfigError if it is invalid, or if GENERATION_CONFIG_PATH does not exist.
+        Raises ConfigError if the file is invalid, or if GENERATION_CONFIG_PATH does not exist.
         """
         if config.generation_config == "none":
             return cls.model_validate({})

@@ -52,8 +52,8 @@ Stop = Annotated[Text | Stops | None, BeforeValidator(_none_if_empty)]
 
 
 class RequestBody(BaseModel):
-    """Base class of request bodies and of the objects in them. Unknown fields are dropped; `api.fields` decides first
-    which of them to refuse.
+    """Base class of request bodies and of the objects in them. Drops unknown fields; `api.fields` rejects some of them
+    before.
     """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
@@ -65,7 +65,7 @@ class StreamOptions(RequestBody):
 
 
 class GenerateConfig(StructuredOutputFields, RequestBody):
-    """Native `generate_config` (alibaba/rtp-llm, config/generate_config.py): the supported fields."""
+    """The supported fields of alibaba/rtp-llm's `generate_config` (config/generate_config.py there)."""
 
     refusals: ClassVar[Mapping[str, Refusal]] = REFUSALS
     max_new_tokens: MaxTokens = Field(None, description="-1: not set; default 32000")
@@ -225,7 +225,7 @@ class NativeRequest(BaseModel):
 
 
 class BatchInferRequest(BaseModel):
-    """Body of POST /batch_infer. Fields of `generate_config` may also be at the top level of the body."""
+    """Body of POST /batch_infer. Fields of generate_config may also be set at the top level, which takes precedence."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 

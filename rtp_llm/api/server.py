@@ -38,7 +38,9 @@ STATUS_PROPAGATION_SECONDS = 1.5
 
 
 def serve(run_dir: Path) -> None:
-    """Serves the API of the part whose settings are in `run_dir`, until a stop signal and the end of its requests."""
+    """Serves the API of the part whose settings are in `run_dir`. Returns after SIGTERM or SIGINT, when the open
+    requests have ended or SHUTDOWN_TIMEOUT has passed.
+    """
     part_spec = PartSpec.load(run_dir)
     config, plan = part_spec.config, part_spec.plan
     logs.setup(f"{part_spec.label} api", config.log_level, style=config.log_format)
@@ -69,9 +71,10 @@ def serve(run_dir: Path) -> None:
 
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that drains: after SIGTERM it runs until the accepted requests finish, and /health returns 503.
+    A second signal stops it at once.
 
-    Parts other than 0 get no generation requests, but their ranks take part in each. So they wait until rank 0 reports
-    that no request is open.
+    Parts other than 0 get no generation requests, but their ranks compute a share of each. So the server of such a part
+    runs until rank 0 reports that no request is open.
     """
 
     def __init__(self, state: PartState, service: Service | None, config: uvicorn.Config):

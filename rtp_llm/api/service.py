@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class SlotReservation:
-    """Slots that one request has reserved for its sequences.
+    """The slots that one request has reserved for sequences that it has not started. `len` is their number.
 
-    Each sequence needs a slot; the server has CONCURRENCY_LIMIT + QUEUE_LIMIT of them. A sequence uses its slot when it
-    starts; `release` frees the slots of sequences that did not start.
+    Each accepted sequence needs a slot; the server has CONCURRENCY_LIMIT + QUEUE_LIMIT of them. When a sequence starts,
+    its slot leaves the reservation, and is free when the sequence ends. `release` frees the slots that are left.
     """
 
     def __init__(self, service: "Service", slots: int):
@@ -53,7 +53,7 @@ class SlotReservation:
         self._release(1)
 
     def return_one(self) -> None:
-        """Takes the slot of a sequence that has just ended back into the reservation, for the request's next one."""
+        """Returns the slot of a sequence that has just ended to the reservation, for the request's next sequence."""
         self._release(-1)
 
     def release(self) -> None:
@@ -93,7 +93,9 @@ class Service:
 
     @property
     def engine_info(self) -> EngineInfo:
-        """Returns the properties of the current or last engine. Raises RequestError 503 until the first load."""
+        """Returns properties of the model and the KV cache, as the engine reported them when it last became ready.
+        Raises RequestError 503 if it has not been ready since the server started.
+        """
         if self.client.info is None:
             raise engine_gone("the model is still loading: see /health")
         return self.client.info
@@ -123,29 +125,32 @@ class Service:
             self._prompt_limits().check_count(sequences)
 
     async def prepare(self, work: Work[T], request: Request) -> T:
-        """Reads the request's body and calls `work` with it, a method that validates and tokenizes it. Returns the
-        result.
+        """Reads the request's body and calls `work`, a method that validates and tokenizes a body, with it. Returns the
+        result of `work`.
 
-        Raises RequestError 400; 404 for another model if STRICT_MODEL_NAME is set; 429 if a batch has more sequences
-        than there are free slots, or too many large requests wait; 503 while loading; 504 if a large request waits too
-        long. Raises ClientDisconnected if the client disconnects.
+        Raises RequestError 400 if the request is invalid; 404 for another model if STRICT_MODEL_NAME is set; 429 if a
+        batch has more sequences than there are free slots, or too many large requests are waiting; 503 while the model
+        is loading or the server stops; 504 if a large request waits too long. Raises ClientDisconnected or starlette's
+        ClientDisconnect if the client disconnects.
         """
         async with self.read_body(request) as raw:
             return await self.prepare_body(work, request, raw)
 
     @asynccontextmanager
     async def read_body(self, request: Request) -> AsyncIterator[bytes]:
-        """Context manager that returns the body. Raises RequestError 429 if all open bodies take too much memory."""
+        """Context manager that reads the request's body and returns it. Raises RequestError 429 if the bodies of all
+        requests that are being read or tokenized take too much memory.
+        """
         with self._counted_rejections():
             async with self.body_memory.read(request) as raw:
                 access_log.current().body_read = time.monotonic()
                 yield raw
 
     async def prepare_body(self, work: Work[T], request: Request, raw: bytes, extra_bytes: int = 0) -> T:
-        """Calls `work`, a method that validates and tokenizes a request, with a body that has been read already.
-        Returns its result. Raises what `prepare` raises.
+        """Does what `prepare` does, with a body `raw` that has been read already.
 
-        `extra_bytes`: size in bytes of what `work` reads besides the body. Large requests wait for their turn.
+        `extra_bytes`: size of the data that `work` reads besides the body, such as the history of a chat. Together with
+        the size of `raw`, it decides whether `work` runs on the event loop, in a thread or in another process.
         """
         result, record = await self._prepare(work, request, raw, extra_bytes)
         self.field_policy.apply(record)
@@ -167,13 +172,15 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Returns the number of slots in use, one per sequence or large request that is being prepared. A graceful
-        shutdown waits until it is 0.
+        """Returns the number of slots in use: one per accepted sequence, and one per large request that is being
+        tokenized. A graceful shutdown waits until it is 0.
         """
         return self.client.num_in_flight + self.reserved_slots + self.preparer.num_large
 
     def drain(self, seconds: float) -> None:
-        """Rejects new requests. Fails accepted ones that have not ended after `seconds`."""
+        """Rejects new requests and those that are still being tokenized with 503. Fails accepted ones that have not
+        ended after `seconds`.
+        """
         self.preparer.stop()
         self.client.drain(seconds)
 
@@ -196,7 +203,7 @@ class Service:
             raise
 
     def remaining_tokens(self, prompt: Sequence[int]) -> int:
-        """Returns how many tokens can be generated after this prompt."""
+        """Returns how many tokens can be generated after this prompt of token ids, up to the model's MAX_SEQ_LEN."""
         return self.engine_info.max_seq_len - len(prompt)
 
     # A request
@@ -204,9 +211,11 @@ class Service:
     async def generate(
         self, prompt: list[int], params: SamplingParams, text_params: TextParams, reservation: SlotReservation
     ) -> AsyncGenerator[OutputChunk]:
-        """Yields the chunks of one sequence. Closing the generator early aborts the sequence.
+        """Yields the output of one sequence in chunks of text. Closing the generator early aborts the sequence. Takes
+        one slot of `reservation`.
 
-        Raises RequestError 503 if the engine is lost, 504 at the timeout, 500 if the sequence fails.
+        Raises RequestError 503 if a lost engine does not come back in time, 504 at the timeout, 500 if the sequence
+        fails.
         """
         reservation.start_one()  # no await until `client.generate` counts it: another request could take the slot
         timer = RequestTimer(self.metrics, prompt, params)

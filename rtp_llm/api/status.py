@@ -28,7 +28,9 @@ ADMIN = [Depends(require_admin)]
 
 
 class HasHealth(Protocol):
-    """What /health reports on: the part or, before it starts, the download of its model."""
+    """Interface of what /health and /doctor report on: the part (`PartState`) or, before that starts, the download of
+    its model (`DownloadState`).
+    """
 
     def health(self) -> Health: ...
 
@@ -43,7 +45,9 @@ def status_router(state: HasHealth, metrics: Metrics, *, hides_detail: bool) -> 
     router = APIRouter()
 
     async def health(request: Request) -> Response:
-        """Returns `"ok"`, or 503 with the reason."""
+        """Returns `"ok"` if the server is ready, otherwise 503 with the phase, the progress and the reason. Clients
+        without a key get only the phase if the server has keys.
+        """
         current = state.health()
         if current.is_ready:
             return JSONResponse("ok")
@@ -53,19 +57,23 @@ def status_router(state: HasHealth, metrics: Metrics, *, hides_detail: bool) -> 
         return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
     async def liveness() -> Response:
-        """Returns `"ok"`, independent of the ranks, so that a liveness probe does not kill a server that is loading."""
+        """Returns `"ok"` while the API process responds, whatever the ranks do, so that a liveness probe does not
+        restart a server that is loading.
+        """
         return JSONResponse("ok")
 
     scrape_lock = asyncio.Lock()
 
     async def scrape() -> Response:
-        """Returns the metrics. Runs in a thread, since collecting them takes longer than generating a token."""
-        async with scrape_lock:
+        """Returns the metrics in Prometheus format."""
+        async with scrape_lock:  # in a thread, since collecting them takes longer than generating a token
             text = await run_in_threadpool(generate_latest, metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def doctor() -> Response:
-        """Returns the report of the doctor that ran when this part started, with the results of the gang's checks."""
+        """Returns the report of the doctor that ran when this part started, including the checks that compare the parts
+        of the gang. 404 if RTP_DOCTOR=off.
+        """
         report = state.doctor_report()
         if report is None:
             return JSONResponse({"detail": "the doctor has not run: RTP_DOCTOR=off"}, status_code=404)

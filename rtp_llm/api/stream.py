@@ -23,7 +23,7 @@ PING = b": ping\n\n"  # a comment, which clients ignore
 
 
 def coalesced(parts: Iterable[str]) -> Iterator[str]:
-    """Yields the concatenated texts `parts` in pieces of about `PIECE_CHARACTERS`, so that writes are few."""
+    """Yields the same text as `parts`, joined to pieces of about PIECE_CHARACTERS characters, to save writes."""
     pending: list[str] = []
     size = 0
     for part in parts:
@@ -36,8 +36,8 @@ def coalesced(parts: Iterable[str]) -> Iterator[str]:
 
 
 def json_parts(value: Any) -> Iterator[str]:
-    """Yields the compact JSON of `value` in parts. An iterator in `value` becomes a JSON array. The elements of an
-    iterator, or of a list of numbers, are encoded in batches.
+    """Yields the JSON of `value`, without spaces, in parts. An iterator in `value` becomes a JSON array, whose elements
+    are computed and encoded a batch at a time; so are those of a list of numbers.
     """
     if isinstance(value, list) and value and isinstance(value[0], int | float):
         value = iter(value)
@@ -61,7 +61,9 @@ def json_parts(value: Any) -> Iterator[str]:
 
 
 def json_response(value: Any) -> Response:
-    """Returns a JSON response. Encodes a large one while sending, so that it neither blocks nor fills memory."""
+    """Returns an HTTP response with `value` as JSON. Encodes a large value piece by piece while it is sent, so that it
+    does not block the event loop or need memory for the whole text. Iterators in `value` become arrays.
+    """
     pieces = coalesced(json_parts(value))
     first, second = next(pieces), next(pieces, None)
     if second is None:
@@ -76,7 +78,8 @@ async def _with_pauses(pieces: Iterable[str]) -> AsyncGenerator[str]:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. `events` yields events with their final blank line, whole or in pieces.
+    """A response of server-sent events. `events` yields the text of the events, whole or in pieces, including the blank
+    line that ends each event.
 
     While `events` yields nothing, sends `ping` every `ping_seconds` (0: never), so that proxies do not time out. When
     the response ends, even early, closes `events` and releases the unused slots of `reservation`.
@@ -135,8 +138,8 @@ def _is_between_events(last_message: Message) -> bool:
 
 
 async def merge(sequences: Sequence[AsyncGenerator[OutputChunk]]) -> AsyncGenerator[tuple[int, OutputChunk]]:
-    """Yields (index of the sequence, chunk) as the chunks of all sequences arrive. Closing the generator, or an error
-    in one sequence, ends all of them. If the reader is slow, the sequences wait.
+    """Runs several sequences at once. Yields (index of the sequence, chunk) in the order in which chunks arrive.
+    Closing the generator, or an error in one sequence, ends all of them. If the consumer is slow, reads no more.
     """
     if len(sequences) == 1:
         async with aclosing(sequences[0]) as chunks:

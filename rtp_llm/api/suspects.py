@@ -25,7 +25,9 @@ MAX_VERDICTS = 100  # kept, of the latest epochs
 
 
 class Suspect(Protocol):
-    """One sequence in the engine that may have crashed it. Hashable by identity."""
+    """Interface of a sequence that the engine runs, and that a crash of the engine can be blamed on. Hashable by
+    identity.
+    """
 
     @property
     def id(self) -> str: ...
@@ -60,14 +62,16 @@ class SuspectTracker(Generic[R]):
 
     @property
     def is_investigating(self) -> bool:
-        """True while some requests that may have crashed the engine run alone and all other requests wait."""
+        """True while a group of requests that may have crashed the engine runs and all other requests wait."""
         return bool(self._groups)
 
     def may_run(self, request: R) -> bool:
         return not self._groups or request in self._groups[0]
 
     def is_known_culprit(self, request: R, now: float) -> bool:
-        """Returns whether a request of this fingerprint recently crashed the engine. `now`: monotonic seconds."""
+        """Returns whether a request with this fingerprint was found to crash the engine in the last WINDOW_SECONDS.
+        Such a request must not run again. `now`: time.monotonic().
+        """
         self._forget_culprits(now)
         return bool(self._culprits) and not self._blames_engine and request.fingerprint in self._culprits
 
@@ -83,7 +87,7 @@ class SuspectTracker(Generic[R]):
         self._end_trials()
 
     def on_step(self, requests: Iterable[R]) -> None:
-        """Records a finished step in which these requests got tokens or ended."""
+        """Records that the engine finished a step in which these requests got tokens or ended."""
         for request in requests:
             self._settle(self._explained, "request")
             if self._probation.get(request, 0) > 1:

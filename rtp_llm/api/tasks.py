@@ -1,4 +1,4 @@
-"""Rejects requests that do not fit the served task (TASK_TYPE): an embedding model cannot chat."""
+"""Rejects requests that the served model's task (TASK_TYPE) does not allow, such as a chat with an embedding model."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,9 @@ COMMON_PATHS = {"/v1/models", "/tokenize", "/detokenize", "/tokenizer/encode"}
 
 
 def serves_text(served: TaskType) -> Any:
-    """Returns a FastAPI dependency that rejects text generation with 400 unless the served task is LANGUAGE_MODEL."""
+    """Returns a FastAPI dependency that rejects requests to generate text with 400 unless `served`, the TASK_TYPE of
+    the server, is LANGUAGE_MODEL.
+    """
 
     async def check(request: Request) -> None:
         is_common = request.method == "GET" or request.url.path in COMMON_PATHS
@@ -25,7 +27,9 @@ def serves_text(served: TaskType) -> Any:
 
 
 def refusing_router(paths: Iterable[str], task: TaskType, served: TaskType) -> APIRouter:
-    """Returns a router that rejects `paths`, which need the task `task`, with 400, as the model's is `served`."""
+    """Returns a router that rejects every POST to `paths` with 400: they need TASK_TYPE=`task`, but the server runs
+    with `served`.
+    """
     router = APIRouter()
 
     async def refuse(request: Request) -> None:

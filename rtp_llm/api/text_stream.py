@@ -24,7 +24,9 @@ class TextParams:
 
 @dataclass
 class OutputChunk:
-    """New text of one sequence. Only its last chunk has a finish reason, and perhaps the stop string that ended it."""
+    """New text and tokens of one sequence. Only the sequence's last chunk has a finish reason and, if a stop string
+    ended the sequence, this stop string.
+    """
 
     text: str
     tokens: list[int]
@@ -48,8 +50,8 @@ class TextStream:
         self.num_tokens = 0  # so far
 
     def push(self, output: EngineOutput) -> OutputChunk:
-        """Returns the chunk of an output. Drops the tokens after a stop string, which a step with draft tokens may
-        return.
+        """Returns the engine's output as a chunk with text. With speculative decoding an output can have several
+        tokens; those after a stop string are dropped.
         """
         num_tokens, text = self._read(output)
         self.num_tokens += num_tokens

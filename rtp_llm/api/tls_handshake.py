@@ -1,4 +1,7 @@
-"""The first part of a TLS connection, which counts like any other that waits for a request."""
+"""The TLS handshake of an HTTPS connection.
+
+Until the handshake is complete, `ConnectionLimit` counts the connection as one that waits for a request.
+"""
 
 import asyncio
 import ssl
@@ -13,7 +16,9 @@ from rtp_llm.api.http_protocol import HttpProtocol
 
 
 class TlsHandshake(asyncio.Protocol):
-    """A TCP connection until its TLS handshake is complete. An `HttpProtocol` takes it over then."""
+    """The asyncio protocol of an HTTPS connection until its TLS handshake is complete. An `HttpProtocol` replaces it
+    then.
+    """
 
     transport: asyncio.Transport
 
@@ -43,7 +48,7 @@ class TlsHandshake(asyncio.Protocol):
         self._task.cancel()
 
     def shutdown(self) -> None:
-        """Aborts the connection; uvicorn calls this when the server ends."""
+        """Aborts the connection, whose handshake is not complete. uvicorn calls this when the server stops."""
         self.transport.abort()
 
     async def _handshake(self) -> None:

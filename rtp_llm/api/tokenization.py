@@ -1,4 +1,8 @@
-"""Creates the responses of the tokenizer routes. See `api.preparation`; all functions raise RequestError."""
+"""Creates the responses of /tokenize, /detokenize and /tokenizer/encode.
+
+All functions raise RequestError 400 if `raw`, the request's JSON body, is invalid. They run where
+`Service.prepare` decides: on the event loop, in a thread or in another process.
+"""
 
 from rtp_llm.api.body import parse_body
 from rtp_llm.api.compact_json import compact_json

@@ -19,9 +19,11 @@ _NAME = re.compile(r"[\w.:/-]{1,128}")  # OpenAI allows [a-zA-Z0-9_-]{1,64}
 
 @dataclass(frozen=True)
 class ToolUse:
-    """Which functions the model may call, whether it must call one, and whether it may make several calls.
+    """The tool options of a chat request.
 
-    tools  the functions that may be called. If tool_choice names one, only that one, though the prompt lists all.
+    tools     the functions that the model may call: those that `tool_choice` names, otherwise all in the request
+    choice    "none": the model must not call one; "auto": it may; "required": it must
+    parallel  whether it may make several calls
     """
 
     tools: tuple[Tool, ...] = ()
@@ -37,7 +39,9 @@ class ToolUse:
 
 
 def rendered_tools(body: ChatRequest) -> list[dict[str, Any]]:
-    """Returns the tools for the chat template. Leaves out tools that only OpenAI's servers can run."""
+    """Returns the tools that the chat template gets: the functions in `tools`, none if `tool_choice` is "none". Leaves
+    out other types of tools, such as web search, which only OpenAI's servers can run.
+    """
     tools = body.tools or []
     dropped = sorted({str(tool.get("type"))[:64] for tool in tools if tool.get("type", "function") != "function"})
     if dropped:
@@ -48,7 +52,9 @@ def rendered_tools(body: ChatRequest) -> list[dict[str, Any]]:
 
 
 def tool_use(body: ChatRequest) -> ToolUse:
-    """Returns the tool options of the request. Raises RequestError 400 if they contradict each other."""
+    """Returns the tool options of the request. Raises RequestError 400 if a tool is malformed, or `tool_choice` needs a
+    tool that the request does not have.
+    """
     tools = tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(rendered_tools(body)))
     choice, names = _choice(body.tool_choice)
     unknown = sorted(set(names) - {tool.name for tool in tools})

@@ -30,7 +30,8 @@ ENGINE_LABEL = {"engine": "0"}  # vLLM's index of the data-parallel engine
 class VllmMetricAliases(Collector):
     """Prometheus collector that exports the metrics of the registry's other collectors under vLLM's names.
 
-    It reads them with `registry.collect`, which calls this collector again; that inner call yields nothing.
+    Its `collect` reads these metrics with `registry.collect`, which calls this collector's `collect` a second time; the
+    inner call yields nothing.
     """
 
     def __init__(self, registry: CollectorRegistry):

@@ -298,7 +298,7 @@ def test_missing_reading_is_skipped(id: str, readings: dict[str, Any], gpu_part:
 def test_the_device_of_a_part_without_a_plan_is_that_of_its_setting(
     device: str, on_gpu: bool, gpu_part: FakeGpuPart
 ) -> None:
-    gpu_part.set(TP_SIZE="0", RTP_DEVICE=device)
+    gpu_part.set(TP_SIZE="4", LOCAL_WORLD_SIZE="2", RTP_DEVICE=device)
     assert gpu_part.ctx().plan is None
     assert gpu_part.ctx().on_gpu == on_gpu
 

@@ -69,7 +69,7 @@ def test_gives_up_if_nothing_arrives(monkeypatch: pytest.MonkeyPatch, blob: Path
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"org/demo: the disk of /.* is full; free 0\.6 MB on it, or set HF_HOME to a "),
+        (errno.ENOSPC, r"org/demo: the disk of /.* is full; free 0\.5 MB on it, or set HF_HOME to a "),
         (errno.EROFS, r"/.*: cannot be written: Read-only file system; set HF_HOME or HF_HUB_CACHE"),
     ],
 )

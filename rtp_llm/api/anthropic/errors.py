@@ -18,6 +18,8 @@ _TYPES = {
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """Returns the body of a response, or the data of an `error` event."""
+    """Returns the error as Anthropic's JSON object {"type": "error", "error": {type, message}}: the body of an error
+    response, or the data of an `error` event in a stream.
+    """
     default = "invalid_request_error" if error.status < 500 else "api_error"
     return {"type": "error", "error": {"type": _TYPES.get(error.status, default), "message": error.message}}

@@ -13,7 +13,9 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 
 class MessageBuilder:
-    """Builds one message. `blocks`: its content so far. `message` parses the JSON arguments of tool calls."""
+    """Builder of one response message. For a stream, call `start`, `add` for each delta and `finish`, and send the
+    events; otherwise `add`, `finish` and then `message`. `blocks`: the content blocks so far.
+    """
 
     def __init__(self, model: str, choice: ChatChoice):
         self.id = f"msg_{secrets.token_hex(12)}"
@@ -23,13 +25,15 @@ class MessageBuilder:
         self._call_index = -1  # of the newest block; -1 if it is no call
 
     def start(self) -> Iterator[Event]:
-        """Yields `message_start`. Call it after the first chunk arrived, which has the number of cached tokens."""
+        """Yields the event `message_start`. Call it after the engine's first output, whose number of cached prompt
+        tokens the event's `usage` contains.
+        """
         message = self._header() | {"content": [], "stop_reason": None, "stop_sequence": None}
         yield {"type": "message_start", "message": message | {"usage": self._usage()}}
 
     def add(self, delta: OutputDelta) -> Iterator[Event]:
-        """Yields the events of a delta (content, reasoning or a tool call). If it does not continue the current content
-        block, they first end that block and start another.
+        """Yields the events for a piece of output (content, reasoning or a tool call). A piece of another kind, or of
+        another tool call, first ends the current content block and starts a new one.
         """
         if delta.call:
             if delta.call.index != self._call_index:
@@ -51,7 +55,7 @@ class MessageBuilder:
         yield {"type": "message_stop"}
 
     def message(self) -> dict[str, Any]:
-        """Returns the whole message. Call `finish` first."""
+        """Returns the whole message as a JSON object, with the arguments of tool calls parsed. Call `finish` first."""
         return self._header() | {"content": self.blocks} | self._stop() | {"usage": self._usage()}
 
     def _is_open(self, block_type: str) -> bool:

@@ -15,7 +15,9 @@ _THOUGHT = ("thinking", "redacted_thinking")
 
 
 def to_chat(body: CountTokensRequest) -> dict[str, Any]:
-    """Returns the fields of a ChatRequest. Raises RequestError 400 for content blocks other than text (images, …)."""
+    """Returns the request as the fields of a ChatRequest. Raises RequestError 400 for content that is not text, such as
+    images.
+    """
     messages = [*_system_turns(body.system)]
     for index, message in enumerate(body.messages):
         messages += _turns(message, f"messages.{index}")

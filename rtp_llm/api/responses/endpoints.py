@@ -75,7 +75,9 @@ class ResponsesEndpoints:
     async def retrieve(
         self, request: Request, response_id: str, stream: bool = False, starting_after: int = -1
     ) -> Response:
-        """Returns a stored response; with `stream`, its events numbered above `starting_after`."""
+        """Returns a stored response; with `stream`, streams its events with a `sequence_number` above `starting_after`,
+        including those to come. Only background responses have stored events; for others raises RequestError 400.
+        """
         stored = self.store.get(response_id, _owner(request))
         if not stream:
             return _json_response(stored.to_json())

@@ -1,4 +1,4 @@
-"""Prepares requests to /v1/responses as chat requests. See `api.preparation`."""
+"""Translates requests to /v1/responses into OpenAI's chat requests, then validates and tokenizes them."""
 
 import json
 from dataclasses import replace
@@ -19,10 +19,12 @@ from rtp_llm.errors import invalid_params, unsupported
 def prepare_response(
     preparation: Preparation, raw: bytes, limits: PromptLimits, *, stores: bool, history: str = ""
 ) -> PreparedResponse:
-    """Validates and tokenizes a request to /v1/responses. Raises RequestError.
+    """Validates and tokenizes a request to /v1/responses.
 
-    `history`: JSON array of the messages of the response that it continues; empty if it continues none. `stores`:
-    whether responses can be stored.
+    `history`: JSON array of the chat messages up to the response that the request continues; empty if it continues
+    none. `stores`: whether the server stores responses.
+
+    Raises RequestError 400 if the request is invalid, 503 while the model is loading.
     """
     body = parse_body(ResponsesRequest, raw)
     if body.previous_response_id and not history:

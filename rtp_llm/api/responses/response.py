@@ -13,7 +13,9 @@ Fields = dict[str, Any]
 
 
 class ResponseBuilder:
-    """Builds one response. Its methods yield server-sent events, which are numbered in order."""
+    """Builder of one response. Call `start`, `add` for each chunk of output, and one of `finish`, `fail` and `cancel`.
+    They yield server-sent events with consecutive `sequence_number`; iterate over them even if nobody reads the events.
+    """
 
     def __init__(self, model: str, choice: ChatChoice, echo: str, *, is_stored: bool):
         """`echo`: JSON object with the fields of the request that the response repeats."""
@@ -33,7 +35,9 @@ class ResponseBuilder:
             yield self._response_event(f"response.{status}")
 
     def add(self, deltas: list[OutputDelta], logprobs: list[Fields]) -> Iterator[str]:
-        """Yields the events of a chunk. All logprobs of the chunk go to its first text delta."""
+        """Adds the parsed output of one chunk, and yields its events. The first text delta of the chunk gets all
+        `logprobs`, the entries of the chunk's tokens.
+        """
         for delta in deltas:
             if delta.call:
                 if delta.call.index != self._call_index:
@@ -53,7 +57,7 @@ class ResponseBuilder:
                 logprobs = []
 
     def finish(self) -> Iterator[str]:
-        """Yields the last events of a completed or incomplete response."""
+        """Yields the last events of a response that ended normally, or at its token limit (status "incomplete")."""
         status = "incomplete" if self._choice.finish_reason == "length" else "completed"
         yield from self._close(status)
         self._end(status)
@@ -66,7 +70,9 @@ class ResponseBuilder:
         yield self._response_event("response.failed")
 
     def cancel(self) -> Iterator[str]:
-        """Ends a cancelled background response. As in OpenAI's API, no event announces it."""
+        """Ends a background response that its client has cancelled. Yields the events that end its open output item; as
+        in OpenAI's API, there is no event for the cancellation.
+        """
         yield from self._close("incomplete")
         self._end("cancelled")
 
@@ -79,7 +85,9 @@ class ResponseBuilder:
         return f"{compact_json(self._fields)[:-1]},{self._echo[1:]}"
 
     def message(self) -> Fields:
-        """Returns the output as a chat message with role assistant."""
+        """Returns the output as a chat message with role assistant, for the conversation that a later request
+        continues.
+        """
         answer = self._choice.answer
         message: Fields = {"role": "assistant", "content": answer.content}
         message |= {"reasoning_content": answer.reasoning} if answer.reasoning else {}

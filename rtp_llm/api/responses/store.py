@@ -15,9 +15,9 @@ CONTINUED = ("completed", "incomplete")  # statuses of responses that another on
 class StoredResponse:
     """One response and the data to continue it. `owner`: name of the API key that may access it.
 
-    conversation  JSON array of the messages of its prompt, without instructions
+    conversation  JSON array of the chat messages of its prompt, without `instructions`
     input_items   JSON array of the input as the client sent it
-    frames        the events so far, if it is generated in the background
+    frames        the server-sent events so far, if the response is generated in the background
     """
 
     def __init__(self, owner: str, builder: ResponseBuilder, conversation: str, input_items: str):
@@ -32,8 +32,8 @@ class StoredResponse:
 
     @property
     def size(self) -> int:
-        """Returns the number of stored characters (messages, input, response, events), roughly the size in bytes.
-        Excludes the tokens of a response that is being generated.
+        """Returns the number of stored characters (messages, input, response, events), roughly the size in bytes. Does
+        not count the output of a response that is still being generated, except its events.
         """
         return len(self._conversation) + len(self.input_items) + len(self._final) + self._frames_size
 
@@ -46,8 +46,8 @@ class StoredResponse:
         return self._builder.to_json() if self._builder else self._final
 
     def settle(self) -> None:
-        """Replaces the builder of an ended response by the response's JSON text. The builder's objects per token take a
-        hundred times as much memory.
+        """Finishes the storage of a response that has ended: keeps its JSON text instead of the ResponseBuilder, whose
+        objects per token take a hundred times as much memory, and adds its message to the conversation.
         """
         if self._builder:
             self._final, self._status = self._builder.to_json(), self._builder.status
@@ -56,11 +56,13 @@ class StoredResponse:
             self._builder = None
 
     def run(self, frames: AsyncGenerator[str]) -> None:
-        """Generates the response in a background task, which continues if the client disconnects."""
+        """Starts a task that generates the response in the background, also after the client disconnects. `frames`
+        yields the server-sent events of the response.
+        """
         self._task = asyncio.create_task(self._collect(frames), name=self.id)
 
     async def follow(self, start: int) -> AsyncGenerator[str]:
-        """Yields the events from number `start` on, as they arrive."""
+        """Yields the server-sent events from index `start` (0: the first) on, until the response has ended."""
         position = max(0, start)
         while True:
             while position < len(self.frames):
@@ -107,7 +109,9 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Keeps the newest responses within `max_bytes`; 0 stores none. Evicts the oldest, but no running ones."""
+    """Store of responses in memory, by id. Evicts the oldest ones beyond `max_bytes`, but none that is being generated.
+    0 disables the store.
+    """
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
@@ -118,7 +122,7 @@ class ResponseStore:
         return self._max_bytes > 0
 
     def require(self, param: str) -> None:
-        """Raises RequestError 400 if the store is disabled."""
+        """Raises RequestError 400 if the store is disabled. `param`: the request field that needs it, for the error."""
         if not self.is_enabled:
             raise unsupported(f"{param} needs stored responses: set RESPONSES_STORE_MB", param)
 

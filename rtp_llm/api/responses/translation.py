@@ -14,7 +14,9 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_t
 
 
 def to_chat(body: ResponsesRequest, history: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Returns the fields of a ChatRequest. `history`: the chat up to the previous response. Raises RequestError 400."""
+    """Returns the request as the fields of a ChatRequest. `history`: the chat messages up to the response that the
+    request continues. Raises RequestError 400 for fields and items that are not supported.
+    """
     for name in ("conversation", "prompt"):
         if getattr(body, name):
             raise unsupported(f"{name} is not supported: send the whole conversation as input", name)
@@ -35,14 +37,16 @@ def to_chat(body: ResponsesRequest, history: Sequence[dict[str, Any]] = ()) -> d
 
 
 def input_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Returns the messages of `input`. Reasoning and tool calls become parts of an assistant message."""
+    """Returns the request's `input` as chat messages. Reasoning and tool calls become parts of an assistant message.
+    Raises RequestError 400 for items that are not supported.
+    """
     if isinstance(body.input, str):
         return [{"role": "user", "content": body.input}]
     messages: list[dict[str, Any]] = []
     for index, item in enumerate(body.input):
         _add_item(messages, item, f"input.{index}")
     if not messages:
-        raise invalid_params("input has no turn that this server can use", "input")
+        raise invalid_params("input has no item that this server can use: send a message or a tool's output", "input")
     return messages
 
 
