@@ -31,6 +31,9 @@ TABLE_CASES = {
         Case("c32", Workload("128/64", ((128, 64),)), requests=64, concurrency=32),
         Case("prefill", Workload("1024/1", ((1024, 1),)), requests=3, concurrency=1),
         Case("c1-8k", Workload("8192/64", ((8192, 64),)), requests=1, concurrency=1),
+        # All streams of a closed loop start at once: with two requests each, half of the requests are that burst.
+        Case("c16-long", Workload("128/64", ((128, 64),)), requests=96, concurrency=16),
+        Case("c32-long", Workload("128/64", ((128, 64),)), requests=192, concurrency=32),
         Case("mixed", WORKLOADS["mixed"], requests=32, concurrency=16),
     )
 }
