@@ -45,7 +45,7 @@ def embeddings_router(service: Service, info: EmbeddingInfo) -> APIRouter:
 
 
 class EmbeddingEndpoints:
-    """The endpoints of one embedding model."""
+    """The HTTP endpoints of an embedding model: /v1/embeddings and /similarity."""
 
     def __init__(self, service: Service, info: EmbeddingInfo):
         self.service, self.info = service, info

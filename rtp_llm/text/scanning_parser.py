@@ -21,7 +21,9 @@ class ScanningParser(ABC):
 
     @abstractmethod
     def read(self) -> Reading[None]:
-        """Generator that reads the text of the sequence from `scanner` and passes its deltas to `emit`."""
+        """Generator that reads the text of the sequence from `scanner` and passes its deltas to `emit`. It yields when
+        it needs more text.
+        """
 
     def push(self, text: str) -> list[OutputDelta]:
         self.scanner.feed(text)

@@ -13,7 +13,7 @@ from tests.chaos.driver import Injection
 from tests.chaos.faults import Fault
 from tests.chaos.lane import Ended, Skipped, Start, log_path, running_lane
 
-MAX_PER_START = 3  # few, so that all faults have about the same number whenever a campaign is stopped
+MAX_PER_START = 10  # so few that all faults have about the same number whenever a campaign is stopped
 
 
 class Records:

@@ -16,13 +16,12 @@ HEAD = """\
 What clients see when something fails, measured by `make chaos`: it runs the real processes on a small model with random
 weights (two ranks on CPU, one thread each), keeps eight clients busy with streams, chats, long prompts and batches,
 injects a fault at a random moment, and compares every response with an undisturbed run. The seconds are of machines
-with {cores} cores, on which up to four such gangs and other work ran at a time: alone they are fewer. What holds
+with {cores} cores, on which up to five such gangs and other work ran at a time: alone they are fewer. What holds
 everywhere is the ledger: **lost** counts accepted requests that did not end exactly once with their undisturbed text,
 where the fault permits it. With the API process its open connections are lost, and nothing else.
 
 [reliability.jsonl](reliability.jsonl) has one line per injection: the seed with which it can be repeated, what was hit,
-how the requests ended, and the times. A campaign before it, of 376 injections and 12,486 requests (2026-11-27), lost
-none either.
+how the requests ended, and the times.
 
 - **pause**: the longest silence of a stream that was in flight, in seconds, from the fault on (median / maximum). For
   faults that last for a while, it contains that time.
