@@ -4,7 +4,8 @@ A request is on probation until it has finished a step, and again for a few step
 engine is lost in a step whose requests are all trusted, the engine is the cause (an operator killed a rank, say), and
 all requests continue together. Otherwise the requests on probation are tried in groups, one group at a time, while all
 other requests are held. A group that fails is halved; one that passes is cleared. A request that was alone in a failed
-step is the culprit. It was then in at least two failed steps, so a single accident convicts no request.
+step is the culprit if it was in at least MIN_FAILED_STEPS: two ranks that are killed one after the other, the second
+while a request is tried alone, convict no request.
 
 This module is a state machine without sockets and clocks; `api.client` carries out its decisions.
 """
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 Verdict = Literal["investigating", "request", "engine"]
 
 TRIAL_STEPS = 2  # to be cleared: the result of the step before the one that failed may have been lost with the engine
+MIN_FAILED_STEPS = 3  # of a culprit, in a row
 RELAPSE_STEPS = 8  # on probation after a failed step; a request that fails at some position fails there again at once
 MAX_CULPRITS = 3  # different ones within WINDOW_SECONDS; then it is the engine
 WINDOW_SECONDS = 600.0
@@ -55,6 +57,7 @@ class SuspectTracker(Generic[R]):
     def __init__(self) -> None:
         self.verdicts: dict[int, Verdict] = {}
         self._probation: dict[R, int] = {}  # steps that the request has to finish
+        self._num_failed: dict[R, int] = {}  # failed steps of the requests on probation
         self._groups: list[dict[R, int]] = []  # the first is on trial: steps that each request has to finish in it
         self._unexplained: list[int] = []  # epochs that were lost in this investigation, since the last culprit
         self._explained: list[int] = []  # epochs that a culprit explains, until another request finishes a step
@@ -81,7 +84,7 @@ class SuspectTracker(Generic[R]):
 
     def remove(self, request: R) -> None:
         """Removes a request that has finished, failed or was cancelled by its client: it is no suspect any more."""
-        self._probation.pop(request, None)
+        self._clear(request)
         for group in self._groups:
             group.pop(request, None)
         self._end_trials()
@@ -93,7 +96,7 @@ class SuspectTracker(Generic[R]):
             if self._probation.get(request, 0) > 1:
                 self._probation[request] -= 1
             else:
-                self._probation.pop(request, None)
+                self._clear(request)
             if self._groups and request in self._groups[0]:
                 self._groups[0][request] -= 1
         self._end_trials()
@@ -109,6 +112,7 @@ class SuspectTracker(Generic[R]):
         trial = self._groups.pop(0) if self._groups else None
         suspects = [r for r in launched if trial is not None or r in self._probation]
         self._probation |= dict.fromkeys(launched, RELAPSE_STEPS)
+        self._num_failed |= {r: self._num_failed.get(r, 0) + 1 for r in launched}
         if trial is None:
             self._settle(self._explained, "engine")  # no other request has finished a step yet
         untried = [r for r in trial or () if r not in launched]
@@ -119,7 +123,7 @@ class SuspectTracker(Generic[R]):
             return None
         self._record(epoch, "engine" if self._blames_engine else "investigating")
         self._unexplained.append(epoch)
-        if trial is not None and len(suspects) == 1:
+        if trial is not None and len(suspects) == 1 and self._num_failed[suspects[0]] >= MIN_FAILED_STEPS:
             return self._convict(suspects[0], now)
         middle = (len(suspects) + 1) // 2
         self._groups[:0] = [_group(half) for half in (suspects[:middle], suspects[middle:]) if half]
@@ -138,6 +142,7 @@ class SuspectTracker(Generic[R]):
         self._explained += self._unexplained
         self._unexplained = []
         self._probation = {r: steps for r, steps in self._probation.items() if steps == 1}  # the rest is explained
+        self._num_failed.clear()
         log.error("request %s was alone in a failed step: it gets an error, the other requests continue", culprit.id)
         if self._blames_engine:
             log.error(
@@ -153,13 +158,18 @@ class SuspectTracker(Generic[R]):
             return
         while self._groups and all(steps <= 0 for steps in self._groups[0].values()):
             for request in self._groups.pop(0):
-                self._probation.pop(request, None)
+                self._clear(request)
         if not self._groups:
             if self._unexplained:
                 log.warning(
                     "none of the suspected requests makes the engine fail alone: the cause is the engine, not a request"
                 )
             self._settle(self._unexplained, "engine")
+
+    def _clear(self, request: R) -> None:
+        """Ends the probation of a request."""
+        self._probation.pop(request, None)
+        self._num_failed.pop(request, None)
 
     def _settle(self, epochs: list[int], verdict: Verdict) -> None:
         """Sets the final verdict of epochs under investigation, and empties the list."""

@@ -31,13 +31,14 @@ def crash(api: ApiServer, *launched: Submission, epoch: int) -> None:
 
 
 def crash_with_poison(api: ApiServer, innocent: Submission, tokens: list[int]) -> None:
-    """Crashes twice: in a step with the innocent sequence and the poison, and in one with the poison alone."""
+    """Crashes in a step with the innocent sequence and the poison, and in two with the poison alone."""
     poison = api.engine.next_submission()
     assert prompt_of(api, poison) == "poison"
     crash(api, innocent, poison, epoch=2)
-    alone = api.engine.next_submission()
-    assert alone.id == poison.id
-    crash(api, alone, epoch=3)
+    for epoch in (3, 4):
+        alone = api.engine.next_submission()
+        assert alone.id == poison.id
+        crash(api, alone, epoch=epoch)
     again = api.engine.next_submission()
     assert (again.id, again.output) == (innocent.id, tokens)
 
@@ -88,9 +89,9 @@ def test_the_sdk_sends_a_poison_request_once(start_api: StartApi, byte_model: By
             assert isinstance(error, openai.InternalServerError)
             assert (error.status_code, error.response.headers["x-should-retry"]) == (500, "false")
         assert "the engine crashes when it computes this request" in str(error)
-        assert verdicts(api) == {"1": "investigating", "2": "investigating"}
+        assert verdicts(api) == dict.fromkeys("123", "investigating")
         finish(api, response, innocent, byte_model.tokens("two"))
-        assert verdicts(api) == {"1": "request", "2": "request"}
+        assert verdicts(api) == dict.fromkeys("123", "request")
         assert api.engine.num_pending_submissions == 0
         assert api.metric("rtp_llm_poison_requests_total", model_name="fake") == 1
     clear_expected_errors(api)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtp_llm.api.suspects import MAX_CULPRITS, RELAPSE_STEPS, TRIAL_STEPS, WINDOW_SECONDS, SuspectTracker
+from rtp_llm.api.suspects import (
+    MAX_CULPRITS,
+    MIN_FAILED_STEPS,
+    RELAPSE_STEPS,
+    TRIAL_STEPS,
+    WINDOW_SECONDS,
+    SuspectTracker,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ INNOCENTS = [Request(f"innocent {n}") for n in range(8)]
 POISON = Request("poison", is_poison=True)
 
 
-def test_a_poison_among_running_requests_is_convicted_by_the_second_crash() -> None:
+def test_a_poison_among_running_requests_is_convicted_by_the_third_crash() -> None:
     server = Server(*INNOCENTS)
     server.step()
     server.accept(POISON)
@@ -87,11 +94,33 @@ def test_a_poison_among_running_requests_is_convicted_by_the_second_crash() -> N
     server.accept(late)
     assert not server.tracker.may_run(late)
     server.step()
+    assert server.running == [POISON]
+    server.step()
     assert server.convicted == [POISON]
-    assert server.verdicts == ["investigating"] * 2  # the crashes are free once the others finish a step without it
+    assert server.verdicts == ["investigating"] * 3  # the crashes are free once the others finish a step without it
     assert server.running == [*INNOCENTS, late]
     server.step()
-    assert server.verdicts == ["request"] * 2
+    assert server.verdicts == ["request"] * 3
+
+
+def test_two_kills_in_a_row_convict_nobody() -> None:
+    """The second kill hits a new request that is tried alone."""
+    server = Server(*INNOCENTS)
+    server.step()
+    new = Request("new")
+    server.accept(new)
+    server.kill()
+    assert server.running == [new]
+    server.kill()
+    assert server.running == [new]
+    server.steps(TRIAL_STEPS)
+    assert server.convicted == []
+    assert server.running == [*INNOCENTS, new]
+    assert server.verdicts == ["engine"] * 2
+    server.kill()
+    server.kill()
+    server.steps(RELAPSE_STEPS * len(server.open))
+    assert server.convicted == [], "its first failures count no longer"
 
 
 @given(st.integers(1, 40), st.data())
@@ -103,7 +132,7 @@ def test_one_poison_among_new_requests_is_found_in_logarithmic_time(num_requests
         if not server.step() and server.tracker.is_investigating:
             assert len(server.running) <= math.ceil(num_requests / 2)
     assert server.convicted == [requests[index]]
-    assert len(server.verdicts) <= 2 + math.ceil(math.log2(num_requests))
+    assert len(server.verdicts) <= max(MIN_FAILED_STEPS, 2 + math.ceil(math.log2(num_requests)))
     assert set(server.verdicts) == ({"request"} if num_requests > 1 else {"investigating"})
     assert server.running == server.open
 
@@ -132,7 +161,7 @@ def test_no_order_of_events_blocks_requests_for_ever(events: list[str]) -> None:
         assert not server.open or server.running
     server.steps(TRIAL_STEPS * (len(server.open) + 1))
     assert server.running == server.open
-    assert len(server.convicted) <= max(0, events.count("kill") - 1)  # each was in two steps that failed
+    assert len(server.convicted) <= max(0, events.count("kill") - MIN_FAILED_STEPS + 1)
     assert server.tracker.verdicts.keys() == set(range(1, server.epoch))
 
 
@@ -188,7 +217,7 @@ def test_a_loss_without_a_computed_request_is_the_engines() -> None:
     server.lose([])  # before the trial has begun
     assert server.running == [POISON]
     assert server.verdicts[-2:] == ["investigating", "engine"]
-    server.step()
+    server.steps(MIN_FAILED_STEPS - 1)
     assert server.convicted == [POISON]
 
 
@@ -207,10 +236,10 @@ def test_a_crash_before_the_others_finish_a_step_is_the_engines() -> None:
     server = Server(*INNOCENTS)
     server.step()
     server.accept(POISON)
-    server.steps(2)
+    server.steps(MIN_FAILED_STEPS)
     assert server.convicted == [POISON]
     server.kill()
-    assert server.verdicts[:2] == ["engine"] * 2
+    assert server.verdicts[:3] == ["engine"] * 3
 
 
 def test_three_culprits_in_ten_minutes_are_the_engines_fault() -> None:
@@ -220,13 +249,16 @@ def test_three_culprits_in_ten_minutes_are_the_engines_fault() -> None:
     for poison in poisons:
         assert not server.tracker.is_known_culprit(poison, server.now)
         server.accept(poison)
-        server.steps(1 + TRIAL_STEPS)
+        server.steps(MIN_FAILED_STEPS + 1)
     assert server.convicted == poisons
-    assert server.verdicts == [*["request"] * 2 * MAX_CULPRITS, "engine", "engine"]
+    assert server.verdicts == [
+        *["request"] * MIN_FAILED_STEPS * MAX_CULPRITS,
+        *["engine"] * MIN_FAILED_STEPS,
+    ]
     server.now += WINDOW_SECONDS
     server.accept(POISON)
-    server.steps(3)
-    assert server.verdicts[-2:] == ["request"] * 2
+    server.steps(MIN_FAILED_STEPS + 1)
+    assert server.verdicts[-3:] == ["request"] * 3
 
 
 def test_a_culprit_is_known_for_ten_minutes() -> None:
