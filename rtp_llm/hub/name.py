@@ -1,4 +1,4 @@
-"""Names of models on a hub."""
+"""Parses names of models on the Hugging Face hub, `org/name@revision`, and finds the commit of a downloaded model."""
 
 import re
 from dataclasses import dataclass
