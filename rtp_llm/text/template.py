@@ -104,7 +104,7 @@ class ChatTemplate:
         allow_special_tokens: bool = False,
         **kwargs: Any,
     ) -> Prompt:
-        """Returns the prompt, a text with marked control tokens, of which `encode` returns the token ids.
+        """Returns the rendered chat, whose token ids `encode` of this class returns.
 
         continue_final_message  leaves the last message open, so that the model continues it
         allow_special_tokens    gives control tokens in messages their effect; otherwise they are plain text
