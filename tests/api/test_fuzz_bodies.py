@@ -183,6 +183,7 @@ def test_wrong_values_in_known_fields(path: str, client: httpx.Client) -> None:
     send()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_known_field_with_every_kind_of_value(path: str, client: httpx.Client) -> None:
     """One field at a time, so that no other field's error hides its own."""

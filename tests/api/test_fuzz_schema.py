@@ -91,6 +91,7 @@ def check_operation(document: BaseSchema, operation: str, mode: GenerationMode, 
     send()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 @pytest.mark.parametrize("path", WITH_BODY)
 def test_bodies(path: str, mode: GenerationMode, document: BaseSchema) -> None:

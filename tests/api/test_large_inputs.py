@@ -39,6 +39,7 @@ def test_a_prompt_of_15_mb_is_refused(path: str, start_api: StartApi) -> None:
     assert (response.json()["error_code"], "at least" in response.text) == (511, True)
 
 
+@pytest.mark.slow
 def test_the_api_process_returns_the_memory_of_large_prompts(http: httpx.Client) -> None:
     """Once it kept 2.8 GB after one of them."""
 

@@ -415,8 +415,11 @@ def test_a_setting_overrides_the_template(start_api: StartApi) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("json", ""), "TOOL_CALL_PARSER='json': allowed: mistral, qwen3_coder, pythonic, llama3_json, hermes"),
-        (("", "r1"), "REASONING_PARSER='r1': allowed: qwen3, deepseek_r1, mistral, none"),
+        (
+            ("json", ""),
+            "TOOL_CALL_PARSER='json': not valid; allowed: mistral, qwen3_coder, pythonic, llama3_json, hermes, or",
+        ),
+        (("", "r1"), "REASONING_PARSER='r1': not valid; allowed: qwen3, deepseek_r1, mistral, none, or"),
     ],
 )
 def test_an_unknown_parser_is_a_configuration_error(

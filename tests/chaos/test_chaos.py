@@ -86,7 +86,8 @@ def test_the_watch_measures_how_long_health_was_wrong() -> None:
     assert truth.late == pytest.approx(0.7, abs=0.05)
 
 
-def test_a_campaign_gives_all_faults_about_the_same_number() -> None:
+def test_a_campaign_gives_all_faults_about_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.chaos.campaign.MAX_PER_START", 3)
     records = Records(None)
     for name, number in [("a", 0), ("a", 1), ("b", 0), ("b", 4)]:
         records.add(Injection(name, 1, number))

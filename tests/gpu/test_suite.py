@@ -118,6 +118,7 @@ def test_shards_share_the_tests(tmp_path: Path, env: dict[str, str]) -> None:
     assert [len(shard.results()) for shard in shards] == [3, 2]
 
 
+@pytest.mark.slow
 def test_components_group_passes(tmp_path: Path, env: dict[str, str]) -> None:
     """Runs one group of the suite."""
     shards = run_group(SuiteGroup("components", "tests/gpu/components.py", 100), env, tmp_path, 100)

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rtp_llm.native.library import Library, built_levels, library, select_kernels
+from rtp_llm.native.library import Library, library, select_kernels
+from tests.kernel_levels import LEVELS
 
 
-@pytest.fixture(params=built_levels())
+@pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[Library]:
     """Selects one level, and one thread."""
     torch.set_num_threads(1)

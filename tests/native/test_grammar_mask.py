@@ -12,12 +12,13 @@ from torch import Tensor
 
 from rtp_llm.kernels.logits_mask import argmax_allowed, mask_logits
 from rtp_llm.kernels.sampling import FAILED
-from rtp_llm.native.library import built_levels, select_kernels
+from rtp_llm.native.library import select_kernels
+from tests.kernel_levels import LEVELS
 
 NUM_ROWS = 7
 
 
-@pytest.fixture(params=[*built_levels(), "off"], scope="module", autouse=True)
+@pytest.fixture(params=[*LEVELS, "off"], scope="module", autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     select_kernels(request.param)
     yield

@@ -18,6 +18,7 @@ from rtp_llm.native import library
 from rtp_llm.native.build import FLAGS, LINK_FLAGS, PACKAGE, find_compiler
 from rtp_llm.native.levels import X86_LEVELS
 from rtp_llm.native.library import DTYPE_CODES, Library, built_levels, library_path
+from tests.kernel_levels import LEVELS
 
 EMULATED_AMX = "amx, emulated"
 SOURCES = ("linear.cpp", "team.cpp")
@@ -38,7 +39,7 @@ def emulated_amx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=[*built_levels(), EMULATED_AMX])
+@pytest.fixture(params=[*LEVELS, pytest.param(EMULATED_AMX, marks=pytest.mark.slow)])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     """Selects the kernels of one level, and one thread."""
     if request.param == EMULATED_AMX:

@@ -9,7 +9,8 @@ from torch.nn.functional import linear, silu
 
 from rtp_llm.kernels.linear_method import Weights
 from rtp_llm.kernels.quantized_linear import W8A8, Int4, Int8, Quantized, dequantize
-from rtp_llm.native.library import Library, built_levels, select_kernels
+from rtp_llm.native.library import Library, select_kernels
+from tests.kernel_levels import LEVELS
 
 METHODS = (Int8, W8A8, Int4)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -48,7 +49,7 @@ def exact(method: Quantized, weight: Tensor, x: Tensor, bias: Tensor | None) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("selection", [*built_levels(), "off"])
+@pytest.mark.parametrize("selection", [*LEVELS, "off"])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_product_of_the_integers(method: type[Quantized], selection: str, data: st.DataObject) -> None:
     rows, out_size, in_size = (data.draw(st.integers(1, most)) for most in (20, 120, 200))

@@ -133,6 +133,7 @@ def test_gang_checks_pass_on_a_restarted_part(gang: Gang, settings: dict[str, st
         assert gang.leader.complete(BODIES["short"]) == expected["short"]
 
 
+@pytest.mark.slow
 def test_different_nccl_settings_exit_75_on_both_parts(settings: dict[str, str]) -> None:
     with Gang(*two_parts(settings, {"NCCL_ALGO": "Ring"}, {})) as gang:
         assert [part.wait_end() for part in gang.parts] == [75, 75]

@@ -38,6 +38,7 @@ def test_stop_signal_during_start_exits_0(settings: dict[str, str], moment: str,
         assert "Traceback" not in part.log
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("expected")  # has its outputs before this test stops it
 def test_stream_is_cut_after_the_shutdown_timeout(single_rank: Part) -> None:
     stream = Stream(single_rank, {**GREEDY, "max_tokens": 900}).wait_flowing()
@@ -82,6 +83,7 @@ def test_no_process_outlives_a_killed_supervisor(settings: dict[str, str], victi
         part.destroy()
 
 
+@pytest.mark.slow
 def test_spent_restart_budget_ends_the_part(settings: dict[str, str], expected: dict[str, str]) -> None:
     """With RESTART_LIMIT=1 the ranks restart after the first lost rank; the second one ends the part."""
     with start(settings, "--restart_limit=1") as part:

@@ -5,11 +5,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.parallel.conftest import BODIES
 from tests.parallel.parts import Gang, Part
 from tests.ports import free_start_port
 
 
+@pytest.mark.slow
 def test_four_ranks_have_the_outputs_of_one(settings: dict[str, str], expected: dict[str, str], tmp_path: Path) -> None:
     ports = [free_start_port(2), free_start_port(2)]
     file = tmp_path / "gang.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rtp_llm.errors import CommunicationError
-from rtp_llm.native.library import built_levels, select_kernels
+from rtp_llm.native.library import select_kernels
 from rtp_llm.parallel.segment import (
     DIRECTORY,
     SLOT_BYTES,
@@ -24,6 +24,7 @@ from rtp_llm.parallel.segment import (
     segment_bytes,
 )
 from rtp_llm.parallel.shared_memory import SharedMemoryGroup
+from tests.kernel_levels import LEVELS
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="needs the kernels, or x86's order of stores")
 
@@ -38,7 +39,7 @@ def segment(request: pytest.FixtureRequest) -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-@pytest.fixture(params=[*built_levels(), "off"], autouse=True)
+@pytest.fixture(params=[*LEVELS, "off"], autouse=True)
 def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Selects the implementation of the collectives."""
     select_kernels(request.param)

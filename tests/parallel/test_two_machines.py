@@ -74,6 +74,7 @@ def test_guard_kills_a_frozen_rank_without_local_peers(gang: Gang, expected: dic
     assert "exit code" not in gang.leader.log, "no process of part 0 has exited"
 
 
+@pytest.mark.slow
 def test_stopping_both_parts_completes_the_open_stream(gang: Gang, expected: dict[str, str]) -> None:
     """The ranks of part 1 keep running until part 0 has finished its open streams."""
     stream = Stream(gang.leader, {**BODIES["greedy"], "max_tokens": 600}).wait_flowing()
