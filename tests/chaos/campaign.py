@@ -26,11 +26,12 @@ class Records:
         self.injections = [Injection(**json.loads(line)) for line in lines]
 
     def add(self, injection: Injection) -> None:
-        self.injections.append(injection)
+        content = injection.to_json()
+        self.injections.append(Injection(**content))  # rounded, as the next run will read it
         if self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                file.write(f"{json.dumps(injection.to_json())}\n")
+                file.write(f"{json.dumps(content)}\n")
 
     def numbers(self, fault: str) -> list[int]:
         return [injection.number for injection in self.injections if injection.fault == fault]
