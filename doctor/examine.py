@@ -98,9 +98,14 @@ def _run_gang_checks(
         ctx.gang = exchange_reports(ctx, plan, errors_by_id(local_findings), options.wait, on_progress)
     except (OSError, FatalError) as error:
         ctx.gang_failure = str(error)
-    gang_checks = [c for c in checks if c.tier == 2 or c.id in RERUN_WITH_GANG]
+    gang_checks = [c for c in checks if uses_all_reports(c)]
     kept = [f for f in local_findings if f.id not in RERUN_WITH_GANG]
     return [*kept, *run_checks(gang_checks, ctx, kept)]
+
+
+def uses_all_reports(item: Check | Finding) -> bool:
+    """Returns whether a check, or the check of a finding, uses the reports of all parts."""
+    return item.tier == 2 or item.id in RERUN_WITH_GANG
 
 
 def _say_farewell(ctx: CheckContext, errors: dict[str, str], on_progress: Callable[[str], None]) -> None:

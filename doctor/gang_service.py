@@ -20,7 +20,7 @@ from doctor.check import REGISTRY, Check, Status
 from doctor.checks.alignment import alignment
 from doctor.checks.categories import format_differences
 from doctor.context import CheckContext
-from doctor.examine import RERUN_WITH_GANG, errors_by_id
+from doctor.examine import errors_by_id, uses_all_reports
 from doctor.executor import run_checks
 from doctor.gang.connections import serve_ports
 from doctor.gang.gossip import GossipSession
@@ -43,6 +43,7 @@ log = logging.getLogger("doctor.gang_service")
 
 # Errors of these checks do not end the part here: the rendezvous of the ranks detects them too, and exits with 69.
 CHECKED_AT_RENDEZVOUS = {"C-01", "C-02", "C-05", "C-07", "C-09", "C-10", "C-11"}
+GANG_CHECKS = [check for check in REGISTRY.values() if uses_all_reports(check)]
 # Checks that compare what the parts report; they need neither final reports nor measured links.
 COMPARISONS = ("C-01", "C-02", "C-03", "C-04", "C-05", "C-06", "C-07", "C-10", "C-11")
 SHARED_FACTS = ("plan.", "members.", "model.", "config.")  # what the rendezvous compares as well
@@ -125,7 +126,7 @@ class _Examiner:
             is_first, self._evidence = self._evidence is None, evidence
             is_final = all(report.probing_done for report in self.session.known_reports().values())
             all_again = self._has_concluded and is_final
-            report = self._run(_gang_checks() if all_again else [REGISTRY[id] for id in COMPARISONS])
+            report = self._run(GANG_CHECKS if all_again else [REGISTRY[id] for id in COMPARISONS])
             if not is_first or report.problems():
                 self._log(report)
         assert self.ctx.gang
@@ -144,7 +145,7 @@ class _Examiner:
         """Runs all gang checks on the final reports. Raises DoctorError if one finds an error that would make the ranks
         hang, and RTP_DOCTOR=enforce.
         """
-        report = self._run(_gang_checks())
+        report = self._run(GANG_CHECKS)
         self._has_concluded = True
         problems = self._log(report)
         if not problems:
@@ -185,7 +186,7 @@ class _Examiner:
 
     def _log(self, report: Report) -> list[Finding]:
         """Logs the problems between the parts with their fixes, unless they were logged before. Returns them."""
-        problems = [f for f in report.problems() if f.tier == 2 or f.id in RERUN_WITH_GANG]
+        problems = [f for f in report.problems() if uses_all_reports(f)]
         text = problem_lines(report.model_copy(update={"checks": problems}), Style.for_stream(sys.stdout)).rstrip()
         if problems and text != self._logged:
             log.warning("problems between the parts:\n%s", text)
@@ -193,11 +194,6 @@ class _Examiner:
             log.info("the parts no longer disagree")
         self._logged = text if problems else ""
         return problems
-
-
-def _gang_checks() -> list[Check]:
-    """Returns the checks that use the reports of all parts."""
-    return [check for check in REGISTRY.values() if check.tier == 2 or check.id in RERUN_WITH_GANG]
 
 
 def _startup_findings(path: Path) -> list[Finding]:

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rtp_llm.bench.summary import Slo
 from rtp_llm.bench.target import Target, UrlTarget
 from rtp_llm.bench.worker_process import WorkerError
 from rtp_llm.bench.workload import WORKLOADS, Workload, find_workload
+from rtp_llm.config import load as load_config
 from rtp_llm.errors import ConfigError, FatalError
 
 TABLE_CASES = {
@@ -170,23 +171,14 @@ def _serve(args: argparse.Namespace) -> int:
 def _offline(args: argparse.Namespace) -> int:
     pairs = [pair.partition("=") for pair in args.env]
     settings = {key: value for key, _, value in pairs}
-    precision = _precision(settings)
+    config = load_config([], settings).config
+    precision = (config.quantization or config.act_type or "bf16").lower()
     name = TargetName("ours-" + precision, "offline", precision, settings)
     with tempfile.TemporaryDirectory() as folder:
         target = Catalogue(args.checkpoint, (), Path(folder)).make(name)
         costs = {target.name: ModelCost.of(args.checkpoint, PRECISIONS[precision])}
         report = Report(environment(sys.argv))
         return _measure(args, _cases(args), [target], report, costs, vocabulary(args.checkpoint))
-
-
-def _precision(settings: Mapping[str, str]) -> str:
-    """Returns the key of `bound.PRECISIONS` for an engine with these settings. Raises ConfigError."""
-    for name, values in {"QUANTIZATION": ("INT8", "W8A8", "INT4"), "ACT_TYPE": ("fp32", "bf16", "fp16")}.items():
-        if value := settings.get(name):
-            if value not in values:
-                raise ConfigError(f"--env {name}={value}: unknown; allowed: {', '.join(values)}")
-            return value.lower()
-    return "bf16"
 
 
 def _table(args: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ events of a response, which have the token counts. See docs/performance for the 
 import asyncio
 import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -223,14 +222,14 @@ class Answer:
 
 def _parse_event(data: bytes) -> dict[str, Any]:
     """Returns the JSON of an event. Raises AnswerError if it is not the kind of object that completions consist of."""
-    with suppress(TypeError, ValueError):
-        event: Any = json.loads(data.removeprefix(b"data:"))
-        objects = (
-            [event, event.get("usage") or {}, *(event.get("choices") or ())] if isinstance(event, dict) else [None]
-        )
-        if all(isinstance(item, dict) for item in objects):
-            return cast(dict[str, Any], event)
-    raise AnswerError(f"an event of the stream is not part of a completion: {data[:300].decode(errors='replace')}")
+    try:
+        event: dict[str, Any] = json.loads(data.removeprefix(b"data:"))
+        objects = [event.get("usage") or {}, *(event.get("choices") or ())]
+    except (AttributeError, TypeError, ValueError):
+        objects = [None]
+    if not all(isinstance(item, dict) for item in objects):
+        raise AnswerError(f"an event of the stream is not part of a completion: {data[:300].decode(errors='replace')}")
+    return event
 
 
 def _is_output(event: dict[str, Any], num_events: int, num_tokens: int | None) -> bool:

@@ -179,8 +179,14 @@ def test_servers_that_have_not_started_yet_do_not_share_a_port(tmp_path: Path) -
     assert len({server.endpoint.url for server in servers}) == 3
 
 
-@pytest.mark.parametrize("setting", ["QUANTIZATION=int9", "ACT_TYPE=fp8"])
-def test_offline_names_the_precisions_that_it_knows(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["offline", "/nowhere", "--env", setting])
-    assert code
-    assert f"--env {setting}: unknown; allowed: " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("QUANTIZATION=int9", "QUANTIZATION='int9': not valid; allowed: one of INT8, W8A8, INT4"),
+        ("ACT_TYPE=fp8", "ACT_TYPE='fp8': not valid; allowed: one of fp32, bf16, fp16"),
+        ("QUANTIZATION=int8", "/nowhere"),  # as the server, which takes lower case too
+    ],
+)
+def test_offline_validates_settings_as_the_server(setting: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["offline", "/nowhere", "--env", setting])
+    assert error in capsys.readouterr().err
