@@ -70,7 +70,7 @@ def find_run_dirs() -> list[Path]:
         for module, argument in pairwise(process.info["cmdline"] or []):
             path = Path(argument)
             # The test for part.json skips other users' parts, and unrelated programs with such a command line.
-            if module == "rtp_llm.api.main" and os.access(path / "part.json", os.R_OK):
+            if module == "rtp_llm.api.server" and os.access(path / "part.json", os.R_OK):
                 started[path] = process.info["create_time"]
     return sorted(started, key=lambda path: -started[path])
 

@@ -1,5 +1,4 @@
-"""`python -m doctor.gang_service RUN_DIR`: the doctor process of a running part. Runs only if the gang has several
-parts.
+"""The doctor process of a running part. Runs only if the gang has several parts.
 
 It starts with the ranks. During their rendezvous it exchanges reports with the doctors of the other parts and runs the
 gang checks. It ends the part with exit code 75 if they find an error that would make the ranks hang. Afterwards it
@@ -12,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from doctor import checks as _checks  # noqa: F401  # registers all checks
@@ -34,7 +32,6 @@ from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.config import SECRET_FIELDS, Config
 from rtp_llm.errors import DoctorError, FatalError, GangError
-from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.parallel.plan import DOCTOR_PORT_OFFSET, PlannedPort
 from rtp_llm.parallel.ports import listen_as_planned
@@ -206,8 +203,3 @@ def main(run_dir: Path) -> None:
     logs.setup(f"{part_spec.label} doctor", part_spec.config.log_level, style=part_spec.config.log_format)
     ctx = CheckContext(Host(environ=effective_environment(part_spec.config)), running=True)
     asyncio.run(serve(part_spec, ctx))
-
-
-if __name__ == "__main__":
-    exit_with_supervisord(Path(sys.argv[1]))
-    run_main(partial(main, Path(sys.argv[1])))

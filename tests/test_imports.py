@@ -95,10 +95,10 @@ MAY_USE_TORCH = {
 }
 TORCH_FREE = {"layers.rope_spec", "model.tensor_names", *TORCH_FREE_MODEL}
 # The only imports inside a function: torch must not be imported before the gang has formed (see the comment there),
-# huggingface_hub, which takes longer than all checks of the doctor, only if a model is given by its name, the API
-# server once its process ends with supervisord, and matplotlib only where it is installed.
+# huggingface_hub, which takes longer than all checks of the doctor, only if a model is given by its name, and
+# matplotlib only where it is installed.
 IMPORTED_LATE = {("engine.main", "engine.rank"), ("hub.settings", "hub.cache"), ("start_server", "hub.remote")}
-IMPORTED_LATE |= {("api.main", "api.server"), ("bench.cli", "bench.plots")}
+IMPORTED_LATE |= {("bench.cli", "bench.plots")}
 
 
 def modules(root: Path = ROOT) -> list[str]:

@@ -37,7 +37,7 @@ DRAIN_POLL_SECONDS = 0.05
 STATUS_PROPAGATION_SECONDS = 1.5
 
 
-def serve(run_dir: Path) -> None:
+def main(run_dir: Path) -> None:
     """Serves the API of the part whose settings are in `run_dir`. Returns after SIGTERM or SIGINT, when the open
     requests have ended or SHUTDOWN_TIMEOUT has passed.
     """

@@ -1,4 +1,4 @@
-"""`python -m rtp_llm.parallel.coordinator RUN_DIR`: the coordinator, a process of part 0 that uses no GPU.
+"""The coordinator: a process of part 0 that uses no GPU.
 
 It runs the rendezvous, which assigns ranks to workers (processes that can serve as a rank). If a rank is lost, it ends
 the epoch for all ranks and forms the next one from the remaining workers, which keep their weights in memory, and a
@@ -13,17 +13,15 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rtp_llm import files
 from rtp_llm import log as logs
-from rtp_llm.machine.process import exit_with_supervisord, run_main, stopping_file
+from rtp_llm.machine.process import stopping_file
 from rtp_llm.parallel.gang_port import Connection, GangPort
 from rtp_llm.parallel.handshake import SecretError, read_secret
 from rtp_llm.parallel.part_spec import PartSpec
@@ -391,8 +389,3 @@ def main(run_dir: Path) -> None:
     port, purpose = plan.leader_port(RENDEZVOUS_PORT_OFFSET), f"rendezvous (START_PORT - {RENDEZVOUS_PORT_OFFSET})"
     listener = listen_as_planned(PlannedPort(port, purpose, gang_host(plan)))
     Coordinator(part_spec, listener, read_secret(config)).serve()
-
-
-if __name__ == "__main__":
-    exit_with_supervisord(Path(sys.argv[1]))
-    run_main(partial(main, Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""`python -m rtp_llm.supervise.guard RUN_DIR`: the guard, which restarts processes of its part after a failure.
+"""The guard: a process that restarts processes of its part after a failure.
 
 It runs as an event listener of supervisord, which starts the processes of the part and reports their exits. It restarts
 processes that have exited; the other ranks keep their weights, and the spare replaces a lost one. It kills processes
@@ -16,7 +16,6 @@ import time
 import xmlrpc.client
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from rtp_llm import files
 from rtp_llm import log as logs
 from rtp_llm.errors import ExitCode
-from rtp_llm.machine.process import exit_with_supervisord, run_main
 from rtp_llm.parallel.part_spec import PartSpec
 from rtp_llm.supervise.gang_watch import GangWatch
 from rtp_llm.supervise.restart_budget import WINDOW_SECONDS, Failure, RestartBudget
@@ -319,8 +317,3 @@ def main(run_dir: Path) -> None:
         except xmlrpc.client.Fault as fault:
             if fault.faultCode != Faults.SHUTDOWN_STATE:
                 raise
-
-
-if __name__ == "__main__":
-    exit_with_supervisord(Path(sys.argv[1]))
-    run_main(partial(main, Path(sys.argv[1])))

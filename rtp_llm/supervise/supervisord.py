@@ -22,7 +22,7 @@ def supervisord_config(part_spec: PartSpec) -> str:
     run_dir_arg = shlex.quote(str(run_dir))
     # One worker per rank and a spare, which takes the place of a lost one while that is restarted.
     num_workers = part_spec.plan.local_world_size + (part_spec.config.rtp_recovery == "reform")
-    workers = {f"worker{i}": f"-m rtp_llm.engine.main {run_dir_arg} {i}" for i in range(num_workers)}
+    workers = {f"worker{i}": f"rtp_llm.engine.main {run_dir_arg} {i}" for i in range(num_workers)}
     api_stop_seconds = part_spec.config.drain_seconds + DRAIN_MARGIN_SECONDS
     sections: dict[str, dict[str, object]] = {
         "supervisord": {
@@ -40,9 +40,9 @@ def supervisord_config(part_spec: PartSpec) -> str:
         },
         "group:ranks": {"programs": ",".join(workers), "priority": 100},
         "group:service": {"programs": "api", "priority": 900},
-        "program:api": _program(f"-m rtp_llm.api.main {run_dir_arg}", api_stop_seconds),
+        "program:api": _program(f"rtp_llm.api.server {run_dir_arg}", api_stop_seconds),
         "eventlistener:guard": {
-            **_program(f"-m rtp_llm.supervise.guard {run_dir_arg}", 2),
+            **_program(f"rtp_llm.supervise.guard {run_dir_arg}", 2),
             "events": "PROCESS_STATE_RUNNING,PROCESS_STATE_EXITED,PROCESS_STATE_FATAL",
             "buffer_size": 1000,
             "autorestart": "true",
@@ -53,10 +53,10 @@ def supervisord_config(part_spec: PartSpec) -> str:
     }
     if part_spec.plan.part == 0:
         sections["group:gang"] = {"programs": "coordinator", "priority": 40}
-        sections["program:coordinator"] = _program(f"-m rtp_llm.parallel.coordinator {run_dir_arg}", 2)
+        sections["program:coordinator"] = _program(f"rtp_llm.parallel.coordinator {run_dir_arg}", 2)
     if runs_doctor(part_spec):
         sections["group:doctor"] = {"programs": "gang-doctor", "priority": 50}
-        sections["program:gang-doctor"] = _program(f"-m doctor.gang_service {run_dir_arg}", 2)
+        sections["program:gang-doctor"] = _program(f"doctor.gang_service {run_dir_arg}", 2)
     del sections["eventlistener:guard"]["stdout_logfile"], sections["eventlistener:guard"]["stdout_logfile_maxbytes"]
     sections |= {f"program:{name}": _program(command, RANK_STOP_SECONDS) for name, command in workers.items()}
     return _render(sections)
@@ -75,7 +75,7 @@ def _program(arguments: str, stop_seconds: int) -> dict[str, object]:
     Disables supervisord's own restarts, which have no limit or delay; the guard restarts programs instead.
     """
     return {
-        "command": f"{shlex.quote(sys.executable)} {arguments}",
+        "command": f"{shlex.quote(sys.executable)} -m rtp_llm.supervise.program {arguments}",
         "autostart": "true",
         "autorestart": "false",
         "startsecs": 0,

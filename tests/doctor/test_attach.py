@@ -188,7 +188,7 @@ BROKEN = ["", "{", "[]", "null", '{"config": {}}', '{"config": {"tp_size": "x"},
 def test_process_that_looks_like_a_part_is_ignored(text: str, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text(text)
     env = {"START_PORT": "19871"}
-    with process_with_arguments("rtp_llm.api.main"), process_with_arguments("rtp_llm.api.main", str(tmp_path)):
+    with process_with_arguments("rtp_llm.api.server"), process_with_arguments("rtp_llm.api.server", str(tmp_path)):
         process = doctor("-o", "short", "--only", "N-08", env=env)
         assert (process.returncode, process.stderr) == (0, "")
     process = doctor("attach", "--run-dir", str(tmp_path))

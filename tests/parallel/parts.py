@@ -32,9 +32,9 @@ MARKER = "MARK_OF_TEST"
 POLL = 0.05  # seconds
 COMMAND_PATTERNS = {
     "supervisord": " -m supervisor.supervisord ",
-    "guard": " -m rtp_llm.supervise.guard ",
-    "api": " -m rtp_llm.api.main ",
-    "coordinator": " -m rtp_llm.parallel.coordinator ",
+    "guard": " rtp_llm.supervise.guard ",
+    "api": " rtp_llm.api.server ",
+    "coordinator": " rtp_llm.parallel.coordinator ",
 }
 
 running_parts: list["Part"] = []  # their logs are part of the report of a failed test
@@ -144,7 +144,7 @@ class Part:
 
     def _is(self, name: str, pid: int, command: str) -> bool:
         index = r"\d+" if name == "spare" else name.removeprefix("worker")
-        pattern = COMMAND_PATTERNS.get(name, rf" -m rtp_llm.engine.main \S+ {index}$")
+        pattern = COMMAND_PATTERNS.get(name, rf" rtp_llm.engine.main \S+ {index}$")
         return bool(re.search(pattern, command)) and not (name == "spare" and pid in self._rank_pids().values())
 
     def _rank_pids(self) -> dict[str, int]:

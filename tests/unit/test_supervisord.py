@@ -13,6 +13,7 @@ from rtp_llm.parallel.part_spec import ModelInfo, PartSpec
 from rtp_llm.parallel.plan import make_plan
 from rtp_llm.supervise.supervisord import DRAIN_MARGIN_SECONDS, supervisord_config
 
+RUN_PROGRAM = " -m rtp_llm.supervise.program"
 PARTS = '{"x_part0": {"ip": "a", "port": 10000}, "x_part1": {"ip": "b", "port": 10000}}'
 
 
@@ -46,14 +47,14 @@ def test_one_worker_per_rank_of_this_part_and_a_spare(recovery: str, workers: li
     conf = parse(Path("/run/x"), rtp_recovery=recovery, **settings)
     assert conf["group:ranks"]["programs"].split(",") == workers
     for index, name in enumerate(workers):
-        assert conf[f"program:{name}"]["command"].endswith(f" -m rtp_llm.engine.main /run/x {index}")
+        assert conf[f"program:{name}"]["command"].endswith(f"{RUN_PROGRAM} rtp_llm.engine.main /run/x {index}")
     assert conf["supervisord"]["identifier"] == "part1"
 
 
 def test_only_part_0_runs_the_coordinator() -> None:
     settings = {"tp_size": 2, "local_world_size": 1, "json_gang_parts": PARTS}
     first, second = (parse(Path("/run/x"), world_rank=rank, **settings) for rank in (0, 1))
-    assert first["program:coordinator"]["command"].endswith(" -m rtp_llm.parallel.coordinator /run/x")
+    assert first["program:coordinator"]["command"].endswith(f"{RUN_PROGRAM} rtp_llm.parallel.coordinator /run/x")
     assert first["group:gang"]["programs"] == "coordinator"
     assert not second.has_section("program:coordinator")
     assert not second.has_section("group:gang")
