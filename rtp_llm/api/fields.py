@@ -189,6 +189,8 @@ def set_fields(model: type[BaseModel], data: Mapping[str, Any], path: str = "") 
     for name, nested in schema.nested.items():
         if name in values:
             values[name] = _set_fields_of(nested, values[name], f"{path}{name}.")
+            if name in refusals and refusals[name].is_empty(values[name]):  # it had only nulls
+                del values[name]
     return values
 
 
