@@ -14,6 +14,7 @@ from rtp_llm.text.tokenizer import CUT_TOKENS, PIECE_CHARACTERS, Tokenizer
 from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import TIMEOUT_SECONDS, ScriptedOutput
+from tests.quick import slow_except
 
 DEMO = Path(__file__).parents[2] / "image/demo/model"
 LARGE = "x" * (15 << 20)
@@ -107,7 +108,7 @@ EXPENSIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXPENSIVE)
+@pytest.mark.parametrize("name", slow_except(EXPENSIVE, "text", "encoded", "log level"))
 def test_the_event_loop_spends_little_on_one_request(name: str, start_api: StartApi) -> None:
     """The bound is on CPU time, so a busy machine does not matter; it is five times what a probe may wait (100 ms)."""
     api = start_api(echo, max_body_mb=64, concurrency_limit=256)

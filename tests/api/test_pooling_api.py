@@ -224,6 +224,7 @@ def test_metrics_and_usage_count_each_prompt(start_api: StartApi) -> None:
     assert api.metric("rtp_llm_prompt_tokens_total", model_name="fake") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_the_event_loop_spends_little_on_a_large_answer(encoding: str, start_api: StartApi) -> None:
     """As in test_large_inputs: CPU time, five times what a probe may wait."""
@@ -238,6 +239,7 @@ def test_the_event_loop_spends_little_on_a_large_answer(encoding: str, start_api
     assert max(seconds) < 0.5
 
 
+@pytest.mark.slow
 def test_the_event_loop_spends_little_on_many_documents(tmp_path: Path) -> None:
     """Each prompt repeats the query, which is encoded once and not copied for each document."""
 

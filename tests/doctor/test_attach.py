@@ -17,6 +17,7 @@ import pytest
 from tests.doctor.fixtures import REPOSITORY, doctor, report
 from tests.parallel.parts import Part
 from tests.ports import free_start_port
+from tests.quick import slow_except
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def start_times(run_dir: str) -> list[float]:
     return [p.info["create_time"] for p in processes if run_dir in (p.info["cmdline"] or [])]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", slow_except([0, 1], 1))
 def test_stopped_rank_is_silent(part: Part, rank: int) -> None:
     with stopped(part.pid(f"rank{rank}")):
         text = wait_for(part, f"rank {rank} is silent")
@@ -184,7 +185,7 @@ def process_with_arguments(*arguments: str) -> Iterator[int]:
 BROKEN = ["", "{", "[]", "null", '{"config": {}}', '{"config": {"tp_size": "x"}, "plan": {}}', "\ufffd", "[" * 100_000]
 
 
-@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+@pytest.mark.parametrize("text", slow_except(BROKEN, "{"), ids=range(len(BROKEN)))
 def test_process_that_looks_like_a_part_is_ignored(text: str, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text(text)
     env = {"START_PORT": "19871"}

@@ -247,6 +247,7 @@ def terminal() -> Iterator[tuple[int, int]]:
     os.close(primary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("environ", "colour"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_colour_on_a_terminal(terminal: tuple[int, int], environ: dict[str, str], colour: bool) -> None:
     primary, secondary = terminal
@@ -260,6 +261,7 @@ def test_colour_on_a_terminal(terminal: tuple[int, int], environ: dict[str, str]
     assert b"ready" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [(), ("-v",), ("list",), ("-h",), ("manual",), ("-o", "json"), ("explain", "S-01")]
 )
@@ -275,6 +277,7 @@ def test_closed_pipe_is_no_error(arguments: Sequence[str]) -> None:
     assert (process.returncode, process.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["", "-v", "-o json", "list", "-h"])
 def test_full_disk_on_stdout_is_one_line(arguments: str) -> None:
     process = shell(f"{sys.executable} -m doctor {arguments} >/dev/full")
@@ -284,6 +287,7 @@ def test_full_disk_on_stdout_is_one_line(arguments: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("arguments", ["", "-o json", "explain-log -"])
 def test_closed_streams_keep_the_exit_code(arguments: str, closed: str) -> None:
@@ -296,6 +300,7 @@ def test_full_disk_on_stderr_keeps_the_exit_code(arguments: str) -> None:
     assert shell(f"{sys.executable} -m doctor {arguments} 2>/dev/full").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(30)
 def test_explain_log_of_special_files(tmp_path: Path) -> None:
     """A FIFO with a writer is read to its end; one without a writer is an error and does not block."""
@@ -329,6 +334,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", line], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", ["nan", "inf", "-1", "soon"])
 def test_infinite_wait_is_a_usage_error(wait: str) -> None:
     process = doctor("gang", f"--wait={wait}")
@@ -366,6 +372,7 @@ def is_rank(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_no_rank_of_tier_3_outlives_the_doctor() -> None:
     """One rank is killed before the process group forms. Without the doctor, the other rank would wait for most of a
     minute."""
@@ -395,6 +402,7 @@ def test_ctrl_c_prints_no_traceback() -> None:
     assert (process.returncode, process.stderr) == (2, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environ", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )

@@ -14,6 +14,7 @@ from rtp_llm.machine.gpus import completes_within
 from tests.doctor.fixtures import DEMO, FakeHost, doctor, failed_checks, report
 from tests.hub.fake_hub import FakeHub, FakeModel, demo_model, running_hub
 from tests.ports import free_start_port
+from tests.quick import slow_except
 
 HUB_CHECKS = ("M-17", "M-18", "M-19", "M-20")
 FAULTS: dict[str, tuple[str, str, dict[str, str], str, str]] = {
@@ -62,7 +63,7 @@ def environ(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
     return {"START_PORT": str(free_start_port()), "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", slow_except(FAULTS, "no network", "a typo", "no token"))
 def test_fault_is_the_only_problem_found(name: str, environ: dict[str, str]) -> None:
     id, model, settings, message, fix = FAULTS[name]
     found = report(doctor("-o", "json", env={**environ, "CHECKPOINT_PATH": model, **settings}))
@@ -72,6 +73,7 @@ def test_fault_is_the_only_problem_found(name: str, environ: dict[str, str]) -> 
     assert fix in check["fix"]["docker"] or fix in check["fix"]["host"]
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_order(hub: FakeHub, environ: dict[str, str]) -> None:
     hub.status = 503
     found = report(doctor("-o", "json", env={**environ, "CHECKPOINT_PATH": "org/demo"}))
@@ -79,6 +81,7 @@ def test_a_hub_out_of_order(hub: FakeHub, environ: dict[str, str]) -> None:
     assert any("answers 503 Service Unavailable; try again later" in check["actual"] for check in found["checks"])
 
 
+@pytest.mark.slow
 @pytest.mark.fault("M-20")
 def test_a_disk_without_space(environ: dict[str, str], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
@@ -123,6 +126,7 @@ def test_the_token_opens_a_gated_model(environ: dict[str, str]) -> None:
     assert statuses["M-19"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_cached_model_is_checked_like_a_folder(hub: FakeHub, environ: dict[str, str], tmp_path: Path) -> None:
     """The cache as any huggingface_hub leaves it: `refs` and `snapshots`."""
     model = tmp_path / "home/hub/models--org--demo"

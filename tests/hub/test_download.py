@@ -129,6 +129,7 @@ def test_goes_on_where_the_connection_was_cut(downloader: Downloader, hub: FakeH
     assert [int(span.rstrip("-")) for span in spans[1:]] == [10 * MIB, 20 * MIB], "whole chunks of the client"
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_reset(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
     """What the kernel had received is lost with the connection."""
     hub.cuts, hub.resets = [23 * MIB], True
@@ -164,6 +165,7 @@ def test_the_next_process_goes_on_after_a_kill(downloader: Downloader, hub: Fake
     assert (downloader.snapshot / LARGE).read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_fetched_again(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
     """After a crash of the machine, the file system can have lost what the killed process wrote."""
     unfinished = kill_in_the_middle(downloader, hub)
@@ -174,6 +176,7 @@ def test_a_damaged_part_is_fetched_again(downloader: Downloader, hub: FakeHub, w
     assert not incomplete_files(downloader)
 
 
+@pytest.mark.slow
 def test_of_several_parts_the_longest_is_continued(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
     unfinished = kill_in_the_middle(downloader, hub)
     etag = unfinished.name.partition(".")[0]
@@ -184,6 +187,7 @@ def test_of_several_parts_the_longest_is_continued(downloader: Downloader, hub: 
     assert not incomplete_files(downloader)
 
 
+@pytest.mark.slow
 def test_parts_that_are_not_continued_are_removed(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
     unfinished = kill_in_the_middle(downloader, hub)
     etag = unfinished.name.partition(".")[0]
@@ -197,6 +201,7 @@ def test_parts_that_are_not_continued_are_removed(downloader: Downloader, hub: F
     assert (downloader.snapshot / LARGE).read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_goes_on_from_xet_storage(downloader: Downloader, hub: FakeHub, tmp_path: Path, weights: bytes) -> None:
     storage = f"local://{tmp_path}/xet"  # what hf_xet has for tests; one process opens it
     (tmp_path / "weights").write_bytes(weights)
@@ -214,6 +219,7 @@ def test_goes_on_from_xet_storage(downloader: Downloader, hub: FakeHub, tmp_path
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_two_parts_of_a_machine_share_one_download(downloader: Downloader, hub: FakeHub) -> None:
     hub.gate.clear()
     first = downloader.start()
@@ -257,6 +263,7 @@ def test_serves_health_meanwhile(downloader: Downloader, hub: FakeHub) -> None:
     assert chat.json()["error"]["message"].startswith("download: org/demo: ")
 
 
+@pytest.mark.slow
 def test_health_tells_only_the_phase_to_strangers(downloader: Downloader, hub: FakeHub) -> None:
     hub.gate.clear()
     download = downloader.start(API_KEY="sk-1")
@@ -266,6 +273,7 @@ def test_health_tells_only_the_phase_to_strangers(downloader: Downloader, hub: F
     assert (download.get("/liveness").status_code, download.get("/v1/models").status_code) == (200, 401)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_download(downloader: Downloader, hub: FakeHub, tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=30m tmpfs "$0" && exec "$@"'
     inside = ("unshare", "--mount", "sh", "-c", script, str(tmp_path))
@@ -280,6 +288,7 @@ def test_a_disk_that_fills_up_ends_the_download(downloader: Downloader, hub: Fak
     assert "org/demo: the disk of " in download.wait(code=64)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar(downloader: Downloader, hub: FakeHub) -> None:
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 80))

@@ -179,6 +179,8 @@ _LLAMA3: Json = {
 _DYNAMIC = _rope("dynamic", factor=2.0) | {"max_position_embeddings": TRAINED_LENGTH}
 _BIAS: Json = {"attention_bias": True, "mlp_bias": True}
 
+# The quick tests use these: each family, biases, norms of queries and keys, a window, fused tensors, two kinds of rope.
+QUICK = ("llama", "rope-yarn", "mistral-window", "qwen2-14-heads", "qwen3-bias-older", "internlm2-dynamic-bias")
 CASES = [
     CheckpointCase("llama", "llama"),
     # At TP 3 a rank has two query heads of one KV head and one of the next, which is padded to two.

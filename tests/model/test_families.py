@@ -5,10 +5,11 @@ from unittest import mock
 import pytest
 
 from tests.model import drive
-from tests.model.checkpoints import CASES
+from tests.model.checkpoints import CASES, QUICK
 from tests.model.conftest import SLOW_TP_SIZES, Oracles
 from tests.model.oracle import Oracle
 from tests.model.rank_pool import RankPool
+from tests.quick import slow_except
 
 NAMES = [case.name for case in CASES]
 # The same models as the cases without the suffix -older or -older-sharded, in other file formats; only loading differs.
@@ -37,32 +38,36 @@ def compare(rank_pool: RankPool, oracle: Oracle, collectives: str) -> None:
     oracle.check(rank_pool.run(oracle.path, [oracle.greedy_requests()], collectives).completions)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHER_FILES])
+@pytest.mark.parametrize("name", slow_except((name for name in NAMES if name not in OTHER_FILES), *QUICK))
 def test_same_tokens_and_logits(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     compare(rank_pool, oracles(name), "local")
 
 
 @pytest.mark.parametrize("rank_pool", [1, 2], ids="tp{}".format, indirect=True)
-@pytest.mark.parametrize("name", OTHER_FILES)
+@pytest.mark.parametrize("name", slow_except(OTHER_FILES, "rope-llama3-older"))
 def test_same_tokens_and_logits_from_other_files(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     compare(rank_pool, oracles(name), "local")
 
 
 @pytest.mark.parametrize("rank_pool", [2, *SLOW_TP_SIZES], ids="tp{}".format, indirect=True)
-@pytest.mark.parametrize("name", OVER_GLOO)
+@pytest.mark.parametrize("name", slow_except(OVER_GLOO, "qwen3"))
 def test_same_tokens_and_logits_over_gloo(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     compare(rank_pool, oracles(name), "gloo")
 
 
 @pytest.mark.parametrize("rank_pool", [1, 2], ids="tp{}".format, indirect=True)
-@pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen2-14-heads", "qwen3"])
+@pytest.mark.parametrize(
+    "name", slow_except(["llama-biases", "mistral-window", "qwen2-14-heads", "qwen3"], "mistral-window")
+)
 def test_same_tokens_and_logits_without_kernels(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     oracle = oracles(name)
     settings = {"rtp_cpu_kernels": "off"}
     oracle.check(rank_pool.run(oracle.path, [oracle.greedy_requests()], "local", **settings).completions)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "qwen2-14-heads", "qwen3", "internlm2"])
+@pytest.mark.parametrize(
+    "name", slow_except(["llama-biases", "llama-tied", "qwen2-14-heads", "qwen3", "internlm2"], "qwen2-14-heads")
+)
 @pytest.mark.usefixtures("without_kernels")
 def test_same_tokens_and_logits_from_prepacked_weights(oracles: Oracles, name: str) -> None:
     """Without kernels large weights are prepacked. Those here are small, so the minimum size is lowered."""

@@ -18,7 +18,6 @@ from rtp_llm.kernels.native_attention import NativeBackend
 from rtp_llm.kernels.reference import ReferenceBackend
 from rtp_llm.native.library import built_levels, select_kernels
 from rtp_llm.runner.model_runner import ModelRunner
-from tests.kernel_levels import LEVELS
 from tests.model import drive
 from tests.model.conftest import Oracles
 from tests.model.drive import Completions, Settings, greedy_request
@@ -70,10 +69,10 @@ class Expected:
 
 def kernel_cases() -> Iterator[Any]:
     """Yields each checkpoint with the kernels of this CPU, and one with those of its other levels and with torch."""
-    yield from (pytest.param((name, "auto"), id=name) for name in CASES)
-    for param in (pytest.param("off"), *LEVELS[:-1]):
-        [level] = param.values
-        yield pytest.param(("mistral-window", level), id=f"mistral-window-{level}", marks=param.marks)
+    for name in CASES:
+        yield pytest.param((name, "auto"), id=name, marks=[] if name == "mistral-window" else pytest.mark.slow)
+    for level in ("off", *built_levels()[:-1]):
+        yield pytest.param(("mistral-window", level), id=f"mistral-window-{level}", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=kernel_cases())

@@ -14,6 +14,7 @@ def has_ended(process: "subprocess.Popen[bytes]") -> bool:
     return process.poll() is not None
 
 
+@pytest.mark.slow
 def test_failed_rank_is_reported_and_replaced(oracles: Oracles, tmp_path: Path) -> None:
     path = oracles("llama").path
     rank_pool = RankPool(2)

@@ -15,6 +15,7 @@ from tests.model import drive
 from tests.model.checkpoints import CASES, make_model, save_checkpoint
 from tests.model.drive import greedy_request
 from tests.model.rank_pool import RankPool
+from tests.quick import slow_except
 
 if library() is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
@@ -44,7 +45,7 @@ def complete(path: Path, *, records: bool) -> tuple[drive.Completions, list[int]
     return drive.run(engine, make_requests()), sorted(num_tokens for num_tokens, _ in steps._steps)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except(NAMES, "rope-yarn", "mistral-window", "qwen3-bias-older"))
 def test_replayed_steps_equal_called_ones(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     case = next(case for case in CASES if case.name == name)
@@ -73,7 +74,7 @@ def test_memory_is_used_again_once_no_tensor_refers_to_it() -> None:
     assert memory.allocate((1,), torch.float32).data_ptr() == address
 
 
-@pytest.mark.parametrize("collectives", ["local", "gloo"])
+@pytest.mark.parametrize("collectives", slow_except(["local", "gloo"], "local"))
 @pytest.mark.parametrize("rank_pool", [2], indirect=True)
 def test_two_ranks_replay_the_kernels_between_their_sums(rank_pool: RankPool, collectives: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "qwen2-14-heads")

@@ -34,7 +34,7 @@ def test_argmax_finite(vocab: int) -> None:
     logits[6, -1] = torch.nan
     logits[7] = -1e38
     expected = torch.tensor(
-        [row.tolist().index(row.max()) if row.max().isfinite() else sampling.FAILED for row in logits]
+        [row.tolist().index(row.max().item()) if row.max().isfinite() else sampling.FAILED for row in logits]
     )
     assert torch.equal(sampling.argmax_finite(logits), expected)
     assert torch.equal(sampling.argmax_finite(strided(logits)), expected)

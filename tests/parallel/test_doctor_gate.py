@@ -32,6 +32,7 @@ def test_too_little_shm_exits_75_with_the_fix(settings: dict[str, str]) -> None:
         assert "engine.main" not in part.log
 
 
+@pytest.mark.slow
 def test_doctor_warn_logs_the_error_and_starts(settings: dict[str, str]) -> None:
     """With RTP_DOCTOR=warn and too little /dev/shm, the doctor logs the error; the ranks start, and then fail because
     of it."""
@@ -61,6 +62,7 @@ def test_findings_are_served_at_doctor_and_in_the_metrics(settings: dict[str, st
         assert "rtp_llm_doctor_last_run_timestamp_seconds" in metrics
 
 
+@pytest.mark.slow
 def test_doctor_off_runs_no_checks(settings: dict[str, str]) -> None:
     port = free_start_port()
     with Part({**settings, "START_PORT": str(port), "RTP_DOCTOR": "off"}, port=port) as part:
@@ -113,6 +115,7 @@ def assert_gang_checks_pass(part: Part) -> None:
     assert throughput == "warn" or "the parts reach each other and agree" in part.log
 
 
+@pytest.mark.slow
 def test_gang_checks_pass_on_all_parts(gang: Gang) -> None:
     for part in gang.parts:
         assert_gang_checks_pass(part)

@@ -25,8 +25,8 @@ def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
     ("number", "moment"),
     [
         (signal.SIGTERM, "HTTP on port"),  # logged before start_server starts supervisord
-        (signal.SIGINT, "HTTP on port"),
-        (signal.SIGTERM, "are here and agree"),  # the ranks load torch
+        pytest.param(signal.SIGINT, "HTTP on port", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "are here and agree", marks=pytest.mark.slow),  # the ranks load torch
         (signal.SIGINT, LOADING),
     ],
 )

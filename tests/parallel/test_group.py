@@ -21,6 +21,7 @@ TIMEOUT_SECONDS = 400.0  # longer than the test may take: only an abort ends a c
 CLASSES = {"gloo": TorchGroup, "shm": SharedMemoryGroup}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gloo", "shm"])
 def test_abort_releases_a_rank_whose_peer_is_silent(kind: str) -> None:
     if kind == "shm" and not is_supported():

@@ -14,6 +14,7 @@ import pytest
 from tests.parallel.parts import Gang, Part
 from tests.ports import free_start_port
 
+pytestmark = pytest.mark.slow
 SHORT_TIMEOUT = {"GANG_TIMEOUT_MIN": "0.1", "GANG_SLEEP_TIME": "1"}
 
 

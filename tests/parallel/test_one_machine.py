@@ -68,9 +68,8 @@ def test_stop_completes_open_streams_first(part: Part, expected: dict[str, str])
     assert "Traceback" not in part.log
 
 
-@pytest.mark.parametrize(
-    "quantization", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("INT8", "W8A8")), "INT4"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["INT8", "W8A8", "INT4"])
 def test_a_server_with_quantized_weights_answers(settings: dict[str, str], quantization: str) -> None:
     port = free_start_port()
     with Part({**settings, "QUANTIZATION": quantization, "START_PORT": str(port)}, port=port) as part:

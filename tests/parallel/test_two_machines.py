@@ -62,6 +62,7 @@ def test_killed_rank_of_part_1_only_delays_the_stream(gang: Gang, expected: dict
     assert gang.leader.complete(BODIES["greedy"]) == expected["greedy"]
 
 
+@pytest.mark.slow
 def test_guard_kills_a_frozen_rank_without_local_peers(gang: Gang, expected: dict[str, str]) -> None:
     epoch = gang.leader.epoch
     stream = Stream(gang.leader, BODIES["greedy"]).wait_flowing()

@@ -122,7 +122,8 @@ def make_part_spec(run_dir: Path, checkpoint: Path) -> PartSpec:
     return PartSpec(run_dir, config, plan, ModelInfo("random", "qwen3", "fp32", 2048), {}, tty=False)
 
 
-@pytest.mark.parametrize("collectives", ["shm", pytest.param("gloo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("collectives", ["shm", "gloo"])
 def test_a_second_epoch_continues_on_the_same_residency(collectives: str, tmp_path: Path) -> None:
     if collectives == "shm" and platform.machine() != "x86_64":
         pytest.skip("needs x86's order of stores")

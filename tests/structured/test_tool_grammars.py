@@ -18,6 +18,7 @@ from rtp_llm.text.json_schema import GrammarError
 from rtp_llm.text.tool_formats import TOOL_FORMATS
 from rtp_llm.text.tools import Tool
 from tests import random_model
+from tests.quick import slow_except
 from tests.structured.random_text import Vocabulary
 from tests.text.answers import Sum, parse
 
@@ -66,7 +67,7 @@ SEEDS = range(16)
 VALUE_END = "\n</parameter>\n"  # which a random model would never come upon
 
 
-@pytest.fixture(scope="module", params=["tokens", "text"])
+@pytest.fixture(scope="module", params=slow_except(["tokens", "text"], "text"))
 def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     """A vocabulary whose markers are tokens, and one in which they are text like any other."""
     directory = tmp_path_factory.mktemp("tools") / "model"
