@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from image.demo.train import MODEL, Example, manual
 from tests.api.servers import ServerProcess, running_server
+from tests.quick import slow_except
 
 MAX_BYTES = 8_000_000  # the model is part of the repository
 EXAMPLES = {example.questions[0]: example for example in manual()}
@@ -44,12 +45,12 @@ def ask(client: OpenAI, *turns: str) -> str:
     return completion.choices[0].message.content or ""
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("question", slow_except(QUESTIONS, *QUESTIONS[:2]))
 def test_answers_are_those_of_the_manual(client: OpenAI, question: str) -> None:
     assert ask(client, question) == EXAMPLES[question].answer
 
 
-@pytest.mark.parametrize("question", QUESTIONS[:4])
+@pytest.mark.parametrize("question", slow_except(QUESTIONS[:4], QUESTIONS[0]))
 def test_rephrased_questions_are_answered(client: OpenAI, question: str) -> None:
     example: Example = EXAMPLES[question]
     assert ask(client, example.questions[1]) == example.answer

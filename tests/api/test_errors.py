@@ -248,6 +248,7 @@ MODELS: dict[str, type[BaseModel]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "before", "item", "after"), FLOODS, ids=lambda value: value[:50])
 def test_a_body_full_of_items_is_rejected_early(
     path: str, before: str, item: str, after: str, start_api: StartApi

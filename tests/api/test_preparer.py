@@ -66,6 +66,7 @@ def run(byte_model: ByteModel) -> Callable[[Script], Any]:
     return run_script
 
 
+@pytest.mark.slow
 def test_a_body_that_kills_the_process_fails_alone(run: Callable[[Script], Any]) -> None:
     async def script(preparer: Preparer) -> list[Any]:
         works = [pid, pid, die, pid, fail, pid]
@@ -78,6 +79,7 @@ def test_a_body_that_kills_the_process_fails_alone(run: Callable[[Script], Any])
     assert "KeyError: 'a defect'" in str(defect), "with the traceback, for the log"
 
 
+@pytest.mark.slow
 def test_one_that_takes_too_long_is_ended(run: Callable[[Script], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     async def script(preparer: Preparer) -> list[Any]:
         before = await preparer.prepare(pid, LARGE, LIMITS)

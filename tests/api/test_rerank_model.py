@@ -16,6 +16,8 @@ from rtp_llm.text.tokenizer import Tokenizer
 from tests.api.pooling_checkpoints import write_reranker
 from tests.api.servers import ServerProcess, running_server
 
+pytestmark = pytest.mark.slow
+
 QUERY = "Who decides what happens next?"
 DOCUMENTS = ["Only rank 0.", "", "\nA cache of keys, naïve 数据 🚀", "the " * 200, "yes", "  two spaces"]
 PREFIX = (

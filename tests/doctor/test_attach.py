@@ -99,6 +99,7 @@ def test_stopped_rank_is_silent(part: Part, rank: int) -> None:
     part.until(lambda: attach(part)[0] == 0, "healthy again")
 
 
+@pytest.mark.slow
 def test_stopped_guard_leaves_a_stale_status(part: Part) -> None:
     with stopped(part.pid("guard")):
         text = wait_for(part, "(stale)")

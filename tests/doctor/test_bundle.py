@@ -129,6 +129,7 @@ def test_archive_extracts_into_one_directory(report: Report, host: FakeHost, tmp
     assert (tmp_path / "out" / "rtp-llm-doctor" / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(
     report: Report, host: FakeHost, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_environment_has_only_variables_that_the_server_reads(report: Report, ho
     assert sorted(rows) == sorted([*(f"{n}={v}" for n, v in public.items()), *(f"{n}={REDACTED}" for n in SECRETS)])
 
 
+@pytest.mark.slow
 def test_long_log_is_truncated_to_its_end(report: Report, host: FakeHost, run_dir: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle.tgz", report, host, str(run_dir))
     log = contents(tmp_path / "bundle.tgz")["rtp-llm-doctor/part/supervisord.log"]
@@ -203,6 +205,7 @@ def test_switch_values_are_not_redacted() -> None:
     assert redact('{"warm_up": true}', ["true"]) == '{"warm_up": true}'
 
 
+@pytest.mark.slow
 def test_redact_of_a_long_word_is_fast() -> None:
     word = "x" * (200 << 10)
     assert redact(word) == word

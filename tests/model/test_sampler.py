@@ -31,6 +31,7 @@ from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsPr
 from rtp_llm.layers.sampler import Sampler, uniform
 from tests.model import drive
 from tests.model.conftest import Oracles
+from tests.quick import slow_except
 
 VOCAB = 40
 PROMPT = [3, 7, 7, 11, 39]
@@ -141,7 +142,7 @@ def test_rows_are_sampled_independently(monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=["unfiltered", "top_k", "top_p", "min_p"],
 )
-@pytest.mark.parametrize("by", ["seed", "position"])
+@pytest.mark.parametrize("by", slow_except(["seed", "position"], "seed"))
 def test_many_draws_follow_the_distribution(params: dict[str, Any], processors: list[LogitsProcessor], by: str) -> None:
     """Draws with many seeds, or at many positions with one seed. The seeds are fixed, so the test is not flaky."""
     logits, count = random_logits(4), 5000

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from rtp_llm.layers.token_filter import FILTER_PARAMS, NUM_CANDIDATES, sample_filtered
 from rtp_llm.native.library import select_kernels
+from tests.quick import slow_except
 
 FIRST, LAST = 0.0, 1 - 1e-9  # random numbers that select the first and the last of the kept tokens
 
 
-@pytest.fixture(scope="module", params=["auto", "off"], autouse=True)
+@pytest.fixture(scope="module", params=slow_except(["auto", "off"], "auto"), autouse=True)
 def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     select_kernels(request.param)
     yield

@@ -54,6 +54,7 @@ def test_the_dashboard_is_current(shipped: dict[str, Any]) -> None:
     assert shipped == dashboard()
 
 
+@pytest.mark.slow
 def test_every_metric_of_the_dashboard_exists(shipped: dict[str, Any], scraped: list[Metric]) -> None:
     variables = [v["query"] for v in shipped["templating"]["list"]]
     queried_names = {name for query in [*queries(shipped), *variables] for name in NAME.findall(query)}
@@ -61,6 +62,7 @@ def test_every_metric_of_the_dashboard_exists(shipped: dict[str, Any], scraped: 
     assert queried_names <= names(scraped)
 
 
+@pytest.mark.slow
 def test_every_metric_of_the_alerts_exists(scraped: list[Metric]) -> None:
     groups = yaml.safe_load((REPOSITORY / "image" / "prometheus" / "alerts.yml").read_text())["groups"]
     assert {name for group in groups for rule in group["rules"] for name in NAME.findall(rule["expr"])} <= names(
@@ -108,6 +110,7 @@ def table(scraped: list[Metric]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_manual_lists_every_metric(scraped: list[Metric]) -> None:
     """To regenerate it: copy the output of this test between the marks in docs/monitoring.md."""
     expected = table(scraped)

@@ -27,7 +27,7 @@ def start(settings: Mapping[str, str], *args: str, ranks: int = 2) -> Part:
         (signal.SIGTERM, "HTTP on port"),  # logged before start_server starts supervisord
         pytest.param(signal.SIGINT, "HTTP on port", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "are here and agree", marks=pytest.mark.slow),  # the ranks load torch
-        (signal.SIGINT, LOADING),
+        pytest.param(signal.SIGINT, LOADING, marks=pytest.mark.slow),
     ],
 )
 def test_stop_signal_during_start_exits_0(settings: dict[str, str], moment: str, number: signal.Signals) -> None:
@@ -51,6 +51,7 @@ def test_stream_is_cut_after_the_shutdown_timeout(single_rank: Part) -> None:
     single_rank.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_draining_part_reports_503_and_rejects_requests(settings: dict[str, str]) -> None:
     with start(settings, "--shutdown_timeout=300") as part:
         part.wait_healthy()

@@ -111,6 +111,7 @@ def test_truncated_tokenizer_exits_65(settings: dict[str, str], checkpoint: Path
     assert f"{path}/tokenizer.json: malformed JSON: " in log
 
 
+@pytest.mark.slow
 def test_tokenizer_that_the_api_cannot_load_exits_65(
     settings: dict[str, str], checkpoint: Path, tmp_path: Path
 ) -> None:
