@@ -10,6 +10,7 @@ from rtp_llm.native.library import select_kernels
 from tests.model.checkpoints import CASES
 from tests.model.oracle import Oracle, make_oracle
 from tests.model.rank_pool import RankPool
+from tests.quick import slow_except
 
 Oracles = Callable[[str], Oracle]
 
@@ -38,7 +39,7 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
     return get
 
 
-SLOW_TP_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)]
+TP_SIZES = slow_except([1, 2, 3, 4], 1, 2)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def without_kernels() -> Iterator[None]:
     select_kernels("auto")
 
 
-@pytest.fixture(scope="session", params=[1, 2, *SLOW_TP_SIZES], ids="tp{}".format)
+@pytest.fixture(scope="session", params=TP_SIZES, ids="tp{}".format)
 def rank_pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """Yields the rank processes of one TP size. pytest groups the tests by TP size, so each pool starts once."""
     rank_pool = RankPool(request.param)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.model import drive
 from tests.model.checkpoints import CASES, QUICK
-from tests.model.conftest import SLOW_TP_SIZES, Oracles
+from tests.model.conftest import TP_SIZES, Oracles
 from tests.model.oracle import Oracle
 from tests.model.rank_pool import RankPool
 from tests.quick import slow_except
@@ -49,7 +49,7 @@ def test_same_tokens_and_logits_from_other_files(rank_pool: RankPool, oracles: O
     compare(rank_pool, oracles(name), "local")
 
 
-@pytest.mark.parametrize("rank_pool", [2, *SLOW_TP_SIZES], ids="tp{}".format, indirect=True)
+@pytest.mark.parametrize("rank_pool", TP_SIZES[1:], ids="tp{}".format, indirect=True)
 @pytest.mark.parametrize("name", slow_except(OVER_GLOO, "qwen3"))
 def test_same_tokens_and_logits_over_gloo(rank_pool: RankPool, oracles: Oracles, name: str) -> None:
     compare(rank_pool, oracles(name), "gloo")
