@@ -23,7 +23,7 @@ def run_program(module: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
 def test_program_without_supervisord_exits_before_it_imports_anything(tmp_path: Path, reason: str) -> None:
     run_dir = tmp_path if reason in ("orphan", "stopping") else tmp_path / "removed"
     if reason == "orphan":
-        (run_dir / "supervisord.pid").write_text("1")
+        (run_dir / "supervisord.pid").write_text("0")  # nobody's parent
     elif reason == "stopping":
         stopping_file(run_dir).touch()
     process = run_program("no_such_module", run_dir)
