@@ -15,6 +15,7 @@ NOISE = 0.1  # standard deviation of the logarithm of a duration
 DRIFT = 5e-4  # fraction by which a step moves the covariance back to its initial value, so that costs can always change
 _DRIFTED = DRIFT * FIRST_COVARIANCE
 MAX_DEVIATIONS = 2.0  # of the expected error that count, so that a hiccup of the machine changes little
+CHECKED_STEPS = 64  # after as many, the estimate is compared with one from these steps alone
 
 
 class StepWork(NamedTuple):
@@ -62,6 +63,10 @@ class StepCost:
     An extended Kalman filter estimates the logarithms of the costs (Simon, Optimal State Estimation, 13.2). So costs
     stay positive, and those of GPUs, 100 times smaller, are learned alike. A step does not change the cost of work that
     it does not have, or that other work hides (the smaller of fixed cost and rows).
+
+    So the filter can settle on a wrong explanation, say that rows cost nothing and all steps the same. Every
+    CHECKED_STEPS steps, a second filter learns from these steps alone. It replaces the first one if it explains them
+    clearly better.
     """
 
     def __init__(self) -> None:
@@ -69,6 +74,7 @@ class StepCost:
         self._covariance = FIRST_COVARIANCE.copy()
         self.per_unit = StepWork(*FIRST_GUESS)  # seconds
         self.is_known = False  # a step has been measured
+        self._unchecked: list[tuple[StepWork, float]] = []  # steps since the last comparison, seconds
 
     def seconds(self, work: StepWork) -> float:
         """Returns the expected duration of a step in seconds."""
@@ -78,6 +84,13 @@ class StepCost:
         """Updates the costs with the measured duration of a step."""
         if seconds <= 0:
             return
+        self._update(work, seconds)
+        self._unchecked.append((work, seconds))
+        if len(self._unchecked) == CHECKED_STEPS:
+            self._check(self._unchecked)
+            self._unchecked = []
+
+    def _update(self, work: StepWork, seconds: float) -> None:
         parts = self._parts(work)
         expected = sum(parts)
         error = math.log(seconds / expected)
@@ -94,6 +107,21 @@ class StepCost:
             self._logs += error
         self.is_known = True
         self.per_unit = StepWork(*np.exp(self._logs).tolist())
+
+    def _check(self, steps: list[tuple[StepWork, float]]) -> None:
+        """Starts anew from these steps if that explains them clearly better."""
+        error = self._mean_error(steps)
+        if error <= NOISE:
+            return
+        other = StepCost()
+        for work, seconds in steps:
+            other._update(work, seconds)
+        if other._mean_error(steps) < error / 2:
+            self._logs, self._covariance, self.per_unit = other._logs, other._covariance, other.per_unit
+
+    def _mean_error(self, steps: list[tuple[StepWork, float]]) -> float:
+        """Returns the mean size of the error of the logarithm; one above 1 counts as 1, as a hiccup may cause it."""
+        return sum(min(1, abs(math.log(seconds / self.seconds(work)))) for work, seconds in steps) / len(steps)
 
     def _parts(self, work: StepWork) -> StepWork:
         """Returns the seconds that each kind of work adds to a step; 0 for work that other work hides."""
