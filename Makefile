@@ -42,7 +42,7 @@ bench-peers: ## install OpenVINO GenAI for `make bench`
 test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
 	$(PYTEST) -m 'not slow' $(ARGS)
 
-test-all: $(VENV)/installed-dev ## run every test, as CI does
+test-all: $(VENV)/installed-triton ## run every test, as CI does
 	$(PYTEST) $(ARGS)
 
 # Without a network but loopback, so that a client that wants another server fails.
@@ -102,6 +102,11 @@ $(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt $(KERNEL_SOURCES)
 	RTP_NATIVE_LEVELS=supported $(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
 	$(COMPILE)
 	@touch $(VENV)/installed $@
+
+# Runs and compiles the kernels of GPUs without one. A torch for GPUs brings the Triton that fits it.
+$(VENV)/installed-triton: $(VENV)/installed-dev
+	$(PIP) install --quiet --no-deps 'triton>=3.6'
+	@touch $@
 
 $(VENV)/installed-clients: $(VENV)/installed-dev
 	$(PIP) install --quiet --editable '.[dev,clients]' --constraint tests/constraints.txt

@@ -247,6 +247,7 @@ class Config(BaseModel):
     rtp_pipeline_depth: Shared[int] = Field(
         0, ge=0, le=1, description="steps that are scheduled before the result of the last one is known"
     )
+    enable_cuda_graph: Shared[bool] = Field(True, description="on a GPU, capture and replay steps of decodes")
     warm_up: Shared[bool] = Field(True, description="run one step of the maximum size before serving")
 
     # Logging and runtime

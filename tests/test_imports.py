@@ -97,7 +97,11 @@ TORCH_FREE = {"layers.rope_spec", "model.tensor_names", *TORCH_FREE_MODEL}
 # The only imports inside a function: torch must not be imported before the gang has formed (see the comment there),
 # huggingface_hub, which takes longer than all checks of the doctor, only if a model is given by its name, and
 # matplotlib only where it is installed.
-IMPORTED_LATE = {("engine.main", "engine.rank"), ("hub.settings", "hub.cache"), ("start_server", "hub.remote")}
+IMPORTED_LATE = {
+    *(("engine.main", "engine.rank"), ("hub.settings", "hub.cache"), ("start_server", "hub.remote")),
+    # Only machines with a GPU have Triton.
+    *(("kernels.triton_kernels", "kernels.triton_ops"), ("kernels.triton_kernels", "kernels.triton_attention")),
+}
 IMPORTED_LATE |= {("bench.cli", "bench.plots")}
 
 

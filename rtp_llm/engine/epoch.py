@@ -146,6 +146,8 @@ class Epoch:
                 f"rank {self.assignment.rank} ran out of memory in a step: {error}; from now on a step computes at most"
                 f" {residency.max_num_batched_tokens} tokens"
             ) from error
+        finally:
+            residency.end_epoch()
 
     def _serve(self, runner: ModelRunner) -> None:
         if self.assignment.rank == 0:

@@ -26,9 +26,13 @@ class AttentionBackend(Protocol):
 
     batch_invariant: whether the bits of a token's result depend neither on how its prompt is cut into chunks nor on the
         other sequences of the step.
+    is_capturable: whether a CUDA graph of decodes can be replayed for other decodes: `prepare` and `forward` launch the
+        same work on the same tensors for all batches with the same number of decodes and the same longest of
+        `host_seq_lens`, which may be larger than those on the device.
     """
 
     batch_invariant: bool
+    is_capturable: bool
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> Any:
         """Returns the metadata that `forward` needs for the layers of this group, such as indices and masks on the
@@ -58,3 +62,8 @@ class AttentionBackend(Protocol):
         num_heads: query heads on this rank. max_tokens: tokens of a step. max_seq_len: tokens of a sequence.
         """
         ...
+
+
+def with_adjacent_heads(x: Tensor) -> Tensor:
+    """Returns x [T, heads, head_dim], copied unless the heads of a token are adjacent."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

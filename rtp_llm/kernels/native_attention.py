@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rtp_llm.contract.kv_cache import KVCacheSpec
-from rtp_llm.kernels.attention_backend import AttentionParams
+from rtp_llm.kernels.attention_backend import AttentionParams, with_adjacent_heads
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import DTYPES, LayerKVCache
 from rtp_llm.native.library import DTYPE_CODES, Library, library
@@ -51,6 +51,7 @@ class NativeBackend:
     """
 
     batch_invariant = True
+    is_capturable = False
 
     def __init__(self) -> None:
         kernels = library()
@@ -84,7 +85,7 @@ class NativeBackend:
         self, layer: AttentionParams, q: Tensor, k: Tensor, v: Tensor, cache: LayerKVCache, metadata: NativeMetadata
     ) -> Tensor:
         """Writes the new keys and values, then returns the attention output, see `AttentionBackend`."""
-        q, k, v = _with_adjacent_heads(q), _with_adjacent_heads(k), _with_adjacent_heads(v)
+        q, k, v = with_adjacent_heads(q), with_adjacent_heads(k), with_adjacent_heads(v)
         keys, values, step = cache["keys"], cache["values"], metadata.step
         assert keys.stride() == values.stride()
         if not step.workspace:
@@ -132,8 +133,3 @@ class NativeBackend:
         }
         for name, value in fields.items():
             setattr(step, name, value)
-
-
-def _with_adjacent_heads(x: Tensor) -> Tensor:
-    """Returns x [T, heads, head_dim], copied unless the heads of a token are adjacent."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

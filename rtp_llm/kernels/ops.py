@@ -1,19 +1,20 @@
 """Operations between the linear layers and attention.
 
-Each is a kernel of `rtp_llm.native` for tensors on a CPU that has it, otherwise a composition of torch operations for
-any device. In bf16 and fp16 both round at the same places; only the order of the sum in a norm differs, and so rarely
-its last bit. In fp32 the kernels may also use fused multiply-add.
+Each is a kernel of `rtp_llm.native` for tensors on a CPU that has it, a Triton kernel on a GPU, otherwise a composition
+of torch operations. In bf16 and fp16 all round at the same places; only the order of the sum in a norm differs, and so
+rarely its last bit. In fp32, and on a GPU, the kernels may also use fused multiply-add.
 """
 
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from rtp_llm.kernels import torch_ops
+from rtp_llm.kernels.torch_ops import CosSin
+from rtp_llm.kernels.triton_kernels import triton_kernels
 from rtp_llm.native.library import DTYPE_CODES, Library, library
-
-CosSin = tuple[Tensor, Tensor]
 
 
 class AllReduce(Protocol):
@@ -29,6 +30,12 @@ def _kernels_for(x: Tensor) -> Library | None:
     return library() if x.is_cpu and str(x.dtype) in DTYPE_CODES else None
 
 
+def _triton_for(x: Tensor) -> ModuleType | None:
+    """Returns the module of the Triton kernels that compute with x, None if torch does."""
+    triton = triton_kernels(x.device) if x.is_cuda else None
+    return triton.ops if triton else None
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -37,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns x / rms(x) * weight over the last dimension, [..., size]. The quotient is computed in float32."""
     kernels = _kernels_for(x)
     if kernels is None:
-        return _rms_norm(x, weight, eps)
+        return (_triton_for(x) or torch_ops).rms_norm(x, weight, eps)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     y = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -54,12 +61,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y.view(x.shape)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x_float32 = x.float()
-    normalized = x_float32 * torch.rsqrt(x_float32.square().mean(-1, keepdim=True) + eps)
-    return weight * normalized.to(x.dtype)
-
-
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, ranks: AllReduce, post_weight: Tensor | None, pre_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -72,8 +73,7 @@ def all_reduce_add_rms_norm(
     x = ranks.all_reduce(x)
     kernels = _kernels_for(x)
     if kernels is None:
-        total = residual + (x if post_weight is None else _rms_norm(x, post_weight, eps))
-        return (total if pre_weight is None else _rms_norm(total, pre_weight, eps)), total
+        return (_triton_for(x) or torch_ops).add_rms_norm(x, residual, post_weight, pre_weight, eps)
     kernels.rtp_add_rms_norm(
         DTYPE_CODES[str(x.dtype)],
         x.data_ptr(),
@@ -99,7 +99,7 @@ def norm_rope(
 
     qkv: [T, (heads + 2 * kv_heads) * head_dim], all query heads, key heads, value heads; may be overwritten. The
     results may be views of it. norms: weights [head_dim] of the queries' and of the keys' norm, None: no norms.
-    cos_sin: see `apply_rotary_emb`, None: no rotation.
+    cos_sin: see `torch_ops.apply_rotary_emb`, None: no rotation.
     """
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     num_tokens = qkv.shape[0]  # len() of a tensor takes a microsecond
@@ -107,10 +107,10 @@ def norm_rope(
     q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
     kernels = _kernels_for(qkv)
     if kernels is None or qkv.stride(1) != 1:
-        if norms:
-            q, k = _rms_norm(q, norms[0], eps), _rms_norm(k, norms[1], eps)
-        if cos_sin:
-            q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
+        triton_ops = _triton_for(qkv)
+        if triton_ops is None or head_dim % 2 or qkv.stride(1) != 1:
+            return *torch_ops.norm_rope(q, k, norms, eps, cos_sin), v
+        triton_ops.norm_rope(qkv, num_heads, num_kv_heads, norms, eps, cos_sin)
         return q, k, v
     kernels.rtp_norm_rope(
         DTYPE_CODES[str(qkv.dtype)],
@@ -128,16 +128,6 @@ def norm_rope(
     return q, k, v
 
 
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair of elements (i, i + head_dim / 2) of a head, the layout of Hugging Face checkpoints.
-
-    x: [num_tokens, heads, head_dim]. cos, sin: [num_tokens, 1, head_dim / 2]. Returns the same shape as x.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def silu_and_mul(x: Tensor) -> Tensor:
     """Returns silu(gate) * up, [num_tokens, size]. x: [num_tokens, 2 * size], gate and up side by side."""
-    gate, up = x.chunk(2, dim=-1)
-    return silu(gate) * up
+    return (_triton_for(x) or torch_ops).silu_and_mul(x)

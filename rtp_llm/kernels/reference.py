@@ -103,6 +103,8 @@ class ReferenceBackend:
     Not batch-invariant on a GPU, where the order of additions in `_combine` is not fixed.
     """
 
+    is_capturable = False  # the host plans the waves from the lengths
+
     def __init__(self, device: torch.device):
         self.batch_invariant = device.type == "cpu"
 

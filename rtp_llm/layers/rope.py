@@ -19,6 +19,7 @@ class RotaryEmbedding:
         self.spec, self.head_dim, self.dtype = spec, head_dim, dtype
         self.scale = _yarn_attention_factor(spec) if spec.kind == "yarn" else 1.0
         self.inv_freq = _compute_inv_freq(spec, head_dim).to(device)
+        self._exponents = _exponents(head_dim).to(device)  # there already: a CUDA graph cannot copy them from the host
 
     def cos_sin(self, positions: Tensor, rope_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (cos, sin), each [num_tokens, 1, head_dim / 2] in the model's dtype.
@@ -40,7 +41,7 @@ class RotaryEmbedding:
         lengths = rope_lens.clamp(min=spec.original_max).double()
         stretch = spec.factor * lengths / spec.original_max - (spec.factor - 1)
         base = spec.theta * stretch ** (dim / (dim - 2))
-        return (base[:, None] ** -_exponents(dim).to(base)).float()
+        return (base[:, None] ** -self._exponents).float()
 
 
 def _exponents(dim: int) -> Tensor:

@@ -27,6 +27,7 @@ class GroupedQueryAttention(nn.Module):
         heads = shard_heads(spec.num_heads, spec.num_kv_heads, group.size, group.rank)
         self.num_heads, self.num_kv_heads, self.head_dim = heads.num_heads, len(heads.kv_heads), dim
         self.layer, self.backend, self.params = layer, backend, AttentionParams(scale=dim**-0.5)
+        self.is_capturable = backend.is_capturable
         rope = spec.layer_rope(layer)
         self.rope = RotaryEmbedding(rope, dim, torch.get_default_device(), torch.get_default_dtype()) if rope else None
         columns = qkv_columns(prefix, heads, dim, spec.num_heads, spec.num_kv_heads)

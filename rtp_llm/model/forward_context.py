@@ -16,7 +16,11 @@ from rtp_llm.layers.rope_spec import RopeSpec
 class Attention(Protocol):
     """Interface of the attention module of a decoder layer, or of a module in its place, such as a recurrent one.
     `decoder.ATTENTIONS` lists the implementations by name.
+
+    is_capturable: whether a CUDA graph of decodes can be replayed for others, see `AttentionBackend`.
     """
+
+    is_capturable: bool
 
     def prepare(self, batch: ForwardBatch, index: int, group: KVCacheGroup) -> Any:
         """Returns the attention metadata of a step: what is computed once for all layers of a KV cache group, such as

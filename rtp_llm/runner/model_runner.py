@@ -54,6 +54,8 @@ class ModelRunner:
         """Computes the step whose arrays `prepare` returned, and samples its tokens on rank 0. The other ranks return
         an empty result and need no `sampling_metadata`.
         """
+        if self.residency.device.type == "cuda":
+            torch.cuda.set_device(self.residency.device)  # of this thread; Triton launches kernels on it
         hidden = self.forward(inputs)
         return self.sample(hidden, inputs, sampling_metadata or SamplingMetadata())
 

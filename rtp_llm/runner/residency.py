@@ -11,11 +11,9 @@ from torch import Tensor
 from rtp_llm.config import Config
 from rtp_llm.contract.kv_cache import make_layout
 from rtp_llm.errors import ConfigError, FatalError
-from rtp_llm.kernels.attention_backend import AttentionBackend
+from rtp_llm.kernels.attention_backends import select_backend
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import LayerKVCache, carve
-from rtp_llm.kernels.native_attention import NativeBackend
-from rtp_llm.kernels.reference import ReferenceBackend
 from rtp_llm.machine.memory import available_memory
 from rtp_llm.model.checkpoint import Checkpoint
 from rtp_llm.model.decoder import Decoder
@@ -25,6 +23,7 @@ from rtp_llm.model.spec import ModelSpec
 from rtp_llm.model.weights import LoadStats, load_weights
 from rtp_llm.native.library import library
 from rtp_llm.parallel.mesh import Mesh
+from rtp_llm.runner.cuda_graphs import MAX_DECODES, CudaGraphs
 from rtp_llm.runner.kv_cache_size import plan_num_blocks, size_reason
 from rtp_llm.runner.kv_memory import KVMemory
 from rtp_llm.runner.recorded_steps import RecordedSteps
@@ -57,9 +56,10 @@ class Residency:
         self.num_blocks = 0  # that sequences can have; the null block comes on top
         self.kv_memory: KVMemory | None = None
         self.kv_caches: list[LayerKVCache] = []
-        self._recorded_steps: RecordedSteps | None = None  # of the newest KV cache
+        self._recorded_steps: RecordedSteps | None = None  # of the newest KV cache, on CPU
+        self._cuda_graphs: CudaGraphs | None = None  # of the newest KV cache, on a GPU
         self.on_layer: Callable[[], None] = lambda: None  # called after each layer; on a GPU, which may be still busy
-        self._backend = self._select_backend()
+        self._backend = select_backend(device, [group.spec for group in self.layout.groups], max_seq_len)
         self.model = self._build_model()
 
     @property
@@ -77,13 +77,6 @@ class Residency:
         if self.max_seq_len == self.spec.max_positions:
             return "the checkpoint's maximum, because MAX_SEQ_LEN is not set"
         return size_reason(self.config)
-
-    def _select_backend(self) -> AttentionBackend:
-        """Returns the native kernels on CPU, if they support all caches of keys and values."""
-        specs = [group.spec for group in self.layout.groups if "keys" in dict(group.spec.tensors)]
-        if self.device.type == "cpu" and all(map(NativeBackend.is_supported, specs)) and library():
-            return NativeBackend()
-        return ReferenceBackend(self.device)
 
     def _build_model(self) -> Decoder:
         default_dtype = torch.get_default_dtype()
@@ -122,7 +115,7 @@ class Residency:
             max_seq_len=self.max_seq_len,
             device=self.device,
             num_local_ranks=num_ranks_on_host,
-            workspace_bytes=self._workspace_bytes(),
+            workspace_bytes=self._workspace_bytes(self.max_num_batched_tokens) + self._graph_bytes,
         )
         self.kv_memory = self._reserve(num_blocks)
         self.num_blocks = num_blocks
@@ -143,8 +136,8 @@ class Residency:
     @property
     def step_bytes(self) -> int:
         """Returns an estimate of the memory that a step allocates and frees: attention, activations and logits."""
-        activations = self.max_num_batched_tokens * 4 * (8 * self.spec.hidden_size + 4 * self.spec.intermediate_size)
-        return self._workspace_bytes() + activations + 3 * 4 * self.max_logits_rows * self.spec.vocab_size
+        num_tokens, logits_bytes = self.max_num_batched_tokens, 3 * 4 * self.max_logits_rows * self.spec.vocab_size
+        return self._workspace_bytes(num_tokens) + self._activation_bytes(num_tokens) + logits_bytes
 
     def restore_kv_cache(self, num_blocks: int, max_seq_len: int) -> None:
         """Allocates a KV cache of the same size as that of the other ranks, on a rank that replaces a lost one while
@@ -168,11 +161,31 @@ class Residency:
         self.num_blocks, self.max_seq_len = num_blocks, max_seq_len
         log.info("KV cache: %d blocks, as on the other ranks; %.1f MiB on this rank", num_blocks, self.kv_bytes / 2**20)
 
-    def _workspace_bytes(self) -> int:
-        """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time."""
-        limits = self.max_num_batched_tokens, self.max_seq_len
+    def _workspace_bytes(self, num_tokens: int) -> int:
+        """Returns an upper bound of the memory that attention needs besides the KV cache, in one layer at a time, in a
+        step of this many tokens.
+        """
         attentions = self.model.attentions
-        return max(attentions[group.layers[0]].workspace_bytes(group, *limits) for group in self.layout.groups)
+        return max(
+            attentions[group.layers[0]].workspace_bytes(group, num_tokens, self.max_seq_len)
+            for group in self.layout.groups
+        )
+
+    def _activation_bytes(self, num_tokens: int) -> int:
+        return num_tokens * 4 * (8 * self.spec.hidden_size + 4 * self.spec.intermediate_size)
+
+    @property
+    def _captures_graphs(self) -> bool:
+        """Whether steps of decodes are captured in CUDA graphs."""
+        is_enabled = self.device.type == "cuda" and self.config.enable_cuda_graph
+        return is_enabled and all(attention.is_capturable for attention in self.model.attentions)
+
+    @property
+    def _graph_bytes(self) -> int:
+        """Returns an estimate of the memory that CUDA graphs need: what they compute lies apart from other steps."""
+        if not self._captures_graphs:
+            return 0
+        return self._workspace_bytes(MAX_DECODES) + self._activation_bytes(MAX_DECODES)
 
     def _blocks_per_sequence(self, num_tokens: int) -> int:
         """Returns the most blocks that a sequence holds, with those outside a window that steps in flight still use."""
@@ -190,6 +203,10 @@ class Residency:
         kernels = library()
         if kernels and self.device.type == "cpu":
             self._recorded_steps = RecordedSteps(self.model, kernels, self.mesh.tp)
+        if self._captures_graphs:
+            self._cuda_graphs = CudaGraphs(
+                self._compute, self.layout.groups, self.config.max_sequences, self.max_seq_len, self.device
+            )
         return memory
 
     def halve_steps(self) -> None:
@@ -211,13 +228,27 @@ class Residency:
         assert self.kv_memory, "allocate_kv_cache comes first"
         self.kv_memory.begin_epoch()
 
+    def end_epoch(self) -> None:
+        """Drops the CUDA graphs, which contain the collectives of the epoch's communicator. Call it before that is
+        closed, which waits for them.
+        """
+        if self._cuda_graphs:
+            self._cuda_graphs.clear()
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Returns the hidden states [T, hidden_size] after the last norm, equal on all ranks."""
-        context = ForwardContext.prepare(batch, self.kv_caches, self.layout, self.model.attentions, self.on_layer)
         if self._recorded_steps and self._recorded_steps.covers(batch):
-            return self._recorded_steps.run(context)
-        hidden: Tensor = self.model(context)
+            return self._recorded_steps.run(self._prepare(batch))
+        if self._cuda_graphs and self._cuda_graphs.covers(batch):
+            return self._cuda_graphs.run(batch)
+        return self._compute(batch)
+
+    def _compute(self, batch: ForwardBatch) -> Tensor:
+        hidden: Tensor = self.model(self._prepare(batch))
         return hidden
+
+    def _prepare(self, batch: ForwardBatch) -> ForwardContext:
+        return ForwardContext.prepare(batch, self.kv_caches, self.layout, self.model.attentions, self.on_layer)
 
     @torch.inference_mode()
     def _warm_up(self) -> None:

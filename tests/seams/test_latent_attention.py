@@ -16,7 +16,7 @@ from rtp_llm.contract.kv_cache import KVCacheGroup, KVCacheSpec
 from rtp_llm.kernels.attention_backend import AttentionBackend, AttentionParams
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import LayerKVCache
-from rtp_llm.kernels.ops import apply_rotary_emb
+from rtp_llm.kernels.torch_ops import apply_rotary_emb
 from rtp_llm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rtp_llm.layers.norm import RMSNorm
 from rtp_llm.layers.parameter import WeightSlice, sharded_parameter

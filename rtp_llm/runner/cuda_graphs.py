@@ -1,0 +1,195 @@
+"""Captures steps of decodes in CUDA graphs and replays them, so that the GPU does not wait for Python."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtp_llm.contract.kv_cache import NULL_BLOCK, KVCacheGroup
+from rtp_llm.kernels.batch import ForwardBatch
+
+log = logging.getLogger(__name__)
+
+MAX_DECODES = 256  # with more, the work of a step outweighs its launches
+MIN_CONTEXT = 1024  # tokens
+
+
+class Graph(Protocol):
+    """A recording of work on the device, such as `CudaGraph`."""
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        """Records the work of `function`. Returns its result, which gets its value by `replay`."""
+
+    def replay(self) -> None:
+        """Does the recorded work again, on the same tensors."""
+
+
+class CudaGraph:
+    """A CUDA graph. All graphs of a process use the same memory for what they compute: only one runs at a time."""
+
+    _pool: Any = None
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        # thread_local: calls that other threads make meanwhile, such as NCCL's watchdog, do not end the capture.
+        with torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"):
+            result = function()
+        CudaGraph._pool = self._graph.pool()
+        return result
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """The captured step of a number of decodes. inputs: the tensors that it reads. hidden: [decodes, hidden_size], what
+    it writes.
+    """
+
+    graph: Graph
+    inputs: ForwardBatch
+    hidden: Tensor
+
+    def replay(self, batch: ForwardBatch) -> Tensor:
+        """Returns the hidden states [T, hidden_size] of a step with at most as many decodes. The next call overwrites
+        them.
+        """
+        copy_decodes(batch, self.inputs)
+        self.graph.replay()
+        return self.hidden[: batch.num_decodes]
+
+
+class CudaGraphs:
+    """Captures a step of decodes when its size first occurs, and replays it for later steps of this size.
+
+    A size is a number of decodes and a length of their contexts, both rounded up, so that few graphs are needed. A
+    graph refers to the KV cache and to the communicator of the ranks, and must not outlive them.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch], Tensor],
+        groups: Sequence[KVCacheGroup],
+        max_sequences: int,
+        max_seq_len: int,
+        device: torch.device,
+        make_graph: Callable[[], Graph] = CudaGraph,
+    ):
+        """`forward` computes a step. For decodes, what it launches must depend only on their number and on the longest
+        of `host_seq_lens`.
+
+        max_sequences: of a step. max_seq_len: tokens of a sequence.
+        """
+        self._forward, self._make_graph, self._max_seq_len = forward, make_graph, max_seq_len
+        self._groups = groups
+        self._inputs = make_inputs(groups, min(max_sequences, MAX_DECODES), max_seq_len, device)
+        self._steps: dict[tuple[int, int], CapturedStep] = {}
+        self._is_possible = True
+
+    def covers(self, batch: ForwardBatch) -> bool:
+        """Returns whether this step may be captured or replayed: all its sequences are decodes, and not too many."""
+        num_sequences = len(batch.host_seq_lens)
+        return self._is_possible and 0 < num_sequences == batch.num_decodes <= self._inputs.num_decodes
+
+    def run(self, batch: ForwardBatch) -> Tensor:
+        """Returns the hidden states [T, hidden_size] of a step for which `covers` is true. The next call may overwrite
+        them.
+        """
+        size = self._size(batch)
+        if size in self._steps:
+            return self._steps[size].replay(batch)
+        inputs = self._take_inputs(*size)
+        copy_decodes(batch, inputs)
+        # Computed once before the capture: compiling a kernel or starting a library cannot be captured.
+        hidden = self._forward(inputs)[: batch.num_decodes]
+        self._capture(size, inputs)
+        return hidden
+
+    def clear(self) -> None:
+        """Drops all graphs, because the ranks will have another communicator."""
+        self._steps.clear()
+
+    def _size(self, batch: ForwardBatch) -> tuple[int, int]:
+        """Returns the number of decodes and of tokens of the longest, rounded up to powers of 2 and 4."""
+        num_decodes, context, longest = 1, MIN_CONTEXT, int(batch.host_seq_lens.max())
+        while num_decodes < batch.num_decodes:
+            num_decodes *= 2
+        while context < longest:
+            context *= 4
+        return min(num_decodes, self._inputs.num_decodes), min(context, self._max_seq_len)
+
+    def _take_inputs(self, num_decodes: int, context: int) -> ForwardBatch:
+        """Returns the first `num_decodes` rows of the inputs, with block tables for contexts of this many tokens."""
+        whole, rows = self._inputs, slice(num_decodes)
+        return replace(
+            whole,
+            **{name: getattr(whole, name)[rows] for name in ("token_ids", "positions", "rope_lens", "seq_lens")},
+            query_start_loc=whole.query_start_loc[: num_decodes + 1],
+            slot_mapping=[slots[rows] for slots in whole.slot_mapping],
+            block_tables=[
+                table[rows, : group.num_blocks(context)]
+                for table, group in zip(whole.block_tables, self._groups, strict=True)
+            ],
+            host_query_start_loc=whole.host_query_start_loc[: num_decodes + 1],
+            host_seq_lens=np.full(num_decodes, context),
+            num_decodes=num_decodes,
+        )
+
+    def _capture(self, size: tuple[int, int], inputs: ForwardBatch) -> None:
+        """Captures the step that computes these inputs. If that fails, no step is captured any more."""
+        graph = self._make_graph()
+        try:
+            hidden = graph.capture(lambda: self._forward(inputs))
+        except RuntimeError as error:
+            log.warning("decodes are computed without CUDA graphs, and so more slowly: %s", error)
+            self._is_possible = False
+            self._steps.clear()
+        else:
+            self._steps[size] = CapturedStep(graph, inputs, hidden)
+
+
+def make_inputs(
+    groups: Sequence[KVCacheGroup], num_decodes: int, max_seq_len: int, device: torch.device
+) -> ForwardBatch:
+    """Returns the inputs of decodes of one token each, which are written to the null block."""
+
+    def full(value: int, *shape: int) -> Tensor:
+        return torch.full(shape, value, dtype=torch.int64, device=device)
+
+    return ForwardBatch(
+        token_ids=full(0, num_decodes),
+        positions=full(0, num_decodes),
+        rope_lens=full(1, num_decodes),
+        query_start_loc=torch.arange(num_decodes + 1, device=device),
+        seq_lens=full(1, num_decodes),
+        slot_mapping=[full(NULL_BLOCK, num_decodes) for _ in groups],
+        block_tables=[full(NULL_BLOCK, num_decodes, group.num_blocks(max_seq_len)) for group in groups],
+        host_query_start_loc=np.arange(num_decodes + 1),
+        host_seq_lens=np.full(num_decodes, max_seq_len),
+        num_decodes=num_decodes,
+    )
+
+
+def copy_decodes(batch: ForwardBatch, inputs: ForwardBatch) -> None:
+    """Copies the decodes of `batch` to the first rows of `inputs`. The other rows become decodes of one token, which is
+    written to the null block.
+    """
+    num_decodes = batch.num_decodes
+    for name, padding in (("token_ids", 0), ("positions", 0), ("rope_lens", 1), ("seq_lens", 1)):
+        _copy_rows(getattr(batch, name), getattr(inputs, name), padding)
+    for slots, target in zip(batch.slot_mapping, inputs.slot_mapping, strict=True):
+        _copy_rows(slots, target, NULL_BLOCK)
+    for table, target in zip(batch.block_tables, inputs.block_tables, strict=True):
+        target[:num_decodes, : table.shape[1]].copy_(table)
+
+
+def _copy_rows(source: Tensor, target: Tensor, padding: int) -> None:
+    target[: len(source)].copy_(source)
+    target[len(source) :].fill_(padding)

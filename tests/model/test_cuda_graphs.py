@@ -1,0 +1,149 @@
+"""Replayed steps of decodes give the same tokens and logits as those whose layers Python calls.
+
+`EmulatedGraph` takes the place of a CUDA graph, Triton's interpreter that of a GPU; tests/gpu uses the real ones.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels of GPUs need Triton: make test-all installs it")
+
+from rtp_llm.contract.kv_cache import KVCacheGroup, KVCacheSpec
+from rtp_llm.contract.request import Request
+from rtp_llm.kernels import triton_ops
+from rtp_llm.kernels.attention_backend import AttentionBackend
+from rtp_llm.kernels.batch import ForwardBatch
+from rtp_llm.kernels.reference import ReferenceBackend
+from rtp_llm.kernels.triton_attention import TritonBackend
+from rtp_llm.native.library import select_kernels
+from rtp_llm.runner import cuda_graphs
+from rtp_llm.runner.cuda_graphs import CudaGraphs, Graph, copy_decodes, make_inputs
+from rtp_llm.runner.model_runner import ModelRunner
+from tests.model import drive
+from tests.model.checkpoints import CASES, make_model, save_checkpoint
+from tests.model.drive import CPU, MAX_SEQ_LEN, greedy_request
+from tests.model.emulated_graph import EmulatedGraph
+
+MAX_SEQUENCES = 4
+TOLERANCE = 1e-4
+
+
+class FailingGraph(EmulatedGraph):
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        super().capture(function)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.fixture(autouse=True)
+def _torch_for_other_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a GPU; `EmulatedGraph` does not see the native kernels. Contexts of the tests need several graphs."""
+    monkeypatch.setattr("rtp_llm.kernels.ops._triton_for", lambda x: triton_ops)
+    monkeypatch.setattr(cuda_graphs, "MIN_CONTEXT", 4)
+    select_kernels("off")
+    yield
+    select_kernels("auto")
+
+
+def make_requests() -> list[Request]:
+    """Returns requests of which one ends after the other, so that all numbers of decodes occur."""
+    return [greedy_request([5 + i, 9, *range(3, 3 + 2 * i)], 3 + 3 * i, id=str(i)) for i in range(MAX_SEQUENCES)]
+
+
+def run(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: AttentionBackend,
+    make_graph: Callable[[], Graph] = EmulatedGraph,
+) -> tuple[drive.Completions, CudaGraphs]:
+    """Returns the completions of all requests, and the graphs that were captured."""
+    monkeypatch.setattr("rtp_llm.runner.residency.select_backend", lambda *_: backend)
+    engine = drive.make_single_rank_engine(path, max_batch_size=MAX_SEQUENCES)
+    assert isinstance(engine.runner, ModelRunner)
+    residency = engine.runner.residency
+    graphs = CudaGraphs(residency._compute, residency.layout.groups, MAX_SEQUENCES, MAX_SEQ_LEN, CPU, make_graph)
+    residency._cuda_graphs = graphs
+    return drive.run(engine, make_requests()), graphs
+
+
+def assert_same(actual: drive.Completions, expected: drive.Completions) -> None:
+    for id, completion in expected.items():
+        assert actual[id].tokens == completion.tokens
+        assert np.allclose(actual[id].logits, completion.logits, atol=TOLERANCE)
+
+
+def make_decodes(lengths: list[int]) -> ForwardBatch:
+    """Returns decodes of sequences with these numbers of tokens, each with blocks of its own."""
+    num_decodes = len(lengths)
+    return ForwardBatch.build(
+        token_ids=np.arange(50, 50 + num_decodes),
+        query_start_loc=np.arange(num_decodes + 1),
+        seq_lens=np.array(lengths),
+        prompt_lens=np.full(num_decodes, 9),
+        block_tables=[1 + np.arange(num_decodes * width).reshape(num_decodes, -1) for width in (3, 2)],
+        block_sizes=[4, 8],
+        device=CPU,
+    )
+
+
+def test_rows_without_a_decode_are_padding() -> None:
+    """Also those that had one in the last step: its blocks may belong to another sequence now."""
+    spec = KVCacheSpec((("keys", (1, 8)), ("values", (1, 8))), "fp32")
+    inputs = make_inputs([KVCacheGroup(spec, (0,), 4), KVCacheGroup(spec, (1,), 8)], 4, 12, CPU)
+    copy_decodes(make_decodes([3, 12, 7, 5]), inputs)
+    batch = make_decodes([11, 2])
+    copy_decodes(batch, inputs)
+    assert inputs.token_ids.tolist() == [50, 51, 0, 0]
+    assert inputs.positions.tolist() == [10, 1, 0, 0]
+    assert inputs.rope_lens.tolist() == [11, 9, 1, 1]
+    assert inputs.seq_lens.tolist() == [11, 2, 1, 1]
+    assert inputs.query_start_loc.tolist() == [0, 1, 2, 3, 4]
+    assert [slots.tolist() for slots in inputs.slot_mapping] == [
+        [3 * 4 + 2, 4 * 4 + 1, 0, 0],
+        [2 * 8 + 2, 3 * 8 + 1, 0, 0],
+    ]
+    for table, expected in zip(inputs.block_tables, batch.block_tables, strict=True):
+        assert torch.equal(table[:2], expected)
+
+
+@pytest.fixture(scope="module", params=["rope-dynamic", "qwen2-window", "qwen3-bias-older"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    case = next(case for case in CASES if case.name == request.param)
+    save_checkpoint(make_model(case, 0), case, path)
+    return path
+
+
+def test_replayed_steps_equal_computed_ones(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = drive.run(drive.make_single_rank_engine(checkpoint), make_requests())
+    replayed, graphs = run(checkpoint, monkeypatch, TritonBackend(MAX_SEQ_LEN))
+    assert sorted(graphs._steps) == [(1, 64), (2, 16), (4, 16)]
+    assert_same(replayed, expected)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen2-window"], indirect=True)
+class TestOneCheckpoint:
+    def test_emulated_graph_shows_what_the_host_computed(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The reference backend plans on the host, so it cannot be captured: its plan stays that of the first step."""
+        expected, _ = run(checkpoint, monkeypatch, TritonBackend(MAX_SEQ_LEN))
+        replayed, _ = run(checkpoint, monkeypatch, ReferenceBackend(CPU))
+        with pytest.raises(AssertionError):
+            assert_same(replayed, expected)
+
+    def test_steps_are_computed_if_the_capture_fails(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        expected = drive.run(drive.make_single_rank_engine(checkpoint), make_requests())
+        computed, graphs = run(checkpoint, monkeypatch, TritonBackend(MAX_SEQ_LEN), FailingGraph)
+        assert graphs._steps == {}
+        assert [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()] == [
+            "decodes are computed without CUDA graphs, and so more slowly:"
+            " operation not permitted when stream is capturing"
+        ]
+        assert_same(computed, expected)
