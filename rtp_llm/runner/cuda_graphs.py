@@ -29,19 +29,16 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph. All graphs of a process use the same memory for what they compute: only one runs at a time."""
+    """A CUDA graph. What it computes lies in the same memory as that of `other`, as only one of them runs at a time."""
 
-    _pool: Any = None
-
-    def __init__(self) -> None:
+    def __init__(self, other: "CudaGraph | None" = None):
         self._graph = torch.cuda.CUDAGraph()
+        self._pool = other._graph.pool() if other else None
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         # thread_local: calls that other threads make meanwhile, such as NCCL's watchdog, do not end the capture.
-        with torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"):
-            result = function()
-        CudaGraph._pool = self._graph.pool()
-        return result
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            return function()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -80,12 +77,12 @@ class CudaGraphs:
         max_sequences: int,
         max_seq_len: int,
         device: torch.device,
-        make_graph: Callable[[], Graph] = CudaGraph,
+        make_graph: Callable[[Any], Graph] = CudaGraph,
     ):
         """`forward` computes a step. For decodes, what it launches must depend only on their number and on the longest
         of `host_seq_lens`.
 
-        max_sequences: of a step. max_seq_len: tokens of a sequence.
+        max_sequences: of a step. max_seq_len: tokens of a sequence. make_graph: called with another graph, or None.
         """
         self._forward, self._make_graph, self._max_seq_len = forward, make_graph, max_seq_len
         self._groups = groups
@@ -144,7 +141,7 @@ class CudaGraphs:
 
     def _capture(self, size: tuple[int, int], inputs: ForwardBatch) -> None:
         """Captures the step that computes these inputs. If that fails, no step is captured any more."""
-        graph = self._make_graph()
+        graph = self._make_graph(next((step.graph for step in self._steps.values()), None))
         try:
             hidden = graph.capture(lambda: self._forward(inputs))
         except RuntimeError as error:

@@ -18,7 +18,7 @@ KERNELS = [(module, name) for module in (triton_attention, triton_ops) for name 
 class EmulatedGraph:
     """Records torch's operations and the launches of Triton's kernels: the functions, tensors and numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, other: object) -> None:
         self._calls: list[Callable[[], object]] = []
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def run(
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
     backend: AttentionBackend,
-    make_graph: Callable[[], Graph] = EmulatedGraph,
+    make_graph: Callable[[Any], Graph] = EmulatedGraph,
 ) -> tuple[drive.Completions, CudaGraphs]:
     """Returns the completions of all requests, and the graphs that were captured."""
     monkeypatch.setattr("rtp_llm.runner.residency.select_backend", lambda *_: backend)
