@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -61,22 +60,26 @@ class ForwardBatch:
         `contract.kv_cache.KVCacheGroup`. The other arguments: see the fields.
         """
 
-        to_device = partial(to_tensor, device=device)
         counts = np.diff(query_start_loc)
         sequence = np.repeat(np.arange(len(counts)), counts)  # of each token
         positions = np.arange(len(token_ids)) + (seq_lens - query_start_loc[1:])[sequence]
+        rope_lens = np.maximum(prompt_lens[sequence], positions + 1)
         slots = [
             table[sequence, positions // size] * size + positions % size if size else table[:, 0]
             for table, size in zip(block_tables, block_sizes, strict=True)
         ]
+        arrays = [token_ids, positions, rope_lens, query_start_loc, seq_lens, *slots, *map(np.ravel, block_tables)]
+        # One copy to the device instead of many.
+        tensors = to_tensor(np.concatenate(arrays), device).split_with_sizes([array.size for array in arrays])
+        first_table = len(tensors) - len(block_tables)
         return cls(
-            token_ids=to_device(token_ids),
-            positions=to_device(positions),
-            rope_lens=to_device(np.maximum(prompt_lens[sequence], positions + 1)),
-            query_start_loc=to_device(query_start_loc),
-            seq_lens=to_device(seq_lens),
-            slot_mapping=[to_device(s) for s in slots],
-            block_tables=[to_device(table) for table in block_tables],
+            token_ids=tensors[0],
+            positions=tensors[1],
+            rope_lens=tensors[2],
+            query_start_loc=tensors[3],
+            seq_lens=tensors[4],
+            slot_mapping=list(tensors[5:first_table]),
+            block_tables=[t.view(x.shape) for t, x in zip(tensors[first_table:], block_tables, strict=True)],
             host_query_start_loc=query_start_loc,
             host_seq_lens=seq_lens,
             num_decodes=int(np.argmin(np.append(counts == 1, False))),

@@ -32,8 +32,13 @@ MAX_DECODES = 256  # computed at a time, so that the memory of their partial out
 MASKED = tl.constexpr(-1e30)  # finite: a query that sees no key of a tile gets the weight exp2(MASKED) = 0, not NaN
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# Triton compiles a kernel again for a number that is 1 or a multiple of 16, or for a tensor that is aligned otherwise,
+# unless told that it does not matter. These change from step to step.
+INDICES = ("slots", "tile_sequences", "tile_starts", "query_start_loc", "seq_lens", "block_tables")
+NUMBERS = ("table_stride", "split_size", "max_splits")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def _write_kv_kernel(
     k,
     v,
@@ -57,7 +62,7 @@ def _write_kv_kernel(
     tl.store(values + target + numbers, tl.load(v + token * v_stride + numbers, mask=exists), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def _attend_kernel(
     q,
     keys,
@@ -144,7 +149,7 @@ def _attend_kernel(
             tl.store(out + out_offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def _combine_kernel(
     partials,
     lse,

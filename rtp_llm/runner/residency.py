@@ -252,26 +252,32 @@ class Residency:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Computes one step on a temporary KV cache, so that errors appear at startup. Collective.
+        """Computes steps on a temporary KV cache, so that errors appear at startup. Collective.
 
-        On a GPU the step has the maximum size: the allocator then holds the peak memory of a step when the KV cache is
-        sized. On CPU it frees the memory again, so a few tokens are enough.
+        On a GPU the first step has the maximum size: the allocator then holds the peak memory of a step when the KV
+        cache is sized. Two decodes follow, with a long and a short context, so that their kernels are compiled. On CPU
+        the allocator frees the memory again, so a few tokens are enough.
         """
         limit = CPU_WARM_UP_TOKENS if self.device.type == "cpu" else self.max_num_batched_tokens
         num_tokens = min(limit, self.max_num_batched_tokens, self.max_seq_len)
-        num_blocks = [group.num_blocks(num_tokens) for group in self.layout.groups]
-        self._reserve(sum(num_blocks))
-        block_ids = np.split(np.arange(1, sum(num_blocks) + 1), np.cumsum(num_blocks)[:-1])
-        hidden = self.forward(
-            ForwardBatch.build(
-                token_ids=np.zeros(num_tokens, np.int32),
-                query_start_loc=np.array([0, num_tokens]),
-                seq_lens=np.array([num_tokens]),
-                prompt_lens=np.array([num_tokens]),
-                block_tables=[ids[None] for ids in block_ids],
-                block_sizes=[group.block_size for group in self.layout.groups],
-                device=self.device,
-            )
-        )
+        self._reserve(sum(group.num_blocks(num_tokens) for group in self.layout.groups))
+        hidden = self.forward(self._make_step(num_tokens, num_tokens))
         self.model.logits(hidden[-self.max_logits_rows :])
+        if self.device.type == "cuda":
+            for seq_len in (num_tokens, 1):
+                self._compute(self._make_step(1, seq_len))
         self.kv_caches = []
+
+    def _make_step(self, num_tokens: int, seq_len: int) -> ForwardBatch:
+        """Returns a step that computes the last `num_tokens` tokens of one sequence, which has the first blocks."""
+        num_blocks = [group.num_blocks(seq_len) for group in self.layout.groups]
+        block_ids = np.split(np.arange(1, sum(num_blocks) + 1), np.cumsum(num_blocks)[:-1])
+        return ForwardBatch.build(
+            token_ids=np.zeros(num_tokens, np.int32),
+            query_start_loc=np.array([0, num_tokens]),
+            seq_lens=np.array([seq_len]),
+            prompt_lens=np.array([seq_len]),
+            block_tables=[ids[None] for ids in block_ids],
+            block_sizes=[group.block_size for group in self.layout.groups],
+            device=self.device,
+        )
