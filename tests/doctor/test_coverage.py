@@ -1,6 +1,7 @@
 """Every check has a test with a fault that triggers it, marked with its id."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from doctor import checks  # noqa: F401  # registers them
 from doctor.check import REGISTRY
 
 
+@functools.cache
 def covered_ids() -> set[str]:
     """Returns the check ids that tests name in `@pytest.mark.fault(…)` or in a dict FAULTS, as a key or as the first
     element of a value."""
