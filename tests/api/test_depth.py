@@ -10,6 +10,7 @@ from rtp_llm.text.json_depth import MAX_DEPTH
 from rtp_llm.text.messages import MessageFormat
 from tests.api.api_server import ApiServer
 from tests.api.conftest import StartApi
+from tests.quick import slow_except
 
 MESSAGE = {"role": "user", "content": "a"}
 Place = tuple[str, dict[str, Any], int]
@@ -47,7 +48,7 @@ def status(api: ApiServer, path: str, body: bytes) -> int:
     return response.status_code
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", slow_except(PLACES, "tools", "arguments"))
 def test_the_depth_of_a_body_is_limited(name: str, start_api: StartApi) -> None:
     api = start_api()
     path, body, above = PLACES[name]

@@ -16,6 +16,7 @@ from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.raw_http import RawHttpConnection
 from tests.api.servers import ServerProcess
 from tests.api.sse import split_events
+from tests.quick import slow_except
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 STREAMS: list[tuple[str, dict[str, Any], int]] = [
@@ -76,7 +77,7 @@ def test_disconnect_before_a_whole_response_aborts_its_sequences(
     assert_all_aborted(api, submissions)
 
 
-@pytest.mark.parametrize(("path", "body", "count"), [*STREAMS, *WHOLES])
+@pytest.mark.parametrize(("path", "body", "count"), slow_except([*STREAMS, *WHOLES], *STREAMS[::3], *WHOLES[::3]))
 def test_disconnect_before_the_sequences_start(
     path: str, body: dict[str, Any], count: int, start_api: StartApi
 ) -> None:

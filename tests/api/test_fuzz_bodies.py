@@ -22,6 +22,7 @@ from rtp_llm.api.anthropic.schema import MessagesRequest
 from rtp_llm.api.responses.schema import ResponsesRequest
 from tests.api.servers import ServerProcess
 from tests.api.sse import payloads
+from tests.quick import slow_except
 
 HI = [{"role": "user", "content": "Hi"}]
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
@@ -48,6 +49,8 @@ ENDPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/v1/messages": ({"messages": HI, "max_tokens": 2}, known_fields(MessagesRequest)),
     "/set_log_level": ({"log_level": "INFO"}, known_fields(schema.LogLevelRequest)),
 }
+
+QUICK = ("/v1/chat/completions", "/", "/batch_infer", "/tokenize", "/v1/responses", "/v1/messages")
 
 INTEGERS = st.one_of(
     st.integers(-3, 3),
@@ -169,7 +172,7 @@ def assert_valid_response(response: httpx.Response) -> None:
         assert "error_code" not in response.json()
 
 
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", slow_except(ENDPOINTS, *QUICK))
 def test_wrong_values_in_known_fields(path: str, client: httpx.Client) -> None:
     base, names = ENDPOINTS[path]
 
@@ -194,7 +197,7 @@ def test_every_known_field_with_every_kind_of_value(path: str, client: httpx.Cli
             assert_valid_response(client.post(path, content=json.dumps({**base, name: value}).encode()))
 
 
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", slow_except(ENDPOINTS, *QUICK))
 def test_bodies_of_bytes(path: str, client: httpx.Client) -> None:
     raw = st.one_of(
         st.binary(max_size=60),

@@ -20,6 +20,7 @@ from tests.api.fake_engine import ScriptedOutput, Submission
 from tests.api.pooling_checkpoints import RerankTokens
 from tests.api.test_fuzz_bodies import BOUNDED, FACTOR, VALUES, assert_valid_response
 from tests.api.test_fuzz_schema import check_operation
+from tests.quick import slow_except
 
 STATE = np.array([3, 4], np.float32).tobytes()
 INFO = EmbeddingInfo(2, prompts={"a": "a"})
@@ -105,7 +106,7 @@ def test_every_known_field_with_every_kind_of_value(path: str, client: httpx.Cli
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", slow_except(ENDPOINTS, "/similarity", "/v1/rerank"))
 def test_bodies_by_the_document(path: str, mode: GenerationMode, api: ApiServer) -> None:
     document = schemathesis.openapi.from_dict(api.get("/openapi.json").json(), config=schemathesis.Config())
     document.config.update(base_url=api.url)

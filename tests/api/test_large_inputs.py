@@ -33,7 +33,7 @@ def finish(submission: Any) -> list[ScriptedOutput]:
     return [ScriptedOutput(submission.prompt[-3:], "length")]
 
 
-@pytest.mark.parametrize("path", REFUSED)
+@pytest.mark.parametrize("path", slow_except(REFUSED, "/v1/chat/completions", "/", "/tokenize"))
 def test_a_prompt_of_15_mb_is_refused(path: str, start_api: StartApi) -> None:
     response = start_api(finish).post(path, REFUSED[path])
     assert response.status_code == 400
@@ -108,7 +108,7 @@ EXPENSIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(EXPENSIVE, "text", "encoded", "log level"))
+@pytest.mark.parametrize("name", slow_except(EXPENSIVE, "text", "encoded"))
 def test_the_event_loop_spends_little_on_one_request(name: str, start_api: StartApi) -> None:
     """The bound is on CPU time, so a busy machine does not matter; it is five times what a probe may wait (100 ms)."""
     api = start_api(echo, max_body_mb=64, concurrency_limit=256)

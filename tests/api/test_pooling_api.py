@@ -20,6 +20,7 @@ from tests.api.byte_model import ByteModel
 from tests.api.conftest import StartApi
 from tests.api.fake_engine import TIMEOUT_SECONDS, ScriptedOutput, Submission
 from tests.api.pooling_checkpoints import RerankTokens
+from tests.quick import slow_except
 
 SIZE = 4
 INFO = EmbeddingInfo(SIZE, prompts={"query": "q:", "doc": ""}, default_prompt="query")
@@ -150,7 +151,7 @@ def test_an_error_of_one_sequence_ends_the_request(start_api: StartApi) -> None:
     assert api.engine.next_abort()
 
 
-@pytest.mark.parametrize(("concurrency_limit", "queue_limit"), [(3, 1), (2, 100)])
+@pytest.mark.parametrize(("concurrency_limit", "queue_limit"), slow_except([(3, 1), (2, 100)], (2, 100)))
 def test_many_inputs_queue_within_their_request(concurrency_limit: int, queue_limit: int, start_api: StartApi) -> None:
     """Four at a time are in the engine: all slots that there are, or twice as many as run in a step. The request keeps
     its slots to the end, and every input is answered, in order.

@@ -199,7 +199,10 @@ def test_process_that_looks_like_a_part_is_ignored(text: str, tmp_path: Path) ->
     assert len(process.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"epoch": 1, "ranks": {"0": {}}, "message": ""}'], ids="EBLR")
+INVALID_STATUSES = ["", "{", "[]", '{"epoch": 1, "ranks": {"0": {}}, "message": ""}']
+
+
+@pytest.mark.parametrize("text", slow_except(INVALID_STATUSES, "{"), ids="EBLR")
 def test_invalid_status_file(text: str, part: Part, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text((part.run_dir / "part.json").read_text())
     (tmp_path / "gang.json").write_text(text)
@@ -208,7 +211,10 @@ def test_invalid_status_file(text: str, part: Part, tmp_path: Path) -> None:
     assert f"  {tmp_path}/gang.json is not a valid status file" in process.stdout.splitlines()
 
 
-@pytest.mark.parametrize("change", [{"TP_SIZE": "1"}, {"CHECKPOINT_PATH": "/models/other"}], ids=["plan", "checkpoint"])
+ANOTHER_PLAN, ANOTHER_MODEL = {"TP_SIZE": "1"}, {"CHECKPOINT_PATH": "/models/other"}
+
+
+@pytest.mark.parametrize("change", slow_except([ANOTHER_PLAN, ANOTHER_MODEL], ANOTHER_PLAN), ids=["plan", "checkpoint"])
 def test_another_deployment_on_the_port_is_a_conflict(change: dict[str, str], part: Part) -> None:
     env = {"START_PORT": str(part.port), "TP_SIZE": "2", **change}
     process = doctor("-o", "json", "--only", "N-08", env=env)

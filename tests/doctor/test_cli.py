@@ -18,6 +18,7 @@ from doctor.check import REGISTRY
 from doctor.cli import COMMANDS
 from doctor.render import FORMATS
 from tests.doctor.fixtures import DEMO, REPOSITORY, doctor, failed_checks, report
+from tests.quick import slow_except
 
 PORT = {"START_PORT": "19861", "CHECKPOINT_PATH": str(DEMO)}
 NO_MODEL = {**PORT, "CHECKPOINT_PATH": "/models/org/model"}  # M-08, an error
@@ -95,33 +96,33 @@ def test_bug_in_the_doctor_exits_with_2() -> None:
 # Usage errors
 
 
-@pytest.mark.parametrize(
-    ("arguments", "texts"),
-    [
-        (("nodes",), COMMANDS),
-        (("--tier", "9"), ("0", "1", "2", "3")),
-        (("-o", "xml"), tuple(FORMATS)),
-        (("--fix", "all"), ("shm",)),
-        (("--wait", "long"), ("--wait", "a number of seconds", "'long'")),
-        (("--only", "S-99,S-01"), ("no check or category S-99", "rtp-llm-doctor list")),
-        (("--only", "X-01"), ("X-01", "--tier 3")),
-        (("--only", "gang"), ("C-09", "`rtp-llm-doctor gang` on every part")),
-        (("--only", "gang,S-01"), ("C-09", "`rtp-llm-doctor gang` on every part")),
-        (("--tier", "3", "--only", "N-01"), ("N-01", "`rtp-llm-doctor gang` on every part")),
-        (("--ignore", "S-99"), ("no check S-99", "rtp-llm-doctor list")),
-        (("explain",), ("explain needs the id", "rtp-llm-doctor list")),
-        (("explain", "S-99"), ("'S-99'", "rtp-llm-doctor list")),
-        (("explain-log",), ("a file, or - for stdin",)),
-        (("explain-log", "/no/such.log"), ("cannot run", "/no/such.log")),
-        (("list", "S-01"), ("list takes no argument 'S-01'",)),
-        (("list", "-o", "junit"), ("junit", "table", "json")),
-        (("--tp_size", "2"), ("the server's flags follow after `--`",)),
-        (("--tp_size=2",), ("--tp_size=2", "the server's flags follow after `--`")),
-        (("attach", "--run-dir", "/no/such"), ("no running part in /no/such",)),
-        (("--save", "/no/such/report.json"), ("cannot run", "/no/such")),
-        (("--bundle", "/no/such/bundle.tgz"), ("cannot run", "/no/such")),
-    ],
-)
+USAGE_ERRORS: list[tuple[tuple[str, ...], Sequence[str]]] = [
+    (("nodes",), COMMANDS),
+    (("--tier", "9"), ("0", "1", "2", "3")),
+    (("-o", "xml"), tuple(FORMATS)),
+    (("--fix", "all"), ("shm",)),
+    (("--wait", "long"), ("--wait", "a number of seconds", "'long'")),
+    (("--only", "S-99,S-01"), ("no check or category S-99", "rtp-llm-doctor list")),
+    (("--only", "X-01"), ("X-01", "--tier 3")),
+    (("--only", "gang"), ("C-09", "`rtp-llm-doctor gang` on every part")),
+    (("--only", "gang,S-01"), ("C-09", "`rtp-llm-doctor gang` on every part")),
+    (("--tier", "3", "--only", "N-01"), ("N-01", "`rtp-llm-doctor gang` on every part")),
+    (("--ignore", "S-99"), ("no check S-99", "rtp-llm-doctor list")),
+    (("explain",), ("explain needs the id", "rtp-llm-doctor list")),
+    (("explain", "S-99"), ("'S-99'", "rtp-llm-doctor list")),
+    (("explain-log",), ("a file, or - for stdin",)),
+    (("explain-log", "/no/such.log"), ("cannot run", "/no/such.log")),
+    (("list", "S-01"), ("list takes no argument 'S-01'",)),
+    (("list", "-o", "junit"), ("junit", "table", "json")),
+    (("--tp_size", "2"), ("the server's flags follow after `--`",)),
+    (("--tp_size=2",), ("--tp_size=2", "the server's flags follow after `--`")),
+    (("attach", "--run-dir", "/no/such"), ("no running part in /no/such",)),
+    (("--save", "/no/such/report.json"), ("cannot run", "/no/such")),
+    (("--bundle", "/no/such/bundle.tgz"), ("cannot run", "/no/such")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "texts"), slow_except(USAGE_ERRORS, *USAGE_ERRORS[::3]))
 def test_usage_errors_exit_with_2_and_name_the_allowed_values(arguments: Sequence[str], texts: Sequence[str]) -> None:
     process = doctor(*arguments, env=PORT)
     assert process.returncode == 2

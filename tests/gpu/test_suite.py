@@ -105,6 +105,7 @@ def _environ(process: Path) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 def test_import_error_is_reported_as_not_run(tmp_path: Path, env: dict[str, str]) -> None:
     results = run_file(tmp_path, env, "import nothing_of_that_name\n", 30)
     assert [result.result for result in results.values()] == ["not run"]

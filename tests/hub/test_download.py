@@ -154,6 +154,7 @@ def kill_in_the_middle(downloader: Downloader, hub: FakeHub) -> Path:
     return unfinished
 
 
+@pytest.mark.slow
 def test_the_next_process_goes_on_after_a_kill(downloader: Downloader, hub: FakeHub, weights: bytes) -> None:
     unfinished = kill_in_the_middle(downloader, hub)
     assert unfinished.stat().st_size == 10 * MIB

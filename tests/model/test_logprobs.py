@@ -14,11 +14,14 @@ from tests.model.conftest import Oracles
 from tests.model.drive import Settings, greedy_request
 from tests.model.oracle import NEW_TOKENS, TOLERANCE, Floats, Oracle, OracleAnswer
 from tests.model.rank_pool import RankPool
+from tests.quick import slow_except
 
 TOP = 5
 
 
-@pytest.fixture(scope="module", params=["llama-tied", "qwen3", "rope-dynamic"])
+@pytest.fixture(
+    scope="module", params=slow_except(["llama-tied", "qwen3", "rope-dynamic"], "llama-tied", "rope-dynamic")
+)
 def oracle(request: pytest.FixtureRequest, oracles: Oracles) -> Oracle:
     return oracles(request.param)
 
@@ -45,7 +48,7 @@ def check_prompt(logprobs: list[Logprob], answer: OracleAnswer, top: int) -> Non
     check(logprobs, answer.prompt[1:], answer.prompt_logits[:-1], top)
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 48, 512])
+@pytest.mark.parametrize("chunk", slow_except([7, 16, 48, 512], 7, 512))
 @pytest.mark.parametrize("reuse_cache", [True, False])
 def test_prompt_and_output(oracle: Oracle, chunk: int, reuse_cache: bool) -> None:
     engine = drive.make_single_rank_engine(oracle.path, max_batch_tokens_size=chunk, reuse_cache=reuse_cache)

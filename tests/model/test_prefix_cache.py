@@ -21,6 +21,7 @@ from tests.model.checkpoints import TRAINED_LENGTH
 from tests.model.conftest import Oracles
 from tests.model.drive import Completion, greedy_request
 from tests.model.oracle import Oracle
+from tests.quick import slow_except
 
 MAX_TOKENS = 24
 BLOCK_SIZE = 16
@@ -29,7 +30,10 @@ BLOCK_SIZE = 16
 ALIGNMENT = {"qwen2-window": 32}
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2-window", "rope-yarn"])
+@pytest.fixture(
+    scope="module",
+    params=slow_except(["llama", "mistral-window", "qwen2-window", "rope-yarn"], "llama", "qwen2-window"),
+)
 def oracle(request: pytest.FixtureRequest, oracles: Oracles) -> Oracle:
     return oracles(request.param)
 

@@ -153,7 +153,9 @@ ACCURACY = {
 }
 
 
-@pytest.mark.parametrize(("checkpoint", "quantization"), ACCURACY)
+@pytest.mark.parametrize(
+    ("checkpoint", "quantization"), slow_except(ACCURACY, *(row for row in ACCURACY if row[0] == "demo"))
+)
 def test_text_stays_close_to_the_unquantized_model(checkpoint: str, quantization: str, tmp_path: Path) -> None:
     path, prompts = DEMO, [Tokenizer.load(DEMO).encode(question) for question in QUESTIONS]
     if checkpoint != "demo":

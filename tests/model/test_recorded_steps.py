@@ -45,7 +45,7 @@ def complete(path: Path, *, records: bool) -> tuple[drive.Completions, list[int]
     return drive.run(engine, make_requests()), sorted(num_tokens for num_tokens, _ in steps._steps)
 
 
-@pytest.mark.parametrize("name", slow_except(NAMES, "rope-yarn", "mistral-window", "qwen3-bias-older"))
+@pytest.mark.parametrize("name", slow_except(NAMES, "mistral-window", "qwen3-bias-older"))
 def test_replayed_steps_equal_called_ones(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     case = next(case for case in CASES if case.name == name)

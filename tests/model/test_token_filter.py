@@ -100,7 +100,7 @@ def test_no_row_depends_on_its_company(seed: int) -> None:
     assert alone == together[shuffled].tolist()
 
 
-@pytest.mark.parametrize("spread", [0.5, 2.5], ids=["flat", "peaked"])
+@pytest.mark.parametrize("spread", slow_except([0.5, 2.5], 0.5), ids=["flat", "peaked"])
 @pytest.mark.parametrize(
     "params",
     [

@@ -29,6 +29,7 @@ from tests.model.conftest import Oracles
 from tests.model.drive import greedy_request
 from tests.model.oracle import generate_answer
 from tests.model.rank_pool import RankPool
+from tests.quick import slow_except
 
 
 def config_of(path: Path, **settings: Any) -> Config:
@@ -88,7 +89,7 @@ SHARDED_CASES = [
 
 
 @pytest.mark.parametrize("name", SHARDED_CASES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("size", slow_except([1, 2, 3, 4, 6], 2, 3))
 def test_all_ranks_together_hold_the_checkpoint(oracles: Oracles, name: str, size: int) -> None:
     """Every element of every tensor is on exactly one rank, except replicated tensors and shared KV heads."""
     path = oracles(name).path
@@ -136,6 +137,7 @@ def test_two_ranks_read_half_each(oracles: Oracles, name: str) -> None:
     assert max(bytes_read) < 0.56 * total  # more than half: shards of vocabulary and MLP are multiples of a unit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_pool", [2], ids="tp{}".format, indirect=True)
 def test_rank_processes_read_the_same_bytes(rank_pool: RankPool, oracles: Oracles) -> None:
     path = oracles("llama").path

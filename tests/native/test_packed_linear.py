@@ -199,6 +199,7 @@ def test_kernels_that_give_wrong_products_are_not_used(
     assert "wrong results" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_check_at_load_notices_wrong_products(tmp_path: Path) -> None:
     """A copy of the source whose sums lack the last step."""
     for path in (PACKAGE / "src").iterdir():

@@ -9,6 +9,7 @@ from tests.parallel.conftest import BODIES
 from tests.parallel.parts import Part
 from tests.parallel.stream import Stream
 from tests.ports import free_start_port
+from tests.quick import slow_except
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_health_and_metrics_report_all_ranks(part: Part) -> None:
     assert 'rtp_llm_gang_member_up{world_rank="1"} 1.0' in text
 
 
-@pytest.mark.parametrize(("rank", "name"), [("rank1", "greedy"), ("rank0", "seeded")])
+@pytest.mark.parametrize(("rank", "name"), slow_except([("rank1", "greedy"), ("rank0", "seeded")], ("rank0", "seeded")))
 def test_killed_rank_only_delays_the_stream(part: Part, expected: dict[str, str], rank: str, name: str) -> None:
     epoch = part.epoch
     stream = Stream(part, BODIES[name]).wait_flowing()
@@ -53,6 +54,7 @@ def test_killed_api_is_restarted(part: Part, expected: dict[str, str]) -> None:
     assert part.complete(BODIES["greedy"]) == expected["greedy"]
 
 
+@pytest.mark.slow
 def test_killed_guard_is_restarted(part: Part) -> None:
     pid = part.pid("guard")
     part.kill("guard")

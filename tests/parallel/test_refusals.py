@@ -13,6 +13,7 @@ import pytest
 from rtp_llm.parallel.wire import listen
 from tests.parallel.parts import Part
 from tests.ports import free_start_port
+from tests.quick import slow_except
 
 START_SECONDS = 50.0  # takes less than one second on an idle machine, or six if other parts must be told
 
@@ -34,9 +35,15 @@ TWO = {"TP_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     ("content", "messages"),
     [
         ('{\n  "x_part0": {"ip": "a"}\n  "x_part1": {}}', ["malformed JSON at line 3, column 3"]),
-        (json.dumps(GOOD).replace('"name": "x_part1"', '"name": "y"'), ["'x_part1'", "'y'", "must be the same"]),
-        (json.dumps(GOOD)[:-1] + ', "x_part0": {"ip": "b"}}', ["duplicate key 'x_part0'"]),
-        (json.dumps({"x_part1": GOOD["x_part1"]}), ["no member ends in _part0"]),
+        pytest.param(
+            json.dumps(GOOD).replace('"name": "x_part1"', '"name": "y"'),
+            ["'x_part1'", "'y'", "must be the same"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            json.dumps(GOOD)[:-1] + ', "x_part0": {"ip": "b"}}', ["duplicate key 'x_part0'"], marks=pytest.mark.slow
+        ),
+        pytest.param(json.dumps({"x_part1": GOOD["x_part1"]}), ["no member ends in _part0"], marks=pytest.mark.slow),
     ],
     ids=["malformed", "name", "duplicate", "no part 0"],
 )
@@ -52,14 +59,22 @@ def test_invalid_distribute_file_exits_64(
 @pytest.mark.parametrize(
     ("env", "args", "messages"),
     [
-        ({"TP_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}, [], ["WORLD_SIZE=4", "LOCAL_WORLD_SIZE=3", "allowed: 1, 2, 4"]),
+        pytest.param(
+            {"TP_SIZE": "4", "LOCAL_WORLD_SIZE": "3"},
+            [],
+            ["WORLD_SIZE=4", "LOCAL_WORLD_SIZE=3", "allowed: 1, 2, 4"],
+            marks=pytest.mark.slow,
+        ),
         ({"ACT_TYPE": "int3"}, ["--tp_size=0"], ["ACT_TYPE='int3'", "TP_SIZE='0'"]),
-        ({}, ["--tp-size=2"], ["unknown argument '--tp-size=2'", "did you mean --tp_size"]),
+        pytest.param(
+            {}, ["--tp-size=2"], ["unknown argument '--tp-size=2'", "did you mean --tp_size"], marks=pytest.mark.slow
+        ),
         ({"CHECKPOINT_PATH": "/nowhere"}, [], ["CHECKPOINT_PATH=/nowhere: does not exist"]),
-        (
+        pytest.param(
             {**TWO, "JSON_GANG_PARTS": '{"x_part0": {"ip": "127.0.0.1", "port": 1035}, "x_part1": {"ip": "a"}}'},
             [],
             ["START_PORT=", "'x_part0'", "has port 1035"],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["sizes", "values", "flag", "checkpoint", "port"],
@@ -71,7 +86,10 @@ def test_invalid_settings_exit_64(
     assert all(message in log for message in messages), log
 
 
-@pytest.mark.parametrize(("below", "purpose"), [(0, "HTTP"), (1, "rendezvous"), (11, "torch.distributed")])
+PORTS = [(0, "HTTP"), (1, "rendezvous"), (11, "torch.distributed")]
+
+
+@pytest.mark.parametrize(("below", "purpose"), slow_except(PORTS, (1, "rendezvous")))
 def test_port_in_use_exits_64_with_the_pid_of_its_owner(settings: dict[str, str], below: int, purpose: str) -> None:
     port = free_start_port(2)
     with closing(listen("127.0.0.1", port - below)), socket.socket():
@@ -104,6 +122,7 @@ def test_missing_tokenizer_exits_65(settings: dict[str, str], checkpoint: Path, 
     assert f"{path}: no tokenizer.json" in log
 
 
+@pytest.mark.slow
 def test_truncated_tokenizer_exits_65(settings: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
     path = copy_of(checkpoint, tmp_path)
     (path / "tokenizer.json").write_text('{"model": ')

@@ -53,6 +53,7 @@ def test_only_part_0_serves_the_model(gang: Gang) -> None:
     assert status == 404
 
 
+@pytest.mark.slow
 def test_killed_rank_of_part_1_only_delays_the_stream(gang: Gang, expected: dict[str, str]) -> None:
     epoch = gang.leader.epoch
     stream = Stream(gang.leader, BODIES["seeded"]).wait_flowing()

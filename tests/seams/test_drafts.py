@@ -16,6 +16,7 @@ from rtp_llm.layers.logits_processors import DEFAULT_LOGITS_PROCESSORS, LogitsPr
 from tests.model import drive
 from tests.model.conftest import Oracles
 from tests.model.oracle import Oracle
+from tests.quick import slow_except
 from tests.seams.test_logits_processor import ALLOWED, AllowTenTokens
 from tests.seams.thread_ranks import thread_ranks
 
@@ -68,9 +69,11 @@ def texts_without_drafts(
         return {id: completion.tokens for id, completion in drive.run(engine, requests).items()}
 
 
-@pytest.mark.parametrize("settings", [{}, FEW_BLOCKS, {"max_batch_tokens_size": 7}], ids=str)
+@pytest.mark.parametrize(
+    "settings", slow_except([{}, FEW_BLOCKS, {"max_batch_tokens_size": 7}], {}, FEW_BLOCKS), ids=str
+)
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", slow_except([0.0, 0.8], 0.8))
 @pytest.mark.parametrize("chain", CHAINS)
 def test_text_does_not_depend_on_drafts(
     oracle: Oracle, chain: str, temperature: float, tp_size: int, settings: dict[str, Any]

@@ -103,8 +103,8 @@ def recurrence_spec(spec: ModelSpec, layer: int, tp_size: int, tp_rank: int) -> 
 @pytest.mark.parametrize(
     ("tp_size", "settings"),
     [
-        (1, {"test_block_num": 80}),
-        (1, {"test_block_num": 80, "max_batch_tokens_size": 7}),
+        pytest.param(1, {"test_block_num": 80}, marks=pytest.mark.slow),
+        pytest.param(1, {"test_block_num": 80, "max_batch_tokens_size": 7}, marks=pytest.mark.slow),
         (1, {"test_block_num": 16}),  # preempted sequences start again from no state
         (2, {"test_block_num": 80}),
     ],

@@ -14,6 +14,7 @@ from rtp_llm.model import spec
 from tests.model import checkpoints, drive
 from tests.model.checkpoints import CheckpointCase
 from tests.model.oracle import make_oracle
+from tests.quick import slow_except
 from tests.seams.thread_ranks import thread_ranks
 
 
@@ -55,7 +56,7 @@ FAMILIES: dict[str, tuple[Any, Any, Callable[[spec.Json], dict[str, Any]], spec.
 }
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", slow_except([1, 2], 2))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_and_logits(family: str, tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config_class, model_class, flags, config = FAMILIES[family]

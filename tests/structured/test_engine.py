@@ -22,6 +22,7 @@ from rtp_llm.engine.vocabulary import open_vocabulary
 from rtp_llm.text import grammar
 from rtp_llm.text.tokenizer import Tokenizer
 from tests.model import drive
+from tests.quick import slow_except
 from tests.seams.thread_ranks import thread_ranks
 from tests.structured.random_text import Vocabulary
 from tests.structured.schemas import SCHEMAS
@@ -72,7 +73,7 @@ def expected(checkpoint: Path, vocabulary: Vocabulary) -> dict[str, list[int]]:
     return texts
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", slow_except(SETTINGS, {}, FEW_BLOCKS), ids=str)
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_text_is_valid_and_that_of_the_request_alone(
     checkpoint: Path, vocabulary: Vocabulary, expected: dict[str, list[int]], tp_size: int, settings: dict[str, Any]

@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tests.api.servers import ServerProcess, running_server
+from tests.quick import slow_except
 from tests.sdk_clients import openai_client
 from tests.structured.schemas import closed
 
@@ -129,7 +130,7 @@ def text_of(response: httpx.Response) -> str:
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/")
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", slow_except(ROUTES, "/v1/chat/completions", "/"))
 @pytest.mark.parametrize(
     ("fields", "is_right"), SPELLINGS, ids=lambda value: None if callable(value) else str(value)[:60]
 )

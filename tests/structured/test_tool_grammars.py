@@ -165,7 +165,7 @@ def test_several_calls_are_allowed_unless_they_must_not_be_parallel(
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+@pytest.mark.parametrize("tool", slow_except(TOOLS, *TOOLS[1:]), ids=lambda tool: tool.name)
 def test_a_named_function_is_called_once(vocabulary: Vocabulary, name: str, tool: Tool) -> None:
     text_grammar = calls_grammar(vocabulary, name, [tool], "required", parallel=False)
     for answer in answers(vocabulary, name, text_grammar):

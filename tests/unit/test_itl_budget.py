@@ -14,6 +14,7 @@ from rtp_llm.engine.scheduler import Scheduler
 from rtp_llm.engine.scheduler_config import CHUNK_TILE
 from rtp_llm.engine.scheduler_output import SchedulerOutput
 from rtp_llm.engine.step_cost import StepWork
+from tests.quick import slow_except
 from tests.unit.scheduling import complete, make_group, make_request, make_scheduler, step
 from tests.unit.serving_simulator import Machine, Simulation, closed_loop, simulate
 
@@ -46,7 +47,7 @@ def median_ttft(result: Simulation) -> float:
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("num_streams", [1, 4, 16, 32])
+@pytest.mark.parametrize("num_streams", slow_except([1, 4, 16, 32], 4, 16))
 @pytest.mark.parametrize("machine", [CPU, FASTER], ids=["cpu", "faster"])
 def test_streams_get_their_tokens_evenly(machine: Machine, num_streams: int, load: str) -> None:
     """Compared with chunks of half a step: no gaps, nearly the same throughput, first tokens as early."""
