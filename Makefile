@@ -16,11 +16,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PEERS := build/bench/peers/bin/python
-# As pip does for what it installs elsewhere: with PYTHONDONTWRITEBYTECODE every start would compile all modules again.
-COMPILE := $(BIN)/python -m compileall -q rtp_llm doctor
+# All modules: with PYTHONDONTWRITEBYTECODE every start would compile them again. On all cores, where pip would use one.
+# A package may contain a file for another Python, which is no failure.
+COMPILE := $(BIN)/python -m compileall -q rtp_llm doctor && { $(BIN)/python -m compileall -qq -j 0 $(VENV) || true; }
 # Tests often wait for the processes that they start, so there is a worker more than cores.
 WORKERS ?= $(shell echo $$((1 + $$(nproc))))
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# The workers share what they compile, also if the caller has set this variable.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +45,7 @@ test: $(VENV)/installed-dev ## run the quick tests; ARGS='-k name' selects some
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: $(VENV)/installed-triton ## run every test, as CI does
+	$(BIN)/python -m rtp_llm.native.build supported
 	$(PYTEST) $(ARGS)
 
 # Without a network but loopback, so that a client that wants another server fails.
@@ -76,7 +79,9 @@ clean: ## remove everything that these targets created
 	rm -rf $(VENV) build *.egg-info rtp_llm/native/lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Stamp files, one per layer of .venv.
+# Stamp files, one per layer of .venv. COMPILE does what pip leaves out here.
+$(VENV)/torch $(VENV)/installed $(VENV)/installed-dev: export PIP_COMPILE = 0
+
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, but $(PYTHON) is older: try make PYTHON=python3.12" >&2; exit 1; }
@@ -90,7 +95,7 @@ $(VENV)/torch: $(VENV)/created image/install-torch pyproject.toml
 	$(BIN)/python image/install-torch
 	@touch $@
 
-# Also compiles the CPU kernels, see setup.py: those for this CPU, for tests of every level that it has.
+# Also compiles the CPU kernels that a server uses on this CPU, see setup.py; `make test-all` those of its other levels.
 KERNEL_SOURCES := setup.py $(wildcard rtp_llm/native/*.py rtp_llm/native/src/*)
 
 $(VENV)/installed: $(VENV)/torch $(KERNEL_SOURCES)
@@ -99,7 +104,7 @@ $(VENV)/installed: $(VENV)/torch $(KERNEL_SOURCES)
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch tests/constraints.txt $(KERNEL_SOURCES)
-	RTP_NATIVE_LEVELS=supported $(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
+	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
 	$(COMPILE)
 	@touch $(VENV)/installed $@
 

@@ -46,8 +46,7 @@ def build(selection: str, folder: Path = LIBRARY_FOLDER) -> list[Path]:
     selected = [level for level in _select(selection, compiler) if _accepts(compiler, level.compiler_flags)]
     for path in set(folder.glob("*.so")) - {library_path(level.name, folder) for level in selected}:
         path.unlink()  # it may be of older sources, and the loader takes whatever is there
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        paths = list(pool.map(lambda level: _build_level(compiler, level, folder), selected))
+    paths = [_build_level(compiler, level, folder) for level in selected]
     print(f"native kernels: {', '.join(level.name for level in selected)}")
     return paths
 
@@ -88,8 +87,8 @@ def _build_level(compiler: Sequence[str], level: Any, folder: Path) -> Path:
     with TemporaryDirectory() as objects:
         outputs = [Path(objects, source.stem + ".o") for source in sources]
         commands = [[*compiler, *flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, outputs, strict=True)]
-        for command in commands:
-            subprocess.run(command, check=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
         library = Path(objects, path.name)
         subprocess.run([*compiler, *LINK_FLAGS, *map(str, outputs), "-o", str(library)], check=True)
         # Renamed into place: a server that has mapped the old file keeps it.
