@@ -134,11 +134,9 @@ class Epoch:
         epoch ends. Never returns normally: raises CommunicationError when a rank is lost, `abort` is called, or a step
         runs out of GPU memory.
         """
-        residency.agree_on_steps()
-        runner = ModelRunner(residency)
-        residency.populate_kv_memory()
         try:
-            self._serve(runner)
+            residency.begin_epoch()
+            self._serve(ModelRunner(residency))
         except torch.OutOfMemoryError as error:
             # The others wait in a collective of this step. They leave it when the coordinator ends the epoch.
             residency.halve_steps()

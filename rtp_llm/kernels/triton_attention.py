@@ -23,11 +23,13 @@ from rtp_llm.kernels.kv_cache import DTYPES, LayerKVCache
 
 MAX_HEAD_DIM = 256
 MIN_DOT = 16  # smallest side of an operand of `tl.dot`
-TILE_ROWS = 64  # rows of scores of a chunk's tile: its queries, times the query heads of a KV head
-TILE_BYTES = 16 << 10  # of the keys that a program reads at a time: two tiles of keys and of values fit on any GPU
-MAX_TILE_KEYS = 64
+MAX_TILE = 64  # keys that a program reads at a time; queries of a chunk, times the query heads of a KV head
+# Numbers of a tile, by bytes per number. Three tiles of keys and of values fit into the 99 KiB of shared memory that
+# small GPUs have. Those of fp32 are smaller, since its products need more registers.
+TILE_NUMBERS = {2: 8192, 4: 2048}
 MIN_SPLIT = 256  # keys
 MAX_SPLITS = 32  # of a sequence
+UNSPLIT = 1 << 30  # keys
 MAX_DECODES = 256  # computed at a time, so that the memory of their partial outputs is bounded
 MASKED = tl.constexpr(-1e30)  # finite: a query that sees no key of a tile gets the weight exp2(MASKED) = 0, not NaN
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -35,7 +37,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Triton compiles a kernel again for a number that is 1 or a multiple of 16, or for a tensor that is aligned otherwise,
 # unless told that it does not matter. These change from step to step.
 INDICES = ("slots", "tile_sequences", "tile_starts", "query_start_loc", "seq_lens", "block_tables")
-NUMBERS = ("table_stride", "split_size", "max_splits")
+NUMBERS = ("table_stride", "split_size", "max_splits", "window")
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
@@ -48,14 +50,14 @@ def _write_kv_kernel(
     k_stride,
     v_stride,
     block_stride,
-    BLOCK_SIZE: tl.constexpr,
+    block_size,
     SIZE: tl.constexpr,
     SIZE_POW2: tl.constexpr,
 ):
     """Writes key and value of a token, SIZE = kv_heads * head_dim numbers each, to its slot."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
-    target = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * SIZE
+    target = slot // block_size * block_stride + slot % block_size * SIZE
     numbers = tl.arange(0, SIZE_POW2)
     exists = numbers < SIZE
     tl.store(keys + target + numbers, tl.load(k + token * k_stride + numbers, mask=exists), mask=exists)
@@ -79,8 +81,9 @@ def _attend_kernel(
     table_stride,
     scale,
     split_size,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    window,
+    block_size,
+    HAS_WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -111,8 +114,8 @@ def _attend_kernel(
     q_tile = tl.load(q + query_offsets + dims[None, :], mask=row_mask, other=0.0)
 
     begin = split * split_size
-    if WINDOW:
-        begin = tl.maximum(begin, first_position + first_query - WINDOW + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, first_position + first_query - window + 1)
     end = tl.minimum(first_position + tl.minimum(first_query + TILE, num_queries), (split + 1) * split_size)
     top = tl.full([ROWS], MASKED, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -121,8 +124,8 @@ def _attend_kernel(
         for first_key in range(begin // KEYS * KEYS, end, KEYS):
             key_positions = first_key + tl.arange(0, KEYS)
             exists = (key_positions >= begin) & (key_positions < end)
-            blocks = tl.load(block_tables + sequence * table_stride + key_positions // BLOCK_SIZE, mask=exists, other=0)
-            places = blocks * block_stride + key_positions % BLOCK_SIZE * (tl.num_programs(1) * HEAD_DIM)
+            blocks = tl.load(block_tables + sequence * table_stride + key_positions // block_size, mask=exists, other=0)
+            places = blocks * block_stride + key_positions % block_size * (tl.num_programs(1) * HEAD_DIM)
             places = places[:, None] + head * HEAD_DIM + dims[None, :]
             key_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
             k_tile = tl.load(keys + places, mask=key_mask, other=0.0)
@@ -130,8 +133,8 @@ def _attend_kernel(
 
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2_E)
             is_visible = exists[None, :] & (key_positions[None, :] <= positions[:, None])
-            if WINDOW:
-                is_visible = is_visible & (key_positions[None, :] > positions[:, None] - WINDOW)
+            if HAS_WINDOW:
+                is_visible = is_visible & (key_positions[None, :] > positions[:, None] - window)
             scores = tl.where(is_visible, scores, MASKED)
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - new_top[:, None])
@@ -158,7 +161,8 @@ def _combine_kernel(
     seq_lens,
     split_size,
     max_splits,
-    WINDOW: tl.constexpr,
+    window,
+    HAS_WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_POW2: tl.constexpr,
@@ -176,7 +180,7 @@ def _combine_kernel(
     top = tl.full([1], MASKED, tl.float32)
     total = tl.zeros([1], tl.float32)
     sums = tl.zeros([DIM_POW2], tl.float32)
-    first_split = tl.maximum(seq_len - WINDOW, 0) // split_size if WINDOW else 0
+    first_split = tl.maximum(seq_len - window, 0) // split_size if HAS_WINDOW else 0
     for split in range(first_split, tl.cdiv(seq_len, split_size)):
         row = ((tile * num_kv_heads + head // GROUP) * max_splits + split) * GROUP + head % GROUP
         value = tl.load(lse + row)
@@ -198,7 +202,8 @@ class Tiles:
     sequences: Tensor
     starts: Tensor
     size: int
-    num_splits: int
+    split_size: int = UNSPLIT
+    num_splits: int = 1
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ class TritonMetadata:
             sequences = np.repeat(np.arange(num_decodes, len(counts)), num_tiles)
             starts = (np.arange(len(sequences)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * size
             device = self.slots.device
-            self._chunks[size] = Tiles(to_tensor(sequences, device), to_tensor(starts, device), size, 1)
+            self._chunks[size] = Tiles(to_tensor(sequences, device), to_tensor(starts, device), size)
         return [self._chunks[size]]
 
 
@@ -238,10 +243,6 @@ class TritonBackend:
 
     batch_invariant = False
     is_capturable = True
-
-    def __init__(self, max_seq_len: int):
-        """`max_seq_len`: maximum tokens of a sequence."""
-        self.split_size = max(MIN_SPLIT, -(-max_seq_len // (MAX_SPLITS * MIN_SPLIT)) * MIN_SPLIT)
 
     @staticmethod
     def is_supported(spec: KVCacheSpec) -> bool:
@@ -258,10 +259,12 @@ class TritonBackend:
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> TritonMetadata:
         """Cuts the decodes of a step into sets whose partial outputs fit the workspace (see `AttentionBackend`)."""
         device, num_decodes = batch.seq_lens.device, batch.num_decodes
-        num_splits = -(-int(batch.host_seq_lens[:num_decodes].max(initial=1)) // self.split_size)
+        longest = int(batch.host_seq_lens[:num_decodes].max(initial=1))
+        split_size = -(-longest // (MAX_SPLITS * MIN_SPLIT)) * MIN_SPLIT
+        num_splits = -(-longest // split_size)
         sequences = torch.arange(num_decodes, device=device)
         starts = torch.zeros(min(num_decodes, MAX_DECODES), dtype=torch.int64, device=device)
-        decodes = [Tiles(part, starts, 1, num_splits) for part in sequences.split(MAX_DECODES) if len(part)]
+        decodes = [Tiles(part, starts, 1, split_size, num_splits) for part in sequences.split(MAX_DECODES) if len(part)]
         return TritonMetadata(
             batch, batch.block_tables[group], batch.slot_mapping[group], spec.window, block_size, decodes
         )
@@ -273,7 +276,7 @@ class TritonBackend:
         q, k, v = with_adjacent_heads(q), with_adjacent_heads(k), with_adjacent_heads(v)
         _write_kv(k, v, cache, metadata)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        chunk_size = max(1, TILE_ROWS * k.shape[1] // q.shape[1])
+        chunk_size = max(1, _tile_rows(k) * k.shape[1] // q.shape[1])
         for tiles in metadata.decodes + metadata.chunks(chunk_size):
             self._attend(q, cache, metadata, tiles, layer.scale, out)
         return out
@@ -293,10 +296,10 @@ class TritonBackend:
         kv_heads, num_tiles = keys.shape[2], len(tiles.sequences)
         group, is_split = num_heads // kv_heads, tiles.num_splits > 1
         dim_pow2 = max(MIN_DOT, triton.next_power_of_2(head_dim))
-        result = out
-        lse = torch.empty(num_tiles, kv_heads, tiles.num_splits, group, device=q.device) if is_split else out
+        result = lse = out
         if is_split:
-            result = torch.empty(*lse.shape, head_dim, device=q.device)
+            lse = torch.empty(num_tiles, kv_heads, tiles.num_splits, group, dtype=torch.float32, device=q.device)
+            result = torch.empty(*lse.shape, head_dim, dtype=torch.float32, device=q.device)
         _attend_kernel[(num_tiles, kv_heads, tiles.num_splits)](
             q,
             keys,
@@ -312,17 +315,18 @@ class TritonBackend:
             keys.stride(0),
             metadata.block_table.stride(0),
             scale,
-            self.split_size if is_split else 1 << 30,
-            WINDOW=metadata.window,
-            BLOCK_SIZE=metadata.block_size,
+            tiles.split_size if is_split else UNSPLIT,
+            metadata.window,
+            metadata.block_size,
+            HAS_WINDOW=metadata.window > 0,
             GROUP=group,
             HEAD_DIM=head_dim,
             TILE=tiles.size,
             ROWS=max(MIN_DOT, triton.next_power_of_2(tiles.size * group)),
-            KEYS=min(MAX_TILE_KEYS, max(MIN_DOT, TILE_BYTES // (dim_pow2 * keys.element_size()))),
+            KEYS=_tile_rows(keys),
             DIM_POW2=dim_pow2,
             IS_SPLIT=is_split,
-            num_stages=2,
+            num_stages=3,
         )
         if is_split:
             _combine_kernel[(num_tiles, num_heads)](
@@ -331,13 +335,20 @@ class TritonBackend:
                 out,
                 tiles.sequences,
                 metadata.batch.seq_lens,
-                self.split_size,
+                tiles.split_size,
                 tiles.num_splits,
-                WINDOW=metadata.window,
+                metadata.window,
+                HAS_WINDOW=metadata.window > 0,
                 GROUP=group,
                 HEAD_DIM=head_dim,
                 DIM_POW2=dim_pow2,
             )
+
+
+def _tile_rows(x: Tensor) -> int:
+    """Returns how many rows of head_dim numbers a tile has, a power of two. x: [..., head_dim]."""
+    numbers = TILE_NUMBERS[x.element_size()]
+    return min(MAX_TILE, max(MIN_DOT, numbers // max(MIN_DOT, triton.next_power_of_2(x.shape[-1]))))
 
 
 def _write_kv(k: Tensor, v: Tensor, cache: LayerKVCache, metadata: TritonMetadata) -> None:
@@ -353,7 +364,7 @@ def _write_kv(k: Tensor, v: Tensor, cache: LayerKVCache, metadata: TritonMetadat
         k.stride(0),
         v.stride(0),
         cache["keys"].stride(0),
-        BLOCK_SIZE=metadata.block_size,
+        metadata.block_size,
         SIZE=size,
         SIZE_POW2=triton.next_power_of_2(size),
     )

@@ -43,7 +43,7 @@ def triton_kernels(device: torch.device) -> TritonKernels | None:
     try:
         kernels = import_kernels()
         check_ops(kernels.ops, device, torch.bfloat16)
-        check_attention(kernels.attention(DECODE), device, torch.bfloat16)
+        check_attention(kernels.attention(), device, torch.bfloat16)
     except Exception as error:
         # Any: Triton needs a C compiler, Python's headers, NVIDIA's assembler and a GPU that it supports.
         log.warning(
@@ -85,7 +85,9 @@ def check_ops(triton_ops: ModuleType, device: torch.device, dtype: torch.dtype) 
     check((q, k), rotated)
 
 
-def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
+def check_attention(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int = HEAD_DIM, window: int = 0
+) -> None:
     """Raises AssertionError if the outputs for a decode and a chunk differ from those of the reference backend."""
     random = torch.Generator().manual_seed(0)
 
@@ -93,7 +95,8 @@ def check_attention(backend: AttentionBackend, device: torch.device, dtype: torc
         return torch.randn(shape, generator=random).to(dtype).to(device)
 
     name = next(name for name, known in DTYPES.items() if known == dtype)
-    spec = KVCacheSpec((("keys", (KV_HEADS, HEAD_DIM)), ("values", (KV_HEADS, HEAD_DIM))), name)
+    shape = (KV_HEADS, head_dim)
+    spec = KVCacheSpec((("keys", shape), ("values", shape)), name, window=window)
     layout, lengths = make_layout([spec], BLOCK_SIZE), np.array([DECODE, CHUNK])
     tables = 1 + np.arange(2 * layout.groups[0].num_blocks(DECODE)).reshape(2, -1)
     batch = ForwardBatch.build(
@@ -105,12 +108,12 @@ def check_attention(backend: AttentionBackend, device: torch.device, dtype: torc
         block_sizes=[BLOCK_SIZE],
         device=device,
     )
-    q, k, v = (noise(1 + CHUNK, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (noise(1 + CHUNK, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS))
     memory = noise(1 + tables.size, layout.block_bytes // dtype.itemsize).view(torch.uint8)
     outputs = []
     tried: list[AttentionBackend] = [backend, ReferenceBackend(device)]
     for each in tried:
         (cache,) = carve(memory.clone(), layout)
         metadata = each.prepare(batch, 0, spec, BLOCK_SIZE)
-        outputs.append(each.forward(AttentionParams(HEAD_DIM**-0.5), q, k, v, cache, metadata))
+        outputs.append(each.forward(AttentionParams(head_dim**-0.5), q, k, v, cache, metadata))
     torch.testing.assert_close(*outputs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])

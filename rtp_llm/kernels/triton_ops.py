@@ -115,7 +115,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = rows.shape[1]
     if len(rows):
         _rms_norm_kernel[(len(rows),)](
-            rows, weight, y, rows.stride(0), EPS=eps, SIZE=size, SIZE_POW2=triton.next_power_of_2(size)
+            rows,
+            weight,
+            y,
+            rows.stride(0),
+            EPS=eps,
+            SIZE=size,
+            SIZE_POW2=triton.next_power_of_2(size),
+            num_warps=_num_warps(size),
         )
     return y.view(x.shape)
 
@@ -136,6 +143,7 @@ def add_rms_norm(
             SIZE_POW2=triton.next_power_of_2(size),
             HAS_POST=post_weight is not None,
             HAS_PRE=pre_weight is not None,
+            num_warps=_num_warps(size),
         )
     return (residual if pre_weight is None else x), residual
 
@@ -162,6 +170,7 @@ def norm_rope(
             HALF_POW2=triton.next_power_of_2(half),
             HAS_NORM=norms is not None,
             HAS_ROPE=cos_sin is not None,
+            num_warps=1,
         )
 
 
@@ -172,3 +181,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if num_tokens:
         _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, BLOCK))](x, y, x.stride(0), size, BLOCK=BLOCK)
     return y
+
+
+def _num_warps(size: int) -> int:
+    """Returns the warps of a program that keeps `size` numbers in registers."""
+    return min(16, max(1, triton.next_power_of_2(size) // 512))

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -174,6 +175,8 @@ class TorchGroup:
         self._process_group, self._sockets = process_group, sockets
         self.is_waiting = False
         self._abort_flag = AbortFlag()
+        self._abort_thread = threading.Thread(target=self._abort_process_group, name="abort", daemon=True)
+        self._abort_lock = threading.Lock()
 
     @_raises_communication_error
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -203,14 +206,27 @@ class TorchGroup:
 
     def abort(self, reason: str) -> None:
         self._abort_flag.set(reason)
-        self._process_group.abort()  # of gloo, it does nothing
+        with self._abort_lock:
+            if self._abort_thread.ident is None:
+                self._abort_thread.start()
         for sock in self._sockets:
             with suppress(OSError):  # the peer has closed it
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def _abort_process_group(self) -> None:
+        """Ends the collectives of NCCL; those of gloo go on. NCCL then waits until the last CUDA graph with one of them
+        is dropped, which the caller of `abort` may have to do: hence the thread.
+        """
+        try:
+            self._process_group.abort()
+        except RuntimeError as error:
+            log.warning("NCCL did not abort its communicator: %s", _first_line(error))
+
     def close(self) -> None:
         if not self._abort_flag.reason:
             self._process_group.shutdown()
+        elif self._abort_thread.ident is not None:
+            self._abort_thread.join()
         for sock in self._sockets:
             sock.close()
         del self._process_group  # closes its connections, and the store on rank 0 frees its port

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 MAX_DECODES = 256  # with more, the work of a step outweighs its launches
 MIN_CONTEXT = 1024  # tokens
+MAX_FAILURES = 3  # of captures, then no more are tried
 
 
 class Graph(Protocol):
@@ -27,6 +28,9 @@ class Graph(Protocol):
     def replay(self) -> None:
         """Does the recorded work again, on the same tensors."""
 
+    def reset(self) -> None:
+        """Forgets the recording, also one that has failed."""
+
 
 class CudaGraph:
     """A CUDA graph. What it computes lies in the same memory as that of `other`, as only one of them runs at a time."""
@@ -37,11 +41,15 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         # thread_local: calls that other threads make meanwhile, such as NCCL's watchdog, do not end the capture.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:  # a failed capture does not restore the stream
             return function()
 
     def replay(self) -> None:
         self._graph.replay()
+
+    def reset(self) -> None:
+        self._graph.reset()
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ class CudaGraphs:
     """Captures a step of decodes when its size first occurs, and replays it for later steps of this size.
 
     A size is a number of decodes and a length of their contexts, both rounded up, so that few graphs are needed. A
-    graph refers to the KV cache and to the communicator of the ranks, and must not outlive them.
+    graph refers to the KV cache and to the communicator of the ranks, and must not outlive them. All ranks capture a
+    step, or none does: a collective may work otherwise in a graph.
     """
 
     def __init__(
@@ -77,18 +86,39 @@ class CudaGraphs:
         max_sequences: int,
         max_seq_len: int,
         device: torch.device,
+        agree: Callable[[int], int],
         make_graph: Callable[[Any], Graph] = CudaGraph,
     ):
         """`forward` computes a step. For decodes, what it launches must depend only on their number and on the longest
         of `host_seq_lens`.
 
-        max_sequences: of a step. max_seq_len: tokens of a sequence. make_graph: called with another graph, or None.
+        max_sequences: of a step. max_seq_len: tokens of a sequence. agree: returns the smallest number of all ranks.
+        make_graph: called with another graph, or None.
         """
-        self._forward, self._make_graph, self._max_seq_len = forward, make_graph, max_seq_len
-        self._groups = groups
+        self._forward, self._make_graph, self._agree = forward, make_graph, agree
+        self._groups, self._max_seq_len = groups, max_seq_len
         self._inputs = make_inputs(groups, min(max_sequences, MAX_DECODES), max_seq_len, device)
         self._steps: dict[tuple[int, int], CapturedStep] = {}
-        self._is_possible = True
+        self._num_failures = 0
+
+    @property
+    def _is_possible(self) -> bool:
+        """Returns whether captures have not failed too often."""
+        return self._num_failures < MAX_FAILURES
+
+    def agree_on_failures(self) -> None:
+        """Continues with the most failures that a rank had. Collective: call it when the ranks have a communicator."""
+        self._num_failures = -self._agree(-self._num_failures)
+
+    def capture_decodes(self) -> None:
+        """Captures the steps of all numbers of decodes with short contexts, the largest first, whose memory the others
+        use again. Otherwise clients would wait while they are captured. Collective.
+        """
+        num_decodes = self._inputs.num_decodes
+        while num_decodes and self._is_possible:
+            inputs = self._take_inputs(num_decodes, min(MIN_CONTEXT, self._max_seq_len))
+            self.run(inputs)
+            num_decodes = 1 << (num_decodes - 1).bit_length() >> 1
 
     def covers(self, batch: ForwardBatch) -> bool:
         """Returns whether this step may be captured or replayed: all its sequences are decodes, and not too many."""
@@ -111,6 +141,8 @@ class CudaGraphs:
 
     def clear(self) -> None:
         """Drops all graphs, because the ranks will have another communicator."""
+        for step in self._steps.values():
+            step.graph.reset()
         self._steps.clear()
 
     def _size(self, batch: ForwardBatch) -> tuple[int, int]:
@@ -140,16 +172,27 @@ class CudaGraphs:
         )
 
     def _capture(self, size: tuple[int, int], inputs: ForwardBatch) -> None:
-        """Captures the step that computes these inputs. If that fails, no step is captured any more."""
+        """Captures the step that computes these inputs, if that succeeds on all ranks. Collective."""
         graph = self._make_graph(next((step.graph for step in self._steps.values()), None))
+        hidden, reason = None, "another rank could not capture one"
         try:
-            hidden = graph.capture(lambda: self._forward(inputs))
-        except RuntimeError as error:
-            log.warning("decodes are computed without CUDA graphs, and so more slowly: %s", error)
-            self._is_possible = False
-            self._steps.clear()
-        else:
+            try:
+                hidden = graph.capture(lambda: self._forward(inputs))
+            except RuntimeError as error:
+                reason = str(error.__context__ or error)  # the end of the capture fails as well
+            is_captured = self._agree(int(hidden is not None)) == 1
+        except BaseException:
+            self._num_failures += 1
+            graph.reset()  # otherwise the traceback would keep it, and so the communicator
+            raise
+        if hidden is not None and is_captured:
             self._steps[size] = CapturedStep(graph, inputs, hidden)
+            return
+        self._num_failures += 1
+        graph.reset()
+        log.warning(
+            "decodes are computed without CUDA graphs, and so more slowly: %s; ENABLE_CUDA_GRAPH=0 tries none", reason
+        )
 
 
 def make_inputs(

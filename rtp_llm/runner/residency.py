@@ -57,9 +57,10 @@ class Residency:
         self.kv_memory: KVMemory | None = None
         self.kv_caches: list[LayerKVCache] = []
         self._recorded_steps: RecordedSteps | None = None  # of the newest KV cache, on CPU
-        self._cuda_graphs: CudaGraphs | None = None  # of the newest KV cache, on a GPU
+        self._cuda_graphs: CudaGraphs | None = None  # on a GPU, from the first epoch on
+        self._has_served = False  # in an epoch
         self.on_layer: Callable[[], None] = lambda: None  # called after each layer; on a GPU, which may be still busy
-        self._backend = select_backend(device, [group.spec for group in self.layout.groups], max_seq_len)
+        self._backend = select_backend(device, [group.spec for group in self.layout.groups])
         self.model = self._build_model()
 
     @property
@@ -203,10 +204,6 @@ class Residency:
         kernels = library()
         if kernels and self.device.type == "cpu":
             self._recorded_steps = RecordedSteps(self.model, kernels, self.mesh.tp)
-        if self._captures_graphs:
-            self._cuda_graphs = CudaGraphs(
-                self._compute, self.layout.groups, self.config.max_sequences, self.max_seq_len, self.device
-            )
         return memory
 
     def halve_steps(self) -> None:
@@ -217,16 +214,31 @@ class Residency:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def agree_on_steps(self) -> None:
-        """Sets the maximum number of tokens per step to the smallest of all ranks. Collective."""
-        self.max_num_batched_tokens = self.mesh.tp.min(self.max_num_batched_tokens)
-
-    def populate_kv_memory(self) -> None:
-        """Prepares the memory of the KV cache for a new epoch: starts a thread that pre-faults it, see
-        `KVMemory.begin_epoch`.
+    @torch.inference_mode()
+    def begin_epoch(self) -> None:
+        """Prepares for the steps of a new epoch: agrees with the other ranks on the maximum number of tokens per step
+        and on CUDA graphs, and starts a thread that pre-faults the KV cache (`KVMemory.begin_epoch`). Collective.
         """
         assert self.kv_memory, "allocate_kv_cache comes first"
+        self.max_num_batched_tokens = self.mesh.tp.min(self.max_num_batched_tokens)
         self.kv_memory.begin_epoch()
+        uses_graphs = self.mesh.tp.min(int(self._captures_graphs)) == 1
+        self._cuda_graphs = self._cuda_graphs or self._make_cuda_graphs() if uses_graphs else None
+        if self._cuda_graphs:
+            self._cuda_graphs.agree_on_failures()
+            if self.config.warm_up and not self._has_served:
+                self._cuda_graphs.capture_decodes()
+        self._has_served = True
+
+    def _make_cuda_graphs(self) -> CudaGraphs:
+        return CudaGraphs(
+            self._compute,
+            self.layout.groups,
+            self.config.max_sequences,
+            self.max_seq_len,
+            self.device,
+            self.mesh.tp.min,
+        )
 
     def end_epoch(self) -> None:
         """Drops the CUDA graphs, which contain the collectives of the epoch's communicator. Call it before that is

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rtp_llm.kernels import triton_attention, triton_ops
-from rtp_llm.kernels.triton_kernels import DECODE, check_attention, check_ops
+from rtp_llm.kernels.triton_kernels import check_attention, check_ops
 
 CAPABILITIES = (80, 90)  # A100, H100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,13 @@ def main() -> None:
                     stack.enter_context(mock.patch.object(module, name, kernel))
             stack.enter_context(mock.patch("torch.testing.assert_close"))  # nothing is computed
             check_ops(triton_ops, cpu, dtype)
-            check_attention(triton_attention.TritonBackend(DECODE), cpu, dtype)
+            for head_dim, window in ((64, 0), (64, 100), (128, 0), (256, 0)):
+                check_attention(triton_attention.TritonBackend(), cpu, dtype, head_dim, window)
+            qkv = torch.zeros(1, 4 * 64, dtype=dtype)
+            triton_ops.norm_rope(qkv, 2, 1, (qkv[0], qkv[0]), 1e-5, None)
+            triton_ops.norm_rope(qkv, 2, 1, None, 1e-5, (qkv, qkv))
+            triton_ops.add_rms_norm(qkv, qkv, None, qkv[0], 1e-5)
+            triton_ops.add_rms_norm(qkv, qkv, qkv[0], None, 1e-5)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from rtp_llm.kernels.triton_kernels import check_attention
 from tests.kernels import test_reference
 from tests.kernels.test_reference import CPU, LAYOUTS, Layout, Sequence, random_sequences
 
-MAX_SEQ_LEN = 1300
 TIMEOUT_SECONDS = 300
 # The interpreter multiplies the bits of bf16 as if they were integers. tests/gpu has all dtypes.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 5e-3}
@@ -27,7 +26,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 5e-3}
 
 class PagedBatch(test_reference.PagedBatch):
     def make_backend(self) -> AttentionBackend:
-        return TritonBackend(MAX_SEQ_LEN)
+        return TritonBackend()
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 16, 1000])
@@ -72,10 +71,10 @@ def test_cache_is_written_as_by_the_reference_backend() -> None:
 
 
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_attention(TritonBackend(MAX_SEQ_LEN), CPU, torch.float32)
+    check_attention(TritonBackend(), CPU, torch.float32)
     monkeypatch.setattr("rtp_llm.kernels.triton_attention.LOG2_E", 1.4)
     with pytest.raises(AssertionError, match="not close"):
-        check_attention(TritonBackend(MAX_SEQ_LEN), CPU, torch.float32)
+        check_attention(TritonBackend(), CPU, torch.float32)
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:

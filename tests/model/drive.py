@@ -77,6 +77,7 @@ def load_runner(
     residency = Residency(config, spec, mesh, device, max_seq_len)
     load_stats = residency.load(checkpoint, lambda fraction: None)
     residency.allocate_kv_cache(communicator.size)
+    residency.begin_epoch()
     return ModelRunner(residency, logits_processors), load_stats
 
 

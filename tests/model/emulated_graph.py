@@ -13,21 +13,26 @@ from torch.utils._pytree import tree_leaves
 from rtp_llm.kernels import triton_attention, triton_ops
 
 KERNELS = [(module, name) for module in (triton_attention, triton_ops) for name in vars(module) if "_kernel" in name]
+# They read a number on the host, or copy one from there.
+FORBIDDEN = ("_local_scalar_dense", "lift_fresh")
 
 
 class EmulatedGraph:
     """Records torch's operations and the launches of Triton's kernels: the functions, tensors and numbers."""
 
-    def __init__(self, other: object) -> None:
+    def __init__(self, other: "EmulatedGraph | None"):
         self._calls: list[Callable[[], object]] = []
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        with _recorded_kernels(self._calls), _RecordedOperations(self._calls):
+        with _no_copies_to_the_device(), _recorded_kernels(self._calls), _RecordedOperations(self._calls):
             return function()
 
     def replay(self) -> None:
         for call in self._calls:
             call()
+
+    def reset(self) -> None:
+        self._calls.clear()
 
 
 class _RecordedOperations(TorchDispatchMode):
@@ -36,7 +41,7 @@ class _RecordedOperations(TorchDispatchMode):
         self._calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "_local_scalar_dense" not in str(func), "a CUDA graph cannot read a number on the host"
+        assert not any(name in str(func) for name in FORBIDDEN), f"a CUDA graph cannot contain {func}"
         result = func(*args, **(kwargs or {}))
         self._calls.append(partial(_repeat, func, args, kwargs or {}, result))
         return result
@@ -61,6 +66,13 @@ class _RecordedKernel:
             self._calls.append(call)
 
         return launch
+
+
+def _no_copies_to_the_device() -> Any:
+    """Makes `to_tensor` fail, which copies arrays to the device: a CUDA graph cannot do that."""
+    return mock.patch(
+        "torch.from_numpy", side_effect=AssertionError("a CUDA graph cannot contain a copy from the host")
+    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels of GPUs need Triton: make test
 
 from rtp_llm.contract.kv_cache import KVCacheGroup, KVCacheSpec
 from rtp_llm.contract.request import Request
+from rtp_llm.errors import CommunicationError
 from rtp_llm.kernels import triton_ops
 from rtp_llm.kernels.attention_backend import AttentionBackend
 from rtp_llm.kernels.batch import ForwardBatch
@@ -23,7 +24,7 @@ from rtp_llm.kernels.reference import ReferenceBackend
 from rtp_llm.kernels.triton_attention import TritonBackend
 from rtp_llm.native.library import select_kernels
 from rtp_llm.runner import cuda_graphs
-from rtp_llm.runner.cuda_graphs import CudaGraphs, Graph, copy_decodes, make_inputs
+from rtp_llm.runner.cuda_graphs import MAX_FAILURES, CudaGraphs, copy_decodes, make_inputs
 from rtp_llm.runner.model_runner import ModelRunner
 from tests.model import drive
 from tests.model.checkpoints import CASES, make_model, save_checkpoint
@@ -59,14 +60,16 @@ def run(
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
     backend: AttentionBackend,
-    make_graph: Callable[[Any], Graph] = EmulatedGraph,
+    make_graph: type[EmulatedGraph] = EmulatedGraph,
 ) -> tuple[drive.Completions, CudaGraphs]:
     """Returns the completions of all requests, and the graphs that were captured."""
     monkeypatch.setattr("rtp_llm.runner.residency.select_backend", lambda *_: backend)
     engine = drive.make_single_rank_engine(path, max_batch_size=MAX_SEQUENCES)
     assert isinstance(engine.runner, ModelRunner)
     residency = engine.runner.residency
-    graphs = CudaGraphs(residency._compute, residency.layout.groups, MAX_SEQUENCES, MAX_SEQ_LEN, CPU, make_graph)
+    graphs = CudaGraphs(
+        residency._compute, residency.layout.groups, MAX_SEQUENCES, MAX_SEQ_LEN, CPU, lambda x: x, make_graph
+    )
     residency._cuda_graphs = graphs
     return drive.run(engine, make_requests()), graphs
 
@@ -121,30 +124,107 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def test_replayed_steps_equal_computed_ones(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = drive.run(drive.make_single_rank_engine(checkpoint), make_requests())
-    replayed, graphs = run(checkpoint, monkeypatch, TritonBackend(MAX_SEQ_LEN))
+    replayed, graphs = run(checkpoint, monkeypatch, TritonBackend())
     assert sorted(graphs._steps) == [(1, 64), (2, 16), (4, 16)]
     assert_same(replayed, expected)
 
 
 @pytest.mark.parametrize("checkpoint", ["qwen2-window"], indirect=True)
 class TestOneCheckpoint:
-    def test_emulated_graph_shows_what_the_host_computed(
+    def test_a_backend_that_plans_on_the_host_cannot_be_captured(
         self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The reference backend plans on the host, so it cannot be captured: its plan stays that of the first step."""
-        expected, _ = run(checkpoint, monkeypatch, TritonBackend(MAX_SEQ_LEN))
-        replayed, _ = run(checkpoint, monkeypatch, ReferenceBackend(CPU))
-        with pytest.raises(AssertionError):
-            assert_same(replayed, expected)
+        with pytest.raises(AssertionError, match="a CUDA graph cannot contain a copy from the host"):
+            run(checkpoint, monkeypatch, ReferenceBackend(CPU))
 
-    def test_steps_are_computed_if_the_capture_fails(
+    def test_steps_are_computed_if_captures_fail(
         self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         expected = drive.run(drive.make_single_rank_engine(checkpoint), make_requests())
-        computed, graphs = run(checkpoint, monkeypatch, TritonBackend(MAX_SEQ_LEN), FailingGraph)
+        computed, graphs = run(checkpoint, monkeypatch, TritonBackend(), FailingGraph)
         assert graphs._steps == {}
         assert [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()] == [
             "decodes are computed without CUDA graphs, and so more slowly:"
-            " operation not permitted when stream is capturing"
-        ]
+            " operation not permitted when stream is capturing; ENABLE_CUDA_GRAPH=0 tries none"
+        ] * MAX_FAILURES
         assert_same(computed, expected)
+
+
+class CountingGraph(EmulatedGraph):
+    """Records whether it holds work, as a CUDA graph holds collectives of a communicator."""
+
+    held: ClassVar[set["CountingGraph"]] = set()
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        self.held.add(self)
+        return function()
+
+    def replay(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        self.held.discard(self)
+
+
+def make_graphs(
+    forward: Callable[[ForwardBatch], Tensor], agree: Callable[[int], int], max_sequences: int = 6
+) -> CudaGraphs:
+    spec = KVCacheSpec((("keys", (1, 8)), ("values", (1, 8))), "fp32")
+    groups = [KVCacheGroup(spec, (0,), 4), KVCacheGroup(spec, (1,), 8)]
+    return CudaGraphs(forward, groups, max_sequences, 64, CPU, agree, CountingGraph)
+
+
+def compute(batch: ForwardBatch) -> Tensor:
+    return batch.token_ids[:, None].float()
+
+
+def test_all_numbers_of_decodes_are_captured_before_serving() -> None:
+    graphs = make_graphs(compute, lambda x: x)
+    graphs.capture_decodes()
+    assert list(graphs._steps) == [(6, 4), (4, 4), (2, 4), (1, 4)], "the largest needs the most memory"
+    assert len(CountingGraph.held) == 4
+    graphs.clear()
+    assert not CountingGraph.held
+    assert not graphs._steps
+
+
+def test_no_rank_captures_what_another_one_cannot() -> None:
+    graphs = make_graphs(compute, lambda x: 0)
+    for failure in range(MAX_FAILURES):
+        assert graphs.covers(make_decodes([12]))
+        assert graphs.run(make_decodes([9 + failure])).tolist() == [[50]]
+        assert not graphs._steps
+        assert not CountingGraph.held
+    assert not graphs.covers(make_decodes([12]))
+
+
+def test_ranks_continue_with_the_most_failures_of_any() -> None:
+    """A rank that has replaced a lost one has had none."""
+    graphs = make_graphs(compute, lambda x: min(x, -MAX_FAILURES))
+    graphs.agree_on_failures()
+    assert not graphs.covers(make_decodes([12]))
+
+
+@pytest.mark.parametrize("when", ["capture", "agreement"])
+def test_no_graph_outlives_an_epoch_that_ends_during_its_capture(when: str) -> None:
+    """The traceback of the error would keep the graph, and closing the communicator would wait for it."""
+    calls = []
+
+    def fail(step: str) -> None:
+        calls.append(step)
+        if calls.count("forward") == 2 and step == ("forward" if when == "capture" else "agree"):
+            raise CommunicationError("aborted: a test aborts")
+
+    def forward(batch: ForwardBatch) -> Tensor:
+        fail("forward")
+        return compute(batch)
+
+    def agree(value: int) -> int:
+        fail("agree")
+        return value
+
+    graphs = make_graphs(forward, agree)
+    with pytest.raises(CommunicationError, match="a test aborts"):
+        graphs.run(make_decodes([12]))
+    assert not CountingGraph.held
+    assert not graphs._steps

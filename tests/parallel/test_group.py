@@ -104,3 +104,32 @@ def test_an_unbound_axis_has_no_peers() -> None:
     single.bind(SingleRankGroup())
     single.unbind()
     assert single.all_reduce(torch.ones(2)).tolist() == [1, 1]
+
+
+class WaitingProcessGroup:
+    """Its `abort` waits, like that of NCCL, until the last CUDA graph with a collective has been dropped."""
+
+    def __init__(self) -> None:
+        self.dropped, self.aborts = threading.Event(), 0
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+    def abort(self) -> None:
+        self.aborts += 1
+        assert self.dropped.wait(30)
+
+
+def test_caller_of_abort_can_drop_what_the_abort_waits_for() -> None:
+    process_group = WaitingProcessGroup()
+    group = TorchGroup(process_group, torch.device("cpu"))
+    group.abort("rank 1 is lost")
+    group.abort("the epoch has ended")
+    with pytest.raises(CommunicationError, match="aborted: rank 1 is lost"):
+        group.check_aborted()
+    process_group.dropped.set()
+    group.close()
+    assert process_group.aborts == 1

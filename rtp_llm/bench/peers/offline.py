@@ -55,7 +55,7 @@ def load(path: str, settings: dict[str, Any]) -> tuple[Offline, str]:
     residency = Residency(config, spec, Mesh(MeshAxis()), torch.device("cpu"), max_seq_len)
     residency.load(checkpoint, lambda fraction: None)
     residency.allocate_kv_cache(1)
-    residency.populate_kv_memory()
+    residency.begin_epoch()
     depth = config.rtp_pipeline_depth
     engine = Engine(make_scheduler(residency), ModelRunner(residency), residency.max_seq_len, 1, pipeline_depth=depth)
     return Offline(engine), f"rtp-llm without HTTP, {torch.get_num_threads()} threads"
