@@ -81,6 +81,8 @@ def test_second_epoch_continues_on_the_same_residency(
     with serving_epoch(part_spec, 2, residency) as epoch, closing(ApiConnection(path, epoch=2)) as api:
         api.submit("a", tokens)
         assert tokens + api.receive() == expected
+        graphs = residency._cuda_graphs
+        assert (graphs is not None and len(graphs._steps) > 0) == (device.type == "cuda"), "captured again"
         api.submit("b", [])
         others = api.receive(limit=5)
         epoch.abort("a test aborts")
