@@ -199,7 +199,9 @@ class TorchGroup:
     def min(self, value: int) -> int:
         tensor = torch.tensor([value], device=self.device)
         _wait(self._process_group.allreduce(tensor, dist.ReduceOp.MIN))
-        return int(tensor.item())
+        result = int(tensor.item())
+        self.check_aborted()  # or the number may be arbitrary
+        return result
 
     def check_aborted(self) -> None:
         self._abort_flag.check()

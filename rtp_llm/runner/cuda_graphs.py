@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -37,13 +38,26 @@ class CudaGraph:
 
     def __init__(self, other: "CudaGraph | None" = None):
         self._graph = torch.cuda.CUDAGraph()
-        self._pool = other._graph.pool() if other else None
+        self._pool: Any = other._pool if other else torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         # thread_local: calls that other threads make meanwhile, such as NCCL's watchdog, do not end the capture.
         capture = torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
-        with torch.cuda.stream(torch.cuda.current_stream()), capture:  # a failed capture does not restore the stream
-            return function()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), capture:
+                return function()
+        except BaseException:
+            self._end_allocations()
+            raise
+
+    def _end_allocations(self) -> None:
+        """Ends what torch leaves as it is if CUDA says that a capture was invalid: later allocations would go to the
+        pool, and no memory could be freed. The stream is restored by its own context.
+        """
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # torch has ended them itself
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
 
     def replay(self) -> None:
         self._graph.replay()
@@ -106,24 +120,22 @@ class CudaGraphs:
         """Returns whether captures have not failed too often."""
         return self._num_failures < MAX_FAILURES
 
-    def agree_on_failures(self) -> None:
-        """Continues with the most failures that a rank had. Collective: call it when the ranks have a communicator."""
-        self._num_failures = -self._agree(-self._num_failures)
-
-    def capture_decodes(self) -> None:
-        """Captures the steps of all numbers of decodes with short contexts, the largest first, whose memory the others
-        use again. Otherwise clients would wait while they are captured. Collective.
+    def begin_epoch(self, captures: bool) -> None:
+        """Continues with the most failures that a rank had. If all ranks want it (`captures`), captures the steps of
+        all numbers of decodes with short contexts: otherwise clients would wait for it later. Collective.
         """
-        num_decodes = self._inputs.num_decodes
-        while num_decodes and self._is_possible:
-            inputs = self._take_inputs(num_decodes, min(MIN_CONTEXT, self._max_seq_len))
-            self.run(inputs)
+        self._num_failures = -self._agree(-self._num_failures)
+        num_decodes = self._inputs.num_decodes if self._agree(int(captures)) else 0
+        while num_decodes and self._is_possible:  # the largest first: the others use its memory again
+            self.run(self._take_inputs(num_decodes, min(MIN_CONTEXT, self._max_seq_len)))
             num_decodes = 1 << (num_decodes - 1).bit_length() >> 1
 
     def covers(self, batch: ForwardBatch) -> bool:
         """Returns whether this step may be captured or replayed: all its sequences are decodes, and not too many."""
         num_sequences = len(batch.host_seq_lens)
-        return self._is_possible and 0 < num_sequences == batch.num_decodes <= self._inputs.num_decodes
+        if not 0 < num_sequences == batch.num_decodes <= self._inputs.num_decodes:
+            return False
+        return self._is_possible or self._size(batch) in self._steps
 
     def run(self, batch: ForwardBatch) -> Tensor:
         """Returns the hidden states [T, hidden_size] of a step for which `covers` is true. The next call may overwrite
@@ -182,7 +194,6 @@ class CudaGraphs:
                 reason = str(error.__context__ or error)  # the end of the capture fails as well
             is_captured = self._agree(int(hidden is not None)) == 1
         except BaseException:
-            self._num_failures += 1
             graph.reset()  # otherwise the traceback would keep it, and so the communicator
             raise
         if hidden is not None and is_captured:

@@ -225,9 +225,7 @@ class Residency:
         uses_graphs = self.mesh.tp.min(int(self._captures_graphs)) == 1
         self._cuda_graphs = self._cuda_graphs or self._make_cuda_graphs() if uses_graphs else None
         if self._cuda_graphs:
-            self._cuda_graphs.agree_on_failures()
-            if self.config.warm_up and not self._has_served:
-                self._cuda_graphs.capture_decodes()
+            self._cuda_graphs.begin_epoch(captures=self.config.warm_up and not self._has_served)
         self._has_served = True
 
     def _make_cuda_graphs(self) -> CudaGraphs:

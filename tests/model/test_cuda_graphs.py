@@ -171,6 +171,7 @@ def make_graphs(
 ) -> CudaGraphs:
     spec = KVCacheSpec((("keys", (1, 8)), ("values", (1, 8))), "fp32")
     groups = [KVCacheGroup(spec, (0,), 4), KVCacheGroup(spec, (1,), 8)]
+    CountingGraph.held.clear()
     return CudaGraphs(forward, groups, max_sequences, 64, CPU, agree, CountingGraph)
 
 
@@ -180,7 +181,7 @@ def compute(batch: ForwardBatch) -> Tensor:
 
 def test_all_numbers_of_decodes_are_captured_before_serving() -> None:
     graphs = make_graphs(compute, lambda x: x)
-    graphs.capture_decodes()
+    graphs.begin_epoch(captures=True)
     assert list(graphs._steps) == [(6, 4), (4, 4), (2, 4), (1, 4)], "the largest needs the most memory"
     assert len(CountingGraph.held) == 4
     graphs.clear()
@@ -198,10 +199,26 @@ def test_no_rank_captures_what_another_one_cannot() -> None:
     assert not graphs.covers(make_decodes([12]))
 
 
+def test_captured_steps_are_replayed_after_other_captures_have_failed() -> None:
+    graphs = make_graphs(compute, lambda x: x)
+    graphs.run(make_decodes([12]))
+    graphs._num_failures = MAX_FAILURES
+    assert graphs.covers(make_decodes([12]))
+    assert not graphs.covers(make_decodes([12, 9]))
+
+
+def test_decodes_are_captured_only_if_all_ranks_want_it() -> None:
+    """All capture together, but a rank that takes the place of a lost one has never served."""
+    graphs = make_graphs(compute, lambda x: min(x, 0))
+    graphs.begin_epoch(captures=True)
+    assert not graphs._steps
+    assert graphs.covers(make_decodes([12]))
+
+
 def test_ranks_continue_with_the_most_failures_of_any() -> None:
     """A rank that has replaced a lost one has had none."""
     graphs = make_graphs(compute, lambda x: min(x, -MAX_FAILURES))
-    graphs.agree_on_failures()
+    graphs.begin_epoch(captures=False)
     assert not graphs.covers(make_decodes([12]))
 
 
