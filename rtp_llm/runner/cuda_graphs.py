@@ -194,6 +194,7 @@ class CudaGraphs:
                 reason = str(error.__context__ or error)  # the end of the capture fails as well
             is_captured = self._agree(int(hidden is not None)) == 1
         except BaseException:
+            self._num_failures += 1  # perhaps NCCL cannot be captured: then the next epoch would fail as well
             graph.reset()  # otherwise the traceback would keep it, and so the communicator
             raise
         if hidden is not None and is_captured:
