@@ -64,6 +64,16 @@ class AttentionBackend(Protocol):
         ...
 
 
+def has_keys_and_values(spec: KVCacheSpec, max_head_dim: int) -> bool:
+    """Returns whether a KV cache has the tensors `keys` and `values` of equal shapes, and nothing else, with at most
+    `max_head_dim` numbers per head.
+    """
+    shapes = dict(spec.tensors)
+    if shapes.keys() != {"keys", "values"} or shapes["keys"] != shapes["values"]:
+        return False
+    return shapes["keys"][1] <= max_head_dim
+
+
 def with_adjacent_heads(x: Tensor) -> Tensor:
     """Returns x [T, heads, head_dim], copied unless the heads of a token are adjacent."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

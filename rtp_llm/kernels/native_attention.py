@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rtp_llm.contract.kv_cache import KVCacheSpec
-from rtp_llm.kernels.attention_backend import AttentionParams, with_adjacent_heads
+from rtp_llm.kernels.attention_backend import AttentionParams, has_keys_and_values, with_adjacent_heads
 from rtp_llm.kernels.batch import ForwardBatch
 from rtp_llm.kernels.kv_cache import DTYPES, LayerKVCache
 from rtp_llm.native.library import DTYPE_CODES, Library, library
@@ -61,16 +61,8 @@ class NativeBackend:
 
     @staticmethod
     def is_supported(spec: KVCacheSpec) -> bool:
-        """Returns whether this machine has kernels for a KV cache with these tensors: `keys` and `values` of equal
-        shapes, with at most MAX_HEAD_DIM numbers per head.
-        """
-        shapes = dict(spec.tensors)
-        return (
-            library() is not None
-            and shapes.keys() == {"keys", "values"}
-            and shapes["keys"] == shapes["values"]
-            and shapes["keys"][1] <= MAX_HEAD_DIM
-        )
+        """Returns whether this machine has kernels for a KV cache with these tensors, see `has_keys_and_values`."""
+        return library() is not None and has_keys_and_values(spec, MAX_HEAD_DIM)
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> NativeMetadata:
         """Returns the metadata of a step: a struct that points to the tensors of the batch, see `AttentionBackend`."""

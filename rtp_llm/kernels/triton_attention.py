@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtp_llm.contract.kv_cache import KVCacheSpec
-from rtp_llm.kernels.attention_backend import AttentionParams, with_adjacent_heads
+from rtp_llm.kernels.attention_backend import AttentionParams, has_keys_and_values, with_adjacent_heads
 from rtp_llm.kernels.batch import ForwardBatch, to_tensor
 from rtp_llm.kernels.kv_cache import DTYPES, LayerKVCache
 
@@ -246,15 +246,8 @@ class TritonBackend:
 
     @staticmethod
     def is_supported(spec: KVCacheSpec) -> bool:
-        """Returns whether the kernels can read a KV cache with these tensors: `keys` and `values` of equal shapes, with
-        at most MAX_HEAD_DIM numbers per head.
-        """
-        shapes = dict(spec.tensors)
-        return (
-            shapes.keys() == {"keys", "values"}
-            and shapes["keys"] == shapes["values"]
-            and shapes["keys"][1] <= MAX_HEAD_DIM
-        )
+        """Returns whether the kernels can read a KV cache with these tensors, see `has_keys_and_values`."""
+        return has_keys_and_values(spec, MAX_HEAD_DIM)
 
     def prepare(self, batch: ForwardBatch, group: int, spec: KVCacheSpec, block_size: int) -> TritonMetadata:
         """Cuts the decodes of a step into sets whose partial outputs fit the workspace (see `AttentionBackend`)."""
