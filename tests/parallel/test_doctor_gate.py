@@ -106,6 +106,7 @@ def assert_gang_checks_pass(part: Part) -> None:
     """
     conclusions = ("the parts reach each other", "problems between the parts")
     part.until(lambda: any(text in part.log for text in conclusions), "gang checks")
+    part.until(lambda: part.fetch("/doctor")[0] == 200, "the API")  # which starts beside the doctor
     checks = json.loads(part.fetch("/doctor")[1])["checks"]
     statuses = {c["id"]: c["status"] for c in checks if c["category"] == "gang"}
     throughput = next(c["status"] for c in checks if c["id"] == "N-13")
